@@ -1,0 +1,45 @@
+"""Every error that autopar raises on purpose, drawn as a tree.
+
+AutoparError
+├── CaptureError        the model can't be turned into a graph (names the user's source line)
+├── UnknownOpError      an op has no rule and ``strict=True`` was asked for
+├── InputError          an argument, a machine name, a pin or a mesh that can't be used
+├── PlanError           a plan file that is damaged, of another version, or made for another model or world
+├── InfeasibleError     no placement satisfies the constraints (says which budget would have to grow)
+├── SolverError         the solver stopped without a usable answer
+└── VerificationError   a parallel run that disagrees with the single device's
+
+Inner code states the fact; one outer place adds the op, the source line and the remedy.
+"""
+
+
+class AutoparError(Exception):
+    """Base of all errors that autopar raises on purpose."""
+
+
+class CaptureError(AutoparError):
+    """The model can't be captured as one graph."""
+
+
+class UnknownOpError(AutoparError):
+    """An op without a rule was met under ``strict=True``."""
+
+
+class InputError(AutoparError, ValueError):
+    """An argument that can't be used: a machine, a pin, a mesh, a batch."""
+
+
+class PlanError(AutoparError, ValueError):
+    """A plan that can't be loaded, or that was made for something else."""
+
+
+class InfeasibleError(AutoparError):
+    """No plan satisfies the constraints."""
+
+
+class SolverError(AutoparError):
+    """The solver ended without a usable answer."""
+
+
+class VerificationError(AutoparError):
+    """The parallel program disagrees with the single-device program."""
