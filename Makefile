@@ -1,0 +1,46 @@
+# Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
+.DEFAULT_GOAL := help
+.PHONY: help test lint types demo bench plan-bench clean
+
+PYTHON3 ?= python3
+PYTHON := .venv/bin/python
+INSTALLED := .venv/.installed
+
+# One thread per process: the tests and the demo start several processes on a few cores.
+export OMP_NUM_THREADS := 1
+export TOKENIZERS_PARALLELISM := false
+
+help: ## show the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+test: $(INSTALLED) ## run all tests (two workers, 15 minutes at most)
+	timeout 900 $(PYTHON) -m pytest -q -n 2
+
+lint: $(INSTALLED) ## check the format and the code with ruff
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+types: $(INSTALLED) ## check the types with mypy --strict
+	$(PYTHON) -m mypy
+
+demo: $(INSTALLED) ## train a small GPT-2 in 4 processes next to a single-process copy
+	$(PYTHON) examples/train_gpt2.py
+
+bench: $(INSTALLED) ## time what autopar emits against plain and hand-written programs
+	$(PYTHON) -m bench.speed
+
+plan-bench: $(INSTALLED) ## time the planner on large models
+	$(PYTHON) -m bench.planning
+
+clean: ## remove build products and caches, keep .venv
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find autopar cost_models examples tests -name __pycache__ -prune -exec rm -rf {} +
+
+# torch goes first and alone: its exact version decides the rest, and a resolver that starts from `-e .[dev]` may fetch
+# several builds of it before it settles.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(PYTHON) || $(PYTHON3) -m venv .venv
+	$(PYTHON) -m pip install --quiet --upgrade pip
+	$(PYTHON) -m pip install --quiet -c constraints.txt torch==2.13.0
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
