@@ -7,6 +7,7 @@ AutoparError
 ├── PlanError           a plan file that is damaged, of another version, or made for another model or world
 ├── InfeasibleError     no placement satisfies the constraints (says which budget would have to grow)
 ├── SolverError         the solver stopped without a usable answer
+├── CommError           ranks run different collectives, or one is gone
 └── VerificationError   a parallel run that disagrees with the single device's
 
 Inner code states the fact; one outer place adds the op, the source line and the remedy.
@@ -43,3 +44,7 @@ class SolverError(AutoparError):
 
 class VerificationError(AutoparError):
     """The parallel program disagrees with the single-device program."""
+
+
+class CommError(AutoparError):
+    """Ranks disagree about the collective that they run, or a rank is gone."""

@@ -1,0 +1,260 @@
+"""How ranks exchange tensors: raw, non-differentiable collectives over the axes of a mesh.
+
+An `Axis` is one mesh axis as a rank sees it. It has two forms: `GroupAxis` talks over a torch.distributed process group,
+`ThreadAxis` over shared memory between threads of one process, which is how tests and ``verify`` run all ranks without a
+process group. An emitted program names axes by text; `active` says which objects the names stand for on this thread.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from autopar.errors import CommError
+
+T = TypeVar("T")
+
+Reduction = Literal["sum", "max"]
+"""How `Axis.all_reduce` combines the ranks' tensors."""
+
+
+class Axis(ABC):
+    """One axis of the mesh, seen from one rank.
+
+    Attributes:
+        name: the axis' name in the plan.
+        size: number of ranks along it.
+        index: position of this rank, 0 <= index < size.
+    """
+
+    name: str
+    size: int
+    index: int
+
+    @abstractmethod
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        """Combine all ranks' `x` elementwise; `x` itself is left as it is."""
+
+    @abstractmethod
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's `x`, in rank order; all have the same shape."""
+
+    @abstractmethod
+    def reduce_scatter(self, parts: Sequence[Tensor]) -> Tensor:
+        """Sum over the ranks of their ``parts[index]``; `parts` has one tensor per rank, all of one shape."""
+
+    @abstractmethod
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order. All parts have one shape."""
+
+
+@final
+class GroupAxis(Axis):
+    """An axis over a torch.distributed process group (gloo or nccl) that holds exactly its ranks, in order."""
+
+    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
+        self.name = name
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.index = dist.get_rank(group)
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        """Combine all ranks' `x` elementwise; `x` itself is left as it is."""
+        if self.size == 1:
+            return x.clone()
+        # Gloo reduces no bool: a sum or a maximum of flags is whether any rank has one.
+        work = x.to(torch.uint8) if x.dtype is torch.bool else x.clone(memory_format=torch.contiguous_format)
+        flags_or_max = op == "max" or x.dtype is torch.bool
+        dist.all_reduce(work, dist.ReduceOp.MAX if flags_or_max else dist.ReduceOp.SUM, group=self.group)
+        return work.to(x.dtype)
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's `x`, in rank order; all have the same shape."""
+        if self.size == 1:
+            return [x.clone()]
+        sent = _as_bytes(x.contiguous())
+        received = sent.new_empty((self.size, *sent.shape))
+        dist.all_gather_into_tensor(received.flatten(), sent.flatten(), group=self.group)
+        return [_from_bytes(part, x) for part in received.unbind()]
+
+    def reduce_scatter(self, parts: Sequence[Tensor]) -> Tensor:
+        """Sum over the ranks of their ``parts[index]``; `parts` has one tensor per rank, all of one shape."""
+        if self.size == 1:
+            return parts[0].clone()
+        sent = torch.stack(list(parts))
+        received = torch.empty_like(sent[0])
+        dist.reduce_scatter_tensor(received.flatten(), sent.flatten(), group=self.group)
+        return received
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order. All parts have one shape."""
+        if self.size == 1:
+            return [parts[0].clone()]
+        sent = _as_bytes(torch.stack(list(parts)))
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        return [_from_bytes(part, parts[0]) for part in received.unbind()]
+
+
+# Element types that move between ranks but that gloo doesn't know, as bytes of the same width.
+_MOVED_AS_BYTES = (torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def _as_bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype in _MOVED_AS_BYTES else x
+
+
+def _from_bytes(x: Tensor, like: Tensor) -> Tensor:
+    return x.view(like.dtype) if like.dtype in _MOVED_AS_BYTES else x
+
+
+@final
+class Exchange:
+    """The meeting point of the threads of one axis: a slot per rank; all wait before and after reading the slots."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._slots: list[tuple[str, Any]] = [("", None)] * size
+        # threading.Barrier can't be closed safely: its abort also fails threads that were let through but haven't woken yet.
+        self._changed = threading.Condition()
+        self._arrived = 0
+        self._rounds = 0
+        self._closed = False
+
+    def meet(self, index: int, label: str, value: object, read: Callable[[list[Any]], T]) -> T:
+        """Leave `value`, wait for all ranks, and return ``read(values)``; no rank goes on before all have read.
+
+        Raises CommError when another rank runs a collective with another label, has failed, or has ended.
+        """
+        self._slots[index] = (label, value)
+        self._wait(label)
+        labels = {slot[0] for slot in self._slots}
+        if len(labels) > 1:
+            raise CommError(f"ranks of one axis run different collectives at the same time: {', '.join(sorted(labels))}")
+        result = read([slot[1] for slot in self._slots])
+        self._wait(label)
+        self._slots[index] = ("", None)
+        return result
+
+    def close(self) -> None:
+        """Say that a rank won't come again: every rank that waits for it, now or later, fails."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _wait(self, label: str) -> None:
+        with self._changed:
+            this_round = self._rounds
+            self._arrived += 1
+            if self._arrived == self.size:
+                self._arrived = 0
+                self._rounds += 1
+                self._changed.notify_all()
+            while this_round == self._rounds:
+                if self._closed:
+                    raise CommError(f"another rank ended without coming to the {label}")
+                self._changed.wait()
+
+
+@final
+class ThreadAxis(Axis):
+    """An axis whose ranks are threads of this process that share an `Exchange`; results are the same bits on every rank."""
+
+    def __init__(self, name: str, index: int, exchange: Exchange) -> None:
+        self.name = name
+        self.size = exchange.size
+        self.index = index
+        self.exchange = exchange
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        """Combine all ranks' `x` elementwise; `x` itself is left as it is."""
+        return self._meet(f"all_reduce({op})", [x], lambda ranks: _combine([parts[0] for parts in ranks], op))
+
+    def all_gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's `x`, in rank order; all have the same shape."""
+        return self._meet("all_gather", [x], lambda ranks: [parts[0].clone() for parts in ranks])
+
+    def reduce_scatter(self, parts: Sequence[Tensor]) -> Tensor:
+        """Sum over the ranks of their ``parts[index]``; `parts` has one tensor per rank, all of one shape."""
+        return self._meet("reduce_scatter", parts, lambda ranks: _combine([parts[self.index] for parts in ranks], "sum"))
+
+    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order. All parts have one shape."""
+        return self._meet("all_to_all", parts, lambda ranks: [parts[self.index].clone() for parts in ranks])
+
+    def _meet(self, label: str, parts: Sequence[Tensor], read: Callable[[list[Any]], T]) -> T:
+        sizes = "x".join(map(str, parts[0].shape))
+        tensors = [part.detach() for part in parts]
+        return self.exchange.meet(self.index, f"{label} of {parts[0].dtype}[{sizes}] on {self.name!r}", tensors, read)
+
+
+def _combine(tensors: Sequence[Tensor], op: Reduction) -> Tensor:
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        if total.dtype is torch.bool:
+            total.logical_or_(tensor)
+        elif op == "max":
+            torch.maximum(total, tensor, out=total)
+        else:
+            total.add_(tensor)
+    return total
+
+
+def alone(name: str) -> Axis:
+    """An axis of one rank, for a process that has no group."""
+    return ThreadAxis(name, 0, Exchange(1))
+
+
+class _Stack(threading.local):
+    def __init__(self) -> None:
+        self.axes: list[Mapping[str, Axis]] = []
+
+
+_STACK = _Stack()
+
+
+@contextmanager
+def active(axes: Mapping[str, Axis]) -> Iterator[None]:
+    """Let names stand for these axes, on this thread and inside the ``with`` block."""
+    _STACK.axes.append(axes)
+    try:
+        yield
+    finally:
+        _STACK.axes.pop()
+
+
+def current() -> Mapping[str, Axis]:
+    """The axes active on this thread. What runs later on another thread (recomputation) must take them along."""
+    if not _STACK.axes:
+        raise CommError("no axes are active on this thread; run the program inside `autopar.comm.active`")
+    return _STACK.axes[-1]
+
+
+def axis(name: str) -> Axis:
+    """The axis that `name` stands for here."""
+    axes = current()
+    if name not in axes:
+        raise CommError(f"no axis {name!r} is active; there are {', '.join(sorted(axes))}")
+    return axes[name]
+
+
+def index(names: Sequence[str]) -> int:
+    """Position of this rank in the row-major order over several axes."""
+    position = 0
+    for name in names:
+        found = axis(name)
+        position = position * found.size + found.index
+    return position
+
+
+def count(names: Sequence[str]) -> int:
+    """Number of ranks over several axes together."""
+    return math.prod(axis(name).size for name in names)
