@@ -1,0 +1,300 @@
+"""A plan: every decision and its predicted cost, as plain data; JSON both ways, checked on loading, nothing in it is run.
+
+What comes in: the answer of ``search``. What goes out: to ``rewrite``, which carries it out, and to ``report``, which explains it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from autopar.errors import PlanError
+from autopar.layout import (
+    Layout,
+    Mesh,
+    Placement,
+    format_layout,
+    format_placement,
+    parse_layout,
+    parse_placement,
+)
+
+FORMAT = "autopar-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one device, by kind, at the peak."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    buffers: int
+    workspace: int
+    reserved: int
+    budget: int
+
+    @property
+    def total(self) -> int:
+        """Bytes used at the peak."""
+        return (
+            self.parameters
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.buffers
+            + self.workspace
+            + self.reserved
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Predicted seconds of one training step on one rank; communication is what isn't hidden behind compute."""
+
+    forward: float
+    backward: float
+    optimizer: float
+    communication: float
+
+    @property
+    def step(self) -> float:
+        """The whole step."""
+        return self.forward + self.backward + self.optimizer + self.communication
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Communication of one kind on one axis in one step: exposed seconds, and bytes that a rank's parts amount to."""
+
+    axis: str
+    collective: str
+    purpose: str
+    count: int
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One line of the report: like layers, or what is outside of all layers.
+
+    `axes` says per mesh axis what it does to the group's contractions, such as ``{"tp": "heads, ffn"}``.
+    """
+
+    name: str
+    count: int
+    axes: Mapping[str, str]
+    compute_seconds: float
+    communication_seconds: float
+    parameter_bytes: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A mesh or a baseline that the search looked at: predicted seconds, or the reason why there are none."""
+
+    name: str
+    mesh: str
+    step_seconds: float | None
+    memory_bytes: int | None
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What the search can say for its answer.
+
+    `objective_ns` is the chosen plan's cost, `bound_ns` a lower bound over everything on the chosen mesh, `gap` their relative
+    distance; `status` and `method` say how the solver ended (``LP, integral`` or ``MIP``).
+    """
+
+    objective_ns: int
+    bound_ns: int
+    gap: float
+    status: str
+    method: str
+    variables: int
+    constraints: int
+    seconds: float
+    candidates: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Unruled:
+    """An op that no rule covers; it runs replicated, at its full cost."""
+
+    op: str
+    target: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision about one model on one cluster.
+
+    Attributes:
+        model: class name of the model; `fingerprint` identifies the captured graph that the plan was made for.
+        cluster: text of the cluster, `mesh` the chosen mesh; `axis_kinds` says what each axis turned out to do.
+        inputs: name -> text of its type, as captured.
+        layouts: stored layout of every parameter, buffer and input, and the layout of every output, by op name.
+        placements: placement of every call, by op name.
+        batch_axes: axes that split the batch, outermost first.
+        notes: what capture dropped or changed, for the user to know.
+    """
+
+    model: str
+    fingerprint: str
+    cluster: str
+    mesh: Mesh
+    inputs: Mapping[str, str]
+    layouts: Mapping[str, Layout]
+    placements: Mapping[str, Placement]
+    batch_axes: tuple[str, ...]
+    seconds: Seconds
+    memory: Memory
+    traffic: tuple[Traffic, ...]
+    groups: tuple[Group, ...]
+    proof: Proof
+    unruled: tuple[Unruled, ...]
+    notes: tuple[str, ...]
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(to_json(self) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read a plan. Raises PlanError when the file isn't a whole plan of this version."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path}: can't be read as text ({error})") from error
+        try:
+            return from_json(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
+
+    def summary(self) -> str:
+        """A few lines: the mesh, what each axis does, predicted time and memory, and the proof."""
+        from autopar.report import summarize  # the report reads plans; a method here is what users look for
+
+        return summarize(self)
+
+
+def to_json(plan: Plan) -> str:
+    """The plan's JSON text."""
+    data = asdict(plan)
+    data["mesh"] = {"names": list(plan.mesh.names), "sizes": list(plan.mesh.sizes)}
+    data["layouts"] = {name: format_layout(layout) for name, layout in plan.layouts.items()}
+    data["placements"] = {name: format_placement(placement) for name, placement in plan.placements.items()}
+    return json.dumps({"format": FORMAT, "version": VERSION, "plan": data}, indent=1)
+
+
+def from_json(text: str) -> Plan:
+    """The plan that `text` holds. Raises PlanError naming what is wrong."""
+    try:
+        document = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise PlanError(f"not whole JSON: {error}; was the file cut off? Make the plan again with `autopar plan`") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise PlanError(f"not an autopar plan: the top level must be an object with format {FORMAT!r}")
+    if document.get("version") != VERSION:
+        raise PlanError(
+            f"plan version {document.get('version')!r}, this autopar reads version {VERSION}; make the plan again with `autopar plan`"
+        )
+    data = document.get("plan")
+    try:
+        plan = _read(Plan, data, "plan")
+    except ValueError as error:
+        raise PlanError(str(error)) from error
+    assert isinstance(plan, Plan)
+    for name, layout in plan.layouts.items():
+        _check_axes(name, len(layout), plan.mesh)
+    for name, placement in plan.placements.items():
+        _check_axes(name, len(placement), plan.mesh)
+    return plan
+
+
+def _check_axes(name: str, found: int, mesh: Mesh) -> None:
+    if found != len(mesh.names):
+        raise PlanError(f"{name!r} has {found} axes, the mesh has {len(mesh.names)} ({mesh})")
+
+
+_READERS: Mapping[str, Any] = {
+    "Mapping[str, Layout]": (dict, parse_layout),
+    "Mapping[str, Placement]": (dict, parse_placement),
+    "Mapping[str, str]": (dict, None),
+}
+_NESTED: Mapping[str, type] = {
+    "Seconds": Seconds,
+    "Memory": Memory,
+    "Proof": Proof,
+    "Traffic": Traffic,
+    "Group": Group,
+    "Candidate": Candidate,
+    "Unruled": Unruled,
+}
+_PLAIN: Mapping[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+    "int | None": (int, type(None)),
+}
+
+
+def _read(cls: type, data: Any, where: str) -> Any:
+    """Build dataclass `cls` from JSON data by the text of its field types; ValueError names the offending field."""
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: an object is needed, not {type(data).__name__}")
+    known = {field.name: str(field.type) for field in fields(cls)}
+    wrong = sorted(set(known) ^ set(data))
+    if wrong:
+        raise ValueError(f"{where}: fields missing or unknown: {', '.join(wrong)}")
+    return cls(**{name: _read_field(kind, data[name], f"{where}.{name}") for name, kind in known.items()})
+
+
+def _read_field(kind: str, value: Any, where: str) -> Any:
+    if kind in _PLAIN:
+        # bool is an int in Python, but no field of a plan is a truth value.
+        if isinstance(value, bool) or not isinstance(value, _PLAIN[kind]):
+            raise ValueError(f"{where}: {kind} is needed, not {type(value).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{where}: a finite number is needed, not {value}")
+        return value
+    if kind == "Mesh":
+        return _read_mesh(value, where)
+    if kind in _NESTED:
+        return _read(_NESTED[kind], value, where)
+    if kind.startswith("tuple["):
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: a list is needed, not {type(value).__name__}")
+        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
+        return tuple(_read_field(inner, item, f"{where}[{index}]") for index, item in enumerate(value))
+    _, reader = _READERS[kind]
+    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
+        raise ValueError(f"{where}: an object of texts is needed")
+    try:
+        return {key: reader(item) if reader else item for key, item in value.items()}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _read_mesh(value: Any, where: str) -> Mesh:
+    if (
+        not isinstance(value, dict)
+        or set(value) != {"names", "sizes"}
+        or not all(isinstance(item, list) for item in value.values())
+        or not all(isinstance(name, str) for name in value["names"])
+        or not all(type(size) is int and size >= 1 for size in value["sizes"])
+    ):
+        raise ValueError(f"{where}: an object with lists names (texts) and sizes (integers from 1) is needed")
+    return Mesh(tuple(value["names"]), tuple(value["sizes"]))
