@@ -1,0 +1,282 @@
+"""The command line's MODEL argument -> a model and example inputs.
+
+Comes in: ``hf:CONFIG`` (a transformers ``config.json`` or a folder that holds one; weights are never needed),
+``package.module:function`` or ``file.py:function``. Goes out: a `LoadedModel` for ``capture``. Every spec that can't be
+used ends in an `InputError` that says what was found and what to write instead.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autopar.errors import InputError
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+# Batch and sequence of ``hf:`` models when the user names none: enough to plan with, and within every context window.
+DEFAULT_BATCH = 8
+DEFAULT_SEQ = 2048
+# For vision configurations without an image size, which accept any: ImageNet's.
+DEFAULT_IMAGE_SIZE = 224
+
+_FORMS = "write hf:PATH (a transformers config.json or its folder), package.module:function or file.py:function"
+
+# How a class name in a configuration's `architectures` ends -> the transformers class that builds it, and its inputs.
+_CAUSAL, _MASKED, _SEQ2SEQ, _IMAGE = (
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageClassification",
+)
+_BUILDERS: Mapping[str, str] = {
+    "ForCausalLM": _CAUSAL,
+    "LMHeadModel": _CAUSAL,
+    "ForMaskedLM": _MASKED,
+    "ForConditionalGeneration": _SEQ2SEQ,
+    "ForImageClassification": _IMAGE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model and what to call it with; a dict of inputs is keyword arguments, a tuple positional ones."""
+
+    name: str
+    model: nn.Module
+    example_inputs: tuple[Any, ...] | dict[str, Any]
+
+
+def load_model(
+    spec: str, *, batch: int | None = None, seq: int | None = None, dtype: str | None = None, device: str = "meta"
+) -> LoadedModel:
+    """Resolve `spec` to a model and example inputs.
+
+    Args:
+        spec: ``hf:PATH``, ``package.module:function`` or ``file.py:function``. The function returns
+            ``(model, example_inputs)``; it is given `batch`, `seq` and `dtype` by keyword where the caller set them.
+        batch: samples in the global batch; `DEFAULT_BATCH` for ``hf:`` where not given.
+        seq: tokens in a sequence; for ``hf:`` the context window, at most `DEFAULT_SEQ`, where not given.
+        dtype: torch's name of the parameters' type; for ``hf:`` the configuration's where not given.
+        device: where an ``hf:`` model and its inputs are made: ``"meta"`` takes no memory, ``"cpu"`` draws random weights
+            and tokens from torch's generator. A function decides for itself.
+
+    Returns:
+        The model in training mode. Language models get ``input_ids`` and ``labels`` ``(batch, seq)`` int64, image
+        classifiers ``pixel_values`` ``(batch, channels, height, width)`` and ``labels`` ``(batch,)``.
+
+    Raises:
+        InputError: `spec` names nothing usable, or a size or type can't be applied to it.
+    """
+    for word, size in (("batch", batch), ("seq", seq)):
+        if size is not None and size < 1:
+            raise InputError(f"{word}={size}: must be at least 1")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} isn't known: use one of {', '.join(DTYPES)}")
+    if spec.startswith("hf:"):
+        return _load_config(Path(spec[3:]), batch=batch, seq=seq, dtype=dtype, device=device)
+    target, colon, function = spec.rpartition(":")
+    if not (colon and target and function):
+        hint = f"; did you mean hf:{spec}?" if Path(spec).exists() and not spec.endswith(".py") else ""
+        raise InputError(f"model {spec!r} isn't understood: {_FORMS}{hint}")
+    return _call_function(target, function, {"batch": batch, "seq": seq, "dtype": dtype})
+
+
+def _load_config(path: Path, *, batch: int | None, seq: int | None, dtype: str | None, device: str) -> LoadedModel:
+    file = path / "config.json" if path.is_dir() else path
+    data = _read_config(file)
+    try:
+        import transformers
+        from transformers import CONFIG_MAPPING
+    except ImportError as error:
+        raise InputError(f"hf:{path} needs the transformers package: pip install 'autopar[transformers]'") from error
+    kind = data.get("model_type")
+    if kind is None:
+        raise InputError(f'{file} has no "model_type": it isn\'t a transformers configuration of a model')
+    if kind not in CONFIG_MAPPING:
+        raise InputError(
+            f"{file}: transformers {transformers.__version__} knows no model_type {kind!r}; upgrade transformers, or load the "
+            "model in a function of your own and give file.py:function"
+        )
+    try:
+        config = CONFIG_MAPPING[kind].from_dict({**data, "use_cache": False} if "use_cache" in data else data)
+    except Exception as error:
+        raise InputError(f"{file} isn't a valid {kind!r} configuration: {error}") from error
+    builder = _choose_builder(file, data.get("architectures"))
+    chosen = DTYPES[dtype] if dtype is not None else getattr(config, "dtype", None) or torch.float32
+    inputs = (
+        _make_images(config, batch or DEFAULT_BATCH, chosen, device)
+        if builder == _IMAGE
+        else _make_tokens(file, config, batch or DEFAULT_BATCH, seq, device)
+    )
+    if builder == _IMAGE and seq is not None:
+        raise InputError(f"seq={seq}: {file} is an image classifier, which has no sequence length; leave it out")
+    try:
+        with torch.device(device):
+            model = getattr(transformers, builder).from_config(config, dtype=chosen, trust_remote_code=False)
+    except Exception as error:
+        raise InputError(f"{file}: transformers can't build this model: {error}") from error
+    name = file.parent.resolve().name if file.name == "config.json" else file.stem
+    return LoadedModel(name, model.train(), inputs)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """Read a configuration file as a JSON object."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{file} doesn't exist: hf: takes a config.json or a folder that holds one") from error
+    except OSError as error:
+        raise InputError(f"{file} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{file} isn't JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{file} holds a JSON {type(data).__name__}, not an object: it isn't a transformers configuration")
+    return data
+
+
+def _choose_builder(file: Path, architectures: object) -> str:
+    """Name the transformers class for the first of a configuration's `architectures`; none at all means a causal model."""
+    if not architectures:
+        return _CAUSAL
+    name = architectures[0] if isinstance(architectures, list) else architectures
+    for ending, builder in _BUILDERS.items():
+        if str(name).endswith(ending):
+            return builder
+    raise InputError(
+        f'{file}: "architectures" names {name!r}; known are names that end in {", ".join(_BUILDERS)}. '
+        "Load the model in a function of your own and give file.py:function"
+    )
+
+
+def _make_tokens(file: Path, config: Any, batch: int, seq: int | None, device: str) -> dict[str, Tensor]:
+    """Make ``input_ids`` and ``labels`` ``(batch, seq)`` of random tokens."""
+    window = getattr(config, "max_position_embeddings", None)
+    seq = seq or min(window or DEFAULT_SEQ, DEFAULT_SEQ)
+    # Rotary positions go on past the window; a learned table has no row for them, which meta tensors wouldn't notice.
+    if window and seq > window and not getattr(config, "rope_parameters", None):
+        raise InputError(f"seq={seq}: {file} has {window} learned positions; use a shorter sequence")
+    vocabulary = config.get_text_config().vocab_size
+    ids, labels = (torch.randint(vocabulary, (batch, seq), device=device) for _ in range(2))
+    return {"input_ids": ids, "labels": labels}
+
+
+def _make_images(config: Any, batch: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    """Make random ``pixel_values`` ``(batch, channels, height, width)`` and class ``labels`` ``(batch,)``."""
+    size = getattr(config, "image_size", None) or DEFAULT_IMAGE_SIZE
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.randn(batch, getattr(config, "num_channels", 3), height, width, dtype=dtype, device=device)
+    return {"pixel_values": pixels, "labels": torch.randint(config.num_labels, (batch,), device=device)}
+
+
+def _call_function(target: str, function: str, options: Mapping[str, int | str | None]) -> LoadedModel:
+    """Import `target`, call its `function` with the options that are set, and check what it returns."""
+    spec = f"{target}:{function}"
+    if target.endswith(".py") and not Path(target).is_file():
+        raise InputError(f"{target} doesn't exist: {_FORMS}")
+    folder = Path(target).resolve().parent if target.endswith(".py") else Path.cwd()
+    with _importable(folder):
+        try:
+            module = _import_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
+        except (Exception, SystemExit) as error:
+            if isinstance(error, ModuleNotFoundError) and error.name and f"{target}.".startswith(f"{error.name}."):
+                raise InputError(f"there is no module {error.name!r} in {folder} or on Python's path: {_FORMS}") from error
+            raise InputError(f"importing {target} failed at {_describe(error)}") from error
+        build = getattr(module, function, None)
+        if not callable(build):
+            known = sorted(name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_")
+            has = f"it has {', '.join(known)}" if known else "it has no functions"
+            raise InputError(f"{target} has no function {function!r}: {has}")
+        given = _select_options(spec, build, {word: value for word, value in options.items() if value is not None})
+        try:
+            result = build(**given)
+        except (Exception, SystemExit) as error:
+            raise InputError(f"{spec} failed at {_describe(error)}") from error
+    return _check_result(spec, result)
+
+
+@contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Let imports find `folder`'s modules, as ``python file.py`` would."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        with suppress(ValueError):  # the imported code may have taken it out itself
+            sys.path.remove(str(folder))
+
+
+def _import_file(path: Path) -> ModuleType:
+    # Not the bare stem: a file called types.py must not take the place of the standard library's module.
+    name = f"autopar_model_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} isn't a Python file")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name while the file runs.
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _select_options(spec: str, build: Callable[..., object], given: dict[str, int | str]) -> dict[str, int | str]:
+    """Return `given` if `build` takes every option and needs no other; an option is never dropped in silence."""
+    parameters = inspect.signature(build).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    named = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    unused = [word for word in given if not takes_any and word not in named]
+    if unused:
+        raise InputError(
+            f"{spec} takes no argument {', '.join(unused)}: leave the option out, or give the function a parameter of that name"
+        )
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    missing = [p.name for p in parameters if p.default is p.empty and p.kind not in variadic and p.name not in given]
+    if missing:
+        raise InputError(f"{spec} needs a value for {', '.join(missing)}: give its parameters defaults, or the option's value")
+    return given
+
+
+def _check_result(spec: str, result: object) -> LoadedModel:
+    """Check that a function returned ``(model, example_inputs)``."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        found = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+        raise InputError(f"{spec} returned {found}: it must return (model, example_inputs)")
+    model, inputs = result
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec} returned {type(model).__name__} as the model: it must be a torch.nn.Module")
+    if not isinstance(inputs, tuple | dict) or (isinstance(inputs, dict) and not all(isinstance(key, str) for key in inputs)):
+        raise InputError(
+            f"{spec} returned {type(inputs).__name__} as example inputs: give a dict of keyword arguments or a tuple of "
+            "positional ones, such as (x,)"
+        )
+    return LoadedModel(spec, model, inputs)
+
+
+def _describe(error: BaseException) -> str:
+    """Describe an exception of the user's code with the last line of theirs that ran."""
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if "site-packages" not in f.filename and "importlib" not in f.filename and f.filename != __file__]
+    frame = (theirs or frames)[-1]
+    return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
