@@ -12,15 +12,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar, final
+from typing import Literal, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from autopar import torch_compat
 from autopar.errors import CommError
-
-T = TypeVar("T")
 
 Reduction = Literal["sum", "max"]
 """How `Axis.all_reduce` combines the ranks' tensors."""
@@ -44,16 +43,28 @@ class Axis(ABC):
         """Combine all ranks' `x` elementwise; `x` itself is left as it is."""
 
     @abstractmethod
+    def gather_stack(self, x: Tensor) -> Tensor:
+        """Every rank's `x` in rank order along a new first dim: (size, *x.shape), contiguous; all have one shape."""
+
+    @abstractmethod
+    def reduce_stack(self, parts: Tensor) -> Tensor:
+        """Sum over the ranks of their ``parts[index]``; `parts` is (size, *shape), the result is of `shape`."""
+
+    @abstractmethod
+    def exchange_stack(self, parts: Tensor) -> Tensor:
+        """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order, of the same shape (size, *shape)."""
+
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's `x`, in rank order; all have the same shape."""
+        return list(self.gather_stack(x).unbind())
 
-    @abstractmethod
     def reduce_scatter(self, parts: Sequence[Tensor]) -> Tensor:
         """Sum over the ranks of their ``parts[index]``; `parts` has one tensor per rank, all of one shape."""
+        return self.reduce_stack(torch.stack(list(parts)))
 
-    @abstractmethod
     def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order. All parts have one shape."""
+        return list(self.exchange_stack(torch.stack(list(parts))).unbind())
 
 
 @final
@@ -68,40 +79,34 @@ class GroupAxis(Axis):
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
         """Combine all ranks' `x` elementwise; `x` itself is left as it is."""
-        if self.size == 1:
-            return x.clone()
         # Gloo reduces no bool: a sum or a maximum of flags is whether any rank has one.
-        work = x.to(torch.uint8) if x.dtype is torch.bool else x.clone(memory_format=torch.contiguous_format)
-        flags_or_max = op == "max" or x.dtype is torch.bool
-        dist.all_reduce(work, dist.ReduceOp.MAX if flags_or_max else dist.ReduceOp.SUM, group=self.group)
+        flags = x.dtype is torch.bool
+        work = x.to(torch.uint8) if flags else x.detach().clone(memory_format=torch.contiguous_format)
+        if self.size > 1:
+            reduction = dist.ReduceOp.MAX if op == "max" or flags else dist.ReduceOp.SUM
+            dist.all_reduce(work, reduction, group=self.group)
         return work.to(x.dtype)
 
-    def all_gather(self, x: Tensor) -> list[Tensor]:
-        """Every rank's `x`, in rank order; all have the same shape."""
-        if self.size == 1:
-            return [x.clone()]
-        sent = _as_bytes(x.contiguous())
+    def gather_stack(self, x: Tensor) -> Tensor:
+        """Every rank's `x` in rank order along a new first dim: (size, *x.shape), contiguous; all have one shape."""
+        sent = _as_bytes(x.detach().contiguous())
         received = sent.new_empty((self.size, *sent.shape))
-        dist.all_gather_into_tensor(received.flatten(), sent.flatten(), group=self.group)
-        return [_from_bytes(part, x) for part in received.unbind()]
+        torch_compat.all_gather_single(received.view(-1), sent.view(-1), group=self.group)
+        return _from_bytes(received, x.dtype)
 
-    def reduce_scatter(self, parts: Sequence[Tensor]) -> Tensor:
-        """Sum over the ranks of their ``parts[index]``; `parts` has one tensor per rank, all of one shape."""
-        if self.size == 1:
-            return parts[0].clone()
-        sent = torch.stack(list(parts))
-        received = torch.empty_like(sent[0])
-        dist.reduce_scatter_tensor(received.flatten(), sent.flatten(), group=self.group)
+    def reduce_stack(self, parts: Tensor) -> Tensor:
+        """Sum over the ranks of their ``parts[index]``; `parts` is (size, *shape), the result is of `shape`."""
+        sent = parts.detach().contiguous()
+        received = sent.new_empty(sent.shape[1:])
+        torch_compat.reduce_scatter_single(received.view(-1), sent.view(-1), group=self.group)
         return received
 
-    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order. All parts have one shape."""
-        if self.size == 1:
-            return [parts[0].clone()]
-        sent = _as_bytes(torch.stack(list(parts)))
+    def exchange_stack(self, parts: Tensor) -> Tensor:
+        """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order, of the same shape (size, *shape)."""
+        sent = _as_bytes(parts.detach().contiguous())
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
-        return [_from_bytes(part, parts[0]) for part in received.unbind()]
+        torch_compat.all_to_all_single(received, sent, group=self.group)
+        return _from_bytes(received, parts.dtype)
 
 
 # Element types that move between ranks but that gloo doesn't know, as bytes of the same width.
@@ -112,8 +117,11 @@ def _as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype in _MOVED_AS_BYTES else x
 
 
-def _from_bytes(x: Tensor, like: Tensor) -> Tensor:
-    return x.view(like.dtype) if like.dtype in _MOVED_AS_BYTES else x
+def _from_bytes(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.view(dtype) if dtype in _MOVED_AS_BYTES else x
+
+
+_EMPTY = ("", torch.empty(0))
 
 
 @final
@@ -122,14 +130,14 @@ class Exchange:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._slots: list[tuple[str, Any]] = [("", None)] * size
+        self._slots: list[tuple[str, Tensor]] = [_EMPTY] * size
         # threading.Barrier can't be closed safely: its abort also fails threads that were let through but haven't woken yet.
         self._changed = threading.Condition()
         self._arrived = 0
         self._rounds = 0
         self._closed = False
 
-    def meet(self, index: int, label: str, value: object, read: Callable[[list[Any]], T]) -> T:
+    def meet(self, index: int, label: str, value: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Tensor:
         """Leave `value`, wait for all ranks, and return ``read(values)``; no rank goes on before all have read.
 
         Raises CommError when another rank runs a collective with another label, has failed, or has ended.
@@ -141,7 +149,7 @@ class Exchange:
             raise CommError(f"ranks of one axis run different collectives at the same time: {', '.join(sorted(labels))}")
         result = read([slot[1] for slot in self._slots])
         self._wait(label)
-        self._slots[index] = ("", None)
+        self._slots[index] = _EMPTY
         return result
 
     def close(self) -> None:
@@ -176,28 +184,27 @@ class ThreadAxis(Axis):
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
         """Combine all ranks' `x` elementwise; `x` itself is left as it is."""
-        return self._meet(f"all_reduce({op})", [x], lambda ranks: _combine([parts[0] for parts in ranks], op))
+        return self._meet(f"all_reduce({op})", x, lambda ranks: _combine(ranks, op))
 
-    def all_gather(self, x: Tensor) -> list[Tensor]:
-        """Every rank's `x`, in rank order; all have the same shape."""
-        return self._meet("all_gather", [x], lambda ranks: [parts[0].clone() for parts in ranks])
+    def gather_stack(self, x: Tensor) -> Tensor:
+        """Every rank's `x` in rank order along a new first dim: (size, *x.shape), contiguous; all have one shape."""
+        return self._meet("all_gather", x, torch.stack)
 
-    def reduce_scatter(self, parts: Sequence[Tensor]) -> Tensor:
-        """Sum over the ranks of their ``parts[index]``; `parts` has one tensor per rank, all of one shape."""
-        return self._meet("reduce_scatter", parts, lambda ranks: _combine([parts[self.index] for parts in ranks], "sum"))
+    def reduce_stack(self, parts: Tensor) -> Tensor:
+        """Sum over the ranks of their ``parts[index]``; `parts` is (size, *shape), the result is of `shape`."""
+        return self._meet("reduce_scatter", parts, lambda ranks: _combine([each[self.index] for each in ranks], "sum"))
 
-    def all_to_all(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order. All parts have one shape."""
-        return self._meet("all_to_all", parts, lambda ranks: [parts[self.index].clone() for parts in ranks])
+    def exchange_stack(self, parts: Tensor) -> Tensor:
+        """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order, of the same shape (size, *shape)."""
+        return self._meet("all_to_all", parts, lambda ranks: torch.stack([each[self.index] for each in ranks]))
 
-    def _meet(self, label: str, parts: Sequence[Tensor], read: Callable[[list[Any]], T]) -> T:
-        sizes = "x".join(map(str, parts[0].shape))
-        tensors = [part.detach() for part in parts]
-        return self.exchange.meet(self.index, f"{label} of {parts[0].dtype}[{sizes}] on {self.name!r}", tensors, read)
+    def _meet(self, label: str, x: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Tensor:
+        sizes = "x".join(map(str, x.shape))
+        return self.exchange.meet(self.index, f"{label} of {x.dtype}[{sizes}] on {self.name!r}", x.detach(), read)
 
 
 def _combine(tensors: Sequence[Tensor], op: Reduction) -> Tensor:
-    total = tensors[0].clone()
+    total = tensors[0].clone(memory_format=torch.contiguous_format)
     for tensor in tensors[1:]:
         if total.dtype is torch.bool:
             total.logical_or_(tensor)

@@ -1,0 +1,38 @@
+"""The only place that touches private parts of torch, or parts whose names differ between its versions 2.11 to 2.13."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# torch 2.13 renames the flat collectives and warns about the old names, which are all that 2.11 has.
+all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_to_all_single: Callable[..., Any] = dist.all_to_all_single
+
+
+class StorageRef:
+    """Recognises the storage of a tensor without keeping it alive; `key` isn't used again while this object lives."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._ref = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
+        self.key = self.key_of(x)
+
+    @staticmethod
+    def key_of(x: Tensor) -> int:
+        """What two tensors on one storage have in common."""
+        return int(x.untyped_storage()._cdata)
+
+    def expired(self) -> bool:
+        """Whether no tensor uses the storage any more."""
+        return bool(self._ref.expired())  # type: ignore[no-untyped-call]
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call `callback` when the backward that runs now has ended; only to be called from within a backward."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
