@@ -35,7 +35,9 @@ class PlanError(AutoparError, ValueError):
 
 
 class InfeasibleError(AutoparError):
-    """No plan satisfies the constraints."""
+    """No plan satisfies the constraints; `needed` is the bytes that the leanest plan needs, 0 when memory isn't the reason."""
+
+    needed: int = 0
 
 
 class SolverError(AutoparError):

@@ -1,0 +1,288 @@
+r"""Problem -> the cheapest choice of an option per node, with a proof. The only user of OR-Tools.
+
+Data: nodes :math:`v` with options :math:`i`, cost :math:`c_{v,i}` and bytes :math:`m_{v,i}`; arcs :math:`(u, v)` whose
+options meet at a cost. Options that meet everything alike on an arc form one class, so that an arc between ops has a flow per
+pair of *layouts*, not per pair of placements.
+
+Variables: :math:`x_{v,i} \in [0, 1]`, option :math:`i` is taken at :math:`v`; :math:`f_{u,v,a,b} \ge 0`, class :math:`a` of
+:math:`u` meets class :math:`b` of :math:`v`.
+
+.. math:: \min \sum c_{v,i}\, x_{v,i} + \sum c_{u,v,a,b}\, f_{u,v,a,b}
+
+(1) every node takes one option:            :math:`\sum_i x_{v,i} = 1`
+(2) what leaves a class is what it takes:   :math:`\sum_b f_{u,v,a,b} = \sum_{i \in a} x_{u,i}`
+(3) what enters a class is what it takes:   :math:`\sum_a f_{u,v,a,b} = \sum_{j \in b} x_{v,j}`
+(4) one device's bytes:                     :math:`\sum m_{v,i}\, x_{v,i} + \sum m_{u,v,a,b}\, f_{u,v,a,b} \le M`
+
+All costs are integer nanoseconds. The LP is solved first; an integral answer is the optimum. Else the same model is solved with integer
+:math:`x`. Memory: (4) is left out while the optimum fits without it. Otherwise a price per byte is searched at which the answer fits;
+the Lagrangian :math:`\min (c + \lambda m) - \lambda M` of every price tried is a lower bound, and (4) is then put into the
+model to take up what room is left.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from ortools.math_opt import model_pb2
+from ortools.math_opt.python import mathopt
+
+from autopar.eliminate import Core, Costs, eliminate
+from autopar.errors import InfeasibleError, SolverError
+from autopar.problem import FORBIDDEN, Problem, Table
+
+# Prices of memory are bisected until they agree to this factor; the gap that is left is reported.
+PRICE_STEPS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """The chosen options, by node key, and what is known about them.
+
+    Attributes:
+        choice: node key -> index of its option.
+        cost_ns, nbytes: of the choice; `bound_ns`: no choice within the memory costs less.
+        status, method: how the solver ended, and whether the LP was integral.
+        variables, constraints: of the largest model that was solved.
+    """
+
+    choice: Mapping[str, int]
+    cost_ns: int
+    nbytes: int
+    bound_ns: int
+    status: str
+    method: str
+    variables: int
+    constraints: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    choice: dict[int, int]
+    weight_bound: float
+    method: str
+    variables: int
+    constraints: int
+
+
+def solve(problem: Problem, budget: int, *, time_limit: float = 60.0) -> Solution:
+    """The cheapest choice that needs at most `budget` bytes.
+
+    Raises InfeasibleError when none does, with the bytes that the leanest choice needs in its ``needed`` attribute.
+    """
+    start = time.perf_counter()
+    answer = _solve_at(problem, 0.0, time_limit)
+    cost, nbytes = evaluate(problem, answer.choice)
+    bound = answer.weight_bound
+    if nbytes > budget:
+        answer, bound = _fit(problem, budget, cost, time_limit)
+        cost, nbytes = evaluate(problem, answer.choice)
+    return Solution(
+        choice={problem.nodes[i].key: option for i, option in answer.choice.items()},
+        cost_ns=cost,
+        nbytes=nbytes,
+        bound_ns=min(cost, round(bound)),
+        status="optimal" if cost <= bound + 1 else "feasible",
+        method=answer.method,
+        variables=answer.variables,
+        constraints=answer.constraints,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def evaluate(problem: Problem, choice: Mapping[int, int]) -> tuple[int, int]:
+    """(nanoseconds, bytes) of a choice, from the tables alone."""
+    cost, nbytes = problem.fixed_ns, problem.fixed_bytes
+    for i, node in enumerate(problem.nodes):
+        cost += int(node.cost[choice[i]])
+        nbytes += int(node.nbytes[choice[i]])
+    for arc in problem.arcs:
+        cost += int(arc.cost[choice[arc.a], choice[arc.b]])
+        nbytes += int(arc.nbytes[choice[arc.a], choice[arc.b]])
+    return cost, nbytes
+
+
+def _fit(problem: Problem, budget: int, free_cost: int, time_limit: float) -> tuple[_Answer, float]:
+    """The best answer found within `budget`, and a lower bound on the cost of any."""
+    bound = float(free_cost)
+    best: _Answer | None = None
+    best_cost = 0
+    low, high = 0.0, max(1, free_cost) / budget
+    leanest = 0
+
+    def attempt(price: float) -> bool:
+        nonlocal bound, best, best_cost, leanest
+        answer = _solve_at(problem, price, time_limit)
+        cost, nbytes = evaluate(problem, answer.choice)
+        leanest = nbytes
+        bound = max(bound, answer.weight_bound - price * budget)
+        if nbytes <= budget and (best is None or cost < best_cost):
+            best, best_cost = answer, cost
+        return nbytes <= budget
+
+    for _ in range(10):
+        if attempt(high):
+            break
+        low, high = high, high * 8
+    else:
+        error = InfeasibleError(f"the leanest choice needs {leanest} bytes, {budget} are there")
+        error.needed = leanest
+        raise error
+    for _ in range(PRICE_STEPS):
+        middle = (low * high) ** 0.5 if low else high / 4
+        if attempt(middle):
+            high = middle
+        else:
+            low = middle
+    assert best is not None
+    core = eliminate(problem.nodes, problem.arcs, high)
+    tight = _solve_core(core, budget - problem.fixed_bytes, time_limit)
+    if tight is not None and evaluate(problem, tight.choice)[0] < best_cost:
+        best = tight
+    return best, bound
+
+
+def _solve_at(problem: Problem, price: float, time_limit: float) -> _Answer:
+    answer = _solve_core(eliminate(problem.nodes, problem.arcs, price), None, time_limit)
+    assert answer is not None
+    return answer
+
+
+class _Rows:
+    """A linear model under construction, as the flat lists that MathOpt's wire format holds."""
+
+    def __init__(self) -> None:
+        self.objective: list[Table] = []
+        self.size = 0
+        self.rows: list[Table] = []
+        self.columns: list[Table] = []
+        self.coefficients: list[Table] = []
+        self.lower: list[float] = []
+        self.upper: list[float] = []
+
+    def add_variables(self, costs: Table) -> Table:
+        ids = np.arange(self.size, self.size + costs.size)
+        self.objective.append(costs.ravel())
+        self.size += costs.size
+        return ids
+
+    def add_row(self, plus: Table, minus: Table, value: float) -> None:
+        self.rows.append(np.full(len(plus) + len(minus), len(self.lower)))
+        self.columns.append(np.concatenate([plus, minus]))
+        self.coefficients.append(np.concatenate([np.ones(len(plus)), -np.ones(len(minus))]))
+        self.lower.append(value)
+        self.upper.append(value)
+
+    def add_limit(self, columns: Table, coefficients: Table, limit: float) -> None:
+        self.rows.append(np.full(len(columns), len(self.lower)))
+        self.columns.append(columns)
+        self.coefficients.append(coefficients)
+        self.lower.append(-np.inf)
+        self.upper.append(limit)
+
+    def model(self, integers: int) -> mathopt.Model:
+        """The MathOpt model whose first `integers` variables are integer."""
+        proto = model_pb2.ModelProto()
+        proto.variables.ids.extend(range(self.size))
+        proto.variables.lower_bounds.extend([0.0] * self.size)
+        proto.variables.upper_bounds.extend([1.0] * self.size)
+        proto.variables.integers.extend([True] * integers + [False] * (self.size - integers))
+        proto.objective.maximize = False
+        costs = np.concatenate(self.objective)
+        paid = np.flatnonzero(costs)
+        proto.objective.linear_coefficients.ids.extend(paid.tolist())
+        proto.objective.linear_coefficients.values.extend(costs[paid].astype(float).tolist())
+        proto.linear_constraints.ids.extend(range(len(self.lower)))
+        proto.linear_constraints.lower_bounds.extend(self.lower)
+        proto.linear_constraints.upper_bounds.extend(self.upper)
+        rows, columns = np.concatenate(self.rows), np.concatenate(self.columns)
+        order = np.lexsort((columns, rows))
+        proto.linear_constraint_matrix.row_ids.extend(rows[order].tolist())
+        proto.linear_constraint_matrix.column_ids.extend(columns[order].tolist())
+        proto.linear_constraint_matrix.coefficients.extend(np.concatenate(self.coefficients)[order].tolist())
+        return mathopt.Model.from_model_proto(proto)
+
+
+def _solve_core(core: Core, budget: int | None, time_limit: float) -> _Answer | None:
+    """Solve the core; with a `budget`, minimise nanoseconds under (4), else the weights without it."""
+    rows = _Rows()
+    taken: dict[int, Table] = {}
+    used: list[tuple[Table, Table]] = []
+    for node, costs in core.nodes.items():
+        taken[node] = _add_node(rows, costs, budget is not None)
+        used.append((taken[node], costs.nbytes))
+    integers = rows.size
+    for (a, b), costs in core.arcs.items():
+        used.append(_add_arc(rows, costs, taken[a], taken[b], budget is not None))
+    if budget is not None:
+        columns = np.concatenate([ids for ids, _ in used])
+        rows.add_limit(columns, np.concatenate([nbytes for _, nbytes in used]).astype(float), float(budget))
+    values, bound, method = _run(rows, integers, time_limit, required=budget is None)
+    if values is None:
+        return None
+    choice = {node: int(np.argmax(values[ids])) for node, ids in taken.items()}
+    return _Answer(core.complete(choice), bound, method, rows.size, len(rows.lower))
+
+
+def _add_node(rows: _Rows, costs: Costs, by_time: bool) -> Table:
+    """(1)"""
+    ids = rows.add_variables(np.minimum(costs.cost if by_time else costs.weight, FORBIDDEN))
+    rows.add_row(ids, np.array([], dtype=np.int64), 1.0)
+    return ids
+
+
+def _add_arc(rows: _Rows, costs: Costs, from_ids: Table, to_ids: Table, by_time: bool) -> tuple[Table, Table]:
+    """(2) and (3), over classes of options that meet the other end alike; returns the flows and their bytes."""
+    stacked = np.stack([costs.weight, costs.cost, costs.nbytes], axis=-1)
+    row_first, row_class = _classes(stacked.reshape(len(from_ids), -1))
+    column_first, column_class = _classes(stacked.transpose(1, 0, 2).reshape(len(to_ids), -1))
+    small = np.ix_(row_first, column_first)
+    weight = costs.weight[small]
+    open_pairs = weight < FORBIDDEN
+    objective = (costs.cost if by_time else costs.weight)[small][open_pairs]
+    flows = np.full(weight.shape, -1, dtype=np.int64)
+    flows[open_pairs] = rows.add_variables(objective)
+    for a in range(len(row_first)):
+        rows.add_row(flows[a][open_pairs[a]], from_ids[row_class == a], 0.0)
+    for b in range(len(column_first)):
+        rows.add_row(flows[:, b][open_pairs[:, b]], to_ids[column_class == b], 0.0)
+    return flows[open_pairs], costs.nbytes[small][open_pairs]
+
+
+def _classes(lines: Table) -> tuple[Table, Table]:
+    """(first line of each class of equal lines, class of each line)."""
+    _, first, classes = np.unique(lines, axis=0, return_index=True, return_inverse=True)
+    return first, classes.reshape(-1)
+
+
+def _run(rows: _Rows, integers: int, time_limit: float, *, required: bool) -> tuple[Table | None, float, str]:
+    """(values, lower bound, method); no values when the model is infeasible and that is no surprise."""
+    import datetime
+
+    limit = mathopt.SolveParameters(time_limit=datetime.timedelta(seconds=time_limit))
+    result = mathopt.solve(rows.model(0), mathopt.SolverType.HIGHS, params=limit)
+    method = "LP, integral"
+    values = _values(result)
+    if values is not None and np.abs(values[:integers] - np.rint(values[:integers])).max() > 1e-6:
+        method = "MIP"
+        bound = result.best_objective_bound()
+        result = mathopt.solve(rows.model(integers), mathopt.SolverType.HIGHS, params=limit)
+        values = _values(result)
+        if values is not None:
+            return values, max(bound, result.best_objective_bound()), method
+    if values is None:
+        if not required and result.termination.reason is mathopt.TerminationReason.INFEASIBLE:
+            return None, 0.0, method
+        raise SolverError(f"the solver ended with {result.termination}")
+    return values, result.best_objective_bound(), method
+
+
+def _values(result: mathopt.SolveResult) -> Table | None:
+    if not result.has_primal_feasible_solution():
+        return None
+    values = result.variable_values()
+    return np.array([value for _, value in sorted(values.items(), key=lambda item: item[0].id)])
