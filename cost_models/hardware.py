@@ -227,9 +227,9 @@ class Cluster:
 
         A group within one node talks over `intra`. One that reaches over nodes is bound by the network: every device has its
         own network card there, and a communication library lays one ring per card, so that g ranks per node cross the border
-        over g cards (`ring_ports`; never faster than `intra`). The cards of the node's other ranks belong to other groups of the same
-        axis, which talk at the same time. The ring's latency is the mean of its hops: one between nodes per g - 1 inside. Where
-        groups lie differently, the slowest counts.
+        over g cards (`ring_ports`; never faster than `intra`). The cards of the node's other ranks belong to other groups of
+        the same axis, which talk at the same time. The ring's latency is the mean of its hops: one between nodes per g - 1
+        inside. Where groups lie differently, the slowest counts.
         """
         local = self._local_ranks(size, stride)
         intra, inter = self.machine.intra, self.machine.inter
