@@ -276,7 +276,10 @@ def _check_result(spec: str, result: object) -> LoadedModel:
 
 def _describe(error: BaseException) -> str:
     """Describe an exception of the user's code with the last line of theirs that ran."""
+    if isinstance(error, SyntaxError):  # raised before any line ran
+        return f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}"
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [f for f in frames if "site-packages" not in f.filename and "importlib" not in f.filename and f.filename != __file__]
+    not_theirs = ("site-packages", "importlib", __file__)
+    theirs = [frame for frame in frames if not any(part in frame.filename for part in not_theirs)]
     frame = (theirs or frames)[-1]
     return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
