@@ -1,6 +1,6 @@
 """A plan: every decision and its predicted cost, as plain data; JSON both ways, checked on loading, nothing in it is run.
 
-What comes in: the answer of ``search``. What goes out: to ``rewrite``, which carries it out, and to ``report``, which explains it.
+What comes in: the answer of ``search``. What goes out: to ``rewrite``, which carries it out, and to ``report``.
 """
 
 from __future__ import annotations
@@ -44,13 +44,7 @@ class Memory:
     def total(self) -> int:
         """Bytes used at the peak."""
         return (
-            self.parameters
-            + self.gradients
-            + self.optimizer
-            + self.activations
-            + self.buffers
-            + self.workspace
-            + self.reserved
+            self.parameters + self.gradients + self.optimizer + self.activations + self.buffers + self.workspace + self.reserved
         )
 
 
@@ -202,13 +196,14 @@ def from_json(text: str) -> Plan:
     """The plan that `text` holds. Raises PlanError naming what is wrong."""
     try:
         document = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"not whole JSON: {error}; was the file cut off? Make the plan again with `autopar plan`") from error
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise PlanError(f"not an autopar plan: the top level must be an object with format {FORMAT!r}")
     if document.get("version") != VERSION:
         raise PlanError(
-            f"plan version {document.get('version')!r}, this autopar reads version {VERSION}; make the plan again with `autopar plan`"
+            f"plan version {document.get('version')!r}, this autopar reads version {VERSION};"
+            " make the plan again with `autopar plan`"
         )
     data = document.get("plan")
     try:
@@ -216,6 +211,8 @@ def from_json(text: str) -> Plan:
     except ValueError as error:
         raise PlanError(str(error)) from error
     assert isinstance(plan, Plan)
+    if unknown := [axis for axis in plan.batch_axes if axis not in plan.mesh.names]:
+        raise PlanError(f"plan.batch_axes names {', '.join(map(repr, unknown))}, the mesh has {plan.mesh}")
     for name, layout in plan.layouts.items():
         _check_axes(name, len(layout), plan.mesh)
     for name, placement in plan.placements.items():

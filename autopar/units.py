@@ -1,0 +1,79 @@
+"""Bytes and seconds between the program's plain numbers and the text that people read and write.
+
+Inside, bytes are ints and seconds are floats; only the command line and the report come here. Prefixes are decimal, as on
+datasheets (80 GB is 80e9 bytes); ``KiB``, ``MiB`` ... are binary and understood on input.
+"""
+
+from __future__ import annotations
+
+import re
+
+from autopar.errors import InputError
+
+_PREFIXES = "kMGTP"
+_SIZE = re.compile(rf"^(\d+(?:\.\d*)?|\.\d+)\s*([{_PREFIXES}]?)(i?)B?$", re.IGNORECASE)
+
+
+def format_bytes(nbytes: int) -> str:
+    """Text of a number of bytes, three digits.
+
+    >>> format_bytes(1_230_000_000), format_bytes(17)
+    ('1.23 GB', '17 B')
+    """
+    if abs(nbytes) < 1000:
+        return f"{nbytes} B"
+    value = float(nbytes)
+    for prefix in _PREFIXES:
+        value /= 1000
+        # Chosen after rounding: 999,999,999 bytes are 1.00 GB, not 1000 MB.
+        if abs(value) < 999.5 or prefix == _PREFIXES[-1]:
+            break
+    return f"{_three_digits(value)} {prefix}B"
+
+
+def format_seconds(seconds: float) -> str:
+    """Text of a time, three digits, in s, ms, µs or ns.
+
+    >>> format_seconds(0.01234), format_seconds(75.0)
+    ('12.3 ms', '75.0 s')
+    """
+    if seconds == 0:
+        return "0 s"
+    value = seconds * 1e9
+    for unit in ("ns", "µs", "ms"):
+        if abs(value) < 999.5:
+            return f"{_three_digits(value)} {unit}"
+        value /= 1000
+    return f"{_three_digits(seconds)} s"
+
+
+def format_share(part: float, whole: float) -> str:
+    """Text of `part` as a percentage of `whole`; a dash when the whole is nothing.
+
+    >>> format_share(1, 8), format_share(1, 0)
+    ('12.5%', '-')
+    """
+    return f"{100 * part / whole:.1f}%" if whole > 0 else "-"
+
+
+def parse_bytes(text: str) -> int:
+    """Read a size such as ``80GB``, ``512MiB``, ``1.5 GB`` or ``1000``. Raises InputError when it isn't one, or under a byte.
+
+    >>> parse_bytes("80GB"), parse_bytes("512MiB")
+    (80000000000, 536870912)
+    """
+    match = _SIZE.match(text.strip())
+    if match is None or (match[3] and not match[2]):
+        raise InputError(f"{text!r} is no size of memory; write a number and a unit, such as 80GB or 512MiB")
+    number, prefix, binary = match.groups()
+    power = _PREFIXES.lower().index(prefix.lower()) + 1 if prefix else 0
+    unit: int = (1024 if binary else 1000) ** power
+    nbytes = round(float(number) * unit)
+    if nbytes < 1:
+        raise InputError(f"{text!r} is less than one byte of memory; write a size such as 80GB")
+    return nbytes
+
+
+def _three_digits(value: float) -> str:
+    size = abs(value)
+    return f"{value:.0f}" if size >= 99.95 else f"{value:.1f}" if size >= 9.995 else f"{value:.2f}"

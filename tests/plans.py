@@ -1,0 +1,67 @@
+"""A plan made by hand, for tests of what reads plans."""
+
+from __future__ import annotations
+
+from autopar.layout import Mesh, Split, parse_layout
+from autopar.plan import Candidate, Group, Memory, Plan, Proof, Seconds, Traffic, Unruled
+
+
+def make_plan() -> Plan:
+    """A plan of two layers on two axes that uses every field."""
+    return Plan(
+        model="GPT2LMHeadModel",
+        fingerprint="0123abcd",
+        cluster="1x8xh100",
+        mesh=Mesh(("dp", "tp"), (2, 4)),
+        inputs={"input_ids": "int64[8, 128]", "labels": "int64[8, 128]"},
+        layouts={
+            "p_transformer_h_0_mlp_c_fc_weight": parse_layout("S0,S1"),
+            "p_transformer_h_1_mlp_c_fc_weight": parse_layout("S0,S1"),
+            "p_transformer_h_11_mlp_c_fc_weight": parse_layout("R,S1"),
+            "p_transformer_h_0_attn_c_attn_weight": parse_layout("R,S1/3"),
+            "input_ids": parse_layout("S0,R"),
+        },
+        placements={"addmm": (Split("b"), Split("o", 3)), "view": (None, Split("o"))},
+        batch_axes=("dp",),
+        seconds=Seconds(forward=0.003, backward=0.006, optimizer=0.0005, communication=0.0015),
+        memory=Memory(
+            parameters=1_000_000_000,
+            gradients=1_000_000_000,
+            optimizer=4_000_000_000,
+            activations=12_345_678_901,
+            buffers=0,
+            workspace=250_000_000,
+            reserved=1_000_000_000,
+            budget=80_000_000_000,
+        ),
+        traffic=(
+            Traffic("dp", "all_reduce", "gradients", 26, 512_000_000, 0.0004),
+            Traffic("tp", "all_reduce", "activations", 48, 4_096_000_000, 0.0011),
+        ),
+        groups=(
+            Group("transformer.h.*", 12, {"dp": "batch", "tp": "heads, ffn"}, 0.008, 0.0014, 900_000_000, 12_000_000_000),
+            Group("outside of layers", 1, {"tp": "vocabulary"}, 0.001, 0.0001, 100_000_000, 345_678_901),
+        ),
+        proof=Proof(
+            objective_ns=11_000_000,
+            bound_ns=10_945_000,
+            gap=0.005,
+            status="optimal",
+            method="MIP",
+            variables=12_345,
+            constraints=6_789,
+            seconds=0.4321,
+            candidates=(
+                Candidate("search", "dp=2 x tp=4", 0.011, 19_595_678_901, "chosen"),
+                Candidate("search", "dp=8", 0.0123, 24_000_000_000, "dearer by 11.8%"),
+                Candidate("search", "tp=8", None, None, "pruned: its compute alone takes longer"),
+                Candidate("data parallel", "dp=8", None, 96_000_000_000, "needs 16 GB more than the budget"),
+            ),
+        ),
+        unruled=(
+            Unruled("foo", "aten.foo.default", "model.py:12: y = x[0].foo()"),
+            Unruled("foo_1", "aten.foo.default", "model.py:12: y = x[0].foo()"),
+            Unruled("bar", "aten.bar.default", ""),
+        ),
+        notes=("dropped an assertion on float32[8, 128]",),
+    )

@@ -1,0 +1,192 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from autopar.cli import main, parse_mesh, parse_pins
+from autopar.errors import InputError
+from autopar.plan import VERSION, to_json
+from autopar.report import to_data
+from tests.plans import make_plan
+
+
+def _run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def _refuse(*arguments: str | Path, code: int = 2) -> str:
+    """The message of a command that must fail: one line on stderr, nothing on stdout, no traceback."""
+    result = _run(*arguments)
+    assert (result.exit_code, result.stdout) == (code, ""), result.output
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    return result.stderr.removeprefix("error: ").strip()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.json"
+    make_plan().save(path)
+    return path
+
+
+@pytest.mark.parametrize("command", ["plan", "explain", "verify", "machines"])
+def test_help_teaches(command: str) -> None:
+    result = _run(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example:\n    autopar {command}" in result.stdout
+    if command in ("plan", "verify"):
+        assert "MODEL is one of" in result.stdout
+        assert "package.module:function" in result.stdout
+    assert "--help" in _run("--help").stdout
+    assert command in _run("--help").stdout
+    assert "Exit codes: 0 done, 1 no plan exists or the verification failed, 2 bad" in _run("--help").stdout
+
+
+def test_version() -> None:
+    result = _run("--version")
+    assert (result.exit_code, result.stdout.split()[0]) == (0, "autopar,")
+
+
+def test_it_runs_as_a_module() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "autopar", "explain", "absent.json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: absent.json: can't be read as text")
+    assert done.stdout == ""
+
+
+def test_explain(saved: Path) -> None:
+    result = _run("explain", saved)
+    assert (result.exit_code, result.stderr) == (0, "")
+    for words in ("GPT2LMHeadModel", "What each axis of the mesh splits", "budget 80.0 GB", "model.py:12: y = x[0].foo()"):
+        assert words in result.stdout
+
+
+def test_explain_for_programs(saved: Path) -> None:
+    assert json.loads(_run("explain", saved, "--json").stdout) == json.loads(json.dumps(to_data(make_plan())))
+
+
+def test_explain_a_layer(saved: Path) -> None:
+    result = _run("explain", saved, "--layer", "transformer.h.1.mlp")
+    assert result.exit_code == 0
+    assert "p_transformer_h_1_mlp_c_fc_weight" in result.stdout
+    assert "outside of layers" not in result.stdout
+    assert list(json.loads(_run("explain", saved, "--layer", "transformer.h.1.mlp", "--json").stdout)["layouts"]) == [
+        "p_transformer_h_1_mlp_c_fc_weight"
+    ]
+    assert "no layer of this plan matches 'decoder'" in _refuse("explain", saved, "--layer", "decoder")
+
+
+def test_plans_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(to_json(make_plan())[:500], encoding="utf-8")
+    assert "was the file cut off?" in _refuse("explain", path)
+    path.write_text(json.dumps({**json.loads(to_json(make_plan())), "version": VERSION + 1}), encoding="utf-8")
+    assert f"plan version {VERSION + 1}, this autopar reads version {VERSION}" in _refuse("explain", path)
+    path.write_text("[]", encoding="utf-8")
+    assert "not an autopar plan" in _refuse("explain", path)
+    assert "can't be read as text" in _refuse("explain", tmp_path / "absent.json")
+    assert "can't be read as text" in _refuse("explain", tmp_path)
+    assert "not an autopar plan" in _refuse("verify", "m.py:f", "--plan", path)
+
+
+def test_machines() -> None:
+    result = _run("machines")
+    assert result.exit_code == 0
+    assert "989 TFLOP/s bfloat16" in result.stdout
+    assert "NVIDIA H100 datasheet" in result.stdout
+    listed = {machine["name"]: machine for machine in json.loads(_run("machines", "--json").stdout)}
+    assert listed["h100"]["device"]["mem_bandwidth_bytes_per_s"] == 3.35e12
+    assert all(machine["sources"] for machine in listed.values())
+
+
+def test_an_unknown_machine_is_refused_with_what_is_close() -> None:
+    message = _refuse("plan", "m.py:f", "--cluster", "8xH101")
+    assert "no machine is called 'H101'. Did you mean h100" in message
+    assert "h200" in message
+
+
+@pytest.mark.parametrize("cluster", ["", "0xH100", "9xH100", "8x./absent.toml"])
+def test_what_is_no_cluster_is_refused(cluster: str) -> None:
+    assert _refuse("plan", "m.py:f", "--cluster", cluster)
+
+
+def test_a_memory_that_is_no_size_is_refused() -> None:
+    assert "'lots' is no size of memory" in _refuse("plan", "m.py:f", "--cluster", "8xH100", "--memory", "lots")
+
+
+def test_a_memory_below_what_the_device_takes_is_infeasible() -> None:
+    message = _refuse("plan", "m.py:f", "--cluster", "8xH100", "--memory", "1MB", code=1)
+    assert "reserved of 1000000" in message
+
+
+@pytest.mark.parametrize(
+    ("pin", "message"),
+    [
+        ("zp=2", "no pin is called 'zp'; known are dp, tp, cp, fsdp, vocabulary (not supported yet: ep, pp, schedule"),
+        ("pp=2", "pin 'pp' is not supported yet; supported are dp, tp, cp, fsdp, vocabulary"),
+        ("schedule=1f1b", "pin 'schedule' is not supported yet"),
+        ("recompute", "pin 'recompute' is not supported yet"),
+        ("tp", "pin 'tp' has no value; write tp=2"),
+        ("fsdp", "pin 'fsdp' has no value; write fsdp=true"),
+        ("tp=0", "tp=0: a whole number of ranks, 1 or more, is needed"),
+        ("tp=-1", "tp=-1: a whole number"),
+        ("tp=two", "tp=two: a whole number"),
+        ("tp=²", "tp=²: a whole number"),
+        ("fsdp=2", "fsdp=2: true or false is needed"),
+        ("=2", "no pin is called ''"),
+    ],
+)
+def test_pins_that_cannot_be_used(pin: str, message: str) -> None:
+    assert message in _refuse("plan", "m.py:f", "--cluster", "8xH100", "--pin", pin)
+    assert message in _refuse("verify", "m.py:f", "--pin", pin)
+
+
+def test_pins_are_read() -> None:
+    pins = parse_pins(["tp=2", " dp = 4", "fsdp=true", "vocabulary=False"])
+    assert pins == {"tp": 2, "dp": 4, "fsdp": True, "vocabulary": False}
+    assert parse_pins([]) == {}
+    with pytest.raises(InputError, match="pin 'tp' is given twice: 2 and 4"):
+        parse_pins(["tp=2", "tp=4"])
+
+
+def test_meshes_are_read() -> None:
+    assert list(parse_mesh("dp=4, tp=2").items()) == [("dp", 4), ("tp", 2)]
+    for text, message in [
+        ("dp", "'dp' in mesh 'dp' is no axis"),
+        ("", "is no axis"),
+        ("4x2", "'4x2' in mesh '4x2' is no axis; write axes as name=size, such as dp=4,tp=2"),
+        ("dp=4,", "'' in mesh 'dp=4,' is no axis"),
+        ("dp=4,dp=2", "names the axis 'dp' twice"),
+        ("dp=none", "dp=none: a whole number"),
+    ]:
+        with pytest.raises(InputError) as caught:
+            parse_mesh(text)
+        assert message in str(caught.value)
+    assert "is no axis" in _refuse("plan", "m.py:f", "--cluster", "8xH100", "--mesh", "8")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_search(tmp_path: Path) -> None:
+    message = _refuse("plan", "m.py:f", "--cluster", "8xH100", "-o", tmp_path / "absent" / "plan.json")
+    assert "can't be written: there is no folder" in message
+
+
+def test_what_contradicts_a_plan_is_refused(saved: Path) -> None:
+    assert "is a plan for 8 ranks (dp=2 x tp=4), --ranks says 4" in _refuse("verify", "m.py:f", "--plan", saved, "--ranks", "4")
+    assert "leave out --pin or --plan" in _refuse("verify", "m.py:f", "--plan", saved, "--pin", "tp=2")
+
+
+@pytest.mark.parametrize("arguments", [["plan", "m.py:f"], ["nothing"], ["explain"], ["verify", "m.py:f", "--ranks", "0"]])
+def test_usage_errors_have_the_code_of_bad_input(arguments: list[str]) -> None:
+    result = _run(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Error: " in result.stderr

@@ -1,0 +1,176 @@
+"""Plans as files: what is written comes back, and what isn't a whole plan is refused by a message that says why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autopar.errors import PlanError
+from autopar.layout import PASS, Layout, Mesh, Placement, Split, State, StateKind, shard
+from autopar.plan import (
+    VERSION,
+    Candidate,
+    Group,
+    Memory,
+    Plan,
+    Proof,
+    Seconds,
+    Traffic,
+    Unruled,
+    from_json,
+    to_json,
+)
+from tests.plans import make_plan
+
+_TEXT = st.text(max_size=8)
+_COUNT = st.integers(0, 2**60)
+_TIME = st.floats(0, 1e6)
+_STATE = st.one_of(
+    st.builds(shard, st.integers(0, 9), st.integers(1, 9)),
+    st.sampled_from([State(kind) for kind in StateKind if kind is not StateKind.SHARD]),
+)
+_PART = st.one_of(st.none(), st.just(PASS), st.builds(Split, st.sampled_from(["b", "o", "head_dim"]), st.integers(1, 9)))
+
+
+def _make_tables(axes: int, state: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(_TEXT, st.tuples(*[state] * axes), max_size=3)
+
+
+@st.composite
+def _plans(draw: st.DrawFn) -> Plan:
+    names = tuple(draw(st.lists(st.sampled_from(["dp", "tp", "cp", "axis_3"]), min_size=1, max_size=3, unique=True)))
+    layouts: dict[str, Layout] = draw(_make_tables(len(names), _STATE))
+    placements: dict[str, Placement] = draw(_make_tables(len(names), _PART))
+    candidate = st.builds(Candidate, _TEXT, _TEXT, st.none() | _TIME, st.none() | _COUNT, _TEXT)
+    group = st.builds(Group, _TEXT, _COUNT, st.dictionaries(_TEXT, _TEXT, max_size=2), _TIME, _TIME, _COUNT, _COUNT)
+    proof = st.builds(
+        Proof, _COUNT, _COUNT, _TIME, _TEXT, _TEXT, _COUNT, _COUNT, _TIME, st.lists(candidate, max_size=2).map(tuple)
+    )
+    return Plan(
+        model=draw(_TEXT),
+        fingerprint=draw(_TEXT),
+        cluster=draw(_TEXT),
+        mesh=Mesh(names, tuple(draw(st.integers(1, 16)) for _ in names)),
+        inputs=draw(st.dictionaries(_TEXT, _TEXT, max_size=2)),
+        layouts=layouts,
+        placements=placements,
+        batch_axes=names[: draw(st.integers(0, len(names)))],
+        seconds=draw(st.builds(Seconds, _TIME, _TIME, _TIME, _TIME)),
+        memory=draw(st.builds(Memory, *[_COUNT] * 8)),
+        traffic=tuple(draw(st.lists(st.builds(Traffic, _TEXT, _TEXT, _TEXT, _COUNT, _COUNT, _TIME), max_size=2))),
+        groups=tuple(draw(st.lists(group, max_size=2))),
+        proof=draw(proof),
+        unruled=tuple(draw(st.lists(st.builds(Unruled, _TEXT, _TEXT, _TEXT), max_size=2))),
+        notes=tuple(draw(st.lists(_TEXT, max_size=2))),
+    )
+
+
+@given(_plans())
+@settings(max_examples=50, deadline=None)
+def test_what_is_written_comes_back(plan: Plan) -> None:
+    assert from_json(to_json(plan)) == plan
+
+
+def test_a_saved_plan_loads(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    make_plan().save(path)
+    assert Plan.load(path) == make_plan()
+    assert Plan.load(path).placements["addmm"] == (Split("b"), Split("o", 3))
+
+
+def test_equal_plans_are_equal_files() -> None:
+    assert to_json(make_plan()) == to_json(from_json(to_json(make_plan())))
+
+
+@pytest.mark.parametrize("kept", [0, 1, 100, -1])
+def test_a_truncated_plan_is_refused(kept: int, tmp_path: Path) -> None:
+    path = tmp_path / "cut.json"
+    path.write_text(to_json(make_plan())[:kept], encoding="utf-8")
+    with pytest.raises(PlanError, match=r"cut\.json: not whole JSON: .* was the file cut off\?"):
+        Plan.load(path)
+
+
+def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(PlanError, match=r"weights\.bin: can't be read as text"):
+        Plan.load(path)
+    with pytest.raises(PlanError, match=r"absent\.json: can't be read as text .*No such file"):
+        Plan.load(tmp_path / "absent.json")
+    with pytest.raises(PlanError, match="not whole JSON"):
+        from_json("[" * 100_000)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '{"plan": {}}', '{"format": "something else", "version": 1}'])
+def test_what_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(PlanError, match="not an autopar plan"):
+        from_json(text)
+
+
+@pytest.mark.parametrize("version", [0, VERSION + 1, "1", None])
+def test_another_version_is_refused_with_both_versions(version: object) -> None:
+    document = {**json.loads(to_json(make_plan())), "version": version}
+    with pytest.raises(PlanError, match=rf"plan version {version!r}, this autopar reads version {VERSION}"):
+        from_json(json.dumps(document))
+
+
+def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    def change(plan: dict[str, Any]) -> None:
+        target: Any = plan
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_set("model", to=3), "plan.model: str is needed, not int"),
+        (_set("seconds", to=[]), "plan.seconds: an object is needed, not list"),
+        (_set("seconds", "forward", to="0.1"), "plan.seconds.forward: float is needed, not str"),
+        (_set("seconds", "forward", to=float("nan")), "plan.seconds.forward: a finite number is needed, not nan"),
+        (_set("memory", "budget", to=1.5), "plan.memory.budget: int is needed, not float"),
+        (_set("memory", "budget", to=True), "plan.memory.budget: int is needed, not bool"),
+        (_set("notes", to="text"), "plan.notes: a list is needed, not str"),
+        (_set("notes", 0, to=None), "plan.notes[0]: str is needed, not NoneType"),
+        (_set("traffic", 1, "count", to=None), "plan.traffic[1].count: int is needed, not NoneType"),
+        (_set("proof", "candidates", 0, "outcome", to=1), "plan.proof.candidates[0].outcome: str is needed, not int"),
+        (_set("groups", 0, "axes", to={"tp": 1}), "plan.groups[0].axes: an object of texts is needed"),
+        (_set("layouts", to=[]), "plan.layouts: an object of texts is needed"),
+        (_set("layouts", "input_ids", to="S0,Q"), "plan.layouts: 'Q' is no state of a layout"),
+        (_set("placements", "view", to="b,1"), "plan.placements: '1' is no part of a placement"),
+        (_set("mesh", to="dp=2"), "plan.mesh: an object with lists names (texts) and sizes (integers from 1) is needed"),
+        (
+            _set("mesh", "sizes", to=[2, 0]),
+            "plan.mesh: an object with lists names (texts) and sizes (integers from 1) is needed",
+        ),
+        (_set("mesh", "sizes", to=[2]), "don't match"),
+        (_set("surprise", to=1), "plan: fields missing or unknown: surprise"),
+        (_set("proof", "why", to=""), "plan.proof: fields missing or unknown: why"),
+        (lambda plan: plan.pop("notes"), "plan: fields missing or unknown: notes"),
+        (_set("layouts", "input_ids", to="S0"), "'input_ids' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
+        (_set("placements", "view", to="b,-,-"), "'view' has 3 axes, the mesh has 2 (dp=2 x tp=4)"),
+        (_set("batch_axes", to=["pp"]), "plan.batch_axes names 'pp', the mesh has dp=2 x tp=4"),
+    ],
+)
+def test_damage_is_named(damage: Callable[[dict[str, Any]], Any], message: str) -> None:
+    document = json.loads(to_json(make_plan()))
+    damage(document["plan"])
+    with pytest.raises(PlanError) as caught:
+        from_json(json.dumps(document))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("plan", [None, [], "plan"])
+def test_a_document_without_a_plan_is_refused(plan: object) -> None:
+    document = {**json.loads(to_json(make_plan())), "plan": plan}
+    with pytest.raises(PlanError, match="plan: an object is needed"):
+        from_json(json.dumps(document))
