@@ -52,7 +52,9 @@ def build_model() -> nn.Module:
         eos_token_id=0,
         use_cache=False,
     )
-    return GPT2LMHeadModel(config).train()
+    model = GPT2LMHeadModel(config).train()
+    model.loss_type = "ForCausalLM"  # what transformers would fall back on, with a message from every rank
+    return model
 
 
 def read_text() -> Tensor:
