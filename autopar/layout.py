@@ -236,6 +236,8 @@ def is_legal(space: Space, placement: Placement, mesh: Mesh) -> bool:
             loop = space.loops[part.loop]
             if loop.kind is LoopKind.WHOLE or loop.size % part.outer:
                 return False
+            if part.outer > 1 and part.loop in space.positional:
+                return False
     splits = [(part, size) for part, size in zip(placement, mesh.sizes, strict=True) if isinstance(part, Split)]
     for part, _ in splits:
         ways = math.prod(size for other, size in splits if other == part)

@@ -57,6 +57,10 @@ class Space:
             is communicated; empty when the op isn't linear.
         shape_arg: position in `Op.args` of the result's sizes (``view``, ``expand``); they become the local sizes.
         view: the op makes no copy, its result shares storage with operand 0.
+        positional: loops whose kernel must know which part it works on (rows of a causal mask, ranges of a vocabulary); they
+            can be split at the outermost boundary only, never inside blocks.
+        random: the op draws random numbers; the kernel replaces it in every parallel program, split or not, so that replicas
+            draw the same and shards draw differently.
     """
 
     loops: Mapping[str, Loop]
@@ -69,6 +73,8 @@ class Space:
     linear: frozenset[int] = frozenset()
     shape_arg: int | None = None
     view: bool = False
+    positional: frozenset[str] = frozenset()
+    random: bool = False
     splittable: tuple[Loop, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -129,6 +135,8 @@ def parse(
     linear: Iterable[int] = (),
     shape_arg: int | None = None,
     view: bool = False,
+    positional: Iterable[str] = (),
+    random: bool = False,
 ) -> Space:
     """Build the space that `text` describes for tensors of these shapes.
 
@@ -140,8 +148,8 @@ def parse(
     """
     left, _, right = text.partition("->")
     marks: dict[str, LoopKind] = {}
-    operand_dims = tuple(_parse_dims(part, marks) for part in _tensors(left))
-    result_dims = tuple(_parse_dims(part, marks) for part in _tensors(right))
+    operand_dims = tuple(_parse_dims(part, marks) for part in _tensors(left, len(operands)))
+    result_dims = tuple(_parse_dims(part, marks) for part in _tensors(right, len(results)))
     known = dict(sizes or {})
     tensors = list(zip(operand_dims, operands, strict=True)) + list(zip(result_dims, results, strict=True))
     for dims, shape in tensors:
@@ -174,11 +182,14 @@ def parse(
         linear=frozenset(linear),
         shape_arg=shape_arg,
         view=view,
+        positional=frozenset(positional),
+        random=random,
     )
 
 
-def _tensors(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")] if text.strip() else []
+def _tensors(text: str, count: int) -> list[str]:
+    # Blank text is one scalar or no tensor at all: only the number of tensors tells.
+    return [part.strip() for part in text.split(",")] if count else []
 
 
 def _parse_dims(text: str, marks: dict[str, LoopKind]) -> Dims:

@@ -1,0 +1,29 @@
+"""The table of rules: from an op's name to its loops. A rule mentions neither meshes nor costs."""
+
+from __future__ import annotations
+
+from autopar.ir import Graph, Op, OpKind, Tensor
+from autopar.rules import contract, index, pointwise, view
+from autopar.rules.notation import Rule as Rule
+from autopar.space import Space
+
+RULES: dict[str, Rule] = {**pointwise.RULES, **contract.RULES, **view.RULES, **index.RULES}
+
+
+def rule(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
+    """The loops of `op`, which reads the tensors `operands`; None when there is no rule for it, or none for this call of it."""
+    function = RULES.get(op.target)
+    return None if function is None else function(op, operands)
+
+
+def find_spaces(graph: Graph) -> tuple[dict[str, Space], tuple[Op, ...]]:
+    """The space of every call of `graph` that has a rule, by op name, and the calls that have none."""
+    spaces: dict[str, Space] = {}
+    unruled: list[Op] = []
+    for op in graph.of_kind(OpKind.CALL):
+        space = rule(op, graph.operand_tensors(op))
+        if space is None:
+            unruled.append(op)
+        else:
+            spaces[op.name] = space
+    return spaces, tuple(unruled)

@@ -1,0 +1,218 @@
+"""Rules of contractions: matrix products, einsum, attention, convolution, recurrent layers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from autopar.ir import Op, Operand, Tensor
+from autopar.rules.notation import Rule, argument, broadcast, grouped, letters, named, operand, per_point, space
+from autopar.space import Space
+
+_LEADING = {0: [], 1: ["n"], 2: ["b", "s"]}
+
+
+def linear(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``b s i, o i, o -> b s o``."""
+    rank = len(operands[0].shape) - 1
+    leading = _LEADING.get(rank, letters(rank))
+    inner, outer = ("i", "o") if rank < 3 else ("in", "out")  # letters may hold i and o
+    left = [[*leading, inner], [outer, inner], [outer]][: len(operands)]
+    return space(op, operands, left, [[*leading, outer]], flops=2.0, added=[2] if len(operands) == 3 else [])
+
+
+def addmm(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n, m k, k n -> m n``."""
+    bias = broadcast(operands[0].shape, ["m", "n"], op.results[0].shape)
+    return space(op, operands, [bias, ["m", "k"], ["k", "n"]], [["m", "n"]], flops=2.0, added=[0])
+
+
+def baddbmm(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``b m n, b m k, b k n -> b m n``."""
+    result = ["b", "m", "n"]
+    bias = broadcast(operands[0].shape, result, op.results[0].shape)
+    return space(op, operands, [bias, ["b", "m", "k"], ["b", "k", "n"]], [result], flops=2.0, added=[0])
+
+
+def matmul(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``b m k, b k n -> b m n`` with broadcast leading dims; a vector lacks m or n. Also mm, bmm, mv and dot."""
+    first, second = (tensor.shape for tensor in operands)
+    rows = ["m"] if len(first) > 1 else []
+    columns = ["n"] if len(second) > 1 else []
+    full = op.results[0].shape
+    batch = full[: len(full) - len(rows) - len(columns)]
+    leading = [f"b{dim}" for dim in range(len(batch))] if len(batch) != 1 else ["b"]
+    left = [[*broadcast(first[:-2], leading, batch), *rows, "k"], [*broadcast(second[:-2], leading, batch), "k", *columns]]
+    return space(op, operands, left, [[*leading, *rows, *columns]], flops=2.0)
+
+
+def einsum(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
+    """The equation's letters are the loops; no ellipsis and no repeated letter within a tensor."""
+    equation = str(argument(op, 0, "equation")).replace(" ", "")
+    inputs, arrow, result = equation.partition("->")
+    if "." in equation or not arrow or any(len(set(part)) != len(part) for part in [*inputs.split(","), result]):
+        return None
+    sizes: dict[str, int] = {}
+    for part, tensor in zip(inputs.split(","), operands, strict=True):
+        for name, size in zip(part, tensor.shape, strict=True):
+            sizes[name] = max(size, sizes.get(name, 1))
+    left = [
+        [name if size == sizes[name] else "1" for name, size in zip(part, tensor.shape, strict=True)]
+        for part, tensor in zip(inputs.split(","), operands, strict=True)
+    ]
+    return space(op, operands, left, [list(result)], flops=2.0 if len(operands) > 1 else 1.0)
+
+
+def _attention_dims(operands: tuple[Tensor, ...], rank: int) -> tuple[list[str], list[str], dict[str, int], list[str]]:
+    """Dims of the leading dims of q and of k and v, the loops' sizes, and the names of all loops q has before its rows.
+
+    Heads of q are ``(g r)`` when k and v have fewer heads, each serving a group of r heads of q.
+    """
+    queries, keys = operands[0].shape, operands[1].shape
+    outer = ["b"] if rank == 4 else [f"b{dim}" for dim in range(max(0, rank - 3))]
+    if rank < 3:
+        return [], [], {}, []
+    heads, kv_heads = queries[-3], keys[-3]
+    if heads == kv_heads:
+        return [*outer, "h"], [*outer, "h"], {}, [*outer, "h"]
+    ratio = heads // kv_heads
+    sizes = {"g": kv_heads, "r": ratio}
+    return [*outer, grouped(("g", kv_heads), ("r", ratio))], [*outer, grouped(("g", kv_heads))], sizes, [*outer, "g", "r"]
+
+
+def _attention(
+    op: Op,
+    operands: tuple[Tensor, ...],
+    extra: Sequence[tuple[int, list[str]]],
+    kernel: str,
+    *,
+    positioned: bool,
+    dropped: bool,
+) -> Space | None:
+    rank = len(operands[0].shape)
+    if any(len(tensor.shape) != rank for tensor in operands[:3]) or operands[1].shape[:-2] != operands[2].shape[:-2]:
+        return None
+    if operands[0].shape[:-3] != operands[1].shape[:-3]:
+        return None
+    queries, keys, sizes, leading = _attention_dims(operands, rank)
+    left = [[*queries, "s", "d!"], [*keys, "t!", "d!"], [*keys, "t!", "e!"]]
+    score_shape = (*operands[0].shape[:-1], operands[1].shape[-2])
+    tokens = [*queries, "s", "t!"]
+    for index, dims in extra:
+        left.append(dims or broadcast(operands[index].shape, tokens, score_shape))
+    depth, width = operands[0].shape[-1], operands[2].shape[-1]
+    loops = [*(name for name in leading if sizes.get(name, 2) > 1), "s"]
+    return space(
+        op,
+        operands,
+        left,
+        [[*queries, "s", "e!"]],
+        sizes={name: size for name, size in sizes.items() if size > 1},
+        # Scores cost 2 d and the weighted sum 2 e per pair of query and key; the space has both loops.
+        flops=2.0 * (depth + width) / (depth * width),
+        kernel=kernel if positioned or dropped else None,
+        kernel_loops=loops if dropped else ["s"] if positioned else [],
+        positional=["s"] if positioned else [],
+        random=dropped,
+    )
+
+
+def scaled_dot_product_attention(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
+    """``b (g r) s d!, b g t! d!, b g t! e! -> b (g r) s e!``; rows of a causal mask need their position."""
+    mask = operand(op, 3, "attn_mask")
+    extra: list[tuple[int, list[str]]] = [] if mask is None else [(mask, [])]
+    causal, dropped = bool(argument(op, 5, "is_causal", False)), bool(argument(op, 4, "dropout_p", 0.0))
+    return _attention(op, operands, extra, "scaled_dot_product_attention", positioned=causal, dropped=dropped)
+
+
+def attention(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
+    """The same for `autopar.ops.attention`, with a mask of keys ``b t!`` and a bias that broadcasts to the scores."""
+    extra: list[tuple[int, list[str]]] = []
+    padding, bias = operand(op, 3, "key_padding"), operand(op, 4, "bias")
+    if padding is not None:
+        extra.append((padding, ["b" if operands[padding].shape[0] == operands[0].shape[0] else "1", "t!"]))
+    if bias is not None:
+        extra.append((bias, []))
+    positioned = bool(argument(op, 5, "causal", False)) or argument(op, 6, "window") is not None
+    dropped = bool(argument(op, 9, "dropout_p", 0.0))
+    return _attention(op, operands, extra, "attention", positioned=positioned, dropped=dropped)
+
+
+def convolution(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
+    """``n (g i) y! x!, (g o) i v! u!, (g o) -> n (g o) q! p!``; splitting the groups changes their number, an argument."""
+    image, weight = operands[0].shape, operands[1].shape
+    if len(image) != len(weight):
+        return None  # without a batch dim
+    groups = int(argument(op, 6, "groups", 1))
+    spatial = len(image) - 2
+    inner, outer = weight[1], weight[0] // groups
+    channels = grouped(("g", groups), ("i", inner))
+    features = grouped(("g", groups), ("o", outer))
+    left = [
+        ["n", channels, *(f"x{dim}!" for dim in range(spatial))],
+        [features, grouped(("i", inner)), *(f"k{dim}!" for dim in range(spatial))],
+        [features],
+    ][: len(operands)]
+    right = ["n", features, *(f"y{dim}!" for dim in range(spatial))]
+    total = 2.0 * op.results[0].numel * math.prod(weight[1:])
+    return space(
+        op,
+        operands,
+        left,
+        [right],
+        sizes={name: size for name, size in (("g", groups), ("i", inner), ("o", outer)) if size > 1},
+        flops=per_point(total, image[:1], image[2:], weight, op.results[0].shape[2:]),
+        kernel="convolution" if groups > 1 else None,
+        kernel_loops=["g"] if groups > 1 else [],
+        added=[2] if len(operands) == 3 else [],
+    )
+
+
+def recurrent(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
+    """``b t! i!, l! b h!, ..., weights -> b t! o!, l! b h!``: sequences of a batch are independent, the rest stays whole."""
+    states = argument(op, 1, "hx")
+    states = [states] if isinstance(states, Operand) else list(states)
+    dropout, training, batch_first = (
+        float(argument(op, 5, "dropout")),
+        bool(argument(op, 6, "train")),
+        bool(argument(op, 8, "batch_first")),
+    )
+    if len(operands[0].shape) != 3:
+        return None
+    order = ["b", "t!"] if batch_first else ["t!", "b"]
+    state = ["l!", "b", "h!"]
+    weights = operands[1 + len(states) :]
+    names = [[f"w{index}_{dim}!" for dim in range(len(tensor.shape))] for index, tensor in enumerate(weights)]
+    # A projected LSTM's hidden and cell states differ in width.
+    states_dims = [["l!", "b", f"h{index}!"] for index in range(len(states))]
+    right = [[*order, "o!"], *states_dims[: len(op.results) - 1]] if len(states) > 1 else [[*order, "o!"], state]
+    if len(states) == 1:
+        states_dims = [state]
+    steps = operands[0].shape[0] * operands[0].shape[1]
+    shapes = [operands[0].shape, *(operands[1 + index].shape[2:] for index in range(len(states))), *(t.shape for t in weights)]
+    layers = operands[1].shape[:1]
+    total = 2.0 * steps * sum(tensor.numel for tensor in weights if len(tensor.shape) == 2)
+    random = dropout > 0 and training
+    return space(
+        op,
+        operands,
+        [[*order, "i!"], *states_dims, *names],
+        right,
+        flops=per_point(total, *shapes, layers, op.results[0].shape[-1:]),
+        kernel=op.target.split(".")[1] if random else None,
+        kernel_loops=["b"] if random else [],
+        random=random,
+    )
+
+
+RULES: dict[str, Rule] = {
+    "aten.linear.default": linear,
+    "aten.addmm.default": addmm,
+    "aten.baddbmm.default": baddbmm,
+    **named("aten.matmul.default aten.mm.default aten.bmm.default aten.mv.default aten.dot.default", matmul),
+    "aten.einsum.default": einsum,
+    "aten.scaled_dot_product_attention.default": scaled_dot_product_attention,
+    "autopar.attention.default": attention,
+    **named("aten.conv1d.default aten.conv2d.default aten.conv3d.default", convolution),
+    **named("aten.lstm.input aten.gru.input", recurrent),
+}

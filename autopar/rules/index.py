@@ -1,0 +1,258 @@
+"""Rules of ops that look things up: embedding, gather, scatter, sorting; of losses, pools and constants."""
+
+from __future__ import annotations
+
+from autopar.ir import Op, Operand, Tensor
+from autopar.rules.notation import Rule, argument, broadcast, floats, letters, named, normal, space
+from autopar.space import Space
+
+_MEAN, _SUM = 1, 2  # values of aten's `reduction` argument; 0 is none
+
+
+def embedding(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``v h, b s -> b s h``: a part of the vocabulary gives the rows that it has and zeros for the others."""
+    indices = [f"{name}" for name in (["b", "s"] if len(operands[1].shape) == 2 else letters(len(operands[1].shape)))]
+    by_frequency, sparse = argument(op, 3, "scale_grad_by_freq", False), argument(op, 4, "sparse", False)
+    if by_frequency:  # the gradient counts how often a row occurs in the whole batch
+        indices = [f"{name}!" for name in indices]
+    rows, width = ("v!", "h") if by_frequency or sparse else ("v", "h")
+    if len(indices) > 7:
+        return space(op, operands, [["v_!", "h_"], indices], [[*indices, "h_"]])
+    kernel = None if rows == "v!" else "embedding"
+    loops = ["v"] if kernel else []
+    left = [[rows, width], indices]
+    return space(
+        op, operands, left, [[*indices, width]], kernel=kernel, kernel_loops=loops, positional=loops, linear=floats(operands, 0)
+    )
+
+
+def embedding_bag(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
+    """``v h, i!, o, i! -> o h, ...``: sums of looked-up rows; bags need their place among all bags' indices."""
+    mode, sparse, by_frequency = (
+        argument(op, 4, "mode", 0),
+        argument(op, 5, "sparse", False),
+        argument(op, 3, "scale_grad_by_freq"),
+    )
+    includes_last = argument(op, 7, "include_last_offset", False)
+    if mode != 0 or sparse or by_frequency or includes_last or len(operands[1].shape) != 1:
+        return None
+    left = [["v", "h"], ["i!"], ["o"], ["i!"]][: len(operands)]
+    # Besides the bags the op returns bookkeeping for its own backward, which nothing else reads.
+    others = [[f"r{index}_{dim}!" for dim in range(len(result.shape))] for index, result in enumerate(op.results[1:])]
+    return space(
+        op,
+        operands,
+        left,
+        [["o", "h"], *others],
+        flops=1.0 / max(1, operands[0].shape[0]),
+        kernel="embedding_bag",
+        kernel_loops=["v", "o"],
+        positional=["v", "o"],
+    )
+
+
+def gather(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``b v!, b k -> b k``; a dim of which only a first part is looked up stays whole."""
+    source, index = operands[0].shape, operands[1].shape
+    dim = normal(argument(op, 1, "dim"), len(source)) if source else 0
+    left, right = [], []
+    for place, name in enumerate(letters(len(source))):
+        if place == dim:
+            left.append(f"{name}_all!")
+            right.append(name)
+        else:
+            left.append(name if source[place] == index[place] else f"{name}_all!")
+            right.append(name if source[place] == index[place] else f"{name}!")
+    return space(op, operands, [left, right], [right], linear=floats(operands, 0))
+
+
+def index_select(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a v! c, k -> a k c``."""
+    tokens = letters(len(operands[0].shape))
+    dim = normal(argument(op, 1, "dim"), len(tokens))
+    left, right = list(tokens), list(tokens)
+    left[dim], right[dim] = "v!", "k"
+    return space(op, operands, [left, ["k"]], [right], linear=floats(operands, 0))
+
+
+def index(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
+    """``x! y! c, i j, j -> i j c``: integer indices broadcast together and replace the dims that they index."""
+    where = argument(op, 1, "indices")
+    shape = operands[0].shape
+    given = [place for place, value in enumerate(where) if isinstance(value, Operand)]
+    if not given or any(tensor.dtype in ("bool", "uint8") for tensor in operands[1:]):
+        return None  # a mask makes a result whose size depends on the data
+    together = given == list(range(given[0], given[0] + len(given)))
+    rank = max(len(tensor.shape) for tensor in operands[1:])
+    names = [f"i{dim}" for dim in range(rank)]
+    place = given[0] if together else 0
+    full = op.results[0].shape[place : place + rank]
+    tokens = letters(len(shape))
+    left = [f"{name}!" if dim in given else name for dim, name in enumerate(tokens)]
+    kept = [name for dim, name in enumerate(tokens) if dim not in given]
+    right = [*kept[:place], *names, *kept[place:]]
+    looked_up = [broadcast(tensor.shape, names, full) for tensor in operands[1:]]
+    return space(op, operands, [left, *looked_up], [right], linear=floats(operands, 0))
+
+
+def scatter(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``b v!, b k!, b k! -> b v!``; also ``scatter_add``."""
+    target, index_shape = operands[0].shape, operands[1].shape
+    dim = normal(argument(op, 1, "dim"), len(target)) if target else 0
+    left: list[list[str]] = [[] for _ in operands]
+    for place, name in enumerate(letters(len(target))):
+        sizes = [tensor.shape[place] for tensor in operands]
+        whole = place == dim or target[place] != index_shape[place] or len(set(sizes)) > 1
+        for number, dims in enumerate(left):
+            dims.append(f"{name}{number}!" if whole and number else f"{name}!" if whole else name)
+    return space(op, operands, left, [left[0]], flops=0.0)
+
+
+def one_hot(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``b s -> b s c!``."""
+    tokens = letters(len(operands[0].shape))
+    return space(op, operands, [tokens], [[*tokens, "class!"]])
+
+
+def ordered(op: Op, operands: tuple[Tensor, ...], default: int = -1) -> Space:
+    """``sort`` and ``argsort``: ``a b! -> a b!, a b!``."""
+    rank = len(operands[0].shape)
+    stable = op.target.endswith(".stable")
+    dim = normal(op.kwargs.get("dim", -1) if stable else argument(op, 1, "dim", default), rank)
+    tokens = [f"{name}!" if place == dim else name for place, name in enumerate(letters(rank))]
+    return space(op, operands, [tokens], [tokens] * len(op.results), flops=1.0)
+
+
+def topk(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a b! -> a k!, a k!``."""
+    tokens = letters(len(operands[0].shape))
+    dim = normal(argument(op, 2, "dim", -1), len(tokens))
+    left, right = list(tokens), list(tokens)
+    left[dim], right[dim] = f"{tokens[dim]}!", "k!"
+    return space(op, operands, [left], [right, right], flops=1.0)
+
+
+def diff(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Differences of neighbours along one dim, which stays whole in every tensor."""
+    tokens = letters(len(operands[0].shape))
+    dim = normal(argument(op, 2, "dim", -1), len(tokens))
+    names = [f"{tokens[dim]}{number}!" for number in range(len(operands) + 1)]
+    *left, right = ([*tokens[:dim], name, *tokens[dim + 1 :]] for name in names)
+    return space(op, operands, left, [right], flops=1.0)
+
+
+def cross_entropy(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n v*, n ->``: a mean is over the tokens of the whole batch that count; vocabulary parts agree on maximum and sums."""
+    logits, target = operands[:2]
+    reduction, weighted = argument(op, 3, "reduction", _MEAN), operands[2:]
+    rank = len(logits.shape)
+    tokens = [] if rank == 1 else ["n", *(f"x{dim}" for dim in range(rank - 2))]
+    by_class = len(target.shape) == rank
+    # Class weights and class probabilities couple the whole vocabulary; a single token's loss isn't worth a kernel.
+    split = not weighted and not by_class and rank > 1
+    vocabulary = "v*" if split else "v!"
+    left = [[*tokens[:1], vocabulary, *tokens[1:]], [*tokens[:1], vocabulary, *tokens[1:]] if by_class else tokens, ["v!"]]
+    mean = tokens if reduction == _MEAN else []
+    return space(
+        op,
+        operands,
+        left[: len(operands)],
+        [tokens if reduction == 0 else []],
+        flops=5.0,
+        kernel="cross_entropy" if split or mean else None,
+        kernel_loops=[*(["v"] if split else []), *mean],
+        positional=["v"] if split else [],
+    )
+
+
+def nll_loss(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n v!, n ->``, mean over the tokens of the whole batch that count."""
+    rank = len(operands[0].shape)
+    tokens = [] if rank == 1 else ["n", *(f"x{dim}" for dim in range(rank - 2))]
+    reduction = argument(op, 3, "reduction", _MEAN)
+    left = [[*tokens[:1], "v!", *tokens[1:]], tokens, ["v!"]]
+    mean = tokens if reduction == _MEAN else []
+    right = tokens if reduction == 0 else []
+    return space(
+        op, operands, left[: len(operands)], [right], flops=1.0, kernel="nll_loss" if mean else None, kernel_loops=mean
+    )
+
+
+def elementwise_loss(op: Op, operands: tuple[Tensor, ...], position: int = 2) -> Space:
+    """``a b, a b ->``: a sum or mean over all elements, or none."""
+    reduction = argument(op, position, "reduction", _MEAN)
+    # Inputs broadcast to the largest of them.
+    full = max((tensor.shape for tensor in operands), key=len)
+    full = tuple(max(sizes) for sizes in zip(*((1,) * (len(full) - len(t.shape)) + t.shape for t in operands), strict=True))
+    tokens = letters(len(full))
+    left = [broadcast(tensor.shape, tokens, full) for tensor in operands]
+    mean = reduction == _MEAN
+    right = tokens if reduction == 0 else []
+    kernel = op.target.split(".")[1] if mean else None
+    return space(op, operands, left, [right], flops=1.0, kernel=kernel, kernel_loops=tokens if mean else [])
+
+
+def binary_cross_entropy(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """As `elementwise_loss`, with an optional weight in third place."""
+    return elementwise_loss(op, operands, position=3)
+
+
+def binary_cross_entropy_with_logits(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """As `elementwise_loss`, with an optional weight and weight of positives."""
+    return elementwise_loss(op, operands, position=4)
+
+
+def pool(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n c y! x! -> n c q! p!``; without a batch dim ``c y! x! -> c q! p!``."""
+    spatial = int(op.target.split(".")[1].rstrip("d")[-1])
+    leading = letters(len(operands[0].shape) - spatial)
+    left, right = ([*leading, *(f"{name}{dim}!" for dim in range(spatial))] for name in ("x", "y"))
+    linear = floats(operands, 0) if "avg" in op.target else ()
+    return space(op, operands, [left], [right] * len(op.results), linear=linear)
+
+
+def constant(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Sizes and a value: every part makes its own. ``new_zeros`` and the like take nothing but the type from their operand."""
+    tokens = letters(len(op.results[0].shape))
+    left = [[f"other{dim}!" for dim in range(len(tensor.shape))] for tensor in operands]
+    return space(op, operands, left, [tokens], shape_arg=1 if ".new_" in op.target else 0)
+
+
+def sequence(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Elements that differ by position, such as ``arange``: whole on every rank."""
+    tokens = [f"{name}!" for name in letters(len(op.results[0].shape))]
+    return space(op, operands, [], [tokens])
+
+
+RULES: dict[str, Rule] = {
+    "aten.embedding.default": embedding,
+    **named("aten.embedding_bag.padding_idx aten.embedding_bag.default", embedding_bag),
+    "aten.gather.default": gather,
+    "aten.index_select.default": index_select,
+    "aten.index.Tensor": index,
+    **named("aten.scatter.src aten.scatter.value aten.scatter_add.default", scatter),
+    "aten.one_hot.default": one_hot,
+    **named("aten.sort.default aten.sort.stable aten.argsort.default", ordered),
+    "aten.topk.default": topk,
+    "aten.diff.default": diff,
+    "aten.cross_entropy_loss.default": cross_entropy,
+    **named("aten.nll_loss.default aten.nll_loss_nd.default", nll_loss),
+    **named("aten.mse_loss.default aten.l1_loss.default aten.smooth_l1_loss.default aten.huber_loss.default", elementwise_loss),
+    "aten.binary_cross_entropy.default": binary_cross_entropy,
+    "aten.binary_cross_entropy_with_logits.default": binary_cross_entropy_with_logits,
+    **named(
+        """aten.max_pool1d.default aten.max_pool2d.default aten.avg_pool1d.default aten.avg_pool2d.default
+        aten.adaptive_avg_pool1d.default aten.adaptive_avg_pool2d.default""",
+        pool,
+    ),
+    **named(
+        """aten.zeros.default aten.ones.default aten.full.default aten.empty.memory_format aten.new_zeros.default
+        aten.new_ones.default aten.new_full.default""",
+        constant,
+    ),
+    **named(
+        """aten.arange.default aten.arange.start aten.arange.start_step aten.linspace.default aten.eye.default
+        aten.tril_indices.default aten.triu_indices.default aten.scalar_tensor.default""",
+        sequence,
+    ),
+}

@@ -1,0 +1,274 @@
+"""Rules of elementwise ops, casts, reductions, normalisation and random masks."""
+
+from __future__ import annotations
+
+from autopar.ir import Op, Tensor
+from autopar.rules.notation import Rule, argument, broadcast, floats, is_float, letters, named, normal, normals, operand, space
+from autopar.space import Space
+
+
+def pointwise(
+    op: Op, operands: tuple[Tensor, ...], linear: tuple[int, ...] = (), flops: float = 1.0, view: bool = False
+) -> Space:
+    """Elementwise with broadcasting: ``a b, b -> a b``."""
+    full = op.results[0].shape
+    tokens = letters(len(full))
+    left = [broadcast(tensor.shape, tokens, full) for tensor in operands]
+    return space(op, operands, left, [tokens], flops=flops, linear=linear, view=view)
+
+
+def add(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A sum or difference: sums of two Partial tensors are Partial; a number would be added once per part."""
+    return pointwise(op, operands, linear=floats(operands, 0, 1) if len(operands) == 2 else ())
+
+
+def multiply(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A product, linear in the tensor that isn't broadcast."""
+    which = 1 if len(operands) == 2 and operands[0].numel < operands[1].numel else 0
+    return pointwise(op, operands, linear=floats(operands, which) if is_float(op.results[0]) else ())
+
+
+def scale(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """An op that is linear in its first operand: a quotient, a change of sign."""
+    return pointwise(op, operands, linear=floats(operands, 0))
+
+
+def cast(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A copy, perhaps of another type; a cast from floating point to something else isn't linear."""
+    tokens = letters(len(operands[0].shape))
+    # The other operand of type_as gives nothing but its type: no loop of the op runs over it.
+    others = [[f"{name}!" for name in _names("other", tensor)] for tensor in operands[1:]]
+    linear = floats(operands, 0) if is_float(op.results[0]) else ()
+    return space(op, operands, [tokens, *others], [tokens], linear=linear)
+
+
+def alias(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """The same tensor under another name."""
+    return pointwise(op, operands, linear=floats(operands, 0), flops=0.0, view=True)
+
+
+def where(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A choice between two tensors, linear in both; with a number only when that number is zero."""
+    values = [index for position, name in ((1, "self"), (2, "other")) if (index := operand(op, position, name)) is not None]
+    numbers = [value for position in (1, 2) if isinstance(value := argument(op, position, ""), (int, float))]
+    return pointwise(op, operands, linear=floats(operands, *values) if not any(numbers) else ())
+
+
+def masked_fill(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A tensor with some elements replaced; linear when they are replaced by zero."""
+    value = argument(op, 2, "value")
+    return pointwise(op, operands, linear=floats(operands, 0) if value == 0 else ())
+
+
+def like(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A constant tensor shaped as another."""
+    return pointwise(op, operands, flops=0.0)
+
+
+def triangle(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``tril`` and ``triu``: the last two dims are compared with each other, so both stay whole."""
+    tokens = letters(len(operands[0].shape))
+    tokens[-2:] = [f"{name}!" for name in tokens[-2:]]
+    return space(op, operands, [tokens], [tokens], flops=1.0, linear=floats(operands, 0))
+
+
+def _reduced(op: Op, operands: tuple[Tensor, ...], dims: tuple[int, ...], mark: str) -> tuple[list[str], list[list[str]]]:
+    """Dims of the operand and of the results when `dims` are reduced; their loops carry `mark`."""
+    shape = operands[0].shape
+    tokens = [name + mark if dim in dims else name for dim, name in enumerate(letters(len(shape)))]
+    keep = len(op.results[0].shape) == len(shape)
+    kept = [token if dim not in dims else "1" for dim, token in enumerate(tokens) if keep or dim not in dims]
+    return tokens, [kept] * len(op.results)
+
+
+def reduce_sum(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A sum: parts give Partial results."""
+    dims = normals(argument(op, 1, "dim"), len(operands[0].shape))
+    left, right = _reduced(op, operands, dims, "")
+    return space(op, operands, [left], right, flops=1.0, linear=floats(operands, 0))
+
+
+def reduce_mean(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A mean: a part divides by the number of all elements, not of its own."""
+    dims = normals(argument(op, 1, "dim"), len(operands[0].shape))
+    left, right = _reduced(op, operands, dims, "")
+    loops = [left[dim] for dim in dims]
+    return space(op, operands, [left], right, flops=1.0, linear=floats(operands, 0), kernel="mean", kernel_loops=loops)
+
+
+def reduce_whole(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A reduction that isn't a sum; its dims stay whole."""
+    dims = normals(argument(op, 1, "dim"), len(operands[0].shape))
+    left, right = _reduced(op, operands, dims, "!")
+    return space(op, operands, [left], right, flops=1.0)
+
+
+def variance(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Variance or standard deviation; without dims its second argument is the correction."""
+    dims = argument(op, 1, "dim")
+    left, right = _reduced(op, operands, normals(None if isinstance(dims, bool) else dims, len(operands[0].shape)), "!")
+    return space(op, operands, [left], right, flops=3.0)
+
+
+def vector_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A norm over some dims."""
+    dims = normals(argument(op, 2, "dim"), len(operands[0].shape))
+    left, right = _reduced(op, operands, dims, "!")
+    return space(op, operands, [left], right, flops=2.0)
+
+
+def along(op: Op, operands: tuple[Tensor, ...], linear: tuple[int, ...] = (), flops: float = 1.0) -> Space:
+    """An op that mixes the elements of one dim and keeps the shape: ``a b! -> a b!``."""
+    rank = len(operands[0].shape)
+    dim = normal(argument(op, 1, "dim"), rank) if rank else 0
+    tokens = [name + "!" if position == dim else name for position, name in enumerate(letters(rank))]
+    return space(op, operands, [tokens], [tokens] * len(op.results), flops=flops, linear=linear)
+
+
+def softmax(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a b! -> a b!``: maximum, difference, exponential, sum and quotient over one dim."""
+    return along(op, operands, flops=5.0)
+
+
+def cumsum(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A running sum."""
+    return along(op, operands, linear=floats(operands, 0))
+
+
+def _names(prefix: str, tensor: Tensor) -> list[str]:
+    return [f"{prefix}{dim}" for dim in range(len(tensor.shape))]
+
+
+def layer_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``b s h!, h!, h! -> b s h!``, also ``rms_norm``: the last dims are normalised."""
+    rank = len(operands[0].shape)
+    normalised = rank - len(argument(op, 1, "normalized_shape"))
+    tokens = [name + "!" if dim >= normalised else name for dim, name in enumerate(letters(rank))]
+    left = [tokens, *([tokens[normalised:]] * (len(operands) - 1))]
+    return space(op, operands, left, [tokens], flops=8.0)
+
+
+def group_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n c! x!, c!, c! -> n c! x!``: channels stay whole because their groups are counted by an argument."""
+    tokens = ["n", "c!", *(f"x{dim}!" for dim in range(len(operands[0].shape) - 2))]
+    return space(op, operands, [tokens, *([["c!"]] * (len(operands) - 1))], [tokens], flops=8.0)
+
+
+def batch_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n* c x*, c, c, c, c -> n* c x*`` in training, where the statistics are those of the whole batch."""
+    training = bool(argument(op, 5, "training", False))
+    reduced = ["n", *(f"x{dim}" for dim in range(len(operands[0].shape) - 2))]
+    mark = "*" if training else ""
+    tokens = [reduced[0] + mark, "c", *(name + mark for name in reduced[1:])]
+    left = [tokens, *([["c"]] * (len(operands) - 1))]
+    return space(op, operands, left, [tokens], flops=8.0, kernel="batch_norm" if training else None)
+
+
+def _random(
+    op: Op, operands: tuple[Tensor, ...], kernel: str, *, linear: tuple[int, ...] = (), shape_arg: int | None = None
+) -> Space:
+    tokens = letters(len(op.results[0].shape))
+    left = [broadcast(tensor.shape, tokens, op.results[0].shape) for tensor in operands]
+    return space(
+        op,
+        operands,
+        left,
+        [tokens],
+        flops=1.0,
+        linear=linear,
+        kernel=kernel,
+        kernel_loops=tokens,
+        random=True,
+        shape_arg=shape_arg,
+    )
+
+
+def dropout(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A random mask; the identity when nothing can be dropped."""
+    if not argument(op, 1, "p") or not argument(op, 2, "train"):
+        return alias(op, operands)
+    return _random(op, operands, "dropout", linear=floats(operands, 0))
+
+
+def bernoulli(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Zeros and ones, each drawn with its own or one common probability."""
+    return _random(op, operands, "bernoulli")
+
+
+def rand_like(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Uniform numbers shaped as another tensor."""
+    return _random(op, operands, "rand_like")
+
+
+def randn_like(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Normal numbers shaped as another tensor."""
+    return _random(op, operands, "randn_like")
+
+
+def rand(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Uniform numbers of given sizes."""
+    return _random(op, operands, "rand", shape_arg=0)
+
+
+def randn(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Normal numbers of given sizes."""
+    return _random(op, operands, "randn", shape_arg=0)
+
+
+_UNARY = """abs acos acosh asin asinh atan atanh bitwise_not ceil cos cosh elu erf erfc exp exp2 expm1 floor gelu
+hardsigmoid hardswish hardtanh isinf isnan leaky_relu log log10 log1p log2 log_sigmoid logical_not mish
+nan_to_num reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh softplus sqrt square tan tanh trunc
+clamp clamp_min clamp_max logit sinc isfinite celu hardshrink softshrink threshold angle"""
+
+_BINARY = """aten.eq.Tensor aten.eq.Scalar aten.ne.Tensor aten.ne.Scalar aten.lt.Tensor aten.lt.Scalar aten.le.Tensor
+        aten.le.Scalar aten.gt.Tensor aten.gt.Scalar aten.ge.Tensor aten.ge.Scalar aten.minimum.default
+        aten.maximum.default aten.min.other aten.max.other aten.pow.Tensor_Tensor aten.pow.Tensor_Scalar
+        aten.pow.Scalar aten.remainder.Tensor aten.remainder.Scalar aten.fmod.Tensor aten.fmod.Scalar
+        aten.floor_divide.default aten.div.Tensor_mode aten.div.Scalar_mode aten.atan2.default
+        aten.logical_and.default aten.logical_or.default aten.logical_xor.default aten.bitwise_and.Tensor
+        aten.bitwise_or.Tensor aten.bitwise_xor.Tensor aten.bitwise_and.Scalar aten.bitwise_or.Scalar
+        aten.__and__.Tensor aten.__or__.Tensor aten.__xor__.Tensor aten.addcmul.default aten.addcdiv.default
+        aten.lerp.Tensor aten.lerp.Scalar aten.xlogy.Tensor aten.logaddexp.default aten.clamp.Tensor
+        aten.rsub.Scalar aten.bitwise_left_shift.Tensor_Scalar aten.bitwise_right_shift.Tensor_Scalar
+        aten.masked_fill.Tensor"""
+
+_CASTS = """aten.to.dtype aten.to.device aten.to.dtype_layout aten._to_copy.default aten.type_as.default aten.to.other
+        aten.clone.default aten.contiguous.default aten.lift_fresh_copy.default"""
+
+RULES: dict[str, Rule] = {
+    **{f"aten.{name}.default": pointwise for name in _UNARY.split()},
+    **named(_BINARY, pointwise),
+    **named(_CASTS, cast),
+    **named("aten.add.Tensor aten.add.Scalar aten.sub.Tensor aten.sub.Scalar aten.rsub.Tensor", add),
+    **named("aten.mul.Tensor aten.mul.Scalar", multiply),
+    **named("aten.div.Tensor aten.div.Scalar aten.neg.default", scale),
+    **named("aten.alias.default aten.detach.default", alias),
+    **named("aten.where.self aten.where.ScalarOther aten.where.ScalarSelf aten.where.Scalar", where),
+    "aten.masked_fill.Scalar": masked_fill,
+    **named("aten.zeros_like.default aten.ones_like.default aten.full_like.default aten.empty_like.default", like),
+    **named("aten.tril.default aten.triu.default", triangle),
+    **named("aten.sum.default aten.sum.dim_IntList", reduce_sum),
+    **named("aten.mean.default aten.mean.dim", reduce_mean),
+    **named(
+        """aten.amax.default aten.amin.default aten.max.default aten.max.dim aten.min.default aten.min.dim
+        aten.argmax.default aten.argmin.default aten.prod.default aten.prod.dim_int aten.logsumexp.default
+        aten.any.default aten.any.dim aten.all.default aten.all.dim""",
+        reduce_whole,
+    ),
+    **named(
+        """aten.var.default aten.var.dim aten.var.correction aten.std.default aten.std.dim aten.std.correction""", variance
+    ),
+    "aten.linalg_vector_norm.default": vector_norm,
+    **named("aten.softmax.int aten.log_softmax.int aten._softmax.default aten._log_softmax.default", softmax),
+    "aten.cumsum.default": cumsum,
+    "aten.cumprod.default": along,
+    **named("aten.layer_norm.default aten.rms_norm.default", layer_norm),
+    "aten.group_norm.default": group_norm,
+    "aten.batch_norm.default": batch_norm,
+    "aten.dropout.default": dropout,
+    **named("aten.bernoulli.default aten.bernoulli.p", bernoulli),
+    "aten.rand_like.default": rand_like,
+    "aten.randn_like.default": randn_like,
+    "aten.rand.default": rand,
+    "aten.randn.default": randn,
+}
