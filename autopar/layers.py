@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autopar.ir import Graph, Op, OpKind, Operand, Value
+from autopar.ir import Graph, Op, Operand, OpKind, Value
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,9 +155,7 @@ class CostTables:
         needs = [self._operand_layout(op, placement, i) for i in range(len(operands))]
         made = [self._result_layout(op, placement, i) for i in range(len(op.results))]
         nbytes = sum(map(self.local_nbytes, operands, needs)) + sum(map(self.local_nbytes, op.results, made))
-        ways = math.prod(
-            size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split)
-        )
+        ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
         flops = space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
         family = "matmul" if space is not None and space.flops >= 2 else "pointwise"
         dtype = op.results[0].dtype if op.results else "float32"
@@ -167,9 +165,7 @@ class CostTables:
         if needing and any(tensor.requires_grad for tensor in op.results):
             # One product per operand that needs a gradient; a pointwise op makes all of them in one pass over twice the bytes.
             factor = float(min(needing, 2)) if family == "matmul" else 1.5
-            backward = op_seconds(
-                self.device, flops=factor * flops, nbytes=int(factor * nbytes), dtype=dtype, family=family
-            )
+            backward = op_seconds(self.device, flops=factor * flops, nbytes=int(factor * nbytes), dtype=dtype, family=family)
         return forward, backward + 2 * self._kernel_seconds(op, placement)
 
     def _kernel_seconds(self, op: Op, placement: Placement) -> float:
@@ -181,9 +177,7 @@ class CostTables:
         for axis, part in enumerate(placement):
             if isinstance(part, Split) and space.loops[part.loop].kind is LoopKind.KERNEL and not space.results[0]:
                 points = math.prod(loop.size for loop in space.loops.values() if loop.name != part.loop)
-                others = math.prod(
-                    self.mesh.sizes[i] for i, p in enumerate(placement) if i != axis and isinstance(p, Split)
-                )
+                others = math.prod(self.mesh.sizes[i] for i, p in enumerate(placement) if i != axis and isinstance(p, Split))
                 seconds += 2 * collective_seconds("all_reduce", 4 * points // others, self.mesh.sizes[axis], self.links[axis])
         return seconds
 
@@ -207,9 +201,7 @@ class CostTables:
         if collective in COLLECTIVE_KIND:
             if collective is Collective.ALL_TO_ALL:
                 nbytes = math.prod(step.shape_before) * itemsize * self.mesh.sizes[step.axis]
-            return collective_seconds(
-                COLLECTIVE_KIND[collective], nbytes, self.mesh.sizes[step.axis], self.links[step.axis]
-            )
+            return collective_seconds(COLLECTIVE_KIND[collective], nbytes, self.mesh.sizes[step.axis], self.links[step.axis])
         return op_seconds(self.device, flops=0, nbytes=nbytes, dtype="float32", family="pointwise")
 
     def journey_seconds(self, tensor: Tensor, start: Layout, need: Layout, *, backward: bool) -> tuple[float, float]:
@@ -316,9 +308,7 @@ class _Builder:
         costs, kept = [], []
         for number, option in enumerate(options):
             costs.append(count * nanoseconds(sum(self.tables.op_seconds(op, option))))
-            ways = math.prod(
-                size for part, size in zip(option, self.mesh.sizes, strict=True) if isinstance(part, Split)
-            )
+            ways = math.prod(size for part, size in zip(option, self.mesh.sizes, strict=True) if isinstance(part, Split))
             saved = sum(
                 self.tables.local_nbytes(op.results[i], self.made[Value(op.name, i)][number])
                 for i in op.saved
@@ -513,9 +503,7 @@ def _of_vocabulary(options: list[Placement], op: Op, space: Space, constraints: 
     return [option for option in options if splits(option) == constraints.vocabulary] or options
 
 
-def _of_modules(
-    options: list[Placement], op: Op, space: Space, mesh: Mesh, constraints: Constraints
-) -> list[Placement]:
+def _of_modules(options: list[Placement], op: Op, space: Space, mesh: Mesh, constraints: Constraints) -> list[Placement]:
     """Keep the placements that the user pinned for the op's module."""
     from fnmatch import fnmatchcase
 

@@ -1,0 +1,379 @@
+"""Solution -> Plan: names the axes after what they do, and adds up the search's own numbers for the report."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from autopar.cost_models import Cluster
+from autopar.factors import Role
+from autopar.ir import Op, OpKind, Value
+from autopar.layout import Layout, Mesh, Placement, Split, StateKind
+from autopar.plan import Candidate, Group, Memory, Plan, Proof, Seconds, Traffic, Unruled
+from autopar.problem import (
+    COLLECTIVE_KIND,
+    OPTIMIZER_COPIES,
+    CostTables,
+    Model,
+    Problem,
+    is_contraction,
+    role_of,
+)
+from autopar.reshard import Collective, journey
+from autopar.search import Solution
+
+KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp"}
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One journey of a tensor in the chosen plan, for `count` edges; `uses` as in `CostTables.parameter_seconds`."""
+
+    value: Value
+    consumer: str
+    start: Layout
+    need: Layout
+    count: int
+    to_output: bool
+
+
+def assemble(
+    *,
+    model: Model,
+    cluster: Cluster,
+    problem: Problem,
+    solution: Solution,
+    workspace: int,
+    rename: bool,
+    model_name: str,
+    fingerprint: str,
+    candidates: tuple[Candidate, ...],
+    unruled: tuple[Op, ...],
+    notes: tuple[str, ...],
+    seconds: float,
+) -> Plan:
+    """The plan of a solution; all costs are those that the search used."""
+    chosen = {node.key: node.options[solution.choice[node.key]] for node in problem.nodes}
+    mesh = _name_axes(model, problem.mesh, chosen) if rename else problem.mesh
+    placements: dict[str, Placement] = {}
+    layouts: dict[str, Layout] = {}
+    for key, option in chosen.items():
+        op = model.folded.graph.by_name.get(key)
+        if op is not None and op.kind is OpKind.CALL:
+            placements[key] = option  # type: ignore[assignment]
+        else:
+            layouts[key] = option  # type: ignore[assignment]
+    tables = CostTables(model, problem.mesh, cluster)
+    moves = list(find_moves(model, problem.mesh, tables, placements, layouts))
+    traffic = _traffic(model, mesh, problem.mesh, tables, moves)
+    return Plan(
+        model=model_name,
+        fingerprint=fingerprint,
+        cluster=str(cluster),
+        mesh=mesh,
+        inputs={op.target: str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},
+        layouts=layouts,
+        placements=placements,
+        batch_axes=_batch_axes(model, mesh, placements),
+        seconds=_seconds(model, tables, placements, layouts, solution),
+        memory=_memory(model, cluster, tables, layouts, solution, workspace),
+        traffic=traffic,
+        groups=_groups(model, mesh, tables, placements, layouts, moves, problem, solution),
+        proof=Proof(
+            objective_ns=solution.cost_ns,
+            bound_ns=solution.bound_ns,
+            gap=(solution.cost_ns - solution.bound_ns) / max(1, solution.cost_ns),
+            status=solution.status,
+            method=solution.method,
+            variables=solution.variables,
+            constraints=solution.constraints,
+            seconds=seconds,
+            candidates=candidates,
+        ),
+        unruled=tuple(Unruled(op.name, op.target, op.source) for op in unruled),
+        notes=notes,
+    )
+
+
+def find_moves(
+    model: Model, mesh: Mesh, tables: CostTables, placements: Mapping[str, Placement], layouts: Mapping[str, Layout]
+) -> Iterator[Move]:
+    """Every journey that the chosen layouts make necessary, shared ones once."""
+    by_value: dict[tuple[Value, str, int], list[tuple[str, Layout, int]]] = defaultdict(list)
+    graph = model.folded.graph
+
+    def made(value: Value) -> Layout:
+        op = graph.by_name[value.op]
+        if op.kind is not OpKind.CALL:
+            return layouts[value.op]
+        return tables._result_layout(op, placements[value.op], value.index)
+
+    for edge in model.folded.edges:
+        consumer = graph.by_name[edge.consumer]
+        if consumer.kind is OpKind.OUTPUT:
+            yield Move(edge.value, edge.consumer, made(edge.value), layouts[f"output:{edge.operand}"], edge.count, True)
+            continue
+        need = tables._operand_layout(consumer, placements[edge.consumer], edge.operand)
+        by_value[edge.value, consumer.target, edge.operand].append((edge.consumer, need, edge.count))
+    for (value, target, operand), readers in by_value.items():
+        fan = f"fan:{value}:{target}:{operand}"
+        start = made(value)
+        if fan in layouts:
+            yield Move(value, readers[0][0], start, layouts[fan], max(count for *_, count in readers), False)
+            start = layouts[fan]
+        for consumer_name, need, count in readers:
+            yield Move(value, consumer_name, start, need, count, False)
+
+
+def workspace_bytes(model: Model, problem: Problem, solution: Solution) -> int:
+    """Bytes that the hungriest op needs beside what is kept: its operands and results, their gradients, gathered parameters."""
+    graph = model.folded.graph
+    mesh = problem.mesh
+    chosen = {node.key: node.options[solution.choice[node.key]] for node in problem.nodes}
+    tables = CostTables.__new__(CostTables)  # sizes only: no costs are asked for
+    tables.model, tables.mesh = model, mesh
+    largest = 0
+    for op in model.folded.ops:
+        if op.kind is not OpKind.CALL:
+            continue
+        placement: Placement = chosen[op.name]  # type: ignore[assignment]
+        total = 0
+        for index, value in enumerate(op.operands):
+            need = tables._operand_layout(op, placement, index)
+            if graph.by_name[value.op].kind is not OpKind.PARAMETER or need != chosen[value.op]:
+                total += tables.local_nbytes(graph.tensor(value), need)
+        for index, tensor in enumerate(op.results):
+            total += tables.local_nbytes(tensor, tables._result_layout(op, placement, index))
+        largest = max(largest, total)
+    return 2 * largest
+
+
+def _name_axes(model: Model, mesh: Mesh, chosen: Mapping[str, object]) -> Mesh:
+    """Name free axes after the role that most of the work is split by."""
+    names: list[str] = []
+    for axis in range(len(mesh.sizes)):
+        weight: Counter[str] = Counter()
+        for op in model.folded.ops:
+            space = model.spaces.get(op.name)
+            if op.kind is OpKind.CALL and space is not None and is_contraction(space):
+                part = chosen[op.name][axis]  # type: ignore[index]
+                if isinstance(part, Split):
+                    points = space.points() * max(1.0, space.flops) * model.folded.count[op.name]
+                    weight[KIND_OF_ROLE[role_of(model.factors.of_loops[op.name], part)]] += int(points)
+        names.append(weight.most_common(1)[0][0] if weight else "dp")
+    doubled = Counter(names)
+    unique = [f"{name}{names[:i].count(name)}" if doubled[name] > 1 else name for i, name in enumerate(names)]
+    return Mesh(tuple(unique), mesh.sizes)
+
+
+def _batch_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) -> tuple[str, ...]:
+    """Axes that split the batch in most of the contractions."""
+    axes = []
+    contractions = [name for name, space in model.spaces.items() if name in placements and is_contraction(space)]
+    for axis, name in enumerate(mesh.names):
+        parts = [(op, placements[op][axis]) for op in contractions]
+        by_batch = sum(isinstance(p, Split) and role_of(model.factors.of_loops[op], p) is Role.BATCH for op, p in parts)
+        if 2 * by_batch > len(contractions):
+            axes.append(name)
+    return tuple(axes)
+
+
+def _seconds(
+    model: Model,
+    tables: CostTables,
+    placements: Mapping[str, Placement],
+    layouts: Mapping[str, Layout],
+    solution: Solution,
+) -> Seconds:
+    forward = backward = optimizer = 0.0
+    for op in model.folded.ops:
+        count = model.folded.count[op.name]
+        if op.kind is OpKind.CALL:
+            ahead, back = tables.op_seconds(op, placements[op.name])
+            forward, backward = forward + count * ahead, backward + count * back
+        elif op.kind is OpKind.PARAMETER:
+            optimizer += count * tables.optimizer_seconds(op.results[0], layouts[op.name])
+    # What is left of the objective is what the arcs cost: communication that isn't hidden.
+    communication = max(0.0, solution.cost_ns / 1e9 - forward - backward - optimizer)
+    return Seconds(forward, backward, optimizer, communication)
+
+
+def _memory(
+    model: Model, cluster: Cluster, tables: CostTables, layouts: Mapping[str, Layout], solution: Solution, workspace: int
+) -> Memory:
+    parameters = trained = buffers = 0
+    for op in model.folded.ops:
+        if op.kind in (OpKind.PARAMETER, OpKind.BUFFER, OpKind.INPUT):
+            nbytes = model.folded.count[op.name] * tables.local_nbytes(op.results[0], layouts[op.name])
+            if op.kind is OpKind.PARAMETER:
+                parameters += nbytes
+                trained += nbytes if op.results[0].requires_grad else 0
+            else:
+                buffers += nbytes
+    optimizer = OPTIMIZER_COPIES * trained
+    device = cluster.machine.device
+    return Memory(
+        parameters=parameters,
+        gradients=trained,
+        optimizer=optimizer,
+        activations=solution.nbytes - parameters - trained - optimizer - buffers,
+        buffers=buffers,
+        workspace=workspace,
+        reserved=device.reserved_bytes,
+        budget=device.memory_bytes,
+    )
+
+
+def _uses(model: Model) -> Counter[str]:
+    uses: Counter[str] = Counter()
+    for edge in model.folded.edges:
+        uses[edge.value.op] += edge.count
+    return Counter({name: max(1, n // model.folded.count[name]) for name, n in uses.items()})
+
+
+def _traffic(model: Model, mesh: Mesh, searched: Mesh, tables: CostTables, moves: list[Move]) -> tuple[Traffic, ...]:
+    """Every collective of a step, added up by axis, kind and purpose; seconds are what is exposed."""
+    uses = _uses(model)
+    totals: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
+    graph = model.folded.graph
+
+    def add(axis: int, collective: Collective, purpose: str, count: float, nbytes: float, seconds: float) -> None:
+        entry = totals[mesh.names[axis], COLLECTIVE_KIND[collective], purpose]
+        entry[0] += count
+        entry[1] += count * nbytes
+        entry[2] += count * seconds
+
+    for move in moves:
+        if move.start == move.need:
+            continue
+        producer = graph.by_name[move.value.op]
+        tensor = producer.results[move.value.index]
+        is_parameter = producer.kind is OpKind.PARAMETER
+        for step in journey(tensor.shape, move.start, move.need, searched):
+            nbytes = _step_bytes(step.shape_before, step.shape_after) * (tensor.nbytes // max(1, tensor.numel))
+            forward = tables.step_seconds(step, step.forward, tensor.nbytes // max(1, tensor.numel))
+            if step.forward in COLLECTIVE_KIND:
+                purpose = "parameters" if is_parameter else "activations"
+                again = 2 if is_parameter and tensor.requires_grad and step.forward is Collective.ALL_GATHER else 1
+                add(step.axis, step.forward, purpose, move.count * again, nbytes, forward)
+            if tensor.requires_grad and not move.to_output and step.backward in COLLECTIVE_KIND:
+                backward = tables.step_seconds(step, step.backward, tensor.nbytes // max(1, tensor.numel))
+                if is_parameter and step.forward is Collective.NONE:
+                    share = 1 / uses[producer.name]
+                    add(
+                        step.axis,
+                        step.backward,
+                        "gradients",
+                        move.count * share,
+                        nbytes,
+                        backward * (1 - tables.device.overlap),
+                    )
+                else:
+                    purpose = "gradients" if is_parameter else "activation gradients"
+                    add(step.axis, step.backward, purpose, move.count, nbytes, backward)
+    return tuple(
+        Traffic(axis, collective, purpose, round(count), int(nbytes), seconds)
+        for (axis, collective, purpose), (count, nbytes, seconds) in sorted(totals.items())
+    )
+
+
+def _step_bytes(before: tuple[int, ...], after: tuple[int, ...]) -> int:
+    def product(shape: tuple[int, ...]) -> int:
+        total = 1
+        for size in shape:
+            total *= size
+        return total
+
+    return max(product(before), product(after))
+
+
+def _groups(
+    model: Model,
+    mesh: Mesh,
+    tables: CostTables,
+    placements: Mapping[str, Placement],
+    layouts: Mapping[str, Layout],
+    moves: list[Move],
+    problem: Problem,
+    solution: Solution,
+) -> tuple[Group, ...]:
+    """One line per class of layers, and one for what is outside of them."""
+    group_of = {name: layer.name for layer in model.folded.classes for name in layer.instances[0]}
+    sizes = {layer.name: len(layer.instances) for layer in model.folded.classes}
+    outside = "outside of layers"
+    names = [*sizes, outside]
+    axes: dict[str, dict[str, list[str]]] = {name: {axis: [] for axis in mesh.names} for name in names}
+    compute: Counter[str] = Counter()
+    parameters: Counter[str] = Counter()
+    activations: Counter[str] = Counter()
+    nbytes = {node.key: int(node.nbytes[solution.choice[node.key]]) for node in problem.nodes}
+    for op in model.folded.ops:
+        group = group_of.get(op.name, outside)
+        if op.kind is OpKind.CALL:
+            compute[group] += model.folded.count[op.name] * sum(tables.op_seconds(op, placements[op.name]))  # type: ignore[assignment]
+            activations[group] += nbytes[op.name]
+            _note_splits(model, mesh, op, placements[op.name], axes[group])
+        elif op.kind is OpKind.PARAMETER:
+            parameters[group] += model.folded.count[op.name] * tables.local_nbytes(op.results[0], layouts[op.name])
+            for axis, state in enumerate(layouts[op.name]):
+                if state.kind is StateKind.SHARD and _is_gathered(op, axis, moves):
+                    _append(axes[group][mesh.names[axis]], "parameter storage")
+    communication: Counter[str] = Counter()
+    uses = _uses(model)
+    for move in moves:
+        communication[group_of.get(move.consumer, outside)] += _move_seconds(model, tables, move, uses)  # type: ignore[assignment]
+    return tuple(
+        Group(
+            name=name,
+            count=sizes.get(name, 1),
+            axes={axis: ", ".join(texts) or "nothing" for axis, texts in axes[name].items()},
+            compute_seconds=float(compute[name]),
+            communication_seconds=float(communication[name]),
+            parameter_bytes=parameters[name],
+            activation_bytes=activations[name],
+        )
+        for name in names
+    )
+
+
+def _move_seconds(model: Model, tables: CostTables, move: Move, uses: Counter[str]) -> float:
+    producer = model.folded.graph.by_name[move.value.op]
+    tensor = producer.results[move.value.index]
+    if move.start == move.need:
+        return 0.0
+    if producer.kind is OpKind.PARAMETER:
+        return move.count * sum(tables.parameter_seconds(tensor, move.start, move.need, uses[producer.name]))
+    backward = tensor.requires_grad and not move.to_output
+    return move.count * sum(tables.journey_seconds(tensor, move.start, move.need, backward=backward))
+
+
+def _is_gathered(op: Op, axis: int, moves: list[Move]) -> bool:
+    return any(move.value.op == op.name and move.need[axis].kind is not StateKind.SHARD for move in moves)
+
+
+def _append(texts: list[str], text: str) -> None:
+    if text not in texts:
+        texts.append(text)
+
+
+def _note_splits(model: Model, mesh: Mesh, op: Op, placement: Placement, texts: Mapping[str, list[str]]) -> None:
+    """Say in words what an op's split divides, for the ops that hold the work."""
+    space = model.spaces.get(op.name)
+    if space is None or not is_contraction(space):
+        return
+    for axis, part in enumerate(placement):
+        if not isinstance(part, Split):
+            continue
+        role = role_of(model.factors.of_loops[op.name], part)
+        if role is Role.BATCH:
+            text = "batch"
+        elif role is Role.SEQUENCE:
+            text = "sequence"
+        elif part.loop == "v" and space.kernel in ("embedding", "cross_entropy"):
+            text = "vocabulary"
+        elif "attention" in op.target:
+            text = "heads"
+        else:
+            text = "features"
+        _append(texts[mesh.names[axis]], text)

@@ -1,0 +1,200 @@
+"""Which meshes the search looks at, and what is asked of each: the user's pins, free meshes, and the named baselines.
+
+Baselines are layouts that people use today, each stated as constraints on the same problem: plain DDP, FSDP (ZeRO-3), Megatron-LM's
+tensor parallelism (Shoeybi et al. 2019, section 3) and Redco's two rules (algorithms after Redco's paper: fully-connected layers alternate
+between splitting their outputs and their inputs; attention splits q, k, v by outputs and o by inputs), the latter found over
+dataflow instead of over names. Because they are candidates like any other, the search can't return a plan that it holds worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from autopar.cost_models import Cluster
+from autopar.errors import InputError
+from autopar.factors import Role
+from autopar.ir import Op, OpKind
+from autopar.layout import Layout, Mesh, Placement, Split
+from autopar.problem import AxisKind, Constraints, Model, is_contraction, role_of
+
+PIN_NAMES = ("dp", "tp", "cp", "fsdp", "vocabulary")
+"""Pins of this version; any other key is a glob of module paths with a placement (``{"layers.*.mlp": {"tp": "o"}}``)."""
+
+LATER_PINS = ("ep", "pp", "schedule", "microbatches", "recompute", "offload", "attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A mesh with constraints, by name; `baseline` marks the layouts that people use today."""
+
+    name: str
+    mesh: Mesh
+    constraints: Constraints
+    baseline: bool = False
+
+
+def find_trials(
+    model: Model,
+    cluster: Cluster,
+    pins: Mapping[str, object],
+    axes: Mapping[str, int] | None,
+    stored: Mapping[str, Layout],
+) -> list[Trial]:
+    """Everything that the search tries. Raises InputError on pins that can't be had."""
+    check_pins(pins)
+    world = cluster.world_size
+    modules = {name: value for name, value in pins.items() if isinstance(value, Mapping)}
+    fsdp, vocabulary = pins.get("fsdp"), pins.get("vocabulary")
+    sizes = {name: int(pins[name]) for name in ("dp", "cp", "tp") if name in pins}  # type: ignore[call-overload]
+    if axes is not None:
+        meshes = [Mesh(tuple(axes), tuple(axes.values()))]
+        if meshes[0].world_size != world:
+            raise InputError(f"mesh {meshes[0]} has {meshes[0].world_size} ranks, the cluster {cluster} has {world}")
+    elif sizes:
+        meshes = _pinned_meshes(sizes, world, cluster)
+    else:
+        meshes = _free_meshes(world)
+    trials = []
+    for mesh in meshes:
+        kinds = tuple(AxisKind(name) if name in ("dp", "tp", "cp") else AxisKind.FREE for name in mesh.names)
+        if isinstance(fsdp, bool) and AxisKind.DP not in kinds:
+            kinds = (AxisKind.DP, *kinds[1:])  # parameter storage is split over batch axes
+        for axis, kind in enumerate(kinds):
+            if kind is AxisKind.DP and mesh.names[axis] in {**sizes, **(axes or {})}:
+                _check_batch(model, mesh.sizes[axis])
+        constraints = Constraints(kinds, _flag(fsdp), _flag(vocabulary), _known_axes(modules, mesh), stored)
+        trials.append(Trial("search", mesh, constraints))
+    if not pins and axes is None and not stored:
+        trials += _baselines(model, cluster)
+    return trials
+
+
+def check_pins(pins: Mapping[str, object]) -> None:
+    """Raise InputError for pins that are unknown, of later versions, or of the wrong type."""
+    for name, value in pins.items():
+        if name in LATER_PINS:
+            raise InputError(f"pin {name!r} is not supported yet; this version pins {', '.join(PIN_NAMES)} and modules")
+        if name in ("dp", "tp", "cp"):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"pin {name}={value!r}: the size of an axis is needed, an integer from 1")
+        elif name in ("fsdp", "vocabulary"):
+            if not isinstance(value, bool):
+                raise InputError(f"pin {name}={value!r}: true or false is needed")
+        elif not isinstance(value, Mapping):
+            raise InputError(f"unknown pin {name!r}; known are {', '.join(PIN_NAMES)} and globs of module paths")
+
+
+def _flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _known_axes(modules: Mapping[str, Mapping[str, str]], mesh: Mesh) -> Mapping[str, Mapping[str, str]]:
+    for pattern, wanted in modules.items():
+        for name in wanted:
+            if name not in mesh.names:
+                raise InputError(f"pin {pattern!r} names axis {name!r}, the mesh has {', '.join(mesh.names)}")
+    return modules
+
+
+def _check_batch(model: Model, size: int) -> None:
+    graph = model.folded.graph
+    inputs = [op for op in graph.of_kind(OpKind.INPUT) if op.results[0].shape]
+    if inputs and not any(op.results[0].shape[0] % size == 0 for op in inputs):
+        op = inputs[0]
+        raise InputError(
+            f"input {op.target!r} has {op.results[0].shape[0]} rows in dim 0 (the batch), which an axis of {size} (dp={size}) "
+            f"doesn't divide; use a batch that is a multiple of {size}, or a smaller dp"
+        )
+
+
+def _pinned_meshes(sizes: Mapping[str, int], world: int, cluster: Cluster) -> list[Mesh]:
+    named = 1
+    for size in sizes.values():
+        named *= size
+    if world % named:
+        asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise InputError(f"pins {asked} need a multiple of {named} ranks, the cluster {cluster} has {world}")
+    rest = world // named
+    pinned = [(name, size) for name, size in sizes.items() if size > 1]
+    if rest > 1:
+        if "dp" not in sizes:
+            pinned.insert(0, ("free", rest))
+        else:
+            pinned.append(("free", rest))
+    if not pinned:
+        pinned = [("free", world)]
+    return [Mesh(tuple(name for name, _ in pinned), tuple(size for _, size in pinned))]
+
+
+def _free_meshes(world: int) -> list[Mesh]:
+    """One and two free axes of every size; more axes are for pins, or for what later searches compose."""
+    meshes = [Mesh(("x",), (world,))]
+    for inner in range(2, world // 2 + 1):
+        if world % inner == 0:
+            meshes.append(Mesh(("x", "y"), (world // inner, inner)))
+    return meshes
+
+
+def _baselines(model: Model, cluster: Cluster) -> list[Trial]:
+    world = cluster.world_size
+    if world == 1:
+        return []
+    data = Mesh(("dp",), (world,))
+    trials = [
+        Trial("DDP", data, Constraints((AxisKind.DP,), fsdp=False), baseline=True),
+        Trial("FSDP", data, Constraints((AxisKind.DP,), fsdp=True), baseline=True),
+    ]
+    width = cluster.devices_per_node if world % cluster.devices_per_node == 0 else world
+    if width == world:
+        both, kinds = Mesh(("tp",), (world,)), (AxisKind.TP,)
+    else:
+        both, kinds = Mesh(("dp", "tp"), (world // width, width)), (AxisKind.DP, AxisKind.TP)
+    if width > 1:
+        for name, accept in (("Megatron", _megatron(model, len(kinds) - 1)), ("Redco", _redco(model, len(kinds) - 1))):
+            trials.append(Trial(name, both, Constraints(kinds, fsdp=False, accept=accept), baseline=True))
+    return trials
+
+
+def _megatron(model: Model, axis: int) -> Callable[[Op, Placement], bool]:
+    """Work split by features, everything between the blocks whole on every rank of the tensor axis."""
+
+    def accept(op: Op, placement: Placement) -> bool:
+        part = placement[axis]
+        return not isinstance(part, Split) or role_of(model.factors.of_loops[op.name], part) is Role.FEATURE
+
+    return accept
+
+
+def _redco(model: Model, axis: int) -> Callable[[Op, Placement], bool]:
+    """Linears alternate along dataflow: outputs split, then inputs split; what a lookup finds is split by features."""
+    graph = model.folded.graph
+    splits_outputs: dict[str, bool] = {}
+    upstream: dict[str, str | None] = {}  # nearest linear before each op, the latest in program order
+    order = {op.name: position for position, op in enumerate(graph.ops)}
+    for op in graph.ops:
+        before = [upstream[value.op] for value in op.operands if upstream.get(value.op)]
+        nearest = max((name for name in before if name), key=order.__getitem__, default=None)
+        if _is_linear(model, op):
+            splits_outputs[op.name] = nearest is None or not splits_outputs[nearest]
+            upstream[op.name] = op.name
+        else:
+            upstream[op.name] = nearest
+
+    def accept(op: Op, placement: Placement) -> bool:
+        part = placement[axis]
+        if op.name not in splits_outputs:
+            return not isinstance(part, Split) or role_of(model.factors.of_loops[op.name], part) is Role.FEATURE
+        if not isinstance(part, Split):
+            return False
+        in_results = model.spaces[op.name].find(model.spaces[op.name].results[0], part.loop) is not None
+        return in_results == splits_outputs[op.name]
+
+    return accept
+
+
+def _is_linear(model: Model, op: Op) -> bool:
+    space = model.spaces.get(op.name)
+    graph = model.folded.graph
+    reads = any(graph.by_name[value.op].kind is OpKind.PARAMETER for value in op.operands)
+    return space is not None and is_contraction(space) and space.kernel is None and reads

@@ -1,0 +1,143 @@
+"""Graph and cluster -> the best plan over all meshes tried, baselines included. Pure: no process group, no device, no environment."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from autopar.assemble import assemble, workspace_bytes
+from autopar.cost_models import Cluster
+from autopar.errors import InfeasibleError, UnknownOpError
+from autopar.factors import find_factors
+from autopar.ir import Graph, OpKind
+from autopar.layers import fold
+from autopar.layout import Layout
+from autopar.meshes import Trial, find_trials
+from autopar.plan import Candidate, Plan
+from autopar.problem import Model, Problem, build_problem
+from autopar.rules import find_spaces
+from autopar.search import Solution, solve
+from autopar.units import format_bytes
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A trial that was solved."""
+
+    trial: Trial
+    problem: Problem
+    solution: Solution
+    workspace: int
+
+
+def make_plan(
+    graph: Graph,
+    cluster: Cluster,
+    *,
+    model_name: str = "model",
+    pins: Mapping[str, object] | None = None,
+    mesh: Mapping[str, int] | None = None,
+    stored: Mapping[str, Layout] | None = None,
+    strict: bool = False,
+    notes: tuple[str, ...] = (),
+    progress: Progress | None = None,
+) -> Plan:
+    """The cheapest plan for `graph` on `cluster`.
+
+    Args:
+        pins: axis sizes by kind (``dp``, ``tp``, ``cp``), ``fsdp`` and ``vocabulary`` (bool), globs of module paths.
+        mesh: axis name -> size, instead of searching meshes; the names dp, tp and cp are kinds, any other is a free axis.
+        stored: layouts that parameters already have and keep, by name; needs `mesh`.
+        strict: raise UnknownOpError when an op has no rule, instead of running it replicated.
+        progress: told what is being tried.
+
+    Raises InfeasibleError when nothing fits the memory, InputError on pins that can't be had.
+    """
+    start = time.perf_counter()
+    tell = progress or (lambda _: None)
+    tell("rules and costs")
+    spaces, unruled = find_spaces(graph)
+    if unruled and strict:
+        lines = "\n".join(f"  {op.target} at {op.source or op.name}" for op in unruled)
+        raise UnknownOpError(f"{len(unruled)} ops have no rule and strict=True was asked for:\n{lines}")
+    model = Model(fold(graph), spaces, find_factors(graph, spaces))
+    trials = find_trials(model, cluster, pins or {}, mesh, stored or {})
+    found: list[Found] = []
+    candidates: list[Candidate] = []
+    needed: list[int] = []
+    for trial in trials:
+        tell(f"search: {trial.name} on {trial.mesh}")
+        answer = _try(model, trial, cluster)
+        if isinstance(answer, InfeasibleError):
+            needed.append(answer.needed)
+            candidates.append(Candidate(trial.name, str(trial.mesh), None, answer.needed, "out of memory"))
+        else:
+            found.append(answer)
+            memory = answer.solution.nbytes + answer.workspace
+            candidates.append(
+                Candidate(trial.name, str(trial.mesh), answer.solution.cost_ns / 1e9, memory, answer.solution.status)
+            )
+    if not found:
+        raise _infeasible(cluster, min(needed))
+    best = min(found, key=lambda one: (one.solution.cost_ns, one.trial.baseline, len(one.trial.mesh.names)))
+    return assemble(
+        model=model,
+        cluster=cluster,
+        problem=best.problem,
+        solution=best.solution,
+        workspace=best.workspace,
+        rename=best.trial.name == "search" and mesh is None,
+        model_name=model_name,
+        fingerprint=fingerprint(graph),
+        candidates=tuple(candidates),
+        unruled=unruled,
+        notes=notes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _try(model: Model, trial: Trial, cluster: Cluster) -> Found | InfeasibleError:
+    """Solve one trial; the space that ops need while they run is known only with a solution, so it is found in rounds."""
+    problem = build_problem(model, trial.mesh, cluster, trial.constraints)
+    budget = cluster.machine.device.usable_bytes
+    workspace = 0
+    for _ in range(4):
+        try:
+            solution = solve(problem, budget - workspace)
+        except InfeasibleError as error:
+            error.needed += workspace
+            return error
+        needs = workspace_bytes(model, problem, solution)
+        if solution.nbytes + needs <= budget:
+            return Found(trial, problem, solution, needs)
+        workspace = max(needs, workspace + 1)
+    error = InfeasibleError("no room is left to run the largest op")
+    error.needed = solution.nbytes + needs
+    return error
+
+
+def _infeasible(cluster: Cluster, needed: int) -> InfeasibleError:
+    device = cluster.machine.device
+    total = needed + device.reserved_bytes
+    error = InfeasibleError(
+        f"no plan fits: the leanest found needs {format_bytes(total)} on each of {cluster.world_size} devices, "
+        f"{format_bytes(device.memory_bytes)} are there ({format_bytes(device.reserved_bytes)} of them reserved); "
+        f"the memory would have to grow by {format_bytes(total - device.memory_bytes)}. "
+        "Use more devices, a smaller batch or sequence, or a narrower dtype"
+    )
+    error.needed = total
+    return error
+
+
+def fingerprint(graph: Graph) -> str:
+    """Identifies a graph: equal for the same ops, shapes and wiring, whatever the machine."""
+    digest = hashlib.sha256()
+    for op in graph.ops:
+        kind = op.target if op.kind in (OpKind.CALL, OpKind.PARAMETER, OpKind.BUFFER) else op.kind.value
+        results = ";".join(f"{tensor.dtype}{tensor.shape}" for tensor in op.results)
+        digest.update(f"{op.name}|{kind}|{','.join(map(str, op.operands))}|{results}\n".encode())
+    return digest.hexdigest()[:16]
