@@ -1,7 +1,7 @@
 """The smallest example: an MLP classifier that trains on one device or on many.
 
 Alone: ``python examples/mlp.py``. On four processes: ``torchrun --standalone --nproc-per-node 4 examples/mlp.py``. For the
-command line: ``autopar plan examples/mlp.py:build --cluster 1x4xA100-80GB``.
+command line: ``autopar plan examples/mlp.py:build --cluster 4xA100``.
 """
 
 from __future__ import annotations
