@@ -304,14 +304,15 @@ def _groups(
     outside = "outside of layers"
     names = [*sizes, outside]
     axes: dict[str, dict[str, list[str]]] = {name: {axis: [] for axis in mesh.names} for name in names}
-    compute: Counter[str] = Counter()
+    compute: dict[str, float] = defaultdict(float)
     parameters: Counter[str] = Counter()
     activations: Counter[str] = Counter()
     nbytes = {node.key: int(node.nbytes[solution.choice[node.key]]) for node in problem.nodes}
     for op in model.folded.ops:
         group = group_of.get(op.name, outside)
         if op.kind is OpKind.CALL:
-            compute[group] += model.folded.count[op.name] * sum(tables.op_seconds(op, placements[op.name]))  # type: ignore[assignment]
+            seconds = sum(tables.op_seconds(op, placements[op.name]))
+            compute[group] += model.folded.count[op.name] * seconds
             activations[group] += nbytes[op.name]
             _note_splits(model, mesh, op, placements[op.name], axes[group])
         elif op.kind is OpKind.PARAMETER:
@@ -319,17 +320,17 @@ def _groups(
             for axis, state in enumerate(layouts[op.name]):
                 if state.kind is StateKind.SHARD and _is_gathered(op, axis, moves):
                     _append(axes[group][mesh.names[axis]], "parameter storage")
-    communication: Counter[str] = Counter()
+    communication: dict[str, float] = defaultdict(float)
     uses = _uses(model)
     for move in moves:
-        communication[group_of.get(move.consumer, outside)] += _move_seconds(model, tables, move, uses)  # type: ignore[assignment]
+        communication[group_of.get(move.consumer, outside)] += _move_seconds(model, tables, move, uses)
     return tuple(
         Group(
             name=name,
             count=sizes.get(name, 1),
             axes={axis: ", ".join(texts) or "nothing" for axis, texts in axes[name].items()},
-            compute_seconds=float(compute[name]),
-            communication_seconds=float(communication[name]),
+            compute_seconds=compute[name],
+            communication_seconds=communication[name],
             parameter_bytes=parameters[name],
             activation_bytes=activations[name],
         )

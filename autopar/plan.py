@@ -43,9 +43,7 @@ class Memory:
     @property
     def total(self) -> int:
         """Bytes used at the peak."""
-        return (
-            self.parameters + self.gradients + self.optimizer + self.activations + self.buffers + self.workspace + self.reserved
-        )
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers + self.workspace + self.reserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +200,7 @@ def from_json(text: str) -> Plan:
         raise PlanError(f"not an autopar plan: the top level must be an object with format {FORMAT!r}")
     if document.get("version") != VERSION:
         raise PlanError(
-            f"plan version {document.get('version')!r}, this autopar reads version {VERSION};"
-            " make the plan again with `autopar plan`"
+            f"plan version {document.get('version')!r}, this autopar reads version {VERSION}; make the plan again with `autopar plan`"
         )
     data = document.get("plan")
     try:

@@ -1,4 +1,7 @@
-"""Graph and cluster -> the best plan over all meshes tried, baselines included. Pure: no process group, no device, no environment."""
+"""Graph and cluster -> the best plan over all meshes tried, baselines included.
+
+Pure: opens no process group, touches no device, reads no environment.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +52,14 @@ def make_plan(
     """The cheapest plan for `graph` on `cluster`.
 
     Args:
+        graph: the captured program.
+        cluster: the devices and links; its size is the number of ranks.
+        model_name: for the report.
         pins: axis sizes by kind (``dp``, ``tp``, ``cp``), ``fsdp`` and ``vocabulary`` (bool), globs of module paths.
         mesh: axis name -> size, instead of searching meshes; the names dp, tp and cp are kinds, any other is a free axis.
         stored: layouts that parameters already have and keep, by name; needs `mesh`.
         strict: raise UnknownOpError when an op has no rule, instead of running it replicated.
+        notes: what capture dropped or changed, for the report.
         progress: told what is being tried.
 
     Raises InfeasibleError when nothing fits the memory, InputError on pins that can't be had.
@@ -78,9 +85,7 @@ def make_plan(
         else:
             found.append(answer)
             memory = answer.solution.nbytes + answer.workspace
-            candidates.append(
-                Candidate(trial.name, str(trial.mesh), answer.solution.cost_ns / 1e9, memory, answer.solution.status)
-            )
+            candidates.append(Candidate(trial.name, str(trial.mesh), answer.solution.cost_ns / 1e9, memory, answer.solution.status))
     if not found:
         raise _infeasible(cluster, min(needed))
     best = min(found, key=lambda one: (one.solution.cost_ns, one.trial.baseline, len(one.trial.mesh.names)))

@@ -65,9 +65,7 @@ def fan_key(value: Value, target: str, operand: int) -> str:
 class _Rewriter:
     """Builds the new graph op by op; lives for one rewrite."""
 
-    def __init__(
-        self, captured: Captured, plan: Plan, folded: Folded, spaces: Mapping[str, Space], device: torch.device | None
-    ) -> None:
+    def __init__(self, captured: Captured, plan: Plan, folded: Folded, spaces: Mapping[str, Space], device: torch.device | None) -> None:
         self.captured = captured
         self.graph: Graph = captured.graph
         self.plan = plan

@@ -229,14 +229,14 @@ def _solve_core(core: Core, budget: int | None, time_limit: float) -> _Answer | 
 
 
 def _add_node(rows: _Rows, costs: Costs, by_time: bool) -> Table:
-    """(1)"""
+    """Constraint (1)."""
     ids = rows.add_variables(np.minimum(costs.cost if by_time else costs.weight, FORBIDDEN))
     rows.add_row(ids, np.array([], dtype=np.int64), 1.0)
     return ids
 
 
 def _add_arc(rows: _Rows, costs: Costs, from_ids: Table, to_ids: Table, by_time: bool) -> tuple[Table, Table]:
-    """(2) and (3), over classes of options that meet the other end alike; returns the flows and their bytes."""
+    """Constraints (2) and (3), over classes of options that meet the other end alike; returns the flows and their bytes."""
     stacked = np.stack([costs.weight, costs.cost, costs.nbytes], axis=-1)
     row_first, row_class = _classes(stacked.reshape(len(from_ids), -1))
     column_first, column_class = _classes(stacked.transpose(1, 0, 2).reshape(len(to_ids), -1))

@@ -196,9 +196,7 @@ def _parse_dims(text: str, marks: dict[str, LoopKind]) -> Dims:
     dims = []
     for match in _TOKEN.finditer(text):
         group, single = match.groups()
-        dims.append(
-            tuple(_parse_loop(token, marks) for token in (group.split() if single is None else [single]) if token != "1")
-        )
+        dims.append(tuple(_parse_loop(token, marks) for token in (group.split() if single is None else [single]) if token != "1"))
     return tuple(dims)
 
 
