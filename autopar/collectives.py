@@ -205,6 +205,16 @@ def all_to_all(x: Tensor, axis: str, from_dim: int, to_dim: int, from_outer: int
     return x.contiguous() if found.size == 1 else _apply(_AllToAll, x, found, from_dim, to_dim, from_outer, to_outer)
 
 
+def gather_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
+    """Join every rank's parts, given the axis itself; the gradient is whole on every rank and is only split."""
+    return _apply(_AllGather, x, axis, dim, outer, "slice", True)
+
+
+def shard_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
+    """This rank's part, given the axis itself; the gradient is gathered."""
+    return _apply(_Shard, x, axis, dim, outer)
+
+
 def _apply(function: type[torch.autograd.Function], x: Tensor, *arguments: object) -> Tensor:
     result: Tensor = function.apply(x, *arguments)  # type: ignore[no-untyped-call]
     return result

@@ -8,7 +8,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = [
+    "StorageRef",
+    "StridedShard",
+    "after_backward",
+    "all_gather_single",
+    "all_to_all_single",
+    "backward_id",
+    "group_over",
+    "local_of",
+    "reduce_scatter_single",
+]
 
 # torch 2.13 renames the flat collectives and warns about the old names, which are all that 2.11 has.
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -36,3 +51,20 @@ class StorageRef:
 def after_backward(callback: Callable[[], None]) -> None:
     """Call `callback` when the backward that runs now has ended; only to be called from within a backward."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def backward_id() -> int:
+    """A number that tells the backward that runs now from every other; only to be called from within a backward."""
+    return int(torch._C._current_graph_task_id())
+
+
+def local_of(x: Tensor) -> Tensor:
+    """The rank's own part of a DTensor, sharing its storage and unknown to autograd; a plain tensor as it is."""
+    return x._local_tensor.detach() if isinstance(x, DTensor) else x.detach()
+
+
+def group_over(mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessGroup:
+    """The process group of the ranks that differ along these axes only. All ranks must ask for the same ones in one order."""
+    if len(names) == 1:
+        return mesh.get_group(names[0])
+    return mesh[names]._flatten("_".join(names)).get_group()
