@@ -28,6 +28,7 @@ from autopar.errors import (
     SolverError,
     VerificationError,
 )
+from autopar.meshes import check_pins
 from autopar.units import format_bytes, format_seconds, parse_bytes
 
 # torch takes seconds to import: commands import what needs it when they run, so that help and mistakes are answered at once.
@@ -41,9 +42,6 @@ _PIPED_WIDTH = 120
 _VERIFY_RANKS = 4
 _VERIFY_TOLERANCE = 1e-9
 
-_SIZE_PINS = ("dp", "tp", "cp")
-_SWITCH_PINS = ("fsdp", "vocabulary")
-_LATER_PINS = ("ep", "pp", "schedule", "microbatches", "recompute", "offload", "attention")
 _TRAINED_DTYPES = ("bfloat16", "float16", "float32")
 _SWITCHES = {"true": True, "false": False}
 
@@ -277,19 +275,13 @@ def machines(as_json: bool) -> None:
 
 def parse_pins(texts: Sequence[str]) -> dict[str, int | bool]:
     """Read ``tp=2`` and ``fsdp=true`` as pins by name. Raises InputError for what isn't known, or is given twice."""
-    pins: dict[str, int | bool] = {}
+    pins: dict[str, Any] = {}
     for text in texts:
-        name, equals, value = (part.strip() for part in text.partition("="))
-        if name in _LATER_PINS:
-            raise InputError(f"pin {name!r} is not supported yet; supported are {', '.join(_SIZE_PINS + _SWITCH_PINS)}")
-        if name not in _SIZE_PINS + _SWITCH_PINS:
-            known = ", ".join(_SIZE_PINS + _SWITCH_PINS)
-            raise InputError(f"no pin is called {name!r}; known are {known} (not supported yet: {', '.join(_LATER_PINS)})")
-        if not equals:
-            raise InputError(f"pin {text!r} has no value; write {name}={'true' if name in _SWITCH_PINS else '2'}")
+        name, _, value = (part.strip() for part in text.partition("="))
         if name in pins:
-            raise InputError(f"pin {name!r} is given twice: {pins[name]} and {value}")
-        pins[name] = _parse_switch(name, value) if name in _SWITCH_PINS else _parse_size(name, value)
+            raise InputError(f"pin {name!r} is given twice")
+        pins[name] = int(value) if value.isascii() and value.isdigit() else _SWITCHES.get(value.lower(), value)
+    check_pins(pins)
     return pins
 
 
@@ -302,20 +294,10 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise InputError(f"{part!r} in mesh {text!r} is no axis; write axes as name=size, such as dp=4,tp=2")
         if name in mesh:
             raise InputError(f"mesh {text!r} names the axis {name!r} twice")
-        mesh[name] = _parse_size(name, value)
+        if not (value.isascii() and value.isdigit() and int(value) >= 1):
+            raise InputError(f"mesh {text!r}: {name}={value} is no size of an axis; a whole number of ranks from 1 is needed")
+        mesh[name] = int(value)
     return mesh
-
-
-def _parse_size(name: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit() and int(value) >= 1):
-        raise InputError(f"{name}={value}: a whole number of ranks, 1 or more, is needed")
-    return int(value)
-
-
-def _parse_switch(name: str, value: str) -> bool:
-    if value.lower() not in _SWITCHES:
-        raise InputError(f"{name}={value}: true or false is needed")
-    return _SWITCHES[value.lower()]
 
 
 def _parse_cluster(text: str, memory: str | None) -> Cluster:
@@ -343,9 +325,7 @@ def _load_checked_plan(file: Path, ranks: int | None, pins: dict[str, int | bool
         raise InputError("--pin has no say over a plan that is made already; leave out --pin or --plan")
     saved = Plan.load(file)
     if ranks not in (None, saved.mesh.world_size):
-        raise PlanError(
-            f"{file} is a plan for {saved.mesh.world_size} ranks ({saved.mesh}), --ranks says {ranks}; leave it out"
-        )
+        raise PlanError(f"{file} is a plan for {saved.mesh.world_size} ranks ({saved.mesh}), --ranks says {ranks}; leave it out")
     return saved
 
 
@@ -402,9 +382,7 @@ def _print_machines(found: Sequence[Machine], console: Console) -> None:
     for machine in found:
         device = machine.device
         # Not float8, though faster: plans are made for these.
-        dtype = max(
-            (dtype for dtype in _TRAINED_DTYPES if dtype in device.peak_flops), key=lambda dtype: device.peak_flops[dtype]
-        )
+        dtype = max((dtype for dtype in _TRAINED_DTYPES if dtype in device.peak_flops), key=lambda dtype: device.peak_flops[dtype])
         table.add_row(
             Text(machine.name),
             str(machine.devices_per_node),

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from autopar.errors import InputError
 from autopar.layout import format_layout
-from autopar.plan import Group, Memory, Plan, Unruled
+from autopar.plan import Candidate, Group, Memory, Plan, Unruled
 from autopar.units import format_bytes, format_seconds, format_share
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "workspace", "reserved")
@@ -62,7 +62,7 @@ def describe_axes(plan: Plan) -> dict[str, str]:
         found = ["batch"] if axis in plan.batch_axes else []
         for group in sorted(plan.groups, key=lambda group: -group.compute_seconds):
             found += [part.strip() for part in group.axes.get(axis, "").split(",")]
-        roles[axis] = [role for role in dict.fromkeys(found) if role not in ("", _NOTHING)]
+        roles[axis] = [role for role in dict.fromkeys(found) if role not in ("", "nothing")]
     return {axis: ", ".join(found) or "nothing" for axis, found in roles.items()}
 
 
@@ -103,8 +103,8 @@ def explain(plan: Plan, console: Console, *, layer: str | None = None) -> None:
     Args:
         plan: the plan to show.
         console: where to print; its width is used.
-        layer: show only what concerns these layers, with the stored layout of each of their tensors. A module path
-            (``transformer.h.3.mlp``), the name of a group (``transformer.h.*``) or a part of one.
+        layer: show only what concerns these layers, with the stored layout of each of their tensors (layers that are alike
+            share theirs). A module path (``transformer.h.3.mlp``), the name of a group (``transformer.h.*``) or a part of one.
 
     Raises:
         InputError: no layer of the plan matches `layer`.
@@ -133,25 +133,46 @@ def select_groups(plan: Plan, layer: str | None) -> tuple[Group, ...]:
     """The plan's groups that `layer` names, all when it is None. Raises InputError, listing the groups, when none does."""
     if layer is None:
         return plan.groups
-    found = tuple(group for group in plan.groups if _names_group(layer, group.name))
+    found = tuple(group for group in plan.groups if _names_group(layer, group))
     if not found:
         names = ", ".join(repr(group.name) for group in plan.groups) or "none"
         raise InputError(f"no layer of this plan matches {layer!r}; its groups of layers are {names}")
     return found
 
 
-def _names_group(layer: str, name: str) -> bool:
+def _path_of(group: Group) -> str:
     # `layers.*#1` is the second kind of block under `layers`.
-    path = re.sub(r"#\d+$", "", name)
-    return layer in (name, path) or layer in path or fnmatchcase(path, layer) or fnmatchcase(layer, path)
+    return re.sub(r"#\d+$", "", group.name)
+
+
+def _names_group(layer: str, group: Group) -> bool:
+    path = _path_of(group)
+    return layer in group.name or fnmatchcase(path, layer) or fnmatchcase(layer, path)
 
 
 def _select_layouts(plan: Plan, layer: str) -> Iterable[tuple[str, str]]:
-    """Name and layout of the stored tensors of `layer`; op names are module paths with ``_`` for every dot."""
-    wanted = re.sub(r"[^0-9A-Za-z*]+", "_", re.sub(r"#\d+$", "", layer)).strip("_")
-    for name, layout in plan.layouts.items():
-        if fnmatchcase(f"_{name}_", f"*_{wanted}_*"):
-            yield name, format_layout(layout)
+    """Name and layout of the stored tensors of `layer`, or of the layer like it that stands for all in the plan.
+
+    Names of ops are module paths with ``_`` for every dot.
+    """
+    stored = {name: format_layout(layout) for name, layout in plan.layouts.items() if not name.startswith("fan:")}
+    wanted = [layer, *(_generalize(layer, _path_of(group)) for group in select_groups(plan, layer))]
+    for pattern in map(_match_names, wanted):
+        if found := [(name, text) for name, text in stored.items() if pattern.search(name)]:
+            return found
+    return []
+
+
+def _generalize(layer: str, path: str) -> str:
+    """The same place in every layer of `path`: ``h.3.mlp`` under ``h.*`` is ``h.*.mlp``."""
+    inside = re.match(re.escape(path).replace(r"\*", r"\d+"), layer)
+    return path + layer[inside.end() :] if inside else path if layer in path else layer
+
+
+def _match_names(path: str) -> re.Pattern[str]:
+    """What finds `path`, whole words of it, in the names of ops."""
+    words = re.sub(r"[^0-9A-Za-z*]+", "_", path).strip("_")
+    return re.compile(rf"(?:^|_){re.escape(words).replace(re.escape('*'), '[0-9A-Za-z]+')}(?:_|$)")
 
 
 def _describe_mesh(plan: Plan) -> str:
@@ -294,25 +315,41 @@ def _tabulate_layouts(plan: Plan, layer: str) -> RenderableType:
         return Text(f"No stored tensor is named after {layer!r}.")
     axes = ", ".join(plan.mesh.names)
     return _make_table(
-        f"How its tensors are stored, per axis ({axes}): S<dim> split, R replicated",
+        f"How its tensors are stored (layers that are alike share this), per axis ({axes}): S<dim> split, R replicated",
         {"tensor": "left", "layout": "left"},
         rows,
     )
 
 
 def _tabulate_candidates(plan: Plan) -> Stack:
+    candidates = plan.proof.candidates
+    # The search prefers what comes first among equals, so the first with the plan's cost is the plan.
+    chosen = next((one for one in candidates if _cost_ns(one) == plan.proof.objective_ns), None)
     rows = [
         [
             candidate.name,
             candidate.mesh,
-            _NOTHING if candidate.step_seconds is None else format_seconds(candidate.step_seconds),
+            *_word_candidate_cost(candidate, plan.proof.objective_ns),
             _NOTHING if candidate.memory_bytes is None else format_bytes(candidate.memory_bytes),
-            candidate.outcome,
+            f"{candidate.outcome}, chosen" if candidate is chosen else candidate.outcome,
         ]
-        for candidate in plan.proof.candidates
+        for candidate in sorted(candidates, key=lambda one: (one.step_seconds is None, one.step_seconds or 0.0))
     ]
-    columns: dict[str, _Justify] = {"candidate": "left", "mesh": "left", "step": "right", "memory": "right", "outcome": "left"}
+    columns: dict[str, _Justify] = {"candidate": "left", "mesh": "left", "step": "right", "against the plan": "right"}
+    columns |= {"memory": "right", "outcome": "left"}
     return _make_table(f"Candidates looked at: {len(rows)}", columns, rows)
+
+
+def _cost_ns(candidate: Candidate) -> int | None:
+    return None if candidate.step_seconds is None else round(candidate.step_seconds * 1e9)
+
+
+def _word_candidate_cost(candidate: Candidate, objective_ns: int) -> tuple[str, str]:
+    """Step time of a candidate, and how many times the plan's it is."""
+    cost = _cost_ns(candidate)
+    if candidate.step_seconds is None or cost is None:
+        return _NOTHING, _NOTHING
+    return format_seconds(candidate.step_seconds), f"{cost / objective_ns:.2f} x" if objective_ns > 0 else _NOTHING
 
 
 def _word_proof(plan: Plan) -> list[str]:
@@ -330,9 +367,7 @@ def _word_proof(plan: Plan) -> list[str]:
         f"The solver ended as {proof.status} ({proof.method}) on {proof.variables:,} variables and"
         f" {proof.constraints:,} constraints after {format_seconds(proof.seconds)}."
     )
-    lines.append(
-        "To check another mesh, pin it (`autopar plan ... --mesh dp=4,tp=2`): a pinned mesh is solved with the same costs."
-    )
+    lines.append("To check another mesh, pin it (`autopar plan ... --mesh dp=4,tp=2`): a pinned mesh is solved with the same costs.")
     return lines
 
 

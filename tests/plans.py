@@ -16,10 +16,10 @@ def make_plan() -> Plan:
         inputs={"input_ids": "int64[8, 128]", "labels": "int64[8, 128]"},
         layouts={
             "p_transformer_h_0_mlp_c_fc_weight": parse_layout("S0,S1"),
-            "p_transformer_h_1_mlp_c_fc_weight": parse_layout("S0,S1"),
-            "p_transformer_h_11_mlp_c_fc_weight": parse_layout("R,S1"),
             "p_transformer_h_0_attn_c_attn_weight": parse_layout("R,S1/3"),
+            "p_transformer_wte_weight": parse_layout("R,S0"),
             "input_ids": parse_layout("S0,R"),
+            "fan:view:aten.linear.default:0": parse_layout("S0,R"),
         },
         placements={"addmm": (Split("b"), Split("o", 3)), "view": (None, Split("o"))},
         batch_axes=("dp",),
@@ -40,7 +40,7 @@ def make_plan() -> Plan:
         ),
         groups=(
             Group("transformer.h.*", 12, {"dp": "batch", "tp": "heads, ffn"}, 0.008, 0.0014, 900_000_000, 12_000_000_000),
-            Group("outside of layers", 1, {"tp": "vocabulary"}, 0.001, 0.0001, 100_000_000, 345_678_901),
+            Group("outside of layers", 1, {"dp": "nothing", "tp": "vocabulary"}, 0.001, 0.0001, 100_000_000, 345_678_901),
         ),
         proof=Proof(
             objective_ns=11_000_000,
@@ -52,10 +52,11 @@ def make_plan() -> Plan:
             constraints=6_789,
             seconds=0.4321,
             candidates=(
-                Candidate("search", "dp=2 x tp=4", 0.011, 19_595_678_901, "chosen"),
-                Candidate("search", "dp=8", 0.0123, 24_000_000_000, "dearer by 11.8%"),
+                Candidate("search", "dp=2 x tp=4", 0.011, 19_595_678_901, "optimal"),
+                Candidate("search", "dp=8", 0.0123, 24_000_000_000, "optimal"),
                 Candidate("search", "tp=8", None, None, "pruned: its compute alone takes longer"),
-                Candidate("data parallel", "dp=8", None, 96_000_000_000, "needs 16 GB more than the budget"),
+                Candidate("DDP", "dp=8", None, 96_000_000_000, "out of memory"),
+                Candidate("Megatron", "dp=2 x tp=4", 0.011, 19_595_678_901, "optimal"),
             ),
         ),
         unruled=(

@@ -121,19 +121,27 @@ def test_layers_are_found(layer: str | None, names: list[str]) -> None:
 
 
 def test_an_unknown_layer_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        InputError, match=r"no layer of this plan matches 'decoder'; .* 'transformer\.h\.\*', 'outside of layers'"
-    ):
+    with pytest.raises(InputError, match=r"no layer of this plan matches 'decoder'; .* 'transformer\.h\.\*', 'outside of layers'"):
         select_groups(make_plan(), "decoder")
     with pytest.raises(InputError, match="decoder"):
         to_data(make_plan(), layer="decoder")
 
 
-def test_data_of_a_layer_holds_its_layouts_only() -> None:
-    data = to_data(make_plan(), layer="transformer.h.1.mlp")
-    # Layer 11 isn't layer 1.
-    assert data["layouts"] == {"p_transformer_h_1_mlp_c_fc_weight": "S0,S1"}
-    assert set(to_data(make_plan(), layer="transformer.h.*")["layouts"]) == set(make_plan().layouts) - {"input_ids"}
+@pytest.mark.parametrize(
+    ("layer", "names"),
+    [
+        # The plan holds the first of the layers that are alike.
+        ("transformer.h.0.mlp", ["p_transformer_h_0_mlp_c_fc_weight"]),
+        ("transformer.h.1.mlp", ["p_transformer_h_0_mlp_c_fc_weight"]),
+        ("transformer.h.*.mlp", ["p_transformer_h_0_mlp_c_fc_weight"]),
+        ("transformer.h.11", ["p_transformer_h_0_mlp_c_fc_weight", "p_transformer_h_0_attn_c_attn_weight"]),
+        ("h.*", ["p_transformer_h_0_mlp_c_fc_weight", "p_transformer_h_0_attn_c_attn_weight"]),
+        ("transformer.h.1.absent", []),
+    ],
+)
+def test_a_layer_has_its_layouts(layer: str, names: list[str]) -> None:
+    assert list(to_data(make_plan(), layer=layer)["layouts"]) == names
+    assert ("No stored tensor" in _render(make_plan(), layer=layer)) == (not names)
     assert "layouts" not in to_data(make_plan())
 
 
