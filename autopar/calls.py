@@ -1,0 +1,158 @@
+"""Calls of a module as flat lists of tensors, and flat lists of results as the user's own structure.
+
+Comes in from ``capture``, which reads the example call; goes out to every call of a captured model.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from autopar.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLeaf:
+    """A tensor among the arguments of a call: what a later call must agree with."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class CallSpec:
+    """The structure of a call: of the one that was captured, and of every later one.
+
+    Attributes:
+        signature: of the module's forward.
+        in_spec: structure of (positional, keyword arguments) in canonical form.
+        names: a name per leaf, ``input_ids`` or ``batch.images``.
+        leaves: per leaf a `TensorLeaf`, or the value itself where it isn't a tensor.
+    """
+
+    signature: inspect.Signature
+    in_spec: pytree.TreeSpec
+    names: tuple[str, ...]
+    leaves: tuple[Any, ...]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the leaves that are tensors, in order."""
+        return tuple(name for name, leaf in zip(self.names, self.leaves, strict=True) if isinstance(leaf, TensorLeaf))
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors of a call, flat.
+
+        Raises InputError that names every argument which differs from the captured call: in structure, in a value that
+        isn't a tensor, in dtype or in shape.
+        """
+        found, spec = pytree.tree_flatten(canonical(self.signature, args, kwargs))
+        if spec != self.in_spec:
+            raise InputError(self._structure_error(args, kwargs))
+        wrong = []
+        for name, leaf, value in zip(self.names, self.leaves, found, strict=True):
+            if isinstance(leaf, TensorLeaf):
+                given = TensorLeaf(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+                if given != leaf:
+                    wrong.append(f"{name} is {given}, captured with {leaf}")
+            elif isinstance(value, Tensor) or value != leaf:
+                shown = TensorLeaf(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else repr(value)
+                wrong.append(f"{name} is {shown}, captured with {leaf!r}")
+        if wrong:
+            raise InputError(f"the call differs from the captured one: {'; '.join(wrong)}. Capture again for other sizes or values")
+        return [value for leaf, value in zip(self.leaves, found, strict=True) if isinstance(leaf, TensorLeaf)]
+
+    def _structure_error(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        names = leaf_names(canonical(self.signature, args, kwargs))
+        missing = [name for name in self.names if name not in names]
+        extra = [name for name in names if name not in self.names]
+        parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not in it: {', '.join(extra)}"] * bool(extra)
+        return f"the call is built differently from the captured one ({'; '.join(parts) or 'other containers'})"
+
+
+def read_call(forward: Callable[..., Any], example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[CallSpec, list[Any], Any]:
+    """The structure of an example call, its flat leaves, and its (positional, keyword) arguments in canonical form.
+
+    Args:
+        forward: the module's forward.
+        example_inputs: a mapping is keyword arguments, a tuple positional ones; a pair of a tuple and a mapping is both.
+    """
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+    if isinstance(example_inputs, Mapping):
+        kwargs = example_inputs
+    elif not isinstance(example_inputs, tuple):
+        raise InputError(f"example_inputs is {type(example_inputs).__name__}; give a dict (by keyword) or a tuple (by position)")
+    elif len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
+        args, kwargs = example_inputs
+    else:
+        args = example_inputs
+    signature = inspect.signature(forward)
+    call = canonical(signature, args, kwargs)
+    leaves, spec = pytree.tree_flatten(call)
+    kinds = [TensorLeaf(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return CallSpec(signature, spec, leaf_names(call), tuple(kinds)), leaves, call
+
+
+def canonical(
+    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call with every argument by keyword that can be, in the order of the signature, defaults left out."""
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"the arguments don't fit the module's forward: {error}") from error
+    kinds = {name: parameter.kind for name, parameter in signature.parameters.items()}
+    if any(kinds[name] is inspect.Parameter.VAR_POSITIONAL and value for name, value in bound.arguments.items()):
+        return bound.args, dict(sorted(bound.kwargs.items()))
+    positional: list[Any] = []
+    by_name: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if kinds[name] is inspect.Parameter.POSITIONAL_ONLY:
+            positional.append(value)
+        elif kinds[name] is inspect.Parameter.VAR_KEYWORD:
+            by_name |= dict(sorted(value.items()))
+        elif kinds[name] is not inspect.Parameter.VAR_POSITIONAL and value is not signature.parameters[name].default:
+            by_name[name] = value
+    return tuple(positional), by_name
+
+
+def leaf_names(call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[str, ...]:
+    """A name per leaf: the argument's, then keys and positions inside it, joined by dots."""
+    paths, _ = pytree.tree_flatten_with_path(call)
+    return tuple(".".join(_part(key) for key in path[1:]) for path, _ in paths)
+
+
+def _part(key: Any) -> str:
+    for attribute in ("key", "idx", "name"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+@dataclass(frozen=True, slots=True)
+class ResultSpec:
+    """The structure of what a module returns.
+
+    Attributes:
+        out_spec: the user's containers.
+        constants: per leaf (True, value) where it isn't a tensor, else (False, None): the next tensor goes there.
+    """
+
+    out_spec: pytree.TreeSpec
+    constants: tuple[tuple[bool, Any], ...]
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """Put flat output tensors, and what was constant, into the user's containers."""
+        tensors = iter(outputs)
+        leaves = [value if constant else next(tensors) for constant, value in self.constants]
+        return pytree.tree_unflatten(leaves, self.out_spec)

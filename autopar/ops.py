@@ -1,0 +1,87 @@
+"""Operators of our own that a captured graph may hold: attention whose mask is given by its meaning.
+
+Comes in from ``capture_hf``; goes out to every fx graph, and to the rules and kernels that split it. The operator is
+CompositeImplicitAutograd: export's training IR keeps it whole, and autograd sees the torch operators inside.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("autopar", "DEF")
+_LIBRARY.define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? bias, bool causal, int? window, float scale,"
+    " float? softcap, float dropout_p) -> Tensor"
+)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+) -> Tensor:
+    """Attend from `q` to `k`, `v`; a query that may attend to no key gets zeros, as in torch.
+
+    Args:
+        q: (batch, heads, queries, head size).
+        k, v: (batch, key/value heads, keys, head size), not repeated; key/value heads divide heads.
+        key_padding: bool (batch, keys), True where a key may be attended to.
+        bias: mask (bool, True attends) or added scores, broadcastable to (batch, heads, queries, keys).
+        causal: query i attends to keys 0..i.
+        window: with `causal` the number of last keys attended to, without it the largest distance attended to.
+        scale: factor of the scores.
+        softcap: scores are replaced by ``softcap * tanh(scores / softcap)``.
+        dropout_p: probability that an attention weight is dropped.
+    """
+    mask = merge_masks(q, k, key_padding, bias, causal, window)
+    if softcap is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+        )
+    batch, heads, queries, _ = q.shape
+    kv_heads, keys = k.shape[1], k.shape[2]
+    # Query heads that share a key head become rows of one product, so that keys and values are never repeated.
+    rows = q.reshape(batch, kv_heads, heads // kv_heads * queries, q.shape[3])
+    scores = (rows @ k.transpose(-1, -2)).reshape(batch, heads, queries, keys) * scale
+    scores = torch.tanh(scores / softcap) * softcap
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = torch.ops.aten._safe_softmax.default(scores.to(wide), -1).to(q.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout_p, training=dropout_p > 0.0)
+    return (weights.reshape(batch, kv_heads, -1, keys) @ v).reshape(batch, heads, queries, v.shape[3])
+
+
+def merge_masks(
+    q: Tensor, k: Tensor, key_padding: Tensor | None, bias: Tensor | None, causal: bool, window: int | None
+) -> Tensor | None:
+    """One mask for torch's attention out of all that `attention` is told; None when every key may be attended to."""
+    allowed: Tensor | None = None
+    if causal or window is not None:
+        query = torch.arange(q.shape[2], device=q.device)[:, None]
+        key = torch.arange(k.shape[2], device=q.device)[None, :]
+        if causal:
+            allowed = key <= query
+        if window is not None:
+            near = key > query - window if causal else (key - query).abs() <= window
+            allowed = near if allowed is None else allowed & near
+    if key_padding is not None:
+        padding = key_padding[:, None, None, :]
+        allowed = padding if allowed is None else allowed & padding
+    if bias is None:
+        return allowed
+    if bias.dtype == torch.bool:
+        return bias if allowed is None else bias & allowed
+    bias = bias.to(q.dtype)
+    return bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
+
+
+_LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")

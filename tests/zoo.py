@@ -1,0 +1,299 @@
+"""Tiny models of many kinds, with a batch each: what capture, rules, plans and rewrites are tested on.
+
+Everything is float64 without dropout. Sizes are chosen to be splittable by two and four: batch 4, sequence 16, vocabulary
+64, feed-forward widths and head counts divisible by four, two or four key/value heads. Labels ignore unequal numbers of
+positions per row, so that a mean over a part of the batch isn't the mean over the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+BATCH, SEQ, VOCAB, HIDDEN, HEADS, FFN = 4, 16, 64, 32, 4, 64
+
+Model = tuple[nn.Module, dict[str, Tensor]]
+
+_DECODER = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_LLAMA = {
+    **_DECODER,
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": 2,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def tokens(seed: int = 0) -> Tensor:
+    """Token numbers (batch, sequence), none of them a special one."""
+    return torch.randint(3, VOCAB, (BATCH, SEQ), generator=torch.Generator().manual_seed(seed))
+
+
+def labels(seed: int = 0) -> Tensor:
+    """Labels (batch, sequence) of which row i ignores 1, 3, 6, 2 positions at its end."""
+    made = tokens(seed + 1)
+    for row, ignored in enumerate((1, 3, 6, 2)):
+        made[row, SEQ - ignored :] = -100
+    return made
+
+
+def padding() -> Tensor:
+    """Attention mask (batch, sequence) with 1, 3, 6, 2 padded positions at the end of the rows."""
+    return (labels() != -100).long()
+
+
+def _ready(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(7)
+    model = model.double().train()
+    with torch.no_grad():
+        for parameter in model.parameters():  # zero and one initial values hide mistakes
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
+    return model
+
+
+def _causal(config: transformers.PreTrainedConfig, **extra: Tensor) -> Model:
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    return _ready(model), {"input_ids": tokens(), "labels": labels(), **extra}
+
+
+def gpt2() -> Model:
+    config = transformers.GPT2Config(
+        n_embd=HIDDEN, n_layer=2, n_head=HEADS, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_DECODER
+    )
+    return _causal(config)
+
+
+def gpt_neox() -> Model:
+    config = transformers.GPTNeoXConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        rotary_pct=0.5,
+        **_DECODER,
+    )
+    return _causal(config)
+
+
+def gptj() -> Model:
+    config = transformers.GPTJConfig(
+        n_embd=HIDDEN, n_layer=2, n_head=HEADS, n_positions=64, rotary_dim=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        **_DECODER,
+    )  # fmt: skip
+    return _causal(config)
+
+
+def opt() -> Model:
+    config = transformers.OPTConfig(
+        hidden_size=HIDDEN,
+        ffn_dim=FFN,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        word_embed_proj_dim=HIDDEN,
+        dropout=0.0,
+        **_DECODER,
+    )
+    return _causal(config, attention_mask=padding())
+
+
+def bloom() -> Model:
+    config = transformers.BloomConfig(
+        hidden_size=HIDDEN, n_layer=2, n_head=HEADS, hidden_dropout=0.0, attention_dropout=0.0, **_DECODER
+    )
+    return _causal(config)
+
+
+def llama() -> Model:
+    return _causal(transformers.LlamaConfig(**_LLAMA))
+
+
+def qwen2() -> Model:
+    return _causal(transformers.Qwen2Config(**_LLAMA))
+
+
+def qwen3() -> Model:
+    return _causal(transformers.Qwen3Config(head_dim=8, **_LLAMA))
+
+
+def mistral() -> Model:
+    return _causal(transformers.MistralConfig(sliding_window=5, **_LLAMA))
+
+
+def gemma2() -> Model:
+    config = transformers.Gemma2Config(head_dim=8, sliding_window=5, query_pre_attn_scalar=8, attn_implementation="eager", **_LLAMA)
+    return _causal(config)
+
+
+def phi3() -> Model:
+    return _causal(transformers.Phi3Config(**_LLAMA))
+
+
+def falcon() -> Model:
+    config = transformers.FalconConfig(
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        **_DECODER,
+    )
+    return _causal(config)
+
+
+def bert() -> Model:
+    config = transformers.BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    batch = {"input_ids": tokens(), "attention_mask": padding(), "labels": labels()}
+    return _ready(transformers.BertForMaskedLM(config)), batch
+
+
+def t5() -> Model:
+    config = transformers.T5Config(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=FFN,
+        num_layers=2,
+        num_heads=HEADS,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    batch = {"input_ids": tokens(), "attention_mask": padding(), "labels": labels()}
+    return _ready(transformers.T5ForConditionalGeneration(config)), batch
+
+
+def vit() -> Model:
+    config = transformers.ViTConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        image_size=12,
+        patch_size=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=8,
+    )
+    torch.manual_seed(0)
+    images = torch.randn(BATCH, 3, 12, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return _ready(transformers.ViTForImageClassification(config)), {"pixel_values": images, "labels": torch.tensor([1, 5, 2, 7])}
+
+
+class Residual(nn.Module):
+    """Two convolutions with batch norms around a shortcut, as in ResNet-18; in place where torchvision is."""
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.shortcut = nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out)) if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        same = x if self.shortcut is None else self.shortcut(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += same
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    """Stem, three residual blocks, pooling, classifier, cross entropy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.blocks = nn.Sequential(Residual(8, 8, 1), Residual(8, 16, 2), Residual(16, 16, 1))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(16, 8)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        features = torch.flatten(self.pool(self.blocks(self.stem(images))), 1)
+        return nn.functional.cross_entropy(self.classifier(features), labels)
+
+
+def resnet() -> Model:
+    torch.manual_seed(0)
+    images = torch.randn(BATCH, 3, 16, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return _ready(ResNet()), {"images": images, "labels": torch.tensor([1, 5, 2, 7])}
+
+
+class LstmLm(nn.Module):
+    """Embedding, two LSTM layers, linear, cross entropy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, HIDDEN)
+        self.lstm = nn.LSTM(HIDDEN, HIDDEN, num_layers=2, batch_first=True)
+        self.head = nn.Linear(HIDDEN, VOCAB)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        hidden, _ = self.lstm(self.embedding(input_ids))
+        return nn.functional.cross_entropy(self.head(hidden).view(-1, VOCAB), labels.view(-1), ignore_index=-100)
+
+
+def lstm() -> Model:
+    torch.manual_seed(0)
+    return _ready(LstmLm()), {"input_ids": tokens(), "labels": labels()}
+
+
+class Dlrm(nn.Module):
+    """Embedding bags and a dense tower, pairwise dot products, a top tower, binary cross entropy."""
+
+    def __init__(self, tables: int = 4, width: int = 8) -> None:
+        super().__init__()
+        self.bags = nn.ModuleList(nn.EmbeddingBag(VOCAB, width, mode="sum") for _ in range(tables))
+        self.bottom = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, width), nn.ReLU())
+        pairs = (tables + 1) * tables // 2
+        self.top = nn.Sequential(nn.Linear(width + pairs, 32), nn.ReLU(), nn.Linear(32, 1))
+
+    def forward(self, dense: Tensor, sparse: Tensor, labels: Tensor) -> Tensor:
+        bottom = self.bottom(dense)
+        features = torch.stack([bottom, *(bag(sparse[:, i]) for i, bag in enumerate(self.bags))], dim=1)
+        dots = torch.bmm(features, features.transpose(1, 2))
+        row, column = torch.tril_indices(features.shape[1], features.shape[1], offset=-1, device=dots.device)
+        logits = self.top(torch.cat([bottom, dots[:, row, column]], dim=1)).squeeze(1)
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+
+
+def dlrm() -> Model:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(3)
+    batch = {
+        "dense": torch.randn(BATCH, 16, generator=generator, dtype=torch.float64),
+        "sparse": torch.randint(0, VOCAB, (BATCH, 4, 3), generator=generator),
+        "labels": torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64),
+    }
+    return _ready(Dlrm()), batch
+
+
+ZOO: dict[str, Callable[[], Model]] = {
+    builder.__name__: builder
+    for builder in (
+        gpt2, gpt_neox, gptj, opt, bloom, llama, qwen2, qwen3, mistral, gemma2, phi3, falcon, bert, t5, vit, resnet, lstm, dlrm,
+    )  # fmt: skip
+}
+"""Builders of (model in train mode, keyword arguments of its forward) by name."""
