@@ -1,0 +1,63 @@
+"""The examples: their data is the same everywhere, and the demo's verdict can be a refusal."""
+
+from __future__ import annotations
+
+import math
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autopar.models import load_model
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def demo() -> dict[str, Any]:
+    return runpy.run_path(str(EXAMPLES / "train_gpt2.py"))
+
+
+def test_every_process_draws_the_same_batches(demo: dict[str, Any]) -> None:
+    tokens = demo["read_text"]()
+    assert len(tokens) == demo["TEXT_BYTES"]
+    torch.manual_seed(1)
+    first = list(demo["draw_batches"](tokens, 3))
+    torch.manual_seed(2)
+    second = list(demo["draw_batches"](tokens, 3))
+    assert [batch["input_ids"].shape for batch in first] == [(demo["BATCH"], demo["SEQ"])] * 3
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0]["input_ids"], first[1]["input_ids"])
+
+
+def test_the_demo_model_is_the_same_in_every_process(demo: dict[str, Any]) -> None:
+    one, two = demo["build_model"](), demo["build_model"]()
+    assert 3e6 < sum(parameter.numel() for parameter in one.parameters()) < 3.5e6
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("losses", "loss_difference", "norm_difference", "code"),
+    [
+        ([5.0, 4.0, 3.0], 1e-7, 5e-6, 0),
+        ([5.0, 4.0, 3.0], 1e-4, 5e-6, 1),
+        ([5.0, 4.0, 3.0], 1e-7, 1e-3, 1),
+        ([5.0, 4.0, 4.9], 1e-7, 5e-6, 1),
+        ([5.0, 4.0, 3.0], math.nan, 5e-6, 1),
+        ([5.0, 4.0, 3.0], 1e-7, math.nan, 1),
+    ],
+)
+def test_the_demo_refuses_a_wrong_run(
+    losses: list[float], loss_difference: float, norm_difference: float, code: int, demo: dict[str, Any]
+) -> None:
+    assert demo["judge"](losses, [0.0, loss_difference, 0.0], [0.0, norm_difference, 0.0]) == code
+
+
+def test_the_smallest_example_is_a_model_of_the_command_line() -> None:
+    loaded = load_model(f"{EXAMPLES / 'mlp.py'}:build", batch=32)
+    assert isinstance(loaded.example_inputs, dict)
+    loss = loaded.model(**loaded.example_inputs)
+    assert loss.shape == ()
+    assert 1.5 < loss.item() < 3.5  # near log(10), the loss of a guess
