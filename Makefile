@@ -33,7 +33,7 @@ plan-bench: $(INSTALLED) ## time the planner on large models
 	$(PYTHON) -m bench.planning
 
 clean: ## remove build products and caches, keep .venv
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
 	find autopar cost_models examples tests -name __pycache__ -prune -exec rm -rf {} +
 
 # torch goes first and alone: its exact version decides the rest, and a resolver that starts from `-e .[dev]` may fetch

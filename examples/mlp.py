@@ -22,9 +22,7 @@ class Classifier(nn.Module):
 
     def __init__(self, width: int = 256) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(FEATURES, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, CLASSES)
-        )
+        self.layers = nn.Sequential(nn.Linear(FEATURES, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, CLASSES))
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         """Return the mean cross entropy of `x` ``(batch, FEATURES)`` against `label` ``(batch,)``."""
