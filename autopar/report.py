@@ -20,7 +20,7 @@ from rich.text import Text
 
 from autopar.errors import InputError
 from autopar.layout import format_layout
-from autopar.plan import Candidate, Group, Memory, Plan, Unruled
+from autopar.plan import Candidate, Group, Memory, Plan, Proof, Unruled
 from autopar.units import format_bytes, format_seconds, format_share
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "workspace", "reserved")
@@ -323,8 +323,7 @@ def _tabulate_layouts(plan: Plan, layer: str) -> RenderableType:
 
 def _tabulate_candidates(plan: Plan) -> Stack:
     candidates = plan.proof.candidates
-    # The search prefers what comes first among equals, so the first with the plan's cost is the plan.
-    chosen = next((one for one in candidates if _cost_ns(one) == plan.proof.objective_ns), None)
+    chosen = _find_chosen(plan.proof)
     rows = [
         [
             candidate.name,
@@ -335,9 +334,14 @@ def _tabulate_candidates(plan: Plan) -> Stack:
         ]
         for candidate in sorted(candidates, key=lambda one: (one.step_seconds is None, one.step_seconds or 0.0))
     ]
-    columns: dict[str, _Justify] = {"candidate": "left", "mesh": "left", "step": "right", "against the plan": "right"}
+    columns: dict[str, _Justify] = {"candidate": "left", "mesh": "left", "step": "right", "to the plan": "right"}
     columns |= {"memory": "right", "outcome": "left"}
-    return _make_table(f"Candidates looked at: {len(rows)}", columns, rows)
+    return _make_table(f"Candidates looked at: {len(rows)} (memory: without what the device reserves)", columns, rows)
+
+
+def _find_chosen(proof: Proof) -> Candidate | None:
+    # The search prefers what comes first among equals, so the first with the plan's cost is the plan.
+    return next((one for one in proof.candidates if _cost_ns(one) == proof.objective_ns), None)
 
 
 def _cost_ns(candidate: Candidate) -> int | None:
@@ -345,27 +349,31 @@ def _cost_ns(candidate: Candidate) -> int | None:
 
 
 def _word_candidate_cost(candidate: Candidate, objective_ns: int) -> tuple[str, str]:
-    """Step time of a candidate, and how many times the plan's it is."""
+    """Step time of a candidate, and by how much it is slower than the plan."""
     cost = _cost_ns(candidate)
     if candidate.step_seconds is None or cost is None:
         return _NOTHING, _NOTHING
-    return format_seconds(candidate.step_seconds), f"{cost / objective_ns:.2f} x" if objective_ns > 0 else _NOTHING
+    return format_seconds(candidate.step_seconds), f"{100 * (cost / objective_ns - 1):+.1f}%" if objective_ns > 0 else _NOTHING
 
 
 def _word_proof(plan: Plan) -> list[str]:
     """Say what the search proved, in words and exact numbers."""
     proof = plan.proof
+    chosen = _find_chosen(proof)
+    # A baseline is solved under constraints of its own, so its bound speaks of such plans only.
+    plans = "plan" if chosen is None or chosen.name == "search" else f"{chosen.name} plan"
     lines = [
         f"Proof for the mesh {_describe_mesh(plan)}",
-        f"The chosen plan costs {proof.objective_ns:,} ns. No plan on this mesh costs less than {proof.bound_ns:,} ns.",
+        f"The chosen plan costs {proof.objective_ns:,} ns under this cost model. No {plans} on this mesh, within the pins given,"
+        f" costs less than {proof.bound_ns:,} ns.",
     ]
     if proof.objective_ns == proof.bound_ns:
-        lines.append("The two are equal: under this cost model, nothing on this mesh is cheaper.")
+        lines.append("The two are equal: nothing there is cheaper.")
     else:
-        lines.append(f"So it is within {_format_gap(proof.gap)} of the cheapest on this mesh.")
+        lines.append(f"So it is within {_format_gap(proof.gap)} of the cheapest there.")
     lines.append(
         f"The solver ended as {proof.status} ({proof.method}) on {proof.variables:,} variables and"
-        f" {proof.constraints:,} constraints after {format_seconds(proof.seconds)}."
+        f" {proof.constraints:,} constraints; the whole search took {format_seconds(proof.seconds)}."
     )
     lines.append("To check another mesh, pin it (`autopar plan ... --mesh dp=4,tp=2`): a pinned mesh is solved with the same costs.")
     return lines

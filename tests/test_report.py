@@ -206,3 +206,10 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_less_than_a_byte_is_refused() -> None:
     with pytest.raises(InputError, match="less than one byte"):
         parse_bytes("0GB")
+
+
+def test_a_bound_of_a_baseline_speaks_of_that_baseline() -> None:
+    plan = make_plan()
+    baseline = replace(plan, proof=replace(plan.proof, candidates=plan.proof.candidates[-1:]))
+    assert "No Megatron plan on this mesh" in _render(baseline)
+    assert "No plan on this mesh" in _render(plan)
