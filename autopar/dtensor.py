@@ -52,6 +52,15 @@ def take_local(x: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
     return x
 
 
+def shard_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis], skipped: Sequence[str] = ()) -> Tensor:
+    """This rank's part of the whole tensor `x`, whose gradient is gathered; splits by the axes `skipped` were made before."""
+    for axis, dim, outer in split_steps(layout, mesh):
+        name = mesh.names[axis]
+        if name not in skipped and axes[name].size > 1:
+            x = collectives.shard_along(x, axes[name], dim, outer)
+    return x
+
+
 def gather_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis]) -> Tensor:
     """The whole tensor of which every rank passes its part; every rank must call it."""
     for axis, dim, outer in reversed(split_steps(layout, mesh)):
@@ -89,10 +98,9 @@ def placement_steps(placements: Sequence[Placement]) -> tuple[Step, ...]:
 #
 # A fused weight (three heads head_dim) under tensor parallelism and ZeRO is strided along one or two mesh axes. torch 2.13
 # then (a) refuses to checkpoint it, because it takes a rank's part for one box of the whole tensor ("overlapping chunks"),
-# and (b) gathers it in a wrong order, silently, when two axes split one dim and
-# both are strided, and (c) can't go from a plain shard to a strided one. Optimizer states and
-# gradients are plain DTensors that reach these functions without passing through our module, so DTensor's own methods learn
-# the missing cases; every other DTensor keeps torch's answer.
+# (b) gathers it in a wrong order, silently, when two axes split one dim and both are strided, and (c) can't go from a plain
+# shard to a strided one. Optimizer states and gradients are plain DTensors that reach these functions without passing through
+# our module, so DTensor's own methods learn the missing cases; every other DTensor keeps torch's answer.
 
 
 def _is_crossed(placements: Sequence[Placement]) -> bool:
@@ -167,9 +175,7 @@ def _create_write_items(self: DTensor, fqn: str, whole: Any) -> Any:
         return _WRITE_ITEMS(self, fqn, whole)
     properties = TensorProperties.create_from_tensor(self.to_local())
     return [
-        WriteItem(
-            MetadataIndex(fqn, box.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(box, properties, self.size())
-        )
+        WriteItem(MetadataIndex(fqn, box.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(box, properties, self.size()))
         for box, _ in boxes
     ]
 

@@ -1,0 +1,204 @@
+"""Sums the gradients that ranks hold in part: once per step, in buckets, while the backward still runs.
+
+A program computes with leaves, plain tensors that share the storage of the parameters' local parts. A leaf's gradient is
+complete along some mesh axes and Partial along others; here it is summed over those and becomes the ``grad`` of its parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from autopar import torch_compat
+from autopar.dtensor import as_dtensor
+
+BUCKET_NBYTES = 25_000_000
+"""Bytes of gradients that are summed together; DDP's default: large enough to hide latency, small enough to overlap."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tracked:
+    """A parameter and the leaf that stands for it in a program.
+
+    Attributes:
+        name: the parameter's name.
+        parameter: the user's parameter, a DTensor or, without process groups, a plain tensor.
+        leaf: the tensor that the program computes with; shares the storage of the parameter's local part.
+        group: the ranks over which the leaf's gradient is Partial; None when it is complete.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    leaf: Tensor
+    group: dist.ProcessGroup | None
+
+
+@dataclass(slots=True, eq=False)
+class _Bucket:
+    """Parameters whose gradients travel together; `ready` counts those that this backward has computed."""
+
+    members: tuple[Tracked, ...]
+    ready: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flight:
+    """A sum under way: the members' gradients lie in `flat`, one after the other."""
+
+    members: tuple[Tracked, ...]
+    flat: Tensor
+    work: dist.Work
+
+
+@dataclass(slots=True, eq=False)
+class _Program:
+    """The buckets of one program's leaves, and how many of them have been sent in this backward."""
+
+    tracked: tuple[Tracked, ...]
+    buckets: tuple[_Bucket, ...]
+    sent: int = 0
+    handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+
+
+class GradientReducer:
+    """Watches the leaves of one or more programs and keeps the gradients of their parameters complete.
+
+    Every rank must track the same parameters and run the same backwards, which programs of one plan do.
+    """
+
+    def __init__(self, bucket_nbytes: int = BUCKET_NBYTES) -> None:
+        self._bucket_nbytes = bucket_nbytes
+        self._programs: list[_Program] = []
+        self._flights: list[_Flight] = []
+        self._backward = -1
+        self._synced = True
+
+    def track(self, tracked: Sequence[Tracked]) -> None:
+        """Watch these leaves; those that need no gradient are left out."""
+        trainable = tuple(each for each in tracked if each.leaf.requires_grad)
+        buckets = _fill_buckets(trainable, self._bucket_nbytes)
+        program = _Program(trainable, buckets)
+        bucket_of = {id(member.leaf): bucket for bucket in buckets for member in bucket.members}
+        for each in trainable:
+            bucket = bucket_of.get(id(each.leaf))
+
+            def on_gradient(_: Tensor, program: _Program = program, bucket: _Bucket | None = bucket) -> None:
+                self._note(program, bucket)
+
+            handle = each.leaf.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
+            program.handles.append(handle)
+        self._programs.append(program)
+
+    def close(self) -> None:
+        """Stop watching; gradients that wait under `no_sync` are dropped."""
+        for program in self._programs:
+            for handle in program.handles:
+                handle.remove()
+            for each in program.tracked:
+                each.leaf.grad = None
+        self._programs.clear()
+
+    def zero(self) -> None:
+        """Drop the gradients that wait under `no_sync`."""
+        for program in self._programs:
+            for each in program.tracked:
+                each.leaf.grad = None
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backwards inside only add up on this rank; the next one outside sums everything over the ranks."""
+        before, self._synced = self._synced, False
+        try:
+            yield
+        finally:
+            self._synced = before
+
+    def _note(self, program: _Program, bucket: _Bucket | None) -> None:
+        """A leaf got its gradient: send the buckets that are full, in the same order on every rank."""
+        if not self._synced:
+            return
+        this_backward = torch_compat.backward_id()
+        if this_backward != self._backward:
+            # Also after a backward that failed half-way: its callback never ran, what it left must not count.
+            self._backward = this_backward
+            self._flights.clear()
+            for each in self._programs:
+                each.sent = 0
+                for other in each.buckets:
+                    other.ready = 0
+            torch_compat.after_backward(self._finish)
+        if bucket is None:
+            return
+        bucket.ready += 1
+        while program.sent < len(program.buckets) and _is_full(program.buckets[program.sent]):
+            self._send(program.buckets[program.sent].members)
+            program.sent += 1
+
+    def _send(self, members: Sequence[Tracked]) -> None:
+        """Start the sum of these members' gradients, all of one group and dtype, and take them from the leaves."""
+        present = tuple(each for each in members if each.leaf.grad is not None)
+        if not present:
+            return
+        gradients = [each.leaf.grad.detach() for each in present if each.leaf.grad is not None]
+        alone = len(gradients) == 1 and gradients[0].is_contiguous()
+        flat = gradients[0].view(-1) if alone else torch.cat([gradient.reshape(-1) for gradient in gradients])
+        for each in present:
+            each.leaf.grad = None
+        work = dist.all_reduce(flat, group=present[0].group, async_op=True)
+        assert work is not None
+        self._flights.append(_Flight(present, flat, work))
+
+    def _finish(self) -> None:
+        """At the end of a backward: send what is left, wait for all sums, and give every parameter its gradient."""
+        for program in self._programs:
+            # Buckets with a parameter that this backward didn't reach, and gradients left from `no_sync` by other programs.
+            for bucket in program.buckets:
+                self._send(bucket.members)
+        for flight in self._flights:
+            flight.work.wait()
+            parts = torch.split(flight.flat, [each.leaf.numel() for each in flight.members])
+            for each, part in zip(flight.members, parts, strict=True):
+                _give(each.parameter, part.view(each.leaf.shape))
+        self._flights.clear()
+        for program in self._programs:
+            for each in program.tracked:
+                if each.leaf.grad is not None:
+                    _give(each.parameter, each.leaf.grad.detach())
+                    each.leaf.grad = None
+        self._backward = -1
+
+
+def _is_full(bucket: _Bucket) -> bool:
+    return bucket.ready >= len(bucket.members)
+
+
+def _fill_buckets(tracked: Sequence[Tracked], limit: int) -> tuple[_Bucket, ...]:
+    """Group parameters with Partial gradients by group and dtype, last parameter first: about the backward's order."""
+    filling: dict[tuple[int, torch.dtype], list[Tracked]] = {}
+    full: list[_Bucket] = []
+    for each in reversed(tracked):
+        if each.group is None:
+            continue
+        members = filling.setdefault((id(each.group), each.leaf.dtype), [])
+        members.append(each)
+        if sum(member.leaf.nbytes for member in members) >= limit:
+            full.append(_Bucket(tuple(members)))
+            members.clear()
+    return (*full, *(_Bucket(tuple(members)) for members in filling.values() if members))
+
+
+def _give(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add a complete local gradient to the parameter's."""
+    held = parameter.grad
+    if held is not None:
+        torch_compat.local_of(held).add_(gradient)
+    elif isinstance(parameter, DTensor):
+        parameter.grad = as_dtensor(gradient, parameter.device_mesh, parameter.placements, parameter.shape)
+    else:
+        parameter.grad = gradient

@@ -1,0 +1,397 @@
+"""The user's model, run by a parallel program: what `autopar.compile` returns.
+
+Comes in: the model and a planner that makes programs. Names, ``state_dict``, ``train``/``eval`` and attributes stay the
+model's own; parameters become DTensors that store what the first plan says; calls and results mean what they mean on one
+device. Optimizers must be made after, from this module's parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate
+from torch.utils import _pytree as pytree
+
+from autopar import comm, torch_compat
+from autopar.collectives import regather
+from autopar.dtensor import as_dtensor, gather_whole, placements_of, shard_whole, split_steps, take_local, teach_strided_shards
+from autopar.errors import InputError, PlanError
+from autopar.gradients import GradientReducer, Tracked
+from autopar.layout import REPLICATE, Layout, Mesh, format_layout, local_shape
+from autopar.program import Program, Slot
+from autopar.world import axes_of, form_mesh, join_world
+
+Planner = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Program]
+"""Makes the program of one signature: gets the model with plain parameters, a call's arguments, and whether it trains.
+
+The parameters' values must not be read (only shapes, dtypes and devices are true), and every rank must make the same program.
+"""
+
+Init = Callable[[str, Tensor], Tensor]
+"""Gives the whole value of a parameter or buffer that is on the meta device, from its name and the meta tensor."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Home:
+    """Where the parameters live since the first plan."""
+
+    mesh: Mesh
+    device_mesh: DeviceMesh | None
+    axes: Mapping[str, comm.Axis]
+    layouts: Mapping[str, Layout]
+
+
+class ParallelModule(nn.Module):
+    """Runs a model through parallel programs, one for each signature of inputs.
+
+    Args:
+        model: the user's model, on its device or on the meta device; its parameters are changed in place.
+        planner: makes the programs.
+        inputs: ``global``: every rank passes the same whole batch; ``local``: every rank passes the part that `data_shard`
+            names, along dim 0 of every input, and a plan exists already (see `prepare`).
+        init: values of what is on the meta device; without it, these hold NaN until a state is loaded.
+        device: where parameters on the meta device go.
+
+    A rank that loses another gives up after `autopar.world.TIMEOUT`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        planner: Planner,
+        *,
+        inputs: Literal["global", "local"] = "global",
+        init: Init | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name in _SHARED:
+            self.__dict__[name] = model.__dict__[name]
+        # Not registered as a submodule: its children already are ours.
+        self.__dict__["_original"] = model
+        self.training = model.training
+        self._planner = planner
+        self._inputs = inputs
+        self._init = init
+        self._device = torch.device(device) if device is not None else _find_device(model)
+        self._home: _Home | None = None
+        self._programs: dict[object, Program] = {}
+        self._leaves: dict[int, list[Tensor]] = {}
+        self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        self._last: Program | None = None
+        self._reducer = GradientReducer()
+        join_world(self._device.type)
+        if dist.is_available() and dist.is_initialized():
+            teach_strided_shards()
+            _replicate(model, self._device)
+
+    def __getattr__(self, name: str) -> Any:
+        """Find what this module lacks in the user's model, such as ``config``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"], name)
+
+    def train(self, mode: bool = True) -> ParallelModule:
+        """Switch the model between training and evaluation; each has programs of its own."""
+        super().train(mode)
+        self._original.training = mode
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, those that wait under `no_sync` too."""
+        super().zero_grad(set_to_none)
+        self._reducer.zero()
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Backwards inside add up on this rank only; the next one outside sums over the ranks."""
+        return self._reducer.no_sync()
+
+    @property
+    def layouts(self) -> Mapping[str, Layout]:
+        """How each parameter is stored, by name; empty before the first plan. Later programs must take them so."""
+        return {} if self._home is None else self._home.layouts
+
+    @property
+    def data_shard(self) -> tuple[int, int]:
+        """Which part of the batch this rank works on: (index, count). PlanError before the first plan."""
+        if self._home is None or self._last is None:
+            raise PlanError("there is no plan yet that says how the batch is split: compile with example inputs, or call once")
+        with comm.active(self._home.axes):
+            return comm.index(self._last.batch_axes), comm.count(self._last.batch_axes)
+
+    def prepare(self, *args: Any, **kwargs: Any) -> Program:
+        """Plan for this call, whose arguments are global, and exchange the parameters, without running anything."""
+        return self._find_program(args, kwargs)
+
+    def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Run forward and backward of a model that returns its loss, and return the loss, detached."""
+        output = self(*args, **kwargs)
+        loss = output if isinstance(output, Tensor) else _find_loss(output)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the program of this call's signature, planning it first when there is none."""
+        local_tensors: dict[int, Tensor] = {}
+        if self._inputs == "local":
+            args, kwargs, local_tensors = self._as_global(args, kwargs)
+        program = self._find_program(args, kwargs)
+        home = self._home
+        assert home is not None
+        tensors = program.captured.bind(args, kwargs)
+        parts = []
+        for slot, x in zip(program.inputs, tensors, strict=True):
+            here = local_tensors.get(id(x))
+            skipped = program.batch_axes if here is not None else ()
+            parts.append(shard_whole(x if here is None else here, slot.layout, home.mesh, home.axes, skipped))
+        buffers = dict(self.named_buffers(remove_duplicate=False))
+        rank = dist.get_rank() if home.device_mesh is not None else 0
+        held = [take_local(buffers[slot.name], slot.layout, home.mesh, rank) for slot in program.buffers]
+        with comm.active(home.axes), regather() if program.regather else nullcontext():
+            results = program.module(*self._find_leaves(program), *held, *parts)
+        results = tuple(results) if isinstance(results, tuple | list) else (results,)
+        with torch.no_grad():
+            layouts = {slot.name: slot.layout for slot in program.buffers}
+            for name, value in zip(program.mutated_buffers, results[len(program.outputs) :], strict=True):
+                buffers[name].copy_(gather_whole(value, layouts[name], home.mesh, home.axes))
+        outputs = [_as_output(x, slot, home) for x, slot in zip(results, program.outputs, strict=False)]
+        return program.captured.unflatten(outputs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load whole tensors or DTensors of any layout; of whole tensors every rank keeps its part."""
+        own = dict(self.named_parameters(remove_duplicate=False))
+        return super().load_state_dict({name: _as_stored(value, own.get(name)) for name, value in state_dict.items()}, strict, assign)
+
+    # --- programs ---
+
+    def _find_program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
+        key = (
+            _signature(args, kwargs),
+            tuple(module.training for module in self._original.modules()),
+            tuple(parameter.requires_grad for parameter in self.parameters()),
+        )
+        program = self._programs.get(key)
+        if program is None:
+            with _plain_parameters(self._original):
+                program = self._planner(self._original, args, kwargs, self.training)
+            self._settle(program)
+            self._programs[key] = program
+        self._last = program
+        return program
+
+    def _settle(self, program: Program) -> None:
+        """Store the parameters as the first program wants them; check that a later one takes them so."""
+        if self._home is None:
+            device_mesh = form_mesh(program.mesh, self._device.type)
+            self._home = _Home(program.mesh, device_mesh, axes_of(program.mesh, device_mesh), self._exchange(program, device_mesh))
+        home = self._home
+        if program.mesh != home.mesh:
+            raise PlanError(f"the parameters are stored on the mesh {home.mesh}, a later plan wants {program.mesh}")
+        wrong = [slot for slot in program.parameters if home.layouts[slot.name] != slot.layout]
+        if wrong:
+            raise PlanError(
+                "a later plan wants parameters stored otherwise than the first: "
+                + ", ".join(f"{slot.name} {format_layout(slot.layout)}, not {format_layout(home.layouts[slot.name])}" for slot in wrong)
+            )
+        if home.device_mesh is not None:
+            # Forming groups is a collective: here every rank asks for the same ones in the same order.
+            for axes in sorted({slot.partial_axes for slot in program.parameters if slot.partial_axes} - set(self._groups)):
+                self._groups[axes] = torch_compat.group_over(home.device_mesh, axes)
+
+    def _exchange(self, program: Program, device_mesh: DeviceMesh | None) -> dict[str, Layout]:
+        mesh = program.mesh
+        named = dict(self.named_parameters(remove_duplicate=False))
+        by_object = {id(named[slot.name]): slot.layout for slot in program.parameters}
+        rank = dist.get_rank() if device_mesh is not None else 0
+        layouts: dict[str, Layout] = {}
+        exchanged: set[int] = set()
+        for name, parameter in named.items():
+            # What the program doesn't use is kept whole, on the same mesh, so that gradient clipping sees one mesh.
+            layout = layouts[name] = by_object.get(id(parameter), (REPLICATE,) * len(mesh.names))
+            if id(parameter) in exchanged:
+                continue
+            exchanged.add(id(parameter))
+            whole = torch_compat.local_of(parameter)
+            if whole.is_meta:
+                local = self._materialise(name, whole, layout, mesh, rank)
+            elif device_mesh is None:
+                continue
+            else:
+                local = take_local(whole, layout, mesh, rank)
+            if device_mesh is not None:
+                local = as_dtensor(local, device_mesh, placements_of(layout, mesh), parameter.shape)
+            stored = nn.Parameter(local, requires_grad=parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, stored)  # type: ignore[no-untyped-call]
+        for path, module in self._original.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    full = f"{path}.{name}" if path else name
+                    module._buffers[name] = self._materialise(full, buffer, (REPLICATE,) * len(mesh.names), mesh, rank)
+        return layouts
+
+    def _materialise(self, name: str, meta: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
+        """This rank's part of a tensor on the meta device."""
+        if self._init is not None:
+            whole = self._init(name, meta).detach()
+            if whole.shape != meta.shape:
+                raise InputError(f"init gave {name} the shape {tuple(whole.shape)}, the model has {tuple(meta.shape)}")
+            return take_local(whole.to(meta.dtype), layout, mesh, rank).to(self._device)
+        local = torch.empty(local_shape(tuple(meta.shape), layout, mesh), dtype=meta.dtype, device=self._device)
+        return local.fill_(float("nan")) if local.is_floating_point() else local.zero_()
+
+    def _find_leaves(self, program: Program) -> list[Tensor]:
+        """The tensors that stand for the parameters in this program; made again when a parameter got other storage."""
+        named = dict(self.named_parameters(remove_duplicate=False))
+        parameters = [named[slot.name] for slot in program.parameters]
+        leaves = self._leaves.get(id(program))
+        if leaves is not None and all(map(_stands_for, leaves, parameters)):
+            return leaves
+        if leaves is not None:
+            self._reducer.close()
+            self._leaves.clear()
+        leaves = [torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad) for parameter in parameters]
+        self._reducer.track(
+            [
+                Tracked(slot.name, parameter, leaf, self._groups.get(slot.partial_axes))
+                for slot, parameter, leaf in zip(program.parameters, parameters, leaves, strict=True)
+            ]
+        )
+        self._leaves[id(program)] = leaves
+        return leaves
+
+    def _as_global(self, args: Any, kwargs: Any) -> tuple[Any, Any, dict[int, Tensor]]:
+        """Arguments of the whole batch's sizes in place of local ones, and by their ids the tensors that they stand for."""
+        _, count = self.data_shard
+        local_tensors: dict[int, Tensor] = {}
+
+        def widen(x: Any) -> Any:
+            if not isinstance(x, Tensor) or x.ndim == 0:
+                return x
+            # Sizes without memory: nothing reads the values of a stand-in.
+            stand_in = x.new_zeros(1).expand(x.shape[0] * count, *x.shape[1:])
+            local_tensors[id(stand_in)] = x
+            return stand_in
+
+        args, kwargs = pytree.tree_map(widen, (args, kwargs))
+        return args, kwargs, local_tensors
+
+
+# The dicts of `nn.Module` that make names, states and their hooks the original's.
+_SHARED = (
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def _find_device(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            return tensor.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _replicate(model: nn.Module, device: torch.device) -> None:
+    """Make every parameter a DTensor that all ranks have whole, with the first rank's values, as DDP does."""
+    world = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("world",))
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in made:
+                local = parameter.detach().contiguous()
+                if not local.is_meta:
+                    dist.broadcast(local, 0)
+                whole = as_dtensor(local, world, [Replicate()], parameter.shape)
+                made[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+    for buffer in model.buffers():
+        if not buffer.is_meta:
+            dist.broadcast(buffer, 0)
+
+
+@contextmanager
+def _plain_parameters(model: nn.Module) -> Iterator[None]:
+    """Put plain tensors of the global sizes in the place of DTensors, so that a model can be captured."""
+    before = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and isinstance(parameter, DTensor)
+    ]
+    plain: dict[int, nn.Parameter] = {}
+    for module, name, parameter in before:
+        if id(parameter) not in plain:
+            local = torch_compat.local_of(parameter)
+            if local.shape != parameter.shape:
+                # Capture reads sizes only, so what other ranks store needs no memory here.
+                local = torch.empty(parameter.shape, dtype=local.dtype, device=local.device)
+                local.untyped_storage().resize_(0)
+            plain[id(parameter)] = nn.Parameter(local, requires_grad=parameter.requires_grad)
+        module._parameters[name] = plain[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in before:
+            module._parameters[name] = parameter
+
+
+def _stands_for(leaf: Tensor, parameter: nn.Parameter) -> bool:
+    local = torch_compat.local_of(parameter)
+    return leaf.data_ptr() == local.data_ptr() and leaf.requires_grad == parameter.requires_grad
+
+
+def _as_output(x: Any, slot: Slot, home: _Home) -> Any:
+    if home.device_mesh is None or not isinstance(x, Tensor) or not split_steps(slot.layout, home.mesh):
+        return x
+    return as_dtensor(x, home.device_mesh, placements_of(slot.layout, home.mesh), slot.shape)
+
+
+def _as_stored(value: Any, parameter: nn.Parameter | None) -> Any:
+    """A whole tensor as a DTensor like the parameter's; a DTensor of another layout exchanged for one."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    if not isinstance(value, DTensor):
+        replicate = [Replicate()] * parameter.device_mesh.ndim
+        whole = as_dtensor(value.to(parameter.device), parameter.device_mesh, replicate, value.shape)
+        return whole.redistribute(placements=parameter.placements)
+    if value.device_mesh == parameter.device_mesh:
+        return value.redistribute(placements=parameter.placements)
+    return _as_stored(value.full_tensor(), parameter)
+
+
+def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    return (repr(spec), *(_describe(leaf) for leaf in leaves))
+
+
+def _describe(leaf: Any) -> object:
+    if isinstance(leaf, Tensor):
+        return tuple(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad
+    return type(leaf), repr(leaf)
+
+
+def _find_loss(output: Any) -> Tensor:
+    found: Any = None
+    if isinstance(output, Mapping):
+        found = output.get("loss")
+    elif isinstance(output, Sequence) and output:
+        found = output[0]
+    found = getattr(output, "loss", found)
+    if not isinstance(found, Tensor):
+        raise InputError(f"train_step needs a model that returns its loss; it returned a {type(output).__name__} without one")
+    return found

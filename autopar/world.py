@@ -1,0 +1,59 @@
+"""The processes that ran together: joining them, and the process groups of a mesh's axes.
+
+A rank that dies leaves the others waiting in a collective. They give up after the process group's timeout, which is ten
+minutes unless the user's own ``init_process_group`` said otherwise; torchrun, which watches the processes, ends them sooner.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autopar import comm
+from autopar.errors import PlanError
+from autopar.layout import Mesh
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others. Longer than any step or checkpoint, short enough to free the machines of a dead job."""
+
+
+def join_world(device_type: str, timeout: timedelta = TIMEOUT) -> int:
+    """Form the default process group when torchrun started this process, and return the number of ranks; 1 without it.
+
+    A process group that exists already is taken as it is.
+    """
+    if not dist.is_available():
+        return 1
+    if not dist.is_initialized():
+        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+            return 1
+        if device_type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
+    return dist.get_world_size()
+
+
+def form_mesh(mesh: Mesh, device_type: str) -> DeviceMesh | None:
+    """The device mesh of a plan's mesh over all ranks; None for one process without a process group.
+
+    Raises PlanError when the plan was made for another number of ranks.
+    """
+    grouped = dist.is_available() and dist.is_initialized()
+    world_size = dist.get_world_size() if grouped else 1
+    if mesh.world_size != world_size:
+        raise PlanError(
+            f"the plan is for {mesh.world_size} ranks ({mesh}), {world_size} are running: "
+            f"start with `torchrun --nproc-per-node {mesh.world_size}` or plan for {world_size}"
+        )
+    return init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names) if grouped else None
+
+
+def axes_of(mesh: Mesh, device_mesh: DeviceMesh | None) -> dict[str, comm.Axis]:
+    """What a program's axis names stand for on this rank."""
+    if device_mesh is None:
+        return {name: comm.alone(name) for name in mesh.names}
+    return {name: comm.GroupAxis(name, device_mesh.get_group(name)) for name in mesh.names}
