@@ -5,8 +5,9 @@ The program then reads as the model does: ``model_layers(h, cos, sin, q_proj, ..
 
 from __future__ import annotations
 
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,11 +106,7 @@ def _call_block(graph: fx.Graph, root: nn.Module, names: dict[Any, str], block: 
         env[block.outputs[0]] = call
         return
     for index, node in enumerate(block.outputs):
-        env[node] = graph.call_function(_item, (call, index))
-
-
-def _item(values: Sequence[Any], index: int) -> Any:
-    return values[index]
+        env[node] = graph.call_function(operator.getitem, (call, index))
 
 
 def _submodule(block: _Block, name: str) -> fx.GraphModule:

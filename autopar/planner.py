@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from autopar.assemble import assemble, workspace_bytes
 from autopar.cost_models import Cluster
-from autopar.errors import InfeasibleError, UnknownOpError
+from autopar.errors import InfeasibleError, PlanError, UnknownOpError
 from autopar.factors import find_factors
 from autopar.ir import Graph, OpKind
 from autopar.layers import fold
@@ -146,3 +146,18 @@ def fingerprint(graph: Graph) -> str:
         results = ";".join(f"{tensor.dtype}{tensor.shape}" for tensor in op.results)
         digest.update(f"{op.name}|{kind}|{','.join(map(str, op.operands))}|{results}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def check_fits(plan: Plan, graph: Graph) -> None:
+    """Raise PlanError when `plan` was made for another graph than this."""
+    found = fingerprint(graph)
+    if found == plan.fingerprint:
+        return
+    inputs = {op.target: str(op.results[0]) for op in graph.of_kind(OpKind.INPUT)}
+    planned = ((name, plan.inputs.get(name, "absent"), here) for name, here in inputs.items())
+    differing = [f"input {name} is {there} in the plan, {here} here" for name, there, here in planned if there != here]
+    reason = "; ".join(differing) or "its ops or parameters differ"
+    raise PlanError(
+        f"the plan was made for another model: {plan.model} with fingerprint {plan.fingerprint}, this one has {found} ({reason}). "
+        "Make a plan for this model and these inputs with `autopar plan`"
+    )

@@ -152,7 +152,7 @@ def _may_move(shape: tuple[int, ...], current: Layout, need: Layout, axis: int, 
         if any(_same_block(target, other) for other in current[axis + 1 :]):
             return False
         outside = zip(current[:axis], need[:axis], strict=True)
-        if any(_same_block(target, goal) and now != goal for now, goal in outside):
+        if any(now != goal and (_same_block(target, goal) or _same_block(target, now)) for now, goal in outside):
             return False
         return fits(shape, (*current[:axis], target, *current[axis + 1 :]), mesh)
     return True

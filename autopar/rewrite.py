@@ -6,7 +6,8 @@ left as it is. Collectives come from `reshard.journey` alone; a tensor that seve
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx
 
 from autopar import collectives, kernels
 from autopar.capture import Captured
-from autopar.ir import Graph, Op, Operand, OpKind, Tensor, Value
+from autopar.ir import Graph, Op, OpKind, Tensor, Value
 from autopar.layers import Folded, fold
 from autopar.layout import (
     REPLICATE,
@@ -22,7 +23,6 @@ from autopar.layout import (
     Mesh,
     Placement,
     Split,
-    StateKind,
     local_shape,
     operand_layout,
     result_layout,
@@ -81,14 +81,14 @@ class _Rewriter:
         self.whole: Layout = tuple(REPLICATE for _ in plan.mesh.sizes)
 
     def run(self) -> fx.GraphModule:
-        targets = {node.name: node.target for node in self.captured.fx.graph.nodes}
+        captured = {node.name: node for node in self.captured.fx.graph.nodes}
         self._find_deferred()
         for op in self.graph.ops:
             if op.kind is OpKind.OUTPUT:
                 results = [self._take(v, self.output_layout(i), op, i) for i, v in enumerate(op.operands)]
                 self.new.output(tuple(results))
             elif op.kind is OpKind.CALL:
-                self._call(op, targets[op.name])
+                self._call(op, captured[op.name])
             else:
                 node = self.new.placeholder(op.name)
                 node.meta["block"] = None
@@ -136,11 +136,15 @@ class _Rewriter:
                 names = {self.mesh.names[step.axis] for step in steps if step.forward is Collective.NONE}
                 self.partial[value.op] = self.partial.get(value.op, names) & names
 
-    def _call(self, op: Op, target: Any) -> None:
+    def _call(self, op: Op, captured: fx.Node) -> None:
+        target: Any = captured.target
         space = self.spaces.get(op.name)
         placement = self.placement(op)
         operands = [self._take(value, self.needed(op, i), op, i) for i, value in enumerate(op.operands)]
-        args, kwargs = list(_fill(op.args, operands)), dict(_fill(dict(op.kwargs), operands))
+        # The fx node's own arguments, for they hold what the IR keeps as text (dtypes); tensors come in operand order.
+        order = iter(operands)
+        args = list(fx.map_arg(captured.args, lambda _: next(order)))
+        kwargs = dict(fx.map_arg(captured.kwargs, lambda _: next(order)))
         if space is not None and space.shape_arg is not None:
             args[space.shape_arg] = list(local_shape(op.results[0].shape, self.made(Value(op.name)), self.mesh))
         splits = _kernel_splits(space, placement, self.mesh)
@@ -149,16 +153,17 @@ class _Rewriter:
             kwargs["splits"] = splits
         if _is_factory(op) and self.device is not None:
             kwargs["device"] = self.device
-        node = self.new.call_function(target, tuple(args), kwargs)
-        node.meta.update(block=op.name, tensor=op.results)
-        if len(op.results) == 1 and not _returns_sequence(self.captured, op):
+        node = self.new.create_node("call_function", target, tuple(args), kwargs, name=op.name)
+        node.meta["block"] = op.name
+        if "stack_trace" in captured.meta:
+            node.meta["stack_trace"] = captured.meta["stack_trace"]
+        if not isinstance(captured.meta["val"], (list, tuple)):
             self.nodes[Value(op.name)] = node
         else:
             for index in range(len(op.results)):
-                item = self.new.call_function(_getitem, (node, index))
+                item = self.new.call_function(operator.getitem, (node, index))
                 item.meta["block"] = op.name
                 self.nodes[Value(op.name, index)] = item
-        return
 
     def _take(self, value: Value, need: Layout, op: Op, index: int) -> fx.Node:
         """The node that holds `value` in layout `need`, by way of the fan-out when the plan has one."""
@@ -243,34 +248,13 @@ class _Rewriter:
         return tuple(slots)
 
 
-def _getitem(values: Sequence[Any], index: int) -> Any:
-    return values[index]
-
-
-def _fill(value: Any, operands: Sequence[fx.Node]) -> Any:
-    """An op's arguments with its operands put back."""
-    if isinstance(value, Operand):
-        return operands[value.index]
-    if isinstance(value, Mapping):
-        return {key: _fill(item, operands) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_fill(item, operands) for item in value)
-    if isinstance(value, list):
-        return [_fill(item, operands) for item in value]
-    return value
-
-
 def _kernel_splits(space: Space | None, placement: Placement, mesh: Mesh) -> dict[str, tuple[str, ...]]:
-    """The split loops, with the axes that split them, when one of them needs the op's kernel."""
-    if space is None or space.kernel is None:
-        return {}
-    splits: dict[str, list[str]] = {}
+    """The split loops that need the op's kernel, with the axes that split them, outermost first."""
+    splits: dict[str, tuple[str, ...]] = {}
     for part, name in zip(placement, mesh.names, strict=True):
-        if isinstance(part, Split):
-            splits.setdefault(part.loop, []).append(name)
-    if not any(loop in space.kernel_loops for loop in splits):
-        return {}
-    return {loop: tuple(names) for loop, names in splits.items()}
+        if space is not None and isinstance(part, Split) and part.loop in space.kernel_loops:
+            splits[part.loop] = (*splits.get(part.loop, ()), name)
+    return splits
 
 
 _FACTORIES = ("arange", "full", "zeros", "ones", "empty", "eye", "scalar_tensor", "rand", "randn", "linspace")
@@ -278,11 +262,3 @@ _FACTORIES = ("arange", "full", "zeros", "ones", "empty", "eye", "scalar_tensor"
 
 def _is_factory(op: Op) -> bool:
     return not op.operands and op.target.split(".")[1] in _FACTORIES
-
-
-def _returns_sequence(captured: Captured, op: Op) -> bool:
-    value = captured.fx_value(op.name)
-    return isinstance(value, (list, tuple))
-
-
-__all__ = ["Slot", "StateKind", "fan_key", "rewrite"]

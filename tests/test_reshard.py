@@ -1,0 +1,88 @@
+"""Journeys between layouts: every pair arrives, and the ranks' parts are right at every step."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from autopar import collectives, simulate
+from autopar.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, StateKind, fits, format_layout, shard
+from autopar.reshard import PAIRS, Collective, journey
+from autopar.shards import cut, join
+
+MESH = Mesh(("x", "y"), (2, 2))
+SHAPE = (8, 12)
+STARTS = (REPLICATE, PARTIAL, shard(0), shard(1), shard(1, 3))
+NEEDS = (*STARTS, BROADCAST)
+
+
+def pairs() -> list[tuple[Layout, Layout]]:
+    starts = [s for s in itertools.product(STARTS, repeat=2) if fits(SHAPE, s, MESH)]
+    needs = [n for n in itertools.product(NEEDS, repeat=2) if fits(SHAPE, n, MESH)]
+    return list(itertools.product(starts, needs))
+
+
+def move(x: torch.Tensor, start: Layout, need: Layout) -> torch.Tensor:
+    """Run a journey on one rank, as the rewriter emits it."""
+    for step in journey(SHAPE, start, need, MESH):
+        axis = MESH.names[step.axis]
+        assert tuple(x.shape) == step.shape_before
+        if step.forward is Collective.NONE:
+            x = x if step.backward is Collective.NONE else collectives.broadcast(x, axis)
+        elif step.forward is Collective.ALL_REDUCE:
+            x = collectives.all_reduce(x, axis, grad="all_reduce" if step.backward is Collective.ALL_REDUCE else "identity")
+        elif step.forward is Collective.KEEP_FIRST:
+            x = collectives.keep_first(x, axis)
+        elif step.forward is Collective.ALL_TO_ALL:
+            x = collectives.all_to_all(x, axis, step.dim, step.to_dim, step.outer, step.to_outer)
+        elif step.forward is Collective.ALL_GATHER:
+            grad = "slice" if step.backward is Collective.SLICE else "reduce_scatter"
+            x = collectives.all_gather(x, axis, step.dim, step.outer, grad=grad)
+        else:
+            x = getattr(collectives, step.forward.value)(x, axis, step.dim, step.outer)
+        assert tuple(x.shape) == step.shape_after
+    return x
+
+
+def test_every_journey_carries_value_and_gradient() -> None:
+    torch.manual_seed(0)
+    whole = torch.randn(SHAPE, dtype=torch.float64)
+    weight = torch.randn(SHAPE, dtype=torch.float64)
+    cases = pairs()
+    assert len(cases) > 400
+
+    def run(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        results = []
+        for start, need in cases:
+            x = cut(whole, start, MESH, rank).clone().requires_grad_()
+            y = move(x, start, need)
+            # A Broadcast need is used in parts: the gradient that comes back is a share. A Partial value's gradient is whole.
+            back = tuple(PARTIAL if s == BROADCAST else REPLICATE if s == PARTIAL else s for s in need)
+            y.backward(cut(weight, back, MESH, rank).contiguous())
+            assert x.grad is not None
+            results.append((y.detach(), x.grad))
+        return results
+
+    ranks = simulate.run(MESH, run)
+    for number, (start, need) in enumerate(cases):
+        name = f"{format_layout(start)} -> {format_layout(need)}"
+        value = join([r[number][0] for r in ranks], tuple(REPLICATE if s == BROADCAST else s for s in need), MESH)
+        torch.testing.assert_close(value.whole, whole, rtol=1e-12, atol=1e-12, msg=name)
+        gradient = join([r[number][1] for r in ranks], tuple(REPLICATE if s == PARTIAL else s for s in start), MESH)
+        torch.testing.assert_close(gradient.whole, weight, rtol=1e-12, atol=1e-12, msg=name)
+        assert max(value.disagreement, gradient.disagreement) < 1e-12, name
+
+
+@pytest.mark.parametrize("layout", [s for s in itertools.product(STARTS, repeat=2) if fits(SHAPE, s, MESH)], ids=format_layout)
+def test_cut_and_join_are_inverse(layout: Layout) -> None:
+    whole = torch.arange(96.0).reshape(SHAPE)
+    parts = [cut(whole, layout, MESH, rank) for rank in range(4)]
+    assert torch.equal(join(parts, layout, MESH).whole, whole)
+
+
+def test_the_table_has_every_pair_that_one_collective_carries() -> None:
+    kinds = set(StateKind)
+    missing = {(a, b) for a in kinds - {StateKind.BROADCAST} for b in kinds} - set(PAIRS)
+    assert missing == {(StateKind.SHARD, StateKind.PARTIAL)}  # gathered first
