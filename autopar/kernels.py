@@ -8,7 +8,7 @@ rule in `autopar.rules`, under the same names.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,172 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar import comm, rng
-from autopar.comm import Reduction
-
-Splits = Mapping[str, tuple[str, ...]]
+from autopar.losses import Splits, all_axes, reduce_over, share_of, wider
+from autopar.losses import binary_cross_entropy as binary_cross_entropy
+from autopar.losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from autopar.losses import cross_entropy as cross_entropy
+from autopar.losses import huber_loss as huber_loss
+from autopar.losses import l1_loss as l1_loss
+from autopar.losses import mean as mean
+from autopar.losses import mse_loss as mse_loss
+from autopar.losses import nll_loss as nll_loss
+from autopar.losses import smooth_l1_loss as smooth_l1_loss
 
 aten = torch.ops.aten
-
-
-def _axes(splits: Splits) -> tuple[str, ...]:
-    """All axes that split some loop."""
-    return tuple(axis for axes in splits.values() for axis in axes)
-
-
-def _all_reduce(x: Tensor, axes: Sequence[str], op: Reduction = "sum") -> Tensor:
-    for axis in axes:
-        x = comm.axis(axis).all_reduce(x, op)
-    return x
-
-
-def _share(splits: Splits) -> int:
-    """How many times larger the whole is than a part."""
-    return comm.count(_axes(splits))
-
-
-# Losses and means: a part's sum, divided by the number of all elements. The results are Partial.
-
-
-def mean(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean: the local mean over the number of equal parts."""
-    return torch.mean(*args, **kwargs) / _share(splits)
-
-
-def mse_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean of squared differences."""
-    loss: Tensor = aten.mse_loss.default(*args, **kwargs)
-    return loss / _share(splits)
-
-
-def l1_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean of absolute differences."""
-    loss: Tensor = aten.l1_loss.default(*args, **kwargs)
-    return loss / _share(splits)
-
-
-def smooth_l1_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean smooth L1 loss."""
-    loss: Tensor = aten.smooth_l1_loss.default(*args, **kwargs)
-    return loss / _share(splits)
-
-
-def huber_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean Huber loss."""
-    loss: Tensor = aten.huber_loss.default(*args, **kwargs)
-    return loss / _share(splits)
-
-
-def binary_cross_entropy(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean binary cross entropy of probabilities."""
-    loss: Tensor = aten.binary_cross_entropy.default(*args, **kwargs)
-    return loss / _share(splits)
-
-
-def binary_cross_entropy_with_logits(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean binary cross entropy of logits."""
-    loss: Tensor = aten.binary_cross_entropy_with_logits.default(*args, **kwargs)
-    return loss / _share(splits)
-
-
-def _counted(target: Tensor, weight: Tensor | None, ignore_index: int, axes: Sequence[str]) -> Tensor:
-    """What a mean over the tokens of the whole batch divides by: their number or their weights' sum."""
-    counts = target != ignore_index
-    if weight is None:
-        return _all_reduce(counts.sum(), axes)
-    return _all_reduce((weight[target.clamp(min=0)] * counts).sum(), axes)
-
-
-def nll_loss(
-    log_probabilities: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = 1,
-    ignore_index: int = -100,
-    *,
-    splits: Splits,
-) -> Tensor:
-    """A part of the mean negative log likelihood over the tokens of the whole batch."""
-    total = F.nll_loss(log_probabilities, target, weight, ignore_index=ignore_index, reduction="sum")
-    return total / _counted(target, weight, ignore_index, _axes(splits)).to(total.dtype)
-
-
-def cross_entropy(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    reduction: int = 1,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    *,
-    splits: Splits,
-) -> Tensor:
-    """Cross entropy of a part of the tokens, over a part of the vocabulary, without gathering logits.
-
-    Args:
-        logits: (tokens, vocabulary part, ...).
-        target: (tokens, ...) classes of the whole vocabulary, or probabilities of the shape of `logits`.
-        weight: (vocabulary,) or None.
-        reduction: 0 none, 1 mean, 2 sum.
-        ignore_index: class of tokens that don't count.
-        label_smoothing: share of the target that is spread over the vocabulary.
-        splits: may split the vocabulary ``v`` and any loop of tokens; the mean is over the tokens of the whole batch.
-    """
-    vocabulary = splits.get("v", ())
-    tokens = tuple(axis for loop, axes in splits.items() if loop != "v" for axis in axes)
-    if vocabulary:
-        losses: Tensor = _VocabularyCrossEntropy.apply(logits.movedim(1, -1), target, vocabulary, ignore_index, label_smoothing)
-        if reduction == 0:
-            return losses
-        total = losses.sum()
-    else:
-        total = F.cross_entropy(
-            logits, target, weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
-        )
-    if reduction != 1:
-        return total
-    if target.is_floating_point():
-        return total / (target.numel() // target.shape[1] * comm.count(tokens))
-    return total / _counted(target, weight, ignore_index, tokens).to(total.dtype)
-
-
-class _VocabularyCrossEntropy(torch.autograd.Function):
-    """Loss per token from logits (..., vocabulary part): the local gradient is softmax less one-hot."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, axes: tuple[str, ...], ignore_index: int, smoothing: float) -> Tensor:
-        wide = logits.to(_wide(logits.dtype))
-        part = logits.shape[-1]
-        largest = _all_reduce(wide.amax(-1), axes, "max")
-        shifted = wide - largest[..., None]
-        local = target - comm.index(axes) * part
-        mine = (local >= 0) & (local < part)
-        picked = shifted.gather(-1, local.clamp(0, part - 1)[..., None])[..., 0] * mine
-        sums = _all_reduce(torch.stack([shifted.exp().sum(-1), picked, shifted.sum(-1)]), axes)
-        log_sum = sums[0].log()
-        size = part * comm.count(axes)
-        loss = log_sum - (1.0 - smoothing) * sums[1] - smoothing / size * sums[2]
-        counts = target != ignore_index
-        # The logits are kept anyway; the softmax would take as much again.
-        ctx.save_for_backward(logits, largest + log_sum, local, mine, counts)
-        ctx.smoothing, ctx.size = smoothing, size
-        return loss.masked_fill(~counts, 0.0).to(logits.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
-        logits, log_sum, local, mine, counts = ctx.saved_tensors
-        wide = logits.to(_wide(logits.dtype))
-        slope = (wide - log_sum[..., None]).exp_()
-        if ctx.smoothing:
-            slope -= ctx.smoothing / ctx.size
-        hit = mine.to(wide.dtype) * (ctx.smoothing - 1.0)
-        slope.scatter_add_(-1, local.clamp(0, logits.shape[-1] - 1)[..., None], hit[..., None])
-        slope *= (grad.to(wide.dtype) * counts)[..., None]
-        return slope.to(logits.dtype), None, None, None, None
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type to add many half-precision numbers in."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 # Look-ups in a part of a table.
@@ -233,8 +79,10 @@ def embedding_bag(
     padding_idx: int | None = None,
     *,
     splits: Splits,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor]:
     """Sums of rows for a part of the bags (``o``), from a part of the table (``v``, Partial).
+
+    The op's further results are bookkeeping that nothing reads; they aren't made.
 
     Args:
         weight: (vocabulary part, width).
@@ -264,10 +112,8 @@ def embedding_bag(
         after = first + offsets.shape[0]
         end = int(starts[after]) if after < starts.shape[0] else indices.shape[0]
         indices, samples, offsets = indices[begin:end], samples[begin:end], offsets - begin
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = aten.embedding_bag.padding_idx(
-        weight, indices, offsets, False, 0, False, samples, False, None
-    )
-    return results
+    results: tuple[Tensor, ...] = aten.embedding_bag.padding_idx(weight, indices, offsets, False, 0, False, samples, False, None)
+    return (results[0],)
 
 
 # Attention on a part of the query rows.
@@ -305,10 +151,8 @@ def scaled_dot_product_attention(
         k, v = k[..., :last, :], v[..., :last, :]
         attn_mask = torch.ones(q.shape[-2], last, dtype=torch.bool, device=q.device).tril(first)
         is_causal = False
-    with rng.stream(_axes(splits), q.device) if dropout_p > 0.0 else nullcontext():
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask, dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    with rng.stream(all_axes(splits), q.device) if dropout_p > 0.0 else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def attention(
@@ -347,12 +191,11 @@ def attention(
         allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
         if window is not None:
             allowed &= distance < window if causal else distance.abs() <= window
-        if bias is None:
-            bias = allowed
-        else:
-            bias = bias & allowed if bias.dtype == torch.bool else bias.masked_fill(~allowed, -math.inf)
+        if bias is not None:
+            allowed = bias & allowed if bias.dtype == torch.bool else bias.masked_fill(~allowed, -math.inf)
+        bias = allowed
         causal, window = False, None
-    with rng.stream(_axes(splits), q.device) if dropout_p > 0.0 else nullcontext():
+    with rng.stream(all_axes(splits), q.device) if dropout_p > 0.0 else nullcontext():
         result: Tensor = torch.ops.autopar.attention(q, k, v, key_padding, bias, causal, window, scale, softcap, dropout_p)
     return result
 
@@ -387,8 +230,8 @@ def batch_norm(
         cudnn_enabled: not used.
         splits: splits the batch, spatial dims or both.
     """
-    axes = _axes(splits)
-    y, average, variance = _BatchNorm.apply(x, weight, bias, axes, eps)
+    axes = all_axes(splits)
+    y, average, variance = _BatchNorm.apply(x, weight, bias, axes, eps)  # type: ignore[no-untyped-call]
     if running_mean is not None and running_var is not None:
         count = x.numel() // x.shape[1] * comm.count(axes)
         with torch.no_grad():
@@ -407,10 +250,10 @@ class _BatchNorm(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         dims = [dim for dim in range(x.dim()) if dim != 1]
         count = x.numel() // x.shape[1] * comm.count(axes)
-        wide = x.to(_wide(x.dtype))
-        average = _all_reduce(wide.sum(dims), axes) / count
+        wide = x.to(wider(x.dtype))
+        average = reduce_over(wide.sum(dims), axes) / count
         centred = wide - _per_channel(average, x)
-        variance = _all_reduce(centred.square().sum(dims), axes) / count
+        variance = reduce_over(centred.square().sum(dims), axes) / count
         inverse = (variance + eps).rsqrt()
         y = centred * _per_channel(inverse, x)
         if weight is not None:
@@ -423,16 +266,14 @@ class _BatchNorm(torch.autograd.Function):
         return y.to(x.dtype), average, variance
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Tensor, _average: Tensor, _variance: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, _average: Tensor, _variance: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         x, weight, average, inverse = ctx.saved_tensors
         dims = [dim for dim in range(x.dim()) if dim != 1]
         wide, slope = x.to(average.dtype), grad.to(average.dtype)
         normalised = (wide - _per_channel(average, x)) * _per_channel(inverse, x)
         # The parameters' own gradients stay sums over this part; only what flows through the statistics is exchanged.
         local = torch.stack([slope.sum(dims), (slope * normalised).sum(dims)])
-        sums = _all_reduce(local, ctx.axes) / ctx.count
+        sums = reduce_over(local, ctx.axes) / ctx.count
         inner = slope - _per_channel(sums[0], x) - normalised * _per_channel(sums[1], x)
         factor = inverse if weight is None else inverse * weight.to(inverse.dtype)
         for_weight = None if weight is None else local[1].to(weight.dtype)
@@ -449,50 +290,50 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 def dropout(x: Tensor, p: float, train: bool, *, splits: Splits) -> Tensor:
     """Dropout with a mask of this part's own."""
-    with rng.stream(_axes(splits), x.device):
+    with rng.stream(all_axes(splits), x.device):
         return F.dropout(x, p, train)
 
 
 def bernoulli(x: Tensor, *args: Any, splits: Splits, **kwargs: Any) -> Tensor:
     """Zeros and ones with probabilities `x`, or one common probability."""
-    with rng.stream(_axes(splits), x.device):
+    with rng.stream(all_axes(splits), x.device):
         return torch.bernoulli(x, *args, **kwargs)
 
 
 def rand_like(x: Tensor, *, splits: Splits, **kwargs: Any) -> Tensor:
     """Uniform numbers for a part of a tensor."""
-    with rng.stream(_axes(splits), x.device):
+    with rng.stream(all_axes(splits), x.device):
         return torch.rand_like(x, **kwargs)
 
 
 def randn_like(x: Tensor, *, splits: Splits, **kwargs: Any) -> Tensor:
     """Normal numbers for a part of a tensor."""
-    with rng.stream(_axes(splits), x.device):
+    with rng.stream(all_axes(splits), x.device):
         return torch.randn_like(x, **kwargs)
 
 
 def rand(size: Sequence[int], *, splits: Splits, device: Any = None, **kwargs: Any) -> Tensor:
     """Uniform numbers, `size` being the part's sizes."""
-    with rng.stream(_axes(splits), torch.device(device or "cpu")):
+    with rng.stream(all_axes(splits), torch.device(device or "cpu")):
         return torch.rand(size, device=device, **kwargs)
 
 
 def randn(size: Sequence[int], *, splits: Splits, device: Any = None, **kwargs: Any) -> Tensor:
     """Normal numbers, `size` being the part's sizes."""
-    with rng.stream(_axes(splits), torch.device(device or "cpu")):
+    with rng.stream(all_axes(splits), torch.device(device or "cpu")):
         return torch.randn(size, device=device, **kwargs)
 
 
 def lstm(*args: Any, splits: Splits) -> tuple[Tensor, ...]:
     """An LSTM with dropout between its layers."""
-    with rng.stream(_axes(splits), args[0].device):
+    with rng.stream(all_axes(splits), args[0].device):
         results: tuple[Tensor, ...] = aten.lstm.input(*args)
     return results
 
 
 def gru(*args: Any, splits: Splits) -> tuple[Tensor, ...]:
     """A GRU with dropout between its layers."""
-    with rng.stream(_axes(splits), args[0].device):
+    with rng.stream(all_axes(splits), args[0].device):
         results: tuple[Tensor, ...] = aten.gru.input(*args)
     return results
 
@@ -500,13 +341,11 @@ def gru(*args: Any, splits: Splits) -> tuple[Tensor, ...]:
 # Ops whose arguments count elements of a dim that is split.
 
 
-def slice_dim(
-    x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1, *, splits: Splits
-) -> Tensor:
+def slice_dim(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1, *, splits: Splits) -> Tensor:
     """The same part of every block that a slice takes."""
-    whole = x.shape[dim] * _share(splits)
+    whole = x.shape[dim] * share_of(splits)
     first, last, _ = slice(start, end).indices(whole)
-    return x.narrow(dim, first // _share(splits), (last - first) // _share(splits))
+    return x.narrow(dim, first // share_of(splits), (last - first) // share_of(splits))
 
 
 def narrow(x: Tensor, dim: int, start: int, length: int, *, splits: Splits) -> Tensor:
@@ -516,7 +355,7 @@ def narrow(x: Tensor, dim: int, start: int, length: int, *, splits: Splits) -> T
 
 def split(x: Tensor, sizes: int | Sequence[int], dim: int = 0, *, splits: Splits) -> list[Tensor]:
     """The same part of every piece."""
-    share = _share(splits)
+    share = share_of(splits)
     local = sizes // share if isinstance(sizes, int) else [size // share for size in sizes]
     return list(x.split(local, dim))  # type: ignore[no-untyped-call]
 
@@ -541,5 +380,5 @@ def convolution(
 ) -> Tensor:
     """A part of the groups of a convolution over one, two or three dims."""
     function: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
-    result: Tensor = function(x, weight, bias, stride, padding, dilation, groups // _share(splits))
+    result: Tensor = function(x, weight, bias, stride, padding, dilation, groups // share_of(splits))
     return result

@@ -21,9 +21,7 @@ def embedding(op: Op, operands: tuple[Tensor, ...]) -> Space:
     kernel = None if rows == "v!" else "embedding"
     loops = ["v"] if kernel else []
     left = [[rows, width], indices]
-    return space(
-        op, operands, left, [[*indices, width]], kernel=kernel, kernel_loops=loops, positional=loops, linear=floats(operands, 0)
-    )
+    return space(op, operands, left, [[*indices, width]], kernel=kernel, kernel_loops=loops, positional=loops, linear=floats(operands, 0))
 
 
 def embedding_bag(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
@@ -173,9 +171,7 @@ def nll_loss(op: Op, operands: tuple[Tensor, ...]) -> Space:
     left = [[*tokens[:1], "v!", *tokens[1:]], tokens, ["v!"]]
     mean = tokens if reduction == _MEAN else []
     right = tokens if reduction == 0 else []
-    return space(
-        op, operands, left[: len(operands)], [right], flops=1.0, kernel="nll_loss" if mean else None, kernel_loops=mean
-    )
+    return space(op, operands, left[: len(operands)], [right], flops=1.0, kernel="nll_loss" if mean else None, kernel_loops=mean)
 
 
 def elementwise_loss(op: Op, operands: tuple[Tensor, ...], position: int = 2) -> Space:

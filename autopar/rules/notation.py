@@ -84,9 +84,7 @@ def text(tensors: Sequence[Sequence[str]]) -> str:
     return ", ".join(" ".join(dims) for dims in tensors)
 
 
-def space(
-    op: Op, operands: Sequence[Tensor], left: Sequence[Sequence[str]], right: Sequence[Sequence[str]], **options: Any
-) -> Space:
+def space(op: Op, operands: Sequence[Tensor], left: Sequence[Sequence[str]], right: Sequence[Sequence[str]], **options: Any) -> Space:
     """Build the space of an op whose operands have dims `left` and whose results have dims `right`; `options` as in `parse`."""
     shapes = [tensor.shape for tensor in operands]
     return parse(f"{text(left)} -> {text(right)}", shapes, [tensor.shape for tensor in op.results], **options)

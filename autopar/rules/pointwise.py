@@ -7,9 +7,7 @@ from autopar.rules.notation import Rule, argument, broadcast, floats, is_float, 
 from autopar.space import Space
 
 
-def pointwise(
-    op: Op, operands: tuple[Tensor, ...], linear: tuple[int, ...] = (), flops: float = 1.0, view: bool = False
-) -> Space:
+def pointwise(op: Op, operands: tuple[Tensor, ...], linear: tuple[int, ...] = (), flops: float = 1.0, view: bool = False) -> Space:
     """Elementwise with broadcasting: ``a b, b -> a b``."""
     full = op.results[0].shape
     tokens = letters(len(full))
@@ -164,9 +162,7 @@ def batch_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return space(op, operands, left, [tokens], flops=8.0, kernel="batch_norm" if training else None)
 
 
-def _random(
-    op: Op, operands: tuple[Tensor, ...], kernel: str, *, linear: tuple[int, ...] = (), shape_arg: int | None = None
-) -> Space:
+def _random(op: Op, operands: tuple[Tensor, ...], kernel: str, *, linear: tuple[int, ...] = (), shape_arg: int | None = None) -> Space:
     tokens = letters(len(op.results[0].shape))
     left = [broadcast(tensor.shape, tokens, op.results[0].shape) for tensor in operands]
     return space(
@@ -229,7 +225,7 @@ _BINARY = """aten.eq.Tensor aten.eq.Scalar aten.ne.Tensor aten.ne.Scalar aten.lt
         aten.bitwise_or.Tensor aten.bitwise_xor.Tensor aten.bitwise_and.Scalar aten.bitwise_or.Scalar
         aten.__and__.Tensor aten.__or__.Tensor aten.__xor__.Tensor aten.addcmul.default aten.addcdiv.default
         aten.lerp.Tensor aten.lerp.Scalar aten.xlogy.Tensor aten.logaddexp.default aten.clamp.Tensor
-        aten.rsub.Scalar aten.bitwise_left_shift.Tensor_Scalar aten.bitwise_right_shift.Tensor_Scalar
+        aten.rsub.Scalar
         aten.masked_fill.Tensor"""
 
 _CASTS = """aten.to.dtype aten.to.device aten.to.dtype_layout aten._to_copy.default aten.type_as.default aten.to.other
@@ -255,9 +251,7 @@ RULES: dict[str, Rule] = {
         aten.any.default aten.any.dim aten.all.default aten.all.dim""",
         reduce_whole,
     ),
-    **named(
-        """aten.var.default aten.var.dim aten.var.correction aten.std.default aten.std.dim aten.std.correction""", variance
-    ),
+    **named("""aten.var.default aten.var.dim aten.var.correction aten.std.default aten.std.dim aten.std.correction""", variance),
     "aten.linalg_vector_norm.default": vector_norm,
     **named("aten.softmax.int aten.log_softmax.int aten._softmax.default aten._log_softmax.default", softmax),
     "aten.cumsum.default": cumsum,

@@ -76,9 +76,7 @@ def _reshape(op: Op, operands: tuple[Tensor, ...], shape_arg: int | None, fixed:
         right[dim] = re.sub(r"([a-z]+)!?", r"\1!", right[dim])
     # The tensor whose sizes view_as takes has the result's dims.
     others = [right] * (len(operands) - 1)
-    return space(
-        op, operands, [left, *others], [right], sizes=sizes, linear=floats(operands, 0), shape_arg=shape_arg, view=True
-    )
+    return space(op, operands, [left, *others], [right], sizes=sizes, linear=floats(operands, 0), shape_arg=shape_arg, view=True)
 
 
 def reshape(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
@@ -187,8 +185,7 @@ def _cut(op: Op, operands: tuple[Tensor, ...], dim: int, unit: int, kernel: str 
     others = tokens[:dim] + tokens[dim + 1 :]
     left = [*others[:dim], _pieces(operands[0].shape[dim], unit, ("part", "o")), *others[dim:]]
     right = [
-        [*others[:dim], _pieces(result.shape[dim], unit, (f"part{index}", "o")), *others[dim:]]
-        for index, result in enumerate(op.results)
+        [*others[:dim], _pieces(result.shape[dim], unit, (f"part{index}", "o")), *others[dim:]] for index, result in enumerate(op.results)
     ]
     sizes = {"part": operands[0].shape[dim] // unit, "o": unit}
     sizes |= {f"part{index}": result.shape[dim] // unit for index, result in enumerate(op.results)}
@@ -255,9 +252,7 @@ def cat(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
         return None
     tokens = letters(len(shapes[0]))
     others = tokens[:dim] + tokens[dim + 1 :]
-    left = [
-        [*others[:dim], _pieces(shape[dim], unit, (f"part{index}", "o")), *others[dim:]] for index, shape in enumerate(shapes)
-    ]
+    left = [[*others[:dim], _pieces(shape[dim], unit, (f"part{index}", "o")), *others[dim:]] for index, shape in enumerate(shapes)]
     right = [*others[:dim], _pieces(total, unit, ("part", "o")), *others[dim:]]
     sizes = {"part": total // unit, "o": unit} | {f"part{index}": shape[dim] // unit for index, shape in enumerate(shapes)}
     linear = floats(operands, *range(len(operands)))
