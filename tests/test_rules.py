@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from zoo import ZOO
 
 import autopar.ops  # noqa: F401  defines autopar::attention
 from autopar import kernels, rng, simulate
+from autopar.capture import capture
 from autopar.errors import VerificationError
-from autopar.ir import Op
+from autopar.ir import Op, OpKind
 from autopar.layout import Mesh
 from autopar.oracle import check_rule, describe, trace
 from autopar.rules import RULES, rule
@@ -162,6 +164,8 @@ POINTWISE = [
     row("clamp.Tensor", real(4, 6), None, unit(6)),
     row("rsub.Scalar", real(4, 6), 1),
     row("masked_fill.Tensor", real(4, 6), flags(4, 1), real(), to="a b, a 1,  -> a b"),
+    row("fill.Tensor", real(4, 6), real(), to="a b,  -> a b"),
+    row("fill.Scalar", real(4, 6), 2.0),
     row("add.Tensor", real(4, 6, 2), real(6, 1), alpha=2, to="a b c, b 1 -> a b c"),
     row("add.Tensor", real(), real(), to=",  -> "),
     row("add.Tensor", real(4, 6), 1.0),
@@ -429,6 +433,10 @@ MOVED = [
     row("cat.default", [real(4, 4), real(4, 8)], -1, to="a o, a (part1! o) -> a (part! o)"),
     row("cat.default", [real(4, 4), real(3, 4)], to="part0! b, part1! b -> part! b"),
     row("concat.default", [real(4), real(4)]),
+    row("cat.default", [real(4, 4), real(4, 0)], -1, to="a o, a part1! -> a o"),
+    row("slice.Tensor", real(4, 6), 1, 6, 6, to="a part! -> a part0!"),
+    row("select_scatter.default", real(4, 6), real(4), 1, 0, to="a b!, a -> a b!"),
+    row("slice_scatter.default", real(4, 6), real(4, 5), 1, 1, 9223372036854775807, to="a b!, a placed! -> a b!"),
     row("stack.default", tensors(3, 4, 2), 1, to="a b, a b, a b -> a part! b"),
     row("pad.default", real(4, 6), [1, 2], "constant", 0.5, to="a b! -> a b_padded!"),
     row("pad.default", real(4, 6), [1, -1], "constant", None),
@@ -678,3 +686,11 @@ def test_flops_are_those_of_the_textbook() -> None:
     assert attended == pytest.approx(2 * 2 * 4 * 8 * 6 * (3 + 5))
     convolved = flops("conv2d.default", real(2, 8, 4, 4), real(8, 2, 3, 3), None, [1, 1], [1, 1], [1, 1], 4)
     assert convolved == pytest.approx(2 * 2 * 8 * 4 * 4 * 2 * 3 * 3)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_op_of_real_models_has_a_rule(name: str) -> None:
+    graph = capture(*ZOO[name]()).graph
+    calls = graph.of_kind(OpKind.CALL)
+    assert calls
+    assert [op.target for op in calls if rule(op, graph.operand_tensors(op)) is None] == []

@@ -226,7 +226,8 @@ _BINARY = """aten.eq.Tensor aten.eq.Scalar aten.ne.Tensor aten.ne.Scalar aten.lt
         aten.__and__.Tensor aten.__or__.Tensor aten.__xor__.Tensor aten.addcmul.default aten.addcdiv.default
         aten.lerp.Tensor aten.lerp.Scalar aten.xlogy.Tensor aten.logaddexp.default aten.clamp.Tensor
         aten.rsub.Scalar
-        aten.masked_fill.Tensor"""
+        aten.masked_fill.Tensor
+aten.fill.Tensor aten.fill.Scalar"""
 
 _CASTS = """aten.to.dtype aten.to.device aten.to.dtype_layout aten._to_copy.default aten.type_as.default aten.to.other
         aten.clone.default aten.contiguous.default aten.lift_fresh_copy.default"""

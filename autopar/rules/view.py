@@ -173,6 +173,8 @@ def select(op: Op, operands: tuple[Tensor, ...]) -> Space:
 
 def _pieces(total: int, unit: int, names: tuple[str, str]) -> str:
     """A dim of `total` elements that is a whole number of blocks of `unit` elements: ``(p! o)``."""
+    if total == 0:
+        return f"{names[0]}!"
     return grouped((f"{names[0]}!", total // unit), (names[1], unit))
 
 
@@ -202,17 +204,17 @@ def _cut(op: Op, operands: tuple[Tensor, ...], dim: int, unit: int, kernel: str 
     )
 
 
-def slice_(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
+def slice_(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """``(p! o) -> (q! o)``; all of a dim leaves its loop as it is."""
     shape = operands[0].shape
     dim = normal(argument(op, 1, "dim", 0), len(shape))
     start, end, step = slice(argument(op, 2, "start"), argument(op, 3, "end"), argument(op, 4, "step", 1)).indices(shape[dim])
-    if end <= start:
-        return None
     if (start, end, step) == (0, shape[dim], 1):
         tokens = letters(len(shape))
         return space(op, operands, [tokens], [tokens], linear=floats(operands, 0), view=True)
-    return _cut(op, operands, dim, math.gcd(start, end, shape[dim]) if step == 1 else 1, "slice_dim")
+    # A slice may be empty: partial rotary embeddings of all of a head leave nothing over.
+    unit = math.gcd(start, end, shape[dim]) if step == 1 and start < end else 1
+    return _cut(op, operands, dim, unit, "slice_dim")
 
 
 def narrow(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
@@ -257,6 +259,16 @@ def cat(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
     sizes = {"part": total // unit, "o": unit} | {f"part{index}": shape[dim] // unit for index, shape in enumerate(shapes)}
     linear = floats(operands, *range(len(operands)))
     return space(op, operands, left, [right], sizes={name: size for name, size in sizes.items() if size > 1}, linear=linear)
+
+
+def put(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a b!, a -> a b!``: ``select_scatter``, also ``slice_scatter``, whose second operand keeps the dim: ``a b!, a c! -> a b!``."""
+    tokens = letters(len(operands[0].shape))
+    dim = normal(argument(op, 2, "dim", 0), len(tokens))
+    tokens[dim] += "!"
+    middle = ["placed!"] if len(operands[1].shape) == len(tokens) else []
+    source = [*tokens[:dim], *middle, *tokens[dim + 1 :]]
+    return space(op, operands, [tokens, source], [tokens], linear=floats(operands, 0, 1))
 
 
 def stack(op: Op, operands: tuple[Tensor, ...]) -> Space:
@@ -346,6 +358,7 @@ RULES: dict[str, Rule] = {
     "aten.chunk.default": chunk,
     **named("aten.cat.default aten.concat.default", cat),
     "aten.stack.default": stack,
+    **named("aten.select_scatter.default aten.slice_scatter.default", put),
     **named("aten.pad.default aten.constant_pad_nd.default", pad),
     "aten.flip.default": flip,
     "aten.roll.default": roll,
