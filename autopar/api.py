@@ -1,0 +1,240 @@
+"""What users call: `compile`, `plan`, `verify`. Each is the chain of stages in order, short enough to read as its documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from autopar import world
+from autopar.capture import capture
+from autopar.cost_models import Cluster
+from autopar.errors import InputError, PlanError
+from autopar.layout import Layout
+from autopar.module import Init, ParallelModule
+from autopar.plan import Plan
+from autopar.planner import check_fits, make_plan
+from autopar.program import Program
+from autopar.rewrite import rewrite
+from autopar.verify import Verification, verify_plan
+
+ExampleInputs = Mapping[str, Any] | tuple[Any, ...]
+"""As given to the model: a mapping is keyword arguments, a tuple positional ones, a (tuple, mapping) pair both."""
+
+Progress = Callable[[str], None]
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    cluster: Cluster | str,
+    *,
+    pins: Mapping[str, object] | None = None,
+    mesh: Mapping[str, int] | None = None,
+    strict: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Find the fastest plan for `model` on `cluster` without running anything.
+
+    Args:
+        model: on any device; the meta device is enough.
+        example_inputs: one global batch; only shapes and dtypes count.
+        cluster: such as ``"4x8xH100"``: 4 machines of 8 devices each.
+        pins: what must be so: axis sizes by kind (``{"dp": 2, "tp": 4}``), ``fsdp`` and ``vocabulary`` (true or false), and
+            placements of modules by glob (``{"layers.*.mlp": {"tp": "o"}}``).
+        mesh: axis sizes by name instead of a search over meshes; ``dp``, ``tp`` and ``cp`` are kinds, other names are free.
+        strict: an op without a rule is an error instead of running replicated.
+        progress: told what is being done, in a few words.
+
+    Raises:
+        CaptureError: the model can't be one graph.
+        InputError: pins, mesh or inputs that can't be used.
+        InfeasibleError: nothing fits the memory; says by how much it would have to grow.
+        UnknownOpError: under `strict`.
+    """
+    cluster = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
+    if progress is not None:
+        progress("capture")
+    captured = capture(model, example_inputs)
+    return make_plan(
+        captured.graph,
+        cluster,
+        model_name=type(model).__name__,
+        pins=pins,
+        mesh=mesh,
+        strict=strict,
+        notes=captured.notes,
+        progress=progress,
+    )
+
+
+def verify(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    plan: Plan | None = None,
+    *,
+    cluster: Cluster | str | None = None,
+    pins: Mapping[str, object] | None = None,
+    ranks: int | None = None,
+    tolerance: float = 1e-9,
+) -> Verification:
+    """Run all ranks of a plan in one process and compare outputs, every gradient and updated buffers with the model.
+
+    Args:
+        model: with real parameters and without randomness (dropout 0, or in evaluation mode).
+        example_inputs: one global batch, with values.
+        plan: what to check; without one, a plan is made for `cluster`, or for `ranks` CPU processes.
+        cluster: where to plan for when no plan is given.
+        pins: as in `plan`, when no plan is given.
+        ranks: number of CPU processes to plan for when neither a plan nor a cluster is given (4).
+        tolerance: accepted relative error, in float64.
+    """
+    if plan is not None and ranks is not None and plan.mesh.world_size != ranks:
+        raise PlanError(f"the plan is for {plan.mesh.world_size} ranks ({plan.mesh}), {ranks} were asked for")
+    if plan is None:
+        plan = _plan(model, example_inputs, cluster if cluster is not None else f"{ranks or 4}xcpu", pins)
+    return verify_plan(model, example_inputs, plan, tolerance=tolerance)
+
+
+def _plan(model: nn.Module, example_inputs: ExampleInputs, cluster: Cluster | str, pins: Mapping[str, object] | None) -> Plan:
+    """`plan`, for a caller in which that name is taken by an argument."""
+    return globals()["plan"](model, example_inputs, cluster, pins=pins)  # type: ignore[no-any-return]
+
+
+def detect_cluster(device_type: str | None = None) -> Cluster:
+    """The cluster that this process group spans: as many devices of this machine's kind as there are ranks.
+
+    Raises InputError for a GPU that no machine profile describes, with what to do.
+    """
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = world.join_world(device_type)
+    if device_type == "cpu":
+        return Cluster.parse(f"{ranks}xcpu")
+    name = torch.cuda.get_device_name()
+    for machine, marks in (("h200", "H200"), ("h100", "H100"), ("a100-80gb", "A100"), ("v100", "V100")):
+        if marks in name:
+            per_node = min(ranks, torch.cuda.device_count())
+            return Cluster.parse(f"{ranks // per_node}x{per_node}x{machine}" if per_node < ranks else f"{ranks}x{machine}")
+    raise InputError(f"no machine profile is known for {name!r}; give `cluster=` a known machine or the path of a profile")
+
+
+def compile(
+    model: nn.Module,
+    example_inputs: ExampleInputs | None = None,
+    *,
+    cluster: Cluster | str | None = None,
+    plan: Plan | None = None,
+    pins: Mapping[str, object] | None = None,
+    mesh: Mapping[str, int] | None = None,
+    strict: bool = False,
+    inputs: Literal["global", "local"] = "global",
+    init: Init | None = None,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> CompiledModule:
+    """Make a model run in parallel over the ranks of this process group; the training loop stays as it is.
+
+    Every rank passes the same global batch and gets the loss that one device would. Without `example_inputs` the first call plans.
+    Make optimizers after this call, from the returned module's parameters.
+
+    Args:
+        model: the user's model; its parameters become DTensors.
+        example_inputs: plan at once for this call instead of at the first one.
+        cluster: the devices; found out when not given.
+        plan: a plan made before, instead of a search.
+        pins: as in `autopar.plan`.
+        mesh: as in `autopar.plan`.
+        strict: as in `autopar.plan`.
+        inputs: ``local`` when every rank passes its own part of the batch (see `CompiledModule.data_shard`); needs an example.
+        init: values of parameters that are on the meta device.
+        device: where those go.
+        progress: told what is being done.
+    """
+    if inputs == "local" and example_inputs is None:
+        raise InputError('inputs="local" needs example_inputs of the global batch: how it is split is known only with a plan')
+    planner = _Planner(cluster, plan, pins, mesh, strict, progress)
+    module = CompiledModule(model, planner, inputs=inputs, init=init, device=device)
+    planner.layouts = lambda: module.layouts
+    if example_inputs is not None:
+        args, kwargs = _as_call(example_inputs)
+        module.prepare(*args, **kwargs)
+    return module
+
+
+class CompiledModule(ParallelModule):
+    """A `ParallelModule` that knows its plan."""
+
+    @property
+    def plan(self) -> Plan:
+        """The first plan; later programs (other shapes, evaluation) keep its mesh and its parameters' layouts."""
+        found = self._planner.first  # type: ignore[attr-defined]
+        if found is None:
+            raise PlanError("there is no plan yet: compile with example inputs, or call the module once")
+        assert isinstance(found, Plan)
+        return found
+
+    def print_program(self) -> str:
+        """The local program that ran last, as readable code."""
+        if self._last is None:
+            raise PlanError("there is no program yet: compile with example inputs, or call the module once")
+        return str(self._last.module.print_readable(print_output=False))
+
+
+class _Planner:
+    """Makes the programs of one compiled module; the first plan decides where parameters live."""
+
+    def __init__(
+        self,
+        cluster: Cluster | str | None,
+        plan: Plan | None,
+        pins: Mapping[str, object] | None,
+        mesh: Mapping[str, int] | None,
+        strict: bool,
+        progress: Progress | None,
+    ) -> None:
+        self.cluster = cluster
+        self.given = plan
+        self.pins = pins
+        self.mesh = mesh
+        self.strict = strict
+        self.progress = progress
+        self.first: Plan | None = None
+        self.layouts: Callable[[], Mapping[str, Layout]] = dict
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Program:
+        device = next((p.device for p in model.parameters() if not p.is_meta), None)
+        captured = capture(model, (args, kwargs))
+        found = self.first
+        if found is None and self.given is not None:
+            check_fits(self.given, captured.graph)
+            found = self.given
+        else:
+            found = make_plan(
+                captured.graph,
+                self._cluster(device),
+                model_name=type(model).__name__,
+                pins=self.pins if self.first is None else None,
+                mesh=self.mesh if self.first is None else dict(zip(self.first.mesh.names, self.first.mesh.sizes, strict=True)),
+                stored=self.layouts(),
+                strict=self.strict,
+                notes=captured.notes,
+                progress=self.progress,
+            )
+        if self.first is None:
+            self.first = found
+        return rewrite(captured, found, device)
+
+    def _cluster(self, device: torch.device | None) -> Cluster:
+        if isinstance(self.cluster, str):
+            return Cluster.parse(self.cluster)
+        return self.cluster or detect_cluster(device.type if device is not None else None)
+
+
+def _as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    if isinstance(example_inputs, Mapping):
+        return (), example_inputs
+    if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
+        return example_inputs[0], example_inputs[1]
+    return example_inputs, {}
