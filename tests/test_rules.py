@@ -453,8 +453,8 @@ TABLE = whole(8, 4, 6)
 BAGS = (whole(8, 12), torch.tensor([0, 2, 2, 7]))
 LOOKED_UP = [
     row("embedding.default", real(8, 6), whole(8, 2, 4), to="v h, b s -> b s h"),
-    row("embedding.default", real(8, 6), whole(8, 4), 3, to="v h, a -> a h"),
-    row("embedding.default", real(8, 6), whole(8, 4), -1, True, to="v! h, a! -> a! h"),
+    row("embedding.default", real(8, 6), whole(8, 4), 3, to="v h, i0 -> i0 h"),
+    row("embedding.default", real(8, 6), whole(8, 4), -1, True, to="v! h, i0! -> i0! h"),
     row("embedding_bag.padding_idx", real(8, 6), *BAGS, False, 0, False, None, False, None),
     row("embedding_bag.padding_idx", real(8, 6), *BAGS, False, 0, False, real(12), False, 2),
     row("embedding_bag.default", real(8, 6), *BAGS, False, 0),

@@ -11,13 +11,12 @@ _MEAN, _SUM = 1, 2  # values of aten's `reduction` argument; 0 is none
 
 def embedding(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """``v h, b s -> b s h``: a part of the vocabulary gives the rows that it has and zeros for the others."""
-    indices = [f"{name}" for name in (["b", "s"] if len(operands[1].shape) == 2 else letters(len(operands[1].shape)))]
+    rank = len(operands[1].shape)
+    indices = ["b", "s"] if rank == 2 else [f"i{dim}" for dim in range(rank)]
     by_frequency, sparse = argument(op, 3, "scale_grad_by_freq", False), argument(op, 4, "sparse", False)
     if by_frequency:  # the gradient counts how often a row occurs in the whole batch
         indices = [f"{name}!" for name in indices]
     rows, width = ("v!", "h") if by_frequency or sparse else ("v", "h")
-    if len(indices) > 7:
-        return space(op, operands, [["v_!", "h_"], indices], [[*indices, "h_"]])
     kernel = None if rows == "v!" else "embedding"
     loops = ["v"] if kernel else []
     left = [[rows, width], indices]
