@@ -5,7 +5,10 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 no pl
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +36,9 @@ from autopar.units import format_bytes, format_seconds, parse_bytes
 
 # torch takes seconds to import: commands import what needs it when they run, so that help and mistakes are answered at once.
 if TYPE_CHECKING:
-    from autopar.api import Verification
     from autopar.cost_models import Cluster, Machine
     from autopar.plan import Plan
+    from autopar.verify import Verification
 
 # Columns when the output is no terminal, such as a file: wide enough for a source line beside its op.
 _PIPED_WIDTH = 120
@@ -244,9 +247,7 @@ def verify(
             tolerance=tolerance,
         )
     click.echo(json.dumps(_data_of_verification(found), indent=1) if as_json else _word_verification(found))
-    if not found.ok:
-        worst, name = _order_errors(found)[0]
-        raise VerificationError(f"{name} differs by {worst:.2e} relative, over the tolerance {found.tolerance:.0e}")
+    found.check()
 
 
 @main.command(
@@ -332,34 +333,47 @@ def _load_checked_plan(file: Path, ranks: int | None, pins: dict[str, int | bool
 @contextmanager
 def _show_progress() -> Iterator[Callable[[str], None]]:
     """Give a function that shows what is being done: a live line when stderr is a terminal, nothing otherwise."""
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)
     if not console.is_terminal:
-        yield lambda _: None
+        with _hold_back_stderr():
+            yield lambda _: None
         return
-    with console.status(Text("starting")) as status:
+    with console.status(Text("starting")) as status, _hold_back_stderr():
         yield lambda text: status.update(Text(text))
+
+
+@contextmanager
+def _hold_back_stderr() -> Iterator[None]:
+    """Keep what libraries say of a failure that we report off stderr: torch prints the graph at which an export gave up."""
+    held = io.StringIO()
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(held):
+            yield
+    except AutoparError:
+        held = io.StringIO()
+        raise
+    finally:
+        logging.disable(logging.NOTSET)
+        sys.stderr.write(held.getvalue())
 
 
 def _make_console(stream: IO[str]) -> Console:
     return Console(file=stream, width=None if stream.isatty() else _PIPED_WIDTH)
 
 
-def _order_errors(found: Verification) -> list[tuple[float, str]]:
-    """Relative error and name of all that was compared, the worst first; a NaN is worse than any number."""
-    return sorted(((error, name) for name, error in found.errors.items()), key=lambda item: (item[0] == item[0], -item[0]))
-
-
 def _word_verification(found: Verification) -> str:
-    """Say what was compared, and list what is over the tolerance, the worst first."""
-    ordered = _order_errors(found)
+    """Say what was compared, how far it was off, and what the plan splits."""
     mesh = found.plan.mesh
-    lines = [
-        f"{'ok' if found.ok else 'FAILED'}: {len(ordered)} outputs and gradients compared, {mesh.world_size} ranks ({mesh})",
-        f"largest relative error {ordered[0][0]:.2e}, tolerance {found.tolerance:.0e}",
-        f"splits: {found.splits}",
-        *(f"  {error:.2e}  {name}" for error, name in ordered if not error <= found.tolerance),
-    ]
-    return "\n".join(lines)
+    splits = ", ".join(f"{name} in {count} ops" for name, count in found.splits.items())
+    return "\n".join(
+        [
+            f"{'ok' if found.ok else 'FAILED'}: {len(found.errors)} outputs and gradients compared, {mesh.world_size} ranks ({mesh})",
+            f"largest relative error {max(found.errors.values(), default=math.nan):.2e}, tolerance {found.tolerance:g}",
+            f"captured graph against the model: relative error {found.capture_error:.2e}, {found.rounding:g} accepted",
+            f"splits: {splits or 'none, everything is replicated'}",
+        ]
+    )
 
 
 def _data_of_verification(found: Verification) -> dict[str, Any]:
@@ -369,7 +383,9 @@ def _data_of_verification(found: Verification) -> dict[str, Any]:
         "tolerance": found.tolerance,
         # JSON has no word for NaN and infinity.
         "errors": {name: error if math.isfinite(error) else None for name, error in found.errors.items()},
-        "splits": found.splits,
+        "capture_error": found.capture_error,
+        "rounding": found.rounding,
+        "splits": dict(found.splits),
         "mesh": dict(zip(mesh.names, mesh.sizes, strict=True)),
     }
 

@@ -37,7 +37,7 @@ def format_seconds(seconds: float) -> str:
     >>> format_seconds(0.01234), format_seconds(75.0)
     ('12.3 ms', '75.0 s')
     """
-    if seconds == 0:
+    if abs(seconds) < 0.5e-9:  # costs are whole nanoseconds; what is left below is rounding
         return "0 s"
     value = seconds * 1e9
     for unit in ("ns", "µs", "ms"):
