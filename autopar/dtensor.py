@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from autopar import collectives
 from autopar.comm import Axis, GroupAxis
 from autopar.layout import Layout, Mesh, StateKind
-from autopar.torch_compat import StridedShard
+from autopar.torch_compat import StridedShard, state_dict_utils
 
 Step = tuple[int, int, int]
 """One split of a tensor: mesh axis, dim, and outer blocks of the dim in what the axes before it left over."""
@@ -98,9 +98,14 @@ def placement_steps(placements: Sequence[Placement]) -> tuple[Step, ...]:
 #
 # A fused weight (three heads head_dim) under tensor parallelism and ZeRO is strided along one or two mesh axes. torch 2.13
 # then (a) refuses to checkpoint it, because it takes a rank's part for one box of the whole tensor ("overlapping chunks"),
-# (b) gathers it in a wrong order, silently, when two axes split one dim and both are strided, and (c) can't go from a plain
-# shard to a strided one. Optimizer states and gradients are plain DTensors that reach these functions without passing through
-# our module, so DTensor's own methods learn the missing cases; every other DTensor keeps torch's answer.
+# (b) gathers it in a wrong order, silently, when two axes split one dim and both are strided, (c) can't go from a plain shard
+# to a strided one, and (d) loads a wrong part, silently, under ``StateDictOptions(broadcast_from_rank0=True)``. Optimizer
+# states and gradients are plain DTensors that reach these functions without passing through our module, so torch's own
+# functions learn the missing cases; every other DTensor keeps torch's answer.
+
+
+def _has_strided(placements: Sequence[Placement]) -> bool:
+    return any(isinstance(placement, StridedShard) for placement in placements)
 
 
 def _is_crossed(placements: Sequence[Placement]) -> bool:
@@ -121,7 +126,7 @@ def _redistribute(
     self: DTensor, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
 ) -> DTensor:
     target = tuple(self.placements if placements is None else placements)
-    to_strided = any(isinstance(placement, StridedShard) for placement in target) and target != self.placements
+    to_strided = _has_strided(target) and target != self.placements
     if not (_is_crossed(self.placements) or to_strided) or device_mesh not in (None, self.device_mesh):
         return _REDISTRIBUTE(self, device_mesh, placements, **options)
     mesh, replicate = self.device_mesh, [Replicate()] * self.device_mesh.ndim
@@ -157,7 +162,7 @@ def _runs(size: int, ways: Sequence[tuple[int, int, int]]) -> list[tuple[int, in
 def _boxes(x: DTensor) -> list[tuple[ChunkStorageMetadata, tuple[slice, ...]]] | None:
     """Global boxes of this rank's part and where they are in it; None when nothing is strided: torch's one box is right."""
     where = x.device_mesh.get_coordinate()
-    if where is None or not any(isinstance(placement, StridedShard) for placement in x.placements):
+    if where is None or not _has_strided(x.placements):
         return None
     ways: list[list[tuple[int, int, int]]] = [[] for _ in x.shape]
     for axis, dim, outer in placement_steps(x.placements):
@@ -195,6 +200,29 @@ def _get_tensor_shard(self: DTensor, index: MetadataIndex) -> Any:
     raise ValueError(f"{index.fqn} has no box at {index.offset} on this rank")
 
 
+_DISTRIBUTE_TENSORS: Callable[..., None] = state_dict_utils._distribute_tensors
+
+
+def _distribute_tensors(states: dict[str, Any], keys: Sequence[str], *options: Any, **more_options: Any) -> None:
+    for key in keys:
+        state = states.get(key)
+        if state is None or isinstance(state, Tensor):
+            continue
+        # A pair (what to fill, whole value), until the value has been cut.
+        target, part = state
+        where = target.device_mesh.get_coordinate()
+        if where is None or not _has_strided(target.placements):
+            continue
+        for axis, dim, outer in placement_steps(target.placements):
+            part = collectives.take_part(part, dim, outer, where[axis], target.device_mesh.size(axis))
+        if target.is_meta:
+            target = as_dtensor(part, target.device_mesh, target.placements, target.shape)
+        else:
+            target.to_local().copy_(part)
+        states[key] = target
+    _DISTRIBUTE_TENSORS(states, keys, *options, **more_options)
+
+
 def teach_strided_shards() -> None:
     """Let every DTensor with strided shards be gathered, redistributed and checkpointed; a second call changes nothing."""
     for name, method in (
@@ -205,3 +233,4 @@ def teach_strided_shards() -> None:
         ("__get_tensor_shard__", _get_tensor_shard),
     ):
         setattr(DTensor, name, method)
+    state_dict_utils._distribute_tensors = _distribute_tensors  # type: ignore[assignment]

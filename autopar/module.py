@@ -86,6 +86,10 @@ class ParallelModule(nn.Module):
         self._leaves: dict[int, list[Tensor]] = {}
         self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
         self._last: Program | None = None
+        # Where each name's tensor is, so that a call needn't walk the modules; the tensors themselves may be replaced.
+        self._all_modules = tuple(model.modules())
+        self._parameter_at = _find_places(model, "_parameters")
+        self._buffer_at = _find_places(model, "_buffers")
         self._reducer = GradientReducer()
         join_world(self._device.type)
         if dist.is_available() and dist.is_initialized():
@@ -152,7 +156,7 @@ class ParallelModule(nn.Module):
             here = local_tensors.get(id(x))
             skipped = program.batch_axes if here is not None else ()
             parts.append(shard_whole(x if here is None else here, slot.layout, home.mesh, home.axes, skipped))
-        buffers = dict(self.named_buffers(remove_duplicate=False))
+        buffers = {slot.name: _read(self._buffer_at[slot.name]) for slot in program.buffers}
         rank = dist.get_rank() if home.device_mesh is not None else 0
         held = [take_local(buffers[slot.name], slot.layout, home.mesh, rank) for slot in program.buffers]
         with comm.active(home.axes), regather() if program.regather else nullcontext():
@@ -175,8 +179,8 @@ class ParallelModule(nn.Module):
     def _find_program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
         key = (
             _signature(args, kwargs),
-            tuple(module.training for module in self._original.modules()),
-            tuple(parameter.requires_grad for parameter in self.parameters()),
+            tuple(module.training for module in self._all_modules),
+            tuple(_read(place).requires_grad for place in self._parameter_at.values()),
         )
         program = self._programs.get(key)
         if program is None:
@@ -249,8 +253,7 @@ class ParallelModule(nn.Module):
 
     def _find_leaves(self, program: Program) -> list[Tensor]:
         """The tensors that stand for the parameters in this program; made again when a parameter got other storage."""
-        named = dict(self.named_parameters(remove_duplicate=False))
-        parameters = [named[slot.name] for slot in program.parameters]
+        parameters = [_read(self._parameter_at[slot.name]) for slot in program.parameters]
         leaves = self._leaves.get(id(program))
         if leaves is not None and all(map(_stands_for, leaves, parameters)):
             return leaves
@@ -295,6 +298,24 @@ _SHARED = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+
+
+Place = tuple[dict[str, Any], str]
+"""A module's dict of parameters or buffers and the name in it."""
+
+
+def _find_places(model: nn.Module, kind: Literal["_parameters", "_buffers"]) -> dict[str, Place]:
+    """Every place of a tensor, by its full name; a tied parameter has several."""
+    return {
+        f"{path}.{name}" if path else name: (module.__dict__[kind], name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in module.__dict__[kind].items()
+        if tensor is not None
+    }
+
+
+def _read(place: Place) -> Any:
+    return place[0][place[1]]
 
 
 def _find_device(model: nn.Module) -> torch.device:
@@ -351,8 +372,7 @@ def _plain_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def _stands_for(leaf: Tensor, parameter: nn.Parameter) -> bool:
-    local = torch_compat.local_of(parameter)
-    return leaf.data_ptr() == local.data_ptr() and leaf.requires_grad == parameter.requires_grad
+    return leaf.data_ptr() == torch_compat.address_of(parameter) and leaf.requires_grad == parameter.requires_grad
 
 
 def _as_output(x: Any, slot: Slot, home: _Home) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._state_dict_utils as state_dict_utils
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -16,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 __all__ = [
     "StorageRef",
     "StridedShard",
+    "address_of",
     "after_backward",
     "all_gather_single",
     "all_to_all_single",
@@ -23,6 +25,7 @@ __all__ = [
     "group_over",
     "local_of",
     "reduce_scatter_single",
+    "state_dict_utils",
 ]
 
 # torch 2.13 renames the flat collectives and warns about the old names, which are all that 2.11 has.
@@ -61,6 +64,11 @@ def backward_id() -> int:
 def local_of(x: Tensor) -> Tensor:
     """The rank's own part of a DTensor, sharing its storage and unknown to autograd; a plain tensor as it is."""
     return x._local_tensor.detach() if isinstance(x, DTensor) else x.detach()
+
+
+def address_of(x: Tensor) -> int:
+    """Where the rank's own part of a tensor lies in memory."""
+    return int((x._local_tensor if isinstance(x, DTensor) else x).data_ptr())
 
 
 def group_over(mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessGroup:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from autopar import comm
+from autopar import comm, torch_compat
 from autopar.errors import PlanError
 from autopar.layout import Mesh
 
@@ -49,7 +49,13 @@ def form_mesh(mesh: Mesh, device_type: str) -> DeviceMesh | None:
             f"the plan is for {mesh.world_size} ranks ({mesh}), {world_size} are running: "
             f"start with `torchrun --nproc-per-node {mesh.world_size}` or plan for {world_size}"
         )
-    return init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names) if grouped else None
+    if not grouped:
+        return None
+    device_mesh = init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
+    if len(mesh.names) > 1:
+        # With a group over all axes DTensor reduces once (a gradient norm) instead of axis by axis, about which it would warn.
+        torch_compat.group_over(device_mesh, mesh.names)
+    return device_mesh
 
 
 def axes_of(mesh: Mesh, device_mesh: DeviceMesh | None) -> dict[str, comm.Axis]:

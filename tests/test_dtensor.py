@@ -9,7 +9,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -90,7 +95,7 @@ def _check_layout(text: str, mesh: DeviceMesh, folder: str) -> None:
     assert back.placements == stored.placements
     assert torch.equal(back.to_local(), stored.to_local()), text
     dcp.save({"x": stored}, checkpoint_id=f"{folder}/{text.replace('/', '_')}")
-    for other in ("S0,S0", "R,S1", "S0/3,S0/3", text):
+    for other in ("S0,S1", "S0/3,S0/3"):
         loaded = _store(other, mesh, torch.zeros(SHAPE, dtype=torch.float64))
         dcp.load({"x": loaded}, checkpoint_id=f"{folder}/{text.replace('/', '_')}")
         assert torch.equal(loaded.full_tensor(), whole), (text, other)
@@ -117,12 +122,23 @@ def _check_optimizer_state(mesh: DeviceMesh, folder: str) -> None:
     tree_allclose(fresh.state[other.weight]["exp_avg"].full_tensor(), 0.1 * _numbered().sin(), rtol=1e-12)
 
 
+def _check_broadcast(mesh: DeviceMesh) -> None:
+    """A whole state that only the first rank has."""
+    for text in ("S0/3,R", "S0/3,S0/3", "S0/2,S1"):
+        model = nn.Module()
+        model.weight = nn.Parameter(_store(text, mesh, torch.zeros(SHAPE, dtype=torch.float64)))
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(model, {"weight": _numbered()} if mesh.get_rank() == 0 else {}, options=options)
+        assert torch.equal(model.weight.detach().to_local(), _store(text, mesh, _numbered()).to_local()), text
+
+
 def _on_four_ranks(rank: int, folder: str) -> None:
     teach_strided_shards()
     mesh = init_device_mesh("cpu", MESH.sizes, mesh_dim_names=MESH.names)
     for text in LAYOUTS:
         _check_layout(text, mesh, folder)
     _check_optimizer_state(mesh, folder)
+    _check_broadcast(mesh)
 
 
 @pytest.mark.processes
