@@ -148,7 +148,7 @@ class _Rewriter:
         if space is not None and space.shape_arg is not None:
             args[space.shape_arg] = list(local_shape(op.results[0].shape, self.made(Value(op.name)), self.mesh))
         splits = _kernel_splits(space, placement, self.mesh)
-        if space is not None and space.kernel is not None and splits:
+        if space is not None and space.kernel is not None and (splits or space.random):
             target = getattr(kernels, space.kernel)
             kwargs["splits"] = splits
         if _is_factory(op) and self.device is not None:
