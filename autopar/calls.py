@@ -68,19 +68,26 @@ class CallSpec:
                 shown = TensorLeaf(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else repr(value)
                 wrong.append(f"{name} is {shown}, captured with {leaf!r}")
         if wrong:
-            raise InputError(f"the call differs from the captured one: {'; '.join(wrong)}. Capture again for other sizes or values")
+            raise InputError(f"the call differs from the captured one: {'; '.join(wrong)}. Capture again to change these")
         return [value for leaf, value in zip(self.leaves, found, strict=True) if isinstance(leaf, TensorLeaf)]
 
     def _structure_error(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         names = leaf_names(canonical(self.signature, args, kwargs))
         missing = [name for name in self.names if name not in names]
         extra = [name for name in names if name not in self.names]
-        parts = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"not in it: {', '.join(extra)}"] * bool(extra)
-        return f"the call is built differently from the captured one ({'; '.join(parts) or 'other containers'})"
+        captured = dict(zip(self.names, self.leaves, strict=True))
+        parts = [f"{name} is {self._default(name)}, captured with {captured[name]!s}" for name in missing]
+        parts += [f"{name} is given, captured with {self._default(name)}" for name in extra]
+        return f"the call is built differently from the captured one: {'; '.join(parts) or 'other containers'}"
+
+    def _default(self, name: str) -> str:
+        """What an argument is when a call leaves it out."""
+        parameter = self.signature.parameters.get(name)
+        return "missing" if parameter is None or parameter.default is inspect.Parameter.empty else repr(parameter.default)
 
 
-def read_call(forward: Callable[..., Any], example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[CallSpec, list[Any], Any]:
-    """The structure of an example call, its flat leaves, and its (positional, keyword) arguments in canonical form.
+def read_call(forward: Callable[..., Any], example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[CallSpec, list[Any]]:
+    """The structure of an example call, and its flat leaves.
 
     Args:
         forward: the module's forward.
@@ -91,7 +98,7 @@ def read_call(forward: Callable[..., Any], example_inputs: Mapping[str, Any] | t
     if isinstance(example_inputs, Mapping):
         kwargs = example_inputs
     elif not isinstance(example_inputs, tuple):
-        raise InputError(f"example_inputs is {type(example_inputs).__name__}; give a dict (by keyword) or a tuple (by position)")
+        raise InputError(f"example_inputs is {type(example_inputs).__name__}; give a dict (keywords) or a tuple (positions)")
     elif len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
         args, kwargs = example_inputs
     else:
@@ -100,7 +107,7 @@ def read_call(forward: Callable[..., Any], example_inputs: Mapping[str, Any] | t
     call = canonical(signature, args, kwargs)
     leaves, spec = pytree.tree_flatten(call)
     kinds = [TensorLeaf(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return CallSpec(signature, spec, leaf_names(call), tuple(kinds)), leaves, call
+    return CallSpec(signature, spec, leaf_names(call), tuple(kinds)), leaves
 
 
 def canonical(

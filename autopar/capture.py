@@ -19,7 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
+from torch.export.graph_signature import ConstantArgument, InputKind
 
 from autopar import ir
 from autopar.calls import CallSpec, ResultSpec, read_call
@@ -29,7 +29,7 @@ from autopar.errors import AutoparError, CaptureError
 from autopar.functionalize import functionalize
 from autopar.graph_of import graph_of
 from autopar.masks import prove_masks
-from autopar.normalize import drop_detach, inline_regions, simplify
+from autopar.normalize import drop_detach, drop_unused, inline_regions, simplify, slice_constant_indices
 from autopar.record import record
 
 aten = torch.ops.aten
@@ -84,9 +84,7 @@ class Captured:
         return self.results.unflatten(outputs)
 
 
-def capture(
-    model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], *, training: bool | None = None
-) -> Captured:
+def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], *, training: bool | None = None) -> Captured:
     """Capture a module for the sizes of an example call.
 
     Args:
@@ -99,7 +97,7 @@ def capture(
         CaptureError: with the line that can't be part of a graph.
         InputError: for arguments that the module's forward doesn't take.
     """
-    spec, leaves, _ = read_call(model.forward, example_inputs)
+    spec, leaves = read_call(model.forward, example_inputs)
     device = _device(model)
     if torch.is_autocast_enabled(device.type):
         raise CaptureError(
@@ -215,11 +213,12 @@ class _Inputs:
     merged: dict[str, str] = field(default_factory=dict)  # placeholder of a tied tensor -> the one that is kept
 
 
-def _read_inputs(program: ExportedProgram, originals: _Originals, spec: CallSpec) -> _Inputs:
+def _read_inputs(graph: fx.Graph, program: ExportedProgram, originals: _Originals, spec: CallSpec) -> _Inputs:
+    """Sort the placeholders of `graph`, which are those of the program in order."""
     found = _Inputs()
     names = iter(spec.inputs)
     first: dict[str, str] = {}
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     for node, given in zip(placeholders, program.graph_signature.input_specs, strict=True):
         target = str(given.target)
         if given.kind in (InputKind.PARAMETER, InputKind.BUFFER):
@@ -239,7 +238,8 @@ def _read_inputs(program: ExportedProgram, originals: _Originals, spec: CallSpec
         elif given.kind is InputKind.USER_INPUT and not isinstance(given.arg, ConstantArgument):
             found.inputs[node.name] = next(names)
         elif given.kind is not InputKind.USER_INPUT:
-            raise CaptureError(f"the forward uses {given.target!r}, a {given.kind.name.lower()}, which can't be part of a graph")
+            kind = given.kind.name.lower().replace("_", " ")
+            raise CaptureError(f"the forward uses {given.target!r}, a {kind}, which can't be part of a graph")
     return found
 
 
@@ -267,7 +267,7 @@ def _read_results(graph: fx.Graph, program: ExportedProgram) -> tuple[list[fx.No
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     tensors: list[fx.Node] = []
     constants: list[tuple[bool, Any]] = []
-    for value in output.args[0]:  # type: ignore[union-attr]
+    for value in output.args[0]:
         is_tensor = isinstance(value, fx.Node)
         constants.append((not is_tensor, None if is_tensor else value))
         if is_tensor:
@@ -286,17 +286,24 @@ def _assemble(
     device: torch.device,
     notes: list[str],
 ) -> Captured:
-    found = _read_inputs(program, originals, spec)
-    graph = order_placeholders(inline_regions(program.graph_module), found)
+    graph = inline_regions(program.graph_module)
+    found = _read_inputs(graph, program, originals, spec)
+    graph = order_placeholders(graph, found)
     graph, written = functionalize(graph, {*found.buffers, *found.inputs})
     tensors, results = _read_results(graph, program)
     mutated = [name for name in found.buffers if name in written]
-    notes.extend(f"the forward writes to the input {found.inputs[name]}: the caller's tensor stays as it was"
-                 for name in found.inputs if name in written)
+    notes.extend(
+        f"the forward writes to the input {found.inputs[name]}: the caller's tensor stays as it was"
+        for name in found.inputs
+        if name in written
+    )
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     output.args = ((*tensors, *(written[name] for name in mutated)),)
-    graph = simplify(graph, device)
+    graph = slice_constant_indices(simplify(graph, device), found.constants)
     graph = prove_masks(graph, _known_values(found, originals, written), notes)
+    graph = drop_unused(graph, found.constants)
+    left = {node.name for node in graph.nodes if node.op == "placeholder"}
+    buffers = {name: target for name, target in found.buffers.items() if name in left}
     parameters = {name: originals.parameters[target] for name, target in found.parameters.items()}
     tensor_leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     differentiable = {name for name, tensor in parameters.items() if tensor.requires_grad}
@@ -305,18 +312,18 @@ def _assemble(
     graph = drop_detach(graph, recorded)
     kinds = {
         **dict.fromkeys(found.parameters, ir.OpKind.PARAMETER),
-        **dict.fromkeys(found.buffers, ir.OpKind.BUFFER),
+        **dict.fromkeys(buffers, ir.OpKind.BUFFER),
         **dict.fromkeys(found.inputs, ir.OpKind.INPUT),
     }
-    names = {**found.parameters, **found.buffers, **found.inputs}
+    names = {**found.parameters, **buffers, **found.inputs}
     module = fx.GraphModule(nn.Module(), graph)
     return Captured(
         fx=module,
         graph=graph_of(module.graph, recorded, kinds, names),
         parameters=tuple(found.parameters.values()),
-        buffers=tuple(found.buffers.values()),
+        buffers=tuple(buffers.values()),
         aliases=originals.aliases,
-        constants={found.buffers[name]: value for name, value in found.constants.items()},
+        constants={buffers[name]: value for name, value in found.constants.items() if name in buffers},
         mutated_buffers=tuple(found.buffers[name] for name in mutated),
         notes=tuple(dict.fromkeys(notes)),
         call=spec,

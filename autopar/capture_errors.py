@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from autopar.errors import CaptureError
 from autopar.fxtools import is_users, short_path
 
-_READS_DATA = ("DataDependentOutputException", "GuardOnDataDependentSymNode", "UnsupportedDynamicShape", "DynamicOutputShapeException")
+_READS_DATA = frozenset(
+    {"DataDependentOutputException", "GuardOnDataDependentSymNode", "UnsupportedDynamicShape", "DynamicOutputShapeException"}
+)
 
 
 def explain(error: Exception) -> CaptureError:
@@ -26,13 +28,13 @@ def explain(error: Exception) -> CaptureError:
 def _reason(error: Exception) -> tuple[str, str]:
     names = {type(part).__name__ for part in _chain(error)}
     text = str(error)
-    if names & set(_READS_DATA) or "data-dependent" in text.lower():
+    if names & _READS_DATA or "data-dependent" in text.lower():
         return (
             "the line reads a value out of a tensor, and tensors have none while a graph is made",
             "Express the choice with torch.where or masking, pass the value as an argument that isn't a tensor,"
             " or do it outside the forward",
         )
-    if "pytree" in text or "Unsupported" in text and "output" in text:
+    if "pytree" in text or ("Unsupported" in text and "output" in text):
         return (
             "the model returns an object whose contents torch doesn't know",
             "Return tensors in tuples, lists, dicts or dataclasses, or register the class with torch.utils._pytree",

@@ -51,14 +51,23 @@ def adapted(model: nn.Module, inputs: Mapping[str, Any], notes: list[str]) -> It
     kwargs = dict(inputs)
     with ExitStack() as undo:
         configs = _configs(model)
+        recomputing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
         cached = [config for config in configs if getattr(config, "use_cache", False)]
         for config in cached:
             undo.enter_context(_changed(config, "use_cache", False))
+        for module in recomputing:
+            undo.enter_context(_changed(module, "gradient_checkpointing", False))
+        # As the model would decide: an argument over the configuration, and no cache where layers are recomputed.
+        wanted = bool(cached) if kwargs.get("use_cache") is None else bool(kwargs["use_cache"])
+        caching = wanted and not (recomputing and model.training)
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
-        if cached or inputs.get("use_cache"):
+        if caching:
             notes.append("use_cache switched off: past_key_values isn't returned")
-        packed = inputs.get("position_ids") is not None
+        if recomputing:
+            notes.append("gradient checkpointing switched off: the plan chooses what is recomputed")
+        # transformers tells packed sequences apart by their positions, but only when no cache is in use.
+        packed = kwargs.get("position_ids") is not None and not caching
         undo.enter_context(_registered(packed, notes))
         for config in _switchable(models):
             if config._attn_implementation == "eager" and any(key.endswith("mask") for key in kwargs):
@@ -98,13 +107,13 @@ def _switchable(models: list[Any]) -> list[Any]:
 
 
 @contextmanager
-def _changed(config: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(config, name)
-    setattr(config, name, value)
+def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(config, name, before)
+        setattr(owner, name, before)
 
 
 @contextmanager
@@ -198,7 +207,7 @@ def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
 
 
 def _without_packing(function: Callable[..., Any], library: Any) -> Callable[..., Any]:
-    """Leave out what keeps packed sequences apart: it says nothing when positions are the default ones."""
+    """Leave out what keeps packed sequences apart: it is there because an export can't rule packing out, and we can."""
     kept = []
     for part in _parts(function):
         name = part.__qualname__.split(".")[0]
@@ -206,7 +215,7 @@ def _without_packing(function: Callable[..., Any], library: Any) -> Callable[...
             kept.append(_without_packing(_closure(part)["mask_function"], library))
         elif name != "packed_sequence_mask_function":
             kept.append(part)
-    return kept[0] if len(kept) == 1 else library.and_masks(*kept)  # type: ignore[no-any-return]
+    return kept[0] if len(kept) == 1 else library.and_masks(*kept)
 
 
 def _closure(function: Callable[..., Any]) -> dict[str, Any]:

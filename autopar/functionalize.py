@@ -160,7 +160,7 @@ def _call_functional(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwar
     assert isinstance(target, torch._ops.OpOverload)
     name = target._schema.name.split("::")[1]
     if name == "copy_":
-        value = args[1]
+        value: fx.Node = args[1]
         if value_of(value).dtype != before.dtype:
             value = emit(graph, aten.to.dtype, (value, before.dtype), {}, node)
         if value_of(value).shape != before.shape:
@@ -214,7 +214,7 @@ def _write_back(graph: fx.Graph, view: fx.Node, before: fx.Node, value: fx.Node,
     if target in _SCATTERS:
         inverse = (_SCATTERS[target], (before, value, *rest))
     elif target in (aten.transpose.int, aten.t.default):
-        inverse = (target, (value, *rest))  # type: ignore[assignment]
+        inverse = (target, (value, *rest))
     elif target is aten.permute.default:
         order: Any = rest[0]
         inverse = (aten.permute.default, (value, [order.index(dim) for dim in range(len(order))]))

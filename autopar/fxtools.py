@@ -19,7 +19,9 @@ from torch import Tensor, fx
 _KEPT = ("val", "nn_module_stack", "stack_trace")
 
 
-def emit(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], like: fx.Node) -> fx.Node:
+def emit(
+    graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], like: fx.Node
+) -> fx.Node:
     """Append a call that takes its name and its place in the user's program from the node `like`."""
     node = graph.create_node("call_function", target, args, dict(kwargs), name=like.name)
     node.meta = {key: like.meta[key] for key in _KEPT if key in like.meta}
@@ -38,12 +40,16 @@ def is_getitem(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
+def takes(target: Any, name: str) -> bool:
+    """Whether a call target is an operator with an argument called `name`."""
+    return isinstance(target, torch._ops.OpOverload) and any(argument.name == name for argument in target._schema.arguments)
+
+
 def on_device(node: fx.Node, device: torch.device) -> dict[str, Any]:
     """Keyword arguments to call `node` with on `device`: a call that reads no tensor must be told where to put its result."""
     kwargs = dict(node.kwargs)
-    if isinstance(node.target, torch._ops.OpOverload) and not node.all_input_nodes and "device" not in kwargs:
-        if any(argument.name == "device" for argument in node.target._schema.arguments):
-            kwargs["device"] = device
+    if not node.all_input_nodes and "device" not in kwargs and takes(node.target, "device"):
+        kwargs["device"] = device
     return kwargs
 
 

@@ -44,7 +44,8 @@ def prove_masks(graph: fx.Graph, known: Mapping[str, Tensor], notes: list[str]) 
         if mask not in proofs:
             proofs[mask] = _prove(mask, known, values)
             if proofs[mask]:
-                notes.append(f"the attention mask of {source_of(node) or node.name} is {proofs[mask]} and isn't kept as a tensor")
+                where = source_of(node) or node.name
+                notes.append(f"the attention mask is {proofs[mask]} and isn't kept as a tensor ({where})")
         if proofs[mask]:
             args = (query, key, value, None, dropout, proofs[mask] == "causal")
             env[node].args = fx.node.map_arg(args, env.__getitem__)

@@ -7,7 +7,7 @@ every size, names no device, and holds only calls that compute something. In-pla
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from autopar.errors import CaptureError
-from autopar.fxtools import emit, is_getitem, source_of, value_of
+from autopar.fxtools import emit, is_getitem, source_of, takes, value_of
 from autopar.record import Record
 
 aten = torch.ops.aten
@@ -157,9 +157,9 @@ def forget_device(call: Call, node: fx.Node, device: torch.device) -> Call:
     if "layout" in kwargs and kwargs["layout"] in (None, torch.strided):
         del kwargs["layout"]
     tensor = node.meta.get("val")
-    if isinstance(tensor, Tensor) and not node.all_input_nodes and kwargs.get("dtype") is None:
-        if any(argument.name == "dtype" for argument in target._schema.arguments):  # type: ignore[attr-defined]
-            kwargs["dtype"] = tensor.dtype
+    is_factory = isinstance(tensor, Tensor) and not node.all_input_nodes and takes(target, "dtype")
+    if is_factory and kwargs.get("dtype") is None:
+        kwargs["dtype"] = tensor.dtype  # type: ignore[union-attr]
     return target, args, kwargs
 
 
@@ -193,7 +193,7 @@ def skip_inactive_dropout(call: Call, node: fx.Node) -> Call | fx.Node:
 def skip_copy(call: Call, node: fx.Node) -> Call | fx.Node:
     """A copy that keeps its memory order: nothing is written in place here, so nobody can tell."""
     wanted = call[2].get("memory_format")
-    return call[1][0] if wanted in (None, torch.preserve_format) else call  # type: ignore[no-any-return]
+    return call[1][0] if wanted in (None, torch.preserve_format) else call
 
 
 def skip_adding_zero(call: Call, node: fx.Node) -> Call | fx.Node:
@@ -215,11 +215,22 @@ def spell_shape(call: Call, node: fx.Node) -> Call | fx.Node:
 def spell_slice(call: Call, node: fx.Node) -> Call | fx.Node:
     """A slice says its dim, start and end as they are counted from the front."""
     source, *rest = call[1]
-    dim, start, end, step = [*rest, *(0, None, None, 1)[len(rest) :]]
+    given = dict(zip(("dim", "start", "end", "step"), rest, strict=False))
+    dim, step = given.get("dim", 0), given.get("step", 1)
     shape = value_of(source).shape
     dim %= len(shape)
-    start, end, step = slice(start, end, step).indices(shape[dim])
+    start, end, _ = slice(given.get("start"), given.get("end"), step).indices(shape[dim])
     return call[0], (source, dim, start, max(start, end)) + ((step,) if step != 1 else ()), {}
+
+
+def spell_transpose(call: Call, node: fx.Node) -> Call | fx.Node:
+    """``x.T`` and ``x.mT`` by the dims that they exchange."""
+    source = call[1][0]
+    if value_of(source).ndim < 2:
+        return source  # type: ignore[no-any-return]
+    if call[0] is aten.numpy_T.default and value_of(source).ndim > 2:
+        return aten.permute.default, (source, list(reversed(range(value_of(source).ndim)))), {}
+    return (aten.t.default, (source,), {}) if value_of(source).ndim == 2 else (aten.transpose.int, (source, -2, -1), {})
 
 
 def rename(target: Target) -> Callable[[Call, fx.Node], Call | fx.Node]:
@@ -279,11 +290,60 @@ RULES: dict[Any, tuple[Rule, ...]] = {
         (skip_inactive_dropout,),
     ),
     aten.add.Tensor: (skip_adding_zero,),
+    aten.numpy_T.default: (spell_transpose,),
+    aten.mT.default: (spell_transpose,),
     aten.__and__.Tensor: (rename(aten.bitwise_and.Tensor),),
     aten.__or__.Tensor: (rename(aten.bitwise_or.Tensor),),
     aten.__xor__.Tensor: (rename(aten.bitwise_xor.Tensor),),
 }
 """Per operator the rules that apply to it, in order; the first that gives a node replaces the call by it."""
+
+
+def slice_constant_indices(graph: fx.Graph, constants: Mapping[str, Tensor]) -> fx.Graph:
+    """Turn ``x[..., [4, 5]]`` into the slice that it is: indices are constant, in one dim, and follow each other.
+
+    Args:
+        graph: flat and functional.
+        constants: values of the placeholders that are constant.
+    """
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        found = _constant_range(node, constants)
+        if found is None:
+            env[node] = new.node_copy(node, env.__getitem__)
+        else:
+            env[node] = emit(new, aten.slice.Tensor, (env[node.args[0]], *found), {}, node)
+    new.eliminate_dead_code()
+    return new
+
+
+def _constant_range(node: fx.Node, constants: Mapping[str, Tensor]) -> tuple[int, int, int] | None:
+    """(dim, start, end) of an index operator that picks a constant range; None for any other node."""
+    if node.target is not aten.index.Tensor:
+        return None
+    source, indices = node.args
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
+    if len(given) != 1 or given[0][1].name not in constants:
+        return None
+    dim, index = given[0]
+    values = constants[index.name]
+    if values.ndim != 1 or values.dtype == torch.bool or not values.numel():
+        return None
+    size = value_of(source).shape[dim]  # type: ignore[arg-type]
+    start = int(values[0]) % size
+    consecutive = torch.arange(start, start + values.numel())
+    return (dim, start, start + values.numel()) if torch.equal(values.cpu() % size, consecutive) else None
+
+
+def drop_unused(graph: fx.Graph, names: Collection[str]) -> fx.Graph:
+    """Leave out those of the placeholders called `names` that nothing reads."""
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "placeholder" or node.users or node.name not in names:
+            env[node] = new.node_copy(node, env.__getitem__)
+    return new
 
 
 def drop_detach(graph: fx.Graph, record: Record) -> fx.Graph:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("autopar", "DEF")
-_LIBRARY.define(
+_LIBRARY = torch.library.Library("autopar", "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define(  # type: ignore[no-untyped-call]
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_padding, Tensor? bias, bool causal, int? window, float scale,"
     " float? softcap, float dropout_p) -> Tensor"
 )
@@ -32,7 +32,8 @@ def attention(
 
     Args:
         q: (batch, heads, queries, head size).
-        k, v: (batch, key/value heads, keys, head size), not repeated; key/value heads divide heads.
+        k: (batch, key/value heads, keys, head size), not repeated; key/value heads divide heads.
+        v: the same for values, whose head size may be another.
         key_padding: bool (batch, keys), True where a key may be attended to.
         bias: mask (bool, True attends) or added scores, broadcastable to (batch, heads, queries, keys).
         causal: query i attends to keys 0..i.
@@ -84,4 +85,4 @@ def merge_masks(
     return bias if allowed is None else bias.masked_fill(~allowed, -torch.inf)
 
 
-_LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")
+_LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]

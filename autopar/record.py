@@ -46,7 +46,8 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+        batch, heads, queries, _ = q.shape
+        out = q.new_empty((batch, queries, heads, v.shape[-1])).transpose(1, 2)  # the kernels' memory order
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
         return out
 
@@ -114,9 +115,7 @@ def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
     return target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _own(
-    result: Record, owner: dict[int, tuple[str, int] | None], node: fx.Node, value: Any, fresh: list[int]
-) -> None:
+def _own(result: Record, owner: dict[int, tuple[str, int] | None], node: fx.Node, value: Any, fresh: list[int]) -> None:
     """Note which storages `node` made; one that was saved while it ran turns out to be a result."""
     values = value if isinstance(value, (list, tuple)) else [value]
     for index, tensor in enumerate(values):

@@ -8,7 +8,6 @@ positions per row, so that a mean over a part of the batch isn't the mean over t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import transformers
@@ -85,9 +84,16 @@ def gpt_neox() -> Model:
 
 def gptj() -> Model:
     config = transformers.GPTJConfig(
-        n_embd=HIDDEN, n_layer=2, n_head=HEADS, n_positions=64, rotary_dim=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        n_embd=HIDDEN,
+        n_layer=2,
+        n_head=HEADS,
+        n_positions=64,
+        rotary_dim=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         **_DECODER,
-    )  # fmt: skip
+    )
     return _causal(config)
 
 
@@ -129,7 +135,9 @@ def mistral() -> Model:
 
 
 def gemma2() -> Model:
-    config = transformers.Gemma2Config(head_dim=8, sliding_window=5, query_pre_attn_scalar=8, attn_implementation="eager", **_LLAMA)
+    config = transformers.Gemma2Config(
+        head_dim=8, sliding_window=5, query_pre_attn_scalar=8, attn_implementation="eager", **_LLAMA
+    )
     return _causal(config)
 
 
@@ -198,7 +206,10 @@ def vit() -> Model:
     )
     torch.manual_seed(0)
     images = torch.randn(BATCH, 3, 12, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    return _ready(transformers.ViTForImageClassification(config)), {"pixel_values": images, "labels": torch.tensor([1, 5, 2, 7])}
+    return _ready(transformers.ViTForImageClassification(config)), {
+        "pixel_values": images,
+        "labels": torch.tensor([1, 5, 2, 7]),
+    }
 
 
 class Residual(nn.Module):
@@ -225,7 +236,9 @@ class ResNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)
+        )
         self.blocks = nn.Sequential(Residual(8, 8, 1), Residual(8, 16, 2), Residual(16, 16, 1))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(16, 8)
@@ -293,7 +306,24 @@ def dlrm() -> Model:
 ZOO: dict[str, Callable[[], Model]] = {
     builder.__name__: builder
     for builder in (
-        gpt2, gpt_neox, gptj, opt, bloom, llama, qwen2, qwen3, mistral, gemma2, phi3, falcon, bert, t5, vit, resnet, lstm, dlrm,
-    )  # fmt: skip
+        gpt2,
+        gpt_neox,
+        gptj,
+        opt,
+        bloom,
+        llama,
+        qwen2,
+        qwen3,
+        mistral,
+        gemma2,
+        phi3,
+        falcon,
+        bert,
+        t5,
+        vit,
+        resnet,
+        lstm,
+        dlrm,
+    )
 }
 """Builders of (model in train mode, keyword arguments of its forward) by name."""
