@@ -111,7 +111,7 @@ def _add_pin_option(command: Callable[..., None]) -> Callable[..., None]:
 {_MODEL_HELP}
     \b
     Example:
-      autopar plan hf:examples/configs/llama-3-8b --cluster 8xH100 --batch 64 --seq 4096 --pin tp=2 -o plan.json
+      autopar plan hf:examples/configs/llama-3-8b --cluster 8xH100 --batch 8 --seq 2048 --pin tp=2 -o plan.json
     """
 )
 @_add_model_options
@@ -365,12 +365,12 @@ def _make_console(stream: IO[str]) -> Console:
 def _word_verification(found: Verification) -> str:
     """Say what was compared, how far it was off, and what the plan splits."""
     mesh = found.plan.mesh
-    splits = ", ".join(f"{name} in {count} ops" for name, count in found.splits.items())
+    splits = ", ".join(f"{name} x{count}" for name, count in found.splits.items())
     return "\n".join(
         [
             f"{'ok' if found.ok else 'FAILED'}: {len(found.errors)} outputs and gradients compared, {mesh.world_size} ranks ({mesh})",
             f"largest relative error {max(found.errors.values(), default=math.nan):.2e}, tolerance {found.tolerance:g}",
-            f"captured graph against the model: relative error {found.capture_error:.2e}, {found.rounding:g} accepted",
+            f"captured graph against the model: relative error {found.capture_error:.2e}, {found.rounding:.2g} accepted",
             f"splits: {splits or 'none, everything is replicated'}",
         ]
     )

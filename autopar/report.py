@@ -42,7 +42,7 @@ def summarize(plan: Plan) -> str:
         f" + optimizer {format_seconds(seconds.optimizer)} + exposed communication {format_seconds(seconds.communication)}",
         f"memory  {format_bytes(memory.total)} of {format_bytes(memory.budget)} per device: {kinds or 'nothing'}",
         f"proof   {proof.status} ({proof.method}): objective {proof.objective_ns:,} ns, bound {proof.bound_ns:,} ns,"
-        f" gap {_format_gap(proof.gap)}, {format_seconds(proof.seconds)}, {len(proof.candidates)} candidates",
+        f" gap {_format_gap(proof.gap)}, {format_seconds(proof.seconds)}, candidates looked at: {len(proof.candidates)}",
     ]
     if plan.unruled:
         shown = _count_alike(plan.unruled)
