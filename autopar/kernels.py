@@ -219,24 +219,27 @@ def batch_norm(
     """Batch norm in training with the statistics of all parts; running statistics become those of the whole batch.
 
     Args:
-        x: (batch part, channels, ...).
-        weight: (channels,) or None.
-        bias: (channels,) or None.
-        running_mean: (channels,) or None, updated in place.
-        running_var: (channels,) or None, updated in place.
+        x: (batch part, channels part, ...).
+        weight: (channels part,) or None.
+        bias: (channels part,) or None.
+        running_mean: (all channels,) or None, updated in place.
+        running_var: (all channels,) or None, updated in place.
         training: True, else nothing needs this function.
         momentum: share of the new statistics in the running ones.
         eps: added to the variance.
         cudnn_enabled: not used.
-        splits: splits the batch, spatial dims or both.
+        splits: may split the batch ``n``, the spatial dims, and the channels ``c``.
     """
-    axes = all_axes(splits)
+    axes = tuple(axis for loop, names in splits.items() if loop != "c" for axis in names)
     y, average, variance = _BatchNorm.apply(x, weight, bias, axes, eps)  # type: ignore[no-untyped-call]
     if running_mean is not None and running_var is not None:
         count = x.numel() // x.shape[1] * comm.count(axes)
+        statistics = torch.stack([average, variance * (count / (count - 1))], dim=1)
+        for axis in reversed(splits.get("c", ())):
+            statistics = torch.cat(comm.axis(axis).all_gather(statistics))
         with torch.no_grad():
-            running_mean.lerp_(average.to(running_mean.dtype), momentum)
-            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+            running_mean.lerp_(statistics[:, 0].to(running_mean.dtype), momentum)
+            running_var.lerp_(statistics[:, 1].to(running_var.dtype), momentum)
     result: Tensor = y
     return result
 

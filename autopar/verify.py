@@ -79,6 +79,26 @@ class _Run:
     buffers: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What plans of one model and batch are compared with; see `prepare_reference`.
+
+    Attributes:
+        captured: the program that plans are made for; `wide` is the same in float64.
+        tensors: parameters, buffers and constants by name, in float64; `inputs` the batch, flat.
+        run: what the wide program computes on one device.
+        capture_error, rounding: as in `Verification`.
+    """
+
+    captured: Captured
+    wide: Captured
+    tensors: Mapping[str, Tensor]
+    inputs: Sequence[Tensor]
+    run: _Run
+    capture_error: float
+    rounding: float
+
+
 def verify_plan(
     model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], plan: Plan, *, tolerance: float = 1e-9
 ) -> Verification:
@@ -93,22 +113,36 @@ def verify_plan(
     """
     captured = capture(model, example_inputs)
     check_fits(plan, captured.graph)
+    return verify_against(prepare_reference(model, example_inputs, captured), plan, tolerance=tolerance)
+
+
+def prepare_reference(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], captured: Captured) -> Reference:
+    """Run the model and its captured graph on one device, once for any number of plans.
+
+    Raises InputError for a model on the meta device.
+    """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise InputError("verification runs the model: build it with real parameters, not on the meta device")
     inputs = captured.bind(*_call(example_inputs))
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     tensors.update(captured.constants)
     capture_error = _capture_error(model, captured, example_inputs, tensors, inputs)
-
     wide = widen(captured)
     inputs = [_wide(x) for x in inputs]
     tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
-    reference = _run_graph(wide, tensors, inputs)
-    actual, disagreements = _run_program(rewrite(wide, plan), tensors, inputs, reference)
-    errors = _compare(reference, actual)
+    run = _run_graph(wide, tensors, inputs)
+    return Reference(captured, wide, tensors, inputs, run, capture_error, _rounding(tensors_of=model))
+
+
+def verify_against(reference: Reference, plan: Plan, *, tolerance: float = 1e-9) -> Verification:
+    """`verify_plan`, for a model of which the reference is there already. Raises PlanError for a plan of another graph."""
+    check_fits(plan, reference.captured.graph)
+    program = rewrite(reference.wide, plan)
+    actual, disagreements = _run_program(program, reference.tensors, reference.inputs, reference.run)
+    errors = _compare(reference.run, actual)
     for name, disagreement in disagreements.items():
         errors[name] = max(errors.get(name, 0.0), disagreement)
-    return Verification(errors, capture_error, _rounding(tensors_of=model), tolerance, count_splits(plan), plan)
+    return Verification(errors, reference.capture_error, reference.rounding, tolerance, count_splits(plan), plan)
 
 
 def widen(captured: Captured) -> Captured:

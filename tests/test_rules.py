@@ -237,7 +237,7 @@ REDUCED = [
         0.1,
         1e-5,
         False,
-        to="n* c x0* x1*, c, c, c, c -> n* c x0* x1*",
+        to="n* c x0* x1*, c, c, r!, r! -> n* c x0* x1*",
     ),
     row("batch_norm.default", real(4, 6), None, None, None, None, True, 0.1, 1e-5, False, to="n* c -> n* c"),
     row("batch_norm.default", real(4, 6), real(6), None, real(6, grad=False), unit(6, grad=False), False, 0.1, 1e-5, False),

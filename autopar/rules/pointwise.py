@@ -153,13 +153,31 @@ def group_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
 
 
 def batch_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
-    """``n* c x*, c, c, c, c -> n* c x*`` in training, where the statistics are those of the whole batch."""
+    """``n* c x*, c, c, r!, r! -> n* c x*`` in training, where the statistics are those of the whole batch.
+
+    The running statistics are updated in place, so that a part of the channels needs them whole: the kernel updates all of them.
+    In evaluation they are read like weights: ``n c x, c, c, c, c -> n c x``.
+    """
     training = bool(argument(op, 5, "training", False))
     reduced = ["n", *(f"x{dim}" for dim in range(len(operands[0].shape) - 2))]
     mark = "*" if training else ""
     tokens = [reduced[0] + mark, "c", *(name + mark for name in reduced[1:])]
     left = [tokens, *([["c"]] * (len(operands) - 1))]
-    return space(op, operands, left, [tokens], flops=8.0, kernel="batch_norm" if training else None)
+    if training:
+        for position, name in ((3, "running_mean"), (4, "running_var")):
+            index = operand(op, position, name)
+            if index is not None:
+                left[index] = ["r!"]
+    return space(
+        op,
+        operands,
+        left,
+        [tokens],
+        flops=8.0,
+        kernel="batch_norm" if training else None,
+        kernel_loops=["c"] if training else [],
+        positional=["c"] if training else [],
+    )
 
 
 def _random(op: Op, operands: tuple[Tensor, ...], kernel: str, *, linear: tuple[int, ...] = (), shape_arg: int | None = None) -> Space:
