@@ -7,10 +7,12 @@ module is as it was.
 
 from __future__ import annotations
 
+import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -162,15 +164,41 @@ def _faked(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iter
             setattr(module, name, tensor)
 
 
+@contextmanager
+def _without_looking_at_masks() -> Iterator[None]:
+    """Keep torch's transformer modules from comparing a mask with a causal one, which needs values; `prove_masks` does it."""
+    modules = torch.nn.modules.transformer
+    before = modules._detect_is_causal_mask
+
+    def detect(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return bool(is_causal)
+
+    modules._detect_is_causal_mask = detect
+    try:
+        yield
+    finally:
+        modules._detect_is_causal_mask = before
+
+
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    loggers = [logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "torch.export", "torch._export")]
+    """Export; what torch prints and logs about a failure is dropped, `explain` tells it."""
+    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     try:
-        for logger in loggers:  # torch prints its own account of a failure; `explain` gives ours
+        for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), torch.enable_grad():
+        with (
+            warnings.catch_warnings(),
+            redirect_stderr(io.StringIO()) as said,
+            torch.enable_grad(),
+            _without_looking_at_masks(),
+        ):
             warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs, strict=False)
+            program = torch.export.export(model, args, kwargs, strict=False)
+        if said.getvalue():
+            sys.stderr.write(said.getvalue())
+        return program
     except AutoparError:
         raise
     except Exception as error:

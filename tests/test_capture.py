@@ -301,6 +301,23 @@ def test_masks_are_proven_or_kept(kind: str, causal: bool, kept: bool) -> None:
     torch.testing.assert_close(run(captured, model, {"x": x})[0], model(x))
 
 
+def test_masks_of_torchs_transformer_modules() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True), 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.encoder(x, mask=nn.Transformer.generate_square_subsequent_mask(x.shape[1])).sum()
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(2, 6, 16)
+    captured = capture(model, {"x": x})
+    attentions = calls(captured, "aten.scaled_dot_product_attention.default")
+    assert [op.args[3:] for op in attentions] == [(None, 0.0, True)] * 2
+    torch.testing.assert_close(run(captured, model, {"x": x})[0], model(x))
+
+
 class Writes(nn.Module):
     """Everything in place: on intermediates, through views, on buffers, under no_grad."""
 
@@ -381,7 +398,7 @@ def test_any_structure_in_and_out() -> None:
         captured.bind((points,), {"size": 3})
 
 
-def test_data_dependence_names_the_line_and_the_remedy() -> None:
+def test_data_dependence_names_the_line_and_the_remedy(capfd: pytest.CaptureFixture[str]) -> None:
     class Net(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             if x.sum().item() > 0:
@@ -396,6 +413,7 @@ def test_data_dependence_names_the_line_and_the_remedy() -> None:
     assert "torch.where" in text
     assert str(Path(__file__).parent.parent) not in text
     assert caught.value.__cause__ is not None
+    assert capfd.readouterr() == ("", "")
 
 
 def test_errors_of_the_model_name_their_line() -> None:
