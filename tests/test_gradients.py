@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -61,14 +62,25 @@ def _held(tracked: dict[str, Tracked]) -> dict[str, Tensor]:
     return held
 
 
-def _reduce(rank: int, bucket_nbytes: int) -> None:
+def _reduce(rank: int, bucket_nbytes: int, sums: int) -> None:
     tracked = _make(dist.group.WORLD)
+    sent: list[int] = []
     reducer = GradientReducer(bucket_nbytes)
     reducer.track(list(tracked.values()))
     _loss(tracked, rank).backward()
     tree_allclose(_held(tracked), _expected(tracked), rtol=1e-12)
-    # A second backward adds.
+    # A second backward adds, and sends as many buckets.
+    send = dist.all_reduce
+
+    def count(x: Tensor, **options: Any) -> dist.Work | None:
+        sent.append(x.numel())
+        return send(x, **options)
+
+    dist.all_reduce = count
     _loss(tracked, rank, 0.5).backward()
+    dist.all_reduce = send
+    assert len(sent) == sums
+    assert sum(sent) == 12 + 5
     tree_allclose(_held(tracked), _expected(tracked, 1.5), rtol=1e-12)
     for each in tracked.values():
         each.parameter.grad = None
@@ -117,8 +129,8 @@ def _optimize(rank: int) -> None:
 
 
 def _on_two_ranks(rank: int) -> None:
-    for bucket_nbytes in (1, 100, 25_000_000):
-        _reduce(rank, bucket_nbytes)
+    for bucket_nbytes, sums in ((1, 2), (100, 1), (25_000_000, 1)):
+        _reduce(rank, bucket_nbytes, sums)
     _optimize(rank)
 
 
