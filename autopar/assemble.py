@@ -7,20 +7,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autopar.cost_models import Cluster
+from autopar.costs import COLLECTIVE_KIND, OPTIMIZER_COPIES, CostTables
 from autopar.factors import Role
 from autopar.ir import Op, OpKind, Value
 from autopar.layout import Layout, Mesh, Placement, Split, StateKind
+from autopar.options import Model, is_contraction, role_of
 from autopar.plan import Candidate, Group, Memory, Plan, Proof, Seconds, Traffic, Unruled
-from autopar.problem import (
-    COLLECTIVE_KIND,
-    OPTIMIZER_COPIES,
-    CostTables,
-    Model,
-    Problem,
-    is_contraction,
-    role_of,
-)
-from autopar.reshard import Collective, journey
+from autopar.problem import Problem
+from autopar.reshard import Collective
 from autopar.search import Solution
 
 KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp"}
@@ -66,7 +60,7 @@ def assemble(
             layouts[key] = option  # type: ignore[assignment]
     tables = CostTables(model, problem.mesh, cluster)
     moves = list(find_moves(model, problem.mesh, tables, placements, layouts))
-    traffic = _traffic(model, mesh, problem.mesh, tables, moves)
+    traffic = _traffic(model, mesh, tables, moves)
     return Plan(
         model=model_name,
         fingerprint=fingerprint,
@@ -107,14 +101,14 @@ def find_moves(
         op = graph.by_name[value.op]
         if op.kind is not OpKind.CALL:
             return layouts[value.op]
-        return tables._result_layout(op, placements[value.op], value.index)
+        return tables.result_layout_of(op, placements[value.op], value.index)
 
     for edge in model.folded.edges:
         consumer = graph.by_name[edge.consumer]
         if consumer.kind is OpKind.OUTPUT:
             yield Move(edge.value, edge.consumer, made(edge.value), layouts[f"output:{edge.operand}"], edge.count, True)
             continue
-        need = tables._operand_layout(consumer, placements[edge.consumer], edge.operand)
+        need = tables.operand_layout_of(consumer, placements[edge.consumer], edge.operand)
         by_value[edge.value, consumer.target, edge.operand].append((edge.consumer, need, edge.count))
     for (value, target, operand), readers in by_value.items():
         fan = f"fan:{value}:{target}:{operand}"
@@ -140,11 +134,11 @@ def workspace_bytes(model: Model, problem: Problem, solution: Solution) -> int:
         placement: Placement = chosen[op.name]  # type: ignore[assignment]
         total = 0
         for index, value in enumerate(op.operands):
-            need = tables._operand_layout(op, placement, index)
+            need = tables.operand_layout_of(op, placement, index)
             if graph.by_name[value.op].kind is not OpKind.PARAMETER or need != chosen[value.op]:
                 total += tables.local_nbytes(graph.tensor(value), need)
         for index, tensor in enumerate(op.results):
-            total += tables.local_nbytes(tensor, tables._result_layout(op, placement, index))
+            total += tables.local_nbytes(tensor, tables.result_layout_of(op, placement, index))
         largest = max(largest, total)
     return 2 * largest
 
@@ -232,7 +226,7 @@ def _uses(model: Model) -> Counter[str]:
     return Counter({name: max(1, n // model.folded.count[name]) for name, n in uses.items()})
 
 
-def _traffic(model: Model, mesh: Mesh, searched: Mesh, tables: CostTables, moves: list[Move]) -> tuple[Traffic, ...]:
+def _traffic(model: Model, mesh: Mesh, tables: CostTables, moves: list[Move]) -> tuple[Traffic, ...]:
     """Every collective of a step, added up by axis, kind and purpose; seconds are what is exposed."""
     uses = _uses(model)
     totals: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
@@ -250,42 +244,25 @@ def _traffic(model: Model, mesh: Mesh, searched: Mesh, tables: CostTables, moves
         producer = graph.by_name[move.value.op]
         tensor = producer.results[move.value.index]
         is_parameter = producer.kind is OpKind.PARAMETER
-        for step in journey(tensor.shape, move.start, move.need, searched):
-            nbytes = _step_bytes(step.shape_before, step.shape_after) * (tensor.nbytes // max(1, tensor.numel))
-            forward = tables.step_seconds(step, step.forward, tensor.nbytes // max(1, tensor.numel))
+        for step, nbytes in tables.legs(tensor, move.start, move.need):
             if step.forward in COLLECTIVE_KIND:
                 purpose = "parameters" if is_parameter else "activations"
                 again = 2 if is_parameter and tensor.requires_grad and step.forward is Collective.ALL_GATHER else 1
-                add(step.axis, step.forward, purpose, move.count * again, nbytes, forward)
-            if tensor.requires_grad and not move.to_output and step.backward in COLLECTIVE_KIND:
-                backward = tables.step_seconds(step, step.backward, tensor.nbytes // max(1, tensor.numel))
-                if is_parameter and step.forward is Collective.NONE:
-                    share = 1 / uses[producer.name]
-                    add(
-                        step.axis,
-                        step.backward,
-                        "gradients",
-                        move.count * share,
-                        nbytes,
-                        backward * (1 - tables.device.overlap),
-                    )
-                else:
-                    purpose = "gradients" if is_parameter else "activation gradients"
-                    add(step.axis, step.backward, purpose, move.count, nbytes, backward)
+                seconds = tables.collective_seconds(step.forward, step.axis, nbytes)
+                add(step.axis, step.forward, purpose, move.count * again, nbytes, seconds)
+            if not tensor.requires_grad or move.to_output or step.backward not in COLLECTIVE_KIND:
+                continue
+            if is_parameter and step.forward is Collective.NONE:
+                seconds = tables.bucket_seconds(step.backward, step.axis, nbytes) * (1 - tables.device.overlap)
+                add(step.axis, step.backward, "gradients", move.count / uses[producer.name], nbytes, seconds)
+            else:
+                purpose = "gradients" if is_parameter else "activation gradients"
+                seconds = tables.collective_seconds(step.backward, step.axis, nbytes)
+                add(step.axis, step.backward, purpose, move.count, nbytes, seconds)
     return tuple(
         Traffic(axis, collective, purpose, round(count), int(nbytes), seconds)
         for (axis, collective, purpose), (count, nbytes, seconds) in sorted(totals.items())
     )
-
-
-def _step_bytes(before: tuple[int, ...], after: tuple[int, ...]) -> int:
-    def product(shape: tuple[int, ...]) -> int:
-        total = 1
-        for size in shape:
-            total *= size
-        return total
-
-    return max(product(before), product(after))
 
 
 def _groups(

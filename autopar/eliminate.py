@@ -1,12 +1,14 @@
-"""Exact elimination of decisions that meet at most two others, before the solver sees the problem.
+"""Exact elimination of decisions before the solver sees the problem; nothing is lost.
 
-Most ops of a model sit in chains. A node with one neighbour folds into it, a node with two becomes an arc between them: for each pair
-of the neighbours' options the best own option is known. These are the reductions RI and RII of partitioned boolean quadratic
-programming (Scholz and Eckstein 2002); they lose nothing. What is left, the core, is where a layer's branches meet.
+Most ops of a model sit in chains. A node with one option adds its arcs to its neighbours; a node with one neighbour folds into it; a
+node with two becomes an arc between them, for the best own option is known for each pair of the neighbours' options. These are
+the reductions of partitioned boolean quadratic programming (Scholz and Eckstein 2002). What is left, the core, is where a layer's
+branches meet.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -63,7 +65,7 @@ class Core:
 
 
 def eliminate(nodes: Sequence[Node], arcs: Sequence[Arc], price: float) -> Core:
-    """Reduce a problem in which a byte of memory costs `price` nanoseconds."""
+    """Reduce a problem in which a byte of memory costs `price` nanoseconds; an infinite price counts bytes alone."""
     left = {i: _priced(node.cost, node.nbytes, price) for i, node in enumerate(nodes)}
     between: dict[int, dict[int, Costs]] = {i: {} for i in left}
 
@@ -76,6 +78,11 @@ def eliminate(nodes: Sequence[Node], arcs: Sequence[Arc], price: float) -> Core:
     for arc in arcs:
         connect(arc.a, arc.b, _priced(arc.cost, arc.nbytes, price))
     removed: list[Removed] = []
+    for node in [i for i, costs in left.items() if len(costs.weight) == 1]:
+        for neighbour, table in between[node].items():
+            left[neighbour] = left[neighbour] + table.transposed.pick(np.arange(len(left[neighbour].weight)), np.int64(0))
+            del between[neighbour][node]
+        between[node] = {}
     waiting = [i for i in left if len(between[i]) <= 2]
     while waiting:
         node = waiting.pop()
@@ -102,7 +109,10 @@ def eliminate(nodes: Sequence[Node], arcs: Sequence[Arc], price: float) -> Core:
 
 
 def _priced(cost: Table, nbytes: Table, price: float) -> Costs:
-    weight = np.rint(cost + price * nbytes).astype(np.int64) if price else cost
+    if price == math.inf:
+        weight = np.where(cost >= FORBIDDEN, FORBIDDEN, nbytes)
+    else:
+        weight = np.rint(cost + price * nbytes).astype(np.int64) if price else cost
     return Costs(np.minimum(weight, FORBIDDEN), cost, nbytes)
 
 

@@ -13,15 +13,20 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from autopar.ir import Graph, Op, OpKind, Value
-from autopar.space import Dims, Space
+from autopar.space import Dims, LoopKind, Space
 
 
 class Role(IntEnum):
-    """What the part of a dim that starts at a boundary stands for; a larger one wins where two meet."""
+    """What the part of a dim that starts at a boundary stands for; a larger one wins where two meet.
 
-    FEATURE = 0
-    SEQUENCE = 1
-    BATCH = 2
+    INNER parts touch no dim of a parameter, of the batch or of the sequence: the size of a head inside of a fused dim, the height
+    of an image. Splitting them helps nobody, so the search leaves them whole.
+    """
+
+    INNER = 0
+    FEATURE = 1
+    SEQUENCE = 2
+    BATCH = 3
 
 
 Boundaries = dict[int, Role]
@@ -59,7 +64,7 @@ def find_factors(graph: Graph, spaces: Mapping[str, Space]) -> Factors:
 
 
 def _own_roles(op: Op, rank: int, dtype: str) -> list[Role]:
-    roles = [Role.FEATURE] * rank
+    roles = [Role.FEATURE if op.kind is OpKind.PARAMETER else Role.INNER] * rank
     if op.kind is OpKind.INPUT and rank:
         roles[0] = Role.BATCH
         if rank > 1 and dtype in ("int64", "int32", "bool"):  # token ids, labels, padding masks
@@ -83,18 +88,20 @@ def _move(space: Space, dims: Dims, bounds: tuple[Boundaries, ...], loops: dict[
     changed = False
     for dim, of_dim in zip(dims, bounds, strict=True):
         outer = 1
+        passed: Role | None = None  # what a loop that can't be split hands on to the one inside of it
         for name in dim:
-            size = space.loops[name].size
-            if size > 1:
-                if into_loops:
-                    for boundary, role in list(of_dim.items()):
-                        inner, rest = divmod(boundary, outer)
-                        if rest == 0 and 1 <= inner < size and size % inner == 0:
-                            changed |= _learn(loops[name], inner, role)
-                else:
-                    for boundary, role in list(loops[name].items()):
+            loop = space.loops[name]
+            if loop.size > 1 and into_loops:
+                for boundary, role in [*of_dim.items(), *([(outer, passed)] if passed is not None else [])]:
+                    inner, rest = divmod(boundary, outer)
+                    if rest == 0 and 1 <= inner < loop.size and loop.size % inner == 0:
+                        changed |= _learn(loops[name], inner, role)
+                passed = loops[name].get(1) if loop.kind is LoopKind.WHOLE else None
+            elif loop.size > 1:
+                for boundary, role in list(loops[name].items()):
+                    if outer == 1 or role is not Role.INNER:
                         changed |= _learn(of_dim, boundary * outer, role)
-            outer *= size
+            outer *= loop.size
     return changed
 
 

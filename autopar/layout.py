@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from autopar.space import Dims, LoopKind, Space
 
@@ -50,7 +50,7 @@ class Mesh:
         return " x ".join(f"{name}={size}" for name, size in zip(self.names, self.sizes, strict=True))
 
 
-class StateKind(Enum):
+class StateKind(StrEnum):
     """What a rank holds of a tensor, along one axis."""
 
     SHARD = "S"

@@ -16,7 +16,7 @@ from autopar.errors import InputError
 from autopar.factors import Role
 from autopar.ir import Op, OpKind
 from autopar.layout import Layout, Mesh, Placement, Split
-from autopar.problem import AxisKind, Constraints, Model, is_contraction, role_of
+from autopar.options import AxisKind, Constraints, Model, is_contraction, role_of
 
 PIN_NAMES = ("dp", "tp", "cp", "fsdp", "vocabulary")
 """Pins of this version; any other key is a glob of module paths with a placement (``{"layers.*.mlp": {"tp": "o"}}``)."""

@@ -18,10 +18,11 @@ from autopar.ir import Graph, OpKind
 from autopar.layers import fold
 from autopar.layout import Layout
 from autopar.meshes import Trial, find_trials
+from autopar.options import Model, find_tables
 from autopar.plan import Candidate, Plan
-from autopar.problem import Model, Problem, build_problem
+from autopar.problem import FORBIDDEN, Problem, build_problem
 from autopar.rules import find_spaces
-from autopar.search import Solution, solve
+from autopar.search import Search, Solution
 from autopar.units import format_bytes
 
 Progress = Callable[[str], None]
@@ -71,15 +72,26 @@ def make_plan(
     if unruled and strict:
         lines = "\n".join(f"  {op.target} at {op.source or op.name}" for op in unruled)
         raise UnknownOpError(f"{len(unruled)} ops have no rule and strict=True was asked for:\n{lines}")
-    model = Model(fold(graph), spaces, find_factors(graph, spaces))
+    model = Model(fold(graph), spaces, find_factors(graph, spaces), find_tables(graph))
     trials = find_trials(model, cluster, pins or {}, mesh, stored or {})
+    searches: list[tuple[Trial, Search]] = []
+    for trial in trials:
+        tell(f"search: {trial.name} on {trial.mesh}")
+        search = Search(build_problem(model, trial.mesh, cluster, trial.constraints))
+        if search.bound_ns < FORBIDDEN:
+            searches.append((trial, search))
+    # The most promising first: what they reach prunes the others by their bounds.
+    searches.sort(key=lambda one: one[1].bound_ns)
     found: list[Found] = []
     candidates: list[Candidate] = []
     needed: list[int] = []
-    for trial in trials:
-        tell(f"search: {trial.name} on {trial.mesh}")
-        answer = _try(model, trial, cluster)
-        if isinstance(answer, InfeasibleError):
+    for trial, search in searches:
+        tell(f"memory: {trial.name} on {trial.mesh}")
+        cutoff = min((one.solution.cost_ns for one in found), default=None)
+        answer = _try(model, trial, search, cluster, cutoff)
+        if answer is None:
+            candidates.append(Candidate(trial.name, str(trial.mesh), search.bound_ns / 1e9, None, "pruned: costs at least this"))
+        elif isinstance(answer, InfeasibleError):
             needed.append(answer.needed)
             candidates.append(Candidate(trial.name, str(trial.mesh), None, answer.needed, "out of memory"))
         else:
@@ -105,23 +117,28 @@ def make_plan(
     )
 
 
-def _try(model: Model, trial: Trial, cluster: Cluster) -> Found | InfeasibleError:
-    """Solve one trial; the space that ops need while they run is known only with a solution, so it is found in rounds."""
-    problem = build_problem(model, trial.mesh, cluster, trial.constraints)
+def _try(model: Model, trial: Trial, search: Search, cluster: Cluster, cutoff_ns: int | None) -> Found | InfeasibleError | None:
+    """Solve one trial, or None when it can't beat `cutoff_ns`.
+
+    The space that ops need while they run is known only with a solution, so it is found in rounds.
+    """
     budget = cluster.machine.device.usable_bytes
-    workspace = 0
+    workspace = needs = total = 0
     for _ in range(4):
         try:
-            solution = solve(problem, budget - workspace)
+            solution = search.fit(budget - workspace, cutoff_ns)
         except InfeasibleError as error:
             error.needed += workspace
             return error
-        needs = workspace_bytes(model, problem, solution)
-        if solution.nbytes + needs <= budget:
-            return Found(trial, problem, solution, needs)
+        if solution is None:
+            return None
+        needs = workspace_bytes(model, search.problem, solution)
+        total = solution.nbytes + needs
+        if total <= budget:
+            return Found(trial, search.problem, solution, needs)
         workspace = max(needs, workspace + 1)
     error = InfeasibleError("no room is left to run the largest op")
-    error.needed = solution.nbytes + needs
+    error.needed = total
     return error
 
 

@@ -7,7 +7,7 @@ shrink a rank's part come first and steps that grow it last, so that the bytes m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -57,7 +57,7 @@ PAIRS: Mapping[tuple[StateKind, StateKind], tuple[Collective, Collective]] = {
     (S, S): (Collective.ALL_TO_ALL, Collective.ALL_TO_ALL),
 }
 
-_SHRINKS = frozenset({Collective.SLICE, Collective.REDUCE_SCATTER})
+SHRINKS = frozenset({Collective.SLICE, Collective.REDUCE_SCATTER})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class Step:
         dim, outer: the dim that is gathered, scattered or (all-to-all) un-split, and its number of outer blocks as a rank sees
             them (`layout.local_outer`).
         to_dim, to_outer: the dim that an all-to-all splits.
+        after: the axis' state after the step.
         shape_before, shape_after: a rank's sizes before and after the step.
     """
 
@@ -80,6 +81,7 @@ class Step:
     outer: int
     to_dim: int
     to_outer: int
+    after: State
     shape_before: tuple[int, ...]
     shape_after: tuple[int, ...]
 
@@ -92,7 +94,37 @@ def journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> 
     return _journey(shape, start, need, mesh)
 
 
-@lru_cache(maxsize=200_000)
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A step without sizes: the axes that split the tensor before and after it tell the size of a rank's part."""
+
+    axis: int
+    forward: Collective
+    backward: Collective
+    split_before: tuple[int, ...]
+    split_after: tuple[int, ...]
+
+
+Route = tuple[Move, ...]
+"""A journey without sizes."""
+
+
+def route(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> Route:
+    """The journey of a tensor of sizes `shape`, in a form that serves tensors of other sizes and meshes of other sizes too."""
+    current = list(start)
+    moves = []
+    for step in journey(shape, start, need, mesh):
+        before = _splitting(current)
+        current[step.axis] = step.after
+        moves.append(Move(step.axis, step.forward, step.backward, before, _splitting(current)))
+    return tuple(moves)
+
+
+def _splitting(layout: Sequence[State]) -> tuple[int, ...]:
+    return tuple(axis for axis, state in enumerate(layout) if state.kind is S)
+
+
+@lru_cache(maxsize=20_000)
 def _journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> tuple[Step, ...]:
     current = list(start)
     steps: list[Step] = []
@@ -122,7 +154,7 @@ def _next_move(shape: tuple[int, ...], current: Layout, need: Layout, mesh: Mesh
             moves.append((300 - axis, axis, REPLICATE))  # no single collective does it: gather, then slice or keep
         elif state.kind is S:
             moves.append((300 - axis, axis, target))
-        elif forward in _SHRINKS:
+        elif forward in SHRINKS:
             moves.append((axis, axis, target))
         else:
             moves.append((200 + axis, axis, target))
@@ -177,6 +209,7 @@ def _step(shape: tuple[int, ...], current: Layout, axis: int, target: State, mes
         outer=outer,
         to_dim=to_dim,
         to_outer=to_outer,
+        after=target,
         shape_before=local_shape(shape, current, mesh),
         shape_after=local_shape(shape, after, mesh),
     )

@@ -22,11 +22,14 @@ model to take up what room is left.
 
 from __future__ import annotations
 
+import datetime
+import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 from ortools.math_opt import model_pb2
 from ortools.math_opt.python import mathopt
 
@@ -34,8 +37,10 @@ from autopar.eliminate import Core, Costs, eliminate
 from autopar.errors import InfeasibleError, SolverError
 from autopar.problem import FORBIDDEN, Problem, Table
 
-# Prices of memory are bisected until they agree to this factor; the gap that is left is reported.
-PRICE_STEPS = 6
+# Prices of memory that are tried at most, and the relative gap at which the search for a better one ends; what gap is left is
+# reported.
+PRICE_STEPS = 8
+PRICE_GAP = 0.002
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,29 +74,103 @@ class _Answer:
     constraints: int
 
 
-def solve(problem: Problem, budget: int, *, time_limit: float = 60.0) -> Solution:
-    """The cheapest choice that needs at most `budget` bytes.
+@dataclass
+class Search:
+    """One problem on its way to a solution: what was solved already serves when the budget changes.
 
-    Raises InfeasibleError when none does, with the bytes that the leanest choice needs in its ``needed`` attribute.
+    Attributes:
+        bound_ns: no choice costs less, whatever the memory.
     """
-    start = time.perf_counter()
-    answer = _solve_at(problem, 0.0, time_limit)
-    cost, nbytes = evaluate(problem, answer.choice)
-    bound = answer.weight_bound
-    if nbytes > budget:
-        answer, bound = _fit(problem, budget, cost, time_limit)
-        cost, nbytes = evaluate(problem, answer.choice)
-    return Solution(
-        choice={problem.nodes[i].key: option for i, option in answer.choice.items()},
-        cost_ns=cost,
-        nbytes=nbytes,
-        bound_ns=min(cost, round(bound)),
-        status="optimal" if cost <= bound + 1 else "feasible",
-        method=answer.method,
-        variables=answer.variables,
-        constraints=answer.constraints,
-        seconds=time.perf_counter() - start,
-    )
+
+    problem: Problem
+    time_limit: float = 60.0
+    answers: dict[float, _Answer] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def bound_ns(self) -> int:
+        """Cost of the best choice if memory were no matter."""
+        return round(self.at(0.0).weight_bound)
+
+    def at(self, price: float) -> _Answer:
+        """The best choice when a byte costs `price` nanoseconds."""
+        if price not in self.answers:
+            start = time.perf_counter()
+            core = eliminate(self.problem.nodes, self.problem.arcs, price)
+            answer = _solve_core(core, None, self.time_limit)
+            assert answer is not None
+            self.answers[price] = answer
+            self.seconds += time.perf_counter() - start
+        return self.answers[price]
+
+    def fit(self, budget: int, cutoff_ns: int | None = None) -> Solution | None:
+        """The cheapest choice that needs at most `budget` bytes; None as soon as none can cost less than `cutoff_ns`.
+
+        Raises InfeasibleError when nothing fits, with the bytes that the leanest choice needs in its ``needed`` attribute.
+        """
+        start = time.perf_counter()
+        answer = self.at(0.0)
+        cost, nbytes = evaluate(self.problem, answer.choice)
+        bound = answer.weight_bound
+        if cutoff_ns is not None and bound >= cutoff_ns:
+            return None
+        if nbytes > budget:
+            found = self._fit(budget, cutoff_ns)
+            if found is None:
+                return None
+            answer, bound = found
+            cost, nbytes = evaluate(self.problem, answer.choice)
+        return Solution(
+            choice={self.problem.nodes[i].key: option for i, option in answer.choice.items()},
+            cost_ns=cost,
+            nbytes=nbytes,
+            bound_ns=min(cost, round(bound)),
+            status="optimal" if cost <= bound + 1 else "feasible",
+            method=answer.method,
+            variables=answer.variables,
+            constraints=answer.constraints,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _fit(self, budget: int, cutoff_ns: int | None) -> tuple[_Answer, float] | None:
+        """The best answer found within `budget`, and a lower bound on the cost of any."""
+        leanest = self.at(math.inf)
+        cost, nbytes = evaluate(self.problem, leanest.choice)
+        if nbytes > budget:
+            error = InfeasibleError(f"the leanest choice needs {nbytes} bytes, {budget} are there")
+            error.needed = nbytes
+            raise error
+        best, best_cost = leanest, cost
+        bound = self.at(0.0).weight_bound
+        low, high, price = 0.0, math.inf, 2 * max(1.0, bound) / budget
+        for _ in range(PRICE_STEPS):
+            answer = self.at(price)
+            cost, nbytes = evaluate(self.problem, answer.choice)
+            bound = max(bound, answer.weight_bound - price * budget)
+            if nbytes <= budget:
+                high = price
+                if cost < best_cost:
+                    best, best_cost = answer, cost
+            else:
+                low = price
+            if best_cost <= bound * (1 + PRICE_GAP):
+                break
+            if cutoff_ns is not None and bound >= cutoff_ns:
+                return None
+            price = low * 8 if high == math.inf else (low * high) ** 0.5 if low else high / 8
+        if high < math.inf and best_cost > bound * (1 + PRICE_GAP):
+            core = eliminate(self.problem.nodes, self.problem.arcs, high)
+            tight = _solve_core(core, budget - self.problem.fixed_bytes, self.time_limit)
+            if tight is not None and evaluate(self.problem, tight.choice)[0] < best_cost:
+                best = tight
+        return best, bound
+
+
+def solve(problem: Problem, budget: int) -> Solution:
+    """The cheapest choice that needs at most `budget` bytes; raises InfeasibleError when none does."""
+    solution = Search(problem).fit(budget)
+    assert solution is not None
+    return solution
 
 
 def evaluate(problem: Problem, choice: Mapping[int, int]) -> tuple[int, int]:
@@ -104,52 +183,6 @@ def evaluate(problem: Problem, choice: Mapping[int, int]) -> tuple[int, int]:
         cost += int(arc.cost[choice[arc.a], choice[arc.b]])
         nbytes += int(arc.nbytes[choice[arc.a], choice[arc.b]])
     return cost, nbytes
-
-
-def _fit(problem: Problem, budget: int, free_cost: int, time_limit: float) -> tuple[_Answer, float]:
-    """The best answer found within `budget`, and a lower bound on the cost of any."""
-    bound = float(free_cost)
-    best: _Answer | None = None
-    best_cost = 0
-    low, high = 0.0, max(1, free_cost) / budget
-    leanest = 0
-
-    def attempt(price: float) -> bool:
-        nonlocal bound, best, best_cost, leanest
-        answer = _solve_at(problem, price, time_limit)
-        cost, nbytes = evaluate(problem, answer.choice)
-        leanest = nbytes
-        bound = max(bound, answer.weight_bound - price * budget)
-        if nbytes <= budget and (best is None or cost < best_cost):
-            best, best_cost = answer, cost
-        return nbytes <= budget
-
-    for _ in range(10):
-        if attempt(high):
-            break
-        low, high = high, high * 8
-    else:
-        error = InfeasibleError(f"the leanest choice needs {leanest} bytes, {budget} are there")
-        error.needed = leanest
-        raise error
-    for _ in range(PRICE_STEPS):
-        middle = (low * high) ** 0.5 if low else high / 4
-        if attempt(middle):
-            high = middle
-        else:
-            low = middle
-    assert best is not None
-    core = eliminate(problem.nodes, problem.arcs, high)
-    tight = _solve_core(core, budget - problem.fixed_bytes, time_limit)
-    if tight is not None and evaluate(problem, tight.choice)[0] < best_cost:
-        best = tight
-    return best, bound
-
-
-def _solve_at(problem: Problem, price: float, time_limit: float) -> _Answer:
-    answer = _solve_core(eliminate(problem.nodes, problem.arcs, price), None, time_limit)
-    assert answer is not None
-    return answer
 
 
 class _Rows:
@@ -261,17 +294,21 @@ def _classes(lines: Table) -> tuple[Table, Table]:
 
 def _run(rows: _Rows, integers: int, time_limit: float, *, required: bool) -> tuple[Table | None, float, str]:
     """(values, lower bound, method); no values when the model is infeasible and that is no surprise."""
-    import datetime
-
     limit = mathopt.SolveParameters(time_limit=datetime.timedelta(seconds=time_limit))
-    result = mathopt.solve(rows.model(0), mathopt.SolverType.HIGHS, params=limit)
+    # Zeros and duals are most of an answer and nobody reads them.
+    wanted = mathopt.ModelSolveParameters(
+        variable_values_filter=mathopt.VariableFilter(skip_zero_values=True),
+        dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=()),
+        reduced_costs_filter=mathopt.VariableFilter(filtered_items=()),
+    )
+    result = mathopt.solve(rows.model(0), mathopt.SolverType.HIGHS, params=limit, model_params=wanted)
     method = "LP, integral"
-    values = _values(result)
+    values = _values(result, rows.size)
     if values is not None and np.abs(values[:integers] - np.rint(values[:integers])).max() > 1e-6:
         method = "MIP"
         bound = result.best_objective_bound()
-        result = mathopt.solve(rows.model(integers), mathopt.SolverType.HIGHS, params=limit)
-        values = _values(result)
+        result = mathopt.solve(rows.model(integers), mathopt.SolverType.HIGHS, params=limit, model_params=wanted)
+        values = _values(result, rows.size)
         if values is not None:
             return values, max(bound, result.best_objective_bound()), method
     if values is None:
@@ -281,8 +318,10 @@ def _run(rows: _Rows, integers: int, time_limit: float, *, required: bool) -> tu
     return values, result.best_objective_bound(), method
 
 
-def _values(result: mathopt.SolveResult) -> Table | None:
+def _values(result: mathopt.SolveResult, size: int) -> npt.NDArray[np.float64] | None:
     if not result.has_primal_feasible_solution():
         return None
-    values = result.variable_values()
-    return np.array([value for _, value in sorted(values.items(), key=lambda item: item[0].id)])
+    values = np.zeros(size)
+    for variable, value in result.variable_values().items():
+        values[variable.id] = value
+    return values

@@ -1,0 +1,167 @@
+"""Seconds and bytes of single decisions on one mesh: an op under a placement, a tensor's journey, a parameter's update.
+
+Comes in: the model's spaces and layouts, a mesh, a cluster. Goes out: to ``problem``, which tables them, and to ``assemble``, which
+reports the very same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from autopar.cost_models import Cluster, Link, axis_link, collective_seconds, op_seconds
+from autopar.ir import ITEMSIZE, Op, Tensor
+from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, local_shape, operand_layout, result_layout
+from autopar.options import Model
+from autopar.reshard import Collective, Move, route
+from autopar.space import LoopKind
+
+# AdamW keeps two moments of the parameter's own dtype (torch.optim.AdamW).
+OPTIMIZER_COPIES = 2
+# AdamW reads parameter, gradient and both moments, and writes parameter and both moments.
+OPTIMIZER_PASSES = 7
+
+# Gradients that are reduced at the end of the backward travel in buckets of this size (`gradients.GradientReducer`).
+BUCKET_BYTES = 25 * 10**6
+
+COLLECTIVE_KIND: Mapping[Collective, str] = {
+    Collective.ALL_GATHER: "all_gather",
+    Collective.REDUCE_SCATTER: "reduce_scatter",
+    Collective.ALL_REDUCE: "all_reduce",
+    Collective.ALL_TO_ALL: "all_to_all",
+}
+
+
+class CostTables:
+    """Costs of single decisions on one mesh; what was asked for once is remembered."""
+
+    def __init__(self, model: Model, mesh: Mesh, cluster: Cluster) -> None:
+        self.model = model
+        self.mesh = mesh
+        self.device = cluster.machine.device
+        self.links: tuple[Link, ...] = tuple(axis_link(cluster, mesh.sizes, axis) for axis in range(len(mesh.sizes)))
+        self._collectives: dict[tuple[str, int, int], float] = {}
+
+    def op_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
+        """(forward, backward) seconds of one call under `placement`."""
+        space = self.model.spaces.get(op.name)
+        graph = self.model.folded.graph
+        operands = graph.operand_tensors(op)
+        if space is not None and space.view:
+            return 0.0, 0.0
+        needs = [self.operand_layout_of(op, placement, i) for i in range(len(operands))]
+        made = [self.result_layout_of(op, placement, i) for i in range(len(op.results))]
+        nbytes = sum(map(self.local_nbytes, operands, needs)) + sum(map(self.local_nbytes, op.results, made))
+        ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
+        flops = space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
+        family = "matmul" if space is not None and space.flops >= 2 else "pointwise"
+        dtype = op.results[0].dtype if op.results else "float32"
+        forward = op_seconds(self.device, flops=flops, nbytes=nbytes, dtype=dtype, family=family)
+        needing = sum(tensor.requires_grad for tensor in operands)
+        backward = 0.0
+        if needing and any(tensor.requires_grad for tensor in op.results):
+            # One product per operand that needs a gradient; a pointwise op makes all of them in one pass over twice the bytes.
+            factor = float(min(needing, 2)) if family == "matmul" else 1.5
+            backward = op_seconds(self.device, flops=factor * flops, nbytes=int(factor * nbytes), dtype=dtype, family=family)
+        return forward, backward + 2 * self._kernel_seconds(op, placement)
+
+    def _kernel_seconds(self, op: Op, placement: Placement) -> float:
+        """Seconds of the small all-reduces inside a kernel, per direction."""
+        space = self.model.spaces.get(op.name)
+        if space is None:
+            return 0.0
+        seconds = 0.0
+        for axis, part in enumerate(placement):
+            if isinstance(part, Split) and space.loops[part.loop].kind is LoopKind.KERNEL and not space.results[0]:
+                points = math.prod(loop.size for loop in space.loops.values() if loop.name != part.loop)
+                others = math.prod(self.mesh.sizes[i] for i, p in enumerate(placement) if i != axis and isinstance(p, Split))
+                seconds += 2 * collective_seconds("all_reduce", 4 * points // others, self.mesh.sizes[axis], self.links[axis])
+        return seconds
+
+    def operand_layout_of(self, op: Op, placement: Placement, index: int) -> Layout:
+        """What `op` needs operand `index` to be; an op without a rule needs it whole."""
+        space = self.model.spaces.get(op.name)
+        return tuple(REPLICATE for _ in placement) if space is None else operand_layout(space, placement, index)
+
+    def result_layout_of(self, op: Op, placement: Placement, index: int) -> Layout:
+        """What `op` makes of result `index`."""
+        space = self.model.spaces.get(op.name)
+        return tuple(REPLICATE for _ in placement) if space is None else result_layout(space, placement, index)
+
+    def local_nbytes(self, tensor: Tensor, layout: Layout) -> int:
+        """Bytes of one rank's part."""
+        return math.prod(local_shape(tensor.shape, layout, self.mesh)) * ITEMSIZE[tensor.dtype]
+
+    def collective_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
+        """Seconds of one step of a journey along `axis`; `nbytes` is the larger of a rank's parts before and after it."""
+        if collective is Collective.NONE:
+            return 0.0
+        key = (collective.value, axis, nbytes)
+        if key not in self._collectives:
+            if collective in COLLECTIVE_KIND:
+                size = self.mesh.sizes[axis]
+                # A rank's part of an all-to-all is one n-th of what the ranks exchange together.
+                total = nbytes * size if collective is Collective.ALL_TO_ALL else nbytes
+                seconds = collective_seconds(COLLECTIVE_KIND[collective], total, size, self.links[axis])
+            else:
+                seconds = op_seconds(self.device, flops=0, nbytes=nbytes, dtype="float32", family="pointwise")
+            self._collectives[key] = seconds
+        return self._collectives[key]
+
+    def legs(self, tensor: Tensor, start: Layout, need: Layout) -> Iterator[tuple[Move, int]]:
+        """The moves of a tensor's journey, each with the bytes of the larger of a rank's parts before and after it."""
+        moves = self.model.routes.get((start, need))
+        if moves is None:
+            moves = self.model.routes[start, need] = route(tensor.shape, start, need, self.mesh)
+        for move in moves:
+            ways = min(self._ways(move.split_before), self._ways(move.split_after))
+            yield move, tensor.nbytes // ways
+
+    def _ways(self, axes: tuple[int, ...]) -> int:
+        return math.prod(self.mesh.sizes[axis] for axis in axes)
+
+    def journey_seconds(self, tensor: Tensor, start: Layout, need: Layout, *, backward: bool) -> tuple[float, float]:
+        """(forward, backward) seconds of taking `tensor` from `start` to `need`."""
+        ahead = back = 0.0
+        for move, nbytes in self.legs(tensor, start, need):
+            ahead += self.collective_seconds(move.forward, move.axis, nbytes)
+            if backward:
+                back += self.collective_seconds(move.backward, move.axis, nbytes)
+        return ahead, back
+
+    def parameter_seconds(self, tensor: Tensor, start: Layout, need: Layout, uses: int) -> tuple[float, float]:
+        """(gathers and scatters, deferred gradient reduction) seconds of one use of a parameter.
+
+        A parameter that is stored split and needed whole is gathered in the forward, again in the backward (it isn't kept), and
+        its gradient is reduce-scattered (ZeRO-3, Rajbhandari et al. 2020). A gradient that is Partial for a parameter stored
+        whole is reduced once per step, whatever the number of `uses`, and hides behind the backward as far as the device can.
+        """
+        deferred = gathered = 0.0
+        for move, nbytes in self.legs(tensor, start, need):
+            forward = self.collective_seconds(move.forward, move.axis, nbytes)
+            if move.forward is Collective.NONE:
+                deferred += self.bucket_seconds(move.backward, move.axis, nbytes) / uses if tensor.requires_grad else 0.0
+            else:
+                backward = self.collective_seconds(move.backward, move.axis, nbytes) if tensor.requires_grad else 0.0
+                again = forward if move.forward is Collective.ALL_GATHER and tensor.requires_grad else 0.0
+                gathered += forward + again + backward
+        return gathered, deferred * (1 - self.device.overlap)
+
+    def bucket_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
+        """Seconds of a gradient's share of a bucket: small gradients travel together."""
+        full = max(nbytes, BUCKET_BYTES)
+        return self.collective_seconds(collective, axis, full) * nbytes / full
+
+    def optimizer_seconds(self, tensor: Tensor, layout: Layout) -> float:
+        """Seconds of the optimizer's update of one parameter."""
+        if not tensor.requires_grad:
+            return 0.0
+        nbytes = OPTIMIZER_PASSES * self.local_nbytes(tensor, layout)
+        return op_seconds(self.device, flops=0, nbytes=nbytes, dtype=tensor.dtype, family="pointwise")
+
+
+def layout_numbers(layouts: Sequence[Layout]) -> tuple[list[Layout], list[int]]:
+    """The distinct layouts of a list, and the position of each entry among them."""
+    distinct: dict[Layout, int] = {}
+    numbers = [distinct.setdefault(layout, len(distinct)) for layout in layouts]
+    return list(distinct), numbers

@@ -1,0 +1,184 @@
+"""What may be decided: the legal placements of every op and layouts of every stored tensor, under the user's constraints."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import fnmatchcase
+
+from autopar.factors import Factors, Role
+from autopar.ir import Graph, Op, OpKind, Tensor, Value
+from autopar.layers import Folded
+from autopar.layout import PASS, REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, is_legal, shard
+from autopar.reshard import Route
+from autopar.space import Space
+
+
+@dataclass(frozen=True)
+class Model:
+    """The parts of a problem that no mesh changes: computed once, shared by all meshes.
+
+    `tables` are the calls that `find_tables` found. `routes` fills up as costs are asked for: how to get from one layout to another
+    is the same on all meshes.
+    """
+
+    folded: Folded
+    spaces: Mapping[str, Space]
+    factors: Factors
+    tables: frozenset[str]
+    routes: dict[tuple[Layout, Layout], Route] = field(default_factory=dict, compare=False, repr=False)
+
+
+class AxisKind(Enum):
+    """What an axis may be used for (design section 8)."""
+
+    FREE = "free"
+    DP = "dp"
+    TP = "tp"
+    CP = "cp"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """What the user, or a named baseline, asks of a mesh.
+
+    Attributes:
+        kinds: per axis what it may do.
+        fsdp: True stores every parameter split over the dp axes, False whole, None leaves it to the search.
+        vocabulary: True splits the vocabulary over the tp axes, False never does, None leaves it to the search.
+        modules: glob of module paths -> axis -> loop: placements that the user pins.
+        stored: layouts that parameters already have and keep (a second program over the same parameters).
+        accept: a baseline's own rule: (op, axis, part) -> allowed.
+    """
+
+    kinds: tuple[AxisKind, ...]
+    fsdp: bool | None = None
+    vocabulary: bool | None = None
+    modules: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    stored: Mapping[str, Layout] = field(default_factory=dict)
+    accept: Callable[[Op, Placement], bool] | None = None
+
+
+# Elements of a table that every rank makes for itself; a larger one is worth splitting.
+TABLE_ELEMENTS = 1 << 24
+
+
+def find_tables(graph: Graph) -> frozenset[str]:
+    """Calls that depend on no input and no parameter and are small: position ids, rotary tables, masks of a fixed form.
+
+    Every rank computes these whole, which costs next to nothing, and takes its part where it needs one. They touch every layer, so
+    leaving their placement open would tie everything to everything.
+    """
+    found: set[str] = set()
+    for op in graph.of_kind(OpKind.CALL):
+        before = [graph.by_name[value.op] for value in op.operands]
+        constant = all(one.kind is OpKind.BUFFER or one.name in found for one in before)
+        if constant and all(tensor.numel <= TABLE_ELEMENTS for tensor in op.results):
+            found.add(op.name)
+    return frozenset(found)
+
+
+def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Placement]:
+    """The legal placements of a call, those that the constraints allow."""
+    replicated: Placement = tuple(None for _ in mesh.sizes)
+    space = model.spaces.get(op.name)
+    if space is None or op.name in model.tables:
+        return [replicated]
+    loops = model.factors.of_loops[op.name]
+    parts: list[Split | object | None] = [None]
+    splits = [(Split(loop.name, outer), role) for loop in space.splittable for outer, role in loops[loop.name].items()]
+    parts += [split for split, role in splits if role is not Role.INNER] or [split for split, _ in splits]
+    if space.linear:
+        parts.append(PASS)
+    options = [option for option in itertools.product(parts, repeat=len(mesh.sizes)) if is_legal(space, option, mesh)]  # type: ignore[arg-type]
+    legal: list[Placement] = options  # type: ignore[assignment]
+    for axis, kind in enumerate(constraints.kinds):
+        legal = _of_kind(legal, op, space, loops, axis, kind)
+    if constraints.vocabulary is not None:
+        legal = _of_vocabulary(legal, op, space, constraints)
+    legal = _of_modules(legal, op, space, mesh, constraints)
+    if constraints.accept is not None:
+        accept = constraints.accept
+        legal = [option for option in legal if accept(op, option)] or legal
+    return legal
+
+
+def is_contraction(space: Space) -> bool:
+    """Whether an op is one of those that hold a model's work: products, convolutions, attention, lookups."""
+    return space.flops >= 2 or space.kernel in ("embedding", "cross_entropy")
+
+
+def role_of(loops: Mapping[str, Mapping[int, Role]], part: Split) -> Role:
+    """What splitting `part` divides."""
+    return loops[part.loop].get(part.outer, Role.FEATURE)
+
+
+def _of_kind(
+    options: list[Placement], op: Op, space: Space, loops: Mapping[str, Mapping[int, Role]], axis: int, kind: AxisKind
+) -> list[Placement]:
+    """Keep what an axis of this kind may do; a kind is really used wherever it can be."""
+    if kind is AxisKind.FREE:
+        return options
+
+    def role(option: Placement) -> Role | None:
+        part = option[axis]
+        return role_of(loops, part) if isinstance(part, Split) else None
+
+    if kind is AxisKind.TP:
+        allowed = [option for option in options if role(option) is not Role.BATCH]
+        if is_contraction(space):
+            # Between the blocks a tensor axis may split the sequence, as Megatron does; the work itself it splits by features.
+            allowed = [option for option in allowed if role(option) is not Role.SEQUENCE]
+            return [option for option in allowed if role(option) is Role.FEATURE] or allowed
+        return allowed
+    wanted = Role.BATCH if kind is AxisKind.DP else Role.SEQUENCE
+    used = [option for option in options if role(option) is wanted]
+    return used or [option for option in options if role(option) is None]
+
+
+def _of_vocabulary(options: list[Placement], op: Op, space: Space, constraints: Constraints) -> list[Placement]:
+    """Split, or keep whole, the vocabulary of lookups and losses."""
+    if space.kernel not in ("embedding", "cross_entropy") or "v" not in space.loops:
+        return options
+
+    def splits(option: Placement) -> bool:
+        return any(isinstance(part, Split) and part.loop == "v" for part in option)
+
+    return [option for option in options if splits(option) == constraints.vocabulary] or options
+
+
+def _of_modules(options: list[Placement], op: Op, space: Space, mesh: Mesh, constraints: Constraints) -> list[Placement]:
+    """Keep the placements that the user pinned for the op's module."""
+    for pattern, wanted in constraints.modules.items():
+        if is_contraction(space) and fnmatchcase(op.layer, pattern):
+            for name, loop in wanted.items():
+                axis = mesh.names.index(name)
+                pinned = [option for option in options if isinstance(p := option[axis], Split) and p.loop == loop]
+                options = pinned or options
+    return options
+
+
+def parameter_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Layout]:
+    """The layouts that a parameter may be stored in."""
+    if op.target in constraints.stored:
+        return [constraints.stored[op.target]]
+    tensor = op.results[0]
+    states = [REPLICATE]
+    for dim, bounds in enumerate(model.factors.of_dims[Value(op.name)]):
+        states += [shard(dim, outer) for outer in bounds]
+    layouts = [option for option in itertools.product(states, repeat=len(mesh.sizes)) if fits(tensor.shape, option, mesh)]
+    for axis, kind in enumerate(constraints.kinds):
+        if kind is AxisKind.DP and constraints.fsdp is not None:
+            split = [x for x in layouts if (x[axis].kind is StateKind.SHARD) == constraints.fsdp]
+            layouts = split or layouts
+        if kind is AxisKind.CP:
+            layouts = [x for x in layouts if x[axis] == REPLICATE]
+    return layouts
+
+
+def output_options(tensor: Tensor, mesh: Mesh) -> list[Layout]:
+    """The layouts that an output may be handed over in: scalars whole, larger tensors as the search likes."""
+    states = [REPLICATE, *(shard(dim) for dim in range(len(tensor.shape)))]
+    return [option for option in itertools.product(states, repeat=len(mesh.sizes)) if fits(tensor.shape, option, mesh)]
