@@ -7,7 +7,6 @@ module is as it was.
 
 from __future__ import annotations
 
-import gc
 import io
 import logging
 import sys
@@ -112,10 +111,9 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
     args, kwargs = pytree.tree_unflatten(fakes, spec.in_spec)
     notes: list[str] = []
     originals = _Originals.of(model)
-    with _collection_paused():
-        with _set_training(model, training), _faked(model, mode, device), adapted(model, kwargs, notes) as kwargs:
-            program = _export(model, args, kwargs)
-        return _assemble(program, originals, spec, leaves, mode, device, notes)
+    with _set_training(model, training), _faked(model, mode, device), adapted(model, kwargs, notes) as kwargs:
+        program = _export(model, args, kwargs)
+    return _assemble(program, originals, spec, leaves, mode, device, notes)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -129,18 +127,6 @@ def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
     with mode:
         made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     return made.requires_grad_(tensor.requires_grad)
-
-
-@contextmanager
-def _collection_paused() -> Iterator[None]:
-    """Hold the garbage collector: it walks the growing graph again and again, a fifth of a deep model's capture."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager
