@@ -1,9 +1,36 @@
 """autopar: an automatic parallelization compiler for PyTorch."""
 
-from autopar.api import CompiledModule as CompiledModule
-from autopar.api import compile as compile
-from autopar.api import detect_cluster as detect_cluster
-from autopar.api import plan as plan
-from autopar.api import verify as verify
-from autopar.cost_models import Cluster as Cluster
-from autopar.plan import Plan as Plan
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from autopar.api import CompiledModule as CompiledModule
+    from autopar.api import compile as compile
+    from autopar.api import detect_cluster as detect_cluster
+    from autopar.api import plan as plan
+    from autopar.api import verify as verify
+    from autopar.cost_models import Cluster as Cluster
+    from autopar.plans import Plan as Plan
+
+_HOMES = {
+    "CompiledModule": "autopar.api",
+    "compile": "autopar.api",
+    "detect_cluster": "autopar.api",
+    "plan": "autopar.api",
+    "verify": "autopar.api",
+    "Cluster": "autopar.cost_models",
+    "Plan": "autopar.plans",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import what users call when they ask for it: torch takes seconds, and ``autopar --help`` needs none of it."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'autopar' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

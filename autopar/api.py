@@ -14,11 +14,11 @@ from autopar.cost_models import Cluster
 from autopar.errors import InputError, PlanError
 from autopar.layout import Layout
 from autopar.module import Init, ParallelModule
-from autopar.plan import Plan
 from autopar.planner import check_fits, make_plan
+from autopar.plans import Plan
 from autopar.program import Program
 from autopar.rewrite import rewrite
-from autopar.verify import Verification, verify_plan
+from autopar.verification import Verification, verify_plan
 
 ExampleInputs = Mapping[str, Any] | tuple[Any, ...]
 """As given to the model: a mapping is keyword arguments, a tuple positional ones, a (tuple, mapping) pair both."""
@@ -179,7 +179,9 @@ class CompiledModule(ParallelModule):
         """The local program that ran last, as readable code."""
         if self._last is None:
             raise PlanError("there is no program yet: compile with example inputs, or call the module once")
-        return str(self._last.module.print_readable(print_output=False))
+        module = self._last.module
+        assert isinstance(module, torch.fx.GraphModule)
+        return str(module.print_readable(print_output=False))
 
 
 class _Planner:

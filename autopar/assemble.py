@@ -11,8 +11,8 @@ from autopar.costs import COLLECTIVE_KIND, OPTIMIZER_COPIES, CostTables
 from autopar.factors import Role
 from autopar.ir import Op, OpKind, Value
 from autopar.layout import Layout, Mesh, Placement, Split, StateKind
-from autopar.options import Model, is_contraction, role_of
-from autopar.plan import Candidate, Group, Memory, Plan, Proof, Seconds, Traffic, Unruled
+from autopar.options import Model, role_of
+from autopar.plans import Candidate, Group, Memory, Plan, Proof, Seconds, Traffic, Unruled
 from autopar.problem import Problem
 from autopar.reshard import Collective
 from autopar.search import Solution
@@ -150,7 +150,7 @@ def _name_axes(model: Model, mesh: Mesh, chosen: Mapping[str, object]) -> Mesh:
         weight: Counter[str] = Counter()
         for op in model.folded.ops:
             space = model.spaces.get(op.name)
-            if op.kind is OpKind.CALL and space is not None and is_contraction(space):
+            if op.kind is OpKind.CALL and space is not None and space.is_contraction:
                 part = chosen[op.name][axis]  # type: ignore[index]
                 if isinstance(part, Split):
                     points = space.points() * max(1.0, space.flops) * model.folded.count[op.name]
@@ -164,7 +164,7 @@ def _name_axes(model: Model, mesh: Mesh, chosen: Mapping[str, object]) -> Mesh:
 def _batch_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) -> tuple[str, ...]:
     """Axes that split the batch in most of the contractions."""
     axes = []
-    contractions = [name for name, space in model.spaces.items() if name in placements and is_contraction(space)]
+    contractions = [name for name, space in model.spaces.items() if name in placements and space.is_contraction]
     for axis, name in enumerate(mesh.names):
         parts = [(op, placements[op][axis]) for op in contractions]
         by_batch = sum(isinstance(p, Split) and role_of(model.factors.of_loops[op], p) is Role.BATCH for op, p in parts)
@@ -233,7 +233,7 @@ def _traffic(model: Model, mesh: Mesh, tables: CostTables, moves: list[Move]) ->
     graph = model.folded.graph
 
     def add(axis: int, collective: Collective, purpose: str, count: float, nbytes: float, seconds: float) -> None:
-        entry = totals[mesh.names[axis], COLLECTIVE_KIND[collective], purpose]
+        entry = totals[mesh.names[axis], COLLECTIVE_KIND.get(collective, "local copy"), purpose]
         entry[0] += count
         entry[1] += count * nbytes
         entry[2] += count * seconds
@@ -245,12 +245,12 @@ def _traffic(model: Model, mesh: Mesh, tables: CostTables, moves: list[Move]) ->
         tensor = producer.results[move.value.index]
         is_parameter = producer.kind is OpKind.PARAMETER
         for step, nbytes in tables.legs(tensor, move.start, move.need):
-            if step.forward in COLLECTIVE_KIND:
+            if step.forward is not Collective.NONE:
                 purpose = "parameters" if is_parameter else "activations"
                 again = 2 if is_parameter and tensor.requires_grad and step.forward is Collective.ALL_GATHER else 1
                 seconds = tables.collective_seconds(step.forward, step.axis, nbytes)
                 add(step.axis, step.forward, purpose, move.count * again, nbytes, seconds)
-            if not tensor.requires_grad or move.to_output or step.backward not in COLLECTIVE_KIND:
+            if not tensor.requires_grad or move.to_output or step.backward is Collective.NONE:
                 continue
             if is_parameter and step.forward is Collective.NONE:
                 seconds = tables.bucket_seconds(step.backward, step.axis, nbytes) * (1 - tables.device.overlap)
@@ -338,7 +338,7 @@ def _append(texts: list[str], text: str) -> None:
 def _note_splits(model: Model, mesh: Mesh, op: Op, placement: Placement, texts: Mapping[str, list[str]]) -> None:
     """Say in words what an op's split divides, for the ops that hold the work."""
     space = model.spaces.get(op.name)
-    if space is None or not is_contraction(space):
+    if space is None or not space.is_contraction:
         return
     for axis, part in enumerate(placement):
         if not isinstance(part, Split):

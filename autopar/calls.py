@@ -110,9 +110,7 @@ def read_call(forward: Callable[..., Any], example_inputs: Mapping[str, Any] | t
     return CallSpec(signature, spec, leaf_names(call), tuple(kinds)), leaves
 
 
-def canonical(
-    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def canonical(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with every argument by keyword that can be, in the order of the signature, defaults left out."""
     try:
         bound = signature.bind(*args, **kwargs)

@@ -148,9 +148,7 @@ def _registered(packed: bool, notes: list[str]) -> Iterator[None]:
             masks.register(name, original)
 
 
-def _build_mask(
-    sdpa_mask: Callable[..., Tensor | None], packed: bool, notes: list[str], *args: Any, **kwargs: Any
-) -> Tensor | None:
+def _build_mask(sdpa_mask: Callable[..., Tensor | None], packed: bool, notes: list[str], *args: Any, **kwargs: Any) -> Tensor | None:
     library = sys.modules["transformers.masking_utils"]
     call = inspect.signature(sdpa_mask).bind(*args, **kwargs)
     call.apply_defaults()

@@ -37,8 +37,8 @@ from autopar.units import format_bytes, format_seconds, parse_bytes
 # torch takes seconds to import: commands import what needs it when they run, so that help and mistakes are answered at once.
 if TYPE_CHECKING:
     from autopar.cost_models import Cluster, Machine
-    from autopar.plan import Plan
-    from autopar.verify import Verification
+    from autopar.plans import Plan
+    from autopar.verification import Verification
 
 # Columns when the output is no terminal, such as a file: wide enough for a source line beside its op.
 _PIPED_WIDTH = 120
@@ -146,7 +146,7 @@ def plan(
         progress("loading the model")
         from autopar import api
         from autopar.models import load_model
-        from autopar.plan import to_json
+        from autopar.plans import to_json
         from autopar.report import summarize
 
         loaded = load_model(model, batch=batch, seq=seq, dtype=dtype)
@@ -184,7 +184,7 @@ def plan(
 def explain(file: Path, layer: str | None, as_json: bool) -> None:
     """Run ``autopar explain``."""
     from autopar import report
-    from autopar.plan import Plan
+    from autopar.plans import Plan
 
     saved = Plan.load(file)
     if as_json:
@@ -320,7 +320,7 @@ def _parse_cluster(text: str, memory: str | None) -> Cluster:
 
 def _load_checked_plan(file: Path, ranks: int | None, pins: dict[str, int | bool]) -> Plan:
     """Load a plan; what would contradict it is refused, not ignored."""
-    from autopar.plan import Plan
+    from autopar.plans import Plan
 
     if pins:
         raise InputError("--pin has no say over a plan that is made already; leave out --pin or --plan")

@@ -80,7 +80,7 @@ def eliminate(nodes: Sequence[Node], arcs: Sequence[Arc], price: float) -> Core:
     removed: list[Removed] = []
     for node in [i for i, costs in left.items() if len(costs.weight) == 1]:
         for neighbour, table in between[node].items():
-            left[neighbour] = left[neighbour] + table.transposed.pick(np.arange(len(left[neighbour].weight)), np.int64(0))
+            left[neighbour] = left[neighbour] + table.transposed.pick(np.arange(len(left[neighbour].weight)), np.zeros(1, dtype=np.int64))
             del between[neighbour][node]
         between[node] = {}
     waiting = [i for i in left if len(between[i]) <= 2]

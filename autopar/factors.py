@@ -47,9 +47,10 @@ class Factors:
 def find_factors(graph: Graph, spaces: Mapping[str, Space]) -> Factors:
     """Carry boundaries and roles through `graph`; `spaces` gives the space of every call that has a rule."""
     of_dims: dict[Value, tuple[Boundaries, ...]] = {}
+    weights = _find_weights(graph, spaces)
     for op in graph.ops:
         for index, tensor in enumerate(op.results):
-            roles = _own_roles(op, len(tensor.shape), tensor.dtype)
+            roles = _own_roles(op, len(tensor.shape), tensor.dtype, op.name in weights)
             of_dims[Value(op.name, index)] = tuple({1: role} for role in roles)
     calls = [(op, spaces[op.name]) for op in graph.ops if op.name in spaces]
     of_loops: dict[str, dict[str, Boundaries]] = {op.name: {name: {} for name in space.loops} for op, space in calls}
@@ -63,8 +64,17 @@ def find_factors(graph: Graph, spaces: Mapping[str, Space]) -> Factors:
     return Factors(of_dims, of_loops)
 
 
-def _own_roles(op: Op, rank: int, dtype: str) -> list[Role]:
-    roles = [Role.FEATURE if op.kind is OpKind.PARAMETER else Role.INNER] * rank
+def _find_weights(graph: Graph, spaces: Mapping[str, Space]) -> set[str]:
+    """Parameters whose dims are features: vectors, and what a product, convolution or lookup reads; not a table of positions."""
+    found = {op.name for op in graph.of_kind(OpKind.PARAMETER) if len(op.results[0].shape) == 1}
+    for op in graph.of_kind(OpKind.CALL):
+        if op.name in spaces and spaces[op.name].is_contraction:
+            found.update(value.op for value in op.operands)
+    return found
+
+
+def _own_roles(op: Op, rank: int, dtype: str, is_weight: bool) -> list[Role]:
+    roles = [Role.FEATURE if op.kind is OpKind.PARAMETER and is_weight else Role.INNER] * rank
     if op.kind is OpKind.INPUT and rank:
         roles[0] = Role.BATCH
         if rank > 1 and dtype in ("int64", "int32", "bool"):  # token ids, labels, padding masks

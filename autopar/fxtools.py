@@ -19,9 +19,7 @@ from torch import Tensor, fx
 _KEPT = ("val", "nn_module_stack", "stack_trace")
 
 
-def emit(
-    graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], like: fx.Node
-) -> fx.Node:
+def emit(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], like: fx.Node) -> fx.Node:
     """Append a call that takes its name and its place in the user's program from the node `like`."""
     node = graph.create_node("call_function", target, args, dict(kwargs), name=like.name)
     node.meta = {key: like.meta[key] for key in _KEPT if key in like.meta}

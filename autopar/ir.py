@@ -133,9 +133,7 @@ class Graph:
                 if value.op not in seen:
                     raise ValueError(f"{op.name!r} reads {value}, which no earlier op makes")
                 if value.index >= len(seen[value.op].results):
-                    raise ValueError(
-                        f"{op.name!r} reads result {value.index} of {value.op!r}, which has {len(seen[value.op].results)}"
-                    )
+                    raise ValueError(f"{op.name!r} reads result {value.index} of {value.op!r}, which has {len(seen[value.op].results)}")
             seen[op.name] = op
         object.__setattr__(self, "by_name", seen)
 

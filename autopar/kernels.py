@@ -264,7 +264,9 @@ class _BatchNorm(torch.autograd.Function):
         if bias is not None:
             y = y + _per_channel(bias.to(y.dtype), x)
         ctx.save_for_backward(x, weight, average, inverse)
-        ctx.axes, ctx.count, ctx.bias_dtype = axes, count, None if bias is None else bias.dtype
+        # The backward may run after the program's axes were put away.
+        ctx.axes, ctx.world = axes, comm.current()
+        ctx.count, ctx.bias_dtype = count, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(average, variance)
         return y.to(x.dtype), average, variance
 
@@ -276,7 +278,8 @@ class _BatchNorm(torch.autograd.Function):
         normalised = (wide - _per_channel(average, x)) * _per_channel(inverse, x)
         # The parameters' own gradients stay sums over this part; only what flows through the statistics is exchanged.
         local = torch.stack([slope.sum(dims), (slope * normalised).sum(dims)])
-        sums = reduce_over(local, ctx.axes) / ctx.count
+        with comm.active(ctx.world):
+            sums = reduce_over(local, ctx.axes) / ctx.count
         inner = slope - _per_channel(sums[0], x) - normalised * _per_channel(sums[1], x)
         factor = inverse if weight is None else inverse * weight.to(inverse.dtype)
         for_weight = None if weight is None else local[1].to(weight.dtype)

@@ -16,7 +16,7 @@ from autopar.errors import InputError
 from autopar.factors import Role
 from autopar.ir import Op, OpKind
 from autopar.layout import Layout, Mesh, Placement, Split
-from autopar.options import AxisKind, Constraints, Model, is_contraction, role_of
+from autopar.options import AxisKind, Constraints, Model, role_of
 
 PIN_NAMES = ("dp", "tp", "cp", "fsdp", "vocabulary")
 """Pins of this version; any other key is a glob of module paths with a placement (``{"layers.*.mlp": {"tp": "o"}}``)."""
@@ -147,9 +147,10 @@ def _baselines(model: Model, cluster: Cluster) -> list[Trial]:
     ]
     width = cluster.devices_per_node if world % cluster.devices_per_node == 0 else world
     if width == world:
-        both, kinds = Mesh(("tp",), (world,)), (AxisKind.TP,)
+        both = Mesh(("tp",), (world,))
     else:
-        both, kinds = Mesh(("dp", "tp"), (world // width, width)), (AxisKind.DP, AxisKind.TP)
+        both = Mesh(("dp", "tp"), (world // width, width))
+    kinds = tuple(AxisKind(name) for name in both.names)
     if width > 1:
         for name, accept in (("Megatron", _megatron(model, len(kinds) - 1)), ("Redco", _redco(model, len(kinds) - 1))):
             trials.append(Trial(name, both, Constraints(kinds, fsdp=False, accept=accept), baseline=True))
@@ -197,4 +198,4 @@ def _is_linear(model: Model, op: Op) -> bool:
     space = model.spaces.get(op.name)
     graph = model.folded.graph
     reads = any(graph.by_name[value.op].kind is OpKind.PARAMETER for value in op.operands)
-    return space is not None and is_contraction(space) and space.kernel is None and reads
+    return space is not None and space.is_contraction and space.kernel is None and reads

@@ -61,9 +61,7 @@ def attention(
     return (weights.reshape(batch, kv_heads, -1, keys) @ v).reshape(batch, heads, queries, v.shape[3])
 
 
-def merge_masks(
-    q: Tensor, k: Tensor, key_padding: Tensor | None, bias: Tensor | None, causal: bool, window: int | None
-) -> Tensor | None:
+def merge_masks(q: Tensor, k: Tensor, key_padding: Tensor | None, bias: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
     """One mask for torch's attention out of all that `attention` is told; None when every key may be attended to."""
     allowed: Tensor | None = None
     if causal or window is not None:

@@ -105,11 +105,6 @@ def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> 
     return legal
 
 
-def is_contraction(space: Space) -> bool:
-    """Whether an op is one of those that hold a model's work: products, convolutions, attention, lookups."""
-    return space.flops >= 2 or space.kernel in ("embedding", "cross_entropy")
-
-
 def role_of(loops: Mapping[str, Mapping[int, Role]], part: Split) -> Role:
     """What splitting `part` divides."""
     return loops[part.loop].get(part.outer, Role.FEATURE)
@@ -128,7 +123,7 @@ def _of_kind(
 
     if kind is AxisKind.TP:
         allowed = [option for option in options if role(option) is not Role.BATCH]
-        if is_contraction(space):
+        if space.is_contraction:
             # Between the blocks a tensor axis may split the sequence, as Megatron does; the work itself it splits by features.
             allowed = [option for option in allowed if role(option) is not Role.SEQUENCE]
             return [option for option in allowed if role(option) is Role.FEATURE] or allowed
@@ -152,7 +147,7 @@ def _of_vocabulary(options: list[Placement], op: Op, space: Space, constraints: 
 def _of_modules(options: list[Placement], op: Op, space: Space, mesh: Mesh, constraints: Constraints) -> list[Placement]:
     """Keep the placements that the user pinned for the op's module."""
     for pattern, wanted in constraints.modules.items():
-        if is_contraction(space) and fnmatchcase(op.layer, pattern):
+        if space.is_contraction and fnmatchcase(op.layer, pattern):
             for name, loop in wanted.items():
                 axis = mesh.names.index(name)
                 pinned = [option for option in options if isinstance(p := option[axis], Split) and p.loop == loop]

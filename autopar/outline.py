@@ -57,7 +57,8 @@ def outline(module: fx.GraphModule, folded: Folded) -> fx.GraphModule:
 
 
 def _find_blocks(graph: fx.Graph, folded: Folded) -> tuple[dict[str, _Block], dict[fx.Node, str]]:
-    path_of_op, class_of_path = {}, {}
+    path_of_op: dict[str, str] = {}
+    class_of_path: dict[str, str] = {}
     for layer in folded.classes:
         for path, instance in zip(layer.paths, layer.instances, strict=True):
             class_of_path[path] = re.sub(r"\W+", "_", layer.name.replace(".*", "")).strip("_")
@@ -66,8 +67,9 @@ def _find_blocks(graph: fx.Graph, folded: Folded) -> tuple[dict[str, _Block], di
     blocks: dict[str, _Block] = {}
     owner: dict[fx.Node, str] = {}
     for node in graph.nodes:
-        path = path_of_op.get(node.meta.get("block"))
-        if path is not None and node.op == "call_function":
+        found = path_of_op.get(node.meta.get("block") or "")
+        if found is not None and node.op == "call_function":
+            path = found
             block = blocks.setdefault(path, _Block(path, class_of_path[path]))
             block.nodes.append(node)
             owner[node] = path

@@ -19,7 +19,7 @@ from autopar.layers import fold
 from autopar.layout import Layout
 from autopar.meshes import Trial, find_trials
 from autopar.options import Model, find_tables
-from autopar.plan import Candidate, Plan
+from autopar.plans import Candidate, Plan
 from autopar.problem import FORBIDDEN, Problem, build_problem
 from autopar.rules import find_spaces
 from autopar.search import Search, Solution
@@ -137,9 +137,9 @@ def _try(model: Model, trial: Trial, search: Search, cluster: Cluster, cutoff_ns
         if total <= budget:
             return Found(trial, search.problem, solution, needs)
         workspace = max(needs, workspace + 1)
-    error = InfeasibleError("no room is left to run the largest op")
-    error.needed = total
-    return error
+    crowded = InfeasibleError("no room is left to run the largest op")
+    crowded.needed = total
+    return crowded
 
 
 def _infeasible(cluster: Cluster, needed: int) -> InfeasibleError:

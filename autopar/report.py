@@ -20,7 +20,7 @@ from rich.text import Text
 
 from autopar.errors import InputError
 from autopar.layout import format_layout
-from autopar.plan import Candidate, Group, Memory, Plan, Proof, Unruled
+from autopar.plans import Candidate, Group, Memory, Plan, Proof, Unruled
 from autopar.units import format_bytes, format_seconds, format_share
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "workspace", "reserved")

@@ -28,7 +28,7 @@ from autopar.layout import (
     result_layout,
 )
 from autopar.outline import outline
-from autopar.plan import Plan
+from autopar.plans import Plan
 from autopar.program import Program, Slot
 from autopar.reshard import Collective, Step, journey
 from autopar.rules import find_spaces

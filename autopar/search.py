@@ -292,7 +292,7 @@ def _classes(lines: Table) -> tuple[Table, Table]:
     return first, classes.reshape(-1)
 
 
-def _run(rows: _Rows, integers: int, time_limit: float, *, required: bool) -> tuple[Table | None, float, str]:
+def _run(rows: _Rows, integers: int, time_limit: float, *, required: bool) -> tuple[npt.NDArray[np.float64] | None, float, str]:
     """(values, lower bound, method); no values when the model is infeasible and that is no surprise."""
     limit = mathopt.SolveParameters(time_limit=datetime.timedelta(seconds=time_limit))
     # Zeros and duals are most of an answer and nobody reads them.

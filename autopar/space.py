@@ -89,6 +89,11 @@ class Space:
         splittable = tuple(loop for loop in self.loops.values() if loop.kind is not LoopKind.WHOLE and loop.size > 1)
         object.__setattr__(self, "splittable", splittable)
 
+    @property
+    def is_contraction(self) -> bool:
+        """Whether the op is one of those that hold a model's work: products, convolutions, attention, lookups."""
+        return self.flops >= 2 or self.kernel in ("embedding", "embedding_bag", "cross_entropy", "lstm", "gru")
+
     def points(self) -> int:
         """Iterations of the whole space."""
         return math.prod(loop.size for loop in self.loops.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from autopar.layout import Mesh, Split, parse_layout
-from autopar.plan import Candidate, Group, Memory, Plan, Proof, Seconds, Traffic, Unruled
+from autopar.plans import Candidate, Group, Memory, Plan, Proof, Seconds, Traffic, Unruled
 
 
 def make_plan() -> Plan:

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from autopar.cli import main, parse_mesh, parse_pins
 from autopar.errors import InputError
-from autopar.plan import VERSION, Candidate, Memory, Plan, Proof, Seconds, Traffic, Unruled, to_json
+from autopar.plans import VERSION, Candidate, Memory, Plan, Proof, Seconds, Traffic, Unruled, to_json
 from autopar.report import to_data
 from tests.plans import make_plan
 

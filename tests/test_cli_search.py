@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from autopar.cli import main
-from autopar.plan import Plan, from_json
+from autopar.plans import Plan, from_json
 from autopar.report import summarize
 
 MODELS = """

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from autopar.errors import PlanError
 from autopar.layout import PASS, Layout, Mesh, Placement, Split, State, StateKind, shard
-from autopar.plan import (
+from autopar.plans import (
     VERSION,
     Candidate,
     Group,

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from autopar.errors import InputError
 from autopar.layout import Mesh
-from autopar.plan import Plan, Unruled
+from autopar.plans import Plan, Unruled
 from autopar.report import describe_axes, explain, select_groups, summarize, to_data
 from autopar.units import format_bytes, format_seconds, format_share, parse_bytes
 from tests.plans import make_plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from autopar.capture import Captured, capture
 from autopar.errors import InputError, VerificationError
 from autopar.ir import OpKind
 from autopar.layout import PARTIAL, Layout, Split, StateKind
-from autopar.plan import Plan
 from autopar.planner import check_fits
+from autopar.plans import Plan
 from autopar.program import Program, Slot
 from autopar.rewrite import rewrite
 from autopar.shards import cut, join
@@ -129,7 +130,8 @@ def prepare_reference(model: nn.Module, example_inputs: Mapping[str, Any] | tupl
     capture_error = _capture_error(model, captured, example_inputs, tensors, inputs)
     wide = widen(captured)
     inputs = [_wide(x) for x in inputs]
-    tensors = {name: _wide(tensor) for name, tensor in tensors.items()}
+    # Copies: what the model's owner does with it later is no part of the reference.
+    tensors = {name: _wide(tensor).clone() for name, tensor in tensors.items()}
     run = _run_graph(wide, tensors, inputs)
     return Reference(captured, wide, tensors, inputs, run, capture_error, _rounding(tensors_of=model))
 
@@ -341,4 +343,5 @@ def _relative(found: Tensor, expected: Tensor, floor: float) -> float:
     difference = float((found - expected).abs().max())
     if difference == 0.0:
         return 0.0
-    return difference / scale if scale else float("inf")
+    # A NaN compares as neither small nor large; it is the worst there is.
+    return difference / scale if scale and math.isfinite(difference) else float("inf")
