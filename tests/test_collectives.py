@@ -116,9 +116,19 @@ def _on_group(rank: int) -> None:
     assert axis.all_reduce(torch.tensor([rank, -rank]), "max").tolist() == [1, 0]
 
 
+def _on_larger_group(rank: int) -> None:
+    with comm.active({"x": comm.GroupAxis("x", dist.group.WORLD)}):
+        for dim, outer in ((0, 1), (1, 3)):
+            _check_steps(rank, 4, dim, outer)
+        _check_all_to_all(rank, 4, (3, 1))
+        _check_whole_numbers()
+
+
+# Two CPU ranks swap messages, more of them use other collectives.
 @pytest.mark.processes
-def test_the_same_on_processes(tmp_path: Path) -> None:
-    spawn(2, tmp_path, _on_group)
+@pytest.mark.parametrize(("size", "check"), [(2, _on_group), (4, _on_larger_group)])
+def test_the_same_on_processes(size: int, check: Callable[[int], None], tmp_path: Path) -> None:
+    spawn(size, tmp_path, check)
 
 
 def _check_whole_numbers() -> None:
