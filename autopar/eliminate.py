@@ -9,7 +9,7 @@ branches meet.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,8 +64,11 @@ class Core:
         return full
 
 
-def eliminate(nodes: Sequence[Node], arcs: Sequence[Arc], price: float) -> Core:
-    """Reduce a problem in which a byte of memory costs `price` nanoseconds; an infinite price counts bytes alone."""
+def eliminate(nodes: Sequence[Node], arcs: Sequence[Arc], price: float, keep: Collection[int] = ()) -> Core:
+    """Reduce a problem in which a byte of memory costs `price` nanoseconds; an infinite price counts bytes alone.
+
+    Nodes in `keep`, by index, stay decisions.
+    """
     left = {i: _priced(node.cost, node.nbytes, price) for i, node in enumerate(nodes)}
     between: dict[int, dict[int, Costs]] = {i: {} for i in left}
 
@@ -78,7 +81,7 @@ def eliminate(nodes: Sequence[Node], arcs: Sequence[Arc], price: float) -> Core:
     for arc in arcs:
         connect(arc.a, arc.b, _priced(arc.cost, arc.nbytes, price))
     removed: list[Removed] = []
-    for node in [i for i, costs in left.items() if len(costs.weight) == 1]:
+    for node in [i for i, costs in left.items() if len(costs.weight) == 1 and i not in keep]:
         for neighbour, table in between[node].items():
             left[neighbour] = left[neighbour] + table.transposed.pick(np.arange(len(left[neighbour].weight)), np.zeros(1, dtype=np.int64))
             del between[neighbour][node]
@@ -86,7 +89,7 @@ def eliminate(nodes: Sequence[Node], arcs: Sequence[Arc], price: float) -> Core:
     waiting = [i for i in left if len(between[i]) <= 2]
     while waiting:
         node = waiting.pop()
-        if node not in left or len(between[node]) > 2 or len(left) == 1:
+        if node not in left or node in keep or len(between[node]) > 2 or len(left) == 1:
             continue
         own = left.pop(node)
         near = tuple(between.pop(node))

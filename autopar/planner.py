@@ -76,8 +76,10 @@ def make_plan(
     trials = find_trials(model, cluster, pins or {}, mesh, stored or {})
     searches: list[tuple[Trial, Search]] = []
     for trial in trials:
+        tell(f"costs: {trial.name} on {trial.mesh}")
+        problem = build_problem(model, trial.mesh, cluster, trial.constraints)
         tell(f"search: {trial.name} on {trial.mesh}")
-        search = Search(build_problem(model, trial.mesh, cluster, trial.constraints))
+        search = Search(problem)
         if search.bound_ns < FORBIDDEN:
             searches.append((trial, search))
     # The most promising first: what they reach prunes the others by their bounds.

@@ -41,6 +41,9 @@ from autopar.problem import FORBIDDEN, Problem, Table
 # reported.
 PRICE_STEPS = 8
 PRICE_GAP = 0.002
+# Nodes that stay open, and seconds spent at most, when the memory limit itself is put into the model.
+OPEN_NODES = 12
+TIGHTEN_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,12 +161,19 @@ class Search:
             if cutoff_ns is not None and bound >= cutoff_ns:
                 return None
             price = low * 8 if high == math.inf else (low * high) ** 0.5 if low else high / 8
-        if high < math.inf and best_cost > bound * (1 + PRICE_GAP):
-            core = eliminate(self.problem.nodes, self.problem.arcs, high)
-            tight = _solve_core(core, budget - self.problem.fixed_bytes, self.time_limit)
+        if best_cost > bound * (1 + PRICE_GAP):
+            tight = self._tighten(budget, high)
             if tight is not None and evaluate(self.problem, tight.choice)[0] < best_cost:
                 best = tight
         return best, bound
+
+
+    def _tighten(self, budget: int, price: float) -> _Answer | None:
+        """The best answer under (4) itself, with the heaviest nodes left open and the others as they are best at `price`."""
+        swing = {i: int(node.nbytes.max() - node.nbytes.min()) for i, node in enumerate(self.problem.nodes)}
+        heaviest = sorted(swing, key=swing.__getitem__, reverse=True)[:OPEN_NODES]
+        core = eliminate(self.problem.nodes, self.problem.arcs, price, heaviest)
+        return _solve_core(core, budget - self.problem.fixed_bytes, min(self.time_limit, TIGHTEN_SECONDS))
 
 
 def solve(problem: Problem, budget: int) -> Solution:
@@ -293,7 +303,7 @@ def _classes(lines: Table) -> tuple[Table, Table]:
 
 
 def _run(rows: _Rows, integers: int, time_limit: float, *, required: bool) -> tuple[npt.NDArray[np.float64] | None, float, str]:
-    """(values, lower bound, method); no values when the model is infeasible and that is no surprise."""
+    """(values, lower bound, method); no values, when an answer isn't `required`, for a model without one in the time given."""
     limit = mathopt.SolveParameters(time_limit=datetime.timedelta(seconds=time_limit))
     # Zeros and duals are most of an answer and nobody reads them.
     wanted = mathopt.ModelSolveParameters(
@@ -312,7 +322,7 @@ def _run(rows: _Rows, integers: int, time_limit: float, *, required: bool) -> tu
         if values is not None:
             return values, max(bound, result.best_objective_bound()), method
     if values is None:
-        if not required and result.termination.reason is mathopt.TerminationReason.INFEASIBLE:
+        if not required:
             return None, 0.0, method
         raise SolverError(f"the solver ended with {result.termination}")
     return values, result.best_objective_bound(), method

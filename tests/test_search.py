@@ -62,7 +62,7 @@ def test_memory_is_kept_and_the_bound_holds(seed: int) -> None:
     solution = solve(problem, budget)
     assert solution.nbytes <= budget
     assert solution.bound_ns <= best <= solution.cost_ns
-    assert solution.cost_ns <= 1.25 * best
+    assert solution.cost_ns == best  # of a problem this small every node stays open under the memory limit
 
 
 def test_infeasible_says_what_is_needed() -> None:

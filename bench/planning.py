@@ -1,0 +1,100 @@
+"""Measure planning: capture, rules and costs, search, for published Llama configurations on GPU clusters that aren't there.
+
+``make plan-bench`` runs it. Each case runs in a process of its own, so that peak memory is its own; two threads are used at most.
+The table is printed as it stands in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+# One sequence of 8192 tokens per 8 GPUs of an 8-way tensor group is what 80 GB hold without recomputation.
+CASES = (
+    ("llama-3-8b", "8xH100", 8),
+    ("llama-3-8b", "8x8xH100", 64),
+    ("llama-3-70b", "8xH100", 1),
+    ("llama-3-70b", "8x8xH100", 16),
+)
+
+
+def measure(config: str, cluster: str, batch: int) -> dict[str, object]:
+    """Plan one case in this process and return what it took; an infeasible case says what would be needed."""
+    import torch
+
+    from autopar.capture import capture
+    from autopar.cost_models import Cluster
+    from autopar.errors import InfeasibleError
+    from autopar.models import load_model
+    from autopar.planner import make_plan
+
+    torch.set_num_threads(2)
+    loaded = load_model(f"hf:{CONFIGS / config}", batch=batch, seq=8192, dtype="bfloat16")
+    start = time.perf_counter()
+    captured = capture(loaded.model, loaded.example_inputs)
+    captured_at = time.perf_counter()
+    result: dict[str, object] = {"config": config, "cluster": cluster, "batch": batch, "ops": len(captured.graph.ops)}
+    steps: dict[str, float] = {}
+    clock = captured_at
+
+    def progress(what: str) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        steps[last[0]] = steps.get(last[0], 0.0) + now - clock
+        clock, last[0] = now, what.partition(":")[0]
+
+    last = ["start"]
+    try:
+        plan = make_plan(captured.graph, Cluster.parse(cluster), progress=progress)
+    except InfeasibleError as error:
+        result |= {"outcome": str(error)}
+    else:
+        result |= {
+            "outcome": f"{plan.mesh}, {plan.seconds.step:.2f} s a step, gap {100 * plan.proof.gap:.2f} %",
+            "variables": plan.proof.variables,
+            "candidates": len(plan.proof.candidates),
+        }
+    progress("end")
+    result |= {
+        "capture_s": captured_at - start,
+        "costs_s": steps.get("rules and costs", 0.0) + steps.get("costs", 0.0),
+        "search_s": steps.get("search", 0.0) + steps.get("memory", 0.0),
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
+    return result
+
+
+def main() -> int:
+    """Run all cases, or the one named, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", type=int, help=argparse.SUPPRESS)
+    case = parser.parse_args().case
+    if case is not None:
+        print(json.dumps(measure(*CASES[case])))
+        return 0
+    print("| model | cluster | batch x 8192 | ops | capture s | costs s | search s | variables | peak GB | outcome |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    failed = 0
+    for number in range(len(CASES)):
+        run = subprocess.run([sys.executable, __file__, "--case", str(number)], capture_output=True, text=True, check=False)
+        if run.returncode:
+            print(run.stderr, file=sys.stderr)
+            failed = 1
+            continue
+        row = json.loads(run.stdout.splitlines()[-1])
+        print(
+            f"| {row['config']} | {row['cluster']} | {row['batch']} | {row['ops']} | {row['capture_s']:.1f} | {row['costs_s']:.1f}"
+            f" | {row['search_s']:.1f} | {row.get('variables', '-')} | {row['peak_gb']:.1f} | {row['outcome']} |",
+            flush=True,
+        )
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
