@@ -161,9 +161,21 @@ def _next_move(shape: tuple[int, ...], current: Layout, need: Layout, mesh: Mesh
     if moves:
         _, axis, target = min(moves, key=lambda move: move[0])
         return axis, target
-    # Two axes nest on one dim in an order that no single step can change: gather the innermost that stands in the way.
-    inner = max(axis for axis, state in enumerate(current) if state.kind is S and _free_of_inner(current, axis))
-    return inner, REPLICATE
+    # Axes nest on one dim in an order that no single step can change: gather the innermost that stands in the way of another.
+    return max(_blockers(current, need)), REPLICATE
+
+
+def _blockers(current: Layout, need: Layout) -> list[int]:
+    """Axes that must be gathered before some other axis can move: those inside of its block, else any that split its dim."""
+    inside: set[int] = set()
+    beside: set[int] = set()
+    for axis, pair in enumerate(zip(current, need, strict=True)):
+        wanted = [state for state in pair if state.kind is S]
+        if not _arrived(*pair):
+            sharded = [other for other, state in enumerate(current) if state.kind is S]
+            inside.update(other for other in sharded if other > axis and any(_same_block(state, current[other]) for state in wanted))
+            beside.update(other for other in sharded if current[other].dim in {state.dim for state in wanted})
+    return [axis for axis in inside or beside if _free_of_inner(current, axis)]
 
 
 def _free_of_inner(current: Layout, axis: int) -> bool:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
 
 from autopar import collectives, simulate
-from autopar.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, StateKind, fits, format_layout, shard
+from autopar.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, StateKind, fits, format_layout, parse_layout, shard
 from autopar.reshard import PAIRS, Collective, journey
 from autopar.shards import cut, join
 
 MESH = Mesh(("x", "y"), (2, 2))
 SHAPE = (8, 12)
+CUBE = Mesh(("x", "y", "z"), (2, 2, 2))
+CUBE_SHAPE = (16, 16)
 STARTS = (REPLICATE, PARTIAL, shard(0), shard(1), shard(1, 3))
 NEEDS = (*STARTS, BROADCAST)
 
@@ -24,10 +27,20 @@ def pairs() -> list[tuple[Layout, Layout]]:
     return list(itertools.product(starts, needs))
 
 
-def move(x: torch.Tensor, start: Layout, need: Layout) -> torch.Tensor:
+def pairs_on_three_axes() -> list[tuple[Layout, Layout]]:
+    """A part of all pairs, and some in which an axis that has arrived must make way for one outside of it."""
+    states = (REPLICATE, PARTIAL, shard(0), shard(0, 2), shard(1), shard(1, 2))
+    starts = [s for s in itertools.product(states, repeat=3) if fits(CUBE_SHAPE, s, CUBE)]
+    needs = [n for n in itertools.product((*states, BROADCAST), repeat=3) if fits(CUBE_SHAPE, n, CUBE)]
+    hard = [("R,S0,R", "S0,S0,S1"), ("R,S0/2,R", "S0/2,S0/2,S0"), ("S0,S0,S0", "S1,S0,S0"), ("R,S0/2,S0", "S0/2,S0/2,S0")]
+    every = list(itertools.product(starts, needs))
+    return [*((parse_layout(a), parse_layout(b)) for a, b in hard), *random.Random(0).sample(every, 600)]
+
+
+def move(x: torch.Tensor, start: Layout, need: Layout, mesh: Mesh, shape: tuple[int, ...]) -> torch.Tensor:
     """Run a journey on one rank, as the rewriter emits it."""
-    for step in journey(SHAPE, start, need, MESH):
-        axis = MESH.names[step.axis]
+    for step in journey(shape, start, need, mesh):
+        axis = mesh.names[step.axis]
         assert tuple(x.shape) == step.shape_before
         if step.forward is Collective.NONE:
             x = x if step.backward is Collective.NONE else collectives.broadcast(x, axis)
@@ -46,33 +59,43 @@ def move(x: torch.Tensor, start: Layout, need: Layout) -> torch.Tensor:
     return x
 
 
-def test_every_journey_carries_value_and_gradient() -> None:
+@pytest.mark.parametrize(
+    ("mesh", "shape", "cases"), [(MESH, SHAPE, pairs()), (CUBE, CUBE_SHAPE, pairs_on_three_axes())], ids=["2 x 2", "2 x 2 x 2"]
+)
+def test_every_journey_carries_value_and_gradient(mesh: Mesh, shape: tuple[int, ...], cases: list[tuple[Layout, Layout]]) -> None:
     torch.manual_seed(0)
-    whole = torch.randn(SHAPE, dtype=torch.float64)
-    weight = torch.randn(SHAPE, dtype=torch.float64)
-    cases = pairs()
+    whole = torch.randn(shape, dtype=torch.float64)
+    weight = torch.randn(shape, dtype=torch.float64)
     assert len(cases) > 400
 
     def run(rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         results = []
         for start, need in cases:
-            x = cut(whole, start, MESH, rank).clone().requires_grad_()
-            y = move(x, start, need)
+            x = cut(whole, start, mesh, rank).clone().requires_grad_()
+            y = move(x, start, need, mesh, shape)
             # A Broadcast need is used in parts: the gradient that comes back is a share. A Partial value's gradient is whole.
             back = tuple(PARTIAL if s == BROADCAST else REPLICATE if s == PARTIAL else s for s in need)
-            y.backward(cut(weight, back, MESH, rank).contiguous())
+            y.backward(cut(weight, back, mesh, rank).contiguous())
             assert x.grad is not None
             results.append((y.detach(), x.grad))
         return results
 
-    ranks = simulate.run(MESH, run)
+    ranks = simulate.run(mesh, run)
     for number, (start, need) in enumerate(cases):
         name = f"{format_layout(start)} -> {format_layout(need)}"
-        value = join([r[number][0] for r in ranks], tuple(REPLICATE if s == BROADCAST else s for s in need), MESH)
+        value = join([r[number][0] for r in ranks], tuple(REPLICATE if s == BROADCAST else s for s in need), mesh)
         torch.testing.assert_close(value.whole, whole, rtol=1e-12, atol=1e-12, msg=name)
-        gradient = join([r[number][1] for r in ranks], tuple(REPLICATE if s == PARTIAL else s for s in start), MESH)
+        gradient = join([r[number][1] for r in ranks], tuple(REPLICATE if s == PARTIAL else s for s in start), mesh)
         torch.testing.assert_close(gradient.whole, weight, rtol=1e-12, atol=1e-12, msg=name)
         assert max(value.disagreement, gradient.disagreement) < 1e-12, name
+
+
+def test_every_journey_on_three_axes_ends() -> None:
+    states = (REPLICATE, shard(0), shard(0, 2), shard(1), shard(1, 2))
+    layouts = [s for s in itertools.product(states, repeat=3) if fits(CUBE_SHAPE, s, CUBE)]
+    assert len(layouts) > 90
+    for start, need in itertools.product(layouts, repeat=2):
+        assert len(journey(CUBE_SHAPE, start, need, CUBE)) <= 6
 
 
 @pytest.mark.parametrize("layout", [s for s in itertools.product(STARTS, repeat=2) if fits(SHAPE, s, MESH)], ids=format_layout)
