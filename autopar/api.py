@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from autopar import world
-from autopar.capture import capture
+from autopar.capture import Captured, capture
 from autopar.cost_models import Cluster
 from autopar.errors import InputError, PlanError
 from autopar.layout import Layout
@@ -213,20 +213,26 @@ class _Planner:
             check_fits(self.given, captured.graph)
             found = self.given
         else:
-            found = make_plan(
-                captured.graph,
-                self._cluster(device),
-                model_name=type(model).__name__,
-                pins=self.pins if self.first is None else None,
-                mesh=self.mesh if self.first is None else dict(zip(self.first.mesh.names, self.first.mesh.sizes, strict=True)),
-                stored=self.layouts(),
-                strict=self.strict,
-                notes=captured.notes,
-                progress=self.progress,
-            )
+            cluster = self._cluster(device)
+            found = world.agree(lambda: self._search(model, captured, cluster), device)
         if self.first is None:
             self.first = found
         return rewrite(captured, found, device)
+
+    def _search(self, model: nn.Module, captured: Captured, cluster: Cluster) -> Plan:
+        """A plan for this graph; a later one keeps the first one's mesh and stored parameters."""
+        first = self.first
+        return make_plan(
+            captured.graph,
+            cluster,
+            model_name=type(model).__name__,
+            pins=self.pins if first is None else None,
+            mesh=self.mesh if first is None else dict(zip(first.mesh.names, first.mesh.sizes, strict=True)),
+            stored=self.layouts(),
+            strict=self.strict,
+            notes=captured.notes,
+            progress=self.progress,
+        )
 
     def _cluster(self, device: torch.device | None) -> Cluster:
         if isinstance(self.cluster, str):

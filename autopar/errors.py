@@ -13,6 +13,8 @@ AutoparError
 Inner code states the fact; one outer place adds the op, the source line and the remedy.
 """
 
+from collections.abc import Mapping
+
 
 class AutoparError(Exception):
     """Base of all errors that autopar raises on purpose."""
@@ -50,3 +52,7 @@ class VerificationError(AutoparError):
 
 class CommError(AutoparError):
     """Ranks disagree about the collective that they run, or a rank is gone."""
+
+
+ERROR_TYPES: Mapping[str, type[AutoparError]] = {kind.__name__: kind for kind in AutoparError.__subclasses__()}
+"""Every kind of error by name, for raising on one rank what another met."""

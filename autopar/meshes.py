@@ -57,7 +57,9 @@ def find_trials(
         meshes = _free_meshes(world)
     trials = []
     for mesh in meshes:
-        kinds = tuple(AxisKind(name) if name in ("dp", "tp", "cp") else AxisKind.FREE for name in mesh.names)
+        # A later program over parameters that are stored already only keeps the mesh: a last, smaller batch must run too.
+        named = () if stored else ("dp", "tp", "cp")
+        kinds = tuple(AxisKind(name) if name in named else AxisKind.FREE for name in mesh.names)
         if isinstance(fsdp, bool) and AxisKind.DP not in kinds:
             kinds = (AxisKind.DP, *kinds[1:])  # parameter storage is split over batch axes
         for axis, kind in enumerate(kinds):
@@ -146,10 +148,7 @@ def _baselines(model: Model, cluster: Cluster) -> list[Trial]:
         Trial("FSDP", data, Constraints((AxisKind.DP,), fsdp=True), baseline=True),
     ]
     width = cluster.devices_per_node if world % cluster.devices_per_node == 0 else world
-    if width == world:
-        both = Mesh(("tp",), (world,))
-    else:
-        both = Mesh(("dp", "tp"), (world // width, width))
+    both = Mesh(("tp",), (world,)) if width == world else Mesh(("dp", "tp"), (world // width, width))
     kinds = tuple(AxisKind(name) for name in both.names)
     if width > 1:
         for name, accept in (("Megatron", _megatron(model, len(kinds) - 1)), ("Redco", _redco(model, len(kinds) - 1))):

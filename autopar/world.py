@@ -7,6 +7,7 @@ minutes unless the user's own ``init_process_group`` said otherwise; torchrun, w
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -14,8 +15,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar import comm, torch_compat
-from autopar.errors import PlanError
+from autopar.errors import ERROR_TYPES, AutoparError, PlanError
 from autopar.layout import Mesh
+from autopar.plans import Plan, from_json, to_json
 
 TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others. Longer than any step or checkpoint, short enough to free the machines of a dead job."""
@@ -63,3 +65,42 @@ def axes_of(mesh: Mesh, device_mesh: DeviceMesh | None) -> dict[str, comm.Axis]:
     if device_mesh is None:
         return {name: comm.alone(name) for name in mesh.names}
     return {name: comm.GroupAxis(name, device_mesh.get_group(name)) for name in mesh.names}
+
+
+def agree(make: Callable[[], Plan], device: torch.device | None = None) -> Plan:
+    """The plan that the first rank makes, on every rank; without a process group just the plan.
+
+    Solvers stop at time limits, so ranks that plan by themselves could come to different plans. When the first rank can't make
+    one, every rank raises its error.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return make()
+    found: Plan | None = None
+    failure: AutoparError | None = None
+    text = ""
+    if dist.get_rank() == 0:
+        try:
+            found = make()
+            text = to_json(found)
+        except AutoparError as error:
+            failure = error
+            text = f"{type(error).__name__}:{error}"
+    text = _broadcast_text(text, device)
+    if failure is not None:
+        raise failure
+    if found is None:
+        name, separator, message = text.partition(":")
+        if separator and name in ERROR_TYPES:
+            raise ERROR_TYPES[name](f"on the first rank: {message}")
+        found = from_json(text)
+    return found
+
+
+def _broadcast_text(text: str, device: torch.device | None) -> str:
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([data.numel()], device=device)
+    dist.broadcast(size, 0)
+    if dist.get_rank():
+        data = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(data, 0)
+    return bytes(data.tolist()).decode()
