@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from autopar.cost_models import Cluster
 from autopar.errors import InputError, PlanError
 from autopar.layout import Layout
 from autopar.module import Init, ParallelModule
-from autopar.planner import check_fits, make_plan
+from autopar.planner import make_plan
 from autopar.plans import Plan
 from autopar.program import Program
 from autopar.rewrite import rewrite
@@ -104,19 +105,21 @@ def _plan(model: nn.Module, example_inputs: ExampleInputs, cluster: Cluster | st
 
 
 def detect_cluster(device_type: str | None = None) -> Cluster:
-    """The cluster that this process group spans: as many devices of this machine's kind as there are ranks.
+    """The cluster that this process group spans: as many devices of this machine's kind, with its memory, as there are ranks.
 
     Raises InputError for a GPU that no machine profile describes, with what to do.
     """
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     ranks = world.join_world(device_type)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if device_type == "cpu":
-        return Cluster.parse(f"{ranks}xcpu")
-    name = torch.cuda.get_device_name()
-    for machine, marks in (("h200", "H200"), ("h100", "H100"), ("a100-80gb", "A100"), ("v100", "V100")):
-        if marks in name:
-            per_node = min(ranks, torch.cuda.device_count())
-            return Cluster.parse(f"{ranks // per_node}x{per_node}x{machine}" if per_node < ranks else f"{ranks}x{machine}")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
+        return Cluster.parse(f"{ranks}xcpu").with_memory(memory)
+    name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory
+    for machine, mark in (("h200", "H200"), ("h100", "H100"), ("a100-80gb", "A100"), ("v100", "V100")):
+        if mark in name:
+            shape = f"{ranks // here}x{here}x{machine}" if here < ranks else f"{ranks}x{machine}"
+            return Cluster.parse(shape).with_memory(memory)
     raise InputError(f"no machine profile is known for {name!r}; give `cluster=` a known machine or the path of a profile")
 
 
@@ -210,7 +213,6 @@ class _Planner:
         captured = capture(model, (args, kwargs))
         found = self.first
         if found is None and self.given is not None:
-            check_fits(self.given, captured.graph)
             found = self.given
         else:
             cluster = self._cluster(device)

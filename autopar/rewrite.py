@@ -28,6 +28,7 @@ from autopar.layout import (
     result_layout,
 )
 from autopar.outline import outline
+from autopar.planner import check_fits
 from autopar.plans import Plan
 from autopar.program import Program, Slot
 from autopar.reshard import Collective, Step, journey
@@ -38,7 +39,11 @@ GRADIENT_OF_GATHER = {Collective.REDUCE_SCATTER: "reduce_scatter", Collective.SL
 
 
 def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None) -> Program:
-    """Carry out `plan` on `captured`; new tensors that the program makes are made on `device`."""
+    """Carry out `plan` on `captured`; new tensors that the program makes are made on `device`.
+
+    Raises PlanError when the plan was made for another graph.
+    """
+    check_fits(plan, captured.graph)
     folded = fold(captured.graph)
     spaces, _ = find_spaces(captured.graph)
     work = _Rewriter(captured, plan, folded, spaces, device)
@@ -76,12 +81,13 @@ class _Rewriter:
         self.new = fx.Graph()
         self.nodes: dict[Value, fx.Node] = {}
         self.moved: dict[tuple[Value, Layout], fx.Node] = {}
+        self.captured_nodes: dict[str, fx.Node] = {node.name: node for node in captured.fx.graph.nodes}
         self.partial: dict[str, set[str]] = {}
         self.regather = False
         self.whole: Layout = tuple(REPLICATE for _ in plan.mesh.sizes)
 
     def run(self) -> fx.GraphModule:
-        captured = {node.name: node for node in self.captured.fx.graph.nodes}
+        captured = self.captured_nodes
         self._find_deferred()
         for op in self.graph.ops:
             if op.kind is OpKind.OUTPUT:
@@ -154,15 +160,13 @@ class _Rewriter:
         if _is_factory(op) and self.device is not None:
             kwargs["device"] = self.device
         node = self.new.create_node("call_function", target, tuple(args), kwargs, name=op.name)
-        node.meta["block"] = op.name
-        if "stack_trace" in captured.meta:
-            node.meta["stack_trace"] = captured.meta["stack_trace"]
+        self._mark(node, op)
         if not isinstance(captured.meta["val"], (list, tuple)):
             self.nodes[Value(op.name)] = node
         else:
             for index in range(len(op.results)):
                 item = self.new.call_function(operator.getitem, (node, index))
-                item.meta["block"] = op.name
+                self._mark(item, op)
                 self.nodes[Value(op.name, index)] = item
 
     def _take(self, value: Value, need: Layout, op: Op, index: int) -> fx.Node:
@@ -219,8 +223,15 @@ class _Rewriter:
                     kwargs["keep"] = False
                     self.regather = True
         node = self.new.call_function(function, args, kwargs)
-        node.meta["block"] = consumer.name if consumer.kind is OpKind.CALL else None
+        self._mark(node, consumer)
         return node
+
+    def _mark(self, node: fx.Node, op: Op) -> None:
+        """Note on a new node the op that it belongs to and the user's lines that the op came from."""
+        node.meta["block"] = op.name if op.kind is OpKind.CALL else None
+        trace = self.captured_nodes[op.name].meta.get("stack_trace") if op.kind is OpKind.CALL else None
+        if trace is not None:
+            node.meta["stack_trace"] = trace
 
     def slots(self, kind: OpKind) -> tuple[Slot, ...]:
         """Inputs of the program of one kind, in placeholder order."""

@@ -231,7 +231,7 @@ def test_pins_that_can_not_be_had(pins: Mapping[str, object], message: str) -> N
 
 
 def test_a_mesh_of_another_size() -> None:
-    with pytest.raises(InputError, match="has 4 ranks, the cluster .* has 8"):
+    with pytest.raises(InputError, match=r"has 4 ranks, the cluster .* has 8"):
         make_plan(captured("llama").graph, Cluster.parse("8xcpu"), mesh={"dp": 2, "tp": 2})
 
 

@@ -1,0 +1,94 @@
+"""The emitted program as text: layers once, collectives by name and axis; a foreign plan is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from autopar.api import plan as find_plan
+from autopar.capture import capture
+from autopar.errors import PlanError
+from autopar.rewrite import rewrite
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(functional.gelu(self.up(self.norm(x))))
+
+
+class Tagger(nn.Module):
+    """Embedding, two like blocks and a classifier over the vocabulary, with the loss inside."""
+
+    def __init__(self, width: int = 16, vocabulary: int = 32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList([Block(width) for _ in range(2)])
+        self.head = nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    return torch.randint(0, 32, (4, 8)), torch.randint(0, 32, (4, 8))
+
+
+def program_text(module: fx.GraphModule) -> str:
+    parts = [module.code.strip()]
+    parts += [f"# {name}\n{child.code.strip()}" for name, child in module.named_children() if isinstance(child, fx.GraphModule)]
+    return "\n\n".join(parts) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "pins"),
+    [("megatron", {"dp": 2, "tp": 2}), ("zero", {"dp": 4, "fsdp": True})],
+)
+def test_the_program_reads(name: str, pins: dict[str, object], golden: Callable[[str, str], None]) -> None:
+    model = Tagger()
+    plan = find_plan(model, inputs(), "4xcpu", pins=pins)
+    program = rewrite(capture(model, inputs()), plan)
+    assert isinstance(program.module, fx.GraphModule)
+    assert sum(node.op == "call_module" for node in program.module.graph.nodes) == 2
+    golden(f"program_{name}.txt", program_text(program.module))
+
+
+def test_zero_keeps_no_gathered_weight_and_defers_what_is_whole() -> None:
+    model = Tagger()
+    plan = find_plan(model, inputs(), "4xcpu", pins={"dp": 4, "fsdp": False})
+    program = rewrite(capture(model, inputs()), plan)
+    assert not program.regather
+    assert all(slot.partial_axes == ("dp",) for slot in program.parameters)
+    plan = find_plan(model, inputs(), "4xcpu", pins={"dp": 4, "fsdp": True})
+    program = rewrite(capture(model, inputs()), plan)
+    assert program.regather
+    assert all(slot.partial_axes == () for slot in program.parameters)
+
+
+def test_the_captured_graph_is_left_alone() -> None:
+    model = Tagger()
+    captured = capture(model, inputs())
+    before = captured.fx.code
+    rewrite(captured, find_plan(model, inputs(), "4xcpu", pins={"tp": 4}))
+    assert captured.fx.code == before
+
+
+def test_a_plan_for_another_model_is_refused() -> None:
+    plan = find_plan(Tagger(), inputs(), "4xcpu", pins={"tp": 4})
+    with pytest.raises(PlanError, match="made for another model"):
+        rewrite(capture(Tagger(width=32), inputs()), plan)
+    other = (torch.randint(0, 32, (8, 8)), torch.randint(0, 32, (8, 8)))
+    with pytest.raises(PlanError, match=r"input tokens is int64\[4, 8\] in the plan, int64\[8, 8\] here"):
+        rewrite(capture(Tagger(), other), plan)
