@@ -166,16 +166,11 @@ def _next_move(shape: tuple[int, ...], current: Layout, need: Layout, mesh: Mesh
 
 
 def _blockers(current: Layout, need: Layout) -> list[int]:
-    """Axes that must be gathered before some other axis can move: those inside of its block, else any that split its dim."""
-    inside: set[int] = set()
-    beside: set[int] = set()
-    for axis, pair in enumerate(zip(current, need, strict=True)):
-        wanted = [state for state in pair if state.kind is S]
-        if not _arrived(*pair):
-            sharded = [other for other, state in enumerate(current) if state.kind is S]
-            inside.update(other for other in sharded if other > axis and any(_same_block(state, current[other]) for state in wanted))
-            beside.update(other for other in sharded if current[other].dim in {state.dim for state in wanted})
-    return [axis for axis in inside or beside if _free_of_inner(current, axis)]
+    """Axes to gather so that others can move: those that have to move anyway, else those inside of a block that has to."""
+    moving = [axis for axis, pair in enumerate(zip(current, need, strict=True)) if not _arrived(*pair)]
+    sharded = [axis for axis, state in enumerate(current) if state.kind is S and _free_of_inner(current, axis)]
+    inside = [axis for axis in sharded if any(outer < axis and current[axis] in (current[outer], need[outer]) for outer in moving)]
+    return [axis for axis in sharded if axis in moving] or inside
 
 
 def _free_of_inner(current: Layout, axis: int) -> bool:
