@@ -14,7 +14,7 @@ from autopar.ir import ITEMSIZE, Op, Tensor
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, local_shape, operand_layout, result_layout
 from autopar.options import Model
 from autopar.reshard import Collective, Move, route
-from autopar.space import LoopKind
+from autopar.space import LoopKind, Space
 
 # AdamW keeps two moments of the parameter's own dtype (torch.optim.AdamW).
 OPTIMIZER_COPIES = 2
@@ -54,14 +54,15 @@ class CostTables:
         nbytes = sum(map(self.local_nbytes, operands, needs)) + sum(map(self.local_nbytes, op.results, made))
         ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
         flops = space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
-        family = "matmul" if space is not None and space.flops >= 2 else "pointwise"
+        family = _family(op, space)
         dtype = op.results[0].dtype if op.results else "float32"
         forward = op_seconds(self.device, flops=flops, nbytes=nbytes, dtype=dtype, family=family)
         needing = sum(tensor.requires_grad for tensor in operands)
         backward = 0.0
         if needing and any(tensor.requires_grad for tensor in op.results):
-            # One product per operand that needs a gradient; a pointwise op makes all of them in one pass over twice the bytes.
-            factor = float(min(needing, 2)) if family == "matmul" else 1.5
+            # One product per operand that needs a gradient; a fused attention makes five products of two, for it recomputes the
+            # scores (Dao 2023, section 3.1); a pointwise op makes all gradients in one pass over half as many bytes again.
+            factor = {"matmul": float(min(needing, 2)), "attention": 2.5}.get(family, 1.5)
             backward = op_seconds(self.device, flops=factor * flops, nbytes=int(factor * nbytes), dtype=dtype, family=family)
         return forward, backward + 2 * self._kernel_seconds(op, placement)
 
@@ -158,6 +159,13 @@ class CostTables:
             return 0.0
         nbytes = OPTIMIZER_PASSES * self.local_nbytes(tensor, layout)
         return op_seconds(self.device, flops=0, nbytes=nbytes, dtype=tensor.dtype, family="pointwise")
+
+
+def _family(op: Op, space: Space | None) -> str:
+    """The cost model's word for a call; views are free and don't come here."""
+    if space is None or space.flops < 2:
+        return "pointwise"
+    return "attention" if "attention" in op.target else "matmul"
 
 
 def layout_numbers(layouts: Sequence[Layout]) -> tuple[list[Layout], list[int]]:
