@@ -1,0 +1,182 @@
+"""Plans of every kind for a model of the zoo, verified against one reference run: what the tests of exactness share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections import defaultdict
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from autopar.capture import capture
+from autopar.cost_models import Cluster
+from autopar.factors import Role, find_factors
+from autopar.ir import Op, OpKind
+from autopar.layers import fold
+from autopar.layout import Mesh, Placement, Split, StateKind
+from autopar.meshes import find_trials
+from autopar.options import AxisKind, Constraints, Model, find_tables, role_of
+from autopar.planner import make_plan
+from autopar.plans import Plan
+from autopar.problem import FORBIDDEN, Problem, build_problem
+from autopar.rules import find_spaces
+from autopar.search import solve
+from autopar.verification import Reference, Verification, prepare_reference, verify_against
+from tests.zoo import ZOO
+
+
+@cache
+def subject(name: str) -> Subject:
+    """The model of the zoo called `name`, captured and run once per process."""
+    return Subject(name)
+
+
+class Subject:
+    """A captured model of the zoo, what it computes on one device, and plans for it.
+
+    Attributes:
+        reference: what plans are compared with.
+        with_gradient: names of the parameters that the model itself gives a gradient.
+    """
+
+    def __init__(self, name: str) -> None:
+        torch.manual_seed(0)
+        model, inputs = ZOO[name]()
+        self.reference: Reference = prepare_reference(model, inputs, capture(model, inputs))
+        self.graph = self.reference.captured.graph
+        spaces, _ = find_spaces(self.graph)
+        self.model = Model(fold(self.graph), spaces, find_factors(self.graph, spaces), find_tables(self.graph))
+        output = model(**inputs)
+        (output if isinstance(output, torch.Tensor) else output.loss).backward()
+        self.with_gradient = frozenset(name for name, p in model.named_parameters() if p.grad is not None)
+        self._problems: dict[tuple[int, ...], Problem] = {}
+        self._bases: dict[Mesh, Plan] = {}
+
+    def verify(self, plan: Plan) -> Verification:
+        """Compare `plan` with the reference."""
+        return verify_against(self.reference, plan)
+
+    def pinned(self, pins: Mapping[str, object], cluster: str = "4xcpu") -> Plan:
+        """The plan that the search finds under `pins`."""
+        return make_plan(self.graph, Cluster.parse(cluster), pins=pins)
+
+    def cramped(self, sizes: tuple[int, ...], share: float) -> Plan:
+        """The search's plan on free axes of these sizes, given `share` of the memory that it would take if it were free to.
+
+        Models as small as these run fastest replicated; what makes the search split them is the want of memory.
+        """
+        axes = dict(zip("xyz", sizes, strict=False))
+        cluster = _cluster(sizes)
+        wanted = make_plan(self.graph, cluster, mesh=axes).memory
+        device = cluster.machine.device
+        budget = int(share * (wanted.total - wanted.reserved)) + device.reserved_bytes
+        machine = dataclasses.replace(cluster.machine, device=dataclasses.replace(device, memory_bytes=budget))
+        return make_plan(self.graph, dataclasses.replace(cluster, machine=machine), mesh=axes)
+
+    def baselines(self, cluster: str = "4xcpu") -> dict[str, Plan]:
+        """The layouts that people use today, by name."""
+        trials = find_trials(self.model, Cluster.parse(cluster), {}, None, {})
+        plans = {}
+        for trial in trials:
+            if trial.baseline:
+                problem = build_problem(self.model, trial.mesh, Cluster.parse(cluster), trial.constraints)
+                chosen = solve(problem, 1 << 60).choice
+                choice = {i: chosen[node.key] for i, node in enumerate(problem.nodes)}
+                plans[f"{trial.name} {trial.mesh}"] = self._written(problem, choice)
+        return plans
+
+    def random(self, sizes: tuple[int, ...], seed: int) -> Plan:
+        """A plan on free axes of these sizes in which every decision is drawn evenly from its legal options."""
+        if sizes not in self._problems:
+            mesh = Mesh(tuple("xyz"[: len(sizes)]), sizes)
+            self._problems[sizes] = build_problem(self.model, mesh, _cluster(sizes), Constraints((AxisKind.FREE,) * len(sizes)))
+        problem = self._problems[sizes]
+        choice = draw(problem, random.Random(f"{sizes} {seed}"))
+        return self._written(problem, choice)
+
+    def _written(self, problem: Problem, choice: Mapping[int, int]) -> Plan:
+        """A plan of these choices; what the search would predict of it isn't filled in."""
+        mesh = problem.mesh
+        if mesh not in self._bases:
+            axes = dict(zip(mesh.names, mesh.sizes, strict=True))
+            self._bases[mesh] = make_plan(self.graph, _cluster(mesh.sizes), mesh=axes)
+        chosen = {problem.nodes[i].key: problem.nodes[i].options[option] for i, option in choice.items()}
+        calls = {op.name for op in self.graph.of_kind(OpKind.CALL)}
+        placements = {key: option for key, option in chosen.items() if key in calls}
+        layouts = {key: option for key, option in chosen.items() if key not in calls}
+        return dataclasses.replace(self._bases[mesh], placements=placements, layouts=layouts)
+
+    def uses(self, plan: Plan) -> frozenset[str]:
+        """What each axis of `plan` really splits: work by role (``tp features``), and stored parameters (``dp storage``).
+
+        Of the ops that hold a model's work, lookups, losses and attention are told apart: ``tp vocabulary``, ``tp heads``.
+        """
+        found = set()
+        for op in self.model.folded.ops:
+            if op.kind is OpKind.CALL and self._does_work(op):
+                placement = plan.placements[op.name]
+                found |= {f"{axis} {use}" for axis, use in zip(plan.mesh.names, self._uses_of(op, placement), strict=True) if use}
+            elif op.kind is OpKind.PARAMETER:
+                layout = zip(plan.mesh.names, plan.layouts[op.name], strict=True)
+                found |= {f"{axis} storage" for axis, state in layout if state.kind is StateKind.SHARD}
+        return frozenset(found)
+
+    def _does_work(self, op: Op) -> bool:
+        space = self.model.spaces.get(op.name)
+        return space is not None and (space.is_contraction or _is_attention(op))
+
+    def _uses_of(self, op: Op, placement: Placement) -> list[str | None]:
+        space = self.model.spaces[op.name]
+        uses: list[str | None] = []
+        for part in placement:
+            if not isinstance(part, Split):
+                uses.append(None)
+            elif part.loop == "v" and space.kernel in ("embedding", "cross_entropy"):
+                uses.append("vocabulary")
+            elif part.loop in ("h", "g", "r") and _is_attention(op):
+                uses.append("heads")
+            else:
+                role = role_of(self.model.factors.of_loops[op.name], part)
+                uses.append("features" if role is Role.FEATURE else role.name.lower())
+        return uses
+
+
+def _is_attention(op: Op) -> bool:
+    return op.target.endswith("attention.default")
+
+
+def _cluster(sizes: tuple[int, ...]) -> Cluster:
+    return Cluster.parse(f"{math.prod(sizes)}xcpu")
+
+
+def draw(problem: Problem, generator: random.Random) -> dict[int, int]:
+    """An option per node, drawn evenly, such that no arc is forbidden.
+
+    Only fan-outs forbid anything. Where none of their options fits what was drawn for their readers, the readers are drawn again.
+    """
+    around: dict[int, list[tuple[int, npt.NDArray[np.bool_]]]] = defaultdict(list)
+    for arc in problem.arcs:
+        for fan, other, cost in ((arc.a, arc.b, arc.cost), (arc.b, arc.a, arc.cost.T)):
+            if problem.nodes[fan].key.startswith("fan:"):
+                around[fan].append((other, cost < FORBIDDEN))
+    choice = {i: generator.randrange(len(node.options)) for i, node in enumerate(problem.nodes)}
+    stuck = True
+    while stuck:
+        stuck = False
+        for fan, others in around.items():
+            allowed = np.ones(len(problem.nodes[fan].options), dtype=bool)
+            for other, may in others:
+                allowed &= may[:, choice[other]]
+            if allowed.any():
+                choice[fan] = generator.choice(np.flatnonzero(allowed).tolist())
+            else:
+                stuck = True
+                for other, _ in others:
+                    choice[other] = generator.randrange(len(problem.nodes[other].options))
+    assert all(arc.cost[choice[arc.a], choice[arc.b]] < FORBIDDEN for arc in problem.arcs)
+    return choice
