@@ -1,0 +1,129 @@
+"""The pages hold what they show: their Python runs, their commands parse, their anchors exist."""
+
+from __future__ import annotations
+
+import doctest
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopar.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass
+class _Output:
+    loss: Tensor
+
+
+torch.export.register_dataclass(_Output, serialized_type_name="tests.test_docs._Output")
+
+
+class _Regression(nn.Module):
+    """Returns an object that has a loss, as transformers models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 1))
+
+    def forward(self, x: Tensor) -> _Output:
+        return _Output(self.layers(x).square().mean())
+
+
+def given() -> dict[str, Any]:
+    """What a page's scripts may take as theirs: a model, and batches for it."""
+    torch.manual_seed(0)
+    return {"model": _Regression(), "loader": [{"x": torch.randn(4, 8)} for _ in range(2)]}
+
+
+def read_blocks(page: Path) -> list[tuple[int, str, str]]:
+    """(line, language, text) per fenced block."""
+    text = page.read_text(encoding="utf-8")
+    return [(text.count("\n", 0, found.start()) + 1, found[1].strip(), found[2]) for found in BLOCK.finditer(text)]
+
+
+def read_commands() -> list[tuple[str, str]]:
+    """(page and line, command) per line of a block that calls autopar; lines of a synopsis, with brackets or dots, aren't commands."""
+    found = []
+    for page in PAGES:
+        for start, language, text in read_blocks(page):
+            for offset, line in enumerate(text.splitlines()):
+                if not language and line.startswith("autopar ") and not re.search(r"\[|\.\.\.|\b[A-Z]{4,}\b", line):
+                    found.append((f"{page.name}:{start + offset + 1}", re.split(r" #|   +", line)[0]))
+    return found
+
+
+def find_runnable() -> list[Path]:
+    return [page for page in PAGES if any(language.startswith("python") for _, language, _ in read_blocks(page))]
+
+
+@pytest.mark.parametrize("page", find_runnable(), ids=lambda page: page.name)
+def test_python_on_the_page_runs(page: Path) -> None:
+    """Sessions with ``>>>`` must print what they show; blocks marked ``python run`` must run. A page shares its names."""
+    torch.set_num_threads(1)
+    names = given()
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    ran = 0
+    for line, language, text in read_blocks(page):
+        if language == "python" and text.startswith(">>>"):
+            test = doctest.DocTestParser().get_doctest(text, names, f"{page.name}:{line}", str(page), line)
+            shown: list[str] = []
+            assert runner.run(test, out=shown.append, clear_globs=False).failed == 0, "".join(shown)
+            names = test.globs
+        elif language == "python run":
+            exec(compile(text, f"{page.name}:{line}", "exec"), names)
+        else:
+            assert not language.startswith("python"), f"{page.name}:{line}: mark the block `python run`, or write a session with >>>"
+            continue
+        ran += 1
+    assert ran
+
+
+@pytest.mark.parametrize(("where", "command"), read_commands(), ids=lambda value: value if ":" in value and " " not in value else "")
+def test_commands_on_the_pages_parse(where: str, command: str) -> None:
+    name, *arguments = shlex.split(command)[1:]
+    found = main.commands[name]
+    context = found.make_context(name, arguments)
+    spec = context.params.get("model") or ""
+    path = spec.removeprefix("hf:") if spec.startswith("hf:") else spec.partition(":")[0]
+    assert not path.startswith("examples/") or (ROOT / path).exists(), where
+
+
+def test_a_wrong_command_would_be_seen() -> None:
+    assert len(read_commands()) > 5
+    with pytest.raises(click.UsageError):
+        main.commands["plan"].make_context("plan", ["examples/mlp.py:build", "--clusters", "8xH100"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_anchors_exist(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+        other = page.parent / target if target else page
+        headings = re.findall(r"^#+ (.+)$", other.read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}, f"{target}#{anchor}"
+
+
+def test_every_kind_of_error_is_explained() -> None:
+    """The page on trouble names what users meet."""
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    for name in (
+        "CaptureError",
+        "InputError",
+        "InfeasibleError",
+        "PlanError",
+        "UnknownOpError",
+        "VerificationError",
+        "CommError",
+        "SolverError",
+    ):
+        assert f"`{name}`" in text, name
