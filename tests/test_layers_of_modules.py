@@ -25,7 +25,7 @@ def find_modules() -> dict[str, Path]:
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts
             # The package itself is reached by name only, and `cost_models` below it is a link to the other folder.
-            if parts == ("__init__",) and not prefix or parts[0] == "cost_models":
+            if (parts == ("__init__",) and not prefix) or parts[0] == "cost_models":
                 continue
             found[(prefix + ".".join(part for part in parts if part != "__init__")).rstrip(".")] = path
     return found
