@@ -20,11 +20,11 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.utils import _pytree as pytree
 
 from autopar import comm, torch_compat
-from autopar.collectives import regather
+from autopar.collectives import gather_along, regather
 from autopar.dtensor import as_dtensor, gather_whole, placements_of, shard_whole, split_steps, take_local, teach_strided_shards
 from autopar.errors import InputError, PlanError
 from autopar.gradients import GradientReducer, Tracked
-from autopar.layout import REPLICATE, Layout, Mesh, format_layout, local_shape
+from autopar.layout import REPLICATE, Layout, Mesh, format_layout, local_shape, shard
 from autopar.program import Program, Slot
 from autopar.world import axes_of, form_mesh, join_world
 
@@ -154,8 +154,10 @@ class ParallelModule(nn.Module):
         parts = []
         for slot, x in zip(program.inputs, tensors, strict=True):
             here = local_tensors.get(id(x))
-            skipped = program.batch_axes if here is not None else ()
-            parts.append(shard_whole(x if here is None else here, slot.layout, home.mesh, home.axes, skipped))
+            if here is None:
+                parts.append(shard_whole(x, slot.layout, home.mesh, home.axes))
+            else:
+                parts.append(_reshard_local(here, slot.layout, home, program.batch_axes))
         buffers = {slot.name: _read(self._buffer_at[slot.name]) for slot in program.buffers}
         rank = dist.get_rank() if home.device_mesh is not None else 0
         held = [take_local(buffers[slot.name], slot.layout, home.mesh, rank) for slot in program.buffers]
@@ -369,6 +371,16 @@ def _plain_parameters(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, parameter in before:
             module._parameters[name] = parameter
+
+
+def _reshard_local(x: Tensor, layout: Layout, home: _Home, batch_axes: Sequence[str]) -> Tensor:
+    """What the program takes of a batch of which this rank has the rows that the batch axes number; other rows are fetched."""
+    if all(layout[home.mesh.names.index(name)] == shard(0) for name in batch_axes):
+        return shard_whole(x, layout, home.mesh, home.axes, batch_axes)
+    for name in reversed(batch_axes):
+        if home.axes[name].size > 1:
+            x = gather_along(x, home.axes[name], 0, 1)
+    return shard_whole(x, layout, home.mesh, home.axes)
 
 
 def _stands_for(leaf: Tensor, parameter: nn.Parameter) -> bool:
