@@ -14,7 +14,7 @@ from autopar.ir import ITEMSIZE, Op, Tensor
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, local_shape, operand_layout, result_layout
 from autopar.options import Model
 from autopar.reshard import Collective, Move, route
-from autopar.space import LoopKind, Space
+from autopar.space import Family, LoopKind
 
 # AdamW keeps two moments of the parameter's own dtype (torch.optim.AdamW).
 OPTIMIZER_COPIES = 2
@@ -54,7 +54,7 @@ class CostTables:
         nbytes = sum(map(self.local_nbytes, operands, needs)) + sum(map(self.local_nbytes, op.results, made))
         ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
         flops = space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
-        family = _family(op, space)
+        family = space.family.value if space is not None and space.family is not Family.LOOKUP else "pointwise"
         dtype = op.results[0].dtype if op.results else "float32"
         forward = op_seconds(self.device, flops=flops, nbytes=nbytes, dtype=dtype, family=family)
         needing = sum(tensor.requires_grad for tensor in operands)
@@ -159,13 +159,6 @@ class CostTables:
             return 0.0
         nbytes = OPTIMIZER_PASSES * self.local_nbytes(tensor, layout)
         return op_seconds(self.device, flops=0, nbytes=nbytes, dtype=tensor.dtype, family="pointwise")
-
-
-def _family(op: Op, space: Space | None) -> str:
-    """The cost model's word for a call; views are free and don't come here."""
-    if space is None or space.flops < 2:
-        return "pointwise"
-    return "attention" if "attention" in op.target else "matmul"
 
 
 def layout_numbers(layouts: Sequence[Layout]) -> tuple[list[Layout], list[int]]:

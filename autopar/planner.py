@@ -92,7 +92,7 @@ def make_plan(
         cutoff = min((one.solution.cost_ns for one in found), default=None)
         answer = _try(model, trial, search, cluster, cutoff)
         if answer is None:
-            candidates.append(Candidate(trial.name, str(trial.mesh), search.bound_ns / 1e9, None, "pruned: costs at least this"))
+            candidates.append(Candidate(trial.name, str(trial.mesh), search.bound_in_memory_ns / 1e9, None, "pruned: costs at least this"))
         elif isinstance(answer, InfeasibleError):
             needed.append(answer.needed)
             candidates.append(Candidate(trial.name, str(trial.mesh), None, answer.needed, "out of memory"))

@@ -83,12 +83,14 @@ class Search:
 
     Attributes:
         bound_ns: no choice costs less, whatever the memory.
+        bound_in_memory_ns: no choice within the budget asked for last costs less.
     """
 
     problem: Problem
     time_limit: float = 60.0
     answers: dict[float, _Answer] = field(default_factory=dict)
     seconds: float = 0.0
+    bound_in_memory_ns: int = 0
 
     @property
     def bound_ns(self) -> int:
@@ -115,6 +117,7 @@ class Search:
         answer = self.at(0.0)
         cost, nbytes = evaluate(self.problem, answer.choice)
         bound = answer.weight_bound
+        self.bound_in_memory_ns = round(bound)
         if cutoff_ns is not None and bound >= cutoff_ns:
             return None
         if nbytes > budget:
@@ -150,6 +153,7 @@ class Search:
             answer = self.at(price)
             cost, nbytes = evaluate(self.problem, answer.choice)
             bound = max(bound, answer.weight_bound - price * budget)
+            self.bound_in_memory_ns = round(bound)
             if nbytes <= budget:
                 high = price
                 if cost < best_cost:

@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 Dims = tuple[tuple[str, ...], ...]
 """Per dim the names of its loops, outermost first; an empty tuple is a dim of size one."""
@@ -31,6 +31,15 @@ class LoopKind(Enum):
     SUM = "sum"  # every part runs alone, the results are summed
     KERNEL = "kernel"  # the op's kernel communicates; results that lack the loop come out complete
     WHOLE = "whole"  # can't be split
+
+
+class Family(StrEnum):
+    """What an op is to the hardware; the values of the first three are the cost model's words."""
+
+    POINTWISE = "pointwise"
+    MATMUL = "matmul"
+    ATTENTION = "attention"
+    LOOKUP = "lookup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,7 @@ class Space:
         loops: every loop, by name.
         operands, results: per tensor, per dim, the names of its loops, outermost first.
         flops: floating-point operations per point of the whole iteration space, forward.
+        family: products, attention and lookups hold a model's work; all else is pointwise.
         kernel: name of the function in `autopar.kernels` that replaces the op when a loop in `kernel_loops` is split.
         kernel_loops: loops whose split needs the kernel (every KERNEL loop is one).
         added: operands that are added once to a sum (a bias): when a SUM loop is split they are needed as Partial.
@@ -67,6 +77,7 @@ class Space:
     operands: tuple[Dims, ...]
     results: tuple[Dims, ...]
     flops: float = 0.0
+    family: Family = Family.POINTWISE
     kernel: str | None = None
     kernel_loops: frozenset[str] = frozenset()
     added: frozenset[int] = frozenset()
@@ -91,8 +102,8 @@ class Space:
 
     @property
     def is_contraction(self) -> bool:
-        """Whether the op is one of those that hold a model's work: products, convolutions, attention, lookups."""
-        return self.flops >= 2 or self.kernel in ("embedding", "embedding_bag", "cross_entropy", "lstm", "gru")
+        """Whether the op is one of those that hold a model's work and its weights: products, attention, lookups."""
+        return self.family is not Family.POINTWISE
 
     def points(self) -> int:
         """Iterations of the whole space."""
@@ -134,6 +145,7 @@ def parse(
     *,
     sizes: Mapping[str, int] | None = None,
     flops: float = 0.0,
+    family: Family = Family.POINTWISE,
     kernel: str | None = None,
     kernel_loops: Iterable[str] = (),
     added: Iterable[int] = (),
@@ -181,6 +193,7 @@ def parse(
         operands=operand_dims,
         results=result_dims,
         flops=flops,
+        family=family,
         kernel=kernel,
         kernel_loops=frozenset(kernel_loops) | inside,
         added=frozenset(added),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from autopar.ir import Op, Operand, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, grouped, letters, named, operand, per_point, space
-from autopar.space import Space
+from autopar.space import Family, Space
 
 _LEADING = {0: [], 1: ["n"], 2: ["b", "s"]}
 
@@ -18,20 +18,20 @@ def linear(op: Op, operands: tuple[Tensor, ...]) -> Space:
     leading = _LEADING.get(rank, letters(rank))
     inner, outer = ("i", "o") if rank < 3 else ("in", "out")  # letters may hold i and o
     left = [[*leading, inner], [outer, inner], [outer]][: len(operands)]
-    return space(op, operands, left, [[*leading, outer]], flops=2.0, added=[2] if len(operands) == 3 else [])
+    return space(op, operands, left, [[*leading, outer]], flops=2.0, family=Family.MATMUL, added=[2] if len(operands) == 3 else [])
 
 
 def addmm(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """``n, m k, k n -> m n``."""
     bias = broadcast(operands[0].shape, ["m", "n"], op.results[0].shape)
-    return space(op, operands, [bias, ["m", "k"], ["k", "n"]], [["m", "n"]], flops=2.0, added=[0])
+    return space(op, operands, [bias, ["m", "k"], ["k", "n"]], [["m", "n"]], flops=2.0, family=Family.MATMUL, added=[0])
 
 
 def baddbmm(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """``b m n, b m k, b k n -> b m n``."""
     result = ["b", "m", "n"]
     bias = broadcast(operands[0].shape, result, op.results[0].shape)
-    return space(op, operands, [bias, ["b", "m", "k"], ["b", "k", "n"]], [result], flops=2.0, added=[0])
+    return space(op, operands, [bias, ["b", "m", "k"], ["b", "k", "n"]], [result], flops=2.0, family=Family.MATMUL, added=[0])
 
 
 def matmul(op: Op, operands: tuple[Tensor, ...]) -> Space:
@@ -43,7 +43,7 @@ def matmul(op: Op, operands: tuple[Tensor, ...]) -> Space:
     batch = full[: len(full) - len(rows) - len(columns)]
     leading = [f"b{dim}" for dim in range(len(batch))] if len(batch) != 1 else ["b"]
     left = [[*broadcast(first[:-2], leading, batch), *rows, "k"], [*broadcast(second[:-2], leading, batch), "k", *columns]]
-    return space(op, operands, left, [[*leading, *rows, *columns]], flops=2.0)
+    return space(op, operands, left, [[*leading, *rows, *columns]], flops=2.0, family=Family.MATMUL)
 
 
 def einsum(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
@@ -60,7 +60,7 @@ def einsum(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
         [name if size == sizes[name] else "1" for name, size in zip(part, tensor.shape, strict=True)]
         for part, tensor in zip(inputs.split(","), operands, strict=True)
     ]
-    return space(op, operands, left, [list(result)], flops=2.0 if len(operands) > 1 else 1.0)
+    return space(op, operands, left, [list(result)], flops=2.0 if len(operands) > 1 else 1.0, family=Family.MATMUL)
 
 
 def _attention_dims(operands: tuple[Tensor, ...], rank: int) -> tuple[list[str], list[str], dict[str, int], list[str]]:
@@ -110,6 +110,7 @@ def _attention(
         sizes={name: size for name, size in sizes.items() if size > 1},
         # Scores cost 2 d and the weighted sum 2 e per pair of query and key; the space has both loops.
         flops=2.0 * (depth + width) / (depth * width),
+        family=Family.ATTENTION,
         kernel=kernel if positioned or dropped else None,
         kernel_loops=loops if dropped else ["s"] if positioned else [],
         positional=["s"] if positioned else [],
@@ -162,6 +163,7 @@ def convolution(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
         [right],
         sizes={name: size for name, size in (("g", groups), ("i", inner), ("o", outer)) if size > 1},
         flops=per_point(total, image[:1], image[2:], weight, op.results[0].shape[2:]),
+        family=Family.MATMUL,
         kernel="convolution" if groups > 1 else None,
         kernel_loops=["g"] if groups > 1 else [],
         added=[2] if len(operands) == 3 else [],
@@ -199,6 +201,7 @@ def recurrent(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
         [[*order, "i!"], *states_dims, *names],
         right,
         flops=per_point(total, *shapes, layers, op.results[0].shape[-1:]),
+        family=Family.MATMUL,
         kernel=op.target.split(".")[1] if random else None,
         kernel_loops=["b"] if random else [],
         random=random,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autopar.ir import Op, Operand, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, floats, letters, named, normal, space
-from autopar.space import Space
+from autopar.space import Family, Space
 
 _MEAN, _SUM = 1, 2  # values of aten's `reduction` argument; 0 is none
 
@@ -20,7 +20,17 @@ def embedding(op: Op, operands: tuple[Tensor, ...]) -> Space:
     kernel = None if rows == "v!" else "embedding"
     loops = ["v"] if kernel else []
     left = [[rows, width], indices]
-    return space(op, operands, left, [[*indices, width]], kernel=kernel, kernel_loops=loops, positional=loops, linear=floats(operands, 0))
+    return space(
+        op,
+        operands,
+        left,
+        [[*indices, width]],
+        family=Family.LOOKUP,
+        kernel=kernel,
+        kernel_loops=loops,
+        positional=loops,
+        linear=floats(operands, 0),
+    )
 
 
 def embedding_bag(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
@@ -42,6 +52,7 @@ def embedding_bag(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
         left,
         [["o", "h"], *others],
         flops=1.0 / max(1, operands[0].shape[0]),
+        family=Family.LOOKUP,
         kernel="embedding_bag",
         kernel_loops=["v", "o"],
         positional=["v", "o"],
@@ -156,6 +167,7 @@ def cross_entropy(op: Op, operands: tuple[Tensor, ...]) -> Space:
         left[: len(operands)],
         [tokens if reduction == 0 else []],
         flops=5.0,
+        family=Family.LOOKUP,
         kernel="cross_entropy" if split or mean else None,
         kernel_loops=[*(["v"] if split else []), *mean],
         positional=["v"] if split else [],
