@@ -14,7 +14,7 @@ from tests.exactness import ARCHITECTURES, PLANS, make, missing
 from tests.zoo import ZOO
 
 SPLIT_WAYS = ((2,), (4,), (2, 2))
-DRAWN = ("gpt2", "llama", "falcon", "bert", "t5", "vit", "resnet", "lstm", "dlrm")
+DRAWN = ("gpt2", "llama", "mistral", "falcon", "bert", "t5", "vit", "resnet", "lstm", "dlrm")
 
 
 def _check(name: str, plan: Plan) -> None:
