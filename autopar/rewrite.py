@@ -132,11 +132,14 @@ class _Rewriter:
         return self.whole if space is None else operand_layout(space, self.placement(op), index)
 
     def _find_deferred(self) -> None:
-        """Axes over which a parameter's gradient stays Partial until the end of the backward: where every use makes it so."""
+        """Axes over which a parameter's gradient stays Partial until the end of the backward: where every use makes it so.
+
+        Being returned is a use: that part of the gradient comes back whole, and to sum it again would count it several times.
+        """
         for op in self.graph.ops:
             for index, value in enumerate(op.operands):
                 producer = self.graph.by_name[value.op]
-                if producer.kind is not OpKind.PARAMETER or op.kind is OpKind.OUTPUT:
+                if producer.kind is not OpKind.PARAMETER:
                     continue
                 steps = journey(producer.results[0].shape, self.stored(producer), self.needed(op, index), self.mesh)
                 names = {self.mesh.names[step.axis] for step in steps if step.forward is Collective.NONE}
