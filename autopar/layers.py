@@ -58,6 +58,10 @@ class Folded:
     count: Mapping[str, int]
     edges: tuple[Edge, ...]
 
+    def representative_of(self, value: Value) -> Value:
+        """The value that stands for `value`."""
+        return Value(self.representative[value.op], value.index)
+
     @property
     def ops(self) -> tuple[Op, ...]:
         """The representatives, in graph order."""
@@ -109,11 +113,12 @@ def _find_classes(graph: Graph, ops: Sequence[Op], paths: Mapping[str, str], dep
         alike: dict[tuple[Any, ...], list[str]] = defaultdict(list)
         for path, block in members.items():
             alike[_signature(graph, block)].append(path)
+        name = f"{container}.*" if container else "*"
         several = sum(len(group) > 1 for group in alike.values()) > 1
         for number, group in enumerate(alike.values()):
             if len(group) > 1:
                 instances = tuple(tuple(op.name for op in members[path]) for path in group)
-                found.append(LayerClass(f"{container}.*" + (f"#{number}" if several else ""), instances, tuple(group)))
+                found.append(LayerClass(name + (f"#{number}" if several else ""), instances, tuple(group)))
             else:
                 found += _find_classes(graph, members[group[0]], paths, depth + 1)
     return found
@@ -125,14 +130,14 @@ def _signature(graph: Graph, block: Sequence[Op]) -> tuple[Any, ...]:
     outside: dict[Value, int] = {}
     lines = []
     for op in block:
-        reads = []
+        reads: list[tuple[Any, ...]] = []
         for value in op.operands:
             if value.op in position:
                 reads.append(("in", position[value.op], value.index))
             else:
                 tensor = graph.tensor(value)
                 # Numbered by first use: two operands that are one value in this block are one value in the other.
-                reads.append(("out", outside.setdefault(value, len(outside)), hash((tensor.shape, tensor.dtype))))
+                reads.append(("out", outside.setdefault(value, len(outside)), tensor.shape, tensor.dtype))
         results = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in op.results)
         target = op.target if op.kind is OpKind.CALL else op.kind.value
         lines.append((target, tuple(reads), results, freeze(op.args), freeze(op.kwargs)))

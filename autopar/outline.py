@@ -61,7 +61,8 @@ def _find_blocks(graph: fx.Graph, folded: Folded) -> tuple[dict[str, _Block], di
     class_of_path: dict[str, str] = {}
     for layer in folded.classes:
         for path, instance in zip(layer.paths, layer.instances, strict=True):
-            class_of_path[path] = re.sub(r"\W+", "_", layer.name.replace(".*", "")).strip("_")
+            # The layers of a model that is itself a list of layers have no name but their numbers.
+            class_of_path[path] = re.sub(r"\W+", "_", layer.name.replace(".*", "")).strip("_") or "layers"
             for name in instance:
                 path_of_op[name] = path
     blocks: dict[str, _Block] = {}
