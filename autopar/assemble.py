@@ -17,7 +17,7 @@ from autopar.problem import Problem
 from autopar.reshard import Collective
 from autopar.search import Solution
 
-KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp"}
+KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp", Role.INNER: "tp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +144,13 @@ def workspace_bytes(model: Model, problem: Problem, solution: Solution) -> int:
 
 
 def _name_axes(model: Model, mesh: Mesh, chosen: Mapping[str, object]) -> Mesh:
-    """Name free axes after the role that most of the work is split by."""
+    """Name free axes after the role that most of the work is split by; an axis that the user asked for keeps its name."""
+    kinds = set(KIND_OF_ROLE.values())
     names: list[str] = []
-    for axis in range(len(mesh.sizes)):
+    for axis, given in enumerate(mesh.names):
+        if given in kinds:
+            names.append(given)
+            continue
         weight: Counter[str] = Counter()
         for op in model.folded.ops:
             space = model.spaces.get(op.name)
@@ -157,7 +161,10 @@ def _name_axes(model: Model, mesh: Mesh, chosen: Mapping[str, object]) -> Mesh:
                     weight[KIND_OF_ROLE[role_of(model.factors.of_loops[op.name], part)]] += int(points)
         names.append(weight.most_common(1)[0][0] if weight else "dp")
     doubled = Counter(names)
-    unique = [f"{name}{names[:i].count(name)}" if doubled[name] > 1 else name for i, name in enumerate(names)]
+    unique = [
+        f"{name}{names[:i].count(name)}" if doubled[name] > 1 and given not in kinds else name
+        for i, (name, given) in enumerate(zip(names, mesh.names, strict=True))
+    ]
     return Mesh(tuple(unique), mesh.sizes)
 
 

@@ -344,15 +344,16 @@ def _assemble(
         **dict.fromkeys(found.inputs, ir.OpKind.INPUT),
     }
     names = {**found.parameters, **buffers, **found.inputs}
+    updates = tuple(found.buffers[name] for name in mutated)
     module = fx.GraphModule(nn.Module(), graph)
     return Captured(
         fx=module,
-        graph=graph_of(module.graph, recorded, kinds, names),
+        graph=graph_of(module.graph, recorded, kinds, names, updates),
         parameters=tuple(found.parameters.values()),
         buffers=tuple(buffers.values()),
         aliases=originals.aliases,
         constants={buffers[name]: value for name, value in found.constants.items() if name in buffers},
-        mutated_buffers=tuple(found.buffers[name] for name in mutated),
+        mutated_buffers=updates,
         notes=tuple(dict.fromkeys(notes)),
         call=spec,
         results=results,

@@ -73,10 +73,12 @@ class CostTables:
             return 0.0
         seconds = 0.0
         for axis, part in enumerate(placement):
-            if isinstance(part, Split) and space.loops[part.loop].kind is LoopKind.KERNEL and not space.results[0]:
-                points = math.prod(loop.size for loop in space.loops.values() if loop.name != part.loop)
-                others = math.prod(self.mesh.sizes[i] for i, p in enumerate(placement) if i != axis and isinstance(p, Split))
-                seconds += 2 * collective_seconds("all_reduce", 4 * points // others, self.mesh.sizes[axis], self.links[axis])
+            if isinstance(part, Split) and space.loops[part.loop].kind is LoopKind.KERNEL:
+                # One float32 statistic, twice, per point of the loops beside: the tokens of a loss, the channels of a batch norm.
+                beside = {name: loop.size for name, loop in space.loops.items() if loop.kind in (LoopKind.FREE, LoopKind.SUM)}
+                ways = math.prod(self.mesh.sizes[i] for i, p in enumerate(placement) if isinstance(p, Split) and p.loop in beside)
+                nbytes = 4 * math.prod(beside.values()) // ways
+                seconds += 2 * collective_seconds("all_reduce", nbytes, self.mesh.sizes[axis], self.links[axis])
         return seconds
 
     def operand_layout_of(self, op: Op, placement: Placement, index: int) -> Layout:
@@ -111,9 +113,12 @@ class CostTables:
 
     def legs(self, tensor: Tensor, start: Layout, need: Layout) -> Iterator[tuple[Move, int]]:
         """The moves of a tensor's journey, each with the bytes of the larger of a rank's parts before and after it."""
-        moves = self.model.routes.get((start, need))
+        # Whether blocks fit into one another on the way depends on the sizes; without blocks, all tensors go the same way.
+        has_blocks = any(state.outer > 1 for state in (*start, *need))
+        key = (start, need, (tensor.shape, self.mesh.sizes) if has_blocks else None)
+        moves = self.model.routes.get(key)
         if moves is None:
-            moves = self.model.routes[start, need] = route(tensor.shape, start, need, self.mesh)
+            moves = self.model.routes[key] = route(tensor.shape, start, need, self.mesh)
         for move in moves:
             ways = min(self._ways(move.split_before), self._ways(move.split_after))
             yield move, tensor.nbytes // ways

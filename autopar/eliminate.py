@@ -101,7 +101,7 @@ def eliminate(nodes: Sequence[Node], arcs: Sequence[Arc], price: float, keep: Co
             gone, costs = _bridge(node, near, tables, own)
             connect(*near, costs)
         else:
-            gone, costs = Removed(node, (), np.argmin(own.weight)), own  # type: ignore[arg-type]
+            gone, costs = Removed(node, (), np.array(np.argmin(own.weight))), own
             anchor = next(iter(left))
             best = tuple(np.broadcast_to(t[gone.best], left[anchor].cost.shape) for t in (own.weight, own.cost, own.nbytes))
             left[anchor] = left[anchor] + Costs(*best)
@@ -115,7 +115,8 @@ def _priced(cost: Table, nbytes: Table, price: float) -> Costs:
     if price == math.inf:
         weight = np.where(cost >= FORBIDDEN, FORBIDDEN, nbytes)
     else:
-        weight = np.rint(cost + price * nbytes).astype(np.int64) if price else cost
+        # Rounded down, so that what is proven of the weights holds for the numbers themselves.
+        weight = np.floor(cost + price * nbytes).astype(np.int64) if price else cost
     return Costs(np.minimum(weight, FORBIDDEN), cost, nbytes)
 
 

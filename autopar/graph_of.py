@@ -6,6 +6,7 @@ results vanish; who read them reads ``Value(op, index)``.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,13 @@ from autopar.fxtools import is_getitem, layer_of, source_of
 from autopar.record import Record
 
 
-def graph_of(graph: fx.Graph, record: Record, kinds: Mapping[str, ir.OpKind], names: Mapping[str, str]) -> ir.Graph:
+def graph_of(
+    graph: fx.Graph,
+    record: Record,
+    kinds: Mapping[str, ir.OpKind],
+    names: Mapping[str, str],
+    updates: tuple[str, ...] = (),
+) -> ir.Graph:
     """Describe an fx graph.
 
     Args:
@@ -25,6 +32,7 @@ def graph_of(graph: fx.Graph, record: Record, kinds: Mapping[str, ir.OpKind], na
         record: what a run on fake tensors found out about its nodes.
         kinds: parameter, buffer or input, per placeholder.
         names: the user's name per placeholder.
+        updates: the buffers whose new values the graph returns last.
     """
     values: dict[fx.Node, ir.Value] = {}
     ops = []
@@ -34,6 +42,8 @@ def graph_of(graph: fx.Graph, record: Record, kinds: Mapping[str, ir.OpKind], na
             continue
         values[node] = ir.Value(node.name)
         ops.append(_op(node, record, values, kinds, names))
+    if updates:
+        ops[-1] = dataclasses.replace(ops[-1], kwargs={"updates": updates})
     return ir.Graph(tuple(ops))
 
 

@@ -92,7 +92,8 @@ class Op:
             parameter or buffer (``transformer.h.0.mlp.c_fc.weight``).
         operands: the tensors read, flattened in argument order (a list of tensors gives one operand each).
         results: the tensors made; several for ops such as ``aten.split``.
-        args, kwargs: the call's arguments, each tensor replaced by `Operand`.
+        args, kwargs: the call's arguments, each tensor replaced by `Operand`. The output's ``updates`` names the buffers whose
+            new values its last operands are.
         layer: path of the module that the op belongs to, such as ``transformer.h.0.mlp``; empty at the root.
         source: the user's line, ``file.py:12: y = self.fc(x)``; empty when unknown.
         saved: results that autograd keeps for the backward (by index).

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -11,9 +11,12 @@ from fnmatch import fnmatchcase
 from autopar.factors import Factors, Role
 from autopar.ir import Graph, Op, OpKind, Tensor, Value
 from autopar.layers import Folded
-from autopar.layout import PASS, REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, is_legal, shard
+from autopar.layout import PASS, REPLICATE, Layout, Mesh, Placement, Split, State, StateKind, fits, is_legal, shard
 from autopar.reshard import Route
 from autopar.space import Space
+
+RouteKey = tuple[Layout, Layout, tuple[tuple[int, ...], tuple[int, ...]] | None]
+"""Layouts at both ends and, where it matters, the sizes of the tensor and of the mesh."""
 
 
 @dataclass(frozen=True)
@@ -21,14 +24,14 @@ class Model:
     """The parts of a problem that no mesh changes: computed once, shared by all meshes.
 
     `tables` are the calls that `find_tables` found. `routes` fills up as costs are asked for: how to get from one layout to another
-    is the same on all meshes.
+    is the same on all meshes, but for blocked layouts, whose sizes are then part of the key.
     """
 
     folded: Folded
     spaces: Mapping[str, Space]
     factors: Factors
     tables: frozenset[str]
-    routes: dict[tuple[Layout, Layout], Route] = field(default_factory=dict, compare=False, repr=False)
+    routes: dict[RouteKey, Route] = field(default_factory=dict, compare=False, repr=False)
 
 
 class AxisKind(Enum):
@@ -163,7 +166,7 @@ def parameter_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints
     states = [REPLICATE]
     for dim, bounds in enumerate(model.factors.of_dims[Value(op.name)]):
         states += [shard(dim, outer) for outer in bounds]
-    layouts = [option for option in itertools.product(states, repeat=len(mesh.sizes)) if fits(tensor.shape, option, mesh)]
+    layouts = _fitting(tensor, states, mesh)
     for axis, kind in enumerate(constraints.kinds):
         if kind is AxisKind.DP and constraints.fsdp is not None:
             split = [x for x in layouts if (x[axis].kind is StateKind.SHARD) == constraints.fsdp]
@@ -176,4 +179,10 @@ def parameter_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints
 def output_options(tensor: Tensor, mesh: Mesh) -> list[Layout]:
     """The layouts that an output may be handed over in: scalars whole, larger tensors as the search likes."""
     states = [REPLICATE, *(shard(dim) for dim in range(len(tensor.shape)))]
-    return [option for option in itertools.product(states, repeat=len(mesh.sizes)) if fits(tensor.shape, option, mesh)]
+    return _fitting(tensor, states, mesh)
+
+
+def _fitting(tensor: Tensor, states: Sequence[State], mesh: Mesh) -> list[Layout]:
+    """Layouts of these states, the whole one first; an axis of one rank splits nothing."""
+    per_axis = [states if size > 1 else [REPLICATE] for size in mesh.sizes]
+    return [option for option in itertools.product(*per_axis) if fits(tensor.shape, option, mesh)]

@@ -10,7 +10,7 @@ Costs are integer nanoseconds of a whole training step, bytes are at one device'
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -86,9 +86,11 @@ class _Builder:
         self.mesh = mesh
         self.tables = tables
         self.constraints = constraints
+        self.whole: Layout = tuple(REPLICATE for _ in mesh.sizes)
         self.nodes: list[Node] = []
         self.arcs: dict[tuple[int, int], tuple[Table, Table]] = {}
         self.index: dict[str, int] = {}
+        self.kept = _count_kept(model)
         self.made: dict[Value, list[Layout]] = {}  # per value, per option of its op, the layout made
         self.pairs: dict[tuple[object, ...], Table] = {}  # per tensor type and layouts, the cost of one journey
         self.needs: dict[tuple[str, int], list[Layout]] = {}  # per operand, per option of its op, the layout needed
@@ -122,7 +124,6 @@ class _Builder:
 
     def _add_call(self, op: Op) -> None:
         count = self.model.folded.count[op.name]
-        space = self.model.spaces.get(op.name)
         options = call_options(self.model, op, self.mesh, self.constraints)
         for i in range(len(op.operands)):
             self.needs[op.name, i] = [self.tables.operand_layout_of(op, option, i) for option in options]
@@ -133,29 +134,28 @@ class _Builder:
             costs.append(count * nanoseconds(sum(self.tables.op_seconds(op, option))))
             ways = math.prod(size for part, size in zip(option, self.mesh.sizes, strict=True) if isinstance(part, Split))
             saved = sum(
-                self.tables.local_nbytes(op.results[i], self.made[Value(op.name, i)][number])
-                for i in op.saved
-                if not (space is not None and space.view)
+                self.kept.times[Value(op.name, i)] * self.tables.local_nbytes(tensor, self.made[Value(op.name, i)][number])
+                for i, tensor in enumerate(op.results)
             )
-            kept.append(count * (saved + op.saved_nbytes // ways))
+            kept.append(saved + -(-self.kept.beside[op.name] // ways))
         self._add(op.name, options, costs, kept)
 
     def _add_stored(self, op: Op) -> None:
         count = self.model.folded.count[op.name]
         tensor = op.results[0]
-        if op.kind is OpKind.PARAMETER:
-            options = parameter_options(self.model, op, self.mesh, self.constraints)
-        else:
-            options = [tuple(REPLICATE for _ in self.mesh.sizes)]
+        is_parameter = op.kind is OpKind.PARAMETER
+        options = parameter_options(self.model, op, self.mesh, self.constraints) if is_parameter else [self.whole]
         self.made[Value(op.name)] = list(options)
-        copies = 2 + OPTIMIZER_COPIES if op.kind is OpKind.PARAMETER and tensor.requires_grad else 1
+        copies = 2 + OPTIMIZER_COPIES if is_parameter and tensor.requires_grad else 1
         costs = [count * nanoseconds(self.tables.optimizer_seconds(tensor, layout)) for layout in options]
         self._add(op.name, options, costs, [count * copies * self.tables.local_nbytes(tensor, layout) for layout in options])
 
     def _add_outputs(self, op: Op) -> None:
+        updates = len(op.operands) - len(op.kwargs.get("updates", ()))
         for position, value in enumerate(op.operands):
             key = f"output:{position}"
-            options = output_options(self.graph.tensor(value), self.mesh)
+            # The new value of a buffer goes where the old one was, and buffers are whole on every rank.
+            options = output_options(self.graph.tensor(value), self.mesh) if position < updates else [self.whole]
             self.needs[key, 0] = list(options)
             self._add(key, options, [0] * len(options), [0] * len(options))
 
@@ -184,7 +184,25 @@ class _Builder:
         for edge in group:
             needs = self.needs[edge.consumer, operand]
             cost = self._pair_costs(tensor, options, needs, edge.count)
-            self._store(self.index[key], self.index[edge.consumer], cost, np.zeros_like(cost))
+            nbytes = self._copy_nbytes(value, options, needs, edge.count, is_kept=self._keeps(edge.consumer, operand))
+            self._store(self.index[key], self.index[edge.consumer], cost, nbytes)
+
+    def _keeps(self, consumer: str, operand: int) -> bool:
+        """Whether an op may keep an operand for its backward; one that is linear in it needn't, but a view hands it on."""
+        space = self.model.spaces.get(consumer)
+        return space is None or space.view or operand not in space.linear
+
+    def _copy_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout], count: int, *, is_kept: bool) -> Table:
+        """Bytes of the copies that a journey makes: a consumer that keeps its operand keeps the copy that was made for it."""
+        tensor = self.graph.tensor(value)
+        if not (is_kept and value in self.kept.seen_into):
+            return np.zeros((len(starts), len(needs)), dtype=np.int64)
+
+        def copied(start: Layout, need: Layout) -> int:
+            moved = any(s != n and not _same_part(s.kind, n.kind) for s, n in zip(start, need, strict=True))
+            return count * self.tables.local_nbytes(tensor, need) if moved else 0
+
+        return _expand(starts, needs, copied)
 
     def _pair_costs(self, tensor: Tensor, starts: Sequence[Layout], needs: Sequence[Layout], count: int) -> Table:
         """Cost of getting from each of `starts` to each of `needs`; like tensors between like layouts share one table."""
@@ -202,12 +220,15 @@ class _Builder:
         key = (tensor, tuple(row_kinds), tuple(column_kinds))
         if key not in self.pairs:
             self.pairs[key] = _expand(row_kinds, column_kinds, cost)
-        return np.minimum(self.pairs[key][np.ix_(row_of, column_of)] * count, FORBIDDEN)
+        once = self.pairs[key][np.ix_(row_of, column_of)]
+        # Times the count, FORBIDDEN itself would overflow for the many thousand experts of a large model.
+        return np.where(once >= FORBIDDEN, FORBIDDEN, np.minimum(once, FORBIDDEN // count) * count)
 
     def _add_arc(self, value: Value, key: str, operand: int, count: int, uses: int) -> None:
         producer = self.graph.by_name[value.op]
         tensor = producer.results[value.index]
         starts, needs = self.made[value], self.needs[key, operand]
+        is_output = key.startswith("output:")
         if producer.kind is OpKind.PARAMETER:
 
             def parameter_cost(start: Layout, need: Layout) -> int:
@@ -216,7 +237,7 @@ class _Builder:
                 return count * nanoseconds(sum(self.tables.parameter_seconds(tensor, start, need, uses)))
 
             cost = _expand(starts, needs, parameter_cost)
-        elif key.startswith("output:"):
+        elif is_output:
 
             def output_cost(start: Layout, need: Layout) -> int:
                 # Whether a gradient comes back depends on the user's loop; what is returned beside a loss gets none.
@@ -225,16 +246,22 @@ class _Builder:
             cost = _expand(starts, needs, output_cost)
         else:
             cost = self._pair_costs(tensor, starts, needs, count)
-        nbytes = np.zeros_like(cost)
-        if value.index in producer.saved and producer.kind is OpKind.CALL:
-
-            def copy_nbytes(start: Layout, need: Layout) -> int:
-                # A consumer that keeps its operand keeps the copy that was made for it.
-                moved = any(s != n and not _same_part(s.kind, n.kind) for s, n in zip(start, need, strict=True))
-                return count * self.tables.local_nbytes(tensor, need) if moved else 0
-
-            nbytes = _expand(starts, needs, copy_nbytes)
+        if is_output:
+            nbytes = self._output_nbytes(value, starts, needs)
+        else:
+            is_kept = key.startswith("fan:") or self._keeps(key, operand)
+            nbytes = self._copy_nbytes(value, starts, needs, count, is_kept=is_kept)
         self._store(self.index[value.op], self.index[key], cost, nbytes)
+
+    def _output_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout]) -> Table:
+        """Bytes of an output while the backward runs, where nobody else keeps them."""
+        tensor = self.graph.tensor(value)
+        is_held = value in self.kept.times or self.graph.by_name[value.op].kind is not OpKind.CALL
+
+        def held(start: Layout, need: Layout) -> int:
+            return 0 if is_held and start == need else self.tables.local_nbytes(tensor, need)
+
+        return _expand(starts, needs, held)
 
     def _store(self, a: int, b: int, cost: Table, nbytes: Table) -> None:
         if a == b:  # a layer that feeds the next like one: both ends are the same decision
@@ -248,6 +275,36 @@ class _Builder:
             self.arcs[a, b] = (np.minimum(before[0] + cost, FORBIDDEN), before[1] + nbytes)
         else:
             self.arcs[a, b] = (cost, nbytes)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What autograd keeps of the ops that a representative stands for; like layers needn't keep alike.
+
+    Attributes:
+        times: how often a result is kept.
+        beside: bytes kept beside operands and results.
+        seen_into: results that are kept themselves, or that look into a tensor that is kept.
+    """
+
+    times: Counter[Value]
+    beside: Counter[str]
+    seen_into: frozenset[Value]
+
+
+def _count_kept(model: Model) -> _Kept:
+    times: Counter[Value] = Counter()
+    beside: Counter[str] = Counter()
+    for op in model.folded.graph.of_kind(OpKind.CALL):
+        name = model.folded.representative[op.name]
+        times.update(Value(name, index) for index in op.saved)
+        beside[name] += op.saved_nbytes
+    seen_into = set(times)
+    for op in model.folded.ops:
+        space = model.spaces.get(op.name)
+        if space is not None and space.view and model.folded.representative_of(op.operands[0]) in seen_into:
+            seen_into.update(Value(op.name, index) for index in range(len(op.results)))
+    return _Kept(times, beside, frozenset(seen_into))
 
 
 def _same_part(start: StateKind, need: StateKind) -> bool:

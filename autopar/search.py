@@ -148,7 +148,7 @@ class Search:
             raise error
         best, best_cost = leanest, cost
         bound = self.at(0.0).weight_bound
-        low, high, price = 0.0, math.inf, 2 * max(1.0, bound) / budget
+        low, high, price = 0.0, math.inf, 2 * max(1.0, bound) / max(1, budget)
         for _ in range(PRICE_STEPS):
             answer = self.at(price)
             cost, nbytes = evaluate(self.problem, answer.choice)
@@ -165,12 +165,16 @@ class Search:
             if cutoff_ns is not None and bound >= cutoff_ns:
                 return None
             price = low * 8 if high == math.inf else (low * high) ** 0.5 if low else high / 8
+            if price * budget + best_cost >= FORBIDDEN:
+                break  # what a choice weighs could no longer be told from what can't be chosen
         if best_cost > bound * (1 + PRICE_GAP):
             tight = self._tighten(budget, high)
-            if tight is not None and evaluate(self.problem, tight.choice)[0] < best_cost:
-                best = tight
+            if tight is not None:
+                cost, nbytes = evaluate(self.problem, tight.choice)
+                # The solver keeps the limit only as far as its tolerances go.
+                if nbytes <= budget and cost < best_cost:
+                    best = tight
         return best, bound
-
 
     def _tighten(self, budget: int, price: float) -> _Answer | None:
         """The best answer under (4) itself, with the heaviest nodes left open and the others as they are best at `price`."""
