@@ -188,14 +188,19 @@ class _Rewriter:
         source = base if base is not None else self.nodes[value]
         if start == need:
             return source
-        if (value, need) not in self.moved:
-            producer = self.graph.by_name[value.op]
-            tensor = producer.results[value.index]
-            node = source
-            for step in journey(tensor.shape, start, need, self.mesh):
-                node = self._emit(node, step, tensor, producer, op)
+        if (value, need) in self.moved:
+            return self.moved[value, need]
+        producer = self.graph.by_name[value.op]
+        tensor = producer.results[value.index]
+        node = source
+        steps = journey(tensor.shape, start, need, self.mesh)
+        for step in steps:
+            node = self._emit(node, step, tensor, producer, op)
+        # A gathered parameter is gathered for each use, as it was priced: kept for a later one, a tied embedding would lie
+        # whole in memory from the first layer to the last.
+        if producer.kind is not OpKind.PARAMETER or all(step.forward is not Collective.ALL_GATHER for step in steps):
             self.moved[value, need] = node
-        return self.moved[value, need]
+        return node
 
     def _emit(self, x: fx.Node, step: Step, tensor: Tensor, producer: Op, consumer: Op) -> fx.Node:
         axis = self.mesh.names[step.axis]
