@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autopar.cost_models import Cluster
-from autopar.costs import COLLECTIVE_KIND, OPTIMIZER_COPIES, CostTables
+from autopar.costs import COLLECTIVE_KIND, OPTIMIZER_COPIES, CostTables, local_nbytes, operand_layout_of, result_layout_of
 from autopar.factors import Role
 from autopar.ir import Op, OpKind, Value
 from autopar.layout import Layout, Mesh, Placement, Split, StateKind
@@ -59,7 +59,7 @@ def assemble(
         else:
             layouts[key] = option  # type: ignore[assignment]
     tables = CostTables(model, problem.mesh, cluster)
-    moves = list(find_moves(model, problem.mesh, tables, placements, layouts))
+    moves = list(find_moves(model, placements, layouts))
     traffic = _traffic(model, mesh, tables, moves)
     return Plan(
         model=model_name,
@@ -90,9 +90,7 @@ def assemble(
     )
 
 
-def find_moves(
-    model: Model, mesh: Mesh, tables: CostTables, placements: Mapping[str, Placement], layouts: Mapping[str, Layout]
-) -> Iterator[Move]:
+def find_moves(model: Model, placements: Mapping[str, Placement], layouts: Mapping[str, Layout]) -> Iterator[Move]:
     """Every journey that the chosen layouts make necessary, shared ones once."""
     by_value: dict[tuple[Value, str, int], list[tuple[str, Layout, int]]] = defaultdict(list)
     graph = model.folded.graph
@@ -101,14 +99,14 @@ def find_moves(
         op = graph.by_name[value.op]
         if op.kind is not OpKind.CALL:
             return layouts[value.op]
-        return tables.result_layout_of(op, placements[value.op], value.index)
+        return result_layout_of(model, op, placements[value.op], value.index)
 
     for edge in model.folded.edges:
         consumer = graph.by_name[edge.consumer]
         if consumer.kind is OpKind.OUTPUT:
             yield Move(edge.value, edge.consumer, made(edge.value), layouts[f"output:{edge.operand}"], edge.count, True)
             continue
-        need = tables.operand_layout_of(consumer, placements[edge.consumer], edge.operand)
+        need = operand_layout_of(model, consumer, placements[edge.consumer], edge.operand)
         by_value[edge.value, consumer.target, edge.operand].append((edge.consumer, need, edge.count))
     for (value, target, operand), readers in by_value.items():
         fan = f"fan:{value}:{target}:{operand}"
@@ -125,8 +123,6 @@ def workspace_bytes(model: Model, problem: Problem, solution: Solution) -> int:
     graph = model.folded.graph
     mesh = problem.mesh
     chosen = {node.key: node.options[solution.choice[node.key]] for node in problem.nodes}
-    tables = CostTables.__new__(CostTables)  # sizes only: no costs are asked for
-    tables.model, tables.mesh = model, mesh
     largest = 0
     for op in model.folded.ops:
         if op.kind is not OpKind.CALL:
@@ -134,11 +130,11 @@ def workspace_bytes(model: Model, problem: Problem, solution: Solution) -> int:
         placement: Placement = chosen[op.name]  # type: ignore[assignment]
         total = 0
         for index, value in enumerate(op.operands):
-            need = tables.operand_layout_of(op, placement, index)
+            need = operand_layout_of(model, op, placement, index)
             if graph.by_name[value.op].kind is not OpKind.PARAMETER or need != chosen[value.op]:
-                total += tables.local_nbytes(graph.tensor(value), need)
+                total += local_nbytes(graph.tensor(value), need, mesh)
         for index, tensor in enumerate(op.results):
-            total += tables.local_nbytes(tensor, tables.result_layout_of(op, placement, index))
+            total += local_nbytes(tensor, result_layout_of(model, op, placement, index), mesh)
         largest = max(largest, total)
     return 2 * largest
 
@@ -206,7 +202,7 @@ def _memory(
     parameters = trained = buffers = 0
     for op in model.folded.ops:
         if op.kind in (OpKind.PARAMETER, OpKind.BUFFER, OpKind.INPUT):
-            nbytes = model.folded.count[op.name] * tables.local_nbytes(op.results[0], layouts[op.name])
+            nbytes = model.folded.count[op.name] * local_nbytes(op.results[0], layouts[op.name], tables.mesh)
             if op.kind is OpKind.PARAMETER:
                 parameters += nbytes
                 trained += nbytes if op.results[0].requires_grad else 0
@@ -300,7 +296,7 @@ def _groups(
             activations[group] += nbytes[op.name]
             _note_splits(model, mesh, op, placements[op.name], axes[group])
         elif op.kind is OpKind.PARAMETER:
-            parameters[group] += model.folded.count[op.name] * tables.local_nbytes(op.results[0], layouts[op.name])
+            parameters[group] += model.folded.count[op.name] * local_nbytes(op.results[0], layouts[op.name], tables.mesh)
             for axis, state in enumerate(layouts[op.name]):
                 if state.kind is StateKind.SHARD and _is_gathered(op, axis, moves):
                     _append(axes[group][mesh.names[axis]], "parameter storage")

@@ -32,6 +32,23 @@ COLLECTIVE_KIND: Mapping[Collective, str] = {
 }
 
 
+def operand_layout_of(model: Model, op: Op, placement: Placement, index: int) -> Layout:
+    """What `op` needs operand `index` to be; an op without a rule needs it whole."""
+    space = model.spaces.get(op.name)
+    return tuple(REPLICATE for _ in placement) if space is None else operand_layout(space, placement, index)
+
+
+def result_layout_of(model: Model, op: Op, placement: Placement, index: int) -> Layout:
+    """What `op` makes of result `index`."""
+    space = model.spaces.get(op.name)
+    return tuple(REPLICATE for _ in placement) if space is None else result_layout(space, placement, index)
+
+
+def local_nbytes(tensor: Tensor, layout: Layout, mesh: Mesh) -> int:
+    """Bytes of one rank's part."""
+    return math.prod(local_shape(tensor.shape, layout, mesh)) * ITEMSIZE[tensor.dtype]
+
+
 class CostTables:
     """Costs of single decisions on one mesh; what was asked for once is remembered."""
 
@@ -49,9 +66,9 @@ class CostTables:
         operands = graph.operand_tensors(op)
         if space is not None and space.view:
             return 0.0, 0.0
-        needs = [self.operand_layout_of(op, placement, i) for i in range(len(operands))]
-        made = [self.result_layout_of(op, placement, i) for i in range(len(op.results))]
-        nbytes = sum(map(self.local_nbytes, operands, needs)) + sum(map(self.local_nbytes, op.results, made))
+        needs = [operand_layout_of(self.model, op, placement, i) for i in range(len(operands))]
+        made = [result_layout_of(self.model, op, placement, i) for i in range(len(op.results))]
+        nbytes = sum(local_nbytes(*pair, self.mesh) for pair in zip((*operands, *op.results), (*needs, *made), strict=True))
         ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
         flops = space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
         family = space.family.value if space is not None and space.family is not Family.LOOKUP else "pointwise"
@@ -80,20 +97,6 @@ class CostTables:
                 nbytes = 4 * math.prod(beside.values()) // ways
                 seconds += 2 * collective_seconds("all_reduce", nbytes, self.mesh.sizes[axis], self.links[axis])
         return seconds
-
-    def operand_layout_of(self, op: Op, placement: Placement, index: int) -> Layout:
-        """What `op` needs operand `index` to be; an op without a rule needs it whole."""
-        space = self.model.spaces.get(op.name)
-        return tuple(REPLICATE for _ in placement) if space is None else operand_layout(space, placement, index)
-
-    def result_layout_of(self, op: Op, placement: Placement, index: int) -> Layout:
-        """What `op` makes of result `index`."""
-        space = self.model.spaces.get(op.name)
-        return tuple(REPLICATE for _ in placement) if space is None else result_layout(space, placement, index)
-
-    def local_nbytes(self, tensor: Tensor, layout: Layout) -> int:
-        """Bytes of one rank's part."""
-        return math.prod(local_shape(tensor.shape, layout, self.mesh)) * ITEMSIZE[tensor.dtype]
 
     def collective_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
         """Seconds of one step of a journey along `axis`; `nbytes` is the larger of a rank's parts before and after it."""
@@ -162,7 +165,7 @@ class CostTables:
         """Seconds of the optimizer's update of one parameter."""
         if not tensor.requires_grad:
             return 0.0
-        nbytes = OPTIMIZER_PASSES * self.local_nbytes(tensor, layout)
+        nbytes = OPTIMIZER_PASSES * local_nbytes(tensor, layout, self.mesh)
         return op_seconds(self.device, flops=0, nbytes=nbytes, dtype=tensor.dtype, family="pointwise")
 
 

@@ -16,7 +16,7 @@ from autopar.errors import InputError
 from autopar.factors import Role
 from autopar.ir import Op, OpKind
 from autopar.layout import Layout, Mesh, Placement, Split
-from autopar.options import AxisKind, Constraints, Model, role_of
+from autopar.options import AxisKind, Constraints, Model, is_inside, role_of
 
 PIN_NAMES = ("dp", "tp", "cp", "fsdp", "vocabulary")
 """Pins of this version; any other key is a glob of module paths with a placement (``{"layers.*.mlp": {"tp": "o"}}``)."""
@@ -48,6 +48,8 @@ def find_trials(
     fsdp, vocabulary = pins.get("fsdp"), pins.get("vocabulary")
     sizes = {name: int(pins[name]) for name in ("dp", "cp", "tp") if name in pins}  # type: ignore[call-overload]
     if axes is not None:
+        if wrong := {name: size for name, size in axes.items() if type(size) is not int or size < 1}:
+            raise InputError(f"mesh axes {wrong}: sizes are integers from 1")
         meshes = [Mesh(tuple(axes), tuple(axes.values()))]
         if meshes[0].world_size != world:
             raise InputError(f"mesh {meshes[0]} has {meshes[0].world_size} ranks, the cluster {cluster} has {world}")
@@ -61,11 +63,11 @@ def find_trials(
         named = () if stored else ("dp", "tp", "cp")
         kinds = tuple(AxisKind(name) if name in named else AxisKind.FREE for name in mesh.names)
         if isinstance(fsdp, bool) and AxisKind.DP not in kinds:
-            kinds = (AxisKind.DP, *kinds[1:])  # parameter storage is split over batch axes
+            kinds = _with_batch_axis(kinds, mesh, fsdp)
         for axis, kind in enumerate(kinds):
             if kind is AxisKind.DP and mesh.names[axis] in {**sizes, **(axes or {})}:
                 _check_batch(model, mesh.sizes[axis])
-        constraints = Constraints(kinds, _flag(fsdp), _flag(vocabulary), _known_axes(modules, mesh), stored)
+        constraints = Constraints(kinds, _flag(fsdp), _flag(vocabulary), _check_modules(model, modules, mesh), stored)
         trials.append(Trial("search", mesh, constraints))
     if not pins and axes is None and not stored:
         trials += _baselines(model, cluster)
@@ -87,12 +89,33 @@ def check_pins(pins: Mapping[str, object]) -> None:
             raise InputError(f"unknown pin {name!r}; known are {', '.join(PIN_NAMES)} and globs of module paths")
 
 
+def _with_batch_axis(kinds: tuple[AxisKind, ...], mesh: Mesh, fsdp: bool) -> tuple[AxisKind, ...]:
+    """Make the outermost free axis a batch axis: parameter storage is split over those."""
+    if AxisKind.FREE in kinds:
+        axis = kinds.index(AxisKind.FREE)
+        return (*kinds[:axis], AxisKind.DP, *kinds[axis + 1 :])
+    if fsdp:
+        raise InputError(
+            f"pin fsdp=True stores parameters split over a dp axis, but all axes of the mesh {mesh} are pinned to other kinds; "
+            "pin a smaller tp or cp, or leave fsdp out"
+        )
+    return kinds
+
+
 def _flag(value: object) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def _known_axes(modules: Mapping[str, Mapping[str, str]], mesh: Mesh) -> Mapping[str, Mapping[str, str]]:
+def _check_modules(model: Model, modules: Mapping[str, Mapping[str, str]], mesh: Mesh) -> Mapping[str, Mapping[str, str]]:
+    work = [op for op in model.folded.graph.of_kind(OpKind.CALL) if op.name in model.spaces and model.spaces[op.name].is_contraction]
     for pattern, wanted in modules.items():
+        loops = {loop for op in work if is_inside(op.layer, pattern) for loop in model.spaces[op.name].loops}
+        if not loops:
+            paths = sorted({op.layer for op in work if op.layer})
+            known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "") if paths else "no modules but the model itself ('*')"
+            raise InputError(f"pin {pattern!r} matches no module that holds work; there are {known}")
+        if absent := sorted(set(wanted.values()) - loops):
+            raise InputError(f"pin {pattern!r} splits loop {', '.join(absent)}; the ops of its modules have {', '.join(sorted(loops))}")
         for name in wanted:
             if name not in mesh.names:
                 raise InputError(f"pin {pattern!r} names axis {name!r}, the mesh has {', '.join(mesh.names)}")

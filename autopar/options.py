@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from fnmatch import fnmatchcase
 
+from autopar.errors import InputError
 from autopar.factors import Factors, Role
 from autopar.ir import Graph, Op, OpKind, Tensor, Value
 from autopar.layers import Folded
@@ -148,14 +149,26 @@ def _of_vocabulary(options: list[Placement], op: Op, space: Space, constraints: 
 
 
 def _of_modules(options: list[Placement], op: Op, space: Space, mesh: Mesh, constraints: Constraints) -> list[Placement]:
-    """Keep the placements that the user pinned for the op's module."""
+    """Keep the placements that the user pinned for the op's module; InputError where an op has the loop but can't be split so."""
     for pattern, wanted in constraints.modules.items():
-        if space.is_contraction and fnmatchcase(op.layer, pattern):
-            for name, loop in wanted.items():
-                axis = mesh.names.index(name)
-                pinned = [option for option in options if isinstance(p := option[axis], Split) and p.loop == loop]
-                options = pinned or options
+        if not space.is_contraction or not is_inside(op.layer, pattern):
+            continue
+        for name, loop in wanted.items():
+            axis = mesh.names.index(name)
+            pinned = [option for option in options if isinstance(p := option[axis], Split) and p.loop == loop]
+            if not pinned and loop in space.loops:
+                raise InputError(
+                    f"pin {pattern!r} splits loop {loop} over {name}={mesh.sizes[axis]}, but {op.target} ({space}, {loop} has size "
+                    f"{space.loops[loop].size}) at {op.source or op.layer} can't be split so beside the other pins; "
+                    "pin a size that divides the loop, or another loop"
+                )
+            options = pinned or options
     return options
+
+
+def is_inside(path: str, pattern: str) -> bool:
+    """Whether the module at `path` is one that the glob `pattern` names, or is inside of one."""
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
 
 
 def parameter_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Layout]:

@@ -15,7 +15,7 @@ from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, PlanError, UnknownOpError
 from autopar.factors import find_factors
 from autopar.ir import Graph, OpKind
-from autopar.layers import fold
+from autopar.layers import fold, freeze
 from autopar.layout import Layout
 from autopar.meshes import Trial, find_trials
 from autopar.options import Model, find_tables
@@ -100,6 +100,11 @@ def make_plan(
             found.append(answer)
             memory = answer.solution.nbytes + answer.workspace
             candidates.append(Candidate(trial.name, str(trial.mesh), answer.solution.cost_ns / 1e9, memory, answer.solution.status))
+    if not searches:
+        raise InfeasibleError(
+            f"the pins {dict(pins or {})} leave some op no placement that its neighbours' can be connected with, on any of {len(trials)} "
+            "meshes tried; pin fewer modules, or pin ops that read the same tensor alike"
+        )
     if not found:
         raise _infeasible(cluster, min(needed))
     best = min(found, key=lambda one: (one.solution.cost_ns, one.trial.baseline, len(one.trial.mesh.names)))
@@ -125,23 +130,26 @@ def _try(model: Model, trial: Trial, search: Search, cluster: Cluster, cutoff_ns
     The space that ops need while they run is known only with a solution, so it is found in rounds.
     """
     budget = cluster.machine.device.usable_bytes
-    workspace = needs = total = 0
+    workspace = 0
     for _ in range(4):
         try:
             solution = search.fit(budget - workspace, cutoff_ns)
-        except InfeasibleError as error:
-            error.needed += workspace
-            return error
+        except InfeasibleError:
+            break
         if solution is None:
             return None
         needs = workspace_bytes(model, search.problem, solution)
-        total = solution.nbytes + needs
-        if total <= budget:
+        if solution.nbytes + needs <= budget:
             return Found(trial, search.problem, solution, needs)
         workspace = max(needs, workspace + 1)
-    crowded = InfeasibleError("no room is left to run the largest op")
-    crowded.needed = total
-    return crowded
+    # What was set aside is what faster choices need to run; the leanest may do with less.
+    leanest = search.leanest()
+    needs = workspace_bytes(model, search.problem, leanest)
+    if leanest.nbytes + needs <= budget:
+        return Found(trial, search.problem, leanest, needs)
+    error = InfeasibleError("not even the leanest choice fits")
+    error.needed = leanest.nbytes + needs
+    return error
 
 
 def _infeasible(cluster: Cluster, needed: int) -> InfeasibleError:
@@ -158,12 +166,14 @@ def _infeasible(cluster: Cluster, needed: int) -> InfeasibleError:
 
 
 def fingerprint(graph: Graph) -> str:
-    """Identifies a graph: equal for the same ops, shapes and wiring, whatever the machine."""
+    """Identifies a graph: equal for the same ops, arguments, shapes and wiring, whatever the machine."""
     digest = hashlib.sha256()
     for op in graph.ops:
         kind = op.target if op.kind in (OpKind.CALL, OpKind.PARAMETER, OpKind.BUFFER) else op.kind.value
         results = ";".join(f"{tensor.dtype}{tensor.shape}" for tensor in op.results)
-        digest.update(f"{op.name}|{kind}|{','.join(map(str, op.operands))}|{results}\n".encode())
+        # Arguments count: a softmax over another dim has the same shapes, but may be split elsewhere.
+        args = repr((freeze(op.args), freeze(op.kwargs)))
+        digest.update(f"{op.name}|{kind}|{','.join(map(str, op.operands))}|{results}|{args}\n".encode())
     return digest.hexdigest()[:16]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopar.cost_models import Cluster
-from autopar.costs import OPTIMIZER_COPIES, CostTables, layout_numbers
+from autopar.costs import OPTIMIZER_COPIES, CostTables, layout_numbers, local_nbytes, operand_layout_of, result_layout_of
 from autopar.ir import Op, OpKind, Tensor, Value
 from autopar.layers import Edge
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind
@@ -126,15 +126,15 @@ class _Builder:
         count = self.model.folded.count[op.name]
         options = call_options(self.model, op, self.mesh, self.constraints)
         for i in range(len(op.operands)):
-            self.needs[op.name, i] = [self.tables.operand_layout_of(op, option, i) for option in options]
+            self.needs[op.name, i] = [operand_layout_of(self.model, op, option, i) for option in options]
         for i in range(len(op.results)):
-            self.made[Value(op.name, i)] = [self.tables.result_layout_of(op, option, i) for option in options]
+            self.made[Value(op.name, i)] = [result_layout_of(self.model, op, option, i) for option in options]
         costs, kept = [], []
         for number, option in enumerate(options):
             costs.append(count * nanoseconds(sum(self.tables.op_seconds(op, option))))
             ways = math.prod(size for part, size in zip(option, self.mesh.sizes, strict=True) if isinstance(part, Split))
             saved = sum(
-                self.kept.times[Value(op.name, i)] * self.tables.local_nbytes(tensor, self.made[Value(op.name, i)][number])
+                self.kept.times[Value(op.name, i)] * local_nbytes(tensor, self.made[Value(op.name, i)][number], self.mesh)
                 for i, tensor in enumerate(op.results)
             )
             kept.append(saved + -(-self.kept.beside[op.name] // ways))
@@ -148,7 +148,7 @@ class _Builder:
         self.made[Value(op.name)] = list(options)
         copies = 2 + OPTIMIZER_COPIES if is_parameter and tensor.requires_grad else 1
         costs = [count * nanoseconds(self.tables.optimizer_seconds(tensor, layout)) for layout in options]
-        self._add(op.name, options, costs, [count * copies * self.tables.local_nbytes(tensor, layout) for layout in options])
+        self._add(op.name, options, costs, [count * copies * local_nbytes(tensor, layout, self.mesh) for layout in options])
 
     def _add_outputs(self, op: Op) -> None:
         updates = len(op.operands) - len(op.kwargs.get("updates", ()))
@@ -200,7 +200,7 @@ class _Builder:
 
         def copied(start: Layout, need: Layout) -> int:
             moved = any(s != n and not _same_part(s.kind, n.kind) for s, n in zip(start, need, strict=True))
-            return count * self.tables.local_nbytes(tensor, need) if moved else 0
+            return count * local_nbytes(tensor, need, self.mesh) if moved else 0
 
         return _expand(starts, needs, copied)
 
@@ -259,7 +259,7 @@ class _Builder:
         is_held = value in self.kept.times or self.graph.by_name[value.op].kind is not OpKind.CALL
 
         def held(start: Layout, need: Layout) -> int:
-            return 0 if is_held and start == need else self.tables.local_nbytes(tensor, need)
+            return 0 if is_held and start == need else local_nbytes(tensor, need, self.mesh)
 
         return _expand(starts, needs, held)
 

@@ -43,7 +43,7 @@ PRICE_STEPS = 8
 PRICE_GAP = 0.002
 # Nodes that stay open, and seconds spent at most, when the memory limit itself is put into the model.
 OPEN_NODES = 12
-TIGHTEN_SECONDS = 2.0
+TIGHTEN_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ class Search:
         """
         start = time.perf_counter()
         answer = self.at(0.0)
-        cost, nbytes = evaluate(self.problem, answer.choice)
+        _, nbytes = evaluate(self.problem, answer.choice)
         bound = answer.weight_bound
         self.bound_in_memory_ns = round(bound)
         if cutoff_ns is not None and bound >= cutoff_ns:
@@ -125,7 +125,15 @@ class Search:
             if found is None:
                 return None
             answer, bound = found
-            cost, nbytes = evaluate(self.problem, answer.choice)
+        return self._as_solution(answer, bound, start)
+
+    def leanest(self) -> Solution:
+        """The choice that needs the fewest bytes, whatever it costs."""
+        start = time.perf_counter()
+        return self._as_solution(self.at(math.inf), self.at(0.0).weight_bound, start)
+
+    def _as_solution(self, answer: _Answer, bound: float, start: float) -> Solution:
+        cost, nbytes = evaluate(self.problem, answer.choice)
         return Solution(
             choice={self.problem.nodes[i].key: option for i, option in answer.choice.items()},
             cost_ns=cost,
@@ -168,7 +176,7 @@ class Search:
             if price * budget + best_cost >= FORBIDDEN:
                 break  # what a choice weighs could no longer be told from what can't be chosen
         if best_cost > bound * (1 + PRICE_GAP):
-            tight = self._tighten(budget, high)
+            tight = self._tighten(budget, high, best_cost if cutoff_ns is None else min(best_cost, cutoff_ns))
             if tight is not None:
                 cost, nbytes = evaluate(self.problem, tight.choice)
                 # The solver keeps the limit only as far as its tolerances go.
@@ -176,12 +184,15 @@ class Search:
                     best = tight
         return best, bound
 
-    def _tighten(self, budget: int, price: float) -> _Answer | None:
-        """The best answer under (4) itself, with the heaviest nodes left open and the others as they are best at `price`."""
+    def _tighten(self, budget: int, price: float, ceiling: int) -> _Answer | None:
+        """The best answer under (4) itself, with the heaviest nodes left open and the others as they are best at `price`.
+
+        None when the linear relaxation shows that none costs less than `ceiling` nanoseconds.
+        """
         swing = {i: int(node.nbytes.max() - node.nbytes.min()) for i, node in enumerate(self.problem.nodes)}
         heaviest = sorted(swing, key=swing.__getitem__, reverse=True)[:OPEN_NODES]
         core = eliminate(self.problem.nodes, self.problem.arcs, price, heaviest)
-        return _solve_core(core, budget - self.problem.fixed_bytes, min(self.time_limit, TIGHTEN_SECONDS))
+        return _solve_core(core, budget - self.problem.fixed_bytes, min(self.time_limit, TIGHTEN_SECONDS), ceiling)
 
 
 def solve(problem: Problem, budget: int) -> Solution:
@@ -258,7 +269,7 @@ class _Rows:
         return mathopt.Model.from_model_proto(proto)
 
 
-def _solve_core(core: Core, budget: int | None, time_limit: float) -> _Answer | None:
+def _solve_core(core: Core, budget: int | None, time_limit: float, ceiling: float = math.inf) -> _Answer | None:
     """Solve the core; with a `budget`, minimise nanoseconds under (4), else the weights without it."""
     rows = _Rows()
     taken: dict[int, Table] = {}
@@ -272,7 +283,7 @@ def _solve_core(core: Core, budget: int | None, time_limit: float) -> _Answer | 
     if budget is not None:
         columns = np.concatenate([ids for ids, _ in used])
         rows.add_limit(columns, np.concatenate([nbytes for _, nbytes in used]).astype(float), float(budget))
-    values, bound, method = _run(rows, integers, time_limit, required=budget is None)
+    values, bound, method = _run(rows, integers, time_limit, ceiling, required=budget is None)
     if values is None:
         return None
     choice = {node: int(np.argmax(values[ids])) for node, ids in taken.items()}
@@ -310,8 +321,13 @@ def _classes(lines: Table) -> tuple[Table, Table]:
     return first, classes.reshape(-1)
 
 
-def _run(rows: _Rows, integers: int, time_limit: float, *, required: bool) -> tuple[npt.NDArray[np.float64] | None, float, str]:
-    """(values, lower bound, method); no values, when an answer isn't `required`, for a model without one in the time given."""
+def _run(
+    rows: _Rows, integers: int, time_limit: float, ceiling: float, *, required: bool
+) -> tuple[npt.NDArray[np.float64] | None, float, str]:
+    """(values, lower bound, method); no values, when an answer isn't `required`, for a model without one in the time given.
+
+    Integers are only looked for where the relaxation leaves hope for less than `ceiling`.
+    """
     limit = mathopt.SolveParameters(time_limit=datetime.timedelta(seconds=time_limit))
     # Zeros and duals are most of an answer and nobody reads them.
     wanted = mathopt.ModelSolveParameters(
@@ -325,6 +341,8 @@ def _run(rows: _Rows, integers: int, time_limit: float, *, required: bool) -> tu
     if values is not None and np.abs(values[:integers] - np.rint(values[:integers])).max() > 1e-6:
         method = "MIP"
         bound = result.best_objective_bound()
+        if bound >= ceiling:
+            return None, bound, method
         result = mathopt.solve(rows.model(integers), mathopt.SolverType.HIGHS, params=limit, model_params=wanted)
         values = _values(result, rows.size)
         if values is not None:
