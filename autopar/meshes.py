@@ -114,6 +114,13 @@ def _check_modules(model: Model, modules: Mapping[str, Mapping[str, str]], mesh:
             paths = sorted({op.layer for op in work if op.layer})
             known = ", ".join(paths[:8]) + (", ..." if len(paths) > 8 else "") if paths else "no modules but the model itself ('*')"
             raise InputError(f"pin {pattern!r} matches no module that holds work; there are {known}")
+        for op in work:
+            first = model.folded.graph.by_name[model.folded.representative[op.name]]
+            if is_inside(op.layer, pattern) != is_inside(first.layer, pattern):
+                raise InputError(
+                    f"pin {pattern!r} takes one of {first.layer!r} and {op.layer!r}, which are alike and planned as one; "
+                    "pin all of such layers, with * for their numbers"
+                )
         if absent := sorted(set(wanted.values()) - loops):
             raise InputError(f"pin {pattern!r} splits loop {', '.join(absent)}; the ops of its modules have {', '.join(sorted(loops))}")
         for name in wanted:

@@ -37,6 +37,11 @@ class Found:
     solution: Solution
     workspace: int
 
+    @property
+    def needed(self) -> int:
+        """Bytes at the peak."""
+        return self.solution.nbytes + self.workspace
+
 
 def make_plan(
     graph: Graph,
@@ -98,8 +103,8 @@ def make_plan(
             candidates.append(Candidate(trial.name, str(trial.mesh), None, answer.needed, "out of memory"))
         else:
             found.append(answer)
-            memory = answer.solution.nbytes + answer.workspace
-            candidates.append(Candidate(trial.name, str(trial.mesh), answer.solution.cost_ns / 1e9, memory, answer.solution.status))
+            seconds = answer.solution.cost_ns / 1e9
+            candidates.append(Candidate(trial.name, str(trial.mesh), seconds, answer.needed, answer.solution.status))
     if not searches:
         raise InfeasibleError(
             f"the pins {dict(pins or {})} leave some op no placement that its neighbours' can be connected with, on any of {len(trials)} "
@@ -142,13 +147,13 @@ def _try(model: Model, trial: Trial, search: Search, cluster: Cluster, cutoff_ns
         if solution.nbytes + needs <= budget:
             return Found(trial, search.problem, solution, needs)
         workspace = max(needs, workspace + 1)
-    # What was set aside is what faster choices need to run; the leanest may do with less.
-    leanest = search.leanest()
-    needs = workspace_bytes(model, search.problem, leanest)
-    if leanest.nbytes + needs <= budget:
-        return Found(trial, search.problem, leanest, needs)
-    error = InfeasibleError("not even the leanest choice fits")
-    error.needed = leanest.nbytes + needs
+    # What was set aside is what faster choices need to run; a lean one may do with less.
+    lean = [Found(trial, search.problem, one, workspace_bytes(model, search.problem, one)) for one in search.lean(budget)]
+    fitting = [one for one in lean if one.needed <= budget]
+    if fitting:
+        return min(fitting, key=lambda one: one.solution.cost_ns)
+    error = InfeasibleError("no choice found fits")
+    error.needed = min(one.needed for one in lean)
     return error
 
 

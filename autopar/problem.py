@@ -190,15 +190,21 @@ class _Builder:
     def _keeps(self, consumer: str, operand: int) -> bool:
         """Whether an op may keep an operand for its backward; one that is linear in it needn't, but a view hands it on."""
         space = self.model.spaces.get(consumer)
+        if not any(tensor.requires_grad for tensor in self.graph.by_name[consumer].results):
+            return False
         return space is None or space.view or operand not in space.linear
 
     def _copy_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout], count: int, *, is_kept: bool) -> Table:
         """Bytes of the copies that a journey makes: a consumer that keeps its operand keeps the copy that was made for it."""
         tensor = self.graph.tensor(value)
-        if not (is_kept and value in self.kept.seen_into):
+        kind = self.graph.by_name[value.op].kind
+        # What the program is given is kept anyway, and so nobody noted whether the backward needs it.
+        if not is_kept or (kind is OpKind.CALL and value not in self.kept.seen_into):
             return np.zeros((len(starts), len(needs)), dtype=np.int64)
 
         def copied(start: Layout, need: Layout) -> int:
+            if kind is OpKind.PARAMETER and any(s.kind is StateKind.SHARD and s != n for s, n in zip(start, need, strict=True)):
+                return 0  # gathered again in the backward
             moved = any(s != n and not _same_part(s.kind, n.kind) for s, n in zip(start, need, strict=True))
             return count * local_nbytes(tensor, need, self.mesh) if moved else 0
 

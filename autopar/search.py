@@ -41,9 +41,12 @@ from autopar.problem import FORBIDDEN, Problem, Table
 # reported.
 PRICE_STEPS = 8
 PRICE_GAP = 0.002
+# What all of the memory costs, as a multiple of the fastest step: the first price tried, and one at which a choice is lean.
+FIRST_PRICE = 2.0
+LEAN_PRICE = 128.0
 # Nodes that stay open, and seconds spent at most, when the memory limit itself is put into the model.
 OPEN_NODES = 12
-TIGHTEN_SECONDS = 1.0
+TIGHTEN_SECONDS = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +130,13 @@ class Search:
             answer, bound = found
         return self._as_solution(answer, bound, start)
 
-    def leanest(self) -> Solution:
-        """The choice that needs the fewest bytes, whatever it costs."""
+    def lean(self, budget: int) -> list[Solution]:
+        """Choices from lean to fast, among them that of the fewest bytes and one for which time counts little beside `budget`."""
         start = time.perf_counter()
-        return self._as_solution(self.at(math.inf), self.at(0.0).weight_bound, start)
+        bound = self.at(0.0).weight_bound
+        for price in (math.inf, LEAN_PRICE * max(1.0, bound) / budget):
+            self.at(price)
+        return [self._as_solution(answer, bound, start) for answer in self.answers.values()]
 
     def _as_solution(self, answer: _Answer, bound: float, start: float) -> Solution:
         cost, nbytes = evaluate(self.problem, answer.choice)
@@ -156,7 +162,7 @@ class Search:
             raise error
         best, best_cost = leanest, cost
         bound = self.at(0.0).weight_bound
-        low, high, price = 0.0, math.inf, 2 * max(1.0, bound) / max(1, budget)
+        low, high, price = 0.0, math.inf, FIRST_PRICE * max(1.0, bound) / max(1, budget)
         for _ in range(PRICE_STEPS):
             answer = self.at(price)
             cost, nbytes = evaluate(self.problem, answer.choice)
