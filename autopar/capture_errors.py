@@ -37,7 +37,7 @@ def _reason(error: Exception) -> tuple[str, str]:
     if "pytree" in text or ("Unsupported" in text and "output" in text):
         return (
             "the model returns an object whose contents torch doesn't know",
-            "Return tensors in tuples, lists, dicts or dataclasses, or register the class with torch.utils._pytree",
+            "Return tensors in tuples, lists or dicts, or register the class: torch.export.register_dataclass for a dataclass",
         )
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     return f"{type(error).__name__}: {first.rstrip('.')}", "Check that model(**example_inputs) runs with these inputs"

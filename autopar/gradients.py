@@ -194,11 +194,12 @@ def _fill_buckets(tracked: Sequence[Tracked], limit: int) -> tuple[_Bucket, ...]
 
 
 def _give(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add a complete local gradient to the parameter's."""
-    held = parameter.grad
-    if held is not None:
-        torch_compat.local_of(held).add_(gradient)
-    elif isinstance(parameter, DTensor):
-        parameter.grad = as_dtensor(gradient, parameter.device_mesh, parameter.placements, parameter.shape)
-    else:
+    """Add a complete local gradient to the parameter's, and call the parameter's hooks as a backward through it would."""
+    if isinstance(parameter, DTensor):
+        gradient = as_dtensor(gradient, parameter.device_mesh, parameter.placements, parameter.shape)
+    gradient = torch_compat.run_hooks(parameter, gradient)
+    if parameter.grad is None:
         parameter.grad = gradient
+    else:
+        torch_compat.local_of(parameter.grad).add_(torch_compat.local_of(gradient))
+    torch_compat.run_post_accumulate_hooks(parameter)

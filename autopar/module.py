@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.utils import _pytree as pytree
 
-from autopar import comm, torch_compat
+from autopar import comm, rng, torch_compat
 from autopar.collectives import gather_along, regather
 from autopar.dtensor import as_dtensor, gather_whole, placements_of, shard_whole, split_steps, take_local, teach_strided_shards
 from autopar.errors import InputError, PlanError
@@ -72,6 +72,8 @@ class ParallelModule(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(model, ParallelModule):
+            raise InputError("the model is compiled already: compile the model that was given then, or use this one")
         for name in _SHARED:
             self.__dict__[name] = model.__dict__[name]
         # Not registered as a submodule: its children already are ours.
@@ -142,6 +144,14 @@ class ParallelModule(nn.Module):
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled or copied: process groups belong to this process. Raises InputError."""
+        raise InputError(
+            "a compiled model can't be pickled or copied, it holds process groups: save its state_dict(), and copy the model "
+            "(for an average of the weights, say) before compiling it"
+        )
+
+    @torch_compat.uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program of this call's signature, planning it first when there is none."""
         local_tensors: dict[int, Tensor] = {}
@@ -161,7 +171,8 @@ class ParallelModule(nn.Module):
         buffers = {slot.name: _read(self._buffer_at[slot.name]) for slot in program.buffers}
         rank = dist.get_rank() if home.device_mesh is not None else 0
         held = [take_local(buffers[slot.name], slot.layout, home.mesh, rank) for slot in program.buffers]
-        with comm.active(home.axes), regather() if program.regather else nullcontext():
+        one_seed = rng.agreed(self._share) if home.device_mesh is not None else nullcontext()
+        with comm.active(home.axes), one_seed, regather() if program.regather else nullcontext():
             results = program.module(*self._find_leaves(program), *held, *parts)
         results = tuple(results) if isinstance(results, tuple | list) else (results,)
         with torch.no_grad():
@@ -175,6 +186,12 @@ class ParallelModule(nn.Module):
         """Load whole tensors or DTensors of any layout; of whole tensors every rank keeps its part."""
         own = dict(self.named_parameters(remove_duplicate=False))
         return super().load_state_dict({name: _as_stored(value, own.get(name)) for name, value in state_dict.items()}, strict, assign)
+
+    def _share(self, number: int) -> int:
+        """The first rank's number, on every rank."""
+        shared = torch.tensor(number, device=self._device)
+        dist.broadcast(shared, 0)
+        return int(shared)
 
     # --- programs ---
 

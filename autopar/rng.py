@@ -1,7 +1,7 @@
 """Random numbers of a parallel program: different on the parts of a split op, the same on replicas of a part.
 
 An op that draws does so from a stream of its own, seeded by one number drawn from the default CPU generator together with the
-part's place in the mesh. Ranks whose default generators agree (same seed, same program) therefore agree on replicas; what
+part's place in the mesh. Ranks whose default generators agree therefore agree on replicas: `agreed` makes them, for a call. What
 saves and restores the default generator, such as activation checkpointing, repeats the same masks; nothing is kept here.
 """
 
@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from autopar import comm
 
@@ -22,6 +24,7 @@ _DRAWING = threading.RLock()
 
 class _Base(threading.local):
     generator: torch.Generator | None = None
+    agreement: _Agreement | None = None
 
 
 _BASE = _Base()
@@ -37,10 +40,46 @@ def isolated(seed: int) -> Iterator[None]:
         _BASE.generator = before
 
 
+@dataclass(slots=True)
+class _Agreement:
+    """Seeds the default generator alike on all ranks at the first draw; `before` is its state from then on."""
+
+    share: Callable[[int], int]
+    before: Tensor | None = None
+
+    def begin(self) -> None:
+        if self.before is None:
+            seed = self.share(int(torch.randint(2**62, ())))
+            self.before = torch.default_generator.get_state()
+            torch.default_generator.manual_seed(seed)
+
+    def end(self) -> None:
+        if self.before is not None:
+            torch.default_generator.set_state(self.before)
+
+
+@contextmanager
+def agreed(share: Callable[[int], int]) -> Iterator[None]:
+    """Inside, streams are the same on all ranks whatever each drew before; the default generator ends one draw further, or none.
+
+    Args:
+        share: gives every rank the first rank's number; called at the first draw, so a program without any costs nothing.
+    """
+    before, agreement = _BASE.agreement, _Agreement(share)
+    _BASE.agreement = agreement
+    try:
+        yield
+    finally:
+        _BASE.agreement = before
+        agreement.end()
+
+
 @contextmanager
 def stream(axes: Sequence[str], device: torch.device) -> Iterator[None]:
     """Inside, ops on `device` draw from the stream of this rank's part of an op that `axes` split (none: all agree)."""
     with _DRAWING:
+        if _BASE.agreement is not None:
+            _BASE.agreement.begin()
         drawn = int(torch.randint(2**62, (), generator=_BASE.generator))
         place = f"{drawn}|{','.join(axes)}|{comm.index(axes) if axes else 0}"
         seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest()) >> 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._state_dict_utils as state_dict_utils
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
@@ -25,7 +26,10 @@ __all__ = [
     "group_over",
     "local_of",
     "reduce_scatter_single",
+    "run_hooks",
+    "run_post_accumulate_hooks",
     "state_dict_utils",
+    "uncompiled",
 ]
 
 # torch 2.13 renames the flat collectives and warns about the old names, which are all that 2.11 has.
@@ -59,6 +63,26 @@ def after_backward(callback: Callable[[], None]) -> None:
 def backward_id() -> int:
     """A number that tells the backward that runs now from every other; only to be called from within a backward."""
     return int(torch._C._current_graph_task_id())
+
+
+# Makes `torch.compile` run a function as it is, in a break of its graph. The public `torch.compiler.disable` imports the compiler,
+# which takes seconds, where the function is defined; this imports it at the first call, when capture has already.
+uncompiled: Callable[..., Any] = _disable_dynamo
+
+
+def run_hooks(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient after the user's ``register_hook`` hooks of `parameter`, which autograd itself never sees."""
+    for hook in tuple((parameter._backward_hooks or {}).values()):
+        changed = hook(gradient)
+        gradient = gradient if changed is None else changed
+    return gradient
+
+
+def run_post_accumulate_hooks(parameter: Tensor) -> None:
+    """Call the user's ``register_post_accumulate_grad_hook`` hooks of `parameter`."""
+    hooks: Mapping[int, Callable[[Tensor], None]] = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    for hook in tuple(hooks.values()):
+        hook(parameter)
 
 
 def local_of(x: Tensor) -> Tensor:

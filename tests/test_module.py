@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
+import autopar
 from autopar import collectives
 from autopar.errors import InputError, PlanError
 from autopar.layout import Mesh, format_layout, parse_layout
@@ -211,6 +214,9 @@ def _on_two_ranks(rank: int, folder: str) -> None:
             tree_allclose(_states(again), _states(model), rtol=0)
     _check_accumulation(rank)
     _check_meta()
+    for kind in ("tp", "dp", "zero"):
+        _check_hooks(kind)
+    _check_random(rank)
     with pytest.raises(PlanError, match=r"the plan is for 1 ranks \(one=1\), 2 are running"):
         _compile("one", Model())(*_batch(0))
 
@@ -239,6 +245,46 @@ def _check_accumulation(rank: int) -> None:
     tree_allclose(_gradients(model), _gradients(reference), rtol=1e-11)
 
 
+def _check_hooks(kind: str) -> None:
+    """Hooks of parameters run once a backward, on whole sums, whether registered before the plan or after."""
+    reference, model = _reference(), _compile(kind, _reference())
+    seen: list[Tensor] = []
+    for module in (reference, model):
+        module.up.weight.register_hook(lambda gradient: gradient * 3)
+    for seed in range(2):
+        reference(*_batch(seed))["loss"].backward()
+        model(*_batch(seed))["loss"].backward()
+        if seed == 0:
+            model.down.weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(_whole(parameter.grad).clone()))
+    tree_allclose(_gradients(model), _gradients(reference), rtol=1e-11)
+    assert len(seen) == 1
+    tree_allclose(seen[0], reference.down.weight.grad, rtol=1e-11)
+
+
+def _check_random(rank: int) -> None:
+    """Replicas draw the same masks although the ranks' generators differ, and the generators go on differing."""
+    torch.manual_seed(0)
+    # Neither 3 rows nor 5 features can be split in two, so the dropout runs on replicas.
+    layers = nn.Sequential(nn.Linear(WIDTH, 5), nn.Dropout(0.5), nn.Linear(5, WIDTH))
+    nn.init.ones_(layers[2].weight)
+    nn.init.zeros_(layers[2].bias)
+    model = autopar.compile(layers, cluster="2xcpu", mesh={"tp": 2})
+    torch.manual_seed(rank)
+    x = torch.ones(3, WIDTH)
+    outputs = [_whole(model(x)).detach().contiguous() for _ in range(2)]
+    for output in outputs:
+        first = output.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(output, first)
+        # Every column sums the same five features: a rank that computed some of them from another mask shows.
+        tree_allclose(output, output[:, :1].expand_as(output), rtol=1e-6)
+    assert not torch.equal(*outputs)
+    mine = torch.rand(())
+    theirs = mine.clone()
+    dist.broadcast(theirs, 1)
+    assert rank == 1 or mine != theirs
+
+
 def _check_meta() -> None:
     reference = _reference()
     with torch.device("meta"):
@@ -264,6 +310,23 @@ def test_one_process_needs_no_process_group() -> None:
     assert not dist.is_initialized()
     assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert model.data_shard == (0, 1)
+
+
+def test_torch_compile_runs_the_module_as_it_is() -> None:
+    reference, model = _reference(), _compile("one", _reference())
+    torch.compile(model, backend="eager")(*_batch(0))["loss"].backward()
+    reference(*_batch(0))["loss"].backward()
+    tree_allclose(_gradients(model), _gradients(reference), rtol=1e-11)
+
+
+def test_a_compiled_model_is_neither_copied_nor_pickled_nor_compiled_again() -> None:
+    model = _compile("one", _reference())
+    with pytest.raises(InputError, match="save its state_dict"):
+        copy.deepcopy(model)
+    with pytest.raises(InputError, match="save its state_dict"):
+        pickle.dumps(model)
+    with pytest.raises(InputError, match="compiled already"):
+        _compile("one", model)
 
 
 def test_names_and_attributes_are_the_originals() -> None:
