@@ -264,10 +264,10 @@ def _check_hooks(kind: str) -> None:
 def _check_random(rank: int) -> None:
     """Replicas draw the same masks although the ranks' generators differ, and the generators go on differing."""
     torch.manual_seed(0)
-    # Neither 3 rows nor 5 features can be split in two, so the dropout runs on replicas.
-    layers = nn.Sequential(nn.Linear(WIDTH, 5), nn.Dropout(0.5), nn.Linear(5, WIDTH))
-    nn.init.ones_(layers[2].weight)
-    nn.init.zeros_(layers[2].bias)
+    # Neither 3 rows nor 5 features can be split in two, nor does a sum pass the sigmoid, so the dropout runs on replicas.
+    layers = nn.Sequential(nn.Linear(WIDTH, 5), nn.Sigmoid(), nn.Dropout(0.5), nn.Linear(5, WIDTH))
+    nn.init.ones_(layers[3].weight)
+    nn.init.zeros_(layers[3].bias)
     model = autopar.compile(layers, cluster="2xcpu", mesh={"tp": 2})
     torch.manual_seed(rank)
     x = torch.ones(3, WIDTH)
