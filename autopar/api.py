@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from autopar import world
+from autopar.calls import ExampleInputs, split_call
 from autopar.capture import Captured, capture
 from autopar.cost_models import Cluster
 from autopar.errors import InputError, PlanError
@@ -20,9 +21,6 @@ from autopar.plans import Plan
 from autopar.program import Program
 from autopar.rewrite import rewrite
 from autopar.verification import Verification, verify_plan
-
-ExampleInputs = Mapping[str, Any] | tuple[Any, ...]
-"""As given to the model: a mapping is keyword arguments, a tuple positional ones, a (tuple, mapping) pair both."""
 
 Progress = Callable[[str], None]
 
@@ -116,7 +114,8 @@ def detect_cluster(device_type: str | None = None) -> Cluster:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
         return Cluster.parse(f"{ranks}xcpu").with_memory(memory)
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory
-    for machine, mark in (("h200", "H200"), ("h100", "H100"), ("a100-80gb", "A100"), ("v100", "V100")):
+    a100 = "a100-80gb" if memory > 60e9 else "a100-40gb"
+    for machine, mark in (("h200", "H200"), ("h100", "H100"), (a100, "A100"), ("v100", "V100")):
         if mark in name:
             shape = f"{ranks // here}x{here}x{machine}" if here < ranks else f"{ranks}x{machine}"
             return Cluster.parse(shape).with_memory(memory)
@@ -161,7 +160,7 @@ def compile(
     module = CompiledModule(model, planner, inputs=inputs, init=init, device=device)
     planner.layouts = lambda: module.layouts
     if example_inputs is not None:
-        args, kwargs = _as_call(example_inputs)
+        args, kwargs = split_call(example_inputs)
         module.prepare(*args, **kwargs)
     return module
 
@@ -240,11 +239,3 @@ class _Planner:
         if isinstance(self.cluster, str):
             return Cluster.parse(self.cluster)
         return self.cluster or detect_cluster(device.type if device is not None else None)
-
-
-def _as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), example_inputs
-    if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
-        return example_inputs[0], example_inputs[1]
-    return example_inputs, {}

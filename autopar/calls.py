@@ -86,23 +86,29 @@ class CallSpec:
         return "missing" if parameter is None or parameter.default is inspect.Parameter.empty else repr(parameter.default)
 
 
-def read_call(forward: Callable[..., Any], example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[CallSpec, list[Any]]:
+ExampleInputs = Mapping[str, Any] | tuple[Any, ...]
+"""A call as users give it: a mapping is keyword arguments, a tuple positional ones, a pair of a tuple and a mapping both."""
+
+
+def split_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The positional and the keyword arguments of an example call; InputError for anything that is none."""
+    if isinstance(example_inputs, Mapping):
+        return (), example_inputs
+    if not isinstance(example_inputs, tuple):
+        raise InputError(f"example_inputs is {type(example_inputs).__name__}; give a dict (keywords) or a tuple (positions)")
+    if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
+        return example_inputs[0], example_inputs[1]
+    return example_inputs, {}
+
+
+def read_call(forward: Callable[..., Any], example_inputs: ExampleInputs) -> tuple[CallSpec, list[Any]]:
     """The structure of an example call, and its flat leaves.
 
     Args:
         forward: the module's forward.
         example_inputs: a mapping is keyword arguments, a tuple positional ones; a pair of a tuple and a mapping is both.
     """
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = {}
-    if isinstance(example_inputs, Mapping):
-        kwargs = example_inputs
-    elif not isinstance(example_inputs, tuple):
-        raise InputError(f"example_inputs is {type(example_inputs).__name__}; give a dict (keywords) or a tuple (positions)")
-    elif len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
-        args, kwargs = example_inputs
-    else:
-        args = example_inputs
+    args, kwargs = split_call(example_inputs)
     signature = inspect.signature(forward)
     call = canonical(signature, args, kwargs)
     leaves, spec = pytree.tree_flatten(call)

@@ -21,7 +21,8 @@ OPTIMIZER_COPIES = 2
 # AdamW reads parameter, gradient and both moments, and writes parameter and both moments.
 OPTIMIZER_PASSES = 7
 
-# Gradients that are reduced at the end of the backward travel in buckets of this size (`gradients.GradientReducer`).
+# Bytes of gradients that `gradients.GradientReducer` sums together; DDP's default: large enough to hide latency, small enough to
+# overlap.
 BUCKET_BYTES = 25 * 10**6
 
 COLLECTIVE_KIND: Mapping[Collective, str] = {

@@ -32,7 +32,7 @@ class Role(IntEnum):
 Boundaries = dict[int, Role]
 """Outer block counts, each with the role of what a split there divides."""
 
-# More boundaries than this on one dim make placements that nobody wants and slow the search; the coarsest are kept.
+# More boundaries than this on one dim make placements that nobody wants and slow the search; those found first are kept.
 MAX_BOUNDARIES = 4
 
 

@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
+from autopar.costs import BUCKET_BYTES
 from autopar.dtensor import as_dtensor
-
-BUCKET_NBYTES = 25_000_000
-"""Bytes of gradients that are summed together; DDP's default: large enough to hide latency, small enough to overlap."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,7 +70,7 @@ class GradientReducer:
     Every rank must track the same parameters and run the same backwards, which programs of one plan do.
     """
 
-    def __init__(self, bucket_nbytes: int = BUCKET_NBYTES) -> None:
+    def __init__(self, bucket_nbytes: int = BUCKET_BYTES) -> None:
         self._bucket_nbytes = bucket_nbytes
         self._programs: list[_Program] = []
         self._flights: list[_Flight] = []

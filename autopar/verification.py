@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from autopar import collectives, simulate
+from autopar.calls import ExampleInputs, split_call
 from autopar.capture import Captured, capture
 from autopar.errors import InputError, VerificationError
 from autopar.ir import OpKind
@@ -99,9 +100,7 @@ class Reference:
     rounding: float
 
 
-def verify_plan(
-    model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], plan: Plan, *, tolerance: float = 1e-9
-) -> Verification:
+def verify_plan(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, tolerance: float = 1e-9) -> Verification:
     """Compare `plan` with `model` on these inputs; see `Verification`.
 
     Two comparisons. In the model's own dtype, the captured graph against the model: this is where rounding is the model's. Then in
@@ -115,14 +114,14 @@ def verify_plan(
     return verify_against(prepare_reference(model, example_inputs, captured), plan, tolerance=tolerance)
 
 
-def prepare_reference(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], captured: Captured) -> Reference:
+def prepare_reference(model: nn.Module, example_inputs: ExampleInputs, captured: Captured) -> Reference:
     """Run the model and its captured graph on one device, once for any number of plans.
 
     Raises InputError for a model on the meta device.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise InputError("verification runs the model: build it with real parameters, not on the meta device")
-    inputs = captured.bind(*_call(example_inputs))
+    inputs = captured.bind(*split_call(example_inputs))
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     tensors.update(captured.constants)
     capture_error = _capture_error(model, captured, example_inputs, tensors, inputs)
@@ -174,13 +173,13 @@ def _rounding(tensors_of: nn.Module) -> float:
 def _capture_error(
     model: nn.Module,
     captured: Captured,
-    example_inputs: Mapping[str, Any] | tuple[Any, ...],
+    example_inputs: ExampleInputs,
     tensors: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
 ) -> float:
     """Largest relative difference between the model's own outputs and gradients and those of its captured graph."""
     twin = copy.deepcopy(model)
-    args, kwargs = _call(example_inputs)
+    args, kwargs = split_call(example_inputs)
     outputs = _outputs(captured, twin(*args, **kwargs))
     _weighted_backward(outputs)
     gradients = {name: p.grad.detach() for name, p in twin.named_parameters() if p.grad is not None}
@@ -222,14 +221,6 @@ def count_splits(plan: Plan) -> dict[str, int]:
                 if state.kind is StateKind.SHARD:
                     counts[f"{axis}:store"] += 1
     return dict(counts)
-
-
-def _call(example_inputs: Mapping[str, Any] | tuple[Any, ...]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    if isinstance(example_inputs, Mapping):
-        return (), example_inputs
-    if len(example_inputs) == 2 and isinstance(example_inputs[0], tuple) and isinstance(example_inputs[1], Mapping):
-        return example_inputs[0], example_inputs[1]
-    return example_inputs, {}
 
 
 def _weights(tensor: Tensor, position: int) -> Tensor | None:

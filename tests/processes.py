@@ -20,9 +20,7 @@ def spawn(size: int, folder: Path, fn: Callable[..., None], *arguments: Any) -> 
 def _work(rank: int, size: int, rendezvous: str, fn: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=size, timeout=timedelta(seconds=60))
     try:
         fn(rank, *arguments)
         dist.barrier()

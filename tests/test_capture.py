@@ -79,11 +79,7 @@ def test_ops_carry_names_layers_sources_and_shapes(name: str) -> None:
     assert sum(bool(op.source) for op in ops) >= 0.98 * len(ops)
     assert not any(op.source.startswith("/") or "/torch/" in op.source for op in ops)
     for op in ops:
-        sizes = (
-            [arg for arg in op.args[1:] if isinstance(arg, tuple)]
-            if op.target.startswith(("aten.reshape", "aten.expand"))
-            else []
-        )
+        sizes = [arg for arg in op.args[1:] if isinstance(arg, tuple)] if op.target.startswith(("aten.reshape", "aten.expand")) else []
         assert all(-1 not in size for size in sizes)
         assert "device" not in op.kwargs
     assert captured.graph.by_name["output"].operands[0].op in captured.graph.by_name
@@ -109,9 +105,7 @@ def real_saved_nbytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
 def test_saved_bytes_are_those_of_the_real_model(name: str) -> None:
     """Of models whose attention isn't replaced by another operator."""
     model, batch, captured = captured_zoo(name)
-    recorded = sum(
-        op.saved_nbytes + sum(op.results[i].nbytes for i in op.saved) for op in captured.graph.of_kind(ir.OpKind.CALL)
-    )
+    recorded = sum(op.saved_nbytes + sum(op.results[i].nbytes for i in op.saved) for op in captured.graph.of_kind(ir.OpKind.CALL))
     assert recorded == real_saved_nbytes(model, batch) > 0
 
 

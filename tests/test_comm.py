@@ -60,9 +60,7 @@ def test_axes_of_a_mesh_are_independent_and_row_major() -> None:
         assert comm.index(()) == 0
         return comm.index(("a", "one", "b")), comm.index(("b", "a")), over_a, over_b
 
-    assert simulate.run(mesh, look) == [
-        (rank, rank % 3 * 2 + rank // 3, 2 * (rank % 3) + 3, 9 * (rank // 3) + 3) for rank in range(6)
-    ]
+    assert simulate.run(mesh, look) == [(rank, rank % 3 * 2 + rank // 3, 2 * (rank % 3) + 3, 9 * (rank // 3) + 3) for rank in range(6)]
 
 
 def test_a_failing_rank_ends_all_and_is_named() -> None:

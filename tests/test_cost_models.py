@@ -238,9 +238,7 @@ def fewest_on_a_node(cluster: Cluster, sizes: tuple[int, ...], axis: int) -> int
     return min(min(nodes.values()) for nodes in groups.values())
 
 
-@pytest.mark.parametrize(
-    "sizes", [(4, 8), (32,), (2, 16), (8, 4), (2, 2, 8), (16, 2), (4, 2, 4), (2, 4, 4), (5, 6), (6, 5), (2, 3, 5)]
-)
+@pytest.mark.parametrize("sizes", [(4, 8), (32,), (2, 16), (8, 4), (2, 2, 8), (16, 2), (4, 2, 4), (2, 4, 4), (5, 6), (6, 5), (2, 3, 5)])
 def test_axis_link_against_brute_force(sizes: tuple[int, ...]) -> None:
     cluster = Cluster.parse("4x8xH100")
     intra, inter = cluster.machine.intra, cluster.machine.inter

@@ -49,9 +49,7 @@ def _plans(draw: st.DrawFn) -> Plan:
     placements: dict[str, Placement] = draw(_make_tables(len(names), _PART))
     candidate = st.builds(Candidate, _TEXT, _TEXT, st.none() | _TIME, st.none() | _COUNT, _TEXT)
     group = st.builds(Group, _TEXT, _COUNT, st.dictionaries(_TEXT, _TEXT, max_size=2), _TIME, _TIME, _COUNT, _COUNT)
-    proof = st.builds(
-        Proof, _COUNT, _COUNT, _TIME, _TEXT, _TEXT, _COUNT, _COUNT, _TIME, st.lists(candidate, max_size=2).map(tuple)
-    )
+    proof = st.builds(Proof, _COUNT, _COUNT, _TIME, _TEXT, _TEXT, _COUNT, _COUNT, _TIME, st.lists(candidate, max_size=2).map(tuple))
     return Plan(
         model=draw(_TEXT),
         fingerprint=draw(_TEXT),

@@ -224,8 +224,13 @@ def test_layers_that_keep_more_than_the_first_are_counted() -> None:
 
 def test_bounds_hold_when_bytes_have_a_price() -> None:
     nodes = tuple(Node(f"n{i}", ((None,), (None,)), np.array([1, 1]), np.array([1, 1])) for i in range(40))
-    problem = Problem(nodes, tuple(Arc(i, i + 1, np.ones((2, 2), np.int64), np.ones((2, 2), np.int64)) for i in range(39)),
-                      Mesh(("x",), (2,)), fixed_ns=0, fixed_bytes=0)
+    problem = Problem(
+        nodes,
+        tuple(Arc(i, i + 1, np.ones((2, 2), np.int64), np.ones((2, 2), np.int64)) for i in range(39)),
+        Mesh(("x",), (2,)),
+        fixed_ns=0,
+        fixed_bytes=0,
+    )
     cost, nbytes = evaluate(problem, dict.fromkeys(range(40), 0))
     for price in (0.5, 0.6, 0.9):
         core = eliminate(problem.nodes, problem.arcs, price)

@@ -69,9 +69,7 @@ def test_infeasible_says_what_is_needed() -> None:
     problem = random_problem(0, nodes=4, options=3, arcs=4)
     with pytest.raises(InfeasibleError) as caught:
         solve(problem, budget=1)
-    leanest = min(
-        evaluate(problem, dict(enumerate(c)))[1] for c in itertools.product(range(3), repeat=4)
-    )
+    leanest = min(evaluate(problem, dict(enumerate(c)))[1] for c in itertools.product(range(3), repeat=4))
     assert caught.value.needed >= leanest
 
 

@@ -112,9 +112,7 @@ def opt() -> Model:
 
 
 def bloom() -> Model:
-    config = transformers.BloomConfig(
-        hidden_size=HIDDEN, n_layer=2, n_head=HEADS, hidden_dropout=0.0, attention_dropout=0.0, **_DECODER
-    )
+    config = transformers.BloomConfig(hidden_size=HIDDEN, n_layer=2, n_head=HEADS, hidden_dropout=0.0, attention_dropout=0.0, **_DECODER)
     return _causal(config)
 
 
@@ -135,9 +133,7 @@ def mistral() -> Model:
 
 
 def gemma2() -> Model:
-    config = transformers.Gemma2Config(
-        head_dim=8, sliding_window=5, query_pre_attn_scalar=8, attn_implementation="eager", **_LLAMA
-    )
+    config = transformers.Gemma2Config(head_dim=8, sliding_window=5, query_pre_attn_scalar=8, attn_implementation="eager", **_LLAMA)
     return _causal(config)
 
 
@@ -236,9 +232,7 @@ class ResNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2)
-        )
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 1, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.MaxPool2d(2))
         self.blocks = nn.Sequential(Residual(8, 8, 1), Residual(8, 16, 2), Residual(16, 16, 1))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(16, 8)
