@@ -20,7 +20,7 @@ _READS_DATA = frozenset(
 def explain(error: Exception) -> CaptureError:
     """The error to raise instead of `error`, which becomes its cause."""
     source = _users_line(error)
-    where = f"at {source}: " if source else ""
+    where = f"at `{source}`: " if source else ""
     reason, remedy = _reason(error)
     return CaptureError(f"the model can't be captured as one graph; {where}{reason}. {remedy}")
 
