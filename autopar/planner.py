@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.assemble import assemble, workspace_bytes
@@ -79,6 +79,33 @@ def make_plan(
         raise UnknownOpError(f"{len(unruled)} ops have no rule and strict=True was asked for:\n{lines}")
     model = Model(fold(graph), spaces, find_factors(graph, spaces), find_tables(graph))
     trials = find_trials(model, cluster, pins or {}, mesh, stored or {})
+    found, candidates = _solve_trials(model, trials, cluster, tell)
+    if not candidates:
+        raise InfeasibleError(
+            f"the pins {dict(pins or {})} leave some op no placement that its neighbours' can be connected with, on any of {len(trials)} "
+            "meshes tried; pin fewer modules, or pin ops that read the same tensor alike"
+        )
+    if not found:
+        raise _infeasible(cluster, min(one.memory_bytes for one in candidates if one.memory_bytes is not None))
+    best = min(found, key=lambda one: (one.solution.cost_ns, one.trial.baseline, len(one.trial.mesh.names)))
+    return assemble(
+        model=model,
+        cluster=cluster,
+        problem=best.problem,
+        solution=best.solution,
+        workspace=best.workspace,
+        rename=best.trial.name == "search" and mesh is None,
+        model_name=model_name,
+        fingerprint=fingerprint(graph),
+        candidates=candidates,
+        unruled=unruled,
+        notes=notes,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _solve_trials(model: Model, trials: Sequence[Trial], cluster: Cluster, tell: Progress) -> tuple[list[Found], tuple[Candidate, ...]]:
+    """What was found within the memory, and the outcome of every trial in which all ops have a placement."""
     searches: list[tuple[Trial, Search]] = []
     for trial in trials:
         tell(f"costs: {trial.name} on {trial.mesh}")
@@ -91,7 +118,6 @@ def make_plan(
     searches.sort(key=lambda one: one[1].bound_ns)
     found: list[Found] = []
     candidates: list[Candidate] = []
-    needed: list[int] = []
     for trial, search in searches:
         tell(f"memory: {trial.name} on {trial.mesh}")
         cutoff = min((one.solution.cost_ns for one in found), default=None)
@@ -99,34 +125,12 @@ def make_plan(
         if answer is None:
             candidates.append(Candidate(trial.name, str(trial.mesh), search.bound_in_memory_ns / 1e9, None, "pruned: costs at least this"))
         elif isinstance(answer, InfeasibleError):
-            needed.append(answer.needed)
             candidates.append(Candidate(trial.name, str(trial.mesh), None, answer.needed, "out of memory"))
         else:
             found.append(answer)
             seconds = answer.solution.cost_ns / 1e9
             candidates.append(Candidate(trial.name, str(trial.mesh), seconds, answer.needed, answer.solution.status))
-    if not searches:
-        raise InfeasibleError(
-            f"the pins {dict(pins or {})} leave some op no placement that its neighbours' can be connected with, on any of {len(trials)} "
-            "meshes tried; pin fewer modules, or pin ops that read the same tensor alike"
-        )
-    if not found:
-        raise _infeasible(cluster, min(needed))
-    best = min(found, key=lambda one: (one.solution.cost_ns, one.trial.baseline, len(one.trial.mesh.names)))
-    return assemble(
-        model=model,
-        cluster=cluster,
-        problem=best.problem,
-        solution=best.solution,
-        workspace=best.workspace,
-        rename=best.trial.name == "search" and mesh is None,
-        model_name=model_name,
-        fingerprint=fingerprint(graph),
-        candidates=tuple(candidates),
-        unruled=unruled,
-        notes=notes,
-        seconds=time.perf_counter() - start,
-    )
+    return found, tuple(candidates)
 
 
 def _try(model: Model, trial: Trial, search: Search, cluster: Cluster, cutoff_ns: int | None) -> Found | InfeasibleError | None:
