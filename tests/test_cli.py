@@ -10,26 +10,13 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner, Result
 
 from autopar.cli import main, parse_mesh, parse_pins
 from autopar.errors import InputError
 from autopar.plans import VERSION, Candidate, Memory, Plan, Proof, Seconds, Traffic, Unruled, to_json
 from autopar.report import to_data
+from tests.commands import refuse, run
 from tests.plans import make_plan
-
-
-def _run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def _refuse(*arguments: str | Path, code: int = 2) -> str:
-    """The message of a command that must fail: one line on stderr, nothing on stdout, no traceback."""
-    result = _run(*arguments)
-    assert (result.exit_code, result.stdout) == (code, ""), result.output
-    assert result.stderr.startswith("error: ")
-    assert "Traceback" not in result.stderr
-    return result.stderr.removeprefix("error: ").strip()
 
 
 @pytest.fixture
@@ -41,19 +28,19 @@ def saved(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("command", ["plan", "explain", "verify", "machines"])
 def test_help_teaches(command: str) -> None:
-    result = _run(command, "--help")
+    result = run(command, "--help")
     assert result.exit_code == 0
     assert f"Example:\n    autopar {command}" in result.stdout
     if command in ("plan", "verify"):
         assert "MODEL is one of" in result.stdout
         assert "package.module:function" in result.stdout
-    assert "--help" in _run("--help").stdout
-    assert command in _run("--help").stdout
-    assert "Exit codes: 0 done, 1 no plan exists or the verification failed, 2 bad" in _run("--help").stdout
+    assert "--help" in run("--help").stdout
+    assert command in run("--help").stdout
+    assert "Exit codes: 0 done, 1 no plan exists or the verification failed, 2 bad" in run("--help").stdout
 
 
 def test_version() -> None:
-    result = _run("--version")
+    result = run("--version")
     assert (result.exit_code, result.stdout.split()[0]) == (0, "autopar,")
 
 
@@ -65,67 +52,67 @@ def test_it_runs_as_a_module() -> None:
 
 
 def test_explain(saved: Path) -> None:
-    result = _run("explain", saved)
+    result = run("explain", saved)
     assert (result.exit_code, result.stderr) == (0, "")
     for words in ("GPT2LMHeadModel", "What each axis of the mesh splits", "budget 80.0 GB", "model.py:12: y = x[0].foo()"):
         assert words in result.stdout
 
 
 def test_explain_for_programs(saved: Path) -> None:
-    assert json.loads(_run("explain", saved, "--json").stdout) == json.loads(json.dumps(to_data(make_plan())))
+    assert json.loads(run("explain", saved, "--json").stdout) == json.loads(json.dumps(to_data(make_plan())))
 
 
 def test_explain_a_layer(saved: Path) -> None:
-    result = _run("explain", saved, "--layer", "transformer.h.1.mlp")
+    result = run("explain", saved, "--layer", "transformer.h.1.mlp")
     assert result.exit_code == 0
     assert "p_transformer_h_0_mlp_c_fc_weight" in result.stdout
     assert "outside of layers" not in result.stdout
-    assert list(json.loads(_run("explain", saved, "--layer", "transformer.h.1.mlp", "--json").stdout)["layouts"]) == [
+    assert list(json.loads(run("explain", saved, "--layer", "transformer.h.1.mlp", "--json").stdout)["layouts"]) == [
         "p_transformer_h_0_mlp_c_fc_weight"
     ]
-    assert "no layer of this plan matches 'decoder'" in _refuse("explain", saved, "--layer", "decoder")
+    assert "no layer of this plan matches 'decoder'" in refuse("explain", saved, "--layer", "decoder")
 
 
 def test_plans_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text(to_json(make_plan())[:500], encoding="utf-8")
-    assert "was the file cut off?" in _refuse("explain", path)
+    assert "was the file cut off?" in refuse("explain", path)
     path.write_text(json.dumps({**json.loads(to_json(make_plan())), "version": VERSION + 1}), encoding="utf-8")
-    assert f"plan version {VERSION + 1}, this autopar reads version {VERSION}" in _refuse("explain", path)
+    assert f"plan version {VERSION + 1}, this autopar reads version {VERSION}" in refuse("explain", path)
     path.write_text("[]", encoding="utf-8")
-    assert "not an autopar plan" in _refuse("explain", path)
-    assert "can't be read as text" in _refuse("explain", tmp_path / "absent.json")
-    assert "can't be read as text" in _refuse("explain", tmp_path)
-    assert "not an autopar plan" in _refuse("verify", "m.py:f", "--plan", path)
+    assert "not an autopar plan" in refuse("explain", path)
+    assert "can't be read as text" in refuse("explain", tmp_path / "absent.json")
+    assert "can't be read as text" in refuse("explain", tmp_path)
+    assert "not an autopar plan" in refuse("verify", "m.py:f", "--plan", path)
 
 
 def test_machines() -> None:
-    result = _run("machines")
+    result = run("machines")
     assert result.exit_code == 0
     assert "989 TFLOP/s bfloat16" in result.stdout
     assert "NVIDIA H100 datasheet" in result.stdout
-    listed = {machine["name"]: machine for machine in json.loads(_run("machines", "--json").stdout)}
+    listed = {machine["name"]: machine for machine in json.loads(run("machines", "--json").stdout)}
     assert listed["h100"]["device"]["mem_bandwidth_bytes_per_s"] == 3.35e12
     assert all(machine["sources"] for machine in listed.values())
 
 
 def test_an_unknown_machine_is_refused_with_what_is_close() -> None:
-    message = _refuse("plan", "m.py:f", "--cluster", "8xH101")
+    message = refuse("plan", "m.py:f", "--cluster", "8xH101")
     assert "no machine is called 'H101'. Did you mean h100" in message
     assert "h200" in message
 
 
 @pytest.mark.parametrize("cluster", ["", "0xH100", "9xH100", "8x./absent.toml"])
 def test_what_is_no_cluster_is_refused(cluster: str) -> None:
-    assert _refuse("plan", "m.py:f", "--cluster", cluster)
+    assert refuse("plan", "m.py:f", "--cluster", cluster)
 
 
 def test_a_memory_that_is_no_size_is_refused() -> None:
-    assert "'lots' is no size of memory" in _refuse("plan", "m.py:f", "--cluster", "8xH100", "--memory", "lots")
+    assert "'lots' is no size of memory" in refuse("plan", "m.py:f", "--cluster", "8xH100", "--memory", "lots")
 
 
 def test_a_memory_below_what_the_device_takes_is_infeasible() -> None:
-    message = _refuse("plan", "m.py:f", "--cluster", "8xH100", "--memory", "1MB", code=1)
+    message = refuse("plan", "m.py:f", "--cluster", "8xH100", "--memory", "1MB", code=1)
     assert "reserved of 1000000" in message
 
 
@@ -152,8 +139,8 @@ def test_a_memory_below_what_the_device_takes_is_infeasible() -> None:
     ],
 )
 def test_pins_that_cannot_be_used(pin: str, message: str) -> None:
-    assert message in _refuse("plan", "m.py:f", "--cluster", "8xH100", "--pin", pin)
-    assert message in _refuse("verify", "m.py:f", "--pin", pin)
+    assert message in refuse("plan", "m.py:f", "--cluster", "8xH100", "--pin", pin)
+    assert message in refuse("verify", "m.py:f", "--pin", pin)
 
 
 def test_pins_are_read() -> None:
@@ -177,22 +164,22 @@ def test_meshes_are_read() -> None:
         with pytest.raises(InputError) as caught:
             parse_mesh(text)
         assert message in str(caught.value)
-    assert "is no axis" in _refuse("plan", "m.py:f", "--cluster", "8xH100", "--mesh", "8")
+    assert "is no axis" in refuse("plan", "m.py:f", "--cluster", "8xH100", "--mesh", "8")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_search(tmp_path: Path) -> None:
-    message = _refuse("plan", "m.py:f", "--cluster", "8xH100", "-o", tmp_path / "absent" / "plan.json")
+    message = refuse("plan", "m.py:f", "--cluster", "8xH100", "-o", tmp_path / "absent" / "plan.json")
     assert "can't be written: there is no folder" in message
 
 
 def test_what_contradicts_a_plan_is_refused(saved: Path) -> None:
-    assert "is a plan for 8 ranks (dp=2 x tp=4), --ranks says 4" in _refuse("verify", "m.py:f", "--plan", saved, "--ranks", "4")
-    assert "leave out --pin or --plan" in _refuse("verify", "m.py:f", "--plan", saved, "--pin", "tp=2")
+    assert "is a plan for 8 ranks (dp=2 x tp=4), --ranks says 4" in refuse("verify", "m.py:f", "--plan", saved, "--ranks", "4")
+    assert "leave out --pin or --plan" in refuse("verify", "m.py:f", "--plan", saved, "--pin", "tp=2")
 
 
 @pytest.mark.parametrize("arguments", [["plan", "m.py:f"], ["nothing"], ["explain"], ["verify", "m.py:f", "--ranks", "0"]])
 def test_usage_errors_have_the_code_of_bad_input(arguments: list[str]) -> None:
-    result = _run(*arguments)
+    result = run(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert "Error: " in result.stderr
 

@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
-from autopar.cli import main
 from autopar.plans import Plan, from_json
 from autopar.report import summarize
+from tests.commands import refuse, run
 
 MODELS = """
 import torch
@@ -58,25 +57,13 @@ def models(tmp_path: Path) -> Path:
 @pytest.fixture
 def saved(models: Path, tmp_path: Path) -> Path:
     path = tmp_path / "plan.json"
-    result = _run("plan", f"{models}:build", "--cluster", "4xcpu", "--pin", "tp=2", "-o", path)
+    result = run("plan", f"{models}:build", "--cluster", "4xcpu", "--pin", "tp=2", "-o", path)
     assert result.exit_code == 0, result.output
     return path
 
 
-def _run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def _refuse(*arguments: str | Path, code: int = 2) -> str:
-    result = _run(*arguments)
-    assert (result.exit_code, result.stdout) == (code, ""), result.output
-    assert result.stderr.startswith("error: ")
-    assert "Traceback" not in result.stderr
-    return result.stderr.removeprefix("error: ").strip()
-
-
 def test_plan_prints_a_summary(models: Path, tmp_path: Path) -> None:
-    result = _run("plan", f"{models}:build", "--cluster", "4xcpu", "--batch", "16", "-o", tmp_path / "plan.json")
+    result = run("plan", f"{models}:build", "--cluster", "4xcpu", "--batch", "16", "-o", tmp_path / "plan.json")
     assert result.exit_code == 0, result.output
     plan = Plan.load(tmp_path / "plan.json")
     assert result.stdout == summarize(plan) + "\n"
@@ -89,7 +76,7 @@ def test_plan_prints_a_summary(models: Path, tmp_path: Path) -> None:
 
 
 def test_plan_for_programs(models: Path) -> None:
-    result = _run("plan", f"{models}:build", "--cluster", "4xcpu", "--mesh", "dp=2,tp=2", "--json")
+    result = run("plan", f"{models}:build", "--cluster", "4xcpu", "--mesh", "dp=2,tp=2", "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     plan = from_json(result.stdout)
     assert (plan.mesh.names, plan.mesh.sizes) == (("dp", "tp"), (2, 2))
@@ -101,15 +88,15 @@ def test_a_pinned_size_is_in_the_plan(saved: Path) -> None:
 
 
 def test_explain_shows_the_plans_costs(saved: Path) -> None:
-    result = _run("explain", saved)
+    result = run("explain", saved)
     assert (result.exit_code, result.stderr) == (0, "")
     assert f"{Plan.load(saved).proof.objective_ns:,} ns" in result.stdout
-    data = json.loads(_run("explain", saved, "--json").stdout)
+    data = json.loads(run("explain", saved, "--json").stdout)
     assert data["seconds"]["step"] == Plan.load(saved).seconds.step
 
 
 def test_verify_searches_and_checks(models: Path) -> None:
-    result = _run("verify", f"{models}:build", "--ranks", "4", "--pin", "tp=2", "--pin", "dp=2")
+    result = run("verify", f"{models}:build", "--ranks", "4", "--pin", "tp=2", "--pin", "dp=2")
     assert result.exit_code == 0, result.output
     # The loss and the gradients of two weights and two biases.
     assert result.stdout.startswith("ok: 5 outputs and gradients compared, 4 ranks")
@@ -118,7 +105,7 @@ def test_verify_searches_and_checks(models: Path) -> None:
 
 
 def test_verify_checks_a_saved_plan(models: Path, saved: Path) -> None:
-    result = _run("verify", f"{models}:build", "--plan", saved, "--json")
+    result = run("verify", f"{models}:build", "--plan", saved, "--json")
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert data["ok"] is True
@@ -129,47 +116,47 @@ def test_verify_checks_a_saved_plan(models: Path, saved: Path) -> None:
 
 def test_verify_fails_over_the_tolerance(models: Path, saved: Path) -> None:
     # Sums in another order differ in the last digits, so that nothing but zero error passes this.
-    result = _run("verify", f"{models}:build", "--plan", saved, "--tolerance", "1e-300")
+    result = run("verify", f"{models}:build", "--plan", saved, "--tolerance", "1e-300")
     assert result.exit_code == 1
     assert result.stdout.startswith("FAILED: 5 outputs and gradients compared")
     assert re.search(r"^error: plan on .* disagrees with the model \(tolerance 1e-300\):\n  .*: relative error", result.stderr)
 
 
 def test_a_plan_of_another_model_is_refused(models: Path, saved: Path) -> None:
-    message = _refuse("verify", f"{models}:build_wider", "--plan", saved)
+    message = refuse("verify", f"{models}:build_wider", "--plan", saved)
     assert "model" in message
 
 
 def test_a_batch_that_no_axis_divides_is_refused(models: Path) -> None:
-    message = _refuse("plan", f"{models}:build", "--cluster", "4xcpu", "--batch", "7", "--pin", "dp=4")
+    message = refuse("plan", f"{models}:build", "--cluster", "4xcpu", "--batch", "7", "--pin", "dp=4")
     assert "7" in message
     assert "dp=4" in message
 
 
 def test_pins_that_do_not_fit_the_cluster_are_refused(models: Path) -> None:
-    assert "tp=3" in _refuse("plan", f"{models}:build", "--cluster", "4xcpu", "--pin", "tp=3")
+    assert "tp=3" in refuse("plan", f"{models}:build", "--cluster", "4xcpu", "--pin", "tp=3")
 
 
 def test_a_mesh_of_another_size_is_refused(models: Path) -> None:
-    message = _refuse("plan", f"{models}:build", "--cluster", "4xcpu", "--mesh", "dp=8")
+    message = refuse("plan", f"{models}:build", "--cluster", "4xcpu", "--mesh", "dp=8")
     assert "8 ranks" in message
     assert "has 4" in message
 
 
 def test_a_model_that_cannot_be_captured_names_the_line(models: Path) -> None:
     line = MODELS.splitlines().index("        if x.sum() > 0:") + 1
-    message = _refuse("plan", f"{models}:build_branching", "--cluster", "4xcpu")
+    message = refuse("plan", f"{models}:build_branching", "--cluster", "4xcpu")
     assert f"tiny.py:{line}" in message
 
 
 def test_a_model_that_cannot_be_loaded_is_refused(models: Path) -> None:
-    assert "has no function 'bild': it has build, build_branching, build_wider" in _refuse("plan", f"{models}:bild", "--cluster", "4xcpu")
-    assert "takes no argument seq" in _refuse("plan", f"{models}:build", "--cluster", "4xcpu", "--seq", "8")
-    assert "doesn't exist" in _refuse("verify", f"hf:{models.parent / 'absent'}")
+    assert "has no function 'bild': it has build, build_branching, build_wider" in refuse("plan", f"{models}:bild", "--cluster", "4xcpu")
+    assert "takes no argument seq" in refuse("plan", f"{models}:build", "--cluster", "4xcpu", "--seq", "8")
+    assert "doesn't exist" in refuse("verify", f"hf:{models.parent / 'absent'}")
 
 
 def test_too_little_memory_is_infeasible(models: Path) -> None:
-    message = _refuse("plan", f"{models}:build", "--cluster", "4xcpu", "--memory", "10kB", code=1)
+    message = refuse("plan", f"{models}:build", "--cluster", "4xcpu", "--memory", "10kB", code=1)
     assert "no plan fits: the leanest found needs" in message
     assert "10.0 kB are there" in message
-    assert "reserved of 1000000;" in _refuse("plan", f"{models}:build", "--cluster", "4xH100", "--memory", "1MB", code=1)
+    assert "reserved of 1000000;" in refuse("plan", f"{models}:build", "--cluster", "4xH100", "--memory", "1MB", code=1)
