@@ -10,6 +10,7 @@ from autopar.cost_models import Cluster
 from autopar.costs import COLLECTIVE_KIND, OPTIMIZER_COPIES, CostTables, local_nbytes, operand_layout_of, result_layout_of
 from autopar.factors import Role
 from autopar.ir import Op, OpKind, Value
+from autopar.layers import fan_key
 from autopar.layout import Layout, Mesh, Placement, Split, StateKind
 from autopar.options import Model, role_of
 from autopar.plans import Candidate, Group, Memory, Plan, Proof, Seconds, Traffic, Unruled
@@ -109,7 +110,7 @@ def find_moves(model: Model, placements: Mapping[str, Placement], layouts: Mappi
         need = operand_layout_of(model, consumer, placements[edge.consumer], edge.operand)
         by_value[edge.value, consumer.target, edge.operand].append((edge.consumer, need, edge.count))
     for (value, target, operand), readers in by_value.items():
-        fan = f"fan:{value}:{target}:{operand}"
+        fan = fan_key(value, target, operand)
         start = made(value)
         if fan in layouts:
             yield Move(value, readers[0][0], start, layouts[fan], max(count for *_, count in readers), False)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from autopar import collectives
 from autopar.comm import Axis, GroupAxis
-from autopar.layout import Layout, Mesh, StateKind
+from autopar.layout import Layout, Mesh, StateKind, outer_when_cut
 from autopar.torch_compat import StridedShard, state_dict_utils
 
 Step = tuple[int, int, int]
@@ -36,11 +36,7 @@ def split_steps(layout: Layout, mesh: Mesh) -> tuple[Step, ...]:
             continue
         if state.kind is not StateKind.SHARD:
             raise ValueError(f"a stored tensor is split or whole along every axis, not {state}")
-        outer = state.outer
-        for before, size in zip(layout[:position], mesh.sizes, strict=False):
-            if before.kind is StateKind.SHARD and before.dim == state.dim and before.outer < state.outer:
-                outer //= size
-        steps.append((position, state.dim, outer))
+        steps.append((position, state.dim, outer_when_cut(layout, mesh, position)))
     return tuple(steps)
 
 

@@ -153,3 +153,8 @@ def freeze(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return tuple(freeze(item) for item in value)
     return repr(value)
+
+
+def fan_key(value: Value, target: str, operand: int) -> str:
+    """The name, in problems and plans, of what `value` is turned into for all consumers that read it alike."""
+    return f"fan:{value}:{target}:{operand}"

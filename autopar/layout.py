@@ -225,6 +225,11 @@ def local_outer(layout: Layout, mesh: Mesh, axis: int) -> int:
     return outer
 
 
+def outer_when_cut(layout: Layout, mesh: Mesh, axis: int) -> int:
+    """`local_outer` at the moment when a whole tensor is cut along `axis`, after the axes before it and before those after it."""
+    return local_outer((*layout[: axis + 1], *(REPLICATE for _ in layout[axis + 1 :])), mesh, axis)
+
+
 def is_legal(space: Space, placement: Placement, mesh: Mesh) -> bool:
     """Whether every tensor of the op is split evenly and every loop is allowed to be split so."""
     for part, size in zip(placement, mesh.sizes, strict=True):

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from autopar.cost_models import Cluster
 from autopar.costs import OPTIMIZER_COPIES, CostTables, layout_numbers, local_nbytes, operand_layout_of, result_layout_of
 from autopar.ir import Op, OpKind, Tensor, Value
-from autopar.layers import Edge
+from autopar.layers import Edge, fan_key
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind
 from autopar.options import Constraints, Model, call_options, output_options, parameter_options
 
@@ -173,7 +173,7 @@ class _Builder:
                     key = f"output:{edge.operand}" if target == "output" else edge.consumer
                     self._add_arc(value, key, 0 if target == "output" else operand, edge.count, max(1, uses))
                 continue
-            self._add_fan_out(value, f"fan:{value}:{target}:{operand}", operand, group)
+            self._add_fan_out(value, fan_key(value, target, operand), operand, group)
 
     def _add_fan_out(self, value: Value, key: str, operand: int, group: Sequence[Edge]) -> None:
         options = sorted({need for edge in group for need in self.needs[edge.consumer, operand]}, key=str)

@@ -16,7 +16,7 @@ from torch import fx
 from autopar import collectives, kernels
 from autopar.capture import Captured
 from autopar.ir import Graph, Op, OpKind, Tensor, Value
-from autopar.layers import Folded, fold
+from autopar.layers import Folded, fan_key, fold
 from autopar.layout import (
     REPLICATE,
     Layout,
@@ -60,11 +60,6 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None) 
         regather=work.regather,
         captured=captured,
     )
-
-
-def fan_key(value: Value, target: str, operand: int) -> str:
-    """The plan's key for what `value` is turned into for all like consumers together."""
-    return f"fan:{value}:{target}:{operand}"
 
 
 class _Rewriter:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -70,7 +69,6 @@ class Solution:
     method: str
     variables: int
     constraints: int
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +92,6 @@ class Search:
     problem: Problem
     time_limit: float = 60.0
     answers: dict[float, _Answer] = field(default_factory=dict)
-    seconds: float = 0.0
     bound_in_memory_ns: int = 0
 
     @property
@@ -105,12 +102,10 @@ class Search:
     def at(self, price: float) -> _Answer:
         """The best choice when a byte costs `price` nanoseconds."""
         if price not in self.answers:
-            start = time.perf_counter()
             core = eliminate(self.problem.nodes, self.problem.arcs, price)
             answer = _solve_core(core, None, self.time_limit)
             assert answer is not None
             self.answers[price] = answer
-            self.seconds += time.perf_counter() - start
         return self.answers[price]
 
     def fit(self, budget: int, cutoff_ns: int | None = None) -> Solution | None:
@@ -118,7 +113,6 @@ class Search:
 
         Raises InfeasibleError when nothing fits, with the bytes that the leanest choice needs in its ``needed`` attribute.
         """
-        start = time.perf_counter()
         answer = self.at(0.0)
         _, nbytes = evaluate(self.problem, answer.choice)
         bound = answer.weight_bound
@@ -130,17 +124,16 @@ class Search:
             if found is None:
                 return None
             answer, bound = found
-        return self._as_solution(answer, bound, start)
+        return self._as_solution(answer, bound)
 
     def lean(self, budget: int) -> list[Solution]:
         """Choices from lean to fast, among them that of the fewest bytes and one for which time counts little beside `budget`."""
-        start = time.perf_counter()
         bound = self.at(0.0).weight_bound
         for price in (math.inf, LEAN_PRICE * max(1.0, bound) / budget):
             self.at(price)
-        return [self._as_solution(answer, bound, start) for answer in self.answers.values()]
+        return [self._as_solution(answer, bound) for answer in self.answers.values()]
 
-    def _as_solution(self, answer: _Answer, bound: float, start: float) -> Solution:
+    def _as_solution(self, answer: _Answer, bound: float) -> Solution:
         cost, nbytes = evaluate(self.problem, answer.choice)
         return Solution(
             choice={self.problem.nodes[i].key: option for i, option in answer.choice.items()},
@@ -151,7 +144,6 @@ class Search:
             method=answer.method,
             variables=answer.variables,
             constraints=answer.constraints,
-            seconds=time.perf_counter() - start,
         )
 
     def _fit(self, budget: int, cutoff_ns: int | None) -> tuple[_Answer, float] | None:

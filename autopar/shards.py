@@ -9,18 +9,15 @@ import torch
 from torch import Tensor
 
 from autopar.collectives import join_parts, take_part
-from autopar.layout import REPLICATE, Layout, Mesh, StateKind, local_outer
+from autopar.layout import Layout, Mesh, StateKind, outer_when_cut
 
 
 def cut(whole: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
     """The part of `whole` that `rank` holds; a Partial state leaves the value on the axis' first rank and zeros elsewhere."""
     part = whole
-    done: list[int] = []
     for axis, (state, index) in enumerate(zip(layout, mesh.coordinates(rank), strict=True)):
         if state.kind is StateKind.SHARD:
-            done.append(axis)
-            current = tuple(s if i in done else REPLICATE for i, s in enumerate(layout))
-            part = take_part(part, state.dim, local_outer(current, mesh, axis), index, mesh.sizes[axis])
+            part = take_part(part, state.dim, outer_when_cut(layout, mesh, axis), index, mesh.sizes[axis])
         elif state.kind is StateKind.PARTIAL and index:
             part = torch.zeros_like(part)
     return part
@@ -36,14 +33,13 @@ class Joined:
 
 def join(parts: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Joined:
     """The whole tensor from every rank's part, in rank order."""
-    current = list(layout)
     pieces = list(parts)
     disagreement = 0.0
     for axis in reversed(range(len(layout))):
         state, size = layout[axis], mesh.sizes[axis]
         groups = [pieces[i : i + size] for i in range(0, len(pieces), size)]
         if state.kind is StateKind.SHARD:
-            outer = local_outer(tuple(current), mesh, axis)
+            outer = outer_when_cut(layout, mesh, axis)
             pieces = [join_parts(group, state.dim, outer) for group in groups]
         elif state.kind is StateKind.PARTIAL:
             pieces = [torch.stack(list(group)).sum(0) for group in groups]
@@ -51,7 +47,6 @@ def join(parts: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Joined:
             for group in groups:
                 disagreement = max(disagreement, *(_difference(group[0], other) for other in group))
             pieces = [group[0] for group in groups]
-        current[axis] = REPLICATE
     return Joined(pieces[0], disagreement)
 
 
