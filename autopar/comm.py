@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, final
+from typing import Literal, Protocol, final
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,18 @@ from autopar.errors import CommError
 
 Reduction = Literal["sum", "max"]
 """How `Axis.all_reduce` combines the ranks' tensors."""
+
+
+class Message(Protocol):
+    """A tensor on its way to or from another rank."""
+
+    def is_done(self) -> bool:
+        """Whether the tensor has arrived, or has been taken."""
+        ...
+
+    def wait(self) -> Tensor:
+        """The tensor, when it is done."""
+        ...
 
 
 class Axis(ABC):
@@ -54,6 +67,14 @@ class Axis(ABC):
     def exchange_stack(self, parts: Tensor) -> Tensor:
         """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order, of the same shape (size, *shape)."""
 
+    @abstractmethod
+    def send(self, x: Tensor, to: int) -> Message:
+        """Begin to send `x` to the rank at position `to`; never waits for that rank. `x` must not change until it is done."""
+
+    @abstractmethod
+    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Message:
+        """Begin to receive what the rank at position `source` sends: the n-th call gets the n-th tensor that it sends here."""
+
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's `x`, in rank order; all have the same shape."""
         return list(self.gather_stack(x).unbind())
@@ -71,11 +92,27 @@ class Axis(ABC):
 class GroupAxis(Axis):
     """An axis over a torch.distributed process group (gloo or nccl) that holds exactly its ranks, in order."""
 
-    def __init__(self, name: str, group: dist.ProcessGroup) -> None:
+    def __init__(self, name: str, group: dist.ProcessGroup, ways: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None) -> None:
+        """Talk over `group`; `ways` carry what is sent to later and to earlier ranks.
+
+        On a GPU the messages of one group between two ranks run one after the other: a send that waits for its receive would
+        hold up the receive for which the other rank's send waits. With a group per direction sends never wait.
+        """
         self.name = name
         self.group = group
+        self.ways = ways or (group, group)
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
+
+    def send(self, x: Tensor, to: int) -> Message:
+        """Begin to send `x` to the rank at position `to`; never waits for that rank. `x` must not change until it is done."""
+        sent = _as_bytes(x.detach().contiguous())
+        return _Flight(sent, dist.isend(sent, group=self.ways[to < self.index], group_dst=to), x.dtype)
+
+    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Message:
+        """Begin to receive what the rank at position `source` sends: the n-th call gets the n-th tensor that it sends here."""
+        received = _as_bytes(torch.empty(tuple(shape), dtype=dtype, device=device))
+        return _Flight(received, dist.irecv(received, group=self.ways[source > self.index], group_src=source), dtype)
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
         """Combine all ranks' `x` elementwise; `x` itself is left as it is."""
@@ -139,6 +176,22 @@ class GroupAxis(Axis):
         return received
 
 
+@final
+class _Flight:
+    """A tensor that torch.distributed is moving; a failure names no rank, so whoever waits adds what it waited for."""
+
+    def __init__(self, x: Tensor, work: dist.Work | None, dtype: torch.dtype) -> None:
+        assert work is not None, "this rank is in the group"
+        self._x, self._work, self._dtype = x, work, dtype
+
+    def is_done(self) -> bool:
+        return self._work.is_completed()
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return _from_bytes(self._x, self._dtype)
+
+
 # Element types that move between ranks but that gloo doesn't know, as bytes of the same width.
 _MOVED_AS_BYTES = (torch.bool, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -165,7 +218,11 @@ class Exchange:
         self._changed = threading.Condition()
         self._arrived = 0
         self._rounds = 0
-        self._closed = False
+        self._gone: set[int] = set()
+        # Per (sender, receiver) the messages not taken yet, by number, and how many were sent and asked for.
+        self._mail: dict[tuple[int, int], dict[int, Tensor]] = {}
+        self._sent: Counter[tuple[int, int]] = Counter()
+        self._asked: Counter[tuple[int, int]] = Counter()
 
     def meet(self, index: int, label: str, value: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Tensor:
         """Leave `value`, wait for all ranks, and return ``read(values)``; no rank goes on before all have read.
@@ -182,10 +239,35 @@ class Exchange:
         self._slots[index] = _EMPTY
         return result
 
-    def close(self) -> None:
-        """Say that a rank won't come again: every rank that waits for it, now or later, fails."""
+    def post(self, source: int, to: int, x: Tensor) -> None:
+        """Leave a message; nobody waits."""
         with self._changed:
-            self._closed = True
+            self._mail.setdefault((source, to), {})[self._sent[source, to]] = x
+            self._sent[source, to] += 1
+            self._changed.notify_all()
+
+    def ask(self, source: int, to: int) -> int:
+        """The number of the next message that nobody has asked for yet."""
+        self._asked[source, to] += 1
+        return self._asked[source, to] - 1
+
+    def has(self, source: int, to: int, number: int) -> bool:
+        """Whether message `number` is there."""
+        return number in self._mail.get((source, to), {})
+
+    def take(self, source: int, to: int, number: int) -> Tensor:
+        """Message `number`, when it is there. Raises CommError when a rank has failed or ended."""
+        with self._changed:
+            while not self.has(source, to, number):
+                if source in self._gone:
+                    raise CommError(f"rank {source} of the axis ended without sending message {number} to rank {to}")
+                self._changed.wait()
+            return self._mail[source, to].pop(number)
+
+    def close(self, index: int) -> None:
+        """Say that rank `index` won't come again: every rank that waits for it, now or later, fails."""
+        with self._changed:
+            self._gone.add(index)
             self._changed.notify_all()
 
     def _wait(self, label: str) -> None:
@@ -197,7 +279,7 @@ class Exchange:
                 self._rounds += 1
                 self._changed.notify_all()
             while this_round == self._rounds:
-                if self._closed:
+                if self._gone:
                     raise CommError(f"another rank ended without coming to the {label}")
                 self._changed.wait()
 
@@ -228,9 +310,50 @@ class ThreadAxis(Axis):
         """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order, of the same shape (size, *shape)."""
         return self._meet("all_to_all", parts, lambda ranks: torch.stack([each[self.index] for each in ranks]))
 
+    def send(self, x: Tensor, to: int) -> Message:
+        """Begin to send `x` to the rank at position `to`; never waits for that rank. `x` must not change until it is done."""
+        copy = x.detach().clone()
+        self.exchange.post(self.index, to, copy)
+        return _Sent(copy)
+
+    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Message:
+        """Begin to receive what the rank at position `source` sends: the n-th call gets the n-th tensor that it sends here."""
+        return _Mail(self, source, self.exchange.ask(source, self.index), (tuple(shape), dtype))
+
     def _meet(self, label: str, x: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Tensor:
         sizes = "x".join(map(str, x.shape))
         return self.exchange.meet(self.index, f"{label} of {x.dtype}[{sizes}] on {self.name!r}", x.detach(), read)
+
+
+@final
+class _Sent:
+    """A message that is its receiver's own already."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+
+    def is_done(self) -> bool:
+        return True
+
+    def wait(self) -> Tensor:
+        return self._x
+
+
+@final
+class _Mail:
+    """A message from another thread."""
+
+    def __init__(self, axis: ThreadAxis, source: int, number: int, expected: tuple[tuple[int, ...], torch.dtype]) -> None:
+        self._axis, self._source, self._number, self._expected = axis, source, number, expected
+
+    def is_done(self) -> bool:
+        return self._axis.exchange.has(self._source, self._axis.index, self._number)
+
+    def wait(self) -> Tensor:
+        x = self._axis.exchange.take(self._source, self._axis.index, self._number)
+        if (tuple(x.shape), x.dtype) != self._expected:
+            raise CommError(f"expected {self._expected} from rank {self._source} of {self._axis.name!r}, got {(tuple(x.shape), x.dtype)}")
+        return x
 
 
 def _combine(tensors: Sequence[Tensor], op: Reduction) -> Tensor:

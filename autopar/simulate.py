@@ -70,4 +70,4 @@ def run(mesh: Mesh, fn: Callable[[int], T]) -> list[T]:
 
 def _end(axes: Mapping[str, comm.ThreadAxis]) -> None:
     for axis in axes.values():
-        axis.exchange.close()
+        axis.exchange.close(axis.index)
