@@ -6,6 +6,7 @@ AutoparError
 ├── InputError          an argument, a machine name, a pin or a mesh that can't be used
 ├── PlanError           a plan file that is damaged, of another version, or made for another model or world
 ├── InfeasibleError     no placement satisfies the constraints (says which budget would have to grow)
+├── ScheduleError       a pipeline schedule that can't run to its end (shows the ranks' actions and the step at fault)
 ├── SolverError         the solver stopped without a usable answer
 ├── CommError           ranks run different collectives, or one is gone
 └── VerificationError   a parallel run that disagrees with the single device's
@@ -40,6 +41,10 @@ class InfeasibleError(AutoparError):
     """No plan satisfies the constraints; `needed` is the bytes that the leanest plan needs, 0 when memory isn't the reason."""
 
     needed: int = 0
+
+
+class ScheduleError(AutoparError):
+    """A pipeline schedule whose ranks can't all finish, or that computes something twice or never."""
 
 
 class SolverError(AutoparError):
