@@ -1,4 +1,4 @@
-r"""Problem -> the cheapest choice of an option per node, with a proof. The only user of OR-Tools.
+r"""Problem -> the cheapest choice of an option per node, with a proof.
 
 Data: nodes :math:`v` with options :math:`i`, cost :math:`c_{v,i}` and bytes :math:`m_{v,i}`; arcs :math:`(u, v)` whose
 options meet at a cost. Options that meet everything alike on an arc form one class, so that an arc between ops has a flow per
@@ -22,18 +22,16 @@ model to take up what room is left.
 
 from __future__ import annotations
 
-import datetime
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from ortools.math_opt import model_pb2
-from ortools.math_opt.python import mathopt
 
 from autopar.eliminate import Core, Costs, eliminate
 from autopar.errors import InfeasibleError, SolverError
+from autopar.linear_model import LinearModel
 from autopar.problem import FORBIDDEN, Problem, Table
 
 # Prices of memory that are tried at most, and the relative gap at which the search for a better one ends; what gap is left is
@@ -215,90 +213,34 @@ def evaluate(problem: Problem, choice: Mapping[int, int]) -> tuple[int, int]:
     return cost, nbytes
 
 
-class _Rows:
-    """A linear model under construction, as the flat lists that MathOpt's wire format holds."""
-
-    def __init__(self) -> None:
-        self.objective: list[Table] = []
-        self.size = 0
-        self.rows: list[Table] = []
-        self.columns: list[Table] = []
-        self.coefficients: list[Table] = []
-        self.lower: list[float] = []
-        self.upper: list[float] = []
-
-    def add_variables(self, costs: Table) -> Table:
-        ids = np.arange(self.size, self.size + costs.size)
-        self.objective.append(costs.ravel())
-        self.size += costs.size
-        return ids
-
-    def add_row(self, plus: Table, minus: Table, value: float) -> None:
-        self.rows.append(np.full(len(plus) + len(minus), len(self.lower)))
-        self.columns.append(np.concatenate([plus, minus]))
-        self.coefficients.append(np.concatenate([np.ones(len(plus)), -np.ones(len(minus))]))
-        self.lower.append(value)
-        self.upper.append(value)
-
-    def add_limit(self, columns: Table, coefficients: Table, limit: float) -> None:
-        self.rows.append(np.full(len(columns), len(self.lower)))
-        self.columns.append(columns)
-        self.coefficients.append(coefficients)
-        self.lower.append(-np.inf)
-        self.upper.append(limit)
-
-    def model(self, integers: int) -> mathopt.Model:
-        """The MathOpt model whose first `integers` variables are integer."""
-        proto = model_pb2.ModelProto()
-        proto.variables.ids.extend(range(self.size))
-        proto.variables.lower_bounds.extend([0.0] * self.size)
-        proto.variables.upper_bounds.extend([1.0] * self.size)
-        proto.variables.integers.extend([True] * integers + [False] * (self.size - integers))
-        proto.objective.maximize = False
-        costs = np.concatenate(self.objective)
-        paid = np.flatnonzero(costs)
-        proto.objective.linear_coefficients.ids.extend(paid.tolist())
-        proto.objective.linear_coefficients.values.extend(costs[paid].astype(float).tolist())
-        proto.linear_constraints.ids.extend(range(len(self.lower)))
-        proto.linear_constraints.lower_bounds.extend(self.lower)
-        proto.linear_constraints.upper_bounds.extend(self.upper)
-        rows, columns = np.concatenate(self.rows), np.concatenate(self.columns)
-        order = np.lexsort((columns, rows))
-        proto.linear_constraint_matrix.row_ids.extend(rows[order].tolist())
-        proto.linear_constraint_matrix.column_ids.extend(columns[order].tolist())
-        proto.linear_constraint_matrix.coefficients.extend(np.concatenate(self.coefficients)[order].tolist())
-        return mathopt.Model.from_model_proto(proto)
-
-
 def _solve_core(core: Core, budget: int | None, time_limit: float, ceiling: float = math.inf) -> _Answer | None:
     """Solve the core; with a `budget`, minimise nanoseconds under (4), else the weights without it."""
-    rows = _Rows()
+    rows = LinearModel()
     taken: dict[int, Table] = {}
     used: list[tuple[Table, Table]] = []
     for node, costs in core.nodes.items():
         taken[node] = _add_node(rows, costs, budget is not None)
         used.append((taken[node], costs.nbytes))
-    integers = rows.size
     for (a, b), costs in core.arcs.items():
         used.append(_add_arc(rows, costs, taken[a], taken[b], budget is not None))
     if budget is not None:
         columns = np.concatenate([ids for ids, _ in used])
-        rows.add_limit(columns, np.concatenate([nbytes for _, nbytes in used]).astype(float), float(budget))
-    values, bound, method = _run(rows, integers, time_limit, ceiling, required=budget is None)
+        rows.add_row(columns, np.concatenate([nbytes for _, nbytes in used]), -np.inf, float(budget))
+    values, bound, method = _run(rows, time_limit, ceiling, required=budget is None)
     if values is None:
         return None
     choice = {node: int(np.argmax(values[ids])) for node, ids in taken.items()}
-    return _Answer(core.complete(choice), bound, method, rows.size, len(rows.lower))
+    return _Answer(core.complete(choice), bound, method, rows.size, rows.row_count)
 
 
-def _add_node(rows: _Rows, costs: Costs, by_time: bool) -> Table:
+def _add_node(rows: LinearModel, costs: Costs, by_time: bool) -> Table:
     """Constraint (1)."""
-    ids = rows.add_variables(np.minimum(costs.cost if by_time else costs.weight, FORBIDDEN))
-    rows.add_row(ids, np.array([], dtype=np.int64), 1.0)
+    ids = rows.add_variables(np.minimum(costs.cost if by_time else costs.weight, FORBIDDEN), is_integer=True)
+    rows.add_row(ids, np.ones(len(ids)), 1.0, 1.0)
     return ids
 
 
-def _add_arc(rows: _Rows, costs: Costs, from_ids: Table, to_ids: Table, by_time: bool) -> tuple[Table, Table]:
+def _add_arc(rows: LinearModel, costs: Costs, from_ids: Table, to_ids: Table, by_time: bool) -> tuple[Table, Table]:
     """Constraints (2) and (3), over classes of options that meet the other end alike; returns the flows and their bytes."""
     stacked = np.stack([costs.weight, costs.cost, costs.nbytes], axis=-1)
     row_first, row_class = _classes(stacked.reshape(len(from_ids), -1))
@@ -310,10 +252,14 @@ def _add_arc(rows: _Rows, costs: Costs, from_ids: Table, to_ids: Table, by_time:
     flows = np.full(weight.shape, -1, dtype=np.int64)
     flows[open_pairs] = rows.add_variables(objective)
     for a in range(len(row_first)):
-        rows.add_row(flows[a][open_pairs[a]], from_ids[row_class == a], 0.0)
+        _balance(rows, flows[a][open_pairs[a]], from_ids[row_class == a])
     for b in range(len(column_first)):
-        rows.add_row(flows[:, b][open_pairs[:, b]], to_ids[column_class == b], 0.0)
+        _balance(rows, flows[:, b][open_pairs[:, b]], to_ids[column_class == b])
     return flows[open_pairs], costs.nbytes[small][open_pairs]
+
+
+def _balance(rows: LinearModel, flows: Table, options: Table) -> None:
+    rows.add_row(np.concatenate([flows, options]), np.concatenate([np.ones(len(flows)), -np.ones(len(options))]), 0.0, 0.0)
 
 
 def _classes(lines: Table) -> tuple[Table, Table]:
@@ -322,43 +268,22 @@ def _classes(lines: Table) -> tuple[Table, Table]:
     return first, classes.reshape(-1)
 
 
-def _run(
-    rows: _Rows, integers: int, time_limit: float, ceiling: float, *, required: bool
-) -> tuple[npt.NDArray[np.float64] | None, float, str]:
+def _run(rows: LinearModel, time_limit: float, ceiling: float, *, required: bool) -> tuple[npt.NDArray[np.float64] | None, float, str]:
     """(values, lower bound, method); no values, when an answer isn't `required`, for a model without one in the time given.
 
     Integers are only looked for where the relaxation leaves hope for less than `ceiling`.
     """
-    limit = mathopt.SolveParameters(time_limit=datetime.timedelta(seconds=time_limit))
-    # Zeros and duals are most of an answer and nobody reads them.
-    wanted = mathopt.ModelSolveParameters(
-        variable_values_filter=mathopt.VariableFilter(skip_zero_values=True),
-        dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=()),
-        reduced_costs_filter=mathopt.VariableFilter(filtered_items=()),
-    )
-    result = mathopt.solve(rows.model(0), mathopt.SolverType.HIGHS, params=limit, model_params=wanted)
-    method = "LP, integral"
-    values = _values(result, rows.size)
-    if values is not None and np.abs(values[:integers] - np.rint(values[:integers])).max() > 1e-6:
-        method = "MIP"
-        bound = result.best_objective_bound()
-        if bound >= ceiling:
-            return None, bound, method
-        result = mathopt.solve(rows.model(integers), mathopt.SolverType.HIGHS, params=limit, model_params=wanted)
-        values = _values(result, rows.size)
-        if values is not None:
-            return values, max(bound, result.best_objective_bound()), method
-    if values is None:
+    answer = rows.solve(time_limit, is_relaxed=True)
+    if answer.values is None:
         if not required:
-            return None, 0.0, method
-        raise SolverError(f"the solver ended with {result.termination}")
-    return values, result.best_objective_bound(), method
-
-
-def _values(result: mathopt.SolveResult, size: int) -> npt.NDArray[np.float64] | None:
-    if not result.has_primal_feasible_solution():
-        return None
-    values = np.zeros(size)
-    for variable, value in result.variable_values().items():
-        values[variable.id] = value
-    return values
+            return None, 0.0, "LP, integral"
+        raise SolverError(f"the solver ended with {answer.termination}")
+    decided = answer.values[rows.integers()]
+    if np.abs(decided - np.rint(decided)).max() <= 1e-6:
+        return answer.values, answer.bound, "LP, integral"
+    if answer.bound >= ceiling:
+        return None, answer.bound, "MIP"
+    exact = rows.solve(time_limit)
+    if exact.values is None and required:
+        raise SolverError(f"the solver ended with {exact.termination}")
+    return exact.values, max(answer.bound, exact.bound), "MIP"
