@@ -2,7 +2,8 @@
 
 An `Axis` is one mesh axis as a rank sees it. It has two forms: `GroupAxis` talks over a torch.distributed process group,
 `ThreadAxis` over shared memory between threads of one process, which is how tests and ``verify`` run all ranks without a
-process group. An emitted program names axes by text; `active` says which objects the names stand for on this thread.
+process group. A third, `TimeAxis`, numbers the micro-batches of a step, between which nothing can be exchanged. An emitted
+program names axes by text; `active` says which objects the names stand for on this thread.
 """
 
 from __future__ import annotations
@@ -371,6 +372,45 @@ def _combine_into(total: Tensor, x: Tensor, op: Reduction) -> Tensor:
     if op == "max":
         return torch.maximum(total, x, out=total)
     return total.add_(x)
+
+
+@final
+class TimeAxis(Axis):
+    """An axis whose positions are the micro-batches of a step, one after the other: size and index are known, nothing can be exchanged."""
+
+    def __init__(self, name: str, size: int, index: int) -> None:
+        if not 0 <= index < size:
+            raise ValueError(f"position {index} on axis {name!r}, which has {size}")
+        self.name = name
+        self.size = size
+        self.index = index
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        """Raises CommError."""
+        raise self._refuse("all_reduce")
+
+    def gather_stack(self, x: Tensor) -> Tensor:
+        """Raises CommError."""
+        raise self._refuse("all_gather")
+
+    def reduce_stack(self, parts: Tensor) -> Tensor:
+        """Raises CommError."""
+        raise self._refuse("reduce_scatter")
+
+    def exchange_stack(self, parts: Tensor) -> Tensor:
+        """Raises CommError."""
+        raise self._refuse("all_to_all")
+
+    def send(self, x: Tensor, to: int) -> Message:
+        """Raises CommError."""
+        raise self._refuse("send")
+
+    def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Message:
+        """Raises CommError."""
+        raise self._refuse("receive")
+
+    def _refuse(self, label: str) -> CommError:
+        return CommError(f"ranks can't exchange along time: {label} on axis {self.name!r}, micro-batch {self.index} of {self.size}")
 
 
 def alone(name: str) -> Axis:

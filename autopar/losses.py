@@ -85,12 +85,24 @@ def binary_cross_entropy_with_logits(*args: Any, splits: Splits, **kwargs: Any) 
     return loss / share_of(splits)
 
 
-def _counted(target: Tensor, weight: Tensor | None, ignore_index: int, axes: Sequence[str]) -> Tensor:
-    """What a mean over the tokens of the whole batch divides by: their number or their weights' sum."""
+def count_targets(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean over these tokens divides by: the number of those that count, or their weights' sum.
+
+    Args:
+        target: classes, of any shape.
+        weight: (classes,) or None.
+        ignore_index: class of tokens that don't count.
+    """
     counts = target != ignore_index
-    if weight is None:
-        return reduce_over(counts.sum(), axes)
-    return reduce_over((weight[target.clamp(min=0)] * counts).sum(), axes)
+    # An ignored class may be negative, or beyond the table.
+    return counts.sum() if weight is None else (weight[target.masked_fill(~counts, 0)] * counts).sum()
+
+
+def _count_all(target: Tensor, weight: Tensor | None, ignore_index: int, axes: Sequence[str], counted: Tensor | None) -> Tensor:
+    """`count_targets` over the whole batch; `counted` is that of all micro-batches, which time can't sum."""
+    if counted is None:
+        return reduce_over(count_targets(target, weight, ignore_index), axes)
+    return reduce_over(counted, [axis for axis in axes if not isinstance(comm.axis(axis), comm.TimeAxis)])
 
 
 def nll_loss(
@@ -101,10 +113,11 @@ def nll_loss(
     ignore_index: int = -100,
     *,
     splits: Splits,
+    counted: Tensor | None = None,
 ) -> Tensor:
-    """A part of the mean negative log likelihood over the tokens of the whole batch."""
+    """A part of the mean negative log likelihood over the tokens of the whole batch; `counted` as for `cross_entropy`."""
     total = F.nll_loss(log_probabilities, target, weight, ignore_index=ignore_index, reduction="sum")
-    return total / _counted(target, weight, ignore_index, all_axes(splits)).to(total.dtype)
+    return total / _count_all(target, weight, ignore_index, all_axes(splits), counted).to(total.dtype)
 
 
 def cross_entropy(
@@ -116,6 +129,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     *,
     splits: Splits,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of a part of the tokens, over a part of the vocabulary, without gathering logits.
 
@@ -127,6 +141,7 @@ def cross_entropy(
         ignore_index: class of tokens that don't count.
         label_smoothing: share of the target that is spread over the vocabulary.
         splits: may split the vocabulary ``v`` and any loop of tokens; the mean is over the tokens of the whole batch.
+        counted: `count_targets` of all micro-batches of this rank, when time splits the tokens of a mean over classes.
     """
     vocabulary = splits.get("v", ())
     tokens = tuple(axis for loop, axes in splits.items() if loop != "v" for axis in axes)
@@ -141,7 +156,7 @@ def cross_entropy(
         return total
     if target.is_floating_point():
         return total / (target.numel() // target.shape[1] * comm.count(tokens))
-    return total / _counted(target, weight, ignore_index, tokens).to(total.dtype)
+    return total / _count_all(target, weight, ignore_index, tokens, counted).to(total.dtype)
 
 
 class _VocabularyCrossEntropy(torch.autograd.Function):
