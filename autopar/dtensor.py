@@ -5,6 +5,7 @@ A stored tensor is split along the mesh axes from first to last, which is also h
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from autopar import collectives
+from autopar import collectives, torch_compat
 from autopar.comm import Axis, GroupAxis
 from autopar.layout import Layout, Mesh, StateKind, outer_when_cut
 from autopar.torch_compat import StridedShard, state_dict_utils
@@ -73,7 +74,13 @@ def placements_of(layout: Layout, mesh: Mesh) -> tuple[Placement, ...]:
 
 
 def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
-    """The DTensor of global sizes `shape` whose part on this rank is `local`; no communication, differentiable."""
+    """The DTensor of global sizes `shape` whose part on this rank is `local`; no communication, differentiable.
+
+    Only a scalar with a placement that isn't torch's own is not differentiable.
+    """
+    if not shape and not all(placement.is_replicate() or placement.is_partial() for placement in placements):
+        # ``from_local`` takes the sizes of a scalar for none given, and would guess them from the part.
+        return torch_compat.make_dtensor(local, mesh, placements, (), ())
     # The strides of a contiguous tensor of these sizes, without making one.
     stride = torch.empty(*shape, device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
@@ -111,20 +118,29 @@ def _is_crossed(placements: Sequence[Placement]) -> bool:
     return any(dims.count(dim) > 1 for dim in strided)
 
 
-_REDISTRIBUTE = DTensor.redistribute
-_FULL_TENSOR = DTensor.full_tensor
+def _is_to_strided(placements: tuple[Placement, ...], target: tuple[Placement, ...]) -> bool:
+    return _has_strided(target) and target != placements
+
+
+def is_beyond_torch(placements: tuple[Placement, ...], target: tuple[Placement, ...]) -> bool:
+    """Whether `redistribute` must take these steps itself, because torch's would be refused or wrong."""
+    return _is_crossed(placements) or _is_to_strided(placements, target)
+
+
+TORCH_REDISTRIBUTE = DTensor.redistribute
+TORCH_FULL_TENSOR = DTensor.full_tensor
 _WRITE_ITEMS: Callable[..., Any] = DTensor.__create_write_items__
 _CHUNK_LIST: Callable[..., Any] = DTensor.__create_chunk_list__
 _TENSOR_SHARD: Callable[..., Any] = DTensor.__get_tensor_shard__
 
 
-def _redistribute(
+def redistribute(
     self: DTensor, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
 ) -> DTensor:
+    """``DTensor.redistribute``, which knows strided shards."""
     target = tuple(self.placements if placements is None else placements)
-    to_strided = _has_strided(target) and target != self.placements
-    if not (_is_crossed(self.placements) or to_strided) or device_mesh not in (None, self.device_mesh):
-        return _REDISTRIBUTE(self, device_mesh, placements, **options)
+    if not is_beyond_torch(self.placements, target) or device_mesh not in (None, self.device_mesh):
+        return TORCH_REDISTRIBUTE(self, device_mesh, placements, **options)
     mesh, replicate = self.device_mesh, [Replicate()] * self.device_mesh.ndim
     axes = [GroupAxis(str(axis), mesh.get_group(axis)) for axis in range(mesh.ndim)]
     if _is_crossed(self.placements):
@@ -132,18 +148,19 @@ def _redistribute(
         for axis, dim, outer in reversed(placement_steps(self.placements)):
             whole = collectives.gather_along(whole, axes[axis], dim, outer)
     else:
-        whole = _REDISTRIBUTE(self, mesh, replicate).to_local()
-    if to_strided:
+        whole = TORCH_REDISTRIBUTE(self, mesh, replicate).to_local()
+    if _is_to_strided(self.placements, target):
         for axis, dim, outer in placement_steps(target):
             whole = collectives.shard_along(whole, axes[axis], dim, outer)
         return as_dtensor(whole, mesh, target, self.shape)
-    return _REDISTRIBUTE(as_dtensor(whole, mesh, replicate, self.shape), mesh, target, **options)
+    return TORCH_REDISTRIBUTE(as_dtensor(whole, mesh, replicate, self.shape), mesh, target, **options)
 
 
-def _full_tensor(self: DTensor, **options: Any) -> Tensor:
+def full_tensor(self: DTensor, **options: Any) -> Tensor:
+    """``DTensor.full_tensor``, which knows strided shards."""
     if _is_crossed(self.placements):
-        self = _redistribute(self, placements=[Replicate()] * self.device_mesh.ndim)
-    return _FULL_TENSOR(self, **options)
+        self = redistribute(self, placements=[Replicate()] * self.device_mesh.ndim)
+    return TORCH_FULL_TENSOR(self, **options)
 
 
 def _runs(size: int, ways: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
@@ -170,7 +187,8 @@ def _boxes(x: DTensor) -> list[tuple[ChunkStorageMetadata, tuple[slice, ...]]] |
     return boxes
 
 
-def _create_write_items(self: DTensor, fqn: str, whole: Any) -> Any:
+def create_write_items(self: DTensor, fqn: str, whole: Any) -> Any:
+    """``DTensor.__create_write_items__``: what a checkpoint writes of this rank's part."""
     boxes = _boxes(self)
     if boxes is None:
         return _WRITE_ITEMS(self, fqn, whole)
@@ -181,12 +199,14 @@ def _create_write_items(self: DTensor, fqn: str, whole: Any) -> Any:
     ]
 
 
-def _create_chunk_list(self: DTensor) -> Any:
+def create_chunk_list(self: DTensor) -> Any:
+    """``DTensor.__create_chunk_list__``: the boxes of the whole tensor that a checkpoint reads for this rank."""
     boxes = _boxes(self)
     return _CHUNK_LIST(self) if boxes is None else [box for box, _ in boxes]
 
 
-def _get_tensor_shard(self: DTensor, index: MetadataIndex) -> Any:
+def get_tensor_shard(self: DTensor, index: MetadataIndex) -> Any:
+    """``DTensor.__get_tensor_shard__``: where in this rank's part a box lies."""
     boxes = _boxes(self)
     if boxes is None:
         return _TENSOR_SHARD(self, index)
@@ -199,7 +219,8 @@ def _get_tensor_shard(self: DTensor, index: MetadataIndex) -> Any:
 _DISTRIBUTE_TENSORS: Callable[..., None] = state_dict_utils._distribute_tensors
 
 
-def _distribute_tensors(states: dict[str, Any], keys: Sequence[str], *options: Any, **more_options: Any) -> None:
+def distribute_tensors(states: dict[str, Any], keys: Sequence[str], *options: Any, **more_options: Any) -> None:
+    """Torch's function of the same name: each rank cuts its parts out of the whole tensors that it was sent."""
     for key in keys:
         state = states.get(key)
         if state is None or isinstance(state, Tensor):
@@ -219,14 +240,15 @@ def _distribute_tensors(states: dict[str, Any], keys: Sequence[str], *options: A
     _DISTRIBUTE_TENSORS(states, keys, *options, **more_options)
 
 
+@functools.cache
 def teach_strided_shards() -> None:
     """Let every DTensor with strided shards be gathered, redistributed and checkpointed; a second call changes nothing."""
     for name, method in (
-        ("redistribute", _redistribute),
-        ("full_tensor", _full_tensor),
-        ("__create_write_items__", _create_write_items),
-        ("__create_chunk_list__", _create_chunk_list),
-        ("__get_tensor_shard__", _get_tensor_shard),
+        ("redistribute", redistribute),
+        ("full_tensor", full_tensor),
+        ("__create_write_items__", create_write_items),
+        ("__create_chunk_list__", create_chunk_list),
+        ("__get_tensor_shard__", get_tensor_shard),
     ):
         setattr(DTensor, name, method)
-    state_dict_utils._distribute_tensors = _distribute_tensors  # type: ignore[assignment]
+    state_dict_utils._distribute_tensors = distribute_tensors  # type: ignore[assignment]

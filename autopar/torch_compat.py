@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._state_dict_utils as state_dict_utils
+import torch.distributed.tensor._api as dtensor_api
+import torch.distributed.tensor._dispatch as dtensor_dispatch
+import torch.distributed.tensor._redistribute as dtensor_redistribute
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Placement
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+from torch.distributed.tensor._op_schema import OpSchema, OutputSharding
+from torch.distributed.tensor._ops._math_ops import _NormPartial
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = [
+    "DTensorSpec",
+    "OpSchema",
+    "OutputSharding",
     "StorageRef",
     "StridedShard",
     "address_of",
@@ -25,11 +35,19 @@ __all__ = [
     "backward_id",
     "group_over",
     "local_of",
+    "local_sizes",
+    "make_dtensor",
+    "partial_norm",
+    "redistribute_part",
     "reduce_scatter_single",
+    "replace_distribution",
+    "replace_propagation",
+    "replace_redistribution",
     "run_hooks",
     "run_post_accumulate_hooks",
     "state_dict_utils",
     "uncompiled",
+    "with_placements",
 ]
 
 # torch 2.13 renames the flat collectives and warns about the old names, which are all that 2.11 has.
@@ -100,3 +118,54 @@ def group_over(mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessGroup:
     if len(names) == 1:
         return mesh.get_group(names[0])
     return mesh[names]._flatten("_".join(names)).get_group()
+
+
+def make_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], stride: Sequence[int]) -> DTensor:
+    """The DTensor with just these sizes, placements and part; unlike ``DTensor.from_local`` it believes a scalar's sizes."""
+    meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
+    new: Callable[..., DTensor] = DTensor
+    return new(local.detach(), DTensorSpec(mesh, tuple(placements), meta), requires_grad=False)
+
+
+def with_placements(spec: DTensorSpec, placements: Sequence[Placement]) -> DTensorSpec:
+    """What DTensor knows of a tensor, with other placements."""
+    strided = spec.use_strided_shard_as_shard_order if any(isinstance(p, StridedShard) for p in placements) else None
+    return DTensorSpec(spec.mesh, tuple(placements), spec.tensor_meta, use_strided_shard_as_shard_order=strided)
+
+
+def local_sizes(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[int, ...]:
+    """The sizes of this rank's part of a tensor of the global sizes `shape`."""
+    return compute_local_shape_and_global_offset(tuple(shape), mesh, placements)[0]
+
+
+def partial_norm(norm_type: float) -> Partial:
+    """The placement of norms of parts, which together are the norm of the whole."""
+    if norm_type == 0:
+        return Partial("sum")
+    if norm_type in (float("inf"), -float("inf")):
+        return Partial("max" if norm_type > 0 else "min")
+    return _NormPartial(norm_type)
+
+
+redistribute_part: Callable[..., Tensor] = dtensor_redistribute.redistribute_local_tensor
+
+
+def replace_redistribution(function: Callable[..., Tensor]) -> None:
+    """Let every DTensor go from placements to placements by `function`, which has the parameters of `redistribute_part`."""
+    for module in (dtensor_redistribute, dtensor_dispatch, dtensor_api):
+        module.redistribute_local_tensor = function  # type: ignore[attr-defined]
+
+
+def replace_distribution(wrap: Callable[[Callable[..., DTensor]], Callable[..., DTensor]]) -> None:
+    """Wrap ``distribute_tensor`` wherever torch looks it up."""
+    function = wrap(dtensor_api.distribute_tensor)
+    for module in (dtensor_api, torch.distributed.tensor, state_dict_utils):
+        module.distribute_tensor = function  # type: ignore[attr-defined]
+
+
+def replace_propagation(wrap: Callable[[Callable[[OpSchema], OutputSharding]], Callable[[OpSchema], OutputSharding]]) -> None:
+    """Wrap how DTensor finds the placements of an op's results; answers are remembered as before."""
+    propagator: Any = DTensor._op_dispatcher.sharding_propagator
+    function = wrap(propagator.propagate_op_sharding_non_cached)
+    propagator.propagate_op_sharding_non_cached = function
+    propagator.propagate_op_sharding = type(propagator.propagate_op_sharding)(function)
