@@ -2,7 +2,8 @@
 
 An op that draws does so from a stream of its own, seeded by one number drawn from the default CPU generator together with the
 part's place in the mesh. Ranks whose default generators agree therefore agree on replicas: `agreed` makes them, for a call. What
-saves and restores the default generator, such as activation checkpointing, repeats the same masks; nothing is kept here.
+saves and restores the default generator, such as activation checkpointing, repeats the same masks; `recorded` and `replayed` do so
+without touching any generator: they keep the few numbers that were drawn.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ _DRAWING = threading.RLock()
 class _Base(threading.local):
     generator: torch.Generator | None = None
     agreement: _Agreement | None = None
+    records: tuple[list[int], ...] = ()
+    replay: Iterator[int] | None = None
 
 
 _BASE = _Base()
@@ -38,6 +41,12 @@ def isolated(seed: int) -> Iterator[None]:
         yield
     finally:
         _BASE.generator = before
+
+
+def derive(number: int, *parts: int) -> int:
+    """A seed of its own for each combination of `parts`, the same wherever `number` is the same."""
+    text = "|".join(map(str, (number, *parts)))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 @dataclass(slots=True)
@@ -75,13 +84,48 @@ def agreed(share: Callable[[int], int]) -> Iterator[None]:
 
 
 @contextmanager
+def recorded() -> Iterator[list[int]]:
+    """Inside, the numbers that seed this thread's streams are noted, in order, in the list that this gives."""
+    numbers: list[int] = []
+    before, _BASE.records = _BASE.records, (*_BASE.records, numbers)
+    try:
+        yield numbers
+    finally:
+        _BASE.records = before
+
+
+@contextmanager
+def replayed(numbers: Sequence[int]) -> Iterator[None]:
+    """Inside, this thread seeds its streams from `numbers`, in order, as `recorded` noted them; no generator moves on.
+
+    May run on another thread than the recording, and while other programs draw. Asking for more numbers than there are is an error
+    of the caller: what is replayed must be what was recorded, or a beginning of it.
+    """
+    before, _BASE.replay = _BASE.replay, iter(numbers)
+    try:
+        yield
+    finally:
+        _BASE.replay = before
+
+
+def _draw() -> int:
+    """The next number that seeds a stream."""
+    if _BASE.replay is not None:
+        number = next(_BASE.replay)
+    else:
+        if _BASE.agreement is not None:
+            _BASE.agreement.begin()
+        number = int(torch.randint(2**62, (), generator=_BASE.generator))
+    for numbers in _BASE.records:
+        numbers.append(number)
+    return number
+
+
+@contextmanager
 def stream(axes: Sequence[str], device: torch.device) -> Iterator[None]:
     """Inside, ops on `device` draw from the stream of this rank's part of an op that `axes` split (none: all agree)."""
     with _DRAWING:
-        if _BASE.agreement is not None:
-            _BASE.agreement.begin()
-        drawn = int(torch.randint(2**62, (), generator=_BASE.generator))
-        place = f"{drawn}|{','.join(axes)}|{comm.index(axes) if axes else 0}"
+        place = f"{_draw()}|{','.join(axes)}|{comm.index(axes) if axes else 0}"
         seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest()) >> 1
         generator = _generator(device)
         if generator is None:  # a device without generators of its own, such as meta, draws nothing
