@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -26,6 +26,9 @@ class Kind(StrEnum):
     RECEIVE_BACKWARD = "RB"
     REDUCE = "G"
     """The stage's gradients are complete and may be reduced over the ranks that share its parameters."""
+
+    # Members equal their text, so they may hash like it; an enum's own hash is a call of Python for each lookup of an action.
+    __hash__ = str.__hash__
 
 
 COMPUTING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT})
@@ -114,7 +117,7 @@ class Schedule:
     @property
     def has_backward(self) -> bool:
         """Whether there are backward passes at all."""
-        return any(action.kind in (Kind.BACKWARD, Kind.INPUT) for actions in self.actions for action in actions)
+        return any(action.kind in (Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT) for actions in self.actions for action in actions)
 
 
 def chain(stages: int) -> tuple[StageEdge, ...]:
@@ -129,3 +132,36 @@ def meet(action: Action) -> Action:
     '3RF0<2'
     """
     return Action(action.peer, SENDS.get(action.kind) or RECEIVES[action.kind], action.microbatch, action.stage)
+
+
+NEAR = 4
+"""Steps that a table shows before and after a marked one."""
+WIDTH = 12
+"""The most ranks that a table shows."""
+
+
+def draw_table(schedule: Schedule, marks: Sequence[tuple[int, int]] = ()) -> str:
+    """A row per step, a column per rank; with `marks` (rank, step), arrows at them and only what stands near them.
+
+    >>> print(draw_table(Schedule("two", 1, (0, 1), ((parse_action("0F0"),), (parse_action("1F0"), parse_action("1B0")))), [(1, 1)]))
+    step  rank 0  rank 1
+    0     0F0     1F0
+    1             1B0     <-- rank 1
+    """
+    length = max([len(actions) for actions in schedule.actions] + [step + 1 for _, step in marks])
+    rows = [step for step in range(length) if not marks or any(abs(step - marked) <= NEAR for _, marked in marks)]
+    ranks = list(range(schedule.ranks))
+    if marks and len(ranks) > WIDTH:
+        # The marked ranks first, then their neighbours.
+        ranks = sorted(sorted(ranks, key=lambda rank: min(abs(rank - marked) for marked, _ in marks))[:WIDTH])
+    table = [["step", *(f"rank {rank}" for rank in ranks)]]
+    for place, step in enumerate(rows):
+        if place and rows[place - 1] < step - 1:
+            table.append(["..."] * (len(ranks) + 1))
+        lists = (schedule.actions[rank] for rank in ranks)
+        table.append([str(step), *(str(actions[step]) if step < len(actions) else "" for actions in lists)])
+        here = sorted({rank for rank, marked in marks if marked == step})
+        if here:
+            table[-1].append("<-- rank " + ", ".join(map(str, here)))
+    widths = [max(len(row[column]) for row in table) for column in range(len(ranks) + 1)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=False)).rstrip() for row in table)
