@@ -102,7 +102,7 @@ def split_microbatches(graph: Graph, spaces: Mapping[str, Space], factors: Facto
             reason = f"the batch of {size} (dim 0 of {names}) can't be split into {count} micro-batches; take a divisor of {size}"
             found = MicroSplit({}, {}, frozenset(), {}, (reason,))
         else:
-            found = _Pass(graph, spaces, inputs, count).run()
+            found = _Pass(graph, spaces, frozenset(inputs), count).run()
         if not found.reasons:
             return found
         first = first or found
@@ -110,7 +110,7 @@ def split_microbatches(graph: Graph, spaces: Mapping[str, Space], factors: Facto
     return first
 
 
-def _find_batches(graph: Graph, factors: Factors) -> dict[int, frozenset[str]]:
+def _find_batches(graph: Graph, factors: Factors) -> dict[int, list[str]]:
     """The sizes that the batch may have, most likely first, and the inputs that have it in their first dim."""
     inputs: dict[int, list[str]] = {}
     for op in graph.of_kind(OpKind.INPUT):
@@ -118,7 +118,7 @@ def _find_batches(graph: Graph, factors: Factors) -> dict[int, frozenset[str]]:
         if shape and shape[0] > 1 and dims[0].get(1) is Role.BATCH:
             inputs.setdefault(shape[0], []).append(op.name)
     order = Counter({size: len(names) for size, names in inputs.items()}).most_common()
-    return {size: frozenset(inputs[size]) for size, _ in order}
+    return {size: inputs[size] for size, _ in order}
 
 
 @dataclass(frozen=True, slots=True)

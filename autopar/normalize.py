@@ -7,6 +7,7 @@ every size, names no device, and holds only calls that compute something. In-pla
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -233,6 +234,21 @@ def spell_transpose(call: Call, node: fx.Node) -> Call | fx.Node:
     return (aten.t.default, (source,), {}) if value_of(source).ndim == 2 else (aten.transpose.int, (source, -2, -1), {})
 
 
+def spell_factory(call: Call, node: fx.Node) -> Call | fx.Node:
+    """``x.new_zeros`` and the like take nothing but their type from a tensor that would have to be whole for it: they name the type."""
+    if "device" in call[2]:
+        return call
+    return _FACTORIES[call[0]], call[1][1:], {"dtype": value_of(node).dtype}
+
+
+def spell_broadcast(call: Call, node: fx.Node) -> Call | fx.Node:
+    """A result of ``broadcast_tensors``, which losses call, is an expansion of one operand: of none where sizes agree already."""
+    source, index = call[1]
+    if source.target is not aten.broadcast_tensors.default:
+        return call
+    return skip_same_tensor((aten.expand.default, (source.args[0][index], list(value_of(node).shape)), {}), node)
+
+
 def rename(target: Target) -> Callable[[Call, fx.Node], Call | fx.Node]:
     """The same operator under its usual name."""
 
@@ -254,6 +270,12 @@ NO_EFFECT: frozenset[Any] = frozenset(
 """Calls that check something and make nothing; what they check is fixed once the graph is."""
 
 _EXPANSIONS = frozenset({aten.expand.default, aten.expand_as.default, aten.broadcast_to.default})
+
+_FACTORIES: dict[Any, Any] = {
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_full.default: aten.full.default,
+}
 
 Rule = Callable[[Call, fx.Node], "Call | fx.Node"]
 
@@ -289,6 +311,8 @@ RULES: dict[Any, tuple[Rule, ...]] = {
         (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default),
         (skip_inactive_dropout,),
     ),
+    **dict.fromkeys(_FACTORIES, (spell_factory,)),
+    operator.getitem: (spell_broadcast,),
     aten.add.Tensor: (skip_adding_zero,),
     aten.numpy_T.default: (spell_transpose,),
     aten.mT.default: (spell_transpose,),
