@@ -239,7 +239,7 @@ def _check_progress(schedule: Schedule, routes: _Routes) -> None:
             action = schedule.actions[rank][step]
             send = next(meet(receive) for receive in routes.needs(action) if meet(receive) not in sent)
             waits.append(f"{action} of rank {rank} waits for {send} of rank {schedule.rank_of[send.stage]}")
-        raise _fault(schedule, stuck, f"ranks wait for each other: {'; '.join(waits)}")
+        raise _fault(schedule, stuck, f"it never starts, since ranks wait for each other: {'; '.join(waits)}")
 
 
 _PARTS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT)
@@ -249,7 +249,7 @@ def _fault(schedule: Schedule, marks: Sequence[tuple[int, int]], why: str) -> Sc
     """The error about the action at the first of `marks` (rank, step); the table shows them all."""
     rank, step = marks[0]
     actions = schedule.actions[rank]
-    what = f"{actions[step]} " if step < len(actions) else ""
+    what = f"{actions[step]}: " if step < len(actions) else ""
     where = f"rank {rank}, step {step}" if what else f"rank {rank}, at its end"
     return ScheduleError(f"schedule {schedule.name!r} can't run. {where}: {what}{why}\n\n{draw_table(schedule, marks)}")
 
