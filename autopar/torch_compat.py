@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -40,12 +41,12 @@ __all__ = [
     "partial_norm",
     "redistribute_part",
     "reduce_scatter_single",
-    "replace_distribution",
     "replace_propagation",
     "replace_redistribution",
     "run_hooks",
     "run_post_accumulate_hooks",
     "state_dict_utils",
+    "storage_users",
     "uncompiled",
     "with_placements",
 ]
@@ -81,6 +82,24 @@ def after_backward(callback: Callable[[], None]) -> None:
 def backward_id() -> int:
     """A number that tells the backward that runs now from every other; only to be called from within a backward."""
     return int(torch._C._current_graph_task_id())
+
+
+T = TypeVar("T")
+
+
+def read_in_backward(variable: ContextVar[T]) -> T | None:
+    """What a context variable was where the backward that runs now was called, which may be on another thread."""
+    if torch._C._is_key_in_tls("context"):
+        found: T | None = torch._C._get_obj_in_tls("context").get(variable)
+        return found
+    return variable.get(None)
+
+
+def storage_users(x: Tensor) -> int:
+    """How many tensors share the memory of `x`, itself included; what only looks at it here doesn't count."""
+    storage = x.untyped_storage()
+    # The object just made is one more user.
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1
 
 
 # Makes `torch.compile` run a function as it is, in a break of its graph. The public `torch.compiler.disable` imports the compiler,
@@ -154,13 +173,6 @@ def replace_redistribution(function: Callable[..., Tensor]) -> None:
     """Let every DTensor go from placements to placements by `function`, which has the parameters of `redistribute_part`."""
     for module in (dtensor_redistribute, dtensor_dispatch, dtensor_api):
         module.redistribute_local_tensor = function  # type: ignore[attr-defined]
-
-
-def replace_distribution(wrap: Callable[[Callable[..., DTensor]], Callable[..., DTensor]]) -> None:
-    """Wrap ``distribute_tensor`` wherever torch looks it up."""
-    function = wrap(dtensor_api.distribute_tensor)
-    for module in (dtensor_api, torch.distributed.tensor, state_dict_utils):
-        module.distribute_tensor = function  # type: ignore[attr-defined]
 
 
 def replace_propagation(wrap: Callable[[Callable[[OpSchema], OutputSharding]], Callable[[OpSchema], OutputSharding]]) -> None:
