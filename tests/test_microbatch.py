@@ -274,6 +274,16 @@ def test_sequence_first_models_split_inside_merged_dims() -> None:
     assert subject.states(split) == [shard(0, 4), PARTIAL]
 
 
+def test_two_batches_one_after_the_other_are_split_inside_each() -> None:
+    def forward(model: Small, x: Tensor, other: Tensor) -> Any:
+        hidden = model.first(torch.cat([x, other]))
+        first, second = hidden.chunk(2)
+        return hidden, (first - second).square().mean()
+
+    subject = small(forward, other=torch.randn(8, 4, 6, dtype=torch.float64))
+    assert subject.states(check(subject, 4)) == [shard(0, 2), PARTIAL]
+
+
 def test_sums_pass_through_linear_ops_and_stop_at_others() -> None:
     def linear(model: Small, x: Tensor) -> Any:
         total = model.first(x).sum(0)
@@ -350,6 +360,16 @@ def test_large_values_are_not_made_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     (reason,) = subject.split(2).reasons
     assert "aten.amax.default at tests/test_microbatch.py" in reason
     assert "takes 1536 bytes for the whole batch, more than 1535" in reason
+
+
+def test_views_take_no_memory_to_be_made_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(model: Small, x: Tensor) -> Any:
+        wide = x[..., :1].expand(8, 4, 600).amax(0).amax(-1, keepdim=True)
+        return model.first(x - wide).sum()
+
+    subject = small(forward)
+    monkeypatch.setattr(microbatch, "WHOLE_NBYTES", 8 * 4 * 600)
+    assert not check(subject, 2).reasons
 
 
 def test_random_values_are_not_made_whole() -> None:
@@ -445,6 +465,14 @@ def test_the_batch_is_what_most_inputs_begin_with() -> None:
     assert reason.startswith("the batch of 8 (dim 0 of x, labels) can't be split into 3 micro-batches")
 
 
+def test_the_batch_needn_t_be_that_of_the_first_input() -> None:
+    def forward(model: Small, x: Tensor, left: Tensor, right: Tensor) -> Any:
+        return model.first(x).mean(), (model.second(left) * right).mean()
+
+    subject = small(forward, left=torch.randn(16, 8, dtype=torch.float64), right=torch.randn(16, 6, dtype=torch.float64))
+    assert subject.states(check(subject, 4)) == [REPLICATE, PARTIAL]
+
+
 def test_another_input_may_hold_the_batch() -> None:
     def forward(model: Small, x: Tensor, rows: Tensor) -> Any:
         return model.second(model.first(x[:, 0])[rows]).mean()
@@ -514,6 +542,40 @@ def test_losses_over_classes(kind: str, reduction: str, weighted: bool) -> None:
     split = check(subject, 4)
     assert subject.states(split) == [shard(0) if reduction == "none" else PARTIAL]
     assert bool(split.counted) == (reduction == "mean" and kind != "probabilities")
+
+
+def test_classes_that_are_samples_of_the_batch_are_refused() -> None:
+    def scores(model: Small, x: Tensor) -> Tensor:
+        return model.second(model.first(x[:, 0])) @ x[:, 1].T  # each sample against all
+
+    def by_row(model: Small, x: Tensor) -> Any:
+        return F.cross_entropy(scores(model, x), torch.arange(8))
+
+    def by_column(model: Small, x: Tensor) -> Any:
+        return F.cross_entropy(scores(model, x).T, torch.arange(8))
+
+    check(small(by_row), 4)
+    (reason,) = small(by_column).split(4).reasons
+    assert "aten.cross_entropy_loss.default" in reason
+    assert "is split by micro-batch on dim 1 and depends on parameters" in reason
+
+
+def test_bags_are_looked_up_for_all_samples() -> None:
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bags, self.head = nn.EmbeddingBag(10, 6, mode="sum"), nn.Linear(6, 2)
+            self.double()
+
+        def forward(self, indices: Tensor, offsets: Tensor, scale: Tensor) -> Tensor:
+            return self.head(self.bags(indices, offsets) * scale[:, None]).mean()
+
+    offsets = torch.tensor([0, 3, 3, 4])
+    inputs = {"indices": torch.randint(0, 10, (9,)), "offsets": offsets, "scale": torch.randn(4, dtype=torch.float64)}
+    subject = Subject(Bags(), inputs)
+    split = check(subject, 2)
+    assert {str(value) for value in split.whole} == {"offsets"}
+    assert split.parts["linear"] is not None
 
 
 def test_targets_of_a_mean_loss_that_come_from_parameters_are_refused() -> None:
