@@ -14,7 +14,7 @@ from autopar.calls import ExampleInputs, split_call
 from autopar.capture import Captured, capture
 from autopar.cost_models import Cluster
 from autopar.errors import InputError, PlanError
-from autopar.layout import Layout
+from autopar.layout import Layout, with_pipeline
 from autopar.module import Init, ParallelModule
 from autopar.planner import make_plan
 from autopar.plans import Plan
@@ -90,8 +90,10 @@ def verify(
         ranks: number of CPU processes to plan for when neither a plan nor a cluster is given (4).
         tolerance: accepted relative error, in float64.
     """
-    if plan is not None and ranks is not None and plan.mesh.world_size != ranks:
-        raise PlanError(f"the plan is for {plan.mesh.world_size} ranks ({plan.mesh}), {ranks} were asked for")
+    if plan is not None and ranks is not None and plan.world_size != ranks:
+        raise PlanError(
+            f"the plan is for {plan.world_size} ranks ({with_pipeline(plan.mesh, plan.pipeline.ranks)}), {ranks} were asked for"
+        )
     if plan is None:
         plan = _plan(model, example_inputs, cluster if cluster is not None else f"{ranks or 4}xcpu", pins)
     return verify_plan(model, example_inputs, plan, tolerance=tolerance)
@@ -182,8 +184,10 @@ class CompiledModule(ParallelModule):
         if self._last is None:
             raise PlanError("there is no program yet: compile with example inputs, or call the module once")
         module = self._last.module
-        assert isinstance(module, torch.fx.GraphModule)
-        return str(module.print_readable(print_output=False))
+        if isinstance(module, torch.fx.GraphModule):
+            return str(module.print_readable(print_output=False))
+        stages = ((name, stage) for name, stage in module.named_children() if isinstance(stage, torch.fx.GraphModule))
+        return "\n".join(f"# {name}\n{stage.print_readable(print_output=False)}" for name, stage in stages)
 
 
 class _Planner:
@@ -218,7 +222,7 @@ class _Planner:
             found = world.agree(lambda: self._search(model, captured, cluster), device)
         if self.first is None:
             self.first = found
-        return rewrite(captured, found, device)
+        return rewrite(captured, found, device, world.rank() // found.mesh.world_size)
 
     def _search(self, model: nn.Module, captured: Captured, cluster: Cluster) -> Plan:
         """A plan for this graph; a later one keeps the first one's mesh and stored parameters."""

@@ -13,7 +13,7 @@ from autopar.ir import Op, OpKind, Value
 from autopar.layers import fan_key
 from autopar.layout import Layout, Mesh, Placement, Split, StateKind
 from autopar.options import Model, role_of
-from autopar.plans import Candidate, Group, Memory, Plan, Proof, Seconds, Traffic, Unruled
+from autopar.plans import Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
 from autopar.problem import Problem
 from autopar.reshard import Collective
 from autopar.search import Solution
@@ -40,6 +40,7 @@ def assemble(
     problem: Problem,
     solution: Solution,
     workspace: int,
+    pipeline: Pipeline,
     rename: bool,
     model_name: str,
     fingerprint: str,
@@ -67,6 +68,7 @@ def assemble(
         fingerprint=fingerprint,
         cluster=str(cluster),
         mesh=mesh,
+        pipeline=pipeline,
         inputs={op.target: str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},
         layouts=layouts,
         placements=placements,

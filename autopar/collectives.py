@@ -194,6 +194,15 @@ def keep_first(x: Tensor, axis: str) -> Tensor:
     return x if found.size == 1 else _apply(_KeepFirst, x, found)
 
 
+def take_in_time(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
+    """Replicate -> Shard along time: this micro-batch's part; the gradients of all micro-batches add up where they arrive."""
+    found = comm.axis(axis)
+    if outer == 1:
+        size = x.shape[dim] // found.size
+        return x.narrow(dim, found.index * size, size)
+    return _blocks(x, dim, outer, found.size).select(dim + 1, found.index).flatten(dim, dim + 1)
+
+
 def all_to_all(x: Tensor, axis: str, from_dim: int, to_dim: int, from_outer: int = 1, to_outer: int = 1) -> Tensor:
     """Shard(from_dim) -> Shard(to_dim), two different dims; the gradient makes the journey back.
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from autopar.cost_models import Cluster, Link, axis_link, collective_seconds, op_seconds
 from autopar.ir import ITEMSIZE, Op, Tensor
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, local_shape, operand_layout, result_layout
-from autopar.options import Model
+from autopar.options import Model, first_rank_axis
 from autopar.reshard import Collective, Move, route
 from autopar.space import Family, LoopKind
 
@@ -57,7 +57,10 @@ class CostTables:
         self.model = model
         self.mesh = mesh
         self.device = cluster.machine.device
-        self.links: tuple[Link, ...] = tuple(axis_link(cluster, mesh.sizes, axis) for axis in range(len(mesh.sizes)))
+        self.first = first_rank_axis(mesh)
+        ranks = mesh.sizes[self.first :]
+        links = tuple(axis_link(cluster, ranks, axis) for axis in range(len(ranks)))
+        self.links: tuple[Link, ...] = (*links[: self.first], *links)  # the first stands for time too, over which nothing goes
         self._collectives: dict[tuple[str, int, int], float] = {}
 
     def op_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
@@ -91,7 +94,7 @@ class CostTables:
             return 0.0
         seconds = 0.0
         for axis, part in enumerate(placement):
-            if isinstance(part, Split) and space.loops[part.loop].kind is LoopKind.KERNEL:
+            if axis >= self.first and isinstance(part, Split) and space.loops[part.loop].kind is LoopKind.KERNEL:
                 # One float32 statistic, twice, per point of the loops beside: the tokens of a loss, the channels of a batch norm.
                 beside = {name: loop.size for name, loop in space.loops.items() if loop.kind in (LoopKind.FREE, LoopKind.SUM)}
                 ways = math.prod(self.mesh.sizes[i] for i, p in enumerate(placement) if isinstance(p, Split) and p.loop in beside)
@@ -117,6 +120,8 @@ class CostTables:
 
     def legs(self, tensor: Tensor, start: Layout, need: Layout) -> Iterator[tuple[Move, int]]:
         """The moves of a tensor's journey, each with the bytes of the larger of a rank's parts before and after it."""
+        # Along time nothing moves: a micro-batch takes its part of what is there.
+        start = (*need[: self.first], *start[self.first :])
         # Whether blocks fit into one another on the way depends on the sizes; without blocks, all tensors go the same way.
         has_blocks = any(state.outer > 1 for state in (*start, *need))
         key = (start, need, (tensor.shape, self.mesh.sizes) if has_blocks else None)

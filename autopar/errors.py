@@ -7,6 +7,7 @@ AutoparError
 ├── PlanError           a plan file that is damaged, of another version, or made for another model or world
 ├── InfeasibleError     no placement satisfies the constraints (says which budget would have to grow)
 ├── ScheduleError       a pipeline schedule that can't run to its end (shows the ranks' actions and the step at fault)
+├── PipelineError       a stage failed while a schedule ran (names the stage, the action and the micro-batch)
 ├── SolverError         the solver stopped without a usable answer
 ├── CommError           ranks run different collectives, or one is gone
 └── VerificationError   a parallel run that disagrees with the single device's
@@ -45,6 +46,10 @@ class InfeasibleError(AutoparError):
 
 class ScheduleError(AutoparError):
     """A pipeline schedule whose ranks can't all finish, or that computes something twice or never."""
+
+
+class PipelineError(AutoparError):
+    """A stage of a pipeline failed, or what it waited for never came."""
 
 
 class SolverError(AutoparError):

@@ -6,7 +6,7 @@ complete along some mesh axes and Partial along others; here it is summed over t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -77,6 +77,11 @@ class GradientReducer:
         self._backward = -1
         self._synced = True
 
+    @property
+    def is_synced(self) -> bool:
+        """Whether backwards sum over the ranks, not only on this one (`no_sync`)."""
+        return self._synced
+
     def track(self, tracked: Sequence[Tracked]) -> None:
         """Watch these leaves; those that need no gradient are left out."""
         trainable = tuple(each for each in tracked if each.leaf.requires_grad)
@@ -140,17 +145,9 @@ class GradientReducer:
 
     def _send(self, members: Sequence[Tracked]) -> None:
         """Start the sum of these members' gradients, all of one group and dtype, and take them from the leaves."""
-        present = tuple(each for each in members if each.leaf.grad is not None)
-        if not present:
-            return
-        gradients = [each.leaf.grad.detach() for each in present if each.leaf.grad is not None]
-        alone = len(gradients) == 1 and gradients[0].is_contiguous()
-        flat = gradients[0].view(-1) if alone else torch.cat([gradient.reshape(-1) for gradient in gradients])
-        for each in present:
-            each.leaf.grad = None
-        work = dist.all_reduce(flat, group=present[0].group, async_op=True)
-        assert work is not None
-        self._flights.append(_Flight(present, flat, work))
+        flight = _start_sum(members)
+        if flight is not None:
+            self._flights.append(flight)
 
     def _finish(self) -> None:
         """At the end of a backward: send what is left, wait for all sums, and give every parameter its gradient."""
@@ -159,10 +156,8 @@ class GradientReducer:
             for bucket in program.buckets:
                 self._send(bucket.members)
         for flight in self._flights:
-            flight.work.wait()
-            parts = torch.split(flight.flat, [each.leaf.numel() for each in flight.members])
-            for each, part in zip(flight.members, parts, strict=True):
-                _give(each.parameter, part.view(each.leaf.shape))
+            for each, part in _end_sum(flight):
+                _give(each.parameter, part)
         self._flights.clear()
         for program in self._programs:
             for each in program.tracked:
@@ -170,6 +165,97 @@ class GradientReducer:
                     _give(each.parameter, each.leaf.grad.detach())
                     each.leaf.grad = None
         self._backward = -1
+
+
+class StashedGradients:
+    """The gradients of a schedule that has run, until the user's backward says by what they are to be scaled.
+
+    Args:
+        tracked: the parameters of this rank's stages; the leaves collect what the micro-batches add up to.
+        bucket_nbytes: gradients that are summed together.
+    """
+
+    def __init__(self, tracked: Sequence[Tracked], bucket_nbytes: int = BUCKET_BYTES) -> None:
+        self._tracked = {each.name: each for each in tracked if each.leaf.requires_grad}
+        self._bucket_nbytes = bucket_nbytes
+        # Under `no_sync`: what earlier backwards left, on this rank only.
+        self._waiting: dict[str, Tensor] = {}
+        self._flights: list[_Flight] = []
+
+    def begin(self) -> None:
+        """Before a schedule: gradients of one that failed, or whose backward never came, count no longer."""
+        self._flights.clear()
+        for each in self._tracked.values():
+            each.leaf.grad = None
+
+    def zero(self) -> None:
+        """Drop the gradients that wait under `no_sync`."""
+        self._waiting.clear()
+
+    def start(self, names: Sequence[str]) -> None:
+        """Begin to sum these gradients over the ranks that have parts of them; every rank of a stage starts the same ones."""
+        members = [self._tracked[name] for name in names if name in self._tracked]
+        for bucket in _fill_buckets(members, self._bucket_nbytes):
+            flight = _start_sum(bucket.members)
+            if flight is not None:
+                self._flights.append(flight)
+
+    def collect(self) -> dict[str, Tensor]:
+        """The gradients, those that were started summed; the leaves are empty again."""
+        found: dict[str, Tensor] = {}
+        for flight in self._flights:
+            found.update({each.name: part for each, part in _end_sum(flight)})
+        self._flights.clear()
+        for each in self._tracked.values():
+            if each.leaf.grad is not None:
+                found[each.name] = each.leaf.grad.detach()
+                each.leaf.grad = None
+        return found
+
+    def zeros(self, name: str) -> Tensor:
+        """A gradient of nothing for a parameter, of the size of this rank's part."""
+        return torch.zeros_like(self._tracked[name].leaf)
+
+    def keep(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
+        """Under `no_sync`: add to what waits on this rank."""
+        for name, gradient in gradients.items():
+            scaled = gradient * scale
+            self._waiting[name] = self._waiting[name] + scaled if name in self._waiting else scaled
+
+    def give(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
+        """Add summed gradients, scaled, and all that waited, to the parameters' own."""
+        if self._waiting:
+            for name, gradient in self._waiting.items():
+                self._tracked[name].leaf.grad = gradient
+            self._waiting = {}
+            self.start(list(self._tracked))
+            for name, gradient in self.collect().items():
+                _give(self._tracked[name].parameter, gradient)
+        for name, gradient in gradients.items():
+            _give(self._tracked[name].parameter, gradient.mul_(scale))
+
+
+def _start_sum(members: Sequence[Tracked]) -> _Flight | None:
+    """Start the sum of these members' gradients, all of one group and dtype, and take them from the leaves."""
+    present = tuple(each for each in members if each.leaf.grad is not None)
+    if not present:
+        return None
+    gradients = [each.leaf.grad.detach() for each in present if each.leaf.grad is not None]
+    alone = len(gradients) == 1 and gradients[0].is_contiguous()
+    flat = gradients[0].view(-1) if alone else torch.cat([gradient.reshape(-1) for gradient in gradients])
+    for each in present:
+        each.leaf.grad = None
+    work = dist.all_reduce(flat, group=present[0].group, async_op=True)
+    assert work is not None
+    return _Flight(present, flat, work)
+
+
+def _end_sum(flight: _Flight) -> Iterator[tuple[Tracked, Tensor]]:
+    """Wait for a sum; the members with their gradients."""
+    flight.work.wait()
+    parts = torch.split(flight.flat, [each.leaf.numel() for each in flight.members])
+    for each, part in zip(flight.members, parts, strict=True):
+        yield each, part.view(each.leaf.shape)
 
 
 def _is_full(bucket: _Bucket) -> bool:

@@ -50,6 +50,15 @@ class Mesh:
         return " x ".join(f"{name}={size}" for name, size in zip(self.names, self.sizes, strict=True))
 
 
+PIPELINE = "pp"
+"""The axis along which groups of ranks form a pipeline; no placement names it."""
+
+
+def with_pipeline(mesh: Mesh, groups: int) -> Mesh:
+    """The mesh of all ranks, of which each of `groups` groups runs `mesh`; the pipeline is its outermost axis."""
+    return Mesh((PIPELINE, *mesh.names), (groups, *mesh.sizes)) if groups > 1 else mesh
+
+
 class StateKind(StrEnum):
     """What a rank holds of a tensor, along one axis."""
 

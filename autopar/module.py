@@ -7,6 +7,7 @@ device. Optimizers must be made after, from this module's parameters.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,17 +17,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.utils import _pytree as pytree
 
 from autopar import comm, rng, torch_compat
 from autopar.collectives import gather_along, regather
 from autopar.dtensor import as_dtensor, gather_whole, placements_of, shard_whole, split_steps, take_local, teach_strided_shards
 from autopar.errors import InputError, PlanError
-from autopar.gradients import GradientReducer, Tracked
-from autopar.layout import REPLICATE, Layout, Mesh, format_layout, local_shape, shard
+from autopar.gradients import GradientReducer, StashedGradients, Tracked
+from autopar.layout import REPLICATE, Layout, Mesh, format_layout, local_shape, shard, with_pipeline
+from autopar.owned import Owned
+from autopar.pipeline import PipelineRun, StageRunner, go_back_on_backward, hand_over_on_backward, refuse_backward
 from autopar.program import Program, Slot
-from autopar.world import axes_of, form_mesh, join_world
+from autopar.world import axes_of, form_mesh, join_world, pipeline_axis
 
 Planner = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Program]
 """Makes the program of one signature: gets the model with plain parameters, a call's arguments, and whether it trains.
@@ -40,12 +43,34 @@ Init = Callable[[str, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Home:
-    """Where the parameters live since the first plan."""
+    """Where the parameters live since the first plan.
+
+    Attributes:
+        mesh: the axes that layouts name; `device_mesh` has the pipeline before them when there is one.
+        group: this rank's group along the pipeline, 0 without one; `groups` of them; `pipeline` is the axis between them.
+        layouts, owners: how, and in which group, each parameter is stored; an owner of None is every group.
+    """
 
     mesh: Mesh
     device_mesh: DeviceMesh | None
     axes: Mapping[str, comm.Axis]
+    group: int
+    groups: int
+    pipeline: comm.Axis | None
     layouts: Mapping[str, Layout]
+    owners: Mapping[str, int | None]
+
+    @property
+    def place(self) -> int:
+        """This rank's number within its group."""
+        return dist.get_rank() % self.mesh.world_size if self.device_mesh is not None else 0
+
+    def placements_of(self, layout: Layout, owner: int | None) -> list[Placement]:
+        """What torch calls a stored tensor's layout on the device mesh."""
+        inner = placements_of(layout, self.mesh)
+        if self.groups == 1:
+            return list(inner)
+        return [Replicate() if owner is None else Owned(owner), *inner]
 
 
 class ParallelModule(nn.Module):
@@ -86,6 +111,9 @@ class ParallelModule(nn.Module):
         self._home: _Home | None = None
         self._programs: dict[object, Program] = {}
         self._leaves: dict[int, list[Tensor]] = {}
+        self._runners: dict[int, tuple[list[Tensor], StageRunner]] = {}
+        # Copies of parameters that this group uses and another owns, by name.
+        self._guests: dict[str, Tensor] = {}
         self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
         self._last: Program | None = None
         # Where each name's tensor is, so that a call needn't walk the modules; the tensors themselves may be replaced.
@@ -115,6 +143,8 @@ class ParallelModule(nn.Module):
         """Drop all gradients, those that wait under `no_sync` too."""
         super().zero_grad(set_to_none)
         self._reducer.zero()
+        for _, runner in self._runners.values():
+            runner.stash.zero()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backwards inside add up on this rank only; the next one outside sums over the ranks."""
@@ -124,6 +154,11 @@ class ParallelModule(nn.Module):
     def layouts(self) -> Mapping[str, Layout]:
         """How each parameter is stored, by name; empty before the first plan. Later programs must take them so."""
         return {} if self._home is None else self._home.layouts
+
+    @property
+    def owners(self) -> Mapping[str, int | None]:
+        """The pipeline's group that stores each parameter, by name; None when every group does. Later programs must take them so."""
+        return {} if self._home is None else self._home.owners
 
     @property
     def data_shard(self) -> tuple[int, int]:
@@ -161,6 +196,8 @@ class ParallelModule(nn.Module):
         home = self._home
         assert home is not None
         tensors = program.captured.bind(args, kwargs)
+        if program.pipeline is not None:
+            return self._run_pipeline(program, home, [self._find_global(x, local_tensors, home, program) for x in tensors])
         parts = []
         for slot, x in zip(program.inputs, tensors, strict=True):
             here = local_tensors.get(id(x))
@@ -169,8 +206,7 @@ class ParallelModule(nn.Module):
             else:
                 parts.append(_reshard_local(here, slot.layout, home, program.batch_axes))
         buffers = {slot.name: _read(self._buffer_at[slot.name]) for slot in program.buffers}
-        rank = dist.get_rank() if home.device_mesh is not None else 0
-        held = [take_local(buffers[slot.name], slot.layout, home.mesh, rank) for slot in program.buffers]
+        held = [take_local(buffers[slot.name], slot.layout, home.mesh, home.place) for slot in program.buffers]
         one_seed = rng.agreed(self._share) if home.device_mesh is not None else nullcontext()
         with comm.active(home.axes), one_seed, regather() if program.regather else nullcontext():
             results = program.module(*self._find_leaves(program), *held, *parts)
@@ -181,6 +217,111 @@ class ParallelModule(nn.Module):
                 buffers[name].copy_(gather_whole(value, layouts[name], home.mesh, home.axes))
         outputs = [_as_output(x, slot, home) for x, slot in zip(results, program.outputs, strict=False)]
         return program.captured.unflatten(outputs)
+
+    def _find_global(self, x: Tensor, local_tensors: Mapping[int, Tensor], home: _Home, program: Program) -> Tensor:
+        """The whole batch; what every rank passed of it is gathered."""
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InputError(
+                "an input of a pipelined model needs a gradient, which the pipeline doesn't bring back: detach it, or pin pp=1, microbatches=1"
+            )
+        here = local_tensors.get(id(x))
+        return x if here is None else _reshard_local(here, tuple(REPLICATE for _ in home.mesh.names), home, program.batch_axes)
+
+    def _run_pipeline(self, program: Program, home: _Home, inputs: list[Tensor]) -> Any:
+        """Run the stages of this rank; see `autopar.pipeline`."""
+        pipeline = program.pipeline
+        assert pipeline is not None
+        runner = self._find_runner(program, home)
+        buffers = {slot.name: _read(self._buffer_at[slot.name]) for slot in program.buffers}
+        number = 0
+        if pipeline.random:
+            number = int(torch.randint(2**62, ()))
+            number = self._share(number) if home.device_mesh is not None else number
+        trains = torch.is_grad_enabled() and bool(pipeline.trained)
+        run = runner.run(buffers, inputs, number=number, trains=trains, syncs=self._reducer.is_synced)
+        executor = run.executor
+        makes = {out.position for stage in executor.tensors for out in pipeline.stages[stage].outputs}
+        parts = {i: executor.join(i) for i in makes}
+        with torch.no_grad():
+            self._update_buffers(program, runner, buffers, parts)
+        return program.captured.unflatten(self._as_outputs(program, home, runner, run, parts, trains))
+
+    def _as_outputs(
+        self, program: Program, home: _Home, runner: StageRunner, run: PipelineRun, parts: Mapping[int, Tensor], trains: bool
+    ) -> list[Any]:
+        """What the user gets of each output: the loss and other scalars on every rank, larger tensors as DTensors."""
+        pipeline = program.pipeline
+        assert pipeline is not None
+        outside = trains and pipeline.loss is None
+        shared: dict[int, Tensor] = {}
+        for i, slot in enumerate(program.outputs):
+            if outside or not slot.shape:
+                shared[i] = runner.share(parts.get(i), slot, self._device)
+        differentiable = [i for i, slot in enumerate(program.outputs) if slot.requires_grad]
+        if outside:
+            shared.update(go_back_on_backward({i: shared[i] for i in differentiable}, run))
+        results: list[Any] = []
+        for i, slot in enumerate(program.outputs):
+            if trains and i == pipeline.loss:
+                results.append(hand_over_on_backward(shared[i], run))
+                continue
+            refused = trains and not outside and i in differentiable
+            owner = None if i in shared else slot.groups[0]
+            local = shared.get(i, parts.get(i))
+            if local is None:
+                local = empty_part(slot.shape, slot.layout, home.mesh, getattr(torch, slot.dtype), self._device)
+            local = refuse_backward(local) if refused else local
+            if home.device_mesh is None or not (split_steps(slot.layout, home.mesh) or owner is not None):
+                results.append(local)
+            else:
+                results.append(as_dtensor(local, home.device_mesh, home.placements_of(slot.layout, owner), slot.shape))
+        return results
+
+    def _update_buffers(self, program: Program, runner: StageRunner, buffers: Mapping[str, Tensor], parts: Mapping[int, Tensor]) -> None:
+        """Give buffers their new values on every rank, those too that other groups made or wrote to."""
+        pipeline = program.pipeline
+        assert pipeline is not None
+        slots = {slot.name: slot for slot in program.buffers}
+        home = self._home
+        assert home is not None
+        for position, name in enumerate(program.mutated_buffers, len(program.outputs)):
+            maker = dataclasses.replace(slots[name], groups=(pipeline.makers[position],))
+            value = runner.share(parts.get(position), maker, self._device)
+            buffers[name].copy_(gather_whole(value, slots[name].layout, home.mesh, home.axes))
+        for name in sorted(pipeline.written):
+            buffers[name].copy_(runner.share(buffers[name], slots[name], self._device))
+
+    def _find_runner(self, program: Program, home: _Home) -> StageRunner:
+        """The runner of a program, with leaves that stand for the parameters as they are stored now."""
+        mine = [slot for slot in program.parameters if home.group in slot.groups]
+        parameters = {slot.name: _read(self._parameter_at[slot.name]) for slot in program.parameters}
+        stored = [parameters[slot.name] for slot in mine if self._stores(slot.name, home)]
+        if id(program) in self._runners:
+            leaves, runner = self._runners[id(program)]
+            if all(map(_stands_for, leaves, stored)):
+                return runner
+        leaves = [torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad) for parameter in stored]
+        named = {slot.name: leaf for slot, leaf in zip((s for s in mine if self._stores(s.name, home)), leaves, strict=True)}
+        tracked = []
+        for slot in program.parameters:
+            parameter = parameters[slot.name]
+            leaf = named.get(slot.name)
+            if leaf is None:
+                leaf = torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad)
+            tracked.append(Tracked(slot.name, parameter, leaf, self._groups.get(slot.partial_axes)))
+        for slot in mine:
+            if slot.name not in named:
+                if slot.name not in self._guests:
+                    shape = local_shape(slot.shape, slot.layout, home.mesh)
+                    self._guests[slot.name] = torch.empty(shape, dtype=parameters[slot.name].dtype, device=self._device)
+                named[slot.name] = self._guests[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
+        runner = StageRunner(program, home.group, home.pipeline, home.axes, named, StashedGradients(tracked))
+        self._runners[id(program)] = leaves, runner
+        return runner
+
+    def _stores(self, name: str, home: _Home) -> bool:
+        """Whether this rank stores its part of a parameter."""
+        return home.owners[name] in (home.group, None)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole tensors or DTensors of any layout; of whole tensors every rank keeps its part."""
@@ -212,13 +353,25 @@ class ParallelModule(nn.Module):
 
     def _settle(self, program: Program) -> None:
         """Store the parameters as the first program wants them; check that a later one takes them so."""
+        groups = 1 if program.pipeline is None else program.pipeline.schedule.ranks
         if self._home is None:
-            device_mesh = form_mesh(program.mesh, self._device.type)
-            self._home = _Home(program.mesh, device_mesh, axes_of(program.mesh, device_mesh), self._exchange(program, device_mesh))
+            device_mesh = form_mesh(with_pipeline(program.mesh, groups), self._device.type)
+            along = pipeline_axis(device_mesh) if device_mesh is not None and groups > 1 else None
+            home = _Home(program.mesh, device_mesh, axes_of(program.mesh, device_mesh), along.index if along else 0, groups, along, {}, {})
+            layouts, owners = self._exchange(program, home)
+            self._home = dataclasses.replace(home, layouts=layouts, owners=owners)
         home = self._home
+        if groups != home.groups:
+            raise PlanError(f"the parameters are stored on {home.groups} groups of ranks, a later plan wants {groups}")
         if program.mesh != home.mesh:
             raise PlanError(f"the parameters are stored on the mesh {home.mesh}, a later plan wants {program.mesh}")
         wrong = [slot for slot in program.parameters if home.layouts[slot.name] != slot.layout]
+        elsewhere = [slot for slot in program.parameters if home.owners[slot.name] not in (None, *slot.groups[:1])]
+        if elsewhere:
+            raise PlanError(
+                "a later plan wants parameters in other groups of ranks than the first: "
+                + ", ".join(f"{slot.name} in {slot.groups[0]}, not {home.owners[slot.name]}" for slot in elsewhere)
+            )
         if wrong:
             raise PlanError(
                 "a later plan wants parameters stored otherwise than the first: "
@@ -229,36 +382,41 @@ class ParallelModule(nn.Module):
             for axes in sorted({slot.partial_axes for slot in program.parameters if slot.partial_axes} - set(self._groups)):
                 self._groups[axes] = torch_compat.group_over(home.device_mesh, axes)
 
-    def _exchange(self, program: Program, device_mesh: DeviceMesh | None) -> dict[str, Layout]:
-        mesh = program.mesh
+    def _exchange(self, program: Program, home: _Home) -> tuple[dict[str, Layout], dict[str, int | None]]:
+        mesh, device_mesh = home.mesh, home.device_mesh
         named = dict(self.named_parameters(remove_duplicate=False))
-        by_object = {id(named[slot.name]): slot.layout for slot in program.parameters}
-        rank = dist.get_rank() if device_mesh is not None else 0
+        by_object = {id(named[slot.name]): slot for slot in program.parameters}
         layouts: dict[str, Layout] = {}
+        owners: dict[str, int | None] = {}
         exchanged: set[int] = set()
         for name, parameter in named.items():
             # What the program doesn't use is kept whole, on the same mesh, so that gradient clipping sees one mesh.
-            layout = layouts[name] = by_object.get(id(parameter), (REPLICATE,) * len(mesh.names))
+            slot = by_object.get(id(parameter))
+            layout = layouts[name] = slot.layout if slot is not None else (REPLICATE,) * len(mesh.names)
+            owner = owners[name] = slot.groups[0] if slot is not None and home.groups > 1 else None
             if id(parameter) in exchanged:
                 continue
             exchanged.add(id(parameter))
             whole = torch_compat.local_of(parameter)
-            if whole.is_meta:
-                local = self._materialise(name, whole, layout, mesh, rank)
+            is_here = owner in (None, home.group)
+            if not is_here:
+                local = empty_part(parameter.shape, layout, mesh, parameter.dtype, self._device)
+            elif whole.is_meta:
+                local = self._materialise(name, whole, layout, mesh, home.place)
             elif device_mesh is None:
                 continue
             else:
-                local = take_local(whole, layout, mesh, rank)
+                local = take_local(whole, layout, mesh, home.place)
             if device_mesh is not None:
-                local = as_dtensor(local, device_mesh, placements_of(layout, mesh), parameter.shape)
+                local = as_dtensor(local, device_mesh, home.placements_of(layout, owner), parameter.shape)
             stored = nn.Parameter(local, requires_grad=parameter.requires_grad)
             torch.utils.swap_tensors(parameter, stored)  # type: ignore[no-untyped-call]
         for path, module in self._original.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     full = f"{path}.{name}" if path else name
-                    module._buffers[name] = self._materialise(full, buffer, (REPLICATE,) * len(mesh.names), mesh, rank)
-        return layouts
+                    module._buffers[name] = self._materialise(full, buffer, (REPLICATE,) * len(mesh.names), mesh, home.place)
+        return layouts, owners
 
     def _materialise(self, name: str, meta: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
         """This rank's part of a tensor on the meta device."""
@@ -398,6 +556,11 @@ def _reshard_local(x: Tensor, layout: Layout, home: _Home, batch_axes: Sequence[
         if home.axes[name].size > 1:
             x = gather_along(x, home.axes[name], 0, 1)
     return shard_whole(x, layout, home.mesh, home.axes)
+
+
+def empty_part(shape: Sequence[int], layout: Layout, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a rank has of a tensor that another group owns: nothing along dim 0 (`autopar.owned`)."""
+    return torch.empty((0, *local_shape(tuple(shape), layout, mesh)[1:]), dtype=dtype, device=device)
 
 
 def _stands_for(leaf: Tensor, parameter: nn.Parameter) -> bool:

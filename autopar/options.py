@@ -13,6 +13,7 @@ from autopar.factors import Factors, Role
 from autopar.ir import Graph, Op, OpKind, Tensor, Value
 from autopar.layers import Folded
 from autopar.layout import PASS, REPLICATE, Layout, Mesh, Placement, Split, State, StateKind, fits, is_legal, shard
+from autopar.microbatch import MICRO, MicroSplit
 from autopar.reshard import Route
 from autopar.space import Space
 
@@ -24,7 +25,8 @@ RouteKey = tuple[Layout, Layout, tuple[tuple[int, ...], tuple[int, ...]] | None]
 class Model:
     """The parts of a problem that no mesh changes: computed once, shared by all meshes.
 
-    `tables` are the calls that `find_tables` found. `routes` fills up as costs are asked for: how to get from one layout to another
+    `tables` are the calls that `find_tables` found. With `micro`, time is the first axis of every mesh (`in_time`), and the split says what
+    it does to each op. `routes` fills up as costs are asked for: how to get from one layout to another
     is the same on all meshes, but for blocked layouts, whose sizes are then part of the key.
     """
 
@@ -32,12 +34,14 @@ class Model:
     spaces: Mapping[str, Space]
     factors: Factors
     tables: frozenset[str]
+    micro: MicroSplit | None = None
     routes: dict[RouteKey, Route] = field(default_factory=dict, compare=False, repr=False)
 
 
 class AxisKind(Enum):
-    """What an axis may be used for (design section 8)."""
+    """What an axis may be used for (design section 8); TIME is that of micro-batches."""
 
+    TIME = "time"
     FREE = "free"
     DP = "dp"
     TP = "tp"
@@ -65,6 +69,16 @@ class Constraints:
     accept: Callable[[Op, Placement], bool] | None = None
 
 
+def in_time(mesh: Mesh, count: int) -> Mesh:
+    """The mesh with `count` micro-batches as its outermost axis."""
+    return Mesh((MICRO, *mesh.names), (count, *mesh.sizes))
+
+
+def first_rank_axis(mesh: Mesh) -> int:
+    """Position of the first axis that is made of ranks: 1 where time is an axis too."""
+    return int(mesh.names[:1] == (MICRO,))
+
+
 # Elements of a table that every rank makes for itself; a larger one is worth splitting.
 TABLE_ELEMENTS = 1 << 24
 
@@ -86,7 +100,10 @@ def find_tables(graph: Graph) -> frozenset[str]:
 
 def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Placement]:
     """The legal placements of a call, those that the constraints allow."""
-    replicated: Placement = tuple(None for _ in mesh.sizes)
+    first = first_rank_axis(mesh)
+    # What a micro-batch does isn't open: along time nothing can be exchanged, so one choice is as good as another.
+    time: Placement = () if model.micro is None else (model.micro.parts[op.name],)
+    replicated: Placement = (*time, *(None for _ in mesh.sizes[first:]))
     space = model.spaces.get(op.name)
     if space is None or op.name in model.tables:
         return [replicated]
@@ -96,8 +113,8 @@ def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> 
     parts += [split for split, role in splits if role is not Role.INNER] or [split for split, _ in splits]
     if space.linear:
         parts.append(PASS)
-    options = [option for option in itertools.product(parts, repeat=len(mesh.sizes)) if is_legal(space, option, mesh)]  # type: ignore[arg-type]
-    legal: list[Placement] = options  # type: ignore[assignment]
+    options = [(*time, *option) for option in itertools.product(parts, repeat=len(mesh.sizes) - first)]
+    legal: list[Placement] = [option for option in options if is_legal(space, option, mesh)]  # type: ignore[misc, arg-type]
     for axis, kind in enumerate(constraints.kinds):
         legal = _of_kind(legal, op, space, loops, axis, kind)
     if constraints.vocabulary is not None:
@@ -118,7 +135,7 @@ def _of_kind(
     options: list[Placement], op: Op, space: Space, loops: Mapping[str, Mapping[int, Role]], axis: int, kind: AxisKind
 ) -> list[Placement]:
     """Keep what an axis of this kind may do; a kind is really used wherever it can be."""
-    if kind is AxisKind.FREE:
+    if kind in (AxisKind.FREE, AxisKind.TIME):
         return options
 
     def role(option: Placement) -> Role | None:
@@ -197,5 +214,5 @@ def output_options(tensor: Tensor, mesh: Mesh) -> list[Layout]:
 
 def _fitting(tensor: Tensor, states: Sequence[State], mesh: Mesh) -> list[Layout]:
     """Layouts of these states, the whole one first; an axis of one rank splits nothing."""
-    per_axis = [states if size > 1 else [REPLICATE] for size in mesh.sizes]
+    per_axis = [states if size > 1 and name != MICRO else [REPLICATE] for name, size in zip(mesh.names, mesh.sizes, strict=True)]
     return [option for option in itertools.product(*per_axis) if fits(tensor.shape, option, mesh)]

@@ -1,6 +1,7 @@
-"""Repeated layers of a rewritten graph become submodules again, one shared by all layers that came out alike.
+"""Regions of a rewritten graph become submodules, one shared by all regions that came out alike.
 
-The program then reads as the model does: ``model_layers(h, cos, sin, q_proj, ...)`` once per layer, and the layer's own code once.
+Repeated layers are such regions: the program then reads as the model does, ``model_layers(h, cos, sin, q_proj, ...)`` once per layer, and
+the layer's own code once. What the backward shall run again is one too.
 """
 
 from __future__ import annotations
@@ -13,67 +14,72 @@ from typing import Any
 
 from torch import fx, nn
 
-from autopar.layers import Folded, freeze
+from autopar.errors import PlanError
+from autopar.layers import freeze
+from autopar.recompute import Recomputed
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of the graph: its own `path`, the `name` that it shares with its like, and whether the backward runs it again."""
+
+    path: str
+    name: str
+    recomputed: bool = False
 
 
 @dataclass
 class _Block:
-    """One layer's nodes, what they read from outside and what is read of them outside."""
+    """One region's nodes, what they read from outside and what is read of them outside."""
 
-    path: str
-    class_name: str
+    region: Region
     nodes: list[fx.Node] = field(default_factory=list)
     inputs: list[fx.Node] = field(default_factory=list)
     outputs: list[fx.Node] = field(default_factory=list)
 
 
-def outline(module: fx.GraphModule, folded: Folded) -> fx.GraphModule:
-    """A module that computes the same, in which each repeated layer is a call of a submodule.
+def outline(module: fx.GraphModule, region_of: Mapping[str, Region]) -> fx.GraphModule:
+    """A module that computes the same, in which each region is a call of a submodule.
 
-    Nodes carry in ``meta["block"]`` the op of the captured graph that they belong to. A layer whose nodes can't be run in one
-    go, because something outside needs a part of it and gives back to the rest, is left inline.
+    Nodes carry in ``meta["block"]`` the op of the captured graph that they belong to; `region_of` is by such ops. A region whose nodes
+    can't be run in one go, because something outside needs a part of it and gives back to the rest, is left inline. Raises PlanError
+    when it is to be run again.
     """
-    blocks, owner = _find_blocks(module.graph, folded)
-    blocks = {path: block for path, block in blocks.items() if _runs_in_one_go(block, owner)}
+    blocks, owner = _find_blocks(module.graph, region_of)
+    for where, block in list(blocks.items()):
+        if not _runs_in_one_go(block):
+            if block.region.recomputed:
+                raise PlanError(f"{where} can't be run again as one: ops outside of it sit between its own; plan it with recompute none")
+            del blocks[where]
     graph = fx.Graph()
     root = nn.Module()
+    for name, child in module.named_children():
+        root.add_module(name, child)
     env: dict[fx.Node, fx.Node] = {}
     names: dict[Any, str] = {}
     waiting = {path: len(block.nodes) for path, block in blocks.items()}
     for node in module.graph.nodes:
         path = owner.get(node)
-        if path not in blocks:
+        if path is None or path not in blocks:
             env[node] = graph.node_copy(node, lambda n: env[n])
             continue
         waiting[path] -= 1
         if waiting[path] == 0:
-            _call_block(graph, root, names, blocks[path], env)
-    for name, child in module.named_children():
-        if not hasattr(root, name):
-            root.add_module(name, child)
+            _call_block(graph, root, names, blocks[path], env, module)
     outlined = fx.GraphModule(root, graph, class_name="LocalProgram")
+    outlined.delete_all_unused_submodules()
     graph.lint()
     return outlined
 
 
-def _find_blocks(graph: fx.Graph, folded: Folded) -> tuple[dict[str, _Block], dict[fx.Node, str]]:
-    path_of_op: dict[str, str] = {}
-    class_of_path: dict[str, str] = {}
-    for layer in folded.classes:
-        for path, instance in zip(layer.paths, layer.instances, strict=True):
-            # The layers of a model that is itself a list of layers have no name but their numbers.
-            class_of_path[path] = re.sub(r"\W+", "_", layer.name.replace(".*", "")).strip("_") or "layers"
-            for name in instance:
-                path_of_op[name] = path
+def _find_blocks(graph: fx.Graph, region_of: Mapping[str, Region]) -> tuple[dict[str, _Block], dict[fx.Node, str]]:
     blocks: dict[str, _Block] = {}
     owner: dict[fx.Node, str] = {}
     for node in graph.nodes:
-        found = path_of_op.get(node.meta.get("block") or "")
-        if found is not None and node.op == "call_function":
-            path = found
-            block = blocks.setdefault(path, _Block(path, class_of_path[path]))
-            block.nodes.append(node)
-            owner[node] = path
+        region = region_of.get(node.meta.get("block") or "")
+        if region is not None and node.op in ("call_function", "call_module"):
+            blocks.setdefault(region.path, _Block(region)).nodes.append(node)
+            owner[node] = region.path
     for block in blocks.values():
         inside = set(block.nodes)
         block.inputs = list(dict.fromkeys(x for n in block.nodes for x in n.all_input_nodes if x not in inside))
@@ -81,7 +87,7 @@ def _find_blocks(graph: fx.Graph, folded: Folded) -> tuple[dict[str, _Block], di
     return blocks, owner
 
 
-def _runs_in_one_go(block: _Block, owner: Mapping[fx.Node, str]) -> bool:
+def _runs_in_one_go(block: _Block) -> bool:
     """Whether nothing outside sits between the block's first node and its last, in program order, and reads it."""
     inside = set(block.nodes)
     last = block.nodes[-1]
@@ -95,31 +101,41 @@ def _runs_in_one_go(block: _Block, owner: Mapping[fx.Node, str]) -> bool:
     return not tainted
 
 
-def _call_block(graph: fx.Graph, root: nn.Module, names: dict[Any, str], block: _Block, env: dict[fx.Node, fx.Node]) -> None:
+def _call_block(
+    graph: fx.Graph, root: nn.Module, names: dict[Any, str], block: _Block, env: dict[fx.Node, fx.Node], module: fx.GraphModule
+) -> None:
     signature = _signature(block)
     if signature not in names:
-        name = block.class_name
+        # The layers of a model that is itself a list of layers have no name but their numbers.
+        name = re.sub(r"\W+", "_", block.region.name.replace(".*", "")).strip("_") or "layers"
         while hasattr(root, name):
             name += "_"
         names[signature] = name
-        root.add_module(name, _submodule(block, name))
+        inner = _submodule(block, name, module)
+        root.add_module(name, Recomputed(inner) if block.region.recomputed else inner)
     call = graph.call_module(names[signature], tuple(env[x] for x in block.inputs))
-    call.meta["layer"] = block.path
+    call.meta["layer"] = block.region.path
+    call.meta["block"] = block.nodes[0].meta["block"]
     if len(block.outputs) == 1:
         env[block.outputs[0]] = call
         return
     for index, node in enumerate(block.outputs):
-        env[node] = graph.call_function(operator.getitem, (call, index))
+        item = env[node] = graph.call_function(operator.getitem, (call, index))
+        item.meta["block"] = call.meta["block"]
 
 
-def _submodule(block: _Block, name: str) -> fx.GraphModule:
+def _submodule(block: _Block, name: str, module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {x: graph.placeholder(x.name) for x in block.inputs}
     for node in block.nodes:
         env[node] = graph.node_copy(node, lambda n: env[n])
     results = tuple(env[node] for node in block.outputs)
     graph.output(results[0] if len(results) == 1 else results)
-    return fx.GraphModule(nn.Module(), graph, class_name="".join(part.title() for part in name.split("_")))
+    root = nn.Module()
+    for node in block.nodes:
+        if node.op == "call_module":
+            root.add_module(str(node.target), module.get_submodule(str(node.target)))
+    return fx.GraphModule(root, graph, class_name="".join(part.title() for part in name.split("_")))
 
 
 def _signature(block: _Block) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from autopar.assemble import assemble, workspace_bytes
+from autopar.blocks import find_chain
 from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, PlanError, UnknownOpError
 from autopar.factors import find_factors
@@ -19,7 +20,7 @@ from autopar.layers import fold, freeze
 from autopar.layout import Layout
 from autopar.meshes import Trial, find_trials
 from autopar.options import Model, find_tables
-from autopar.plans import Candidate, Plan
+from autopar.plans import BlockChoice, Candidate, Pipeline, Plan
 from autopar.problem import FORBIDDEN, Problem, build_problem
 from autopar.rules import find_spaces
 from autopar.search import Search, Solution
@@ -78,6 +79,7 @@ def make_plan(
         lines = "\n".join(f"  {op.target} at {op.source or op.name}" for op in unruled)
         raise UnknownOpError(f"{len(unruled)} ops have no rule and strict=True was asked for:\n{lines}")
     model = Model(fold(graph), spaces, find_factors(graph, spaces), find_tables(graph))
+    chain = find_chain(model.folded, spaces)
     trials = find_trials(model, cluster, pins or {}, mesh, stored or {})
     found, candidates = _solve_trials(model, trials, cluster, tell)
     if not candidates:
@@ -94,6 +96,7 @@ def make_plan(
         problem=best.problem,
         solution=best.solution,
         workspace=best.workspace,
+        pipeline=Pipeline(1, "gpipe", 1, 1, tuple(BlockChoice(block.name, 0, "none") for block in chain.blocks), {}),
         rename=best.trial.name == "search" and mesh is None,
         model_name=model_name,
         fingerprint=fingerprint(graph),

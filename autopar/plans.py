@@ -24,7 +24,7 @@ from autopar.layout import (
 )
 
 FORMAT = "autopar-plan"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +59,51 @@ class Seconds:
     def step(self) -> float:
         """The whole step."""
         return self.forward + self.backward + self.optimizer + self.communication
+
+
+RECOMPUTE = ("none", "selective", "full")
+"""What of a layer's forward the backward runs again: nothing, the attention core (Korthikanti et al. 2022, section 5), all."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChoice:
+    """What was decided for one block of the chain (`autopar.blocks`), such as a transformer layer."""
+
+    name: str
+    stage: int
+    recompute: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """How the work is spread over time and over groups of ranks; one rank and one micro-batch are no pipeline.
+
+    Attributes:
+        ranks: groups of ranks along the pipeline; each runs the plan's mesh. Rank ``r`` of the world is in group
+            ``r // mesh.world_size``.
+        schedule: name of the schedule's family (`autopar.schedules.SCHEDULES`).
+        chunks: stages per group of ranks.
+        microbatches: parts of the batch that run one after the other.
+        blocks: every block of the chain, in order.
+        travel: layout in which a value crosses from one stage to another, by value.
+    """
+
+    ranks: int
+    schedule: str
+    chunks: int
+    microbatches: int
+    blocks: tuple[BlockChoice, ...]
+    travel: Mapping[str, Layout]
+
+    @property
+    def stages(self) -> int:
+        """Number of stages."""
+        return self.ranks * self.chunks
+
+    @property
+    def is_trivial(self) -> bool:
+        """Whether every rank runs the whole model on the whole batch at once."""
+        return self.ranks == 1 and self.microbatches == 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +179,9 @@ class Plan:
 
     Attributes:
         model: class name of the model; `fingerprint` identifies the captured graph that the plan was made for.
-        cluster: text of the cluster, `mesh` the chosen mesh; `axis_kinds` says what each axis turned out to do.
+        cluster: text of the cluster.
+        mesh: the chosen axes; under a pipeline, those of one group of ranks.
+        pipeline: stages, schedule, micro-batches and recomputation.
         inputs: name -> text of its type, as captured.
         layouts: stored layout of every parameter, buffer and input, and the layout of every output, by op name.
         placements: placement of every call, by op name.
@@ -146,6 +193,7 @@ class Plan:
     fingerprint: str
     cluster: str
     mesh: Mesh
+    pipeline: Pipeline
     inputs: Mapping[str, str]
     layouts: Mapping[str, Layout]
     placements: Mapping[str, Placement]
@@ -157,6 +205,11 @@ class Plan:
     proof: Proof
     unruled: tuple[Unruled, ...]
     notes: tuple[str, ...]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.pipeline.ranks * self.mesh.world_size
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON."""
@@ -185,6 +238,7 @@ def to_json(plan: Plan) -> str:
     """The plan's JSON text."""
     data = asdict(plan)
     data["mesh"] = {"names": list(plan.mesh.names), "sizes": list(plan.mesh.sizes)}
+    data["pipeline"]["travel"] = {name: format_layout(layout) for name, layout in plan.pipeline.travel.items()}
     data["layouts"] = {name: format_layout(layout) for name, layout in plan.layouts.items()}
     data["placements"] = {name: format_placement(placement) for name, placement in plan.placements.items()}
     return json.dumps({"format": FORMAT, "version": VERSION, "plan": data}, indent=1)
@@ -210,11 +264,26 @@ def from_json(text: str) -> Plan:
     assert isinstance(plan, Plan)
     if unknown := [axis for axis in plan.batch_axes if axis not in plan.mesh.names]:
         raise PlanError(f"plan.batch_axes names {', '.join(map(repr, unknown))}, the mesh has {plan.mesh}")
-    for name, layout in plan.layouts.items():
+    for name, layout in (*plan.layouts.items(), *plan.pipeline.travel.items()):
         _check_axes(name, len(layout), plan.mesh)
     for name, placement in plan.placements.items():
         _check_axes(name, len(placement), plan.mesh)
+    _check_pipeline(plan.pipeline)
     return plan
+
+
+def _check_pipeline(pipeline: Pipeline) -> None:
+    for name in ("ranks", "chunks", "microbatches"):
+        if getattr(pipeline, name) < 1:
+            raise PlanError(f"plan.pipeline.{name} is {getattr(pipeline, name)}, an integer from 1 is needed")
+    stages = [block.stage for block in pipeline.blocks]
+    if stages != sorted(stages) or set(stages) != set(range(pipeline.stages)):
+        raise PlanError(
+            f"plan.pipeline.blocks must be on stages 0 to {pipeline.stages - 1}, ascending and none left out; they are on {stages}"
+        )
+    for block in pipeline.blocks:
+        if block.recompute not in RECOMPUTE:
+            raise PlanError(f"plan.pipeline.blocks: {block.name!r} has recompute {block.recompute!r}; known are {', '.join(RECOMPUTE)}")
 
 
 def _check_axes(name: str, found: int, mesh: Mesh) -> None:
@@ -228,6 +297,8 @@ _READERS: Mapping[str, Any] = {
     "Mapping[str, str]": (dict, None),
 }
 _NESTED: Mapping[str, type] = {
+    "Pipeline": Pipeline,
+    "BlockChoice": BlockChoice,
     "Seconds": Seconds,
     "Memory": Memory,
     "Proof": Proof,

@@ -92,6 +92,8 @@ class _Builder:
         self.index: dict[str, int] = {}
         self.kept = _count_kept(model)
         self.made: dict[Value, list[Layout]] = {}  # per value, per option of its op, the layout made
+        self.first = tables.first
+        self.times = mesh.sizes[0] if tables.first else 1
         self.pairs: dict[tuple[object, ...], Table] = {}  # per tensor type and layouts, the cost of one journey
         self.needs: dict[tuple[str, int], list[Layout]] = {}  # per operand, per option of its op, the layout needed
 
@@ -131,7 +133,7 @@ class _Builder:
             self.made[Value(op.name, i)] = [result_layout_of(self.model, op, option, i) for option in options]
         costs, kept = [], []
         for number, option in enumerate(options):
-            costs.append(count * nanoseconds(sum(self.tables.op_seconds(op, option))))
+            costs.append(count * self.times * nanoseconds(sum(self.tables.op_seconds(op, option))))
             ways = math.prod(size for part, size in zip(option, self.mesh.sizes, strict=True) if isinstance(part, Split))
             saved = sum(
                 self.kept.times[Value(op.name, i)] * local_nbytes(tensor, self.made[Value(op.name, i)][number], self.mesh)
@@ -205,7 +207,8 @@ class _Builder:
         def copied(start: Layout, need: Layout) -> int:
             if kind is OpKind.PARAMETER and any(s.kind is StateKind.SHARD and s != n for s, n in zip(start, need, strict=True)):
                 return 0  # gathered again in the backward
-            moved = any(s != n and not _same_part(s.kind, n.kind) for s, n in zip(start, need, strict=True))
+            ranks = zip(start[self.first :], need[self.first :], strict=True)
+            moved = any(s != n and not _same_part(s.kind, n.kind) for s, n in ranks)
             return count * local_nbytes(tensor, need, self.mesh) if moved else 0
 
         return _expand(starts, needs, copied)
@@ -216,10 +219,10 @@ class _Builder:
         def cost(start: Layout, need: Layout) -> int:
             if start == need:
                 return 0
-            if any(state.kind is StateKind.BROADCAST for state in start):
+            if any(state.kind is StateKind.BROADCAST for state in start[self.first :]):
                 return FORBIDDEN  # what was gathered to work on in parts can't be handed on as a whole
             forward, backward = self.tables.journey_seconds(tensor, start, need, backward=tensor.requires_grad)
-            return nanoseconds(forward + backward)
+            return self.times * nanoseconds(forward + backward)
 
         row_kinds, row_of = layout_numbers(starts)
         column_kinds, column_of = layout_numbers(needs)
@@ -240,14 +243,15 @@ class _Builder:
             def parameter_cost(start: Layout, need: Layout) -> int:
                 if start == need:
                     return 0
-                return count * nanoseconds(sum(self.tables.parameter_seconds(tensor, start, need, uses)))
+                gathered, deferred = self.tables.parameter_seconds(tensor, start, need, uses)
+                return count * nanoseconds(self.times * gathered + deferred)
 
             cost = _expand(starts, needs, parameter_cost)
         elif is_output:
 
             def output_cost(start: Layout, need: Layout) -> int:
                 # Whether a gradient comes back depends on the user's loop; what is returned beside a loss gets none.
-                return count * nanoseconds(self.tables.journey_seconds(tensor, start, need, backward=False)[0])
+                return count * self.times * nanoseconds(self.tables.journey_seconds(tensor, start, need, backward=False)[0])
 
             cost = _expand(starts, needs, output_cost)
         else:
@@ -265,7 +269,7 @@ class _Builder:
         is_held = value in self.kept.times or self.graph.by_name[value.op].kind is not OpKind.CALL
 
         def held(start: Layout, need: Layout) -> int:
-            return 0 if is_held and start == need else local_nbytes(tensor, need, self.mesh)
+            return 0 if is_held and start[self.first :] == need[self.first :] else local_nbytes(tensor, need, self.mesh)
 
         return _expand(starts, needs, held)
 

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autopar import collectives, simulate
+from autopar import collectives, comm, simulate
 from autopar.calls import ExampleInputs, split_call
 from autopar.capture import Captured, capture
 from autopar.errors import InputError, VerificationError
+from autopar.executor import Executor, StageTensors
 from autopar.ir import OpKind
-from autopar.layout import PARTIAL, Layout, Split, StateKind
+from autopar.layout import PARTIAL, PIPELINE, Layout, Mesh, Split, StateKind, with_pipeline
 from autopar.plans import Plan
-from autopar.program import Program, Slot
+from autopar.program import Boundary, Program, Slot
 from autopar.rewrite import rewrite
 from autopar.shards import cut, join
 
@@ -135,7 +136,7 @@ def prepare_reference(model: nn.Module, example_inputs: ExampleInputs, captured:
 
 def verify_against(reference: Reference, plan: Plan, *, tolerance: float = 1e-9) -> Verification:
     """`verify_plan`, for a model of which the reference is there already. Raises PlanError for a plan of another graph."""
-    program = rewrite(reference.wide, plan)
+    program = _widen_messages(rewrite(reference.wide, plan))
     actual, disagreements = _run_program(program, reference.tensors, reference.inputs, reference.run)
     errors = _compare(reference.run, actual)
     for name, disagreement in disagreements.items():
@@ -157,6 +158,25 @@ def widen(captured: Captured) -> Captured:
     module.recompile()
     constants = {name: _wide(tensor) for name, tensor in captured.constants.items()}
     return dataclasses.replace(captured, fx=module, constants=constants)
+
+
+def _widen_messages(program: Program) -> Program:
+    """A pipeline whose stages expect float64 wherever they expect a narrower float."""
+    if program.pipeline is None:
+        return program
+
+    def raised(boundary: Boundary) -> Boundary:
+        return dataclasses.replace(boundary, dtype=torch.float64) if boundary.dtype.is_floating_point else boundary
+
+    stages = {
+        number: dataclasses.replace(
+            stage,
+            receives={peer: tuple(map(raised, boundaries)) for peer, boundaries in stage.receives.items()},
+            sends={peer: tuple((index, raised(boundary)) for index, boundary in sent) for peer, sent in stage.sends.items()},
+        )
+        for number, stage in program.pipeline.stages.items()
+    }
+    return dataclasses.replace(program, pipeline=dataclasses.replace(program.pipeline, stages=stages))
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -256,35 +276,25 @@ def _outputs(captured: Captured, returned: Any) -> list[Tensor]:
     return [found[index] for index in range(number)]
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What one rank has in the end: its parts of outputs by position, of gradients and of updated buffers by name."""
+
+    outputs: Mapping[int, Tensor]
+    gradients: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+
+
 def _run_program(
     program: Program, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], reference: _Run
 ) -> tuple[_Run, dict[str, float]]:
     """The program's outputs and gradients, joined from all ranks, and how far replicas differ, relative to their size."""
     mesh = program.mesh
     weights = [_weights(tensor, position) for position, tensor in enumerate(reference.outputs)]
-
-    def part(slot: Slot, rank: int) -> Tensor:
-        local = cut(tensors[slot.name].detach(), slot.layout, mesh, rank).clone()
-        return local.requires_grad_(slot.requires_grad)
-
-    def run(rank: int) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        parameters = [part(slot, rank) for slot in program.parameters]
-        buffers = [part(slot, rank) for slot in program.buffers]
-        given = [cut(x, slot.layout, mesh, rank) for x, slot in zip(inputs, program.inputs, strict=True)]
-        with collectives.regather():
-            results = list(program.module(*parameters, *buffers, *given))
-        outputs = results[: len(program.outputs)]
-        wanted = [(i, w) for i, w in enumerate(weights) if w is not None]
-        torch.autograd.backward(
-            [outputs[i] for i, _ in wanted],
-            [cut(w, program.outputs[i].layout, mesh, rank).contiguous() for i, w in wanted],
-        )
-        gradients = {s.name: p.grad for s, p in zip(program.parameters, parameters, strict=True) if p.grad is not None}
-        updated = {s.name: b for s, b in zip(program.buffers, buffers, strict=True)}
-        updated.update(zip(program.mutated_buffers, results[len(program.outputs) :], strict=True))
-        return [out.detach() for out in outputs], gradients, {n: b.detach() for n, b in updated.items()}
-
-    ranks = simulate.run(mesh, run)
+    work = _run_whole if program.pipeline is None else _run_stages
+    groups = 1 if program.pipeline is None else program.pipeline.schedule.ranks
+    ranks = simulate.run(with_pipeline(mesh, groups), lambda rank: work(program, tensors, inputs, weights, rank))
+    by_group = [ranks[group * mesh.world_size : (group + 1) * mesh.world_size] for group in range(groups)]
     disagreements: dict[str, float] = {}
 
     def whole(name: str, parts: list[Tensor], layout: Layout) -> Tensor:
@@ -293,14 +303,82 @@ def _run_program(
         disagreements[name] = joined.disagreement / max(size, ZERO_SCALE)
         return joined.whole
 
-    outputs = [whole(s.name, [r[0][i] for r in ranks], s.layout) for i, s in enumerate(program.outputs)]
+    outputs = [
+        whole(slot.name, [rank.outputs[i] for rank in by_group[slot.groups[0]]], slot.layout) for i, slot in enumerate(program.outputs)
+    ]
     gradients = {}
     for slot in program.parameters:
-        if slot.name in ranks[0][1]:
-            layout = tuple(PARTIAL if name in slot.partial_axes else state for name, state in zip(mesh.names, slot.layout, strict=True))
-            gradients[slot.name] = whole(f"gradient of {slot.name}", [r[1][slot.name] for r in ranks], layout)
-    buffers = {s.name: whole(s.name, [r[2][s.name] for r in ranks], s.layout) for s in program.buffers}
+        layout = tuple(PARTIAL if name in slot.partial_axes else state for name, state in zip(mesh.names, slot.layout, strict=True))
+        users = [by_group[group] for group in slot.groups if slot.name in by_group[group][0].gradients]
+        if users:
+            summed = [
+                sum((group[i].gradients[slot.name] for group in users[1:]), users[0][i].gradients[slot.name])
+                for i in range(mesh.world_size)
+            ]
+            gradients[slot.name] = whole(f"gradient of {slot.name}", summed, layout)
+    buffers = {s.name: whole(s.name, [rank.buffers[s.name] for rank in by_group[s.groups[0]]], s.layout) for s in program.buffers}
     return _Run(outputs, gradients, buffers), disagreements
+
+
+def _part(slot: Slot, tensors: Mapping[str, Tensor], mesh: Mesh, rank: int) -> Tensor:
+    local = cut(tensors[slot.name].detach(), slot.layout, mesh, rank).clone()
+    return local.requires_grad_(slot.requires_grad)
+
+
+def _run_whole(
+    program: Program, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor | None], rank: int
+) -> _Parts:
+    """One rank of a program that runs the whole model on the whole batch."""
+    mesh = program.mesh
+    parameters = [_part(slot, tensors, mesh, rank) for slot in program.parameters]
+    buffers = [_part(slot, tensors, mesh, rank) for slot in program.buffers]
+    given = [cut(x, slot.layout, mesh, rank) for x, slot in zip(inputs, program.inputs, strict=True)]
+    with collectives.regather():
+        results = list(program.module(*parameters, *buffers, *given))
+    outputs = results[: len(program.outputs)]
+    wanted = [(i, w) for i, w in enumerate(weights) if w is not None]
+    torch.autograd.backward(
+        [outputs[i] for i, _ in wanted],
+        [cut(w, program.outputs[i].layout, mesh, rank).contiguous() for i, w in wanted],
+    )
+    gradients = {s.name: p.grad for s, p in zip(program.parameters, parameters, strict=True) if p.grad is not None}
+    updated = {s.name: b for s, b in zip(program.buffers, buffers, strict=True)}
+    updated.update(zip(program.mutated_buffers, results[len(program.outputs) :], strict=True))
+    return _Parts(dict(enumerate(out.detach() for out in outputs)), gradients, {n: b.detach() for n, b in updated.items()})
+
+
+def _run_stages(
+    program: Program, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor | None], rank: int
+) -> _Parts:
+    """One rank of a pipeline: its stages, over all micro-batches."""
+    mesh, pipeline = program.mesh, program.pipeline
+    assert pipeline is not None
+    group, place = divmod(rank, mesh.world_size)
+    axes = dict(comm.current())
+    axis = axes.pop(PIPELINE, comm.alone(PIPELINE))
+    given = [cut(x, slot.layout, mesh, place) for x, slot in zip(inputs, program.inputs, strict=True)]
+    leaves = {slot.name: _part(slot, tensors, mesh, place) for slot in program.parameters if group in slot.groups}
+    buffers = {slot.name: _part(slot, tensors, mesh, place) for slot in program.buffers if group in slot.groups}
+    mine = {
+        stage: StageTensors(
+            [leaves[program.parameters[i].name] for i in one.parameters], [buffers[program.buffers[i].name] for i in one.buffers], given
+        )
+        for stage, one in pipeline.stages.items()
+        if pipeline.schedule.rank_of[stage] == group
+    }
+    seeds = {
+        i: cut(w, slot.layout, mesh, place).contiguous()
+        for i, (w, slot) in enumerate(zip(weights, program.outputs, strict=True))
+        if w is not None
+    }
+    executor = Executor(pipeline, pipeline.schedule, group, axis, axes, mine, seeds=seeds, regathers=True)
+    executor.run()
+    assert executor.is_idle, "a schedule ended with micro-batches still under way"
+    outputs = {i: executor.join(i) for i, slot in enumerate(program.outputs) if slot.groups[0] == group}
+    updates = dict(enumerate(program.mutated_buffers, len(program.outputs)))
+    buffers.update({updates[i]: executor.join(i) for i in executor.parts if i in updates})
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return _Parts(outputs, gradients, buffers)
 
 
 def _compare(reference: _Run, actual: _Run) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar import comm, torch_compat
 from autopar.errors import ERROR_TYPES, AutoparError, PlanError
-from autopar.layout import Mesh
+from autopar.layout import PIPELINE, Mesh
 from autopar.plans import Plan, from_json, to_json
 
 TIMEOUT = timedelta(minutes=10)
@@ -37,6 +37,11 @@ def join_world(device_type: str, timeout: timedelta = TIMEOUT) -> int:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
     return dist.get_world_size()
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def form_mesh(mesh: Mesh, device_type: str) -> DeviceMesh | None:
@@ -65,6 +70,18 @@ def axes_of(mesh: Mesh, device_mesh: DeviceMesh | None) -> dict[str, comm.Axis]:
     if device_mesh is None:
         return {name: comm.alone(name) for name in mesh.names}
     return {name: comm.GroupAxis(name, device_mesh.get_group(name)) for name in mesh.names}
+
+
+def pipeline_axis(device_mesh: DeviceMesh) -> comm.Axis:
+    """The axis along which this rank's stages have their neighbours; every rank must call it."""
+    group = device_mesh.get_group(PIPELINE)
+    if device_mesh.device_type == "cpu":
+        return comm.GroupAxis(PIPELINE, group)
+    # Every rank makes the groups of all, in one order.
+    lines = device_mesh.mesh.flatten(1).T.tolist()
+    here = next(line for line in lines if dist.get_rank() in line)
+    ahead, back = ({tuple(line): dist.new_group(line) for line in lines} for _ in range(2))
+    return comm.GroupAxis(PIPELINE, group, (ahead[tuple(here)], back[tuple(here)]))
 
 
 def agree(make: Callable[[], Plan], device: torch.device | None = None) -> Plan:

@@ -1,0 +1,299 @@
+"""Runs one rank's list of a schedule: stages forward and backward over micro-batches, messages between groups of ranks.
+
+Comes in: the programs of the rank's stages, the tensors that stand for parameters, buffers and inputs, and the pipeline axis. Goes out:
+outputs joined over micro-batches; gradients are left in the leaves. The rules are those of `autopar.schedules`: sends never wait, a
+receive only begins, a computing action waits for what it needs. Whatever fails is raised as a PipelineError that names the stage, the
+action and the micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from autopar import comm, rng
+from autopar.collectives import join_parts, regather, take_part
+from autopar.comm import Axis, Message, TimeAxis
+from autopar.deferral import Deferred, deferring
+from autopar.errors import AutoparError, CommError, PipelineError
+from autopar.layout import PIPELINE, StateKind
+from autopar.microbatch import MICRO
+from autopar.program import PipelineProgram, StageOutput, StageProgram
+from autopar.schedules import Action, Kind, Schedule
+
+Key = tuple[int, int]
+"""A stage and a micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTensors:
+    """What a stage computes with: leaves for its parameters, its buffers, and all inputs, in the order of the program's slots."""
+
+    parameters: Sequence[Tensor]
+    buffers: Sequence[Tensor]
+    inputs: Sequence[Tensor]
+
+
+@dataclass(slots=True)
+class _Flow:
+    """A micro-batch on its way through a stage: what came in, and the results whose gradients are still to come."""
+
+    received: dict[int, list[Tensor]]
+    results: list[Tensor]
+    gradients: dict[int, Tensor] = field(default_factory=dict)
+
+
+class Executor:
+    """One run of a schedule on one rank.
+
+    Args:
+        pipeline: the stages and their schedules.
+        schedule: which of them to run.
+        group: this rank's group along the pipeline.
+        axis: the pipeline's axis; None with one group.
+        axes: the axes of the mesh.
+        tensors: per stage of this rank what it computes with.
+        seeds: gradients of outputs, by position: this rank's part, for the whole batch. What is absent gets none.
+        number: seeds the random ops; the same on all ranks.
+        regathers: gathered parameters are gathered again in the backward instead of kept.
+        reduce: called with a stage when its gradients are complete on this rank.
+    """
+
+    def __init__(
+        self,
+        pipeline: PipelineProgram,
+        schedule: Schedule,
+        group: int,
+        axis: Axis | None,
+        axes: Mapping[str, Axis],
+        tensors: Mapping[int, StageTensors],
+        *,
+        seeds: Mapping[int, Tensor] | None = None,
+        number: int = 0,
+        regathers: bool = False,
+        reduce: Callable[[int], None] | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.schedule = schedule
+        self.actions = schedule.actions[group]
+        self.group = group
+        self.axis = axis or comm.alone(PIPELINE)
+        self.axes = axes
+        self.tensors = tensors
+        self.seeds = dict(seeds or {})
+        self.number = number
+        self.regathers = regathers
+        self.reduce = reduce or (lambda stage: None)
+        self.trains = schedule.has_backward
+        self.count = schedule.microbatches
+        self.parts: dict[int, dict[int, Tensor]] = {}
+        self._times = [{**axes, MICRO: TimeAxis(MICRO, self.count, i)} for i in range(self.count)]
+        self._wholes: dict[int, tuple[Tensor, ...]] = {}
+        self._flows: dict[Key, _Flow] = {}
+        self._coming: dict[tuple[Kind, int, int, int], list[Message]] = {}  # kind, stage, peer, micro-batch
+        self._here: dict[tuple[Kind, int, int, int], list[Tensor]] = {}  # the same, from a stage of this rank
+        self._going: deque[Message] = deque()
+        self._left: dict[Key, Deferred] = {}
+        self._acts: Mapping[Kind, Callable[[Action], None]] = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.INPUT: self._input,
+            Kind.WEIGHT: self._weight,
+            Kind.SEND_FORWARD: self._send_forward,
+            Kind.RECEIVE_FORWARD: self._receive,
+            Kind.SEND_BACKWARD: self._send_backward,
+            Kind.RECEIVE_BACKWARD: self._receive,
+            Kind.REDUCE: lambda action: self.reduce(action.stage),
+        }
+
+    def run(self, actions: Sequence[Action] | None = None) -> None:
+        """Run these actions (all of this rank's), one after the other, and wait for what was sent. Raises PipelineError."""
+        for action in self.actions if actions is None else actions:
+            try:
+                self._acts[action.kind](action)
+            except Exception as error:
+                raise self._explain(action, error) from error
+        while self._going:
+            self._going.popleft().wait()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is held any more: every forward had its backward, every message was used."""
+        return not (self._flows and self.trains) and not self._coming and not self._here and not self._left
+
+    def join(self, position: int) -> Tensor:
+        """This rank's part of an output of the whole batch, made of those of the micro-batches."""
+        state = next(out.state for stage in self.tensors for out in self.pipeline.stages[stage].outputs if out.position == position)
+        parts = [self.parts[position][i] for i in range(self.count)]
+        if state.kind is StateKind.SHARD:
+            return join_parts(parts, state.dim, state.outer)
+        if state.kind is StateKind.PARTIAL:
+            total = parts[0].clone()
+            for part in parts[1:]:
+                total += part
+            return total
+        return parts[0]
+
+    # --- actions ---
+
+    def _forward(self, action: Action) -> None:
+        program, tensors = self.pipeline.stages[action.stage], self.tensors[action.stage]
+        received: dict[int, list[Tensor]] = {}
+        for peer, boundaries in sorted(program.receives.items()):
+            values = self._arrived(Kind.FORWARD, action.stage, peer, action.microbatch)
+            received[peer] = [
+                x.requires_grad_() if self.trains and boundary.requires_grad else x for x, boundary in zip(values, boundaries, strict=True)
+            ]
+        wholes = self._find_wholes(action.stage, program, tensors)
+        flat = [x for peer in sorted(received) for x in received[peer]]
+        with comm.active(self._times[action.microbatch]), self._draws(action), self._keeps(), torch.set_grad_enabled(self.trains):
+            results = list(program.module(*tensors.parameters, *tensors.buffers, *tensors.inputs, *wholes, *flat))
+        for out in program.outputs:
+            self.parts.setdefault(out.position, {})[action.microbatch] = results[out.result].detach()
+        away = False
+        for consumer, sent in program.sends.items():
+            if self.schedule.rank_of[consumer] == self.group:
+                self._here[Kind.FORWARD, consumer, action.stage, action.microbatch] = [results[i].detach() for i, _ in sent]
+            else:
+                away = True
+        if not self.trains:
+            if away:
+                self._flows[action.stage, action.microbatch] = _Flow({}, results)
+            return
+        self._flows[action.stage, action.microbatch] = _Flow(received, results)
+        self._plant(action.stage, action.microbatch)
+
+    def plant(self, seeds: Mapping[int, Tensor]) -> None:
+        """Give outputs their gradients after the forwards."""
+        self.seeds = dict(seeds)
+        for stage, microbatch in self._flows:
+            self._plant(stage, microbatch)
+
+    def _plant(self, stage: int, microbatch: int) -> None:
+        flow = self._flows[stage, microbatch]
+        for out in self.pipeline.stages[stage].outputs:
+            if out.position in self.seeds and flow.results[out.result].requires_grad:
+                _add(flow.gradients, out.result, self._seed(out, microbatch))
+
+    def _find_wholes(self, stage: int, program: StageProgram, tensors: StageTensors) -> tuple[Tensor, ...]:
+        if program.prologue is None:
+            return ()
+        if stage not in self._wholes:
+            with comm.active(self.axes), torch.no_grad():
+                self._wholes[stage] = program.prologue(*tensors.buffers, *tensors.inputs)
+        return self._wholes[stage]
+
+    def _draws(self, action: Action) -> AbstractContextManager[None]:
+        if not self.pipeline.random:
+            return nullcontext()
+        return rng.isolated(rng.derive(self.number, action.stage))
+
+    def _keeps(self) -> AbstractContextManager[None]:
+        return regather() if self.regathers and self.trains else nullcontext()
+
+    def _seed(self, out: StageOutput, microbatch: int) -> Tensor:
+        """A micro-batch's part of the gradient of an output."""
+        seed, state = self.seeds[out.position], out.state
+        if state.kind is StateKind.SHARD:
+            return take_part(seed, state.dim, state.outer, microbatch, self.count)
+        # An output that every micro-batch makes whole counts once.
+        return torch.zeros_like(seed) if state.kind is StateKind.REPLICATE and microbatch else seed
+
+    def _backward(self, action: Action) -> None:
+        flow = self._flows.pop((action.stage, action.microbatch))
+        program = self.pipeline.stages[action.stage]
+        for consumer, sent in sorted(program.sends.items()):
+            wanted = [index for index, boundary in sent if boundary.requires_grad]
+            if wanted:
+                gradients = self._arrived(Kind.BACKWARD, action.stage, consumer, action.microbatch)
+                for index, gradient in zip(wanted, gradients, strict=True):
+                    _add(flow.gradients, index, gradient)
+        pairs = [(flow.results[index], gradient) for index, gradient in flow.gradients.items()]
+        flow.results = []
+        flow.gradients = {}
+        if pairs:
+            with comm.active(self._times[action.microbatch]):
+                torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
+        for peer, values in flow.received.items():
+            gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in values if x.requires_grad]
+            if gradients:
+                self._here[Kind.BACKWARD, peer, action.stage, action.microbatch] = gradients
+
+    def _input(self, action: Action) -> None:
+        with deferring() as left:
+            self._backward(action)
+        self._left[action.stage, action.microbatch] = left
+
+    def _weight(self, action: Action) -> None:
+        with comm.active(self._times[action.microbatch]):
+            self._left.pop((action.stage, action.microbatch)).run()
+
+    # --- messages ---
+
+    def _send_forward(self, action: Action) -> None:
+        sends = self.pipeline.stages[action.stage].sends
+        flow = self._flows[action.stage, action.microbatch]
+        self._send(action, [flow.results[index] for index, _ in sends[action.peer]])
+        if not self.trains and action.peer == max(peer for peer in sends if self.schedule.rank_of[peer] != self.group):
+            del self._flows[action.stage, action.microbatch]
+
+    def _send_backward(self, action: Action) -> None:
+        self._send(action, self._here.pop((Kind.BACKWARD, action.peer, action.stage, action.microbatch)))
+
+    def _send(self, action: Action, tensors: Sequence[Tensor]) -> None:
+        while self._going and self._going[0].is_done():
+            self._going.popleft()
+        to = self.schedule.rank_of[action.peer]
+        self._going.extend(self.axis.send(x, to) for x in tensors)
+
+    def _receive(self, action: Action) -> None:
+        """Begin to receive: values from a stage before, or gradients from one after, in the shapes in which they were sent there."""
+        source = self.schedule.rank_of[action.peer]
+        device = self._device(action.stage)
+        program = self.pipeline.stages[action.stage]
+        if action.kind is Kind.RECEIVE_FORWARD:
+            kind, boundaries = Kind.FORWARD, program.receives[action.peer]
+        else:
+            kind, boundaries = Kind.BACKWARD, tuple(boundary for _, boundary in program.sends[action.peer] if boundary.requires_grad)
+        messages = [self.axis.receive(source, boundary.shape, boundary.dtype, device) for boundary in boundaries]
+        self._coming[kind, action.stage, action.peer, action.microbatch] = messages
+
+    def _arrived(self, kind: Kind, stage: int, peer: int, microbatch: int) -> list[Tensor]:
+        key = (kind, stage, peer, microbatch)
+        if key in self._here:
+            return self._here.pop(key)
+        try:
+            return [message.wait() for message in self._coming.pop(key)]
+        except Exception as error:
+            what = "values" if kind is Kind.FORWARD else "gradients"
+            raise CommError(f"the {what} of stage {peer} (group {self.schedule.rank_of[peer]}) never came: {error}") from error
+
+    def _device(self, stage: int) -> torch.device:
+        tensors = self.tensors[stage]
+        return next((x.device for x in (*tensors.parameters, *tensors.buffers, *tensors.inputs)), torch.device("cpu"))
+
+    def _explain(self, action: Action, error: Exception) -> AutoparError:
+        words = {
+            Kind.FORWARD: "forward",
+            Kind.BACKWARD: "backward",
+            Kind.INPUT: "backward of inputs",
+            Kind.WEIGHT: "backward of weights",
+            Kind.SEND_FORWARD: "send",
+            Kind.SEND_BACKWARD: "send of gradients",
+            Kind.RECEIVE_FORWARD: "receive",
+            Kind.RECEIVE_BACKWARD: "receive of gradients",
+            Kind.REDUCE: "sum of gradients",
+        }
+        return PipelineError(
+            f"stage {action.stage} of {self.schedule.stages}, {words[action.kind]} of micro-batch {action.microbatch} ({action}, group "
+            f"{self.group} of the pipeline): {type(error).__name__}: {error}"
+        )
+
+
+def _add(gradients: dict[int, Tensor], index: int, gradient: Tensor) -> None:
+    gradients[index] = gradients[index] + gradient if index in gradients else gradient

@@ -1,0 +1,279 @@
+"""A pipeline on one rank: values of shared parameters, a run of the schedule, gradients and outputs, behind an ordinary backward.
+
+When the model returns its loss, the whole schedule runs in the forward call, and the user's ``backward()`` hands over gradients that are
+there already, scaled by what arrives. When the loss is computed outside, the forward call runs the forwards and the user's backward the
+rest. Parameters that several groups use live on one of them (the owner); the others get the value before a step and send their part of
+the gradient after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar.comm import Axis
+from autopar.errors import InputError
+from autopar.executor import Executor, StageTensors
+from autopar.gradients import StashedGradients
+from autopar.layout import local_shape
+from autopar.program import PipelineProgram, Program, Slot
+from autopar.schedules import Kind
+
+SECOND_BACKWARD = "this pipelined step has had its backward already: call the model again before the next backward()"
+FORWARD_KINDS = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
+
+
+class StageRunner:
+    """Runs the stages of one program on this rank.
+
+    Args:
+        program: with a pipeline.
+        group: this rank's group.
+        axis: the pipeline's axis; None with one group.
+        axes: the axes of the mesh.
+        leaves: the tensors that stand for the parameters that this group uses, by name.
+        stash: keeps their gradients.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        group: int,
+        axis: Axis | None,
+        axes: Mapping[str, Axis],
+        leaves: Mapping[str, Tensor],
+        stash: StashedGradients,
+    ) -> None:
+        assert program.pipeline is not None
+        self.program = program
+        self.pipeline: PipelineProgram = program.pipeline
+        self.group = group
+        self.axis = axis
+        self.axes = axes
+        self.leaves = leaves
+        self.stash = stash
+        self._shared = [slot for slot in program.parameters if len(slot.groups) > 1 and group in slot.groups]
+        # A parameter may be summed over the ranks when the last stage of this rank that uses it is done.
+        mine = {number: stage for number, stage in self.pipeline.stages.items() if self.pipeline.schedule.rank_of[number] == group}
+        self._stages = mine
+        self._left: dict[int, int] = {}
+
+    def run(self, buffers: Mapping[str, Tensor], inputs: Sequence[Tensor], *, number: int, trains: bool, syncs: bool) -> PipelineRun:
+        """Run the schedule (its forwards, when the loss is computed outside) on this rank's parts of the buffers and inputs."""
+        self._refresh()
+        slots = self.program
+        tensors = {
+            stage: StageTensors(
+                [self.leaves[slots.parameters[i].name] for i in one.parameters],
+                [buffers[slots.buffers[i].name] for i in one.buffers],
+                inputs,
+            )
+            for stage, one in self._stages.items()
+        }
+        loss = self.pipeline.loss
+        seeds = {}
+        if trains and loss is not None:
+            slot = slots.outputs[loss]
+            seeds[loss] = torch.ones(slot.shape, dtype=getattr(torch, slot.dtype), device=_device_of(tensors))
+        done: set[int] = set()
+
+        def reduce(stage: int) -> None:
+            done.add(stage)
+            if syncs:
+                self.stash.start(self._ready(stage, done))
+
+        executor = Executor(
+            self.pipeline,
+            self.pipeline.schedule if trains else self.pipeline.inference,
+            self.group,
+            self.axis,
+            self.axes,
+            tensors,
+            seeds=seeds,
+            number=number,
+            regathers=self.program.regather,
+            reduce=reduce,
+        )
+        run = PipelineRun(self, executor, syncs)
+        if trains:
+            self.stash.begin()
+            for slot in self._shared:
+                self.leaves[slot.name].grad = None
+        if trains and loss is None:
+            executor.run([action for action in executor.actions if action.kind in FORWARD_KINDS])
+        else:
+            executor.run()
+            if trains:
+                run.finish()
+        return run
+
+    def _ready(self, stage: int, done: set[int]) -> list[str]:
+        """Parameters of a stage whose gradients are complete on this group, and on no other."""
+        found = []
+        for i in self._stages[stage].parameters:
+            users = {number for number, one in self._stages.items() if i in one.parameters}
+            if users <= done and len(self.program.parameters[i].groups) == 1:
+                found.append(self.program.parameters[i].name)
+        return found
+
+    def _refresh(self) -> None:
+        """Bring the values of shared parameters from their owners."""
+        if self.axis is None:
+            return
+        axis = self.axis
+        messages = []
+        for slot in self._shared:
+            leaf = self.leaves[slot.name].detach()
+            if slot.groups[0] == self.group:
+                messages += [axis.send(leaf, user) for user in slot.groups[1:]]
+            else:
+                leaf.copy_(axis.receive(slot.groups[0], leaf.shape, leaf.dtype, leaf.device).wait())
+        for message in messages:
+            message.wait()
+
+    def bring_home(self) -> None:
+        """Add the gradients of shared parameters up where their owner is."""
+        if self.axis is None:
+            return
+        axis = self.axis
+        messages = []
+        for slot in self._shared:
+            leaf = self.leaves[slot.name]
+            if slot.groups[0] != self.group and leaf.requires_grad:
+                messages.append(axis.send(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf), slot.groups[0]))
+                leaf.grad = None
+        for slot in self._shared:
+            leaf = self.leaves[slot.name]
+            if slot.groups[0] == self.group and leaf.requires_grad:
+                for user in slot.groups[1:]:
+                    gradient = axis.receive(user, leaf.shape, leaf.dtype, leaf.device).wait()
+                    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        for message in messages:
+            message.wait()
+
+    def share(self, x: Tensor | None, slot: Slot, device: torch.device) -> Tensor:
+        """This rank's part of an output, or of a buffer's new value, on every group: its maker passes it."""
+        maker = slot.groups[0]
+        if self.axis is None:
+            assert x is not None
+            return x
+        if maker != self.group:
+            shape = local_shape(slot.shape, slot.layout, self.program.mesh)
+            return self.axis.receive(maker, shape, getattr(torch, slot.dtype), device).wait()
+        assert x is not None
+        messages = [self.axis.send(x, group) for group in range(self.axis.size) if group != maker]
+        for message in messages:
+            message.wait()
+        return x
+
+
+def _device_of(tensors: Mapping[int, StageTensors]) -> torch.device:
+    for one in tensors.values():
+        for x in (*one.parameters, *one.inputs, *one.buffers):
+            return x.device
+    return torch.device("cpu")
+
+
+class PipelineRun:
+    """One run of the schedule, until its gradients are handed over."""
+
+    def __init__(self, runner: StageRunner, executor: Executor, syncs: bool) -> None:
+        self.runner = runner
+        self.executor = executor
+        self.syncs = syncs
+        self.gradients: dict[str, Tensor] | None = None
+        self.is_over = False
+
+    def finish(self) -> None:
+        """After the last backward: gradients of shared parameters go home, and all are summed over the ranks."""
+        runner = self.runner
+        runner.bring_home()
+        if self.syncs:
+            runner.stash.start([slot.name for slot in runner._shared if slot.groups[0] == runner.group])
+        self.gradients = runner.stash.collect()
+        for slot in runner.program.parameters:
+            if slot.name in runner.pipeline.trained and slot.name not in self.gradients:
+                # Every rank must have the same gradients, of size zero where the parameter isn't: sums of norms meet in collectives.
+                self.gradients[slot.name] = runner.stash.zeros(slot.name)
+
+    def hand_over(self, scale: Tensor) -> None:
+        """Give the parameters their gradients. Raises InputError the second time."""
+        if self.gradients is None:
+            raise InputError(SECOND_BACKWARD)
+        gradients, self.gradients = self.gradients, None
+        if self.syncs:
+            self.runner.stash.give(gradients, scale)
+        else:
+            self.runner.stash.keep(gradients, scale)
+
+    def go_back(self, gradients: Mapping[int, Tensor]) -> None:
+        """Run the backwards, with these gradients of outputs that were given to a loss outside, and give the parameters theirs."""
+        if self.is_over:
+            raise InputError(SECOND_BACKWARD)
+        self.is_over = True
+        self.executor.plant(gradients)
+        self.executor.run([action for action in self.executor.actions if action.kind not in FORWARD_KINDS])
+        self.finish()
+        self.hand_over(torch.ones((), device=next(iter(gradients.values())).device))
+
+
+def hand_over_on_backward(loss: Tensor, run: PipelineRun) -> Tensor:
+    """The loss, whose backward gives the parameters their gradients."""
+    anchor = torch.zeros((), dtype=loss.dtype, device=loss.device, requires_grad=True)
+    result: Tensor = _HandOver.apply(anchor, loss, run)  # type: ignore[no-untyped-call]
+    return result
+
+
+def refuse_backward(x: Tensor) -> Tensor:
+    """An output beside the loss: its gradient would come too late, so that asking for it is an error instead of a wrong number."""
+    anchor = torch.zeros((), dtype=x.dtype, device=x.device, requires_grad=True)
+    result: Tensor = _Refuse.apply(anchor, x)  # type: ignore[no-untyped-call]
+    return result
+
+
+def go_back_on_backward(outputs: Mapping[int, Tensor], run: PipelineRun) -> dict[int, Tensor]:
+    """The outputs, whose backward runs that of the pipeline."""
+    positions = tuple(outputs)
+    anchor = torch.zeros((), device=outputs[positions[0]].device, requires_grad=True)
+    results: Any = _GoBack.apply(anchor, run, positions, *outputs.values())  # type: ignore[no-untyped-call]
+    return dict(zip(positions, results, strict=True))
+
+
+class _HandOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, loss: Tensor, run: PipelineRun) -> Tensor:
+        ctx.run = run
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.run.hand_over(grads[0].reshape(()))
+        return torch.zeros_like(grads[0]).reshape(()), None, None
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise InputError(
+            "a loss was computed from an output of a pipelined model that returns its own loss: that backward has run already. Use the loss "
+            "that the model returns, or call the model without labels so that it returns none"
+        )
+
+
+class _GoBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, run: PipelineRun, positions: tuple[int, ...], *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.positions = run, positions
+        return tuple(x.view_as(x) for x in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.run.go_back(dict(zip(ctx.positions, grads, strict=True)))
+        return (torch.zeros((), device=grads[0].device), None, None, *(None for _ in grads))
