@@ -82,7 +82,7 @@ def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement],
         # ``from_local`` takes the sizes of a scalar for none given, and would guess them from the part.
         return torch_compat.make_dtensor(local, mesh, placements, (), ())
     # The strides of a contiguous tensor of these sizes, without making one.
-    stride = torch.empty(*shape, device="meta").stride()
+    stride = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as checkpoint_state
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.device_mesh import DeviceMesh
@@ -152,18 +153,26 @@ Rule = Callable[[OpSchema], OutputSharding]
 def _propagate(torchs: Rule, schema: OpSchema) -> OutputSharding:
     """Torch's answer for an op; where an argument is owned, ours."""
     slots = _slots(schema)
-    options = [leaf for leaf in tree_leaves(schema.kwargs_schema) if isinstance(leaf, DTensorSpec)]
-    if any(_home(spec.placements) for spec in options):
-        raise InputError(f"{schema.op} has an owned tensor as a keyword argument: redistribute it first")
-    if not any(_home(spec.placements) for spec in slots.values()):
+    options = {name: value for name, value in schema.kwargs_schema.items() if isinstance(value, DTensorSpec)}
+    if not any(_home(spec.placements) for spec in (*slots.values(), *options.values())):
         return torchs(schema)
+    plain = {name: with_placements(spec, _plain(spec.placements)) for name, spec in options.items()}
+    schema = OpSchema(schema.op, schema.args_schema, {**schema.kwargs_schema, **plain}, schema_info=schema.schema_info)
+    out = options.get("out")
     if schema.op in _NORMS and (len(schema.args_schema) < 3 or schema.args_schema[2] is None):
-        return _reduce(torchs, schema, slots, _norm_type(schema))
-    if schema.op is torch.ops.aten.sum.default:
-        return _reduce(torchs, schema, slots, None)
-    if _keeps_places(schema.op):
-        return _keep(torchs, schema, slots)
-    return _gather(torchs, schema, slots)
+        answer = _reduce(torchs, schema, slots, _norm_type(schema))
+    elif schema.op is torch.ops.aten.sum.default:
+        answer = _reduce(torchs, schema, slots, None)
+    elif _keeps_places(schema.op):
+        answer = _keep(torchs, schema, slots, out)
+    else:
+        answer = _gather(torchs, schema, slots)
+    result: Any = answer.output_spec
+    for name, spec in options.items():
+        # Keyword arguments are used as they are, and ``out`` is written as it is.
+        if spec.placements != (result if spec is out else plain[name]).placements:
+            raise InputError(f"{schema.op} can't use {name!r} placed as {spec.placements}: redistribute it first")
+    return answer
 
 
 def _slots(schema: OpSchema) -> dict[Slot, DTensorSpec]:
@@ -186,15 +195,35 @@ def _with_specs(schema: OpSchema, specs: Mapping[Slot, DTensorSpec]) -> OpSchema
 
 def _keeps_places(op: Any) -> bool:
     name = op._schema.name.partition("::")[2]
-    return torch.Tag.pointwise in op.tags or name.rstrip("_") in _KEEPS_PLACES or name.startswith(("_foreach_", "_fused_ad", "_fused_sgd"))
+    return torch.Tag.pointwise in op.tags or name.rstrip("_") in _KEEPS_PLACES or name.startswith(("_foreach_", "_fused_"))
 
 
-def _wanted(answer: OutputSharding, asked: Mapping[Slot, DTensorSpec]) -> dict[Slot, DTensorSpec]:
-    """The placements in which torch's answer wants the arguments."""
-    if answer.redistribute_schema is None:
-        return dict(asked)
-    leaves = tree_leaves(answer.redistribute_schema.args_schema)
-    return dict(zip(asked, (leaf for leaf in leaves if isinstance(leaf, DTensorSpec)), strict=True))
+def _ask(torchs: Rule, schema: OpSchema, asked: Mapping[Slot, DTensorSpec]) -> tuple[dict[Slot, DTensorSpec], Any]:
+    """Torch's answer for an op, were its arguments as asked: how it wants them, and what comes out."""
+    # Ops on lists treat each place alike. A model has few kinds of parameters, and torch takes seconds for hundreds of them.
+    columns: dict[int, list[DTensorSpec]] = {}
+    for (_, place), spec in asked.items():
+        if place >= 0:
+            columns.setdefault(place, []).append(spec)
+    first: dict[tuple[DTensorSpec, ...], int] = {}
+    for place, column in columns.items():
+        first.setdefault(tuple(column), place)
+    number = {place: index for index, place in enumerate(first.values())}
+    stand_in = {-1: -1} | {place: number[first[tuple(column)]] for place, column in columns.items()}
+    arguments = tuple(
+        [argument[place] for place in number] if columns and isinstance(argument, (list, tuple)) and argument else argument
+        for argument in _with_specs(schema, asked).args_schema
+    )
+    short = OpSchema(schema.op, arguments, schema.kwargs_schema, schema_info=schema.schema_info)
+    answer = torchs(short)
+    wanted = _slots(short)
+    if answer.redistribute_schema is not None:
+        leaves = tree_leaves(answer.redistribute_schema.args_schema)
+        wanted = dict(zip(wanted, (leaf for leaf in leaves if isinstance(leaf, DTensorSpec)), strict=True))
+    output: Any = answer.output_spec
+    if columns and output is not None:
+        output = [output[stand_in[place]] for place in columns]
+    return {(position, place): wanted[position, stand_in[place]] for position, place in asked}, output
 
 
 def _answer(schema: OpSchema, slots: Mapping[Slot, DTensorSpec], wanted: Mapping[Slot, DTensorSpec], output: Any) -> OutputSharding:
@@ -223,42 +252,46 @@ def _gather(torchs: Rule, schema: OpSchema, slots: Mapping[Slot, DTensorSpec]) -
     return OutputSharding(answer.output_spec, wanted, True, answer.use_val_from_redistribute_schema)
 
 
-def _keep(torchs: Rule, schema: OpSchema, slots: Mapping[Slot, DTensorSpec]) -> OutputSharding:
+def _keep(torchs: Rule, schema: OpSchema, slots: Mapping[Slot, DTensorSpec], out: DTensorSpec | None) -> OutputSharding:
     """An op whose result has every element where its arguments have it: the result has their owner."""
     # Ops on lists do the same for each place in the lists; a tensor that isn't in a list meets all of them.
-    places = sorted({place for _, place in slots if place >= 0}) or [-1]
-    in_place = schema.op._schema.is_mutable
+    alone = [(slot, spec) for slot, spec in slots.items() if slot[1] < 0]
+    columns: dict[int, list[tuple[Slot, DTensorSpec]]] = {}
+    for slot, spec in slots.items():
+        if slot[1] >= 0:
+            columns.setdefault(slot[1], []).append((slot, spec))
     homes: dict[int, Home] = {}
-    sizes: dict[int, torch.Size] = {}
-    for place in places:
-        specs = [spec for (_, index), spec in slots.items() if index in (place, -1)]
-        sizes[place] = specs[0].shape if in_place else _broadcast_sizes(spec.shape for spec in specs)
-        for spec in specs[:1] if in_place else specs:
-            home = _home(spec.placements)
-            if home is not None and spec.shape == sizes[place]:
-                homes[place] = home
-                break
-    asked: dict[Slot, DTensorSpec] = {}
+    asked = {slot: with_placements(spec, _plain(spec.placements)) for slot, spec in slots.items()}
     kept: dict[Slot, Home] = {}
-    for (position, index), spec in slots.items():
-        asked[position, index] = with_placements(spec, _plain(spec.placements))
-        for place, home in homes.items():
-            if index in (place, -1):
-                asked[position, index] = _placed(asked[position, index], home[0], Replicate())
-                if index == place and _is_cut(spec, sizes[place]):
-                    kept[position, index] = home
-    answer = torchs(_with_specs(schema, asked))
-    wanted = _wanted(answer, asked)
+    for place, column in (columns or {-1: alone}).items():
+        specs = [spec for _, spec in column] + [spec for _, spec in alone if columns]
+        # What is written decides, else the first that has the sizes of the result.
+        leading = [out] if out is not None else specs[:1] if schema.op._schema.is_mutable else specs
+        sizes = _broadcast_sizes(spec.shape for spec in leading)
+        home = _home_of_result(leading, sizes)
+        if home is None:
+            continue
+        homes[place] = home
+        for slot, spec in column + alone if columns else column:
+            asked[slot] = _placed(asked[slot], home[0], Replicate())
+            if slot[1] == place and _is_cut(spec, sizes):
+                kept[slot] = home
+    wanted, output = _ask(torchs, schema, asked)
     for slot, (axis, owner) in kept.items():
         wanted[slot] = _placed(wanted[slot], axis, owner)
-    output: Any = answer.output_spec
     if isinstance(output, (list, tuple)):
-        of_output = places if places[0] >= 0 else [-1] * len(output)
+        of_output = list(columns) or [-1] * len(output)
         pairs = zip(output, of_output, strict=True)
         output = tuple(spec if spec is None or place not in homes else _placed(spec, *homes[place]) for spec, place in pairs)
     elif output is not None and -1 in homes:
         output = _placed(output, *homes[-1])
     return _answer(schema, slots, wanted, output)
+
+
+def _home_of_result(specs: Sequence[DTensorSpec], sizes: torch.Size) -> Home | None:
+    """The owner of the first argument that has the sizes of the result."""
+    homes = (_home(spec.placements) for spec in specs if spec.shape == sizes)
+    return next((home for home in homes if home is not None), None)
 
 
 def _broadcast_sizes(shapes: Iterable[torch.Size]) -> torch.Size:
@@ -282,9 +315,7 @@ def _norm_type(schema: OpSchema) -> float:
 def _reduce(torchs: Rule, schema: OpSchema, slots: Mapping[Slot, DTensorSpec], norm_type: float | None) -> OutputSharding:
     """Norms (or sums, without a norm type) of whole tensors: the owner has the result, the others what adds nothing to it."""
     asked = {slot: with_placements(spec, _plain(spec.placements)) for slot, spec in slots.items()}
-    answer = torchs(_with_specs(schema, asked))
-    wanted = _wanted(answer, asked)
-    output: Any = answer.output_spec
+    wanted, output = _ask(torchs, schema, asked)
     outputs = list(output) if isinstance(output, (list, tuple)) else [output]
     partial = Partial("sum") if norm_type is None else torch_compat.partial_norm(norm_type)
     for number, slot in enumerate(slots):
@@ -364,21 +395,6 @@ def _full_tensor(self: DTensor, **options: Any) -> Tensor:
     return (dtensor.TORCH_FULL_TENSOR if _home(self.placements) else dtensor.full_tensor)(self, **options)
 
 
-def _distribute(torchs: Callable[..., DTensor]) -> Callable[..., DTensor]:
-    @functools.wraps(torchs)
-    def distribute_tensor(
-        tensor: Tensor, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
-    ) -> DTensor:
-        if placements is None or _home(placements) is None or isinstance(tensor, DTensor):
-            return torchs(tensor, device_mesh, placements, **options)
-        whole = torchs(tensor.detach(), device_mesh, [Replicate()] * len(placements), **options)
-        owned = whole.redistribute(placements=placements)
-        owned.requires_grad_(tensor.requires_grad)
-        return owned
-
-    return distribute_tensor
-
-
 # --- checkpoints --------------------------------------------------------------------------------------------------------------
 
 
@@ -428,6 +444,29 @@ def _distribute_tensors(states: dict[str, Any], keys: Sequence[str], *options: A
     dtensor.distribute_tensors(states, keys, *options, **more_options)
 
 
+_DISTRIBUTE_TENSOR: Callable[..., DTensor] = state_dict_utils.distribute_tensor  # type: ignore[attr-defined]
+
+
+def _distribute_tensor(tensor: Tensor, device_mesh: DeviceMesh, placements: Sequence[Placement], **options: Any) -> DTensor:
+    if _home(placements) is None:
+        return _DISTRIBUTE_TENSOR(tensor, device_mesh, placements, **options)
+    return _DISTRIBUTE_TENSOR(tensor, device_mesh, [Replicate()] * len(placements), **options).redistribute(placements=placements)
+
+
+def _keep_scalars(torchs: Callable[..., None]) -> Callable[..., None]:
+    """Wrap how whole states reach the ranks' own: torch leaves scalars of an optimizer's state plain, apart from their parameters."""
+
+    def load(whole: dict[str, Any], states: dict[str, Any], *options: Any, **more_options: Any) -> None:
+        owned = {key: x for key, x in states.items() if isinstance(x, DTensor) and not x.shape and owner_of(x) is not None}
+        torchs(whole, states, *options, **more_options)
+        for key, x in owned.items():
+            if key in states and not isinstance(states[key], DTensor):
+                with torch.no_grad():
+                    states[key] = x.copy_(states[key])
+
+    return load
+
+
 @functools.cache
 def _teach() -> None:
     """Let torch's DTensor have owners."""
@@ -441,6 +480,8 @@ def _teach() -> None:
     ):
         setattr(DTensor, name, method)
     state_dict_utils._distribute_tensors = _distribute_tensors  # type: ignore[assignment]
+    state_dict_utils.distribute_tensor = _distribute_tensor  # type: ignore[assignment, attr-defined]
+    for name in ("_distribute_state_dict", "_broadcast_state_dict"):
+        setattr(checkpoint_state, name, _keep_scalars(getattr(checkpoint_state, name)))
     torch_compat.replace_redistribution(_redistribute_part)
-    torch_compat.replace_distribution(_distribute)
     torch_compat.replace_propagation(lambda torchs: functools.partial(_propagate, torchs))
