@@ -10,7 +10,7 @@ Costs are integer nanoseconds of a whole training step, bytes are at one device'
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ import numpy.typing as npt
 from autopar.cost_models import Cluster
 from autopar.costs import OPTIMIZER_COPIES, CostTables, layout_numbers, local_nbytes, operand_layout_of, result_layout_of
 from autopar.ir import Op, OpKind, Tensor, Value
+from autopar.kept import count_kept, keeps_operand
 from autopar.layers import Edge, fan_key
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind
 from autopar.options import Constraints, Model, call_options, output_options, parameter_options
@@ -90,7 +91,7 @@ class _Builder:
         self.nodes: list[Node] = []
         self.arcs: dict[tuple[int, int], tuple[Table, Table]] = {}
         self.index: dict[str, int] = {}
-        self.kept = _count_kept(model)
+        self.kept = count_kept(model)
         self.made: dict[Value, list[Layout]] = {}  # per value, per option of its op, the layout made
         self.first = tables.first
         self.times = mesh.sizes[0] if tables.first else 1
@@ -186,30 +187,16 @@ class _Builder:
         for edge in group:
             needs = self.needs[edge.consumer, operand]
             cost = self._pair_costs(tensor, options, needs, edge.count)
-            nbytes = self._copy_nbytes(value, options, needs, edge.count, is_kept=self._keeps(edge.consumer, operand))
+            nbytes = self._copy_nbytes(value, options, needs, edge.count, is_kept=keeps_operand(self.model, edge.consumer, operand))
             self._store(self.index[key], self.index[edge.consumer], cost, nbytes)
-
-    def _keeps(self, consumer: str, operand: int) -> bool:
-        """Whether an op may keep an operand for its backward; one that is linear in it needn't, but a view hands it on."""
-        space = self.model.spaces.get(consumer)
-        if not any(tensor.requires_grad for tensor in self.graph.by_name[consumer].results):
-            return False
-        return space is None or space.view or operand not in space.linear
 
     def _copy_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout], count: int, *, is_kept: bool) -> Table:
         """Bytes of the copies that a journey makes: a consumer that keeps its operand keeps the copy that was made for it."""
         tensor = self.graph.tensor(value)
-        kind = self.graph.by_name[value.op].kind
-        # What the program is given is kept anyway, and so nobody noted whether the backward needs it.
-        if not is_kept or (kind is OpKind.CALL and value not in self.kept.seen_into):
-            return np.zeros((len(starts), len(needs)), dtype=np.int64)
 
         def copied(start: Layout, need: Layout) -> int:
-            if kind is OpKind.PARAMETER and any(s.kind is StateKind.SHARD and s != n for s, n in zip(start, need, strict=True)):
-                return 0  # gathered again in the backward
-            ranks = zip(start[self.first :], need[self.first :], strict=True)
-            moved = any(s != n and not _same_part(s.kind, n.kind) for s, n in ranks)
-            return count * local_nbytes(tensor, need, self.mesh) if moved else 0
+            is_made = is_kept and self.kept.is_copied(self.graph.by_name[value.op].kind, value, start[self.first :], need[self.first :])
+            return count * local_nbytes(tensor, need, self.mesh) if is_made else 0
 
         return _expand(starts, needs, copied)
 
@@ -259,7 +246,7 @@ class _Builder:
         if is_output:
             nbytes = self._output_nbytes(value, starts, needs)
         else:
-            is_kept = key.startswith("fan:") or self._keeps(key, operand)
+            is_kept = key.startswith("fan:") or keeps_operand(self.model, key, operand)
             nbytes = self._copy_nbytes(value, starts, needs, count, is_kept=is_kept)
         self._store(self.index[value.op], self.index[key], cost, nbytes)
 
@@ -285,40 +272,6 @@ class _Builder:
             self.arcs[a, b] = (np.minimum(before[0] + cost, FORBIDDEN), before[1] + nbytes)
         else:
             self.arcs[a, b] = (cost, nbytes)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What autograd keeps of the ops that a representative stands for; like layers needn't keep alike.
-
-    Attributes:
-        times: how often a result is kept.
-        beside: bytes kept beside operands and results.
-        seen_into: results that are kept themselves, or that look into a tensor that is kept.
-    """
-
-    times: Counter[Value]
-    beside: Counter[str]
-    seen_into: frozenset[Value]
-
-
-def _count_kept(model: Model) -> _Kept:
-    times: Counter[Value] = Counter()
-    beside: Counter[str] = Counter()
-    for op in model.folded.graph.of_kind(OpKind.CALL):
-        name = model.folded.representative[op.name]
-        times.update(Value(name, index) for index in op.saved)
-        beside[name] += op.saved_nbytes
-    seen_into = set(times)
-    for op in model.folded.ops:
-        space = model.spaces.get(op.name)
-        if space is not None and space.view and model.folded.representative_of(op.operands[0]) in seen_into:
-            seen_into.update(Value(op.name, index) for index in range(len(op.results)))
-    return _Kept(times, beside, frozenset(seen_into))
-
-
-def _same_part(start: StateKind, need: StateKind) -> bool:
-    return (start, need) in ((StateKind.REPLICATE, StateKind.BROADCAST),)
 
 
 def _expand(rows: Sequence[Layout], columns: Sequence[Layout], cost: Callable[[Layout, Layout], int]) -> Table:

@@ -1,0 +1,376 @@
+"""Chosen placements -> per block of the chain its menu: seconds and bytes of one micro-batch, without and with recomputation.
+
+Comes in: placements and layouts (the answer of ``search`` for one mesh), the chain of blocks. Goes out: what ``assignment`` chooses from.
+Costs are those of `CostTables`, which the search used. Like blocks are costed once.
+
+Memory follows what autograd keeps. A result that a later block reads is counted by the first block that reads it, which holds it
+whatever else is recomputed; results of a recomputed region that leave it for the same block count where autograd keeps them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from autopar.assignment import BlockMenu, Variant
+from autopar.blocks import Block, Chain
+from autopar.cores import find_cores
+from autopar.cost_models import Link, collective_seconds
+from autopar.costs import OPTIMIZER_COPIES, CostTables, local_nbytes, operand_layout_of, result_layout_of
+from autopar.deferral import DEFERRABLE
+from autopar.ir import Op, OpKind, Tensor, Value
+from autopar.kept import count_kept, keeps_operand
+from autopar.layers import fan_key
+from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
+from autopar.options import Model
+from autopar.reshard import Collective
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one answer of the search decided: a placement per call and a layout per stored tensor, by representative."""
+
+    placements: Mapping[str, Placement]
+    layouts: Mapping[str, Layout]
+
+
+@dataclass(frozen=True, slots=True)
+class _Costs:
+    """Seconds of one call for one micro-batch: forward, input gradients, weight gradients."""
+
+    forward: float
+    input: float
+    weight: float
+
+
+class Menus:
+    """Costs of the blocks of one model under one answer; lives while the menus are made."""
+
+    def __init__(self, model: Model, chain: Chain, tables: CostTables, choices: Choices, link: Link | None) -> None:
+        """`link` is what stages talk over; None without a pipeline."""
+        self.model = model
+        self.graph = model.folded.graph
+        self.chain = chain
+        self.tables = tables
+        self.mesh: Mesh = tables.mesh
+        self.choices = choices
+        self.link = link
+        self.kept = count_kept(model)
+        self.home = {name: number for number, block in enumerate(chain.blocks) for name in block.ops}
+        self.readers = self._find_readers()
+        self.uses: dict[str, int] = {}
+        for op in self.graph.of_kind(OpKind.CALL):
+            for value in op.operands:
+                if self.graph.by_name[value.op].kind is OpKind.PARAMETER:
+                    self.uses[value.op] = self.uses.get(value.op, 0) + 1
+
+    def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockMenu, ...]:
+        """The menu of every block, with the kinds of recomputation asked for; `pins` are stages by block name."""
+        variants: dict[int, tuple[Variant, ...]] = {}
+        # Of like blocks the last is looked at: the first may be the first to read what all of them read.
+        for number, block in enumerate(self.chain.blocks):
+            variants[block.like] = tuple(self._variants(number, block, recompute, splits_backward))
+        return tuple(BlockMenu(block.name, variants[block.like], self._cut(block), pins.get(block.name)) for block in self.chain.blocks)
+
+    def travel(self) -> dict[str, Layout]:
+        """The layout in which each value that may cross a cut would travel, by value."""
+        found: dict[str, Layout] = {}
+        for block in self.chain.blocks:
+            for value in block.crossing:
+                found[str(value)] = self._travels(value)
+        return found
+
+    # --- layouts ---
+
+    def made(self, value: Value) -> Layout:
+        """The layout in which a value is made."""
+        op = self.graph.by_name[value.op]
+        name = self.model.folded.representative[op.name]
+        if op.kind is not OpKind.CALL:
+            return self.choices.layouts[name]
+        return result_layout_of(self.model, self.graph.by_name[name], self.choices.placements[name], value.index)
+
+    def _travels(self, value: Value) -> Layout:
+        """Sums are added up before they travel; what all ranks of an axis have is sent in parts and gathered, where that is faster.
+
+        The scatter and gather of Narayanan et al. 2021, section 4.1.
+        """
+        tensor = self.graph.tensor(value)
+        layout = list(self.made(value))
+        for axis in range(self.tables.first, len(layout)):
+            if layout[axis].kind is StateKind.SHARD:
+                continue
+            is_sum = layout[axis].kind is StateKind.PARTIAL
+            layout[axis] = REPLICATE
+            nbytes = local_nbytes(tensor, tuple(layout), self.mesh)
+            size = self.mesh.sizes[axis]
+            gather = self.tables.collective_seconds(Collective.ALL_GATHER, axis, nbytes)
+            saved = (1 - 1 / size) * nbytes / self.link.rank_bytes_per_s if self.link is not None else 0.0
+            if size > 1 and (is_sum or saved > gather):
+                split = next((d for d in range(len(tensor.shape)) if fits(tensor.shape, _with(layout, axis, d), self.mesh)), None)
+                if split is not None:
+                    layout[axis] = shard(split)
+        return tuple(layout)
+
+    # --- one block ---
+
+    def _find_readers(self) -> dict[Value, list[str]]:
+        readers: dict[Value, list[str]] = {}
+        for op in self.graph.ops:
+            for value in op.operands:
+                readers.setdefault(value, []).append(op.name)
+        return readers
+
+    def _variants(self, number: int, block: Block, recompute: Collection[str], splits_backward: bool) -> Iterable[Variant]:
+        cores = find_cores(self.graph, self.model.spaces, block.ops)
+        regions: dict[str, Sequence[Sequence[str]]] = {"none": (), "selective": cores, "full": (block.ops,)}
+        costs = {name: self._call_costs(self.graph.by_name[name]) for name in block.ops}
+        moves = self._move_costs(block)
+        static, once = self._stored_costs(number, block)
+        for name, groups in regions.items():
+            if name not in recompute or (name == "selective" and not cores):
+                continue
+            again = [one for group in groups for one in group]
+            forward = sum(costs[one].forward + moves[one].forward for one in block.ops)
+            inputs = sum(costs[one].input + moves[one].input for one in block.ops)
+            repeated = sum(costs[one].forward + moves[one].forward for one in again)
+            weight = sum(costs[one].weight for one in block.ops)
+            yield Variant(
+                name=name,
+                forward=forward,
+                input=inputs + repeated + (0.0 if splits_backward else weight),
+                weight=weight if splits_backward else 0.0,
+                once=once,
+                kept=self._kept_bytes(number, block, groups),
+                waiting=self._waiting_bytes(block) if splits_backward else 0,
+                static=static,
+                workspace=self._workspace(block, groups),
+            )
+
+    def _call_costs(self, op: Op) -> _Costs:
+        stand_in = self.graph.by_name[self.model.folded.representative[op.name]]
+        forward, backward = self.tables.op_seconds(stand_in, self.choices.placements[stand_in.name])
+        # Of a product with a weight, one of two products is the weight's gradient.
+        deferred = backward / 2 if self._is_deferrable(op) and any(t.requires_grad for t in self._activations(op)) else 0.0
+        return _Costs(forward, backward - deferred, deferred)
+
+    def _is_deferrable(self, op: Op) -> bool:
+        producers = [self.graph.by_name[value.op] for value in op.operands]
+        trained = any(one.kind is OpKind.PARAMETER and one.results[0].requires_grad for one in producers)
+        return op.target in DEFERRABLE and trained
+
+    def _activations(self, op: Op) -> list[Tensor]:
+        return [self.graph.tensor(value) for value in op.operands if self.graph.by_name[value.op].kind is OpKind.CALL]
+
+    def _journeys(self, op: Op) -> Iterable[tuple[Value, Layout, Layout, bool]]:
+        """What an op's operands must go through: value, start, need, and whether the op keeps a copy that was made."""
+        representative = self.model.folded.representative
+        stand_in = self.graph.by_name[representative[op.name]]
+        placement = self.choices.placements[stand_in.name]
+        for index, value in enumerate(op.operands):
+            start, need = self.made(value), operand_layout_of(self.model, stand_in, placement, index)
+            key = fan_key(Value(representative[value.op], value.index), op.target, index)
+            between = self.choices.layouts.get(key)
+            if between is not None:
+                yield value, start, between, True
+                start = between
+            yield value, start, need, keeps_operand(self.model, stand_in.name, index)
+
+    def _move_costs(self, block: Block) -> dict[str, _Costs]:
+        """Communication of every call of a block; what several need alike is moved once."""
+        moved: set[tuple[Value, Layout]] = set()
+        found: dict[str, _Costs] = {}
+        for name in block.ops:
+            forward = backward = 0.0
+            for value, start, need, _ in self._journeys(self.graph.by_name[name]):
+                producer = self.graph.by_name[value.op]
+                tensor = producer.results[value.index]
+                if producer.kind is OpKind.PARAMETER:
+                    ahead, back = self._gather_seconds(tensor, start, need)
+                elif (value, need) in moved:
+                    continue
+                else:
+                    moved.add((value, need))
+                    ahead, back = self.tables.journey_seconds(tensor, start, need, backward=tensor.requires_grad)
+                forward, backward = forward + ahead, backward + back
+            found[name] = _Costs(forward, backward, 0.0)
+        return found
+
+    def _gather_seconds(self, tensor: Tensor, start: Layout, need: Layout) -> tuple[float, float]:
+        """(forward, backward) seconds of bringing a parameter to an op, without the reduction that waits for the end of the step."""
+        ahead = back = 0.0
+        for move, nbytes in self.tables.legs(tensor, start, need):
+            if move.forward is Collective.NONE:
+                continue
+            seconds = self.tables.collective_seconds(move.forward, move.axis, nbytes)
+            ahead += seconds
+            if tensor.requires_grad:
+                back += self.tables.collective_seconds(move.backward, move.axis, nbytes)
+                back += seconds if move.forward is Collective.ALL_GATHER else 0.0
+        return ahead, back
+
+    def _stored_costs(self, number: int, block: Block) -> tuple[int, float]:
+        """(bytes, seconds once per step) of the parameters that a block reads; a shared one counts in full where it is read first."""
+        static, once = 0, 0.0
+        names: dict[str, None] = {}
+        for name in block.ops:
+            for value in self.graph.by_name[name].operands:
+                if self.graph.by_name[value.op].kind is OpKind.PARAMETER:
+                    names[value.op] = None
+        for name in names:
+            tensor = self.graph.by_name[name].results[0]
+            layout = self.made(Value(name))
+            nbytes = local_nbytes(tensor, layout, self.mesh)
+            readers = [self.home[reader] for reader in self.readers[Value(name)] if reader in self.home]
+            is_first = not readers or min(readers) == number
+            if not tensor.requires_grad:
+                static += nbytes
+                continue
+            static += nbytes * (2 + (OPTIMIZER_COPIES if is_first else 0))
+            if is_first:
+                once += self.tables.optimizer_seconds(tensor, layout)
+                once += max(self._deferred_seconds(name, reader) for reader in self.readers[Value(name)])
+        return static + self._output_bytes(block), once
+
+    def _deferred_seconds(self, name: str, reader: str) -> float:
+        """Seconds of the sum of a parameter's gradient over the ranks, as far as nothing hides it."""
+        op = self.graph.by_name[reader]
+        if op.kind is OpKind.OUTPUT:
+            return 0.0
+        tensor = self.graph.by_name[name].results[0]
+        stand_in = self.graph.by_name[self.model.folded.representative[reader]]
+        need = operand_layout_of(self.model, stand_in, self.choices.placements[stand_in.name], op.operands.index(Value(name)))
+        return self.tables.parameter_seconds(tensor, self.made(Value(name)), need, 1)[1]
+
+    def _output_bytes(self, block: Block) -> int:
+        """Bytes of the user's outputs that a block makes: they are there, of the whole batch, when the step ends."""
+        (output,) = self.graph.of_kind(OpKind.OUTPUT)
+        inside = set(block.ops)
+        return sum(
+            local_nbytes(self.graph.tensor(value), self.choices.layouts[f"output:{position}"], self.mesh)
+            for position, value in enumerate(output.operands)
+            if value.op in inside
+        )
+
+    # --- memory ---
+
+    def _kept_bytes(self, number: int, block: Block, groups: Sequence[Sequence[str]]) -> int:
+        """Bytes that a micro-batch keeps between its forward and its backward when these groups of calls are run again."""
+        again = {name for group in groups for name in group}
+        inside = set(block.ops)
+        held: dict[tuple[Value, Layout], int] = {}
+        beside = 0
+
+        def hold(value: Value, layout: Layout) -> None:
+            held[value, layout] = local_nbytes(self.graph.tensor(value), layout, self.mesh)
+
+        for name in block.ops:
+            op = self.graph.by_name[name]
+            # What comes from blocks before is held here, by the first that reads it, if anyone needs it again.
+            for value in op.operands:
+                origin = self.home.get(value.op)
+                if origin is not None and origin != number and self._is_first_reader(value, number):
+                    if name in again or self._is_saved(value):
+                        hold(value, self.made(value))
+                elif name in again and value.op in inside and value.op not in again:
+                    hold(value, self.made(value))
+            if name in again:
+                # Results that leave the region are inputs of what comes after, which keeps them if autograd does.
+                for value in self._results(op):
+                    leaves = any(reader in inside and reader not in again for reader in self.readers.get(value, ()))
+                    if leaves and self._is_saved(value):
+                        hold(value, self.made(value))
+                continue
+            for value in self._results(op):
+                stays = any(self.home.get(reader, number) == number for reader in self.readers.get(value, ()))
+                if self._is_saved(value) and stays:
+                    hold(value, self.made(value))
+            placement = self.choices.placements[self.model.folded.representative[name]]
+            ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
+            beside += -(-op.saved_nbytes // ways)
+            for value, start, need, keeps in self._journeys(op):
+                if keeps and self._is_copied(value, start, need):
+                    hold(value, need)
+        return beside + sum(held.values())
+
+    def _is_copied(self, value: Value, start: Layout, need: Layout) -> bool:
+        first = self.tables.first
+        kind = self.graph.by_name[value.op].kind
+        return self.kept.is_copied(kind, self.model.folded.representative_of(value), start[first:], need[first:])
+
+    def _results(self, op: Op) -> list[Value]:
+        return [Value(op.name, index) for index in range(len(op.results))]
+
+    def _is_saved(self, value: Value) -> bool:
+        return value.index in self.graph.by_name[value.op].saved
+
+    def _is_first_reader(self, value: Value, number: int) -> bool:
+        """Whether no block between the one that makes a value and this one reads it."""
+        origin = self.home[value.op]
+        return min(home for reader in self.readers[value] if (home := self.home.get(reader, origin)) != origin) == number
+
+    def _waiting_bytes(self, block: Block) -> int:
+        """Bytes that wait for the weight gradients: inputs and output gradients of the calls that read weights."""
+        total = 0
+        for name in block.ops:
+            op = self.graph.by_name[name]
+            if self._is_deferrable(op):
+                total += sum(
+                    local_nbytes(self.graph.tensor(value), need, self.mesh)
+                    for value, _, need, _ in self._journeys(op)
+                    if self.graph.by_name[value.op].kind is OpKind.CALL
+                )
+                total += sum(local_nbytes(self.graph.tensor(value), self.made(value), self.mesh) for value in self._results(op))
+        return total
+
+    def _workspace(self, block: Block, groups: Sequence[Sequence[str]]) -> int:
+        """Bytes that a block needs while it runs: the hungriest op's tensors and their gradients, and a region that is being run again."""
+        largest = 0
+        for name in block.ops:
+            op = self.graph.by_name[name]
+            total = sum(local_nbytes(self.graph.tensor(value), self.made(value), self.mesh) for value in self._results(op))
+            for value, start, need, _ in self._journeys(op):
+                if self.graph.by_name[value.op].kind is not OpKind.PARAMETER or need[self.tables.first :] != start[self.tables.first :]:
+                    total += local_nbytes(self.graph.tensor(value), need, self.mesh)
+            largest = max(largest, total)
+        repeated = max((self._saved_inside(group) for group in groups), default=0)
+        return 2 * largest + repeated
+
+    def _saved_inside(self, group: Sequence[str]) -> int:
+        total = 0
+        for name in group:
+            op = self.graph.by_name[name]
+            placement = self.choices.placements[self.model.folded.representative[name]]
+            ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
+            total += -(-op.saved_nbytes // ways)
+            total += sum(local_nbytes(self.graph.tensor(v), self.made(v), self.mesh) for v in self._results(op) if self._is_saved(v))
+            for value, start, need, keeps in self._journeys(op):
+                if keeps and self._is_copied(value, start, need):
+                    total += local_nbytes(self.graph.tensor(value), need, self.mesh)
+        return total
+
+    # --- what crosses ---
+
+    def _cut(self, block: Block) -> tuple[float, float, int]:
+        """(forward seconds, backward seconds, bytes) of what crosses after a block."""
+        ahead = back = 0
+        gathers = 0.0
+        for value in block.crossing:
+            tensor = self.graph.tensor(value)
+            layout = self._travels(value)
+            nbytes = local_nbytes(tensor, layout, self.mesh)
+            ahead += nbytes
+            back += nbytes if tensor.requires_grad else 0
+            # Both ends pay for the way to the layout that travels and back, in both directions.
+            gathers += sum(self.tables.journey_seconds(tensor, self.made(value), layout, backward=tensor.requires_grad))
+            if self.made(value) != layout and all(state.kind is not StateKind.PARTIAL for state in self.made(value)):
+                gathers += sum(self.tables.journey_seconds(tensor, layout, self.made(value), backward=tensor.requires_grad))
+        if self.link is None:
+            return 0.0, 0.0, ahead
+        seconds = [collective_seconds("p2p", nbytes, 2, self.link) if nbytes else 0.0 for nbytes in (ahead, back)]
+        return seconds[0] + gathers / 2, seconds[1] + gathers / 2, ahead
+
+
+def _with(layout: Sequence[object], axis: int, dim: int) -> Layout:
+    return (*layout[:axis], shard(dim), *layout[axis + 1 :])  # type: ignore[arg-type]
