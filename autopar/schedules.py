@@ -88,28 +88,33 @@ Held = tuple[tuple[int, int], ...]
 def held(schedule: Schedule) -> tuple[tuple[Held, ...], ...]:
     """Per rank, the most that it holds at once: every moment's numbers that no other moment's exceed.
 
-    A micro-batch counts as held while the action runs that ends it. A rank's peak memory is the largest, over these combinations, of the
-    numbers times the bytes of each stage.
+    A micro-batch counts as held while the action runs that ends it, which is its forward where there is no backward. A rank's peak memory is
+    the largest, over these combinations, of the numbers times the bytes of each stage.
 
     >>> held(make_schedule("1f1b", 3, 8))
     ((((3, 0),),), (((2, 0),),), (((1, 0),),))
     """
+    trains = schedule.has_backward
     peaks = []
     for rank, actions in enumerate(schedule.actions):
-        stages = [stage for stage, owner in enumerate(schedule.rank_of) if owner == rank]
-        counts = {stage: [0, 0] for stage in stages}
-        moments = set()
-        grown = False
+        counts = {stage: (0, 0) for stage, owner in enumerate(schedule.rank_of) if owner == rank}
+        moments: set[Held] = set()
         for action in actions:
             if action.kind not in COMPUTING:
                 continue
-            # Only a moment before something is let go can be a peak.
-            if grown and action.kind is not Kind.FORWARD:
-                moments.add(tuple((full, waiting) for full, waiting in counts.values()))
-            grown = action.kind in (Kind.FORWARD, Kind.INPUT)
-            change = {Kind.FORWARD: (1, 0), Kind.BACKWARD: (-1, 0), Kind.INPUT: (-1, 1), Kind.WEIGHT: (0, -1)}[action.kind]
-            counts[action.stage] = [number + step for number, step in zip(counts[action.stage], change, strict=True)]
-        moments.add(tuple((full, waiting) for full, waiting in counts.values()))
+            full, waiting = counts[action.stage]
+            if action.kind is Kind.FORWARD:
+                counts[action.stage] = (full + 1, waiting)
+                if not trains:
+                    moments.add(tuple(counts.values()))
+                    counts[action.stage] = (0, 0)
+                continue
+            # A backward follows each forward, so only a moment before something is let go can be a peak.
+            moments.add(tuple(counts.values()))
+            if action.kind is Kind.WEIGHT:
+                counts[action.stage] = (full, waiting - 1)
+            else:
+                counts[action.stage] = (full - 1, waiting + (action.kind is Kind.INPUT))
         most: list[Held] = []
         # From the largest sum down, so that whoever exceeds a moment stands before it.
         for moment in sorted(moments, key=lambda moment: (-sum(map(sum, moment)), moment)):

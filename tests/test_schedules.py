@@ -183,6 +183,10 @@ def test_held_keeps_the_moments_that_none_exceeds() -> None:
     assert held(schedule) == ((((2, 0), (1, 0)),),)
 
 
+def test_without_a_backward_nothing_is_held_but_what_runs() -> None:
+    assert held(forward_only((0, 1, 0), 5)) == ((((0, 0), (1, 0)), ((1, 0), (0, 0))), (((1, 0),),))
+
+
 def test_held_is_the_largest_sum_at_any_moment() -> None:
     for name in SCHEDULES:
         schedule = make_schedule(name, 4, 8)
