@@ -88,8 +88,8 @@ Held = tuple[tuple[int, int], ...]
 def held(schedule: Schedule) -> tuple[tuple[Held, ...], ...]:
     """Per rank, the most that it holds at once: every moment's numbers that no other moment's exceed.
 
-    A micro-batch counts as held while the action runs that ends it, which is its forward where there is no backward. A rank's peak memory is
-    the largest, over these combinations, of the numbers times the bytes of each stage.
+    A micro-batch counts as held while the action runs that ends it, which is its forward where there is no backward. A rank's peak
+    memory is the largest, over these combinations, of the numbers times the bytes of each stage.
 
     >>> held(make_schedule("1f1b", 3, 8))
     ((((3, 0),),), (((2, 0),),), (((1, 0),),))

@@ -162,84 +162,68 @@ class _Graph:
 _KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT)
 
 
+def _part(stage: int, kind: Kind) -> int:
+    """The index of a stage's part among all parts; 0 is None's."""
+    return 1 + len(_KINDS) * stage + _KINDS.index(kind)
+
+
 # A search simulates the same few schedules under many times, and building the graph takes longer than walking it.
 @lru_cache(maxsize=4)
 def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
     """The graph of a schedule: ranks run in turns, each as far as it gets."""
-    count = schedule.microbatches
     parts: list[Part | None] = [None, *((stage, kind) for stage in range(schedule.stages) for kind in _KINDS)]
-    # Per stage: whom it waits for in the forward (edge's part, the other stage) and in the backward, and whom it serves.
-    makers: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    readers: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    awaited: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    served: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    needs: dict[int, list[int]] = defaultdict(list)  # per stage's part: the messages that it waits for
+    makes: dict[int, list[tuple[int, int]]] = defaultdict(list)  # per stage's part: the messages that it makes, and for which rank
     for edge in edges:
         if not 0 <= edge.producer < edge.consumer < schedule.stages:
             raise InputError(f"edge {edge.producer} -> {edge.consumer} isn't from an earlier to a later of the {schedule.stages} stages")
-        part = len(parts)
-        parts.append((edge.producer, edge.consumer, Kind.SEND_FORWARD))
-        makers[edge.consumer].append((part, edge.producer))
-        readers[edge.producer].append((part, edge.consumer))
+        ways: list[tuple[int, int, Kind, tuple[Kind, ...]]] = [(edge.producer, edge.consumer, Kind.SEND_FORWARD, (Kind.FORWARD,))]
         if edge.has_gradient:
-            part = len(parts)
-            parts.append((edge.producer, edge.consumer, Kind.SEND_BACKWARD))
-            awaited[edge.producer].append((part, edge.consumer))
-            served[edge.consumer].append((part, edge.producer))
+            ways.append((edge.consumer, edge.producer, Kind.SEND_BACKWARD, (Kind.BACKWARD, Kind.INPUT)))
+        for source, target, send, kinds in ways:
+            for kind in kinds:
+                makes[_part(source, kind)].append((len(parts), schedule.rank_of[target]))
+                needs[_part(target, kind)].append(len(parts))
+            parts.append((edge.producer, edge.consumer, send))
 
     part_of: list[int] = []
     before = [(0, 0, 0)]
+    lists = [[action for action in actions if action.kind in COMPUTING] for actions in schedule.actions]
+    nodes: list[list[tuple[Action, int]]] = [[] for _ in lists]
+    work: list[dict[int, int]] = [defaultdict(int) for _ in lists]
+    arrived: dict[tuple[int, int], int] = {}  # per message and micro-batch: the node after which it is there
+    latest: dict[tuple[int, int], int] = defaultdict(int)  # per ordered pair of ranks: the node of the last transfer
 
     def add(part: int, waits: Sequence[int]) -> int:
         while len(waits) > 3:
-            part_of.append(0)
-            before.append((waits[0], waits[1], waits[2]))
-            waits = [*waits[3:], len(part_of)]
+            waits = [*waits[3:], add(0, waits[:3])]
         part_of.append(part)
         before.append((waits[0], waits[1] if len(waits) > 1 else 0, waits[2] if len(waits) > 2 else 0))
         return len(part_of)
 
-    rank_of = schedule.rank_of
-    lists = [[action for action in actions if action.kind in COMPUTING] for actions in schedule.actions]
-    nodes: list[list[tuple[Action, int]]] = [[] for _ in lists]
-    work: list[dict[int, int]] = [defaultdict(int) for _ in lists]
-    arrived: dict[int, int] = {}  # per message (part * count + micro-batch): the node after which it is there
-    latest: dict[tuple[int, int], int] = defaultdict(int)  # per ordered pair of ranks: the node of the last transfer
+    def run_next(rank: int, action: Action) -> bool:
+        part, index = _part(action.stage, action.kind), action.microbatch
+        waits = [nodes[rank][-1][1] if nodes[rank] else 0]
+        for message in needs.get(part, ()):
+            if (message, index) not in arrived:
+                return False
+            waits.append(arrived[message, index])
+        node = add(part, waits)
+        nodes[rank].append((action, node))
+        work[rank][part] += 1
+        for message, target in makes.get(part, ()):
+            if target != rank:
+                latest[rank, target] = add(message, [node, latest[rank, target]])
+            arrived[message, index] = node if target == rank else latest[rank, target]
+        return True
+
     moved = True
     while moved:
         moved = False
         for rank, actions in enumerate(lists):
-            done = nodes[rank]
-            node = done[-1][1] if done else 0
-            while len(done) < len(actions):
-                action = actions[len(done)]
-                stage, kind, index = action.stage, action.kind, action.microbatch
-                ahead = kind is Kind.FORWARD
-                needs = makers[stage] if ahead else () if kind is Kind.WEIGHT else awaited[stage]
-                waits = [node]
-                for part, _ in needs:
-                    there = arrived.get(part * count + index)
-                    if there is None:
-                        break
-                    waits.append(there)
-                else:
-                    part = 1 + len(_KINDS) * stage + _KINDS.index(kind)
-                    node = add(part, waits)
-                    done.append((action, node))
-                    work[rank][part] += 1
-                    for part, peer in readers[stage] if ahead else () if kind is Kind.WEIGHT else served[stage]:
-                        if rank_of[peer] == rank:
-                            arrived[part * count + index] = node
-                        else:
-                            pair = (rank, rank_of[peer])
-                            latest[pair] = arrived[part * count + index] = add(part, [node, latest[pair]])
-                    moved = True
-                    continue
-                break
-    stuck = [
-        f"rank {rank} at {actions[len(done)]}"
-        for rank, (actions, done) in enumerate(zip(lists, nodes, strict=True))
-        if len(done) < len(actions)
-    ]
+            while len(nodes[rank]) < len(actions) and run_next(rank, actions[len(nodes[rank])]):
+                moved = True
+    stuck = [f"rank {rank} at {actions[len(nodes[rank])]}" for rank, actions in enumerate(lists) if len(nodes[rank]) < len(actions)]
     if stuck:
         raise ScheduleError(f"schedule {schedule.name!r} can't run: {', '.join(stuck)} wait for each other; `validate` shows why")
     return _Graph(parts, part_of, before, nodes, work, frozenset((edge.producer, edge.consumer) for edge in edges))

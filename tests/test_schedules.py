@@ -352,6 +352,7 @@ FINE = ("0F0 0SF0>1 0RB0<1 0B0 0G0", "1RF0<0 1F0 1B0 1SB0>0 1G0")
         ((FINE[0], FINE[1] + " 1W0"), "rank 1, step 2: 1B0: the backward also runs as 1W0"),
         ((FINE[0], "1RF0<0 1F0 1B0 1SB0>0"), "rank 1, at its end: 1G0 is missing"),
         ((FINE[0], "1RF0<0 1F0 1G0 1B0 1SB0>0"), "rank 1, step 2: 1G0: stage 1's gradients aren't complete before step 3"),
+        (("0F0 0SF0>1 0W0", "1RF0<0 1F0"), "rank 0, at its end: 0I0 is missing"),
         (("0F0 0SF0>1 0G0", "1RF0<0 1F0"), "0G0: there is no backward"),
         ((FINE[0], "1RF0<0 1B0 1F0 1SB0>0 1G0"), "rank 1, step 1: 1B0: it needs 1F0, which runs at step 2"),
         ((FINE[0], "1RF0<0 1F0 1W0 1I0 1SB0>0 1G0"), "rank 1, step 2: 1W0: it needs 1I0, which runs at step 3"),
