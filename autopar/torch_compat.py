@@ -39,6 +39,7 @@ __all__ = [
     "local_sizes",
     "make_dtensor",
     "partial_norm",
+    "read_in_backward",
     "redistribute_part",
     "reduce_scatter_single",
     "replace_propagation",
