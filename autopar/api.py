@@ -234,6 +234,7 @@ class _Planner:
             pins=self.pins if first is None else None,
             mesh=self.mesh if first is None else dict(zip(first.mesh.names, first.mesh.sizes, strict=True)),
             stored=self.layouts(),
+            first=first,
             strict=self.strict,
             notes=captured.notes,
             progress=self.progress,

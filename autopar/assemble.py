@@ -6,13 +6,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from autopar.assignment import Assignment, BlockMenu, Variant
+from autopar.blocks import Block, Chain
 from autopar.cost_models import Cluster
 from autopar.costs import COLLECTIVE_KIND, OPTIMIZER_COPIES, CostTables, local_nbytes, operand_layout_of, result_layout_of
 from autopar.factors import Role
 from autopar.ir import Op, OpKind, Value
 from autopar.layers import fan_key
-from autopar.layout import Layout, Mesh, Placement, Split, StateKind
-from autopar.options import Model, role_of
+from autopar.layout import PIPELINE, Layout, Mesh, Placement, Split, StateKind
+from autopar.microbatch import MICRO
+from autopar.options import Model, first_rank_axis, role_of
 from autopar.plans import Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
 from autopar.problem import Problem
 from autopar.reshard import Collective
@@ -33,6 +36,23 @@ class Move:
     to_output: bool
 
 
+@dataclass(frozen=True)
+class Spread:
+    """What came of spreading blocks over stages: the choice, what it was made from, and the model as one micro-batch sees it."""
+
+    assignment: Assignment
+    menus: tuple[BlockMenu, ...]
+    chain: Chain
+    rank_of: tuple[int, ...]
+
+    def chosen(self) -> Iterator[tuple[Block, int, Variant, Variant]]:
+        """Per block its rank, its variant, and the first of its menu."""
+        for block, menu, stage, variant in zip(
+            self.chain.blocks, self.menus, self.assignment.stages, self.assignment.variants, strict=True
+        ):
+            yield block, self.rank_of[stage], menu.variants[variant], menu.variants[0]
+
+
 def assemble(
     *,
     model: Model,
@@ -41,6 +61,7 @@ def assemble(
     solution: Solution,
     workspace: int,
     pipeline: Pipeline,
+    spread: Spread | None,
     rename: bool,
     model_name: str,
     fingerprint: str,
@@ -49,9 +70,13 @@ def assemble(
     notes: tuple[str, ...],
     seconds: float,
 ) -> Plan:
-    """The plan of a solution; all costs are those that the search used."""
+    """The plan of a solution; all costs are those that the search used.
+
+    With micro-batches, `model` and `problem` have time as their first axis, which the plan's own mesh and layouts lack.
+    """
     chosen = {node.key: node.options[solution.choice[node.key]] for node in problem.nodes}
     mesh = _name_axes(model, problem.mesh, chosen) if rename else problem.mesh
+    first = first_rank_axis(mesh)
     placements: dict[str, Placement] = {}
     layouts: dict[str, Layout] = {}
     for key, option in chosen.items():
@@ -62,27 +87,30 @@ def assemble(
             layouts[key] = option  # type: ignore[assignment]
     tables = CostTables(model, problem.mesh, cluster)
     moves = list(find_moves(model, placements, layouts))
-    traffic = _traffic(model, mesh, tables, moves)
+    traffic = _traffic(model, mesh, tables, moves, pipeline, spread)
+    step = solution.cost_ns / 1e9 if spread is None else spread.assignment.simulated
+    bound = solution.bound_ns if spread is None else round(spread.assignment.bound * 1e9)
+    objective = solution.cost_ns if spread is None else round(spread.assignment.simulated * 1e9)
     return Plan(
         model=model_name,
         fingerprint=fingerprint,
         cluster=str(cluster),
-        mesh=mesh,
+        mesh=Mesh(mesh.names[first:], mesh.sizes[first:]),
         pipeline=pipeline,
         inputs={op.target: str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},
-        layouts=layouts,
-        placements=placements,
-        batch_axes=_batch_axes(model, mesh, placements),
-        seconds=_seconds(model, tables, placements, layouts, solution),
-        memory=_memory(model, cluster, tables, layouts, solution, workspace),
+        layouts={name: layout[first:] for name, layout in layouts.items()},
+        placements={name: placement[first:] for name, placement in placements.items()},
+        batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICRO),
+        seconds=_seconds(model, tables, placements, layouts, solution, pipeline, spread, step),
+        memory=_memory(model, cluster, tables, layouts, solution, workspace, spread),
         traffic=traffic,
         groups=_groups(model, mesh, tables, placements, layouts, moves, problem, solution),
         proof=Proof(
-            objective_ns=solution.cost_ns,
-            bound_ns=solution.bound_ns,
-            gap=(solution.cost_ns - solution.bound_ns) / max(1, solution.cost_ns),
-            status=solution.status,
-            method=solution.method,
+            objective_ns=objective,
+            bound_ns=bound,
+            gap=(objective - bound) / max(1, objective),
+            status=solution.status if spread is None else spread.assignment.status,
+            method=solution.method if spread is None else f"{solution.method}; cutting planes, {spread.assignment.iterations} rounds",
             variables=solution.variables,
             constraints=solution.constraints,
             seconds=seconds,
@@ -147,7 +175,7 @@ def _name_axes(model: Model, mesh: Mesh, chosen: Mapping[str, object]) -> Mesh:
     kinds = set(KIND_OF_ROLE.values())
     names: list[str] = []
     for axis, given in enumerate(mesh.names):
-        if given in kinds:
+        if given in kinds or given == MICRO:
             names.append(given)
             continue
         weight: Counter[str] = Counter()
@@ -185,7 +213,11 @@ def _seconds(
     placements: Mapping[str, Placement],
     layouts: Mapping[str, Layout],
     solution: Solution,
+    pipeline: Pipeline,
+    spread: Spread | None,
+    step: float,
 ) -> Seconds:
+    """Seconds of one rank: of the mean rank, under a pipeline."""
     forward = backward = optimizer = 0.0
     for op in model.folded.ops:
         count = model.folded.count[op.name]
@@ -194,30 +226,55 @@ def _seconds(
             forward, backward = forward + count * ahead, backward + count * back
         elif op.kind is OpKind.PARAMETER:
             optimizer += count * tables.optimizer_seconds(op.results[0], layouts[op.name])
+    share = pipeline.microbatches / pipeline.ranks
+    forward, backward, optimizer = forward * share, backward * share, optimizer / pipeline.ranks
     # What is left of the objective is what the arcs cost: communication that isn't hidden.
-    communication = max(0.0, solution.cost_ns / 1e9 - forward - backward - optimizer)
-    return Seconds(forward, backward, optimizer, communication)
+    work = solution.cost_ns / 1e9 / pipeline.ranks
+    communication = max(0.0, work - forward - backward - optimizer)
+    recompute = 0.0
+    if spread is not None:
+        recompute = share * sum(variant.input - plain.input for _, _, variant, plain in spread.chosen() if plain.name == "none")
+    bubble = max(0.0, step - forward - backward - optimizer - communication - recompute)
+    return Seconds(forward, backward, recompute, optimizer, communication, bubble if spread is not None else 0.0)
 
 
 def _memory(
-    model: Model, cluster: Cluster, tables: CostTables, layouts: Mapping[str, Layout], solution: Solution, workspace: int
+    model: Model,
+    cluster: Cluster,
+    tables: CostTables,
+    layouts: Mapping[str, Layout],
+    solution: Solution,
+    workspace: int,
+    spread: Spread | None,
 ) -> Memory:
+    """Bytes of one rank: of the fullest, under a pipeline."""
+    graph = model.folded.graph
+    fullest, needed = 0, solution.nbytes
+    here: set[str] | None = None
+    if spread is not None:
+        fullest = max(range(len(spread.assignment.peak)), key=spread.assignment.peak.__getitem__)
+        names = {name for block, rank, _, _ in spread.chosen() if rank == fullest for name in block.ops}
+        here = {value.op for name in names for value in graph.by_name[name].operands}
+        workspace = max(variant.workspace for _, rank, variant, _ in spread.chosen() if rank == fullest)
     parameters = trained = buffers = 0
-    for op in model.folded.ops:
-        if op.kind in (OpKind.PARAMETER, OpKind.BUFFER, OpKind.INPUT):
-            nbytes = model.folded.count[op.name] * local_nbytes(op.results[0], layouts[op.name], tables.mesh)
-            if op.kind is OpKind.PARAMETER:
-                parameters += nbytes
-                trained += nbytes if op.results[0].requires_grad else 0
-            else:
-                buffers += nbytes
+    for op in graph.ops:
+        if op.kind not in (OpKind.PARAMETER, OpKind.BUFFER, OpKind.INPUT):
+            continue
+        nbytes = local_nbytes(op.results[0], layouts[model.folded.representative[op.name]], tables.mesh)
+        if op.kind is not OpKind.PARAMETER:
+            buffers += nbytes
+        elif here is None or op.name in here:
+            parameters += nbytes
+            trained += nbytes if op.results[0].requires_grad else 0
+    if spread is not None:
+        needed = spread.assignment.peak[fullest] - workspace + buffers
     optimizer = OPTIMIZER_COPIES * trained
     device = cluster.machine.device
     return Memory(
         parameters=parameters,
         gradients=trained,
         optimizer=optimizer,
-        activations=solution.nbytes - parameters - trained - optimizer - buffers,
+        activations=max(0, needed - parameters - trained - optimizer - buffers),
         buffers=buffers,
         workspace=workspace,
         reserved=device.reserved_bytes,
@@ -232,8 +289,14 @@ def _uses(model: Model) -> Counter[str]:
     return Counter({name: max(1, n // model.folded.count[name]) for name, n in uses.items()})
 
 
-def _traffic(model: Model, mesh: Mesh, tables: CostTables, moves: list[Move]) -> tuple[Traffic, ...]:
-    """Every collective of a step, added up by axis, kind and purpose; seconds are what is exposed."""
+def _traffic(
+    model: Model, mesh: Mesh, tables: CostTables, moves: list[Move], pipeline: Pipeline, spread: Spread | None
+) -> tuple[Traffic, ...]:
+    """Every collective of a step, added up by axis, kind and purpose; seconds are what is exposed.
+
+    Under a pipeline, of the mean rank; messages between stages are those of all of them.
+    """
+    share = pipeline.microbatches / pipeline.ranks
     uses = _uses(model)
     totals: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
     graph = model.folded.graph
@@ -255,16 +318,26 @@ def _traffic(model: Model, mesh: Mesh, tables: CostTables, moves: list[Move]) ->
                 purpose = "parameters" if is_parameter else "activations"
                 again = 2 if is_parameter and tensor.requires_grad and step.forward is Collective.ALL_GATHER else 1
                 seconds = tables.collective_seconds(step.forward, step.axis, nbytes)
-                add(step.axis, step.forward, purpose, move.count * again, nbytes, seconds)
+                add(step.axis, step.forward, purpose, share * move.count * again, nbytes, seconds)
             if not tensor.requires_grad or move.to_output or step.backward is Collective.NONE:
                 continue
             if is_parameter and step.forward is Collective.NONE:
                 seconds = tables.bucket_seconds(step.backward, step.axis, nbytes) * (1 - tables.device.overlap)
-                add(step.axis, step.backward, "gradients", move.count / uses[producer.name], nbytes, seconds)
+                add(step.axis, step.backward, "gradients", move.count / uses[producer.name] / pipeline.ranks, nbytes, seconds)
             else:
                 purpose = "gradients" if is_parameter else "activation gradients"
                 seconds = tables.collective_seconds(step.backward, step.axis, nbytes)
-                add(step.axis, step.backward, purpose, move.count, nbytes, seconds)
+                add(step.axis, step.backward, purpose, share * move.count, nbytes, seconds)
+    if spread is not None and pipeline.stages > 1:
+        cuts = [
+            menu.cut
+            for menu, here, there in zip(spread.menus, spread.assignment.stages, spread.assignment.stages[1:], strict=False)
+            if here != there
+        ]
+        entry = totals[PIPELINE, "send", "between stages"]
+        entry[0] += 2 * pipeline.microbatches * len(cuts)
+        entry[1] += 2 * pipeline.microbatches * sum(nbytes for _, _, nbytes in cuts)
+        entry[2] += pipeline.microbatches * sum(ahead + back for ahead, back, _ in cuts)
     return tuple(
         Traffic(axis, collective, purpose, round(count), int(nbytes), seconds)
         for (axis, collective, purpose), (count, nbytes, seconds) in sorted(totals.items())
@@ -287,6 +360,7 @@ def _groups(
     outside = "outside of layers"
     names = [*sizes, outside]
     axes: dict[str, dict[str, list[str]]] = {name: {axis: [] for axis in mesh.names} for name in names}
+    times = mesh.sizes[0] if first_rank_axis(mesh) else 1
     compute: dict[str, float] = defaultdict(float)
     parameters: Counter[str] = Counter()
     activations: Counter[str] = Counter()
@@ -295,7 +369,7 @@ def _groups(
         group = group_of.get(op.name, outside)
         if op.kind is OpKind.CALL:
             seconds = sum(tables.op_seconds(op, placements[op.name]))
-            compute[group] += model.folded.count[op.name] * seconds
+            compute[group] += times * model.folded.count[op.name] * seconds
             activations[group] += nbytes[op.name]
             _note_splits(model, mesh, op, placements[op.name], axes[group])
         elif op.kind is OpKind.PARAMETER:
@@ -306,12 +380,12 @@ def _groups(
     communication: dict[str, float] = defaultdict(float)
     uses = _uses(model)
     for move in moves:
-        communication[group_of.get(move.consumer, outside)] += _move_seconds(model, tables, move, uses)
+        communication[group_of.get(move.consumer, outside)] += times * _move_seconds(model, tables, move, uses)
     return tuple(
         Group(
             name=name,
             count=sizes.get(name, 1),
-            axes={axis: ", ".join(texts) or "nothing" for axis, texts in axes[name].items()},
+            axes={axis: ", ".join(texts) or "nothing" for axis, texts in axes[name].items() if axis != MICRO},
             compute_seconds=compute[name],
             communication_seconds=communication[name],
             parameter_bytes=parameters[name],

@@ -18,10 +18,10 @@ from autopar.ir import Op, OpKind
 from autopar.layout import Layout, Mesh, Placement, Split
 from autopar.options import AxisKind, Constraints, Model, is_inside, role_of
 
-PIN_NAMES = ("dp", "tp", "cp", "fsdp", "vocabulary")
-"""Pins of this version; any other key is a glob of module paths with a placement (``{"layers.*.mlp": {"tp": "o"}}``)."""
+PIN_NAMES = ("dp", "tp", "cp", "pp", "fsdp", "vocabulary", "schedule", "microbatches", "chunks", "recompute")
+"""Pins of this version, those of pipelines are read by `autopar.pipelines`; any other key is a glob of module paths with a placement (``{"layers.*.mlp": {"tp": "o"}}``)."""
 
-LATER_PINS = ("ep", "pp", "schedule", "microbatches", "recompute", "offload", "attention")
+LATER_PINS = ("ep", "offload", "attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,36 @@ def find_trials(
     return trials
 
 
+def group_trials(
+    model: Model, cluster: Cluster, pins: Mapping[str, object], axes: Mapping[str, int] | None, stored: Mapping[str, Layout]
+) -> list[Trial]:
+    """What one group of a pipeline's ranks may do: as pinned, else a batch axis and, inside a machine, a tensor axis of every size."""
+    if axes is not None or stored or any(name in pins for name in ("dp", "tp", "cp")):
+        try:
+            return [trial for trial in find_trials(model, cluster, pins, axes, stored) if not trial.baseline]
+        except InputError:
+            if axes is not None or stored:
+                raise
+            return []  # the pinned axes don't divide this group
+    world = cluster.world_size
+    trials = []
+    for tensor in range(1, cluster.devices_per_node + 1):
+        if world % tensor or cluster.devices_per_node % tensor:
+            continue
+        sizes = {"dp": world // tensor, "tp": tensor}
+        names = [name for name, size in sizes.items() if size > 1] or ["dp"]
+        mesh = Mesh(tuple(names), tuple(sizes[name] for name in names))
+        modules = {name: value for name, value in pins.items() if isinstance(value, Mapping)}
+        if any(set(loops) - set(names) for loops in modules.values()):
+            continue
+        kinds = tuple(AxisKind(name) for name in names)
+        constraints = Constraints(
+            kinds, _flag(pins.get("fsdp")), _flag(pins.get("vocabulary")), _check_modules(model, modules, mesh), stored
+        )
+        trials.append(Trial("pipeline", mesh, constraints))
+    return trials
+
+
 def check_pins(pins: Mapping[str, object]) -> None:
     """Raise InputError for pins that are unknown, of later versions, or of the wrong type."""
     for name, value in pins.items():
@@ -82,6 +112,8 @@ def check_pins(pins: Mapping[str, object]) -> None:
         if name in ("dp", "tp", "cp"):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"pin {name}={value!r}: the size of an axis is needed, an integer from 1")
+        elif name in ("pp", "schedule", "microbatches", "chunks", "recompute"):
+            continue  # read with the pipeline
         elif name in ("fsdp", "vocabulary"):
             if not isinstance(value, bool):
                 raise InputError(f"pin {name}={value!r}: true or false is needed")

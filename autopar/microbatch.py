@@ -110,6 +110,11 @@ def split_microbatches(graph: Graph, spaces: Mapping[str, Space], factors: Facto
     return first
 
 
+def batch_size(graph: Graph, factors: Factors) -> int:
+    """Rows of the batch: the first dim of most inputs that have one; 1 without any."""
+    return next(iter(_find_batches(graph, factors)), 1)
+
+
 def _find_batches(graph: Graph, factors: Factors) -> dict[int, list[str]]:
     """The sizes that the batch may have, most likely first, and the inputs that have it in their first dim."""
     inputs: dict[int, list[str]] = {}

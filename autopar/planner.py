@@ -6,24 +6,29 @@ Pure: opens no process group, touches no device, reads no environment.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from autopar.assemble import assemble, workspace_bytes
+from autopar.assemble import Spread, assemble, workspace_bytes
 from autopar.blocks import find_chain
 from autopar.cost_models import Cluster
-from autopar.errors import InfeasibleError, PlanError, UnknownOpError
+from autopar.errors import InfeasibleError, InputError, PlanError, UnknownOpError
 from autopar.factors import find_factors
+from autopar.generators import make_schedule
 from autopar.ir import Graph, OpKind
 from autopar.layers import fold, freeze
 from autopar.layout import Layout
-from autopar.meshes import Trial, find_trials
+from autopar.meshes import Trial, find_trials, group_trials
+from autopar.microbatch import batch_size
 from autopar.options import Model, find_tables
+from autopar.pipelines import Pipelined, PipelineSearch, keep_pipeline, read_pipeline
 from autopar.plans import BlockChoice, Candidate, Pipeline, Plan
 from autopar.problem import FORBIDDEN, Problem, build_problem
 from autopar.rules import find_spaces
 from autopar.search import Search, Solution
+from autopar.stages import find_loss
 from autopar.units import format_bytes
 
 Progress = Callable[[str], None]
@@ -52,6 +57,7 @@ def make_plan(
     pins: Mapping[str, object] | None = None,
     mesh: Mapping[str, int] | None = None,
     stored: Mapping[str, Layout] | None = None,
+    first: Plan | None = None,
     strict: bool = False,
     notes: tuple[str, ...] = (),
     progress: Progress | None = None,
@@ -65,6 +71,7 @@ def make_plan(
         pins: axis sizes by kind (``dp``, ``tp``, ``cp``), ``fsdp`` and ``vocabulary`` (bool), globs of module paths.
         mesh: axis name -> size, instead of searching meshes; the names dp, tp and cp are kinds, any other is a free axis.
         stored: layouts that parameters already have and keep, by name; needs `mesh`.
+        first: the plan that decided where the parameters are: its groups, schedule and stages are kept.
         strict: raise UnknownOpError when an op has no rule, instead of running it replicated.
         notes: what capture dropped or changed, for the report.
         progress: told what is being tried.
@@ -80,16 +87,56 @@ def make_plan(
         raise UnknownOpError(f"{len(unruled)} ops have no rule and strict=True was asked for:\n{lines}")
     model = Model(fold(graph), spaces, find_factors(graph, spaces), find_tables(graph))
     chain = find_chain(model.folded, spaces)
-    trials = find_trials(model, cluster, pins or {}, mesh, stored or {})
-    found, candidates = _solve_trials(model, trials, cluster, tell)
-    if not candidates:
-        raise InfeasibleError(
-            f"the pins {dict(pins or {})} leave some op no placement that its neighbours' can be connected with, on any of {len(trials)} "
-            "meshes tried; pin fewer modules, or pin ops that read the same tensor alike"
+    wanted, pins, mesh = read_pipeline(pins or {}, mesh)
+    if first is not None and not first.pipeline.is_trivial:
+        wanted = keep_pipeline(first, chain, batch_size(graph, model.factors))
+    found: list[Found] = []
+    candidates: tuple[Candidate, ...] = ()
+    trials = find_trials(model, cluster.part(wanted.groups or 1), pins, mesh, stored or {})
+    if not wanted.asks:
+        found, candidates = _solve_trials(model, trials, cluster, tell)
+        if not candidates:
+            raise InfeasibleError(
+                f"the pins {dict(pins or {})} leave some op no placement that its neighbours' can be connected with, on any of {len(trials)} "
+                "meshes tried; pin fewer modules, or pin ops that read the same tensor alike"
+            )
+    best = min(found, key=lambda one: (one.solution.cost_ns, one.trial.baseline, len(one.trial.mesh.names)), default=None)
+    pipelined: Pipelined | None = None
+    if wanted.asks or (mesh is None and not stored):
+        search = PipelineSearch(model, chain, cluster, wanted, find_loss(graph) is not None, tell)
+        shapes = search.find_shapes(lambda groups: group_trials(model, cluster.part(groups), pins, mesh, stored or {}))
+        pipelined = search.run(shapes, best.solution.cost_ns / 1e9 if best is not None else math.inf)
+        candidates += tuple(search.candidates)
+        if pipelined is None and wanted.asks and search.reasons and all(one.memory_bytes is None for one in candidates):
+            raise InputError(f"{wanted} can't be had: {'; '.join(next(iter(search.reasons.values())))}")
+    if best is None and pipelined is None:
+        needed = [one.memory_bytes for one in candidates if one.memory_bytes is not None]
+        if not needed:
+            raise InfeasibleError(f"{wanted} leaves some op no placement that its neighbours' can be connected with; pin less")
+        raise _infeasible(cluster, min(needed))
+    if pipelined is not None:
+        schedule = make_schedule(
+            pipelined.pipeline.schedule, pipelined.pipeline.ranks, pipelined.pipeline.microbatches, pipelined.pipeline.chunks
         )
-    if not found:
-        raise _infeasible(cluster, min(one.memory_bytes for one in candidates if one.memory_bytes is not None))
-    best = min(found, key=lambda one: (one.solution.cost_ns, one.trial.baseline, len(one.trial.mesh.names)))
+        chosen = pipelined
+        spread = Spread(pipelined.assignment, pipelined.menus, chain, schedule.rank_of)
+        return assemble(
+            model=chosen.model,
+            problem=chosen.problem,
+            solution=chosen.solution,
+            workspace=0,
+            pipeline=chosen.pipeline,
+            spread=spread,
+            rename=False,
+            cluster=cluster,
+            model_name=model_name,
+            fingerprint=fingerprint(graph),
+            candidates=candidates,
+            unruled=unruled,
+            notes=notes,
+            seconds=time.perf_counter() - start,
+        )
+    assert best is not None
     return assemble(
         model=model,
         cluster=cluster,
@@ -97,6 +144,7 @@ def make_plan(
         solution=best.solution,
         workspace=best.workspace,
         pipeline=Pipeline(1, "gpipe", 1, 1, tuple(BlockChoice(block.name, 0, "none") for block in chain.blocks), {}),
+        spread=None,
         rename=best.trial.name == "search" and mesh is None,
         model_name=model_name,
         fingerprint=fingerprint(graph),

@@ -48,17 +48,23 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Predicted seconds of one training step on one rank; communication is what isn't hidden behind compute."""
+    """Predicted seconds of one training step on one rank, the mean one of a pipeline.
+
+    `recompute` is what the backward runs again, `communication` what isn't hidden behind compute, `bubble` the time that the mean rank
+    waits for others.
+    """
 
     forward: float
     backward: float
+    recompute: float
     optimizer: float
     communication: float
+    bubble: float
 
     @property
     def step(self) -> float:
         """The whole step."""
-        return self.forward + self.backward + self.optimizer + self.communication
+        return self.forward + self.backward + self.recompute + self.optimizer + self.communication + self.bubble
 
 
 RECOMPUTE = ("none", "selective", "full")

@@ -28,7 +28,7 @@ from autopar.rewriter import Rewriter
 from autopar.rules import find_spaces
 from autopar.schedules import StageEdge, lower
 from autopar.space import Space
-from autopar.stages import Stage, edges_of, partition
+from autopar.stages import Stage, edges_of, find_loss, partition
 
 
 def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, group: int | None = None) -> Program:
@@ -108,16 +108,6 @@ def _with_prologue(graph: Graph, stage: Stage, ancestors: Set[str]) -> Stage:
 
 def _used_by(slot: Slot, groups: Sequence[int]) -> Slot:
     return dataclasses.replace(slot, groups=tuple(dict.fromkeys(groups)))
-
-
-def find_loss(graph: Graph) -> int | None:
-    """Position of the output that is the loss: the first scalar that needs a gradient, when the model returns one."""
-    (output,) = graph.of_kind(OpKind.OUTPUT)
-    for position, value in enumerate(output.operands):
-        tensor = graph.tensor(value)
-        if tensor.requires_grad and tensor.numel == 1:
-            return position
-    return None
 
 
 def _find_trained(graph: Graph) -> frozenset[str]:

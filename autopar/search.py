@@ -131,6 +131,10 @@ class Search:
             self.at(price)
         return [self._as_solution(answer, bound) for answer in self.answers.values()]
 
+    def solution_at(self, price: float) -> Solution:
+        """The best choice when a byte costs `price` nanoseconds; its bound holds without a limit on memory."""
+        return self._as_solution(self.at(price), self.at(0.0).weight_bound)
+
     def _as_solution(self, answer: _Answer, bound: float) -> Solution:
         cost, nbytes = evaluate(self.problem, answer.choice)
         return Solution(

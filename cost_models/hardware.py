@@ -217,6 +217,19 @@ class Cluster:
         """Number of devices, one rank each."""
         return self.nodes * self.devices_per_node
 
+    def part(self, parts: int) -> Cluster:
+        """One of `parts` equal groups of consecutive ranks. Raises HardwareError when the ranks don't divide so."""
+        size, rest = divmod(self.world_size, parts)
+        if rest:
+            raise HardwareError(f"{self.world_size} devices don't make {parts} equal groups")
+        if size % self.devices_per_node == 0:
+            return dataclasses.replace(self, nodes=size // self.devices_per_node)
+        if self.devices_per_node % size == 0:
+            return dataclasses.replace(self, nodes=1, devices_per_node=size)
+        # Groups that begin in the middle of a node: as many devices as surely share one.
+        local = math.gcd(size, self.devices_per_node)
+        return dataclasses.replace(self, nodes=size // local, devices_per_node=local)
+
     def with_memory(self, nbytes: int) -> Cluster:
         """The same cluster with `nbytes` of memory per device (the reserved part included)."""
         device = dataclasses.replace(self.machine.device, memory_bytes=nbytes)
