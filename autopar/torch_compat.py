@@ -149,8 +149,10 @@ def make_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement
 
 def with_placements(spec: DTensorSpec, placements: Sequence[Placement]) -> DTensorSpec:
     """What DTensor knows of a tensor, with other placements."""
-    strided = spec.use_strided_shard_as_shard_order if any(isinstance(p, StridedShard) for p in placements) else None
-    return DTensorSpec(spec.mesh, tuple(placements), spec.tensor_meta, use_strided_shard_as_shard_order=strided)
+    options: dict[str, Any] = {}
+    if any(isinstance(placement, StridedShard) for placement in placements) and hasattr(spec, "use_strided_shard_as_shard_order"):
+        options = {"use_strided_shard_as_shard_order": spec.use_strided_shard_as_shard_order}
+    return DTensorSpec(spec.mesh, tuple(placements), spec.tensor_meta, **options)
 
 
 def local_sizes(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[int, ...]:

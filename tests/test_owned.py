@@ -26,7 +26,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from autopar import collectives
-from autopar.dtensor import as_dtensor, placement_steps
+from autopar.dtensor import as_dtensor, placement_steps, teach_strided_shards
 from autopar.errors import InputError
 from autopar.layout import Mesh
 from autopar.owned import Owned, as_owned, owner_of
@@ -140,6 +140,9 @@ def _check_moves(mesh: DeviceMesh) -> None:
                 # What was moved is another tensor: to write it changes nothing else, on no rank.
                 y.detach().zero_()
                 _check_stored(x.detach(), whole, start, (start, target))
+    # Sums of what the ranks have, as gradients are.
+    shares = DTensor.from_local(whole * (1 + mesh.get_coordinate()[0]), mesh, [Partial(), R], run_check=False)
+    _check_stored(shares.redistribute(placements=(Owned(1), FUSED)), whole * 3, (Owned(1), FUSED))
     for name, placements in OWNED.items():
         whole = _values(3)[name]
         x = _store(whole, mesh, placements)
@@ -180,6 +183,10 @@ def _check_ops(mesh: DeviceMesh) -> None:
         _check_stored(x * y, whole * other, OWNED["weight"], placements)
         _check_stored(x.clone().mul_(y), whole * other, OWNED["weight"], placements)
         _check_stored(y.clone().mul_(x), whole * other, placements, placements)
+    leaf = x.clone().requires_grad_()
+    (leaf * leaf.sin()).sum().backward()
+    assert leaf.grad is not None
+    tree_allclose(leaf.grad.full_tensor(), whole.sin() + whole * whole.cos(), rtol=1e-12)
     # Broadcasting, of what the owner has and of what all have.
     for row in (whole[0], whole[:1], whole[:, :1]):
         for placements in ((R, R), (Owned(0), R)):
@@ -194,6 +201,11 @@ def _check_ops(mesh: DeviceMesh) -> None:
     for lost in (lambda: x[0], lambda: x.view(-1), lambda: x.t(), lambda: x.index_fill_(0, torch.tensor([1]), 0.0)):
         with pytest.raises(RuntimeError, match="a copy of a tensor placed as"):
             lost()
+    for placements in (OWNED["weight"], (Owned(0), R), (R, R)):
+        torch.mul(x, 2, out=(out := _store(whole, mesh, placements)))
+        _check_stored(out, whole * 2, placements, placements)
+    with pytest.raises(RuntimeError, match="can't use 'out' placed as"):
+        torch.amax(x, 0, out=_store(whole[0], mesh, (Owned(0), R)))
     with pytest.raises(InputError, match="one owner"):
         x.redistribute(placements=[Owned(0), Owned(1)])
 
@@ -350,7 +362,7 @@ def _check_checkpoints(mesh: DeviceMesh, flat: DeviceMesh, folder: str) -> None:
     further.load_state_dict(copy.deepcopy(reference.state_dict()))
     longer.load_state_dict(plain.state_dict())
     _train(longer, further, 1)
-    for start, target in (("owned", "other"), ("owned", "split"), ("split", "owned"), ("owned", "flat"), ("flat", "other")):
+    for start, target in (("owned", "other"), ("split", "owned"), ("owned", "flat"), ("flat", "other")):
         model = _model(*plans[start])
         optimizer = make(model)
         _train(model, optimizer)
@@ -391,6 +403,9 @@ def _check_checkpoints(mesh: DeviceMesh, flat: DeviceMesh, folder: str) -> None:
 def _on_four_ranks(rank: int, folder: str) -> None:
     mesh = form_mesh(Mesh(("pp", "tp"), (2, 2)), "cpu")
     assert mesh is not None
+    # As a module does for every model: what torch learned of owners stays.
+    assert Owned(0)
+    teach_strided_shards()
     _check_arguments(mesh)
     _check_moves(mesh)
     _check_ops(mesh)
