@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autopar.ir import OpKind, Value
+from autopar.deferral import PARAMETERS_AT
+from autopar.ir import Graph, Op, Operand, OpKind, Value
 from autopar.layout import Layout, StateKind
 from autopar.options import Model
+from autopar.space import Space
 
 
 @dataclass(frozen=True)
@@ -60,3 +62,22 @@ def keeps_operand(model: Model, consumer: str, operand: int) -> bool:
     if not any(tensor.requires_grad for tensor in model.folded.graph.by_name[consumer].results):
         return False
     return space is None or space.view or operand not in space.linear
+
+
+def is_deferrable(graph: Graph, spaces: Mapping[str, Space], op: Op) -> bool:
+    """Whether an op's weight gradient can wait for a pass of its own: what it reads as parameters are such, and the weight is trained."""
+    at = PARAMETERS_AT.get(op.target)
+    if at is None:
+        return False
+    given = [op.args[position] for position in at if position < len(op.args)]
+    operands = [op.operands[argument.index] for argument in given if isinstance(argument, Operand)]
+    sources = [_source(graph, spaces, value) for value in operands]
+    return bool(sources) and all(one.kind is OpKind.PARAMETER for one in sources) and sources[0].results[0].requires_grad
+
+
+def _source(graph: Graph, spaces: Mapping[str, Space], value: Value) -> Op:
+    """The op that made a value, looking through views."""
+    op = graph.by_name[value.op]
+    while op.kind is OpKind.CALL and op.name in spaces and spaces[op.name].view:
+        op = graph.by_name[op.operands[0].op]
+    return op

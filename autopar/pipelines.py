@@ -352,8 +352,11 @@ class PipelineSearch:
         kinds = (OpKind.INPUT, OpKind.BUFFER)
         return sum(local_nbytes(op.results[0], whole, mesh) for kind in kinds for op in self.graph.of_kind(kind))
 
-    def find_shapes(self, find_group_trials: Callable[[int], Sequence[Trial]]) -> list[Shape]:
-        """Every shape to look at; `find_group_trials` gives the trials of a group of ranks. Raises InputError on pins that can't be had."""
+    def find_shapes(self, find_group_trials: Callable[[int], Sequence[Trial]], *, alone: bool) -> list[Shape]:
+        """Every shape to look at; `find_group_trials` gives the trials of a group of ranks, of one group only if `alone`.
+
+        Raises InputError on pins that can't be had.
+        """
         wanted, world = self.wanted, self.cluster.world_size
         if wanted.groups is not None and world % wanted.groups:
             raise InputError(f"pin pp={wanted.groups} needs a multiple of {wanted.groups} ranks, the cluster {self.cluster} has {world}")
@@ -366,7 +369,7 @@ class PipelineSearch:
             )
         batch = batch_size(self.graph, self.model.factors)
         shapes = []
-        sizes = [wanted.groups] if wanted.groups is not None else [n for n in range(1, min(blocks, world) + 1) if world % n == 0]
+        sizes = [wanted.groups] if wanted.groups is not None else [n for n in range(1 if alone else 2, min(blocks, world) + 1) if world % n == 0]
         for groups in sizes:
             for trial in find_group_trials(groups):
                 shapes += [Shape(groups, trial, count) for count in self._counts(batch, groups, trial)]

@@ -104,7 +104,11 @@ def make_plan(
     pipelined: Pipelined | None = None
     if wanted.asks or (mesh is None and not stored):
         search = PipelineSearch(model, chain, cluster, wanted, find_loss(graph) is not None, tell)
-        shapes = search.find_shapes(lambda groups: group_trials(model, cluster.part(groups), pins, mesh, stored or {}))
+        # Without a pipeline, micro-batches and recomputation only save memory.
+        is_tight = best is None or best.solution.status != "optimal"
+        shapes = search.find_shapes(
+            lambda groups: group_trials(model, cluster.part(groups), pins, mesh, stored or {}), alone=wanted.asks or is_tight
+        )
         pipelined = search.run(shapes, best.solution.cost_ns / 1e9 if best is not None else math.inf)
         candidates += tuple(search.candidates)
         if pipelined is None and wanted.asks and search.reasons and all(one.memory_bytes is None for one in candidates):

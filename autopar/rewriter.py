@@ -19,6 +19,7 @@ from autopar import collectives, kernels, losses
 from autopar.capture import Captured
 from autopar.deferral import DEFERRABLE
 from autopar.ir import Graph, Op, Operand, OpKind, Tensor, Value
+from autopar.kept import is_deferrable
 from autopar.layers import Folded, fan_key
 from autopar.layout import (
     REPLICATE,
@@ -270,7 +271,7 @@ class Rewriter:
             kwargs["splits"] = splits
             if self.micro is not None and op.name in self.micro.counted:
                 kwargs["counted"] = self.whole_nodes[Whole(self.micro.counted[op.name], op.name)]
-        elif self.splits_backward and op.target in DEFERRABLE and self._reads_weight(op):
+        elif self.splits_backward and is_deferrable(self.graph, self.spaces, op):
             target = DEFERRABLE[op.target]
         if _is_factory(op) and self.device is not None:
             kwargs["device"] = self.device
@@ -290,11 +291,6 @@ class Rewriter:
         if not isinstance(weight, Operand):
             return None
         return self._take(loss.operands[weight.index], self.needed(loss, weight.index), loss, weight.index)
-
-    def _reads_weight(self, op: Op) -> bool:
-        """Whether the op reads a parameter that is trained."""
-        producers = [self.graph.by_name[value.op] for value in op.operands]
-        return any(one.kind is OpKind.PARAMETER and one.results[0].requires_grad for one in producers)
 
     def find_wholes(self, stage: Stage) -> tuple[Whole, ...]:
         """What this stage needs of the whole batch, each once."""

@@ -18,9 +18,8 @@ from autopar.blocks import Block, Chain
 from autopar.cores import find_cores
 from autopar.cost_models import Link, collective_seconds
 from autopar.costs import OPTIMIZER_COPIES, CostTables, local_nbytes, operand_layout_of, result_layout_of
-from autopar.deferral import DEFERRABLE
 from autopar.ir import Op, OpKind, Tensor, Value
-from autopar.kept import count_kept, keeps_operand
+from autopar.kept import count_kept, is_deferrable, keeps_operand
 from autopar.layers import fan_key
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
 from autopar.options import Model
@@ -156,9 +155,7 @@ class Menus:
         return _Costs(forward, backward - deferred, deferred)
 
     def _is_deferrable(self, op: Op) -> bool:
-        producers = [self.graph.by_name[value.op] for value in op.operands]
-        trained = any(one.kind is OpKind.PARAMETER and one.results[0].requires_grad for one in producers)
-        return op.target in DEFERRABLE and trained
+        return is_deferrable(self.graph, self.model.spaces, op)
 
     def _activations(self, op: Op) -> list[Tensor]:
         return [self.graph.tensor(value) for value in op.operands if self.graph.by_name[value.op].kind is OpKind.CALL]
