@@ -124,11 +124,13 @@ class Menus:
     def _variants(self, number: int, block: Block, recompute: Collection[str], splits_backward: bool) -> Iterable[Variant]:
         cores = find_cores(self.graph, self.model.spaces, block.ops)
         regions: dict[str, Sequence[Sequence[str]]] = {"none": (), "selective": cores, "full": (block.ops,)}
+        # Selective recomputation of a block without an attention core runs nothing again.
+        offered = {"none" if name == "selective" and not cores else name for name in recompute}
         costs = {name: self._call_costs(self.graph.by_name[name]) for name in block.ops}
         moves = self._move_costs(block)
         static, once = self._stored_costs(number, block)
         for name, groups in regions.items():
-            if name not in recompute or (name == "selective" and not cores):
+            if name not in offered:
                 continue
             again = [one for group in groups for one in group]
             forward = sum(costs[one].forward + moves[one].forward for one in block.ops)

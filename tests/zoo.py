@@ -3,6 +3,8 @@
 Everything is float64 without dropout. Sizes are chosen to be splittable by two and four: batch 4, sequence 16, vocabulary
 64, feed-forward widths and head counts divisible by four, two or four key/value heads. Labels ignore unequal numbers of
 positions per row, so that a mean over a part of the batch isn't the mean over the whole.
+
+`DEEP` are models with enough layers for eight pipeline stages, and a batch of eight.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import transformers
 from torch import Tensor, nn
 
 BATCH, SEQ, VOCAB, HIDDEN, HEADS, FFN = 4, 16, 64, 32, 4, 64
+ROWS = 8  # of a deep model's batch
+IGNORED = (1, 3, 6, 2, 5, 1, 8, 3)
 
 Model = tuple[nn.Module, dict[str, Tensor]]
 
@@ -29,22 +33,22 @@ _LLAMA = {
 }
 
 
-def tokens(seed: int = 0) -> Tensor:
-    """Token numbers (batch, sequence), none of them a special one."""
-    return torch.randint(3, VOCAB, (BATCH, SEQ), generator=torch.Generator().manual_seed(seed))
+def tokens(seed: int = 0, rows: int = BATCH) -> Tensor:
+    """Token numbers (rows, sequence), none of them a special one."""
+    return torch.randint(3, VOCAB, (rows, SEQ), generator=torch.Generator().manual_seed(seed))
 
 
-def labels(seed: int = 0) -> Tensor:
-    """Labels (batch, sequence) of which row i ignores 1, 3, 6, 2 positions at its end."""
-    made = tokens(seed + 1)
-    for row, ignored in enumerate((1, 3, 6, 2)):
+def labels(seed: int = 0, rows: int = BATCH) -> Tensor:
+    """Labels (rows, sequence) of which row i ignores ``IGNORED[i]`` positions at its end: 1, 3, 6, 2, ..."""
+    made = tokens(seed + 1, rows)
+    for row, ignored in zip(range(rows), IGNORED, strict=False):
         made[row, SEQ - ignored :] = -100
     return made
 
 
-def padding() -> Tensor:
-    """Attention mask (batch, sequence) with 1, 3, 6, 2 padded positions at the end of the rows."""
-    return (labels() != -100).long()
+def padding(rows: int = BATCH) -> Tensor:
+    """Attention mask (rows, sequence) with as many padded positions at the end of the rows as labels ignore."""
+    return (labels(0, rows) != -100).long()
 
 
 def _ready(model: nn.Module) -> nn.Module:
@@ -321,3 +325,134 @@ ZOO: dict[str, Callable[[], Model]] = {
     )
 }
 """Builders of (model in train mode, keyword arguments of its forward) by name."""
+
+
+def gpt2_deep(dropout: float = 0.0) -> Model:
+    config = transformers.GPT2Config(
+        n_embd=HIDDEN,
+        n_layer=6,
+        n_head=HEADS,
+        n_positions=64,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        **_DECODER,
+    )
+    return _deep(config)
+
+
+def llama_deep() -> Model:
+    return _deep(transformers.LlamaConfig(**{**_LLAMA, "num_hidden_layers": 7}))
+
+
+def llama_tied() -> Model:
+    return _deep(transformers.LlamaConfig(**{**_LLAMA, "num_hidden_layers": 6}, tie_word_embeddings=True))
+
+
+def _deep(config: transformers.PreTrainedConfig) -> Model:
+    model, _ = _causal(config)
+    return model, {"input_ids": tokens(0, ROWS), "labels": labels(0, ROWS)}
+
+
+def bert_deep() -> Model:
+    config = transformers.BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=FFN,
+        num_hidden_layers=6,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    torch.manual_seed(0)
+    batch = {"input_ids": tokens(0, ROWS), "attention_mask": padding(ROWS), "labels": labels(0, ROWS)}
+    return _ready(transformers.BertForMaskedLM(config)), batch
+
+
+def t5_deep() -> Model:
+    config = transformers.T5Config(
+        vocab_size=VOCAB,
+        d_model=HIDDEN,
+        d_kv=8,
+        d_ff=FFN,
+        num_layers=3,
+        num_heads=HEADS,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    batch = {"input_ids": tokens(0, ROWS), "attention_mask": padding(ROWS), "labels": labels(0, ROWS)}
+    return _ready(transformers.T5ForConditionalGeneration(config)), batch
+
+
+class Convolutions(nn.Module):
+    """Two convolutions with group norms, which see every sample for itself."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, 1, 1)
+        self.norm1 = nn.GroupNorm(4, out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1)
+        self.norm2 = nn.GroupNorm(4, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.silu(self.norm1(self.conv1(x)))
+        return nn.functional.silu(self.norm2(self.conv2(x)))
+
+
+class PixelAttention(nn.Module):
+    """Attention between all pixels, around a shortcut."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(4, width)
+        self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (part(pixels).unflatten(2, (HEADS, -1)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + self.out(mixed).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class UNet(nn.Module):
+    """Three levels down, three up, each of which reads what its counterpart on the way down made; a class per pixel."""
+
+    def __init__(self, widths: tuple[int, ...] = (8, 16, 16)) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, widths[0], 3, 1, 1)
+        self.down = nn.ModuleList(Convolutions(a, b) for a, b in zip((widths[0], *widths[:-1]), widths, strict=True))
+        self.middle = nn.Sequential(Convolutions(widths[-1], widths[-1]), PixelAttention(widths[-1]), Convolutions(widths[-1], widths[-1]))
+        self.up = nn.ModuleList(Convolutions(2 * b, a) for a, b in zip((widths[0], *widths[:-1]), widths, strict=True))
+        self.head = nn.Conv2d(widths[0], 8, 1)
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        x = self.stem(images)
+        skips = []
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+            x = nn.functional.avg_pool2d(x, 2)
+        x = self.middle(x)
+        for block in reversed(self.up):
+            x = nn.functional.interpolate(x, scale_factor=2.0, mode="nearest")
+            x = block(torch.cat([x, skips.pop()], dim=1))
+        return nn.functional.cross_entropy(self.head(x), labels)
+
+
+def unet() -> Model:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(ROWS, 3, 16, 16, generator=generator, dtype=torch.float64)
+    classes = torch.randint(0, 8, (ROWS, 16, 16), generator=generator)
+    for row, ignored in enumerate(IGNORED):
+        classes[row, :ignored] = -100
+    return _ready(UNet()), {"images": images, "labels": classes}
+
+
+DEEP: dict[str, Callable[[], Model]] = {
+    builder.__name__: builder for builder in (gpt2_deep, llama_deep, llama_tied, bert_deep, t5_deep, unet)
+}
+"""The same, of models that pipelines of eight stages are made of."""

@@ -218,6 +218,13 @@ def pool(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return space(op, operands, [left], [right] * len(op.results), linear=linear)
 
 
+def upsample(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n c y! x! -> n c q! p!``: interpolation between neighbours, by size or by factor."""
+    spatial = len(operands[0].shape) - 2
+    left, right = (["n", "c", *(f"{name}{dim}!" for dim in range(spatial))] for name in ("x", "y"))
+    return space(op, operands, [left], [right], linear=floats(operands, 0))
+
+
 def constant(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """Sizes and a value: every part makes its own. ``new_zeros`` and the like take nothing but the type from their operand."""
     tokens = letters(len(op.results[0].shape))
@@ -251,6 +258,11 @@ RULES: dict[str, Rule] = {
         """aten.max_pool1d.default aten.max_pool2d.default aten.avg_pool1d.default aten.avg_pool2d.default
         aten.adaptive_avg_pool1d.default aten.adaptive_avg_pool2d.default""",
         pool,
+    ),
+    **named(
+        """aten.upsample_nearest1d.vec aten.upsample_nearest2d.vec aten.upsample_nearest3d.vec aten.upsample_linear1d.vec
+        aten.upsample_bilinear2d.vec aten.upsample_bicubic2d.vec aten.upsample_trilinear3d.vec""",
+        upsample,
     ),
     **named(
         """aten.zeros.default aten.ones.default aten.full.default aten.empty.memory_format aten.new_zeros.default
