@@ -45,7 +45,8 @@ GUIDED_SHARE = 0.2
 GUIDED_GAP = 0.003
 # Of the leanest assignment's bytes above the budgets.
 LEANEST_GAP = 1e-4
-# The search ends when neither the answer nor the bound has got better for this many seconds.
+# The search ends when neither the answer nor the bound has got better for so many rounds and seconds.
+PATIENT_ROUNDS = 3
 PATIENCE = 2.0
 
 
@@ -171,17 +172,18 @@ class _Search:
 
     def finish(self) -> None:
         """Rounds of the model with integers."""
-        moved = time.perf_counter()
-        while not self.is_over and time.perf_counter() - moved < PATIENCE:
+        moved, since = time.perf_counter(), 0
+        while not self.is_over and (since < PATIENT_ROUNDS or time.perf_counter() - moved < PATIENCE):
             best, bound = self.best, self.bound
             point = self.solve(self.master, self.left, gap=GAP_SHARE * self.gap)
             if point is None:
                 return
             answer = spell(self.problem, point.counts)
+            since += 1
             if not self.offer(*answer):
                 self.tighten(*answer)
             elif self.best is not best or self.bound > bound * (1 + GAP_SHARE * self.gap):
-                moved = time.perf_counter()
+                moved, since = time.perf_counter(), 0
 
     def solve(self, master: Master, seconds: float, *, is_relaxed: bool = False, gap: float = 0.0) -> Point | None:
         """One round; its bound counts where the model is no guess."""
@@ -196,9 +198,9 @@ class _Search:
         measured = measure(self.problem, stages, variants)
         if any(used > there for used, there in zip(measured.peak, self.problem.budgets, strict=True)):
             return False
-        objective = self.master.longest_known(measured.columns) + measured.once
         simulated = self.add_paths(measured.columns) + measured.once
         if self.best is None or simulated < self.best.simulated:
+            objective = self.master.longest_known(measured.columns) + measured.once
             self.best = Assignment(tuple(stages), tuple(variants), objective, simulated, 0.0, "", 0, measured.peak)
         return True
 

@@ -35,7 +35,7 @@ from autopar.menus import PHASES, RECEIVES_AT_ONCE, Floats, Ints, Problem, Run
 
 # The model's numbers: a step of about this many units of time, a budget of this many units of memory. Solvers keep absolute tolerances.
 TIME_UNITS = 1e4
-MEMORY_UNITS = 1e4
+MEMORY_UNITS = 1e3
 # A solve is given this many seconds at least.
 LEAST_SECONDS = 0.05
 
@@ -72,6 +72,7 @@ class Master:
         self.paths: list[Floats] = []
         self.known: set[bytes] = set()
         self.second = TIME_UNITS / (_rough_seconds(problem) or 1.0)
+        self.tick = self.second * problem.schedule.microbatches  # of columns: all micro-batches' seconds, so that they are of a step's size
         self.byte = MEMORY_UNITS / max(1, *budgets)
         self.counts: dict[tuple[int, int], Ints] = {}  # per run and stage, per option of the run
         self.prefix: dict[tuple[int, int], int] = {}
@@ -97,7 +98,7 @@ class Master:
         counts = {key: answer.values[ids] for key, ids in self.counts.items()}
         if self.is_leanest:
             return Point(0.0, np.zeros(0), 0.0, counts)
-        columns = np.maximum(answer.values[self.columns], 0.0) / self.second
+        columns = np.maximum(answer.values[self.columns], 0.0) / self.tick
         return Point(answer.bound / self.second, columns, float(answer.values[self.once]) / self.second, counts)
 
     def longest_known(self, columns: Floats) -> float:
@@ -110,7 +111,7 @@ class Master:
             self.known.add(path.tobytes())
             self.paths.append(path)
             on = np.flatnonzero(path)
-            self.model.add_row([self.step, *self.columns[on]], [1.0, *-path[on]], 0.0, np.inf)
+            self.model.add_row([self.step, *self.columns[on]], [1.0, *(-path[on] / self.problem.schedule.microbatches)], 0.0, np.inf)
 
     def _add_one(self, lower: float, upper: float, *, cost: float = 0.0, is_integer: bool = False) -> int:
         return int(self.model.add_variables(np.array([cost]), lower=lower, upper=upper, is_integer=is_integer)[0])
@@ -205,7 +206,7 @@ class Master:
 
     def _add_columns(self) -> Ints:
         """Variables for the columns of a `Problem`: seconds of stages and transfers."""
-        runs, stages, second = self.problem.runs, self.problem.schedule.stages, self.second
+        runs, stages, tick = self.problem.runs, self.problem.schedule.stages, self.tick
         columns: list[int] = []
         for phase in range(PHASES):
             for stage in range(stages):
@@ -213,11 +214,11 @@ class Master:
                 columns.append(column)
                 parts = [(column, 1.0)]
                 for key, run, _ in self._placed([stage]):
-                    parts += zip(self.counts[key].tolist(), (-second * run.seconds[:, phase]).tolist(), strict=True)
+                    parts += zip(self.counts[key].tolist(), (-tick * run.seconds[:, phase]).tolist(), strict=True)
                 self._add_sum(parts, 0.0, 0.0)
         for way in (0, 1):
             for stage in range(stages - 1):
-                constant, parts = self._end(stage, [second * run.cut[way] for run in runs])
+                constant, parts = self._end(stage, [tick * run.cut[way] for run in runs])
                 column = self._add_one(0.0, np.inf)
                 columns.append(column)
                 self._add_sum([(column, 1.0), *((started, -step) for started, step in parts)], constant, constant)
@@ -233,7 +234,7 @@ class Master:
 
     def _add_guide(self) -> None:
         """A step takes as long as the slowest of all ranks' first stages, and of their second, and so on: no constraint, but a guess."""
-        stages, microbatches = self.problem.schedule.stages, float(self.problem.schedule.microbatches)
+        stages = self.problem.schedule.stages
         parts = [(self.step, 1.0)]
         for group in zip_longest(*self.problem.stages_of):
             for phases in ((0,), (1, 2)):
@@ -241,7 +242,7 @@ class Master:
                 parts.append((slowest, -1.0))
                 for stage in group:
                     if stage is not None:
-                        work = [(int(self.columns[phase * stages + stage]), -microbatches) for phase in phases]
+                        work = [(int(self.columns[phase * stages + stage]), -1.0) for phase in phases]
                         self._add_sum([(slowest, 1.0), *work], 0.0, np.inf)
         self._add_sum(parts, 0.0, np.inf)
 

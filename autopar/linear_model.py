@@ -7,8 +7,9 @@ solver ended. Costs should be of the size of integer nanoseconds: with costs lik
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -82,17 +83,20 @@ class LinearModel:
         return np.concatenate(self._integer)
 
     def solve(self, seconds: float, *, is_relaxed: bool = False, gap: float | None = None) -> Answer:
-        """Solve with HiGHS on one thread, as a linear program if `is_relaxed`, else until the relative `gap` is closed or time is up."""
+        """Solve with HiGHS, as a linear program if `is_relaxed`, else until the relative `gap` is closed or the time is up."""
+        model = self._model(is_relaxed)
         parameters = mathopt.SolveParameters(
             time_limit=datetime.timedelta(seconds=seconds), relative_gap_tolerance=None if is_relaxed else gap
         )
-        # Zeros and duals are most of an answer and nobody reads them.
-        wanted = mathopt.ModelSolveParameters(
-            variable_values_filter=mathopt.VariableFilter(skip_zero_values=True),
-            dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=()),
-            reduced_costs_filter=mathopt.VariableFilter(filtered_items=()),
-        )
-        result = mathopt.solve(self._model(is_relaxed), mathopt.SolverType.HIGHS, params=parameters, model_params=wanted)
+        # HiGHS 1.12 calls an optimum of a MIP an error where rounding leaves it outside of a row by just the tolerance; MathOpt 9.15
+        # raises AttributeError over that. The same model without presolve takes another way to the optimum.
+        try:
+            result = _solve(model, parameters)
+        except (AttributeError, ValueError, RuntimeError):
+            try:
+                result = _solve(model, replace(parameters, presolve=mathopt.Emphasis.OFF))
+            except (AttributeError, ValueError, RuntimeError) as error:
+                return Answer(None, -math.inf, False, f"an error of the solver: {error}")
         values = None
         if result.has_primal_feasible_solution():
             values = np.zeros(self.size)
@@ -126,3 +130,13 @@ class LinearModel:
         proto.linear_constraint_matrix.column_ids.extend(columns[order].tolist())
         proto.linear_constraint_matrix.coefficients.extend(np.concatenate(self._coefficients)[order].tolist())
         return mathopt.Model.from_model_proto(proto)
+
+
+def _solve(model: mathopt.Model, parameters: mathopt.SolveParameters) -> mathopt.SolveResult:
+    # Zeros and duals are most of an answer and nobody reads them.
+    wanted = mathopt.ModelSolveParameters(
+        variable_values_filter=mathopt.VariableFilter(skip_zero_values=True),
+        dual_values_filter=mathopt.LinearConstraintFilter(filtered_items=()),
+        reduced_costs_filter=mathopt.VariableFilter(filtered_items=()),
+    )
+    return mathopt.solve(model, mathopt.SolverType.HIGHS, params=parameters, model_params=wanted)
