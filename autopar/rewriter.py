@@ -123,7 +123,8 @@ class Rewriter:
         for name in stage.calls:
             self._call(graph.by_name[name], self.captured_nodes[name])
         sent = list(dict.fromkeys(value for end in sorted(stage.sends) for value in stage.sends[end]))
-        results = [self._move(value, self.made(value), self.travels(value), graph.by_name[value.op]) for value in sent]
+        # These moves stand after all blocks, so that they belong to none: the block that made the value may be run again as one.
+        results = [self._move(value, self.made(value), self.travels(value), output) for value in sent]
         results += [self._take(output.operands[i], self.output_layout(i), output, i) for i in stage.outputs]
         self.new.output(tuple(results))
         return self._finish(), sent
