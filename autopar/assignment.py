@@ -6,11 +6,13 @@ longest path joins the model, and so on, until the best answer's simulated time 
 In this order:
 
 1. even splits in ever leaner variants, until one fits: something to return, and paths that matter;
-2. the model with continuous counts, where a round is cheap and most paths are found;
-3. where ranks hold several stages, the model with a guess: there the paths are so many that the model's own answers stay poor for long;
-4. the model with integers.
+2. the relaxed model, where a round is cheap and most paths are found;
+3. where ranks hold one stage each, the model with whole blocks per stage in fractions of variants: its bound is nearly that of the whole
+   model, at a fraction of the time; its stages, with whole variants, are an answer;
+4. where ranks hold several stages, the model with a guess: there the paths are so many that the model's own answers stay poor for long;
+5. the whole model.
 
-All paths are paths of the schedule, so every bound on the way holds; the guess of step 3 serves answers only.
+All paths are paths of the schedule, so every bound on the way holds; the guess of step 4 serves answers only.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ import numpy as np
 from autopar.actions import Schedule
 from autopar.assignment_model import Master, Point, spell
 from autopar.errors import InfeasibleError, SolverError
-from autopar.menus import PHASES, BlockMenu, Floats, Problem, Variant, evaluate, longest_path, make_problem, measure
+from autopar.menus import PHASES, BlockMenu, Floats, Ints, Problem, Variant, evaluate, longest_path, make_problem, measure
 from autopar.units import format_bytes
 
 __all__ = ["Assignment", "BlockMenu", "Variant", "assign", "evaluate"]
 
-# Rounds of the relaxed model at most, and the share of the gap asked for at which a round has gained nothing.
+# Rounds of the relaxed models at most, and the share of the gap asked for at which a round has gained nothing.
 RELAXED_ROUNDS = 40
+PLACED_ROUNDS = 8
 GAP_SHARE = 0.25
 # Beside an answer's own times, those with one rank this much slower are simulated: the paths that would matter next. That many actions
 # are walked at most.
@@ -104,6 +107,8 @@ def assign(
         search.relax()
         if schedule.chunks > 1:
             search.guide(GUIDED_SHARE * time_limit)
+        else:
+            search.place()
         search.finish()
     except InfeasibleError:
         # Where something was found, it is the model for a little less memory that nothing fits.
@@ -148,13 +153,28 @@ class _Search:
         """Find paths with continuous counts, as long as the bound moves."""
         before = 0.0
         for _ in range(RELAXED_ROUNDS):
-            point = self.solve(self.master, self.left, is_relaxed=True)
+            point = self.solve(self.master, self.left, free=self.master.integers)
             if point is None or self.is_over:
                 return
             simulated = self.add_paths(point.columns) + point.once
             if simulated <= point.bound * (1 + GAP_SHARE * self.gap) or point.bound <= before * (1 + GAP_SHARE * self.gap):
                 return
             before = point.bound
+
+    def place(self) -> None:
+        """Find paths, and answers, with whole blocks per stage in fractions of variants."""
+        for _ in range(PLACED_ROUNDS):
+            if self.is_over:
+                return
+            point = self.solve(self.master, self.left, free=self.master.variants, gap=GAP_SHARE * self.gap)
+            if point is None:
+                return
+            simulated = self.add_paths(point.columns) + point.once
+            whole = self.master.solve(self.left, fixed=point, gap=GAP_SHARE * self.gap)
+            if whole is not None:
+                self.offer(*spell(self.problem, whole.counts))
+            if simulated <= point.bound * (1 + GAP_SHARE * self.gap):
+                return
 
     def guide(self, seconds: float) -> None:
         """Answers of models that guess what a schedule of several stages per rank takes."""
@@ -185,10 +205,10 @@ class _Search:
             elif self.best is not best or self.bound > bound * (1 + GAP_SHARE * self.gap):
                 moved, since = time.perf_counter(), 0
 
-    def solve(self, master: Master, seconds: float, *, is_relaxed: bool = False, gap: float = 0.0) -> Point | None:
+    def solve(self, master: Master, seconds: float, *, free: Ints | None = None, gap: float = 0.0) -> Point | None:
         """One round; its bound counts where the model is no guess."""
         self.rounds += 1
-        point = master.solve(seconds, is_relaxed=is_relaxed, gap=gap)
+        point = master.solve(seconds, free=free, gap=gap)
         if point is not None and not master.is_guided:
             self.bound = max(self.bound, point.bound)
         return point

@@ -42,12 +42,19 @@ LEAST_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """An answer of the model: a lower bound in seconds, the columns of a `Problem`, `once`, and the blocks per run and stage."""
+    """An answer of the model.
+
+    Attributes:
+        bound: no answer takes less; seconds.
+        columns: of the `Problem`; `once`: the longest of a rank.
+        counts: per run and stage the blocks per option; `prefixes`: the model's, in its order.
+    """
 
     bound: float
     columns: Floats
     once: float
     counts: dict[tuple[int, int], Floats]
+    prefixes: Floats
 
 
 class Master:
@@ -88,18 +95,34 @@ class Master:
         if is_guided:
             self._add_guide()
 
-    def solve(self, seconds: float, *, is_relaxed: bool = False, gap: float = 0.0) -> Point | None:
-        """The model's answer, up to a relative `gap`; None when the time was over first. Raises InfeasibleError when nothing fits."""
-        answer = self.model.solve(max(LEAST_SECONDS, seconds), is_relaxed=is_relaxed, gap=gap)
-        if answer.is_infeasible:
+    @property
+    def integers(self) -> Ints:
+        """All variables that are integer in the whole model."""
+        return np.flatnonzero(self.model.integers())
+
+    @property
+    def variants(self) -> Ints:
+        """The variables that say how many blocks take which variant."""
+        return np.concatenate(list(self.counts.values()))
+
+    def solve(self, seconds: float, *, free: Ints | None = None, fixed: Point | None = None, gap: float = 0.0) -> Point | None:
+        """The model's answer, up to a relative `gap`; None when the time was over first.
+
+        Variables in `free` needn't be integers. With `fixed`, blocks stay on the stages of that point, and None may say that they can't.
+        Raises InfeasibleError when nothing fits.
+        """
+        prefixes = np.array(list(self.prefix.values()))
+        held = None if fixed is None else (prefixes, np.rint(fixed.prefixes))
+        answer = self.model.solve(max(LEAST_SECONDS, seconds), free=free, fixed=held, gap=gap)
+        if answer.is_infeasible and fixed is None:
             raise InfeasibleError("no assignment of blocks to stages fits the memory")
         if answer.values is None:
             return None
         counts = {key: answer.values[ids] for key, ids in self.counts.items()}
         if self.is_leanest:
-            return Point(0.0, np.zeros(0), 0.0, counts)
+            return Point(0.0, np.zeros(0), 0.0, counts, np.zeros(0))
         columns = np.maximum(answer.values[self.columns], 0.0) / self.tick
-        return Point(answer.bound / self.second, columns, float(answer.values[self.once]) / self.second, counts)
+        return Point(answer.bound / self.second, columns, float(answer.values[self.once]) / self.second, counts, answer.values[prefixes])
 
     def longest_known(self, columns: Floats) -> float:
         """Seconds of the longest of the paths that the model has."""

@@ -82,13 +82,32 @@ class LinearModel:
         """Which variables are integer, shape (variables,)."""
         return np.concatenate(self._integer)
 
-    def solve(self, seconds: float, *, is_relaxed: bool = False, gap: float | None = None) -> Answer:
-        """Solve with HiGHS, as a linear program if `is_relaxed`, else until the relative `gap` is closed or the time is up."""
-        model = self._model(is_relaxed)
+    def solve(
+        self,
+        seconds: float,
+        *,
+        free: npt.NDArray[np.int64] | None = None,
+        fixed: tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]] | None = None,
+        gap: float | None = None,
+    ) -> Answer:
+        """Solve with HiGHS until the relative `gap` is closed or the time is up; without integers the model is a linear program.
+
+        Args:
+            seconds: the time limit.
+            free: ids of variables that needn't be integers here.
+            fixed: ids of variables, and the values that they take here.
+            gap: relative distance from the bound; the solver's own by default.
+        """
+        lowest, highest, integer = np.concatenate(self._lowest), np.concatenate(self._highest), self.integers()
+        if free is not None:
+            integer[free] = False
+        if fixed is not None:
+            lowest[fixed[0]] = highest[fixed[0]] = fixed[1]
+        model = self._model(lowest, highest, integer)
         parameters = mathopt.SolveParameters(
-            time_limit=datetime.timedelta(seconds=seconds), relative_gap_tolerance=None if is_relaxed else gap
+            time_limit=datetime.timedelta(seconds=seconds), relative_gap_tolerance=gap if integer.any() else None
         )
-        # HiGHS 1.12 calls an optimum of a MIP an error where rounding leaves it outside of a row by just the tolerance; MathOpt 9.15
+        # HiGHS calls an optimum of a MIP an error where rounding leaves it outside of a row by just the tolerance, and MathOpt
         # raises AttributeError over that. The same model without presolve takes another way to the optimum.
         try:
             result = _solve(model, parameters)
@@ -110,12 +129,12 @@ class LinearModel:
             str(result.termination),
         )
 
-    def _model(self, is_relaxed: bool) -> mathopt.Model:
+    def _model(self, lowest: npt.NDArray[np.float64], highest: npt.NDArray[np.float64], integer: npt.NDArray[np.bool_]) -> mathopt.Model:
         proto = model_pb2.ModelProto()
         proto.variables.ids.extend(range(self.size))
-        proto.variables.lower_bounds.extend(np.concatenate(self._lowest).tolist())
-        proto.variables.upper_bounds.extend(np.concatenate(self._highest).tolist())
-        proto.variables.integers.extend([False] * self.size if is_relaxed else self.integers().tolist())
+        proto.variables.lower_bounds.extend(lowest.tolist())
+        proto.variables.upper_bounds.extend(highest.tolist())
+        proto.variables.integers.extend(integer.tolist())
         proto.objective.maximize = False
         costs = np.concatenate(self._costs)
         paid = np.flatnonzero(costs)

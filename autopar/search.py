@@ -277,12 +277,13 @@ def _run(rows: LinearModel, time_limit: float, ceiling: float, *, required: bool
 
     Integers are only looked for where the relaxation leaves hope for less than `ceiling`.
     """
-    answer = rows.solve(time_limit, is_relaxed=True)
+    integers = np.flatnonzero(rows.integers())
+    answer = rows.solve(time_limit, free=integers)
     if answer.values is None:
         if not required:
             return None, 0.0, "LP, integral"
         raise SolverError(f"the solver ended with {answer.termination}")
-    decided = answer.values[rows.integers()]
+    decided = answer.values[integers]
     if np.abs(decided - np.rint(decided)).max() <= 1e-6:
         return answer.values, answer.bound, "LP, integral"
     if answer.bound >= ceiling:

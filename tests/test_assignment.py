@@ -204,7 +204,7 @@ def test_tight_memory_mixes_variants_and_stages() -> None:
 def test_many_layers_are_counted_not_listed() -> None:
     menus = llama(126, 9)
     schedule = make_schedule("1f1b", 16, 64)
-    found = assign(menus, schedule, 11 * 10**9, time_limit=6, gap=0.02)
+    found = assign(menus, schedule, 11 * 10**9, time_limit=30, gap=0.02)
     check(menus, schedule, [11 * 10**9] * 16, found)
     assert found.status == "optimal"
     assert len({found.stages.count(stage) for stage in range(16)}) > 1
@@ -216,7 +216,7 @@ def test_a_chain_without_repeats() -> None:
         BlockMenu(f"b{i}", tuple(random_variant(rng, f"v{j}") for j in range(3)), (1e-4, 1e-4, int(rng.integers(1, 9)))) for i in range(40)
     ]
     schedule = make_schedule("1f1b", 4, 16)
-    found = assign(menus, schedule, 1500, time_limit=6, gap=0.02)
+    found = assign(menus, schedule, 1500, time_limit=30, gap=0.02)
     check(menus, schedule, [1500] * 4, found)
     assert found.status == "optimal"
 
