@@ -8,15 +8,16 @@ action and the micro-batch.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from autopar import comm, rng
+from autopar.actions import SENDS
 from autopar.collectives import join_parts, regather, take_part
 from autopar.comm import Axis, Message, TimeAxis
 from autopar.deferral import Deferred, deferring
@@ -48,6 +49,41 @@ class _Flow:
     gradients: dict[int, Tensor] = field(default_factory=dict)
 
 
+class Step(NamedTuple):
+    """A forward, or a backward (of inputs at least), of a stage and a micro-batch."""
+
+    is_forward: bool
+    stage: int
+    microbatch: int
+
+
+Taken = Mapping[Step, tuple[Action, ...]]
+"""Per step of a group: its sends that have been taken once the messages that the step waits for have come."""
+
+
+def find_taken(schedule: Schedule, group: int) -> Taken:
+    """Which sends of a group are known to be over, and when: a rank that sends has used what it waited for before.
+
+    A send over gloo can't be asked whether it is over, only be waited for, and keeps its tensor until then. Waiting where it is known
+    to be over takes no time. What no message follows (the last gradients) isn't known of before the end.
+    """
+    found: dict[Step, tuple[Action, ...]] = {}
+    sends: dict[Step, list[Action]] = {}
+    for action in schedule.actions[group]:
+        if action.kind in SENDS:
+            sends.setdefault(Step(action.kind is Kind.SEND_FORWARD, action.peer, action.microbatch), []).append(action)
+    for rank, actions in enumerate(schedule.actions):
+        used: list[Action] = []
+        for action in actions if rank != group else ():
+            if action.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT):
+                used += sends.get(Step(action.kind is Kind.FORWARD, action.stage, action.microbatch), ())
+            elif action.kind in SENDS and schedule.rank_of[action.peer] == group and used:
+                step = Step(action.kind is Kind.SEND_FORWARD, action.peer, action.microbatch)
+                found[step] = (*found.get(step, ()), *used)
+                used = []
+    return found
+
+
 class Executor:
     """One run of a schedule on one rank.
 
@@ -62,6 +98,7 @@ class Executor:
         number: seeds the random ops; the same on all ranks.
         regathers: gathered parameters are gathered again in the backward instead of kept.
         reduce: called with a stage when its gradients are complete on this rank.
+        taken: what `find_taken` says of this schedule and group; without it, sends that can't tell when they are done last to the end.
     """
 
     def __init__(
@@ -77,6 +114,7 @@ class Executor:
         number: int = 0,
         regathers: bool = False,
         reduce: Callable[[int], None] | None = None,
+        taken: Taken | None = None,
     ) -> None:
         self.pipeline = pipeline
         self.schedule = schedule
@@ -97,7 +135,8 @@ class Executor:
         self._flows: dict[Key, _Flow] = {}
         self._coming: dict[tuple[Kind, int, int, int], list[Message]] = {}  # kind, stage, peer, micro-batch
         self._here: dict[tuple[Kind, int, int, int], list[Tensor]] = {}  # the same, from a stage of this rank
-        self._going: deque[Message] = deque()
+        self._going: dict[Action, list[Message]] = {}
+        self._taken = taken or {}
         self._left: dict[Key, Deferred] = {}
         self._acts: Mapping[Kind, Callable[[Action], None]] = {
             Kind.FORWARD: self._forward,
@@ -118,8 +157,10 @@ class Executor:
                 self._acts[action.kind](action)
             except Exception as error:
                 raise self._explain(action, error) from error
-        while self._going:
-            self._going.popleft().wait()
+        for messages in self._going.values():
+            for message in messages:
+                message.wait()
+        self._going.clear()
 
     @property
     def is_idle(self) -> bool:
@@ -149,6 +190,7 @@ class Executor:
             received[peer] = [
                 x.requires_grad_() if self.trains and boundary.requires_grad else x for x, boundary in zip(values, boundaries, strict=True)
             ]
+        self._let_go(Step(True, action.stage, action.microbatch))
         wholes = self._find_wholes(action.stage, program, tensors)
         flat = [x for peer in sorted(received) for x in received[peer]]
         with comm.active(self._times[action.microbatch]), self._draws(action), self._keeps(), torch.set_grad_enabled(self.trains):
@@ -213,6 +255,7 @@ class Executor:
                 gradients = self._arrived(Kind.BACKWARD, action.stage, consumer, action.microbatch)
                 for index, gradient in zip(wanted, gradients, strict=True):
                     _add(flow.gradients, index, gradient)
+        self._let_go(Step(False, action.stage, action.microbatch))
         pairs = [(flow.results[index], gradient) for index, gradient in flow.gradients.items()]
         flow.results = []
         flow.gradients = {}
@@ -246,10 +289,16 @@ class Executor:
         self._send(action, self._here.pop((Kind.BACKWARD, action.peer, action.stage, action.microbatch)))
 
     def _send(self, action: Action, tensors: Sequence[Tensor]) -> None:
-        while self._going and self._going[0].is_done():
-            self._going.popleft()
+        while self._going and all(message.is_done() for message in next(iter(self._going.values()))):
+            del self._going[next(iter(self._going))]
         to = self.schedule.rank_of[action.peer]
-        self._going.extend(self.axis.send(x, to) for x in tensors)
+        self._going[action] = [self.axis.send(x, to) for x in tensors]
+
+    def _let_go(self, step: Step) -> None:
+        """The messages of a step have come: forget what was taken before they were sent."""
+        for send in self._taken.get(step, ()):
+            for message in self._going.pop(send, ()):
+                message.wait()
 
     def _receive(self, action: Action) -> None:
         """Begin to receive: values from a stage before, or gradients from one after, in the shapes in which they were sent there."""

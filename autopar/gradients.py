@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
 from autopar.costs import BUCKET_BYTES
-from autopar.dtensor import as_dtensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -231,8 +230,10 @@ class StashedGradients:
             self.start(list(self._tracked))
             for name, gradient in self.collect().items():
                 _give(self._tracked[name].parameter, gradient)
+        # The usual factor is 1, which a CPU can tell at once; a GPU would have to be waited for.
+        scaled = scale.device.type != "cpu" or scale.item() != 1
         for name, gradient in gradients.items():
-            _give(self._tracked[name].parameter, gradient.mul_(scale))
+            _give(self._tracked[name].parameter, gradient.mul_(scale) if scaled else gradient)
 
 
 def _start_sum(members: Sequence[Tracked]) -> _Flight | None:
@@ -280,7 +281,7 @@ def _fill_buckets(tracked: Sequence[Tracked], limit: int) -> tuple[_Bucket, ...]
 def _give(parameter: nn.Parameter, gradient: Tensor) -> None:
     """Add a complete local gradient to the parameter's, and call the parameter's hooks as a backward through it would."""
     if isinstance(parameter, DTensor):
-        gradient = as_dtensor(gradient, parameter.device_mesh, parameter.placements, parameter.shape)
+        gradient = torch_compat.make_like(gradient, parameter)
     gradient = torch_compat.run_hooks(parameter, gradient)
     if parameter.grad is None:
         parameter.grad = gradient

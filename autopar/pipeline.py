@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autopar.comm import Axis
 from autopar.errors import InputError
-from autopar.executor import Executor, StageTensors
+from autopar.executor import Executor, StageTensors, find_taken
 from autopar.gradients import StashedGradients
 from autopar.layout import local_shape
 from autopar.program import PipelineProgram, Program, Slot
@@ -56,10 +56,15 @@ class StageRunner:
         self.leaves = leaves
         self.stash = stash
         self._shared = [slot for slot in program.parameters if len(slot.groups) > 1 and group in slot.groups]
-        # A parameter may be summed over the ranks when the last stage of this rank that uses it is done.
         mine = {number: stage for number, stage in self.pipeline.stages.items() if self.pipeline.schedule.rank_of[number] == group}
         self._stages = mine
-        self._left: dict[int, int] = {}
+        # A parameter may be summed over the ranks when the last stage of this rank that uses it is done.
+        self._users: dict[int, set[int]] = {}
+        for number, stage in mine.items():
+            for i in stage.parameters:
+                if len(program.parameters[i].groups) == 1:
+                    self._users.setdefault(i, set()).add(number)
+        self._taken = find_taken(self.pipeline.schedule, group), find_taken(self.pipeline.inference, group)
 
     def run(self, buffers: Mapping[str, Tensor], inputs: Sequence[Tensor], *, number: int, trains: bool, syncs: bool) -> PipelineRun:
         """Run the schedule (its forwards, when the loss is computed outside) on this rank's parts of the buffers and inputs."""
@@ -96,6 +101,7 @@ class StageRunner:
             number=number,
             regathers=self.program.regather,
             reduce=reduce,
+            taken=self._taken[0 if trains else 1],
         )
         run = PipelineRun(self, executor, syncs)
         if trains:
@@ -112,12 +118,8 @@ class StageRunner:
 
     def _ready(self, stage: int, done: set[int]) -> list[str]:
         """Parameters of a stage whose gradients are complete on this group, and on no other."""
-        found = []
-        for i in self._stages[stage].parameters:
-            users = {number for number, one in self._stages.items() if i in one.parameters}
-            if users <= done and len(self.program.parameters[i].groups) == 1:
-                found.append(self.program.parameters[i].name)
-        return found
+        parameters = self.program.parameters
+        return [parameters[i].name for i in self._stages[stage].parameters if i in self._users and self._users[i] <= done]
 
     def _refresh(self) -> None:
         """Bring the values of shared parameters from their owners."""
@@ -262,8 +264,8 @@ class _Refuse(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise InputError(
-            "a loss was computed from an output of a pipelined model that returns its own loss: that backward has run already. Use the loss "
-            "that the model returns, or call the model without labels so that it returns none"
+            "a loss was computed from an output of a pipelined model that returns its own loss: that backward has run already. Use the "
+            "loss that the model returns, or call the model without labels so that it returns none"
         )
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "local_of",
     "local_sizes",
     "make_dtensor",
+    "make_like",
     "partial_norm",
     "read_in_backward",
     "redistribute_part",
@@ -145,6 +146,12 @@ def make_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement
     meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
     new: Callable[..., DTensor] = DTensor
     return new(local.detach(), DTensorSpec(mesh, tuple(placements), meta), requires_grad=False)
+
+
+def make_like(local: Tensor, x: DTensor) -> DTensor:
+    """The DTensor whose part on this rank is `local`, with the sizes, mesh and placements of `x`; not differentiable."""
+    new: Callable[..., DTensor] = DTensor
+    return new(local.detach(), x._spec, requires_grad=False)
 
 
 def with_placements(spec: DTensorSpec, placements: Sequence[Placement]) -> DTensorSpec:
