@@ -201,6 +201,14 @@ def test_tight_memory_mixes_variants_and_stages() -> None:
     assert assign(menus, schedule, 21, gap=GAP).simulated > found.simulated
 
 
+def test_a_variant_that_lets_less_wait_is_worth_taking() -> None:
+    fast = Variant("fast", 1.0, 1.0, 1.0, 0.0, 1, 10, 0, 0)
+    lean = Variant("lean", 1.0, 1.0, 2.0, 0.0, 1, 0, 0, 0)
+    menus = [BlockMenu(f"b{i}", (fast, lean), (0.0, 0.0, 0)) for i in range(2)]
+    assert assign(menus, make_schedule("zb-h1", 2, 4), 5).variants == (1, 1)
+    assert assign(menus, make_schedule("1f1b", 2, 4), 5).variants == (0, 0)
+
+
 def test_many_layers_are_counted_not_listed() -> None:
     menus = llama(126, 9)
     schedule = make_schedule("1f1b", 16, 64)
