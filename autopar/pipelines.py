@@ -13,12 +13,12 @@ from dataclasses import dataclass, fields, replace
 
 from autopar.assignment import Assignment, BlockMenu, assign
 from autopar.blocks import Chain
-from autopar.cost_models import Cluster, axis_link
+from autopar.cost_models import Cluster, Link, axis_link
 from autopar.costs import CostTables, local_nbytes
 from autopar.errors import InfeasibleError, InputError, SolverError
 from autopar.generators import SCHEDULES, make_schedule
 from autopar.ir import OpKind
-from autopar.layout import PIPELINE, REPLICATE, Mesh, with_pipeline
+from autopar.layout import PIPELINE, REPLICATE, Mesh, fits, with_pipeline
 from autopar.meshes import Trial
 from autopar.microbatch import batch_size, split_microbatches
 from autopar.options import AxisKind, Model, in_time, is_inside
@@ -33,7 +33,10 @@ PINS = ("pp", "schedule", "microbatches", "chunks", "recompute")
 ROWS = (1, 2, 4, 8, 16)
 # Schedules tried beside the first, for this many of the best pipelines.
 FAMILIES = ("interleaved", "zb-h1", "zb-v", "v-half")
-REFINED = 3
+REFINED = 2
+# Shapes for which stages are searched: those that an even split makes fastest, unless it takes more than this share of the best.
+TRIED = 4
+HOPE = 1.2
 # Prices of memory at which placements are searched, as multiples of the step over the budget: from fast to lean.
 PRICES = (0.0, 2.0, 128.0)
 # Seconds for one assignment; what it finds by then is taken with the bound that it has.
@@ -174,23 +177,18 @@ class PipelineSearch:
         self.tell = tell
         self.candidates: list[Candidate] = []
         self.reasons: dict[int, tuple[str, ...]] = {}
+        self._models: dict[int, Model | None] = {}
+        self._choices: dict[object, list[Choices]] = {}
         self._problems: dict[Shape, tuple[Model, Problem, Search] | None] = {}
         self.pinned = self._read_stages()
 
     def run(self, shapes: Sequence[Shape], cutoff: float) -> Pipelined | None:
         """The fastest pipeline that takes less than `cutoff` seconds; None when none does."""
-        bounded = []
-        for shape in shapes:
-            bound = self._bound(shape)
-            if bound is not None:
-                bounded.append((bound, shape))
-        bounded.sort(key=lambda one: one[0])
+        if len(shapes) > TRIED:
+            shapes = self._most_promising(shapes, cutoff)
         found: list[Pipelined] = []
-        for bound, shape in bounded:
+        for shape in shapes:
             best = min((one.seconds for one in found), default=cutoff)
-            if bound >= best:
-                self._note(shape, bound, None, "pruned: costs at least this")
-                continue
             self.tell(f"stages: {shape}")
             answer = self._try(shape, self._first_families(shape), best)
             if answer is not None:
@@ -202,10 +200,78 @@ class PipelineSearch:
                 if one.shape.groups == 1:
                     continue
                 best = min(two.seconds for two in refined)
+                self.tell(f"schedules: {one.shape}")
                 answer = self._try(one.shape, self._other_families(one.shape), best)
                 if answer is not None:
                     refined.append(answer)
         return min(refined, key=lambda one: one.seconds, default=None)
+
+    def _most_promising(self, shapes: Sequence[Shape], cutoff: float) -> list[Shape]:
+        """Shapes that stages of about equal work make fast, the fastest first; why the others aren't tried is noted."""
+        ranked: list[tuple[float, Shape]] = []
+        for shape in shapes:
+            self.tell(f"costs: {shape}")
+            seconds, needed = self._estimate(shape)
+            if seconds is not None:
+                ranked.append((seconds, shape))
+            elif needed is not None:
+                self._note(shape, None, needed, "out of memory")
+        ranked.sort(key=lambda one: one[0])
+        hopeful = [shape for seconds, shape in ranked if seconds < min(cutoff, ranked[0][0]) * HOPE][:TRIED]
+        for seconds, shape in ranked:
+            if shape not in hopeful:
+                self._note(shape, seconds, None, "not tried: stages of equal work take about this")
+        return hopeful
+
+    def _estimate(self, shape: Shape) -> tuple[float | None, int | None]:
+        """(seconds, None) of stages of about equal work under 1F1B; (None, bytes needed) where none of them fits."""
+        model = self._model_in_time(shape.microbatches)
+        if model is None:
+            return None, None
+        tables = CostTables(model, in_time(shape.trial.mesh, shape.microbatches), self.cluster)
+        budget = self.cluster.machine.device.usable_bytes - self._held_bytes(tables.mesh)
+        best: float | None = None
+        leanest: int | None = None
+        for choices in self._known_choices(shape, model):
+            makers = Menus(model, self.chain, tables, choices, self._link(shape))
+            menus = makers.make(self._recompute(), False, {})
+            for number in range(max(len(menu.variants) for menu in menus)):
+                seconds, needed = even_stages(menus, shape.groups, shape.microbatches, number)
+                leanest = needed if leanest is None else min(leanest, needed)
+                if needed <= budget and (best is None or seconds < best):
+                    best = seconds
+        return best, leanest
+
+    def _known_choices(self, shape: Shape, model: Model) -> list[Choices]:
+        """Placements for a shape: those of another shape whose ranks see micro-batches of the same size, where they are legal here.
+
+        What a rank computes and exchanges for a micro-batch is then the same, but for the parameters' storage.
+        """
+        mesh = shape.trial.mesh
+        rows = batch_size(self.graph, self.model.factors) // shape.microbatches
+        rows //= math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name == AxisKind.DP.value)
+        key = (mesh.names, tuple(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name != AxisKind.DP.value), rows)
+        known = self._choices.get(key)
+        if known is None or not all(self._is_legal(choices, mesh) for choices in known):
+            prepared = self._prepare(shape)
+            if prepared is None:
+                return []
+            _, problem, search = prepared
+            budget = shape.groups * self.cluster.machine.device.usable_bytes
+            known = self._choices[key] = [choices_of(model, problem, solution) for solution in self._answers(search, budget)]
+        return known
+
+    def _is_legal(self, choices: Choices, mesh: Mesh) -> bool:
+        """Whether every parameter can be stored so on another mesh with these axes."""
+        parameters = self.graph.of_kind(OpKind.PARAMETER)
+        representative = self.model.folded.representative
+        return all(fits(op.results[0].shape, choices.layouts[representative[op.name]][1:], mesh) for op in parameters)
+
+    def _link(self, shape: Shape) -> Link | None:
+        return axis_link(self.cluster, with_pipeline(shape.trial.mesh, shape.groups).sizes, 0) if shape.groups > 1 else None
+
+    def _recompute(self) -> Sequence[str]:
+        return RECOMPUTE if self.wanted.recompute is None else (self.wanted.recompute,)
 
     def _note(self, shape: Shape, seconds: float | None, nbytes: int | None, outcome: str) -> None:
         name = "pipeline" if shape.groups > 1 else "micro-batches" if shape.microbatches > 1 else "recomputation"
@@ -226,26 +292,26 @@ class PipelineSearch:
             pinned.update(dict.fromkeys(inside, stage))
         return pinned
 
-    def _bound(self, shape: Shape) -> float | None:
-        """Seconds that no assignment of this shape goes below; None when there is no placement for it."""
-        prepared = self._prepare(shape)
-        return None if prepared is None else prepared[2].bound_ns / 1e9 / shape.groups
-
     def _prepare(self, shape: Shape) -> tuple[Model, Problem, Search] | None:
         if shape not in self._problems:
             self._problems[shape] = self._build(shape)
         return self._problems[shape]
 
+    def _model_in_time(self, count: int) -> Model | None:
+        """The model as `count` micro-batches see it; None, with the reasons noted, where it can't be split so."""
+        if count not in self._models:
+            micro = split_microbatches(self.graph, self.model.spaces, self.model.factors, count)
+            if micro.reasons:
+                self.reasons[count] = micro.reasons
+            self._models[count] = None if micro.reasons else replace(self.model, micro=micro)
+        return self._models[count]
+
     def _build(self, shape: Shape) -> tuple[Model, Problem, Search] | None:
-        count = shape.microbatches
-        self.tell(f"costs: {shape}")
-        micro = split_microbatches(self.graph, self.model.spaces, self.model.factors, count)
-        if micro.reasons:
-            self.reasons[count] = micro.reasons
+        model = self._model_in_time(shape.microbatches)
+        if model is None:
             return None
-        model = replace(self.model, micro=micro)
         constraints = replace(shape.trial.constraints, kinds=(AxisKind.TIME, *shape.trial.constraints.kinds))
-        problem = build_problem(model, in_time(shape.trial.mesh, count), self.cluster, constraints)
+        problem = build_problem(model, in_time(shape.trial.mesh, shape.microbatches), self.cluster, constraints)
         search = Search(problem)
         return (model, problem, search) if search.bound_ns < FORBIDDEN else None
 
@@ -281,20 +347,18 @@ class PipelineSearch:
     def _try(self, shape: Shape, families: Sequence[tuple[str, int]], best: float) -> Pipelined | None:
         """The best of these schedules for a shape, if it is better than `best`."""
         prepared = self._prepare(shape)
-        assert prepared is not None
+        if prepared is None:
+            return None
         model, problem, search = prepared
-        mesh = with_pipeline(shape.trial.mesh, shape.groups)
-        link = axis_link(self.cluster, mesh.sizes, 0) if shape.groups > 1 else None
         tables = CostTables(model, problem.mesh, self.cluster)
         budget = self.cluster.machine.device.usable_bytes - self._held_bytes(tables.mesh)
-        recompute = RECOMPUTE if self.wanted.recompute is None else (self.wanted.recompute,)
         found: Pipelined | None = None
         leanest: int | None = None
         for family, chunks in families:
             schedule = make_schedule(family, shape.groups, shape.microbatches, chunks)
             for solution in self._answers(search, shape.groups * budget):
-                menus = self._menus(model, tables, problem, solution, link, recompute, schedule.splits_backward)
-                makers, blocks = menus
+                makers = Menus(model, self.chain, tables, choices_of(model, problem, solution), self._link(shape))
+                blocks = makers.make(self._recompute(), schedule.splits_backward, self.pinned)
                 try:
                     assignment = assign(blocks, schedule, budget, time_limit=ASSIGN_SECONDS)
                 except InfeasibleError as error:
@@ -332,20 +396,6 @@ class PipelineSearch:
                 seen.append(solution.choice)
                 yield solution
 
-    def _menus(
-        self,
-        model: Model,
-        tables: CostTables,
-        problem: Problem,
-        solution: Solution,
-        link: object,
-        recompute: Sequence[str],
-        splits_backward: bool,
-    ) -> tuple[Menus, tuple[BlockMenu, ...]]:
-        choices = choices_of(model, problem, solution)
-        makers = Menus(model, self.chain, tables, choices, link)  # type: ignore[arg-type]
-        return makers, makers.make(recompute, splits_backward, self.pinned)
-
     def _held_bytes(self, mesh: Mesh) -> int:
         """Bytes of the inputs and buffers, which every rank has."""
         whole = tuple(REPLICATE for _ in mesh.sizes)
@@ -369,7 +419,11 @@ class PipelineSearch:
             )
         batch = batch_size(self.graph, self.model.factors)
         shapes = []
-        sizes = [wanted.groups] if wanted.groups is not None else [n for n in range(1 if alone else 2, min(blocks, world) + 1) if world % n == 0]
+        sizes = (
+            [wanted.groups]
+            if wanted.groups is not None
+            else [n for n in range(1 if alone else 2, min(blocks, world) + 1) if world % n == 0]
+        )
         for groups in sizes:
             for trial in find_group_trials(groups):
                 shapes += [Shape(groups, trial, count) for count in self._counts(batch, groups, trial)]
@@ -392,6 +446,34 @@ class PipelineSearch:
         else:
             counts |= {1}
         return sorted(counts)
+
+
+def even_stages(menus: Sequence[BlockMenu], groups: int, microbatches: int, variant: int) -> tuple[float, int]:
+    """(seconds, bytes of the fullest rank) of stages of about equal work under 1F1B, all blocks in one variant where they have it.
+
+    The step is that of a pipeline in which every stage waits for the slowest: sum of the stages' times once, then the slowest for each
+    further micro-batch.
+    """
+    chosen = [menu.variants[min(variant, len(menu.variants) - 1)] for menu in menus]
+    work = [one.forward + one.input + one.weight for one in chosen]
+    stages: list[list[int]] = [[] for _ in range(groups)]
+    total, done, stage = sum(work), 0.0, 0
+    for block, seconds in enumerate(work):
+        left = len(menus) - block
+        is_full = done + seconds / 2 > (stage + 1) * total / groups and stages[stage]
+        if stage + 1 < groups and (is_full or (left <= groups - stage - 1 and stages[stage])):
+            stage += 1
+        stages[stage].append(block)
+        done += seconds
+    times = [sum(work[block] for block in blocks) for blocks in stages]
+    messages = sum(sum(menus[blocks[-1]].cut[:2]) for blocks in stages[:-1] if blocks)
+    once = max(sum(chosen[block].once for block in blocks) for blocks in stages)
+    needed = 0
+    for number, blocks in enumerate(stages):
+        held = min(groups - number, microbatches)
+        nbytes = sum(chosen[block].static + held * chosen[block].kept for block in blocks)
+        needed = max(needed, nbytes + max((chosen[block].workspace for block in blocks), default=0))
+    return sum(times) + messages + (microbatches - 1) * max(times) + once, needed
 
 
 def choices_of(model: Model, problem: Problem, solution: Solution) -> Choices:

@@ -58,18 +58,16 @@ class Menus:
         self.kept = count_kept(model)
         self.home = {name: number for number, block in enumerate(chain.blocks) for name in block.ops}
         self.readers = self._find_readers()
-        self.uses: dict[str, int] = {}
-        for op in self.graph.of_kind(OpKind.CALL):
-            for value in op.operands:
-                if self.graph.by_name[value.op].kind is OpKind.PARAMETER:
-                    self.uses[value.op] = self.uses.get(value.op, 0) + 1
+        self._made: dict[Value, Layout] = {}
+        self._cuts: dict[tuple[object, ...], tuple[float, float, int]] = {}
 
     def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockMenu, ...]:
         """The menu of every block, with the kinds of recomputation asked for; `pins` are stages by block name."""
-        variants: dict[int, tuple[Variant, ...]] = {}
         # Of like blocks the last is looked at: the first may be the first to read what all of them read.
-        for number, block in enumerate(self.chain.blocks):
-            variants[block.like] = tuple(self._variants(number, block, recompute, splits_backward))
+        last = {block.like: number for number, block in enumerate(self.chain.blocks)}
+        variants = {
+            like: tuple(self._variants(number, self.chain.blocks[number], recompute, splits_backward)) for like, number in last.items()
+        }
         return tuple(BlockMenu(block.name, variants[block.like], self._cut(block), pins.get(block.name)) for block in self.chain.blocks)
 
     def travel(self) -> dict[str, Layout]:
@@ -84,6 +82,11 @@ class Menus:
 
     def made(self, value: Value) -> Layout:
         """The layout in which a value is made."""
+        if value not in self._made:
+            self._made[value] = self._find_made(value)
+        return self._made[value]
+
+    def _find_made(self, value: Value) -> Layout:
         op = self.graph.by_name[value.op]
         name = self.model.folded.representative[op.name]
         if op.kind is not OpKind.CALL:
@@ -353,6 +356,13 @@ class Menus:
 
     def _cut(self, block: Block) -> tuple[float, float, int]:
         """(forward seconds, backward seconds, bytes) of what crosses after a block."""
+        # Behind like layers the same kinds of values cross.
+        key = tuple((self.graph.tensor(value), self.made(value)) for value in block.crossing)
+        if key not in self._cuts:
+            self._cuts[key] = self._cut_costs(block)
+        return self._cuts[key]
+
+    def _cut_costs(self, block: Block) -> tuple[float, float, int]:
         ahead = back = 0
         gathers = 0.0
         for value in block.crossing:
