@@ -203,6 +203,11 @@ def take_in_time(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
     return _blocks(x, dim, outer, found.size).select(dim + 1, found.index).flatten(dim, dim + 1)
 
 
+def first_in_time(x: Tensor, axis: str) -> Tensor:
+    """Replicate -> Partial along time: `x` in the first micro-batch, zeros in the others."""
+    return x if comm.axis(axis).index == 0 else torch.zeros_like(x)
+
+
 def all_to_all(x: Tensor, axis: str, from_dim: int, to_dim: int, from_outer: int = 1, to_outer: int = 1) -> Tensor:
     """Shard(from_dim) -> Shard(to_dim), two different dims; the gradient makes the journey back.
 

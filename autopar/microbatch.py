@@ -70,8 +70,11 @@ class MicroSplit:
 
 
 def reads_locally(state: State, need: State) -> bool:
-    """Whether a micro-batch that has `state` of a value can be read as `need` without any other: it is that, or all of it."""
-    return state == need or (state == REPLICATE and need.kind in (StateKind.SHARD, StateKind.BROADCAST))
+    """Whether a micro-batch that has `state` of a value can be read as `need` without any other: it is that, or all of it.
+
+    What all have is made a sum by the first keeping it and the others having zeros.
+    """
+    return state in (need, REPLICATE)
 
 
 def split_microbatches(graph: Graph, spaces: Mapping[str, Space], factors: Factors, count: int) -> MicroSplit:
@@ -218,8 +221,11 @@ class _Pass:
             splits = [choice for part in self._splits(op, space) if (choice := self._try(op, space, part)) is not None]
             if splits:
                 return min(splits, key=lambda choice: choice.nbytes)
-            if space.linear and (choice := self._try(op, space, PASS)) is not None:
-                return choice
+            summed = self._try(op, space, PASS) if space.linear else None
+            # A value that all micro-batches have is better read whole than kept by the first of them only.
+            if summed is not None and all(self.states[op.operands[index]] != REPLICATE for index in space.linear):
+                return summed
+            return self._try(op, space, None) or summed
         return self._try(op, space, None)
 
     def _splits(self, op: Op, space: Space) -> Iterator[Split]:

@@ -41,6 +41,7 @@ HOPE = 1.2
 PRICES = (0.0, 2.0, 128.0)
 # Seconds for one assignment; what it finds by then is taken with the bound that it has.
 ASSIGN_SECONDS = 3.0
+ASSIGN_GAP = 5e-3
 
 
 @dataclass(frozen=True)
@@ -359,16 +360,17 @@ class PipelineSearch:
             for solution in self._answers(search, shape.groups * budget):
                 makers = Menus(model, self.chain, tables, choices_of(model, problem, solution), self._link(shape))
                 blocks = makers.make(self._recompute(), schedule.splits_backward, self.pinned)
+                limit = min(best, found.seconds if found is not None else math.inf)
                 try:
-                    assignment = assign(blocks, schedule, budget, time_limit=ASSIGN_SECONDS)
+                    assignment = assign(blocks, schedule, budget, time_limit=ASSIGN_SECONDS, gap=ASSIGN_GAP, cutoff=limit)
                 except InfeasibleError as error:
                     if error.needed == 0:
                         raise
                     leanest = error.needed if leanest is None else min(leanest, error.needed)
                     continue
                 except SolverError:
-                    continue
-                if assignment.simulated < min(best, found.seconds if found is not None else math.inf):
+                    continue  # none in the time given, or none below the best
+                if assignment.simulated < limit:
                     names = [blocks[i].variants[v].name for i, v in enumerate(assignment.variants)]
                     choices = tuple(
                         BlockChoice(block.name, stage, name)

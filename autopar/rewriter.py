@@ -29,6 +29,7 @@ from autopar.layout import (
     Split,
     State,
     StateKind,
+    fits,
     local_outer,
     local_shape,
     operand_layout,
@@ -330,28 +331,43 @@ class Rewriter:
         if self.micro is not None:
             if self._is_whole(value, need):
                 return self._journey(self.whole_nodes[Whole(value)], value, (need[0], *start[1:]), need, op)
-            self._split_in_time(value, start, need[0], op)
-            start = (need[0], *start[1:])
+            start = self._split_in_time(value, start, need[0], op)
         representative = self.folded.representative
         key = fan_key(Value(representative[value.op], value.index), op.target, index)
         if key in self.plan.layouts:
             between = (*need[: len(need) - len(self.plan.mesh.sizes)], *self.plan.layouts[key])
-            if between != need:
+            # A micro-batch may be too small for what other readers, who work on the whole batch, agreed on.
+            if between != need and fits(self.graph.tensor(value).shape, between, self.mesh):
                 self._move(value, start, between, op)
                 return self._move(value, between, need, op, base=self.moved.get((value, between)))
         return self._move(value, start, need, op)
 
-    def _split_in_time(self, value: Value, start: Layout, need: State, op: Op) -> None:
-        """Cut a micro-batch's part out of a value that is there whole; afterwards `moved` has it."""
+    def _split_in_time(self, value: Value, start: Layout, need: State, op: Op) -> Layout:
+        """Cut a micro-batch's part out of a value that is there whole; gives the layout in which `moved` has it afterwards."""
         after = (need, *start[1:])
         if start == after or (value, after) in self.moved:
-            return
-        node = self.nodes[value]
+            return after
+        node = self.moved.get((value, start), self.nodes[value])
         if need.kind is StateKind.SHARD:
+            whole = self._without(start, need, value)
+            after = (need, *whole[1:])
+            if (value, after) in self.moved:
+                return after
+            node = self._move(value, start, whole, op)
             outer = local_outer(after, self.mesh, 0)
             node = self.new.call_function(collectives.take_in_time, (node, MICRO, need.dim, outer))
             self._mark(node, op)
+        elif need.kind is StateKind.PARTIAL:
+            node = self.new.call_function(collectives.first_in_time, (node, MICRO))
+            self._mark(node, op)
         self.moved[value, after] = node
+        return after
+
+    def _without(self, start: Layout, time: State, value: Value) -> Layout:
+        """A layout of a value that is there whole from which `time` can be cut: ranks' parts lie inside of a micro-batch's, not around."""
+        along = [state for state in start if state.kind is StateKind.SHARD and state.dim == time.dim]
+        nests = fits(self.graph.tensor(value).shape, (time, *start[1:]), self.mesh) and all(state.outer != time.outer for state in along)
+        return start if nests or not along else tuple(REPLICATE if state in along else state for state in start)
 
     def _move(self, value: Value, start: Layout, need: Layout, op: Op, base: fx.Node | None = None) -> fx.Node:
         source = base if base is not None else self.moved.get((value, start), self.nodes[value])
