@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -166,8 +166,11 @@ def _reach(calls: Sequence[Op], home: Mapping[str, int]) -> tuple[dict[str, int]
     return before, after
 
 
-def _bits(mask: int) -> list[int]:
-    return [number for number in range(mask.bit_length()) if mask >> number & 1]
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
 
 
 def _find_parallel(classes: Sequence[range], home: Mapping[str, int], before: Mapping[str, int]) -> set[int]:

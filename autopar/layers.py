@@ -1,19 +1,22 @@
 """Repeated blocks of a graph, found from structure and folded into one.
 
-Module paths suggest the blocks (``model.layers.0``, ``model.layers.1``, ...); an isomorphism check decides which of them are alike:
-same ops with the same attributes and shapes, wired alike inside. Everything after this sees each distinct block once, with
-the number of times it occurs, so that planning doesn't grow with depth.
+Module paths suggest the blocks (``model.layers.0``, ``model.layers.1``, ...), and the sequence of calls suggests more where these leave
+something over; an isomorphism check decides which of them are alike: same ops with the same attributes and shapes, wired alike inside.
+Everything after this sees each distinct block once, with the number of times it occurs, so that planning doesn't grow with depth.
 """
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-from autopar.ir import Graph, Op, Operand, OpKind, Value
+from autopar.ir import Graph, Op, OpKind, Value
+from autopar.repeats import Instances, find_repeats, signature
+from autopar.repeats import freeze as freeze
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +25,8 @@ class LayerClass:
 
     Attributes:
         name: the paths they share, ``model.layers.*``, with a suffix when there are several kinds of blocks under it.
-        instances: per block the names of its ops, in order; the first stands for all.
-        paths: the blocks' module paths.
+        instances: per block the names of its ops, like ones at the same place; the first stands for all.
+        paths: the blocks' module paths; where a block is no module, numbers under the module that all are in, ``model.blocks.0``. Unique.
     """
 
     name: str
@@ -71,21 +74,23 @@ class Folded:
 def fold(graph: Graph) -> Folded:
     """Fold the repeated blocks of `graph`."""
     paths = {op.name: _module_path(op) for op in graph.ops}
-    classes = tuple(_find_classes(graph, [op for op in graph.ops if paths[op.name]], paths, depth=0))
+    classes = _find_classes(graph, [op for op in graph.ops if paths[op.name]], paths, depth=0)
+    if repeats := find_repeats(graph, [layer.instances for layer in classes]):
+        classes = _add_repeats(graph, classes, repeats)
     representative = {op.name: op.name for op in graph.ops}
     for layer in classes:
         for instance in layer.instances[1:]:
             representative.update(zip(instance, layer.instances[0], strict=True))
-    count = Counter(representative.values())
+    counts = Counter(representative.values())
     edges: Counter[tuple[Value, str, int]] = Counter()
     for op in graph.ops:
         for index, value in enumerate(op.operands):
             edges[Value(representative[value.op], value.index), representative[op.name], index] += 1
     return Folded(
         graph=graph,
-        classes=classes,
+        classes=tuple(classes),
         representative=representative,
-        count=dict(count),
+        count=dict(counts),
         edges=tuple(Edge(value, consumer, operand, n) for (value, consumer, operand), n in edges.items()),
     )
 
@@ -112,7 +117,7 @@ def _find_classes(graph: Graph, ops: Sequence[Op], paths: Mapping[str, str], dep
     for container, members in blocks.items():
         alike: dict[tuple[Any, ...], list[str]] = defaultdict(list)
         for path, block in members.items():
-            alike[_signature(graph, block)].append(path)
+            alike[signature(graph, block)].append(path)
         name = f"{container}.*" if container else "*"
         several = sum(len(group) > 1 for group in alike.values()) > 1
         for number, group in enumerate(alike.values()):
@@ -124,35 +129,59 @@ def _find_classes(graph: Graph, ops: Sequence[Op], paths: Mapping[str, str], dep
     return found
 
 
-def _signature(graph: Graph, block: Sequence[Op]) -> tuple[Any, ...]:
-    """Equal for blocks that compute the same function of what they read from outside."""
-    position = {op.name: index for index, op in enumerate(block)}
-    outside: dict[Value, int] = {}
-    lines = []
-    for op in block:
-        reads: list[tuple[Any, ...]] = []
-        for value in op.operands:
-            if value.op in position:
-                reads.append(("in", position[value.op], value.index))
-            else:
-                tensor = graph.tensor(value)
-                # Numbered by first use: two operands that are one value in this block are one value in the other.
-                reads.append(("out", outside.setdefault(value, len(outside)), tensor.shape, tensor.dtype))
-        results = tuple((tensor.shape, tensor.dtype, tensor.requires_grad) for tensor in op.results)
-        target = op.target if op.kind is OpKind.CALL else op.kind.value
-        lines.append((target, tuple(reads), results, freeze(op.args), freeze(op.kwargs)))
-    return tuple(lines)
+def _add_repeats(graph: Graph, classes: Sequence[LayerClass], repeats: Sequence[Instances]) -> list[LayerClass]:
+    """The classes without the blocks that are inside of repeated parts, and these parts."""
+    covered = {name for instances in repeats for instance in instances for name in instance}
+    kept: list[LayerClass] = []
+    for layer in classes:
+        rest = [(one, path) for one, path in zip(layer.instances, layer.paths, strict=True) if covered.isdisjoint(one)]
+        if len(rest) > 1:
+            kept.append(LayerClass(layer.name, tuple(one for one, _ in rest), tuple(path for _, path in rest)))
+    sizes = Counter(path for op in graph.of_kind(OpKind.CALL) for path in _modules_of(op.layer))
+    names = {layer.name for layer in kept}
+    used = {path for layer in kept for path in layer.paths}
+    for instances in repeats:
+        paths = [_find_path(graph, instance, sizes) for instance in instances]
+        common = _common([graph.by_name[name].layer for one in instances for name in one if graph.by_name[name].kind is OpKind.CALL])
+        if "" in paths or len(set(paths)) < len(paths) or not used.isdisjoint(paths):
+            stem = _unused(f"{common}.blocks" if common else "blocks", {path.rpartition(".")[0] for path in used})
+            paths = [f"{stem}.{number}" for number in range(len(instances))]
+        # The paths differ in one place if they are siblings, and that is where the star goes.
+        container = _common(paths)
+        name = _unused(f"{container}.*" if container else "*", names)
+        names.add(name)
+        used.update(paths)
+        kept.append(LayerClass(name, instances, tuple(paths)))
+    return kept
 
 
-def freeze(value: Any) -> Any:
-    """A hashable stand-in for an op's argument; equal arguments give equal stand-ins."""
-    if isinstance(value, Operand | int | float | str | bool | type(None)):
-        return (type(value).__name__, value)
-    if isinstance(value, Mapping):
-        return tuple(sorted((key, freeze(item)) for key, item in value.items()))
-    if isinstance(value, list | tuple):
-        return tuple(freeze(item) for item in value)
-    return repr(value)
+def _modules_of(path: str) -> list[str]:
+    """The path of a module and of those around it, outermost first."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _find_path(graph: Graph, instance: Sequence[str], sizes: Mapping[str, int]) -> str:
+    """The module that half of the block's calls or more belong to and no others, the outermost of several; empty without one."""
+    calls = [graph.by_name[name] for name in instance if graph.by_name[name].kind is OpKind.CALL]
+    here = Counter(path for op in calls for path in _modules_of(op.layer))
+    whole = [path for path in here if here[path] == sizes[path] and 2 * here[path] >= len(calls)]
+    return min(whole, key=len, default="")
+
+
+def _common(paths: Iterable[str]) -> str:
+    """The innermost module that all are in."""
+    kept: list[str] = []
+    for parts in zip(*(path.split(".") for path in paths), strict=False):
+        if len(set(parts)) > 1:
+            break
+        kept.append(parts[0])
+    return ".".join(kept)
+
+
+def _unused(name: str, used: Collection[str]) -> str:
+    """The name, with a number when it is taken."""
+    return next(one for number in count(1) if (one := name if number == 1 else f"{name}#{number}") not in used)
 
 
 def fan_key(value: Value, target: str, operand: int) -> str:
