@@ -44,13 +44,14 @@ class Spread:
     menus: tuple[BlockMenu, ...]
     chain: Chain
     rank_of: tuple[int, ...]
+    recompute_seconds: float
 
-    def chosen(self) -> Iterator[tuple[Block, int, Variant, Variant]]:
-        """Per block its rank, its variant, and the first of its menu."""
+    def chosen(self) -> Iterator[tuple[Block, int, Variant]]:
+        """Per block its rank and its variant."""
         for block, menu, stage, variant in zip(
             self.chain.blocks, self.menus, self.assignment.stages, self.assignment.variants, strict=True
         ):
-            yield block, self.rank_of[stage], menu.variants[variant], menu.variants[0]
+            yield block, self.rank_of[stage], menu.variants[variant]
 
 
 def assemble(
@@ -231,9 +232,7 @@ def _seconds(
     # What is left of the objective is what the arcs cost: communication that isn't hidden.
     work = solution.cost_ns / 1e9 / pipeline.ranks
     communication = max(0.0, work - forward - backward - optimizer)
-    recompute = 0.0
-    if spread is not None:
-        recompute = share * sum(variant.input - plain.input for _, _, variant, plain in spread.chosen() if plain.name == "none")
+    recompute = share * spread.recompute_seconds if spread is not None else 0.0
     bubble = max(0.0, step - forward - backward - optimizer - communication - recompute)
     return Seconds(forward, backward, recompute, optimizer, communication, bubble if spread is not None else 0.0)
 
@@ -253,9 +252,9 @@ def _memory(
     here: set[str] | None = None
     if spread is not None:
         fullest = max(range(len(spread.assignment.peak)), key=spread.assignment.peak.__getitem__)
-        names = {name for block, rank, _, _ in spread.chosen() if rank == fullest for name in block.ops}
+        names = {name for block, rank, _ in spread.chosen() if rank == fullest for name in block.ops}
         here = {value.op for name in names for value in graph.by_name[name].operands}
-        workspace = max(variant.workspace for _, rank, variant, _ in spread.chosen() if rank == fullest)
+        workspace = max(variant.workspace for _, rank, variant in spread.chosen() if rank == fullest)
     parameters = trained = buffers = 0
     for op in graph.ops:
         if op.kind not in (OpKind.PARAMETER, OpKind.BUFFER, OpKind.INPUT):

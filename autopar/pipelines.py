@@ -37,6 +37,8 @@ REFINED = 2
 # Shapes for which stages are searched: those that an even split makes fastest, unless it takes more than this share of the best.
 TRIED = 4
 HOPE = 1.2
+# Stages per rank that an interleaved schedule is tried with.
+INTERLEAVED = (2, 3, 4, 6, 8)
 # Prices of memory at which placements are searched, as multiples of the step over the budget: from fast to lean.
 PRICES = (0.0, 2.0, 128.0)
 # Seconds for one assignment; what it finds by then is taken with the bound that it has.
@@ -46,7 +48,10 @@ ASSIGN_GAP = 5e-3
 
 @dataclass(frozen=True)
 class Pipelined:
-    """A pipeline that was found: its placements, and what its blocks do."""
+    """A pipeline that was found: its placements, and what its blocks do.
+
+    `recompute_seconds` are those that all blocks together take more for a micro-batch than if they kept everything.
+    """
 
     shape: Shape
     problem: Problem
@@ -55,6 +60,7 @@ class Pipelined:
     pipeline: Pipeline
     assignment: Assignment
     menus: tuple[BlockMenu, ...]
+    recompute_seconds: float
 
     @property
     def seconds(self) -> float:
@@ -330,20 +336,25 @@ class PipelineSearch:
 
     def _of_family(self, family: str, shape: Shape) -> Iterator[tuple[str, int]]:
         """(family, chunks) that can be had for this shape."""
-        most = len(self.chain.blocks) // shape.groups
+        blocks = len(self.chain.blocks)
         if self.wanted.chunks is not None:
             chunks: Sequence[int] = (self.wanted.chunks,)
         else:
-            chunks = {"interleaved": [v for v in (2, 3, 4, 6, 8) if v <= most], "zb-v": [2], "v-half": [2]}.get(family, [1])
+            chunks = {"interleaved": INTERLEAVED, "zb-v": (2,), "v-half": (2,)}.get(family, (1,))
+            chunks = [count for count in chunks if count * shape.groups <= blocks] or chunks[:1]
         for count in chunks:
             try:
                 make_schedule(family, shape.groups, shape.microbatches, count)
+                if count * shape.groups > blocks:
+                    raise InputError(
+                        f"schedule {family} on {shape.groups} groups has {count * shape.groups} stages, but the model can be cut into "
+                        f"{blocks} blocks at most; pin a smaller pp, or another schedule"
+                    )
             except InputError:
                 if self.wanted.schedule is not None:
                     raise
                 continue
-            if count <= most:
-                yield family, count
+            yield family, count
 
     def _try(self, shape: Shape, families: Sequence[tuple[str, int]], best: float) -> Pipelined | None:
         """The best of these schedules for a shape, if it is better than `best`."""
@@ -378,7 +389,9 @@ class PipelineSearch:
                     )
                     travel = {name: layout[1:] for name, layout in makers.travel().items()} if shape.groups * chunks > 1 else {}
                     pipeline = Pipeline(shape.groups, family, chunks, shape.microbatches, choices, travel)
-                    found = Pipelined(shape, problem, solution, model, pipeline, assignment, blocks)
+                    plain = makers.make(("none",), schedule.splits_backward, {})
+                    longer = (blocks[i].variants[v].input - plain[i].variants[0].input for i, v in enumerate(assignment.variants))
+                    found = Pipelined(shape, problem, solution, model, pipeline, assignment, blocks, sum(longer))
                 self._note(
                     shape, assignment.simulated, max(assignment.peak), f"{family}{f' x{chunks}' if chunks > 1 else ''}: {assignment.status}"
                 )
@@ -410,8 +423,6 @@ class PipelineSearch:
         Raises InputError on pins that can't be had.
         """
         wanted, world = self.wanted, self.cluster.world_size
-        if wanted.groups is not None and world % wanted.groups:
-            raise InputError(f"pin pp={wanted.groups} needs a multiple of {wanted.groups} ranks, the cluster {self.cluster} has {world}")
         blocks = len(self.chain.blocks)
         least = wanted.groups or 1
         if least * (wanted.chunks or 1) > blocks:

@@ -90,6 +90,10 @@ def make_plan(
     wanted, pins, mesh = read_pipeline(pins or {}, mesh)
     if first is not None and not first.pipeline.is_trivial:
         wanted = keep_pipeline(first, chain, batch_size(graph, model.factors))
+    if cluster.world_size % (wanted.groups or 1):
+        raise InputError(
+            f"pin pp={wanted.groups} needs a multiple of {wanted.groups} ranks, the cluster {cluster} has {cluster.world_size}"
+        )
     found: list[Found] = []
     candidates: tuple[Candidate, ...] = ()
     trials = find_trials(model, cluster.part(wanted.groups or 1), pins, mesh, stored or {})
@@ -123,7 +127,7 @@ def make_plan(
             pipelined.pipeline.schedule, pipelined.pipeline.ranks, pipelined.pipeline.microbatches, pipelined.pipeline.chunks
         )
         chosen = pipelined
-        spread = Spread(pipelined.assignment, pipelined.menus, chain, schedule.rank_of)
+        spread = Spread(pipelined.assignment, pipelined.menus, chain, schedule.rank_of, pipelined.recompute_seconds)
         return assemble(
             model=chosen.model,
             problem=chosen.problem,

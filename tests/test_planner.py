@@ -218,7 +218,8 @@ def test_memory_is_a_limit() -> None:
     [
         ({"dp": 3}, "need a multiple of 3 ranks"),
         ({"dp": 8}, r"has 4 rows in dim 0 .* doesn't divide"),
-        ({"pp": 2}, "not supported yet"),
+        ({"ep": 2}, "not supported yet"),
+        ({"pp": 3}, "multiple of 3 ranks"),
         ({"zp": 2}, "unknown pin 'zp'"),
         ({"tp": 0}, "an integer from 1"),
         ({"fsdp": 1}, "true or false"),

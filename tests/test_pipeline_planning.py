@@ -1,0 +1,163 @@
+"""Plans with pipelines, micro-batches and recomputation: what is asked for is had, what can't be had says why, memory decides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import ZOO
+
+from autopar.blocks import find_chain
+from autopar.capture import capture
+from autopar.cost_models import Cluster
+from autopar.errors import InfeasibleError, InputError
+from autopar.generators import SCHEDULES, make_schedule
+from autopar.ir import Graph
+from autopar.layers import fold
+from autopar.menus import BlockMenu, Variant
+from autopar.pipelines import even_stages, keep_pipeline
+from autopar.planner import make_plan
+from autopar.plans import Plan
+from autopar.rules import find_spaces
+from autopar.timeline import StageTimes, simulate
+from autopar.verification import verify_plan
+
+
+class Layers(nn.Module):
+    """Linear layers of one width on a residual stream, and a loss over classes."""
+
+    def __init__(self, count: int = 8, width: int = 32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, width)) for _ in range(count)
+        )
+        self.head = nn.Linear(width, 8)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        logits = self.head(x)
+        return logits if y is None else nn.functional.cross_entropy(logits, y)
+
+
+@pytest.fixture(scope="module")
+def layers() -> Graph:
+    return capture(Layers(), (torch.randn(16, 32), torch.randint(0, 8, (16,)))).graph
+
+
+def plan_for(graph: Graph, cluster: str = "4xcpu", memory: int | None = None, **pins: object) -> Plan:
+    found = Cluster.parse(cluster)
+    return make_plan(graph, found if memory is None else found.with_memory(memory), pins=pins)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_pinned_schedule_is_had(layers: Graph, schedule: str) -> None:
+    pipeline = plan_for(layers, pp=2, microbatches=4, schedule=schedule).pipeline
+    assert (pipeline.ranks, pipeline.schedule, pipeline.microbatches) == (2, schedule, 4)
+    assert {block.stage for block in pipeline.blocks} == set(range(pipeline.stages))
+
+
+def test_pins_of_axes_and_of_the_pipeline_go_together(layers: Graph) -> None:
+    plan = plan_for(layers, pp=2, tp=2, recompute="full")
+    assert (plan.pipeline.ranks, plan.mesh.names, plan.mesh.sizes, plan.world_size) == (2, ("tp",), (2,), 4)
+    assert {block.recompute for block in plan.pipeline.blocks} == {"full"}
+    assert plan.seconds.recompute > 0
+
+
+def test_micro_batches_without_a_pipeline_add_gradients_up(layers: Graph) -> None:
+    plan = plan_for(layers, microbatches=4, pp=1)
+    assert (plan.pipeline.ranks, plan.pipeline.microbatches) == (1, 4)
+
+
+def test_a_layer_goes_where_the_user_wants_it(layers: Graph) -> None:
+    plan = make_plan(layers, Cluster.parse("4xcpu"), pins={"pp": 2, "schedule": "1f1b", "layers.6": {"pp": 0}})
+    stages = {block.name: block.stage for block in plan.pipeline.blocks}
+    assert stages["layers.6"] == 0
+    assert max(stages.values()) == 1
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"pp": 3}, "multiple of 3 ranks"),
+        ({"pp": 0}, "an integer from 1"),
+        ({"pp": 4, "chunks": 4}, "blocks at most"),
+        ({"pp": 2, "schedule": "zigzag"}, "there are gpipe"),
+        ({"pp": 2, "schedule": "zb-v", "chunks": 3}, "zb-v"),
+        ({"pp": 4, "schedule": "interleaved", "chunks": 2, "microbatches": 2}, "interleaved"),
+        ({"pp": 2, "microbatches": 3}, r"batch of 16 .* take a divisor"),
+        ({"recompute": "half"}, "there are none, selective, full"),
+        ({"pp": 2, "layers.77": {"pp": 1}}, "puts no block on stage 1"),
+        ({"pp": 2, "layers.*": {"pp": -1}}, "an integer from 0"),
+    ],
+)
+def test_what_can_not_be_had_says_why(layers: Graph, pins: Mapping[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_plan(layers, Cluster.parse("4xcpu"), pins=pins)
+
+
+def test_layers_out_of_order_can_not_be_had(layers: Graph) -> None:
+    with pytest.raises((InputError, InfeasibleError), match=r"stage|pin"):
+        make_plan(layers, Cluster.parse("4xcpu"), pins={"pp": 2, "layers.0": {"pp": 1}, "layers.7": {"pp": 0}})
+
+
+def test_a_loss_outside_gets_a_schedule_that_can_wait_for_it() -> None:
+    graph = capture(Layers(), (torch.randn(16, 32),)).graph
+    assert plan_for(graph, pp=2).pipeline.schedule == "gpipe"
+
+
+def test_batch_statistics_keep_a_batch_whole() -> None:
+    model, inputs = ZOO["resnet"]()
+    with pytest.raises(InputError, match=r"batch_norm.*tests/zoo.py"):
+        make_plan(capture(model, inputs).graph, Cluster.parse("4xcpu"), pins={"pp": 2, "microbatches": 2})
+
+
+def test_short_memory_is_met_by_recomputation() -> None:
+    model = Layers(count=6, width=64)
+    inputs = (torch.randn(4096, 64), torch.randint(0, 8, (4096,)))
+    graph = capture(model, inputs).graph
+    roomy = plan_for(graph, "1xcpu")
+    assert {block.recompute for block in roomy.pipeline.blocks} == {"none"}
+    tight = plan_for(graph, "1xcpu", memory=roomy.memory.total * 6 // 10)
+    assert tight.memory.total <= roomy.memory.total * 6 // 10
+    assert tight.seconds.step >= roomy.seconds.step
+    assert tight.pipeline.microbatches > 1 or {block.recompute for block in tight.pipeline.blocks} != {"none"}
+
+
+def test_too_little_memory_says_how_much_is_missing(layers: Graph) -> None:
+    with pytest.raises(InfeasibleError, match="would have to grow by") as caught:
+        plan_for(layers, memory=20_000, pp=2)
+    assert caught.value.needed > 20_000
+
+
+def test_the_plans_seconds_are_the_simulators(layers: Graph) -> None:
+    plan = plan_for(layers, pp=4, microbatches=8, schedule="1f1b")
+    assert plan.seconds.step == pytest.approx(plan.proof.objective_ns / 1e9, rel=0.02)
+    assert plan.seconds.bubble > 0
+
+
+def test_a_later_batch_keeps_the_stages(layers: Graph) -> None:
+    first = plan_for(layers, pp=2, microbatches=8, schedule="1f1b", dp=2)
+    graph = capture(Layers(), (torch.randn(6, 32), torch.randint(0, 8, (6,)))).graph
+    chain = find_chain(fold(graph), find_spaces(graph)[0])
+    wanted = keep_pipeline(first, chain, 6)
+    assert (wanted.groups, wanted.schedule, wanted.microbatches) == (2, "1f1b", 3)
+    assert wanted.stages == {block.name: block.stage for block in first.pipeline.blocks}
+
+
+def test_even_stages_are_close_to_the_simulation() -> None:
+    menus = [BlockMenu(str(i), (Variant("none", 1.0, 1.5, 0.5, 0.0, 10, 0, 100, 5),), (0.0, 0.0, 1)) for i in range(8)]
+    seconds, needed = even_stages(menus, 4, 16, 0)
+    times = [StageTimes(2.0, 3.0, 1.0)] * 4
+    assert seconds == pytest.approx(simulate(make_schedule("1f1b", 4, 16), times).seconds)
+    assert needed == 2 * 100 + 4 * 2 * 10 + 5
+
+
+def test_what_the_planner_prefers_is_exact() -> None:
+    model = Layers(count=4).double()
+    inputs = (torch.randn(16, 32, dtype=torch.float64), torch.randint(0, 8, (16,)))
+    graph = capture(model, inputs).graph
+    for pins in ({"pp": 2}, {"pp": 2, "tp": 2}, {"pp": 2, "schedule": "v-half"}, {"microbatches": 2, "dp": 4}):
+        verify_plan(model, inputs, make_plan(graph, Cluster.parse("4xcpu"), pins=pins)).check()
