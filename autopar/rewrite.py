@@ -153,7 +153,6 @@ def _stage_program(
     outlined = _outline_stage(module, regions, folded)
     receives = {start: tuple(work.boundary(value) for value in values) for start, values in stage.receives.items()}
     sends = {end: tuple((results.index(value), work.boundary(value)) for value in values) for end, values in stage.sends.items()}
-    (output,) = graph.of_kind(OpKind.OUTPUT)
     crossing = len(results)
     outputs = tuple(
         StageOutput(position, crossing + number, work.in_time(work.output_layout(position)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import pytest
@@ -16,6 +17,7 @@ from autopar.errors import InfeasibleError, InputError
 from autopar.generators import SCHEDULES, make_schedule
 from autopar.ir import Graph
 from autopar.layers import fold
+from autopar.layout import REPLICATE, StateKind, shard
 from autopar.menus import BlockMenu, Variant
 from autopar.pipelines import even_stages, keep_pipeline
 from autopar.planner import make_plan
@@ -161,3 +163,20 @@ def test_what_the_planner_prefers_is_exact() -> None:
     graph = capture(model, inputs).graph
     for pins in ({"pp": 2}, {"pp": 2, "tp": 2}, {"pp": 2, "schedule": "v-half"}, {"microbatches": 2, "dp": 4}):
         verify_plan(model, inputs, make_plan(graph, Cluster.parse("4xcpu"), pins=pins)).check()
+
+
+def test_what_every_rank_has_travels_in_parts_over_a_slow_link() -> None:
+    model = Layers(count=4, width=512).double()
+    inputs = (torch.randn(256, 512, dtype=torch.float64), torch.randint(0, 8, (256,)))
+    graph = capture(model, inputs).graph
+    # Whole between the blocks, as plain tensor parallelism has it; two machines with a stage each.
+    pins = {"pp": 2, "tp": 2, "schedule": "1f1b", "microbatches": 2}
+    plan = make_plan(graph, Cluster.parse("2x2xH100"), pins=pins)
+    whole = dict.fromkeys(plan.pipeline.travel, (REPLICATE,))
+    parts = {name: (shard(1),) for name in plan.pipeline.travel}
+    for travel in (whole, parts):
+        forced = dataclasses.replace(plan, pipeline=dataclasses.replace(plan.pipeline, travel=travel))
+        verify_plan(model, inputs, forced).check()
+    near = make_plan(graph, Cluster.parse("4xH100"), pins=pins)
+    assert all(state.kind is StateKind.SHARD for layout in plan.pipeline.travel.values() for state in layout)
+    assert near.seconds.step < plan.seconds.step
