@@ -31,7 +31,9 @@ from autopar.errors import (
     SolverError,
     VerificationError,
 )
-from autopar.meshes import check_pins
+from autopar.generators import SCHEDULES
+from autopar.layout import PIPELINE, with_pipeline
+from autopar.meshes import LATER_PINS, PIN_NAMES, check_pins
 from autopar.units import format_bytes, format_seconds, parse_bytes
 
 # torch takes seconds to import: commands import what needs it when they run, so that help and mistakes are answered at once.
@@ -46,6 +48,8 @@ _VERIFY_RANKS = 4
 _VERIFY_TOLERANCE = 1e-9
 
 _TRAINED_DTYPES = ("bfloat16", "float16", "float32")
+# Read by `autopar.pipelines`, which takes long to import.
+PIPELINE_PINS = ("pp", "schedule", "microbatches", "chunks", "recompute")
 _SWITCHES = {"true": True, "false": False}
 
 _MODEL_HELP = """
@@ -54,6 +58,21 @@ _MODEL_HELP = """
       hf:CONFIG                a transformers config.json or its folder; no weights needed
       package.module:function  a function that returns (model, example_inputs)
       file.py:function         the same, in a file
+"""
+_PIN_HELP = f"""
+    \b
+    Pins fix a choice and leave the rest to the search:
+      dp=N tp=N cp=N           ranks that split the batch, features, the sequence
+      pp=N                     groups of ranks that form a pipeline
+      microbatches=N chunks=N  parts of the batch, one after the other; stages on a group
+      schedule=NAME            {", ".join(list(SCHEDULES)[:3])},
+                               {", ".join(list(SCHEDULES)[3:])}
+      recompute=KIND           what the backward runs again: none, selective
+                               (attention cores) or full
+      fsdp=true|false          whether parameters are stored split over dp
+      vocabulary=true|false    whether lookups and losses are split by vocabulary
+      MODULE=pp:N              stage of a module: "model.layers.3=pp:2"
+      MODULE=AXIS:LOOP         loop of its ops: "model.layers.*.mlp.up_proj=tp:o"
 """
 _EXIT_HELP = "Exit codes: 0 done, 1 no plan exists or the verification failed, 2 bad input."
 
@@ -102,23 +121,24 @@ def _add_model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _add_pin_option(command: Callable[..., None]) -> Callable[..., None]:
-    text = "Fix a choice: dp=N, tp=N, cp=N, fsdp=true|false or vocabulary=true|false. Repeatable."
+    text = "Fix a choice, such as tp=2 (the names are below). Repeatable."
     return click.option("--pin", "pins", multiple=True, metavar="NAME=VALUE", help=text)(command)
 
 
 @main.command(
     help=f"""Search for the fastest way to split MODEL over a cluster.
-{_MODEL_HELP}
+{_MODEL_HELP}{_PIN_HELP}
     \b
     Example:
       autopar plan hf:examples/configs/llama-3-8b --cluster 8xH100 --batch 8 --seq 2048 --pin tp=2 -o plan.json
+      autopar plan hf:examples/configs/llama-3-70b --cluster 4x8xH100 --batch 64 --seq 4096 --pin pp=4 --pin schedule=1f1b
     """
 )
 @_add_model_options
 @click.option("--cluster", required=True, metavar="TEXT", help="The devices: 8xH100, 4x8xH100 (nodes x devices), 8x./my.toml.")
 @click.option("--memory", metavar="SIZE", help="Memory of a device instead of the machine's own, such as 80GB or 512MiB.")
 @_add_pin_option
-@click.option("--mesh", metavar="AXES", help="Solve this mesh only, such as dp=4,tp=2.")
+@click.option("--mesh", metavar="AXES", help="Solve this mesh only, such as dp=4,tp=2 or pp=2,tp=4.")
 @click.option("--strict", is_flag=True, help="Make an op without a rule an error instead of running it replicated.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan to this file (JSON).")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON instead of a summary.")
@@ -199,10 +219,11 @@ def explain(file: Path, layer: str | None, as_json: bool) -> None:
 
     The plan comes from --plan, or is searched for --ranks devices. Weights are random and arithmetic is float64, so choose
     sizes that this computer can run.
-{_MODEL_HELP}
+{_MODEL_HELP}{_PIN_HELP}
     \b
     Example:
       autopar verify examples/mlp.py:build --ranks 4 --pin tp=2
+      autopar verify examples/mlp.py:build --ranks 4 --pin pp=2 --pin microbatches=4
     """,
 )
 @_add_model_options
@@ -274,16 +295,41 @@ def machines(as_json: bool) -> None:
         _print_machines(found, _make_console(sys.stdout))
 
 
-def parse_pins(texts: Sequence[str]) -> dict[str, int | bool]:
-    """Read ``tp=2`` and ``fsdp=true`` as pins by name. Raises InputError for what isn't known, or is given twice."""
+def parse_pins(texts: Sequence[str]) -> dict[str, Any]:
+    """Read ``tp=2``, ``fsdp=true`` and ``model.layers.3=pp:2`` as pins by name.
+
+    Raises InputError for what isn't known, or is given twice.
+    """
     pins: dict[str, Any] = {}
     for text in texts:
         name, _, value = (part.strip() for part in text.partition("="))
         if name in pins:
             raise InputError(f"pin {name!r} is given twice")
-        pins[name] = int(value) if value.isascii() and value.isdigit() else _SWITCHES.get(value.lower(), value)
+        is_module = ":" in value and name not in (*PIN_NAMES, *LATER_PINS)
+        pins[name] = _parse_module_pin(text, value) if is_module else _parse_value(value)
     check_pins(pins)
+    if any(name in PIPELINE_PINS or isinstance(value, dict) for name, value in pins.items()):
+        from autopar.pipelines import read_pins
+
+        read_pins(pins)
     return pins
+
+
+def _parse_value(text: str) -> int | bool | str:
+    return int(text) if text.isascii() and text.isdigit() else _SWITCHES.get(text.lower(), text)
+
+
+def _parse_module_pin(text: str, value: str) -> dict[str, int | str]:
+    """Read ``pp:2,tp:o``: the stage of a module, and loops of its ops by axis."""
+    found: dict[str, Any] = {}
+    for part in value.split(","):
+        axis, colon, choice = (piece.strip() for piece in part.partition(":"))
+        if not (axis and colon and choice):
+            raise InputError(f"{part!r} in pin {text!r} is no choice for a module; write pp:STAGE or AXIS:LOOP, joined by commas")
+        if axis in found:
+            raise InputError(f"pin {text!r} names the axis {axis!r} twice")
+        found[axis] = _parse_value(choice) if axis == PIPELINE else choice
+    return found
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -318,15 +364,16 @@ def _parse_cluster(text: str, memory: str | None) -> Cluster:
         raise InfeasibleError(str(error)) from error
 
 
-def _load_checked_plan(file: Path, ranks: int | None, pins: dict[str, int | bool]) -> Plan:
+def _load_checked_plan(file: Path, ranks: int | None, pins: dict[str, Any]) -> Plan:
     """Load a plan; what would contradict it is refused, not ignored."""
     from autopar.plans import Plan
 
     if pins:
         raise InputError("--pin has no say over a plan that is made already; leave out --pin or --plan")
     saved = Plan.load(file)
-    if ranks not in (None, saved.mesh.world_size):
-        raise PlanError(f"{file} is a plan for {saved.mesh.world_size} ranks ({saved.mesh}), --ranks says {ranks}; leave it out")
+    if ranks not in (None, saved.world_size):
+        mesh = with_pipeline(saved.mesh, saved.pipeline.ranks)
+        raise PlanError(f"{file} is a plan for {saved.world_size} ranks ({mesh}), --ranks says {ranks}; leave it out")
     return saved
 
 
@@ -364,20 +411,26 @@ def _make_console(stream: IO[str]) -> Console:
 
 def _word_verification(found: Verification) -> str:
     """Say what was compared, how far it was off, and what the plan splits."""
-    mesh = found.plan.mesh
+    from autopar.report import describe_pipeline
+
+    plan = found.plan
+    mesh = with_pipeline(plan.mesh, plan.pipeline.ranks)
     splits = ", ".join(f"{name} x{count}" for name, count in found.splits.items())
+    nothing = "none, every group of ranks runs its stages whole" if plan.pipeline.ranks > 1 else "none, everything is replicated"
+    stages = describe_pipeline(plan)
     return "\n".join(
         [
-            f"{'ok' if found.ok else 'FAILED'}: {len(found.errors)} outputs and gradients compared, {mesh.world_size} ranks ({mesh})",
+            f"{'ok' if found.ok else 'FAILED'}: {len(found.errors)} outputs and gradients compared, {plan.world_size} ranks ({mesh})",
             f"largest relative error {max(found.errors.values(), default=math.nan):.2e}, tolerance {found.tolerance:g}",
             f"captured graph against the model: relative error {found.capture_error:.2e}, {found.rounding:.2g} accepted",
-            f"splits: {splits or 'none, everything is replicated'}",
+            f"splits: {splits or nothing}",
+            *([f"stages: {stages}"] if stages else []),
         ]
     )
 
 
 def _data_of_verification(found: Verification) -> dict[str, Any]:
-    mesh = found.plan.mesh
+    plan = found.plan
     return {
         "ok": found.ok,
         "tolerance": found.tolerance,
@@ -386,7 +439,9 @@ def _data_of_verification(found: Verification) -> dict[str, Any]:
         "capture_error": found.capture_error,
         "rounding": found.rounding,
         "splits": dict(found.splits),
-        "mesh": dict(zip(mesh.names, mesh.sizes, strict=True)),
+        "world_size": plan.world_size,
+        "mesh": dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
+        "pipeline": {name: getattr(plan.pipeline, name) for name in ("ranks", "schedule", "chunks", "microbatches")},
     }
 
 

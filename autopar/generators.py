@@ -20,10 +20,14 @@ Step = tuple[int, Kind]
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How schedules of one name are made: `chunks` is the stages per rank, None where any number from 2 does."""
+    """How schedules of one name are made.
+
+    `chunks` is the stages per rank, None where any number from 2 does; `in_rounds` says that micro-batches come in rounds of the ranks.
+    """
 
     chunks: int | None
     build: Callable[[int, int, int], Schedule]
+    in_rounds: bool = False
 
 
 def make_schedule(name: str, ranks: int, microbatches: int, chunks: int | None = None) -> Schedule:
@@ -34,6 +38,12 @@ def make_schedule(name: str, ranks: int, microbatches: int, chunks: int | None =
 
     Raises InputError when the name is unknown or the numbers don't fit the family.
     """
+    chunks = check_schedule(name, ranks, microbatches, chunks)
+    return SCHEDULES[name].build(ranks, microbatches, chunks)
+
+
+def check_schedule(name: str, ranks: int, microbatches: int, chunks: int | None = None) -> int:
+    """The stages per rank of the schedule that `make_schedule` would make of the same arguments, and its errors; nothing is made."""
     if name not in SCHEDULES:
         raise InputError(f"unknown schedule {name!r}; there are {', '.join(SCHEDULES)}")
     if ranks < 1 or microbatches < 1:
@@ -46,7 +56,13 @@ def make_schedule(name: str, ranks: int, microbatches: int, chunks: int | None =
         raise InputError(f"schedule {name!r} has {family.chunks} stages per rank, not {chunks}; {free} takes any number from 2")
     if chunks < 1 or (family.chunks is None and chunks < 2):
         raise InputError(f"schedule {name!r} needs 2 or more stages per rank, not {chunks}; with one, '1f1b' is the same idea")
-    return family.build(ranks, microbatches, chunks)
+    if family.in_rounds and microbatches % ranks:
+        below = microbatches - microbatches % ranks
+        fits = f"{below} or {below + ranks}" if below else f"{ranks}"
+        raise InputError(
+            f"schedule {name!r} needs micro-batches in rounds of the {ranks} ranks; {microbatches} isn't a multiple, {fits} would be"
+        )
+    return chunks
 
 
 def forward_only(stages: Schedule | Sequence[int], microbatches: int) -> Schedule:
@@ -98,12 +114,6 @@ def _interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
     The k-th forward of a rank is of its chunk (k mod ranks chunks) // ranks; the backwards take the chunks in reverse. Warm-up is
     2 (ranks - rank - 1) + (chunks - 1) ranks forwards.
     """
-    if microbatches % ranks:
-        below = microbatches - microbatches % ranks
-        fits = f"{below} or {below + ranks}" if below else f"{ranks}"
-        raise InputError(
-            f"schedule 'interleaved' needs micro-batches in rounds of the {ranks} ranks; {microbatches} isn't a multiple, {fits} would be"
-        )
     lists = []
     for rank in range(ranks):
         order = [
@@ -295,7 +305,7 @@ def _finish(name: str, microbatches: int, rank_of: Iterable[int], lists: Sequenc
 SCHEDULES: Mapping[str, Family] = {
     "gpipe": Family(1, _gpipe),
     "1f1b": Family(1, _one_forward_one_backward),
-    "interleaved": Family(None, _interleaved),
+    "interleaved": Family(None, _interleaved, in_rounds=True),
     "zb-h1": Family(1, _zero_bubble_h1),
     "zb-v": Family(2, _zero_bubble_v),
     "v-half": Family(2, _v_half),

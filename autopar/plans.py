@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from autopar.errors import PlanError
+from autopar.errors import InputError, PlanError
+from autopar.generators import check_schedule
 from autopar.layout import (
     Layout,
     Mesh,
@@ -282,8 +283,15 @@ def _check_pipeline(pipeline: Pipeline) -> None:
     for name in ("ranks", "chunks", "microbatches"):
         if getattr(pipeline, name) < 1:
             raise PlanError(f"plan.pipeline.{name} is {getattr(pipeline, name)}, an integer from 1 is needed")
+    try:
+        check_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks)
+    except InputError as error:
+        raise PlanError(f"plan.pipeline: {error}") from error
     stages = [block.stage for block in pipeline.blocks]
-    if stages != sorted(stages) or set(stages) != set(range(pipeline.stages)):
+    ends = (stages[0], stages[-1]) if stages else (0, 0)  # a model without calls has no block
+    # Counted, not compared with a list of all stages: a file may name any number of them.
+    is_whole = len(set(stages) or {0}) == pipeline.stages and ends == (0, pipeline.stages - 1)
+    if not is_whole or stages != sorted(stages):
         raise PlanError(
             f"plan.pipeline.blocks must be on stages 0 to {pipeline.stages - 1}, ascending and none left out; they are on {stages}"
         )

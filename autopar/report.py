@@ -7,9 +7,11 @@ plain dict. Every cost shown is the plan's own, the one that the search used; no
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from itertools import groupby
 from typing import Any, Literal
 
 from rich import box
@@ -19,8 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from autopar.errors import InputError
-from autopar.layout import format_layout
-from autopar.plans import Candidate, Group, Memory, Plan, Proof, Unruled
+from autopar.generators import make_schedule
+from autopar.layout import PIPELINE, format_layout, with_pipeline
+from autopar.plans import RECOMPUTE, BlockChoice, Candidate, Group, Memory, Plan, Proof, Unruled
 from autopar.units import format_bytes, format_seconds, format_share
 
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "workspace", "reserved")
@@ -30,6 +33,9 @@ _BAR_WIDTH = 40
 _UNRULED_SHOWN = 3
 _NOTHING = "-"
 
+# Names of the candidates whose bound is that of the assignment of blocks to stages (`autopar.pipelines`).
+_SPREAD = ("pipeline", "micro-batches", "recomputation")
+
 
 def summarize(plan: Plan) -> str:
     """Describe `plan` in a few plain lines: mesh, predicted time and memory, proof, and ops without a rule."""
@@ -38,8 +44,8 @@ def summarize(plan: Plan) -> str:
     lines = [
         f"{plan.model} on {plan.cluster}, mesh {_describe_mesh(plan)}",
         "axes    " + ("; ".join(f"{axis} splits {role}" for axis, role in describe_axes(plan).items()) or "none: one rank"),
-        f"step    {format_seconds(seconds.step)} predicted = compute {format_seconds(seconds.forward + seconds.backward)}"
-        f" + optimizer {format_seconds(seconds.optimizer)} + exposed communication {format_seconds(seconds.communication)}",
+        *(f"stages  {text}" for text in [describe_pipeline(plan)] if text),
+        f"step    {format_seconds(seconds.step)} predicted = " + " + ".join(_word_parts(plan)),
         f"memory  {format_bytes(memory.total)} of {format_bytes(memory.budget)} per device: {kinds or 'nothing'}",
         f"proof   {proof.status} ({proof.method}): objective {proof.objective_ns:,} ns, bound {proof.bound_ns:,} ns,"
         f" gap {_format_gap(proof.gap)}, {format_seconds(proof.seconds)}, candidates looked at: {len(proof.candidates)}",
@@ -56,14 +62,38 @@ def summarize(plan: Plan) -> str:
 
 
 def describe_axes(plan: Plan) -> dict[str, str]:
-    """Per axis of the mesh, what it splits: the batch, and what the groups' contractions name, the dearest group first."""
-    roles: dict[str, list[str]] = {}
-    for axis in plan.mesh.names:
+    """Per axis of the mesh, what it splits: the batch, and what the groups' contractions name, the dearest group first.
+
+    The pipeline is an axis like the others, which splits the layers; axes of one rank beside it are left out.
+    """
+    is_pipelined = plan.pipeline.ranks > 1
+    roles: dict[str, list[str]] = {PIPELINE: ["layers"]} if is_pipelined else {}
+    for axis, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True):
+        if is_pipelined and size == 1:
+            continue
         found = ["batch"] if axis in plan.batch_axes else []
         for group in sorted(plan.groups, key=lambda group: -group.compute_seconds):
             found += [part.strip() for part in group.axes.get(axis, "").split(",")]
         roles[axis] = [role for role in dict.fromkeys(found) if role not in ("", "nothing")]
     return {axis: ", ".join(found) or "nothing" for axis, found in roles.items()}
+
+
+def describe_pipeline(plan: Plan) -> str:
+    """Say how the work is spread over groups of ranks and over time; empty for a plan without a pipeline and micro-batches."""
+    pipeline = plan.pipeline
+    if pipeline.is_trivial and pipeline.stages == 1:
+        return ""
+    width = plan.mesh.world_size
+    where = f" on {pipeline.ranks} {f'groups of {width} ranks' if width > 1 else 'ranks'}" if pipeline.ranks > 1 else ""
+    each = f", {pipeline.chunks} on each" if pipeline.chunks > 1 else ""
+    parts = f"{pipeline.microbatches} micro-batches" if pipeline.microbatches > 1 else "1 micro-batch"
+    return f"{pipeline.stages}{where}{each}; schedule {pipeline.schedule}, {parts}"
+
+
+def count_recompute(plan: Plan) -> dict[str, int]:
+    """Number of blocks by what their backward runs again, of the kinds that there are."""
+    found = Counter(block.recompute for block in plan.pipeline.blocks)
+    return {kind: found[kind] for kind in RECOMPUTE if found[kind]}
 
 
 def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
@@ -77,11 +107,20 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
         InputError: no layer of the plan matches `layer`.
     """
     groups = select_groups(plan, layer)
+    rank_of = _find_ranks(plan)
     data: dict[str, Any] = {
         "model": plan.model,
         "fingerprint": plan.fingerprint,
         "cluster": plan.cluster,
+        "world_size": plan.world_size,
         "mesh": dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
+        "pipeline": {
+            "ranks": plan.pipeline.ranks,
+            "schedule": plan.pipeline.schedule,
+            "chunks": plan.pipeline.chunks,
+            "microbatches": plan.pipeline.microbatches,
+            "blocks": [{**asdict(block), "group": rank_of[block.stage]} for block in _select_blocks(plan, layer)],
+        },
         "axes": describe_axes(plan),
         "batch_axes": list(plan.batch_axes),
         "seconds": {**asdict(plan.seconds), "step": plan.seconds.step},
@@ -113,13 +152,17 @@ def explain(plan: Plan, console: Console, *, layer: str | None = None) -> None:
     console.print(Text(f"{plan.model} on {plan.cluster}, mesh {_describe_mesh(plan)}", style="bold"))
     console.print(Text(f"fingerprint {plan.fingerprint}"))
     _print(console, _tabulate_axes(plan, groups))
+    if (describe_pipeline(plan) or _is_recomputed(plan)) and (blocks := _select_blocks(plan, layer)):
+        _print(console, _tabulate_blocks(plan, blocks))
     if layer is not None:
         _print(console, _tabulate_groups(plan, groups))
         _print(console, _tabulate_layouts(plan, layer))
         return
     _print(console, _tabulate_step(plan))
     _print(console, _tabulate_traffic(plan))
-    _print(console, _tabulate_memory(plan.memory))
+    if messages := _word_messages(plan):
+        _print(console, Text(messages))
+    _print(console, _tabulate_memory(plan))
     _print(console, _tabulate_groups(plan, groups))
     _print(console, _tabulate_candidates(plan))
     _print(console, Text("\n".join(_word_proof(plan))))
@@ -150,6 +193,28 @@ def _names_group(layer: str, group: Group) -> bool:
     return layer in group.name or fnmatchcase(path, layer) or fnmatchcase(layer, path)
 
 
+def _select_blocks(plan: Plan, layer: str | None) -> list[BlockChoice]:
+    """The blocks that are in `layer`, that it is in, or whose paths have it as a part; all when it is None."""
+    if layer is None:
+        return list(plan.pipeline.blocks)
+    wanted = layer.split(".")
+
+    def is_named(block: BlockChoice) -> bool:
+        # `layers.1#2` is a second block named after the same module.
+        words = re.sub(r"#\d+$", "", block.name).split(".")
+        starts = (zip(words[start:], wanted, strict=False) for start in range(len(words)))
+        return any(all(fnmatchcase(word, pattern) for word, pattern in pairs) for pairs in starts)
+
+    return list(filter(is_named, plan.pipeline.blocks))
+
+
+def _find_ranks(plan: Plan) -> tuple[int, ...]:
+    """The group of ranks that runs each stage."""
+    pipeline = plan.pipeline
+    # Which stages a group has doesn't depend on the number of micro-batches.
+    return make_schedule(pipeline.schedule, pipeline.ranks, pipeline.ranks, pipeline.chunks).rank_of
+
+
 def _select_layouts(plan: Plan, layer: str) -> Iterable[tuple[str, str]]:
     """Name and layout of the stored tensors of `layer`, or of the layer like it that stands for all in the plan.
 
@@ -176,8 +241,31 @@ def _match_names(path: str) -> re.Pattern[str]:
 
 
 def _describe_mesh(plan: Plan) -> str:
-    ranks = plan.mesh.world_size
-    return f"{plan.mesh} ({ranks} ranks)" if ranks > 1 else "of one rank"
+    mesh = with_pipeline(plan.mesh, plan.pipeline.ranks)
+    return f"{mesh} ({plan.world_size} ranks)" if plan.world_size > 1 else "of one rank"
+
+
+def _is_recomputed(plan: Plan) -> bool:
+    return any(block.recompute != "none" for block in plan.pipeline.blocks)
+
+
+def _word_parts(plan: Plan) -> list[str]:
+    """What the step's seconds are made of, for the summary."""
+    seconds = plan.seconds
+    parts = [f"compute {format_seconds(seconds.forward + seconds.backward)}"]
+    if seconds.recompute or _is_recomputed(plan):
+        parts.append(f"recompute {format_seconds(seconds.recompute)} ({_word_recompute(plan)})")
+    parts.append(f"optimizer {format_seconds(seconds.optimizer)}")
+    parts.append(f"exposed communication {format_seconds(seconds.communication)}")
+    if seconds.bubble or plan.pipeline.ranks > 1:
+        parts.append(f"bubble {format_seconds(seconds.bubble)} ({format_share(seconds.bubble, seconds.step)})")
+    return parts
+
+
+def _word_recompute(plan: Plan) -> str:
+    """How much of the model is run again: ``full in 30 of 34 blocks``."""
+    counts = [f"{kind} in {count}" for kind, count in count_recompute(plan).items() if kind != "none"]
+    return f"{', '.join(counts) or 'none'} of {len(plan.pipeline.blocks)} blocks"
 
 
 def _format_gap(gap: float) -> str:
@@ -219,7 +307,31 @@ def _tabulate_axes(plan: Plan, groups: Sequence[Group]) -> Stack:
         columns[f"{axis} ({size})"] = "left"
     rows = [[group.name, str(group.count), *(group.axes.get(axis) or _NOTHING for axis in plan.mesh.names)] for group in groups]
     rows.append(["batch of the inputs", "", *("split" if axis in plan.batch_axes else _NOTHING for axis in plan.mesh.names)])
-    return _make_table("What each axis of the mesh splits", columns, rows, total=True)
+    whose = "a group's mesh" if plan.pipeline.ranks > 1 else "the mesh"
+    return _make_table(f"What each axis of {whose} splits", columns, rows, total=True)
+
+
+def _tabulate_blocks(plan: Plan, blocks: Sequence[BlockChoice]) -> Stack:
+    """Where the blocks are and what of them the backward runs again; a row per run of blocks that are alike in both."""
+    rank_of = _find_ranks(plan)
+    width = plan.mesh.world_size
+    place = {block.name: index for index, block in enumerate(plan.pipeline.blocks)}
+    rows = []
+    # Neighbours keep their distance from a counter, so that what was left out between two of them parts them.
+    numbered = enumerate(blocks)
+    for (stage, recompute, _), found in groupby(numbered, lambda one: (one[1].stage, one[1].recompute, place[one[1].name] - one[0])):
+        names = [block.name for _, block in found]
+        group = rank_of[stage]
+        ranks = f"{group * width}-{(group + 1) * width - 1}" if width > 1 else str(group)
+        span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+        rows.append([str(group), ranks, str(stage), span, str(len(names)), recompute])
+    columns: dict[str, _Justify] = {"group": "right", "ranks": "left", "stage": "right", "blocks": "left", "count": "right"}
+    columns["recompute"] = "left"
+    text = describe_pipeline(plan)
+    if plan.pipeline.ranks == 1:
+        rows = [row[2:] for row in rows]
+        columns = {name: justify for name, justify in columns.items() if name not in ("group", "ranks")}
+    return _make_table(f"Stages: {text}" if text else "What the backward runs again", columns, rows)
 
 
 def _tabulate_step(plan: Plan) -> Stack:
@@ -227,13 +339,20 @@ def _tabulate_step(plan: Plan) -> Stack:
     parts = [
         ("compute, forward", seconds.forward),
         ("compute, backward", seconds.backward),
+        ("recompute", seconds.recompute),
         ("optimizer", seconds.optimizer),
         ("exposed communication", seconds.communication),
+        ("bubble", seconds.bubble),
         ("step", seconds.step),
     ]
-    rows = [[name, format_seconds(value), format_share(value, seconds.step)] for name, value in parts]
+    absent = {
+        "recompute": not (seconds.recompute or _is_recomputed(plan)),
+        "bubble": not (seconds.bubble or plan.pipeline.ranks > 1),
+    }
+    rows = [[name, format_seconds(value), format_share(value, seconds.step)] for name, value in parts if not absent.get(name)]
+    whose = "the mean rank; bubble: waiting for other stages" if plan.pipeline.ranks > 1 else "one rank"
     return _make_table(
-        "Predicted time of one training step on one rank",
+        f"Predicted time of one training step on {whose}",
         {"part": "left", "time": "right", "of the step": "right"},
         rows,
         total=True,
@@ -241,9 +360,11 @@ def _tabulate_step(plan: Plan) -> Stack:
 
 
 def _tabulate_traffic(plan: Plan) -> RenderableType:
-    if not plan.traffic:
-        return Text("Communication: none")
-    ordered = sorted(plan.traffic, key=lambda traffic: (-traffic.seconds, traffic.axis, traffic.collective, traffic.purpose))
+    is_pipelined = plan.pipeline.ranks > 1
+    inside = [traffic for traffic in plan.traffic if traffic.axis != PIPELINE]
+    if not inside:
+        return Text("Communication inside the groups: none" if is_pipelined else "Communication: none")
+    ordered = sorted(inside, key=lambda traffic: (-traffic.seconds, traffic.axis, traffic.collective, traffic.purpose))
     rows = [
         [
             traffic.axis,
@@ -263,20 +384,35 @@ def _tabulate_traffic(plan: Plan) -> RenderableType:
     columns: dict[str, _Justify] = {"axis": "left", "collective": "left", "purpose": "left"}
     columns |= {"times": "right", "bytes": "right", "exposed": "right"}
     return _make_table(
-        "Communication of one step (bytes of a rank, time not hidden behind compute)",
+        f"Communication of one step{' inside a group' if is_pipelined else ''}"
+        f" (bytes of {'the mean' if is_pipelined else 'a'} rank, time not hidden behind compute)",
         columns,
         [*rows, ["all", "", "", *total]],
         total=True,
     )
 
 
-def _tabulate_memory(memory: Memory) -> Stack:
+def _word_messages(plan: Plan) -> str:
+    """Say what travels between stages; nothing where nothing does."""
+    sent = [traffic for traffic in plan.traffic if traffic.axis == PIPELINE]
+    if not sent:
+        return ""
+    return (
+        f"Messages between stages, of all cuts together: {sum(one.count for one in sent):,} in a step, forward and backward,"
+        f" {format_bytes(sum(one.nbytes for one in sent))} per rank of a group, {format_seconds(sum(one.seconds for one in sent))}"
+        " on their way. What a stage waits for them is in the bubble."
+    )
+
+
+def _tabulate_memory(plan: Plan) -> Stack:
+    memory: Memory = plan.memory
     rows = []
     for kind in (*MEMORY_KINDS, "total"):
         nbytes = getattr(memory, kind)
         rows.append([kind, format_bytes(nbytes), format_share(nbytes, memory.budget), _draw_bar(nbytes, memory.budget)])
     columns: dict[str, _Justify] = {"kind": "left", "bytes": "right", "of the budget": "right", "": "left"}
-    return _make_table(f"Memory of one device at the peak, budget {format_bytes(memory.budget)}", columns, rows, total=True)
+    which = "the fullest device" if plan.pipeline.ranks > 1 else "one device"
+    return _make_table(f"Memory of {which} at the peak, budget {format_bytes(memory.budget)}", columns, rows, total=True)
 
 
 def _draw_bar(part: int, whole: int) -> str:
@@ -290,7 +426,9 @@ def _draw_bar(part: int, whole: int) -> str:
 
 
 def _tabulate_groups(plan: Plan, groups: Sequence[Group]) -> Stack:
-    step = plan.seconds.step
+    pipeline = plan.pipeline
+    # Every group of ranks has its own part of these seconds.
+    step = pipeline.ranks * plan.seconds.step
     ordered = sorted(groups, key=lambda group: -(group.compute_seconds + group.communication_seconds))
     rows = [
         [
@@ -306,7 +444,12 @@ def _tabulate_groups(plan: Plan, groups: Sequence[Group]) -> Stack:
     ]
     columns: dict[str, _Justify] = {"layers": "left", "count": "right", "compute": "right", "communication": "right"}
     columns |= {"of the step": "right", "parameters": "right", "activations": "right"}
-    return _make_table("Where the time goes", columns, rows)
+    remarks = [
+        *(["all stages together"] if pipeline.ranks > 1 else []),
+        *(["without what is run again"] if _is_recomputed(plan) else []),
+        *(["activations of one micro-batch"] if pipeline.microbatches > 1 else []),
+    ]
+    return _make_table("Where the time goes" + (f" ({', '.join(remarks)})" if remarks else ""), columns, rows)
 
 
 def _tabulate_layouts(plan: Plan, layer: str) -> RenderableType:
@@ -360,22 +503,32 @@ def _word_proof(plan: Plan) -> list[str]:
     """Say what the search proved, in words and exact numbers."""
     proof = plan.proof
     chosen = _find_chosen(proof)
-    # A baseline is solved under constraints of its own, so its bound speaks of such plans only.
-    plans = "plan" if chosen is None or chosen.name == "search" else f"{chosen.name} plan"
-    lines = [
-        f"Proof for the mesh {_describe_mesh(plan)}",
-        f"The chosen plan costs {proof.objective_ns:,} ns under this cost model. No {plans} on this mesh, within the pins given,"
-        f" costs less than {proof.bound_ns:,} ns.",
-    ]
+    is_spread = chosen.name in _SPREAD if chosen is not None else bool(describe_pipeline(plan) or _is_recomputed(plan))
+    lines = [f"Proof for the mesh {_describe_mesh(plan)}"]
+    costs = f"The chosen plan costs {proof.objective_ns:,} ns under this cost model."
+    if is_spread:
+        lines.append(
+            f"{costs} With the placements chosen, no stages and recomputation that fit the memory and the pins cost less than"
+            f" {proof.bound_ns:,} ns under this schedule."
+        )
+    else:
+        # A baseline is solved under constraints of its own, so its bound speaks of such plans only.
+        plans = "plan" if chosen is None or chosen.name == "search" else f"{chosen.name} plan"
+        lines.append(f"{costs} No {plans} on this mesh, within the pins given, costs less than {proof.bound_ns:,} ns.")
     if proof.objective_ns == proof.bound_ns:
         lines.append("The two are equal: nothing there is cheaper.")
     else:
         lines.append(f"So it is within {_format_gap(proof.gap)} of the cheapest there.")
+    if is_spread:
+        lines.append("Other placements, schedules, micro-batches and meshes were compared by what was found for each, not by bounds.")
     lines.append(
         f"The solver ended as {proof.status} ({proof.method}) on {proof.variables:,} variables and"
         f" {proof.constraints:,} constraints; the whole search took {format_seconds(proof.seconds)}."
     )
-    lines.append("To check another mesh, pin it (`autopar plan ... --mesh dp=4,tp=2`): a pinned mesh is solved with the same costs.")
+    what, pin, is_pinned = "mesh", "--mesh dp=4,tp=2", "a pinned mesh"
+    if plan.pipeline.ranks > 1:
+        what, pin, is_pinned = "pipeline", "--pin pp=2 --pin schedule=1f1b", "a pinned pipeline"
+    lines.append(f"To check another {what}, pin it (`autopar plan ... {pin}`): {is_pinned} is solved with the same costs.")
     return lines
 
 

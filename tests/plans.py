@@ -1,18 +1,21 @@
-"""A plan made by hand, for tests of what reads plans."""
+"""Plans made by hand, for tests of what reads plans."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from autopar.layout import Mesh, Split, parse_layout
-from autopar.plans import Candidate, Group, Memory, Plan, Proof, Seconds, Traffic, Unruled
+from autopar.plans import BlockChoice, Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
 
 
 def make_plan() -> Plan:
-    """A plan of two layers on two axes that uses every field."""
+    """A plan of twelve layers on two axes that uses every field but those of pipelines."""
     return Plan(
         model="GPT2LMHeadModel",
         fingerprint="0123abcd",
         cluster="1x8xh100",
         mesh=Mesh(("dp", "tp"), (2, 4)),
+        pipeline=Pipeline(ranks=1, schedule="gpipe", chunks=1, microbatches=1, blocks=_make_blocks([0] * 14, "none"), travel={}),
         inputs={"input_ids": "int64[8, 128]", "labels": "int64[8, 128]"},
         layouts={
             "p_transformer_h_0_mlp_c_fc_weight": parse_layout("S0,S1"),
@@ -23,7 +26,7 @@ def make_plan() -> Plan:
         },
         placements={"addmm": (Split("b"), Split("o", 3)), "view": (None, Split("o"))},
         batch_axes=("dp",),
-        seconds=Seconds(forward=0.003, backward=0.006, optimizer=0.0005, communication=0.0015),
+        seconds=Seconds(forward=0.003, backward=0.006, recompute=0.0, optimizer=0.0005, communication=0.0015, bubble=0.0),
         memory=Memory(
             parameters=1_000_000_000,
             gradients=1_000_000_000,
@@ -66,3 +69,37 @@ def make_plan() -> Plan:
         ),
         notes=("dropped an assertion on float32[8, 128]",),
     )
+
+
+def make_pipelined_plan() -> Plan:
+    """The same on two groups of ranks, with recomputation in the later blocks of each stage."""
+    plan = make_plan()
+    stages = [0] * 4 + [1] * 3 + [2] * 3 + [3] * 4
+    blocks = _make_blocks(stages, "none", "selective", "full")
+    return replace(
+        plan,
+        cluster="2x8xh100",
+        pipeline=Pipeline(2, "interleaved", 2, 4, blocks, {"add_3": parse_layout("S0,R"), "add_7": parse_layout("S0,S2")}),
+        seconds=Seconds(forward=0.003, backward=0.006, recompute=0.00125, optimizer=0.0005, communication=0.0015, bubble=0.00275),
+        traffic=(*plan.traffic, Traffic("pp", "send", "between stages", 24, 96_000_000, 0.0021)),
+        proof=replace(
+            plan.proof,
+            objective_ns=15_000_000,
+            bound_ns=14_700_000,
+            gap=0.02,
+            status="feasible",
+            method="LP, integral; cutting planes, 12 rounds",
+            candidates=(
+                Candidate("pipeline", "pp=2 x dp=2 x tp=4, 4 micro-batches", 0.0163, 21_000_000_000, "1f1b: optimal"),
+                Candidate("pipeline", "pp=2 x dp=2 x tp=4, 4 micro-batches", 0.015, 19_595_678_901, "interleaved x2: feasible"),
+                Candidate("pipeline", "pp=2 x dp=8, 8 micro-batches", None, 96_000_000_000, "out of memory"),
+            ),
+        ),
+    )
+
+
+def _make_blocks(stages: list[int], *recompute: str) -> tuple[BlockChoice, ...]:
+    """An embedding, twelve layers and a head on these stages; the blocks of a stage take the kinds of `recompute` one after the other."""
+    names = ["transformer.wte", *(f"transformer.h.{number}" for number in range(12)), "lm_head"]
+    kinds = [recompute[min(stages[:place].count(stage), len(recompute) - 1)] for place, stage in enumerate(stages)]
+    return tuple(map(BlockChoice, names, stages, kinds))

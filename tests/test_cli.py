@@ -11,12 +11,28 @@ from pathlib import Path
 import click
 import pytest
 
+from autopar import cli, pipelines
 from autopar.cli import main, parse_mesh, parse_pins
 from autopar.errors import InputError
-from autopar.plans import VERSION, Candidate, Memory, Plan, Proof, Seconds, Traffic, Unruled, to_json
+from autopar.generators import SCHEDULES
+from autopar.meshes import PIN_NAMES
+from autopar.plans import (
+    RECOMPUTE,
+    VERSION,
+    BlockChoice,
+    Candidate,
+    Memory,
+    Pipeline,
+    Plan,
+    Proof,
+    Seconds,
+    Traffic,
+    Unruled,
+    to_json,
+)
 from autopar.report import to_data
 from tests.commands import refuse, run
-from tests.plans import make_plan
+from tests.plans import make_pipelined_plan, make_plan
 
 
 @pytest.fixture
@@ -73,6 +89,19 @@ def test_explain_a_layer(saved: Path) -> None:
     assert "no layer of this plan matches 'decoder'" in refuse("explain", saved, "--layer", "decoder")
 
 
+def test_explain_a_pipeline(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    make_pipelined_plan().save(path)
+    result = run("explain", path)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "Stages: 4 on 2 groups of 8 ranks, 2 on each; schedule interleaved, 4 micro-batches" in result.stdout
+    data = json.loads(run("explain", path, "--json").stdout)
+    assert data == json.loads(json.dumps(to_data(make_pipelined_plan())))
+    assert (data["world_size"], data["pipeline"]["schedule"], data["pipeline"]["blocks"][-1]["group"]) == (16, "interleaved", 1)
+    layer = json.loads(run("explain", path, "--layer", "transformer.h.11", "--json").stdout)
+    assert layer["pipeline"]["blocks"] == [{"name": "transformer.h.11", "stage": 3, "recompute": "full", "group": 1}]
+
+
 def test_plans_that_cannot_be_read(tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text(to_json(make_plan())[:500], encoding="utf-8")
@@ -119,12 +148,26 @@ def test_a_memory_below_what_the_device_takes_is_infeasible() -> None:
 @pytest.mark.parametrize(
     ("pin", "message"),
     [
-        ("zp=2", "unknown pin 'zp'; known are dp, tp, cp, fsdp, vocabulary"),
-        ("pp=2", "pin 'pp' is not supported yet; this version pins dp, tp, cp, fsdp, vocabulary"),
-        ("ep=2", "pin 'ep' is not supported yet"),
-        ("schedule=1f1b", "pin 'schedule' is not supported yet"),
-        ("microbatches=4", "pin 'microbatches' is not supported yet"),
-        ("recompute", "pin 'recompute' is not supported yet"),
+        ("zp=2", "unknown pin 'zp'; known are dp, tp, cp, pp, fsdp, vocabulary, schedule, microbatches, chunks, recompute"),
+        ("ep=2", "pin 'ep' is not supported yet; this version pins dp, tp, cp, pp, fsdp"),
+        ("ep=tp:2", "pin 'ep' is not supported yet"),
+        ("pp=0", "pin pp=0: an integer from 1 is needed"),
+        ("pp=two", "pin pp='two': an integer from 1 is needed"),
+        ("pp=true", "pin pp=True: an integer from 1 is needed"),
+        ("pp=tp:2", "pin pp='tp:2': an integer from 1 is needed"),
+        ("microbatches=-4", "pin microbatches='-4': an integer from 1 is needed"),
+        ("chunks=0", "pin chunks=0: an integer from 1 is needed"),
+        ("schedule=2f2b", "pin schedule='2f2b' is unknown; there are gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half"),
+        ("schedule", "pin schedule='' is unknown"),
+        ("recompute", "pin recompute='' is unknown; there are none, selective, full"),
+        ("recompute=half", "pin recompute='half' is unknown; there are none, selective, full"),
+        ("layers.3=pp:x", "pin 'layers.3': pp='x' isn't the number of a stage"),
+        ("layers.3=pp:-1", "pin 'layers.3': pp='-1' isn't the number of a stage"),
+        ("layers.3=pp:", "'pp:' in pin 'layers.3=pp:' is no choice for a module; write pp:STAGE or AXIS:LOOP"),
+        ("layers.3=:2", "':2' in pin 'layers.3=:2' is no choice"),
+        ("layers.3=pp:2,tp", "'tp' in pin 'layers.3=pp:2,tp' is no choice"),
+        ("layers.3=pp:2,pp:3", "pin 'layers.3=pp:2,pp:3' names the axis 'pp' twice"),
+        ("layers.3=2", "unknown pin 'layers.3'"),
         ("offload=true", "pin 'offload' is not supported yet"),
         ("attention=ring", "pin 'attention' is not supported yet"),
         ("tp", "pin tp='': the size of an axis is needed, an integer from 1"),
@@ -147,8 +190,23 @@ def test_pins_are_read() -> None:
     pins = parse_pins(["tp=2", " dp = 4", "fsdp=true", "vocabulary=False"])
     assert pins == {"tp": 2, "dp": 4, "fsdp": True, "vocabulary": False}
     assert parse_pins([]) == {}
+    pins = parse_pins(["pp=4", "schedule=zb-v", "microbatches=16", "chunks=2", "recompute=full"])
+    assert pins == {"pp": 4, "schedule": "zb-v", "microbatches": 16, "chunks": 2, "recompute": "full"}
+    assert parse_pins(["recompute=true"]) == {"recompute": True}
+    assert parse_pins(["model.layers.3 = pp:2", "layers.*.mlp=tp:o, pp: 0"]) == {
+        "model.layers.3": {"pp": 2},
+        "layers.*.mlp": {"tp": "o", "pp": 0},
+    }
     with pytest.raises(InputError, match="pin 'tp' is given twice"):
         parse_pins(["tp=2", "tp=4"])
+
+
+def test_every_pin_is_in_the_help() -> None:
+    assert set(cli.PIPELINE_PINS) == set(pipelines.PINS)
+    for command in ("plan", "verify"):
+        text = run(command, "--help").stdout
+        assert all(f"{name}=" in text for name in PIN_NAMES)
+        assert all(name in text for name in (*SCHEDULES, *RECOMPUTE))
 
 
 def test_meshes_are_read() -> None:
@@ -174,6 +232,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_search(tmp_path:
 
 def test_what_contradicts_a_plan_is_refused(saved: Path) -> None:
     assert "is a plan for 8 ranks (dp=2 x tp=4), --ranks says 4" in refuse("verify", "m.py:f", "--plan", saved, "--ranks", "4")
+    make_pipelined_plan().save(saved)
+    message = refuse("verify", "m.py:f", "--plan", saved, "--ranks", "8")
+    assert "is a plan for 16 ranks (pp=2 x dp=2 x tp=4), --ranks says 8" in message
     assert "leave out --pin or --plan" in refuse("verify", "m.py:f", "--plan", saved, "--pin", "tp=2")
 
 
@@ -199,6 +260,6 @@ def test_every_option_is_on_the_page() -> None:
 
 def test_every_field_of_a_plan_is_on_the_page() -> None:
     page = _read_page("plan-format.md")
-    for kind in (Plan, Seconds, Memory, Traffic, Proof, Candidate, Unruled):
+    for kind in (Plan, Pipeline, BlockChoice, Seconds, Memory, Traffic, Proof, Candidate, Unruled):
         for part in fields(kind):
             assert f"`{part.name}`" in page, f"{kind.__name__}.{part.name}"

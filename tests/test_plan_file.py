@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import PlanError
+from autopar.generators import SCHEDULES, make_schedule
 from autopar.layout import PASS, Layout, Mesh, Placement, Split, State, StateKind, shard
 from autopar.plans import (
+    RECOMPUTE,
     VERSION,
+    BlockChoice,
     Candidate,
     Group,
     Memory,
+    Pipeline,
     Plan,
     Proof,
     Seconds,
@@ -26,7 +32,7 @@ from autopar.plans import (
     from_json,
     to_json,
 )
-from tests.plans import make_plan
+from tests.plans import make_pipelined_plan, make_plan
 
 _TEXT = st.text(max_size=8)
 _COUNT = st.integers(0, 2**60)
@@ -43,6 +49,19 @@ def _make_tables(axes: int, state: st.SearchStrategy[Any]) -> st.SearchStrategy[
 
 
 @st.composite
+def _pipelines(draw: st.DrawFn, axes: int) -> Pipeline:
+    """Any that `make_schedule` can make, with one to three blocks on each stage."""
+    schedule = draw(st.sampled_from(sorted(SCHEDULES)))
+    ranks, microbatches = draw(st.integers(1, 4)), draw(st.integers(1, 5))
+    chunks = SCHEDULES[schedule].chunks or draw(st.integers(2, 3))
+    microbatches *= ranks if schedule == "interleaved" else 1
+    assert len(make_schedule(schedule, ranks, microbatches, chunks).rank_of) == ranks * chunks
+    stages = [stage for stage in range(ranks * chunks) for _ in range(draw(st.integers(1, 3)))]
+    blocks = tuple(BlockChoice(draw(_TEXT), stage, draw(st.sampled_from(RECOMPUTE))) for stage in stages)
+    return Pipeline(ranks, schedule, chunks, microbatches, blocks, draw(_make_tables(axes, _STATE)))
+
+
+@st.composite
 def _plans(draw: st.DrawFn) -> Plan:
     names = tuple(draw(st.lists(st.sampled_from(["dp", "tp", "cp", "axis_3"]), min_size=1, max_size=3, unique=True)))
     layouts: dict[str, Layout] = draw(_make_tables(len(names), _STATE))
@@ -55,11 +74,12 @@ def _plans(draw: st.DrawFn) -> Plan:
         fingerprint=draw(_TEXT),
         cluster=draw(_TEXT),
         mesh=Mesh(names, tuple(draw(st.integers(1, 16)) for _ in names)),
+        pipeline=draw(_pipelines(len(names))),
         inputs=draw(st.dictionaries(_TEXT, _TEXT, max_size=2)),
         layouts=layouts,
         placements=placements,
         batch_axes=names[: draw(st.integers(0, len(names)))],
-        seconds=draw(st.builds(Seconds, _TIME, _TIME, _TIME, _TIME)),
+        seconds=draw(st.builds(Seconds, *[_TIME] * 6)),
         memory=draw(st.builds(Memory, *[_COUNT] * 8)),
         traffic=tuple(draw(st.lists(st.builds(Traffic, _TEXT, _TEXT, _TEXT, _COUNT, _COUNT, _TIME), max_size=2))),
         groups=tuple(draw(st.lists(group, max_size=2))),
@@ -72,7 +92,10 @@ def _plans(draw: st.DrawFn) -> Plan:
 @given(_plans())
 @settings(max_examples=50, deadline=None)
 def test_what_is_written_comes_back(plan: Plan) -> None:
-    assert from_json(to_json(plan)) == plan
+    found = from_json(to_json(plan))
+    assert found == plan
+    assert found.world_size == math.prod([plan.pipeline.ranks, *plan.mesh.sizes])
+    assert found.pipeline.stages == len({block.stage for block in found.pipeline.blocks})
 
 
 def test_a_saved_plan_loads(tmp_path: Path) -> None:
@@ -80,6 +103,27 @@ def test_a_saved_plan_loads(tmp_path: Path) -> None:
     make_plan().save(path)
     assert Plan.load(path) == make_plan()
     assert Plan.load(path).placements["addmm"] == (Split("b"), Split("o", 3))
+
+
+def test_a_pipeline_is_written_in_words(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    make_pipelined_plan().save(path)
+    assert Plan.load(path) == make_pipelined_plan()
+    pipeline = json.loads(path.read_text(encoding="utf-8"))["plan"]["pipeline"]
+    assert pipeline["blocks"][4] == {"name": "transformer.h.3", "stage": 1, "recompute": "none"}
+    assert pipeline["travel"] == {"add_3": "S0,R", "add_7": "S0,S2"}
+
+
+def test_a_model_without_calls_has_no_blocks() -> None:
+    plan = make_plan()
+    plan = replace(plan, pipeline=replace(plan.pipeline, blocks=()))
+    assert from_json(to_json(plan)) == plan
+    assert not plan.pipeline.blocks
+    assert plan.pipeline.is_trivial
+
+
+def test_the_step_is_the_sum_of_its_parts() -> None:
+    assert Seconds(1.0, 2.0, 4.0, 8.0, 16.0, 32.0).step == 63.0
 
 
 def test_equal_plans_are_equal_files() -> None:
@@ -165,6 +209,57 @@ def test_damage_is_named(damage: Callable[[dict[str, Any]], Any], message: str) 
     with pytest.raises(PlanError) as caught:
         from_json(json.dumps(document))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (dict.clear, "plan.pipeline: fields missing or unknown: blocks, chunks, microbatches, ranks, schedule, travel"),
+        (_set("ranks", to=0), "plan.pipeline.ranks is 0, an integer from 1 is needed"),
+        (_set("chunks", to=-2), "plan.pipeline.chunks is -2, an integer from 1 is needed"),
+        (_set("microbatches", to=-1), "plan.pipeline.microbatches is -1, an integer from 1 is needed"),
+        (_set("microbatches", to=2.0), "plan.pipeline.microbatches: int is needed, not float"),
+        (_set("microbatches", to=True), "plan.pipeline.microbatches: int is needed, not bool"),
+        (_set("microbatches", to=5), "rounds of the 2 ranks; 5 isn't a multiple, 4 or 6 would be"),
+        (_set("schedule", to="2f2b"), "unknown schedule '2f2b'; there are gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half"),
+        (_set("schedule", to=["1f1b"]), "plan.pipeline.schedule: str is needed, not list"),
+        (_set("schedule", to="1f1b"), "schedule '1f1b' has 1 stages per rank, not 2"),
+        (_set("chunks", to=1), "schedule 'interleaved' needs 2 or more stages per rank, not 1"),
+        (_set("chunks", to=3), "plan.pipeline.blocks must be on stages 0 to 5, ascending and none left out; they are on [0, 0, 0, 0, 1"),
+        (_set("chunks", to=10**12), "plan.pipeline.blocks must be on stages 0 to 1999999999999, "),
+        (_set("blocks", to=[]), "plan.pipeline.blocks must be on stages 0 to 3, ascending and none left out; they are on []"),
+        (_set("blocks", 3, "stage", to=2), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
+        (_set("blocks", 0, "stage", to=-1), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
+        (_set("blocks", 13, "stage", to=4), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
+        (_set("blocks", 13, "stage", to="3"), "plan.pipeline.blocks[13].stage: int is needed, not str"),
+        (
+            lambda one: one.update(blocks=[block for block in one["blocks"] if block["stage"] != 2]),
+            "none left out; they are on [0, 0, 0, 0, 1",
+        ),
+        (_set("blocks", 1, "recompute", to="half"), "'transformer.h.0' has recompute 'half'; known are none, selective, full"),
+        (_set("blocks", 1, "recompute", to=True), "plan.pipeline.blocks[1].recompute: str is needed, not bool"),
+        (_set("blocks", 1, to="transformer.h.0"), "plan.pipeline.blocks[1]: an object is needed, not str"),
+        (_set("travel", "add_3", to="S0,Q"), "plan.pipeline.travel: 'Q' is no state of a layout"),
+        (_set("travel", "add_3", to="S0"), "'add_3' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
+    ],
+)
+def test_damage_to_a_pipeline_is_named(damage: Callable[[dict[str, Any]], Any], message: str) -> None:
+    document = json.loads(to_json(make_pipelined_plan()))
+    damage(document["plan"]["pipeline"])
+    with pytest.raises(PlanError) as caught:
+        from_json(json.dumps(document))
+    assert message in str(caught.value)
+
+
+def test_a_pipeline_may_be_edited() -> None:
+    """What still is a pipeline loads: a block moved to the next stage, another schedule of as many stages."""
+    document = json.loads(to_json(make_pipelined_plan()))
+    pipeline = document["plan"]["pipeline"]
+    pipeline["blocks"][3]["stage"] = 1
+    pipeline |= {"schedule": "zb-v", "microbatches": 5}
+    found = from_json(json.dumps(document)).pipeline
+    assert [block.stage for block in found.blocks] == [0] * 3 + [1] * 4 + [2] * 3 + [3] * 4
+    assert (found.schedule, found.microbatches) == ("zb-v", 5)
 
 
 @pytest.mark.parametrize("plan", [None, [], "plan"])

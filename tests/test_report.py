@@ -11,11 +11,12 @@ import pytest
 from rich.console import Console
 
 from autopar.errors import InputError
+from autopar.generators import make_schedule
 from autopar.layout import Mesh
-from autopar.plans import Plan, Unruled
-from autopar.report import describe_axes, explain, select_groups, summarize, to_data
+from autopar.plans import BlockChoice, Pipeline, Plan, Unruled
+from autopar.report import count_recompute, describe_axes, describe_pipeline, explain, select_groups, summarize, to_data
 from autopar.units import format_bytes, format_seconds, format_share, parse_bytes
-from tests.plans import make_plan
+from tests.plans import make_pipelined_plan, make_plan
 
 Golden = Callable[[str, str], None]
 
@@ -65,6 +66,143 @@ def test_explain_of_one_rank(golden: Golden) -> None:
 
 def test_data(golden: Golden) -> None:
     golden("explain.json", json.dumps(to_data(make_plan()), indent=1) + "\n")
+
+
+def test_summary_of_a_pipeline(golden: Golden) -> None:
+    golden("summary_pipeline.txt", summarize(make_pipelined_plan()) + "\n")
+    assert 5 <= len(summarize(make_pipelined_plan()).splitlines()) <= 8
+
+
+def test_explain_a_pipeline(golden: Golden) -> None:
+    golden("explain_pipeline.txt", _render(make_pipelined_plan()))
+
+
+def test_explain_a_layer_of_a_pipeline(golden: Golden) -> None:
+    golden("explain_pipeline_layer.txt", _render(make_pipelined_plan(), layer="transformer.h.4.mlp"))
+
+
+def _change_pipeline(plan: Plan, **changes: object) -> Plan:
+    return replace(plan, pipeline=replace(plan.pipeline, **changes))  # type: ignore[arg-type]
+
+
+def test_a_plan_without_a_pipeline_says_nothing_of_one() -> None:
+    plan = make_plan()
+    assert describe_pipeline(plan) == ""
+    for word in ("stage", "micro", "recompute", "bubble", "schedule", "group of", "fullest"):
+        assert word not in summarize(plan)
+        assert word not in _render(plan)
+        assert word not in _render(plan, layer="transformer.h.3")
+
+
+def test_micro_batches_alone() -> None:
+    plan = _change_pipeline(make_plan(), microbatches=8)
+    assert describe_pipeline(plan) == "1; schedule gpipe, 8 micro-batches"
+    assert "stages  1; schedule gpipe, 8 micro-batches" in summarize(plan)
+    assert "mesh dp=2 x tp=4 (8 ranks)" in summarize(plan)
+    text = _render(plan)
+    assert "Where the time goes (activations of one micro-batch)" in text
+    assert "group   ranks" not in text
+    assert "bubble" not in text
+
+
+def test_recomputation_alone() -> None:
+    plan = make_plan()
+    blocks = tuple(replace(block, recompute="full" if 4 <= number < 9 else "none") for number, block in enumerate(plan.pipeline.blocks))
+    plan = replace(_change_pipeline(plan, blocks=blocks), seconds=replace(plan.seconds, recompute=0.001))
+    assert count_recompute(plan) == {"none": 9, "full": 5}
+    assert describe_pipeline(plan) == ""
+    assert "compute 9.00 ms + recompute 1.00 ms (full in 5 of 14 blocks) + optimizer" in summarize(plan)
+    text = _render(plan)
+    assert "What the backward runs again" in text
+    rows = [line.split() for line in text.splitlines() if line.strip().startswith("0 ")]
+    assert rows == [
+        ["0", "transformer.wte", "to", "transformer.h.2", "4", "none"],
+        ["0", "transformer.h.3", "to", "transformer.h.7", "5", "full"],
+        ["0", "transformer.h.8", "to", "lm_head", "5", "none"],
+    ]
+    assert "Proof for the mesh dp=2 x tp=4 (8 ranks)\nThe chosen plan costs 11,000,000 ns under this cost model. No plan on" in text
+
+
+def test_costs_of_a_pipeline_are_the_plans_own() -> None:
+    plan = make_pipelined_plan()
+    changed = replace(plan, seconds=replace(plan.seconds, bubble=0.3456, recompute=0.789))
+    for text in (summarize(changed), _render(changed)):
+        assert "346 ms" in text
+        assert "789 ms" in text
+        assert f"{100 * 0.3456 / changed.seconds.step:.1f}%" in text
+    assert to_data(changed)["seconds"]["bubble"] == 0.3456
+    assert to_data(changed)["seconds"]["step"] == changed.seconds.step
+
+
+@pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("interleaved", 3), ("zb-v", 2), ("v-half", 2)])
+def test_stages_are_shown_on_the_ranks_that_run_them(schedule: str, chunks: int) -> None:
+    ranks, microbatches = 3, 6
+    rank_of = make_schedule(schedule, ranks, microbatches, chunks).rank_of
+    blocks = tuple(BlockChoice(f"layers.{stage}", stage, "none") for stage in range(ranks * chunks))
+    plan = replace(make_pipelined_plan(), pipeline=Pipeline(ranks, schedule, chunks, microbatches, blocks, {}))
+    table = _render(plan).split("Stages: ")[1].split("\n\n")[0]
+    rows = [line.split() for line in table.splitlines()[3:]]
+    expected = [
+        [str(group), f"{8 * group}-{8 * group + 7}", str(stage), f"layers.{stage}", "1", "none"] for stage, group in enumerate(rank_of)
+    ]
+    assert rows == expected
+    assert [block["group"] for block in to_data(plan)["pipeline"]["blocks"]] == list(rank_of)
+
+
+def test_groups_of_one_rank() -> None:
+    plan = replace(make_pipelined_plan(), mesh=Mesh(("dp",), (1,)), batch_axes=("dp",), layouts={}, placements={})
+    assert describe_pipeline(plan) == "4 on 2 ranks, 2 on each; schedule interleaved, 4 micro-batches"
+    # The axis of a single rank splits nothing.
+    assert describe_axes(plan) == {"pp": "layers"}
+    assert "mesh pp=2 x dp=1 (2 ranks)" in summarize(plan)
+    assert any(line.split()[:4] == ["1", "1", "1", "transformer.h.3"] for line in _render(plan).splitlines())
+    quiet = replace(plan, traffic=plan.traffic[-1:])
+    assert "Communication inside the groups: none\n\nMessages between stages, of all cuts together: 24 in a step" in _render(quiet)
+
+
+@pytest.mark.parametrize(
+    ("layer", "names"),
+    [
+        ("transformer.h.3", ["transformer.h.3"]),
+        ("transformer.h.3.mlp.c_fc", ["transformer.h.3"]),
+        ("transformer.h.*.mlp", [f"transformer.h.{number}" for number in range(12)]),
+        ("transformer.h.1*", ["transformer.h.1", "transformer.h.10", "transformer.h.11"]),
+        ("h.*", [f"transformer.h.{number}" for number in range(12)]),
+        ("outside of layers", []),
+    ],
+)
+def test_a_layer_has_its_blocks(layer: str, names: list[str]) -> None:
+    plan = make_pipelined_plan()
+    found = to_data(plan, layer=layer)["pipeline"]["blocks"]
+    assert [block["name"] for block in found] == names
+    known = {block.name: block for block in plan.pipeline.blocks}
+    assert all((block["stage"], block["recompute"]) == (known[block["name"]].stage, known[block["name"]].recompute) for block in found)
+    assert ("Stages: " in _render(plan, layer=layer)) == bool(names)
+
+
+def test_blocks_that_are_no_neighbours_are_two_rows() -> None:
+    plan = make_pipelined_plan()
+    blocks = tuple(replace(block, recompute="none") for block in plan.pipeline.blocks)
+    text = _render(_change_pipeline(plan, blocks=blocks), layer="transformer.h.1*")
+    rows = [line.split()[3:-2] for line in text.splitlines() if line.strip().endswith("none")]
+    assert rows == [["transformer.h.1"], ["transformer.h.10", "to", "transformer.h.11"]]
+
+
+def test_second_blocks_of_a_module_are_in_it() -> None:
+    plan = make_pipelined_plan()
+    first, *rest = plan.pipeline.blocks
+    plan = _change_pipeline(plan, blocks=(first, replace(rest[0], name="transformer.h.0#2"), *rest[1:]))
+    assert [block["name"] for block in to_data(plan, layer="transformer.h.0")["pipeline"]["blocks"]] == ["transformer.h.0#2"]
+
+
+def test_a_bound_of_a_pipeline_speaks_of_its_schedule() -> None:
+    plan = make_pipelined_plan()
+    text = " ".join(_render(plan).split())
+    assert "no stages and recomputation that fit the memory and the pins cost less than 14,700,000 ns under this schedule" in text
+    assert "No pipeline plan on this mesh" not in text
+    assert "were compared by what was found for each, not by bounds" in text
+    alone = replace(plan, proof=replace(plan.proof, candidates=()))
+    assert "14,700,000 ns under this schedule" in " ".join(_render(alone).split())
 
 
 def test_costs_are_the_plans_own() -> None:
