@@ -19,7 +19,8 @@ from autopar.layout import Layout, Mesh, Placement, Split
 from autopar.options import AxisKind, Constraints, Model, is_inside, role_of
 
 PIN_NAMES = ("dp", "tp", "cp", "pp", "fsdp", "vocabulary", "schedule", "microbatches", "chunks", "recompute")
-"""Pins of this version, those of pipelines are read by `autopar.pipelines`; any other key is a glob of module paths with a placement (``{"layers.*.mlp": {"tp": "o"}}``)."""
+"""Pins of this version, those of pipelines are read by `autopar.pipelines`; any other key is a glob of module paths with a placement
+(``{"layers.*.mlp": {"tp": "o"}}``)."""
 
 LATER_PINS = ("ep", "offload", "attention")
 

@@ -101,8 +101,8 @@ def make_plan(
         found, candidates = _solve_trials(model, trials, cluster, tell)
         if not candidates:
             raise InfeasibleError(
-                f"the pins {dict(pins or {})} leave some op no placement that its neighbours' can be connected with, on any of {len(trials)} "
-                "meshes tried; pin fewer modules, or pin ops that read the same tensor alike"
+                f"the pins {dict(pins or {})} leave some op no placement that its neighbours' can be connected with, on any of "
+                f"{len(trials)} meshes tried; pin fewer modules, or pin ops that read the same tensor alike"
             )
     best = min(found, key=lambda one: (one.solution.cost_ns, one.trial.baseline, len(one.trial.mesh.names)), default=None)
     pipelined: Pipelined | None = None

@@ -131,7 +131,8 @@ def main() -> int:
     if given.row is not None:
         print(json.dumps(measure(ROWS[given.row], given.free)))
         return 0
-    print("| parameters | GPUs | measured s | pinned: predicted s | memory GB | plan s | free: predicted s | plan s | what the planner prefers |")
+    heads = "parameters | GPUs | measured s | pinned: predicted s | memory GB | plan s | free: predicted s | plan s | what the planner prefers"
+    print(f"| {heads} |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     failed = 0
     for number, row in enumerate(ROWS):
@@ -150,7 +151,8 @@ def main() -> int:
             return f"{answer[key]:.{digits}f}" if key in answer else "-"
 
         print(
-            f"| {row.billions}B | {row.gpus} | {row.measured_seconds:.2f} | {number_of(pinned, 'step_s', 2)} | {number_of(pinned, 'memory_gb', 1)}"
+            f"| {row.billions}B | {row.gpus} | {row.measured_seconds:.2f} | {number_of(pinned, 'step_s', 2)}"
+            f" | {number_of(pinned, 'memory_gb', 1)}"
             f" | {number_of(pinned, 'plan_s', 1)} | {number_of(free, 'step_s', 2)} | {number_of(free, 'plan_s', 1)}"
             f" | {free.get('outcome', '-')} |",
             flush=True,
