@@ -131,16 +131,16 @@ def main() -> int:
     if given.row is not None:
         print(json.dumps(measure(ROWS[given.row], given.free)))
         return 0
-    heads = "parameters | GPUs | measured s | pinned: predicted s | memory GB | plan s | free: predicted s | plan s | what the planner prefers"
+    heads = (
+        "parameters | GPUs | measured s | pinned: predicted s | memory GB | plan s | free: predicted s | plan s | what the planner prefers"
+    )
     print(f"| {heads} |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     failed = 0
     for number, row in enumerate(ROWS):
         answers = []
         for option in ([], ["--free"]):
-            run = subprocess.run(
-                [sys.executable, __file__, "--row", str(number), *option], capture_output=True, text=True, check=False
-            )
+            run = subprocess.run([sys.executable, __file__, "--row", str(number), *option], capture_output=True, text=True, check=False)
             if run.returncode:
                 print(run.stderr, file=sys.stderr)
                 failed = 1
