@@ -127,13 +127,20 @@ class Search:
     def lean(self, budget: int) -> list[Solution]:
         """Choices from lean to fast, among them that of the fewest bytes and one for which time counts little beside `budget`."""
         bound = self.at(0.0).weight_bound
-        for price in (math.inf, LEAN_PRICE * max(1.0, bound) / budget):
+        for price in (math.inf, self._capped(LEAN_PRICE * max(1.0, bound) / budget)):
             self.at(price)
         return [self._as_solution(answer, bound) for answer in self.answers.values()]
 
     def solution_at(self, price: float) -> Solution:
         """The best choice when a byte costs `price` nanoseconds; its bound holds without a limit on memory."""
-        return self._as_solution(self.at(price), self.at(0.0).weight_bound)
+        return self._as_solution(self.at(self._capped(price)), self.at(0.0).weight_bound)
+
+    def _capped(self, price: float) -> float:
+        """A price at which even a choice that is far too large can be told from what can't be chosen."""
+        if price == 0.0:
+            return price
+        _, nbytes = evaluate(self.problem, self.at(math.inf).choice)
+        return min(price, FORBIDDEN / 16 / max(1, nbytes))
 
     def _as_solution(self, answer: _Answer, bound: float) -> Solution:
         cost, nbytes = evaluate(self.problem, answer.choice)
