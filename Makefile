@@ -1,6 +1,6 @@
 # Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help test lint types demo bench plan-bench clean
+.PHONY: help test lint types demo bench plan-bench pipe-bench assign-bench megatron-bench clean
 
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
@@ -11,10 +11,10 @@ export OMP_NUM_THREADS := 1
 export TOKENIZERS_PARALLELISM := false
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: $(INSTALLED) ## run all tests (two workers, 15 minutes at most)
-	timeout 900 $(PYTHON) -m pytest -q -n 2
+test: $(INSTALLED) ## run all tests (two workers, 40 minutes at most)
+	timeout 2400 $(PYTHON) -m pytest -q -n 2
 
 lint: $(INSTALLED) ## check the format and the code with ruff
 	$(PYTHON) -m ruff format --check .
@@ -31,6 +31,15 @@ bench: $(INSTALLED) ## time what autopar emits against plain and hand-written pr
 
 plan-bench: $(INSTALLED) ## time the planner on large models
 	$(PYTHON) -m bench.planning
+
+pipe-bench: $(INSTALLED) ## time the pipeline executor against torch's own runtime
+	$(PYTHON) -m bench.pipelines
+
+assign-bench: $(INSTALLED) ## time the search for stages
+	$(PYTHON) -m bench.assignment
+
+megatron-bench: $(INSTALLED) ## predict the steps of Megatron-LM's table, pinned and free
+	$(PYTHON) -m bench.megatron
 
 clean: ## remove build products and caches, keep .venv
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
