@@ -1,0 +1,205 @@
+"""What the executor keeps of its messages: how long, and no longer than the schedule makes necessary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopar import comm, simulate
+from autopar.actions import SENDS, meet
+from autopar.executor import Executor, StageTensors, find_taken
+from autopar.layout import PIPELINE, Mesh, State, StateKind
+from autopar.microbatch import MICRO
+from autopar.program import Boundary, PipelineProgram, StageOutput, StageProgram
+from autopar.schedules import COMPUTING, Action, Kind, Schedule, chain, forward_only, lower, make_schedule, parse_action
+
+SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2), ("v-half", 2)]
+
+
+def make(name: str, ranks: int, microbatches: int, chunks: int) -> Schedule:
+    return lower(make_schedule(name, ranks, microbatches, chunks), chain(ranks * chunks))
+
+
+def test_sends_are_known_to_be_taken_when_an_answer_comes() -> None:
+    # Rank 0: 0F0 0F1 0B0 0F2 0B1 0B2; rank 1: 1F0 1B0 1F1 1B1 1F2 1B2. The gradients of micro-batch i are sent after 1Fi.
+    schedule = make("1f1b", 2, 3, 1)
+    assert {str(Action(step.stage, Kind.FORWARD if step.is_forward else Kind.BACKWARD, step.microbatch)): [*map(str, sends)]
+            for step, sends in find_taken(schedule, 0).items()} == {"0B0": ["0SF0>1"], "0B1": ["0SF1>1"], "0B2": ["0SF2>1"]}  # fmt: skip
+    # Rank 0 sends 0F1 before 0B0 and 0F2 after it; nothing comes after 0B1 and 0B2.
+    assert {str(step.microbatch): [*map(str, sends)] for step, sends in find_taken(schedule, 1).items()} == {"2": ["1SB0>0"]}
+
+
+def run_to(schedule: Schedule, group: int, end: int) -> list[int]:
+    """How far every rank has come at least when `group` may run its action at position `end`: others go on only where they must."""
+    at = [0] * schedule.ranks
+    sent: set[Action] = set()
+
+    def advance(rank: int, until: int) -> None:
+        while at[rank] < until:
+            action = schedule.actions[rank][at[rank]]
+            for other in receives_of(schedule, action):
+                source = schedule.rank_of[other.stage]
+                if other not in sent:
+                    advance(source, schedule.actions[source].index(other) + 1)
+            if action.kind in SENDS:
+                sent.add(action)
+            at[rank] += 1
+
+    advance(group, end)
+    for needed in receives_of(schedule, schedule.actions[group][end]):
+        source = schedule.rank_of[needed.stage]
+        advance(source, max(at[source], schedule.actions[source].index(needed) + 1))
+    return at
+
+
+def receives_of(schedule: Schedule, action: Action) -> list[Action]:
+    """The sends, of other ranks, that a computing action waits for, in a chain of stages."""
+    if action.kind not in COMPUTING or action.kind is Kind.WEIGHT:
+        return []
+    forward = action.kind is Kind.FORWARD
+    peer = action.stage - 1 if forward else action.stage + 1
+    if not 0 <= peer < schedule.stages or schedule.rank_of[peer] == schedule.rank_of[action.stage]:
+        return []
+    return [Action(peer, Kind.SEND_FORWARD if forward else Kind.SEND_BACKWARD, action.microbatch, action.stage)]
+
+
+@pytest.mark.parametrize(("name", "chunks"), SCHEDULES)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_is_known_to_be_taken_is_taken_even_by_the_slowest_ranks(name: str, chunks: int, ranks: int) -> None:
+    schedule = make(name, ranks, 6, chunks)
+    checked = 0
+    for group in range(ranks):
+        for step, sends in find_taken(schedule, group).items():
+            kinds = (Kind.FORWARD,) if step.is_forward else (Kind.BACKWARD, Kind.INPUT)
+            here = next(
+                i
+                for i, a in enumerate(schedule.actions[group])
+                if a.kind in kinds and (a.stage, a.microbatch) == (step.stage, step.microbatch)
+            )
+            at = run_to(schedule, group, here)
+            for send in sends:
+                assert schedule.actions[group].index(send) < here
+                peer = schedule.rank_of[send.peer]
+                user = next(i for i, a in enumerate(schedule.actions[peer]) if send in receives_of(schedule, a))
+                assert user < at[peer], f"{send} may not be taken yet at {schedule.actions[group][here]}"
+                checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize(("name", "chunks"), [(name, chunks) for name, chunks in SCHEDULES if name != "gpipe"])
+def test_sends_held_do_not_grow_with_the_micro_batches(name: str, chunks: int) -> None:
+    most = {count: max(most_held(make(name, 3, count, chunks), group) for group in range(3)) for count in (12, 24)}
+    assert most[12] == most[24]
+
+
+def most_held(schedule: Schedule, group: int) -> int:
+    taken = find_taken(schedule, group)
+    going: set[Action] = set()
+    most = 0
+    for action in schedule.actions[group]:
+        for step, sends in taken.items():
+            if (step.stage, step.microbatch) == (action.stage, action.microbatch) and (
+                action.kind is Kind.FORWARD if step.is_forward else action.kind in (Kind.BACKWARD, Kind.INPUT)
+            ):
+                going -= set(sends)
+        if action.kind in SENDS:
+            going.add(action)
+            most = max(most, len(going))
+    return most
+
+
+# --- the executor with messages that can't be asked, as over gloo -----------------------------------------------------------
+
+
+class Scale(nn.Module):
+    """A stage: (weight, input, what is received) -> what is sent, or a part of the loss."""
+
+    def __init__(self, first: bool, last: bool) -> None:
+        super().__init__()
+        self.first, self.last = first, last
+
+    def forward(self, weight: Tensor, x: Tensor, *received: Tensor) -> tuple[Tensor, ...]:
+        axis = comm.axis(MICRO)
+        value = x.chunk(axis.size)[axis.index] if self.first else received[0]
+        value = (value @ weight).tanh()
+        return ((value.square().sum() if self.last else value),)
+
+
+def make_pipeline(schedule: Schedule, rows: int) -> PipelineProgram:
+    last = schedule.stages - 1
+    boundary = Boundary("x", (rows, 3), torch.float64, True)
+    stages = {
+        stage: StageProgram(
+            module=Scale(stage == 0, stage == last),
+            prologue=None,
+            parameters=(stage,),
+            buffers=(),
+            receives={stage - 1: (boundary,)} if stage else {},
+            sends={stage + 1: ((0, boundary),)} if stage < last else {},
+            outputs=(StageOutput(0, 0, State(StateKind.PARTIAL)),) if stage == last else (),
+        )
+        for stage in range(schedule.stages)
+    }
+    inference = lower(forward_only(schedule.rank_of, schedule.microbatches), ())
+    return PipelineProgram(stages, schedule, inference, 0, frozenset(), frozenset(), {0: schedule.rank_of[last]}, False)
+
+
+class Unasked:
+    """A sent message that doesn't tell when it is over; to wait for one that wasn't taken yet is an error."""
+
+    late = False
+
+    def __init__(self, exchange: comm.Exchange, source: int, to: int, number: int, x: Tensor) -> None:
+        self.where, self.exchange, self.x = (source, to, number), exchange, x
+
+    def is_done(self) -> bool:
+        return False
+
+    def wait(self) -> Tensor:
+        if not self.late:
+            assert not self.exchange.has(*self.where), f"message {self.where} isn't taken yet"
+        return self.x
+
+
+@pytest.mark.parametrize(("name", "chunks"), [(name, chunks) for name, chunks in SCHEDULES if not name.startswith(("zb", "v"))])
+def test_sends_are_let_go_while_the_schedule_runs(name: str, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, count, rows = 3, 12, 2
+    schedule = make(name, ranks, count, chunks)
+    pipeline = make_pipeline(schedule, rows)
+    weights = [torch.randn(3, 3, dtype=torch.float64) for _ in range(schedule.stages)]
+    x = torch.randn(rows * count, 3, dtype=torch.float64)
+    send = comm.ThreadAxis.send
+    numbers: dict[tuple[int, int], int] = {}
+
+    def unasked(self: comm.ThreadAxis, x: Tensor, to: int) -> comm.Message:
+        pair = (self.index, to)
+        numbers[pair] = numbers.get(pair, -1) + 1
+        return Unasked(self.exchange, *pair, numbers[pair], send(self, x, to).wait())
+
+    monkeypatch.setattr(comm.ThreadAxis, "send", unasked)
+
+    def work(rank: int) -> tuple[dict[int, Tensor | None], int]:
+        leaves = {i: w.clone().requires_grad_() for i, w in enumerate(weights) if schedule.rank_of[i] == rank}
+        tensors = {i: StageTensors([leaf], [], [x]) for i, leaf in leaves.items()}
+        axis = comm.current()[PIPELINE]
+        seeds = {0: torch.ones((), dtype=torch.float64)}
+        executor = Executor(pipeline, schedule, rank, axis, {}, tensors, seeds=seeds, taken=find_taken(schedule, rank))
+        most = 0
+        for action in schedule.actions[rank]:
+            executor._acts[action.kind](action)
+            most = max(most, len(executor._going))
+        return {i: leaf.grad for i, leaf in leaves.items()}, most
+
+    results = simulate.run(Mesh((PIPELINE,), (ranks,)), work)
+    for rank, (gradients, most) in enumerate(results):
+        assert most == most_held(schedule, rank)
+        assert gradients.keys() == {i for i in range(schedule.stages) if schedule.rank_of[i] == rank}
+    leaves = [w.clone().requires_grad_() for w in weights]
+    value = x
+    for leaf in leaves:
+        value = (value @ leaf).tanh()
+    value.square().sum().backward()
+    for gradients, _ in results:
+        for i, gradient in gradients.items():
+            torch.testing.assert_close(gradient, leaves[i].grad)
