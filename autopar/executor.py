@@ -157,9 +157,13 @@ class Executor:
                 self._acts[action.kind](action)
             except Exception as error:
                 raise self._explain(action, error) from error
-        for messages in self._going.values():
-            for message in messages:
-                message.wait()
+        for action, messages in self._going.items():
+            try:
+                for message in messages:
+                    message.wait()
+            except Exception as error:
+                lost = CommError(f"stage {action.peer} (group {self.schedule.rank_of[action.peer]}) never took it: {error}")
+                raise self._explain(action, lost) from error
         self._going.clear()
 
     @property
@@ -340,8 +344,18 @@ class Executor:
         }
         return PipelineError(
             f"stage {action.stage} of {self.schedule.stages}, {words[action.kind]} of micro-batch {action.microbatch} ({action}, group "
-            f"{self.group} of the pipeline): {type(error).__name__}: {error}"
+            f"{self.group} of the pipeline): {type(error).__name__}: {error}{OUT_OF_MEMORY if _is_out_of_memory(error) else ''}"
         )
+
+
+OUT_OF_MEMORY = (
+    ". Use more micro-batches, a schedule that holds fewer of them at once (1f1b instead of gpipe, v-half), recompute='full' or more groups"
+)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # For memory of the host torch has no error of its own.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _add(gradients: dict[int, Tensor], index: int, gradient: Tensor) -> None:

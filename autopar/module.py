@@ -24,12 +24,13 @@ from autopar import comm, rng, torch_compat
 from autopar.collectives import gather_along, regather
 from autopar.dtensor import as_dtensor, gather_whole, placements_of, shard_whole, split_steps, take_local, teach_strided_shards
 from autopar.errors import InputError, PlanError
+from autopar.failures import Alarm
 from autopar.gradients import GradientReducer, StashedGradients, Tracked
 from autopar.layout import REPLICATE, Layout, Mesh, format_layout, local_shape, shard, with_pipeline
 from autopar.owned import Owned
 from autopar.pipeline import PipelineRun, StageRunner, go_back_on_backward, hand_over_on_backward, refuse_backward
 from autopar.program import Program, Slot
-from autopar.world import axes_of, form_mesh, join_world, pipeline_axis
+from autopar.world import axes_of, form_alarm, form_mesh, group_over, join_world, pipeline_axis
 
 Planner = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Program]
 """Makes the program of one signature: gets the model with plain parameters, a call's arguments, and whether it trains.
@@ -48,6 +49,7 @@ class _Home:
     Attributes:
         mesh: the axes that layouts name; `device_mesh` has the pipeline before them when there is one.
         group: this rank's group along the pipeline, 0 without one; `groups` of them; `pipeline` is the axis between them.
+        alarm: stops all ranks of a pipeline when one fails.
         layouts, owners: how, and in which group, each parameter is stored; an owner of None is every group.
     """
 
@@ -57,6 +59,7 @@ class _Home:
     group: int
     groups: int
     pipeline: comm.Axis | None
+    alarm: Alarm
     layouts: Mapping[str, Layout]
     owners: Mapping[str, int | None]
 
@@ -189,6 +192,8 @@ class ParallelModule(nn.Module):
     @torch_compat.uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program of this call's signature, planning it first when there is none."""
+        if self._home is not None:
+            self._home.alarm.check()
         local_tensors: dict[int, Tensor] = {}
         if self._inputs == "local":
             args, kwargs, local_tensors = self._as_global(args, kwargs)
@@ -197,7 +202,11 @@ class ParallelModule(nn.Module):
         assert home is not None
         tensors = program.captured.bind(args, kwargs)
         if program.pipeline is not None:
-            return self._run_pipeline(program, home, [self._find_global(x, local_tensors, home, program) for x in tensors])
+            _refuse_gradients([local_tensors.get(id(x), x) for x in tensors])
+            runner = self._find_runner(program, home)
+            with home.alarm.guard(runner.where):
+                whole = [self._find_global(x, local_tensors, home, program) for x in tensors]
+                return self._run_pipeline(program, home, runner, whole)
         parts = []
         for slot, x in zip(program.inputs, tensors, strict=True):
             here = local_tensors.get(id(x))
@@ -220,23 +229,17 @@ class ParallelModule(nn.Module):
 
     def _find_global(self, x: Tensor, local_tensors: Mapping[int, Tensor], home: _Home, program: Program) -> Tensor:
         """The whole batch; what every rank passed of it is gathered."""
-        if x.requires_grad and torch.is_grad_enabled():
-            raise InputError(
-                "an input of a pipelined model needs a gradient, which the pipeline doesn't bring back: detach it, or pin pp=1, microbatches=1"
-            )
         here = local_tensors.get(id(x))
         return x if here is None else _reshard_local(here, tuple(REPLICATE for _ in home.mesh.names), home, program.batch_axes)
 
-    def _run_pipeline(self, program: Program, home: _Home, inputs: list[Tensor]) -> Any:
+    def _run_pipeline(self, program: Program, home: _Home, runner: StageRunner, inputs: list[Tensor]) -> Any:
         """Run the stages of this rank; see `autopar.pipeline`."""
         pipeline = program.pipeline
         assert pipeline is not None
-        runner = self._find_runner(program, home)
         buffers = {slot.name: _read(self._buffer_at[slot.name]) for slot in program.buffers}
         number = 0
         if pipeline.random:
-            number = int(torch.randint(2**62, ()))
-            number = self._share(number) if home.device_mesh is not None else number
+            number = self._agree(int(torch.randint(2**62, ())), home)
         trains = torch.is_grad_enabled() and bool(pipeline.trained)
         run = runner.run(buffers, inputs, number=number, trains=trains, syncs=self._reducer.is_synced)
         executor = run.executor
@@ -315,7 +318,7 @@ class ParallelModule(nn.Module):
                     shape = local_shape(slot.shape, slot.layout, home.mesh)
                     self._guests[slot.name] = torch.empty(shape, dtype=parameters[slot.name].dtype, device=self._device)
                 named[slot.name] = self._guests[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
-        runner = StageRunner(program, home.group, home.pipeline, home.axes, named, StashedGradients(tracked))
+        runner = StageRunner(program, home.group, home.pipeline, home.axes, named, StashedGradients(tracked), home.alarm)
         self._runners[id(program)] = leaves, runner
         return runner
 
@@ -327,6 +330,15 @@ class ParallelModule(nn.Module):
         """Load whole tensors or DTensors of any layout; of whole tensors every rank keeps its part."""
         own = dict(self.named_parameters(remove_duplicate=False))
         return super().load_state_dict({name: _as_stored(value, own.get(name)) for name, value in state_dict.items()}, strict, assign)
+
+    def _agree(self, number: int, home: _Home) -> int:
+        """The first rank's number, on every rank, over groups that a failure closes."""
+        if home.pipeline is None:
+            return self._share(number) if home.device_mesh is not None else number
+        x = torch.tensor(number, device=self._device)
+        for axis in (home.pipeline, *home.axes.values()):
+            x = axis.gather_stack(x)[0]
+        return int(x)
 
     def _share(self, number: int) -> int:
         """The first rank's number, on every rank."""
@@ -357,7 +369,9 @@ class ParallelModule(nn.Module):
         if self._home is None:
             device_mesh = form_mesh(with_pipeline(program.mesh, groups), self._device.type)
             along = pipeline_axis(device_mesh) if device_mesh is not None and groups > 1 else None
-            home = _Home(program.mesh, device_mesh, axes_of(program.mesh, device_mesh), along.index if along else 0, groups, along, {}, {})
+            alarm = form_alarm(device_mesh, along) if device_mesh is not None and program.pipeline is not None else Alarm()
+            group = along.index if along else 0
+            home = _Home(program.mesh, device_mesh, axes_of(program.mesh, device_mesh), group, groups, along, alarm, {}, {})
             layouts, owners = self._exchange(program, home)
             self._home = dataclasses.replace(home, layouts=layouts, owners=owners)
         home = self._home
@@ -380,7 +394,8 @@ class ParallelModule(nn.Module):
         if home.device_mesh is not None:
             # Forming groups is a collective: here every rank asks for the same ones in the same order.
             for axes in sorted({slot.partial_axes for slot in program.parameters if slot.partial_axes} - set(self._groups)):
-                self._groups[axes] = torch_compat.group_over(home.device_mesh, axes)
+                self._groups[axes] = group_over(home.device_mesh, axes)
+            home.alarm.watch(self._groups.values())
 
     def _exchange(self, program: Program, home: _Home) -> tuple[dict[str, Layout], dict[str, int | None]]:
         mesh, device_mesh = home.mesh, home.device_mesh
@@ -556,6 +571,13 @@ def _reshard_local(x: Tensor, layout: Layout, home: _Home, batch_axes: Sequence[
         if home.axes[name].size > 1:
             x = gather_along(x, home.axes[name], 0, 1)
     return shard_whole(x, layout, home.mesh, home.axes)
+
+
+def _refuse_gradients(inputs: Sequence[Tensor]) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise InputError(
+            "an input of a pipelined model needs a gradient, which the pipeline doesn't bring back: detach it, or pin pp=1, microbatches=1"
+        )
 
 
 def empty_part(shape: Sequence[int], layout: Layout, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> Tensor:

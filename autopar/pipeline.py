@@ -8,15 +8,17 @@ the gradient after it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autopar.comm import Axis
-from autopar.errors import InputError
+from autopar.comm import Axis, Message
+from autopar.errors import CommError, InputError, PipelineError
 from autopar.executor import Executor, StageTensors, find_taken
+from autopar.failures import Alarm
 from autopar.gradients import StashedGradients
 from autopar.layout import local_shape
 from autopar.program import PipelineProgram, Program, Slot
@@ -36,6 +38,7 @@ class StageRunner:
         axes: the axes of the mesh.
         leaves: the tensors that stand for the parameters that this group uses, by name.
         stash: keeps their gradients.
+        alarm: stops the other ranks when a backward fails; what else fails is for whoever calls `run` to tell.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class StageRunner:
         axes: Mapping[str, Axis],
         leaves: Mapping[str, Tensor],
         stash: StashedGradients,
+        alarm: Alarm | None = None,
     ) -> None:
         assert program.pipeline is not None
         self.program = program
@@ -55,9 +59,12 @@ class StageRunner:
         self.axes = axes
         self.leaves = leaves
         self.stash = stash
+        self.alarm = alarm or Alarm()
         self._shared = [slot for slot in program.parameters if len(slot.groups) > 1 and group in slot.groups]
         mine = {number: stage for number, stage in self.pipeline.stages.items() if self.pipeline.schedule.rank_of[number] == group}
         self._stages = mine
+        stages = ("stages " if len(mine) > 1 else "stage ") + ", ".join(map(str, mine))
+        self.where = f"{stages} (group {group} of the pipeline)"
         # A parameter may be summed over the ranks when the last stage of this rank that uses it is done.
         self._users: dict[int, set[int]] = {}
         for number, stage in mine.items():
@@ -116,6 +123,16 @@ class StageRunner:
                 run.finish()
         return run
 
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Say of an error inside in which stages it came, and at `what`, which is none of the schedule's actions."""
+        try:
+            yield
+        except PipelineError:
+            raise
+        except Exception as error:
+            raise PipelineError(f"{self.where}, {what}: {type(error).__name__}: {error}") from error
+
     def _ready(self, stage: int, done: set[int]) -> list[str]:
         """Parameters of a stage whose gradients are complete on this group, and on no other."""
         parameters = self.program.parameters
@@ -128,13 +145,15 @@ class StageRunner:
         axis = self.axis
         messages = []
         for slot in self._shared:
-            leaf = self.leaves[slot.name].detach()
-            if slot.groups[0] == self.group:
-                messages += [axis.send(leaf, user) for user in slot.groups[1:]]
-            else:
-                leaf.copy_(axis.receive(slot.groups[0], leaf.shape, leaf.dtype, leaf.device).wait())
-        for message in messages:
-            message.wait()
+            leaf, owner = self.leaves[slot.name].detach(), slot.groups[0]
+            with self.doing(f"before micro-batch 0, the value of the shared parameter {slot.name} from group {owner}"):
+                if owner == self.group:
+                    messages += [axis.send(leaf, user) for user in slot.groups[1:]]
+                else:
+                    leaf.copy_(_wait(axis.receive(owner, leaf.shape, leaf.dtype, leaf.device), owner))
+        with self.doing("before micro-batch 0, the values of shared parameters to other groups"):
+            for message in messages:
+                message.wait()
 
     def bring_home(self) -> None:
         """Add the gradients of shared parameters up where their owner is."""
@@ -143,18 +162,27 @@ class StageRunner:
         axis = self.axis
         messages = []
         for slot in self._shared:
-            leaf = self.leaves[slot.name]
-            if slot.groups[0] != self.group and leaf.requires_grad:
-                messages.append(axis.send(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf), slot.groups[0]))
+            leaf, owner = self.leaves[slot.name], slot.groups[0]
+            if owner != self.group and leaf.requires_grad:
+                with self.doing(f"after the last micro-batch, the gradient of the shared parameter {slot.name} to group {owner}"):
+                    messages.append(axis.send(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf), owner))
                 leaf.grad = None
         for slot in self._shared:
             leaf = self.leaves[slot.name]
             if slot.groups[0] == self.group and leaf.requires_grad:
                 for user in slot.groups[1:]:
-                    gradient = axis.receive(user, leaf.shape, leaf.dtype, leaf.device).wait()
-                    leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        for message in messages:
-            message.wait()
+                    with self.doing(f"after the last micro-batch, the gradient of the shared parameter {slot.name} from group {user}"):
+                        gradient = _wait(axis.receive(user, leaf.shape, leaf.dtype, leaf.device), user)
+                        leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
+        with self.doing("after the last micro-batch, the gradients of shared parameters to other groups"):
+            for message in messages:
+                message.wait()
+
+    def meet(self, device: torch.device) -> None:
+        """Wait until every group has come through the step, so that all of them go on to their optimizers or none."""
+        if self.axis is not None:
+            with self.doing("after the last micro-batch, waiting for the other groups to end the step"):
+                self.axis.all_reduce(torch.zeros(1, device=device))
 
     def share(self, x: Tensor | None, slot: Slot, device: torch.device) -> Tensor:
         """This rank's part of an output, or of a buffer's new value, on every group: its maker passes it."""
@@ -162,14 +190,22 @@ class StageRunner:
         if self.axis is None:
             assert x is not None
             return x
-        if maker != self.group:
-            shape = local_shape(slot.shape, slot.layout, self.program.mesh)
-            return self.axis.receive(maker, shape, getattr(torch, slot.dtype), device).wait()
-        assert x is not None
-        messages = [self.axis.send(x, group) for group in range(self.axis.size) if group != maker]
-        for message in messages:
-            message.wait()
-        return x
+        with self.doing(f"after the last micro-batch, {slot.name} from group {maker} to all others"):
+            if maker != self.group:
+                shape = local_shape(slot.shape, slot.layout, self.program.mesh)
+                return _wait(self.axis.receive(maker, shape, getattr(torch, slot.dtype), device), maker)
+            assert x is not None
+            messages = [self.axis.send(x, group) for group in range(self.axis.size) if group != maker]
+            for message in messages:
+                message.wait()
+            return x
+
+
+def _wait(message: Message, group: int) -> Tensor:
+    try:
+        return message.wait()
+    except Exception as error:
+        raise CommError(f"group {group} never sent it: {error}") from error
 
 
 def _device_of(tensors: Mapping[int, StageTensors]) -> torch.device:
@@ -193,32 +229,41 @@ class PipelineRun:
         """After the last backward: gradients of shared parameters go home, and all are summed over the ranks."""
         runner = self.runner
         runner.bring_home()
-        if self.syncs:
-            runner.stash.start([slot.name for slot in runner._shared if slot.groups[0] == runner.group])
-        self.gradients = runner.stash.collect()
+        with runner.doing("after the last micro-batch, the sum of gradients over the ranks of the group"):
+            if self.syncs:
+                runner.stash.start([slot.name for slot in runner._shared if slot.groups[0] == runner.group])
+            self.gradients = runner.stash.collect()
         for slot in runner.program.parameters:
             if slot.name in runner.pipeline.trained and slot.name not in self.gradients:
                 # Every rank must have the same gradients, of size zero where the parameter isn't: sums of norms meet in collectives.
                 self.gradients[slot.name] = runner.stash.zeros(slot.name)
+        runner.meet(_device_of(self.executor.tensors))
 
     def hand_over(self, scale: Tensor) -> None:
-        """Give the parameters their gradients. Raises InputError the second time."""
+        """Give the parameters their gradients. Raises InputError the second time, PipelineError when the pipeline has failed."""
+        self.runner.alarm.check()
         if self.gradients is None:
             raise InputError(SECOND_BACKWARD)
         gradients, self.gradients = self.gradients, None
-        if self.syncs:
-            self.runner.stash.give(gradients, scale)
-        else:
-            self.runner.stash.keep(gradients, scale)
+        with (
+            self.runner.alarm.guard(self.runner.where),
+            self.runner.doing("after the last micro-batch, handing gradients to the parameters"),
+        ):
+            if self.syncs:
+                self.runner.stash.give(gradients, scale)
+            else:
+                self.runner.stash.keep(gradients, scale)
 
     def go_back(self, gradients: Mapping[int, Tensor]) -> None:
         """Run the backwards, with these gradients of outputs that were given to a loss outside, and give the parameters theirs."""
+        self.runner.alarm.check()
         if self.is_over:
             raise InputError(SECOND_BACKWARD)
         self.is_over = True
-        self.executor.plant(gradients)
-        self.executor.run([action for action in self.executor.actions if action.kind not in FORWARD_KINDS])
-        self.finish()
+        with self.runner.alarm.guard(self.runner.where), self.runner.doing("between the forwards and the backwards"):
+            self.executor.plant(gradients)
+            self.executor.run([action for action in self.executor.actions if action.kind not in FORWARD_KINDS])
+            self.finish()
         self.hand_over(torch.ones((), device=next(iter(gradients.values())).device))
 
 

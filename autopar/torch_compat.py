@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +15,7 @@ import torch.distributed.tensor._api as dtensor_api
 import torch.distributed.tensor._dispatch as dtensor_dispatch
 import torch.distributed.tensor._redistribute as dtensor_redistribute
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement
@@ -28,12 +31,15 @@ __all__ = [
     "OpSchema",
     "OutputSharding",
     "StorageRef",
+    "Store",
     "StridedShard",
     "address_of",
     "after_backward",
     "all_gather_single",
     "all_to_all_single",
     "backward_id",
+    "close_group",
+    "default_store",
     "group_over",
     "local_of",
     "local_sizes",
@@ -47,8 +53,10 @@ __all__ = [
     "replace_redistribution",
     "run_hooks",
     "run_post_accumulate_hooks",
+    "set_timeout",
     "state_dict_utils",
     "storage_users",
+    "timeout_of",
     "uncompiled",
     "with_placements",
 ]
@@ -139,6 +147,43 @@ def group_over(mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessGroup:
     if len(names) == 1:
         return mesh.get_group(names[0])
     return mesh[names]._flatten("_".join(names)).get_group()
+
+
+def default_store() -> Store:
+    """Where the ranks of the default process group find each other: keys and values that all of them can read and write."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta:
+    """How long a process group waits for its ranks."""
+    waits: list[timedelta] = [backend.options._timeout for backend in _backends_of(group)]
+    return max(waits)
+
+
+def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Let the collectives of a group wait so long. Messages over gloo wait as long as was said when the group was made."""
+    for backend in _backends_of(group):
+        backend._set_default_timeout(timeout)
+
+
+def close_group(group: dist.ProcessGroup) -> None:
+    """Close this rank's connections of a group, for good: a rank that waits for this one fails at once, or later when it begins to."""
+    for backend in _backends_of(group):
+        with suppress(Exception):
+            if backend.name() != "gloo":
+                backend.abort()
+            elif group.size() > 1:
+                # Gloo has no call for it, but a wait that runs out of time closes all connections; nobody sends what this one waits for.
+                backend.recv([torch.empty(1)], (group.rank() + 1) % group.size(), _NEVER_SENT).wait(timedelta(milliseconds=1))
+
+
+_NEVER_SENT = 2**31 - 1
+"""A message's tag that nobody sends with."""
+
+
+def _backends_of(group: dist.ProcessGroup) -> list[Any]:
+    """What carries the tensors of a group, each once however many kinds of devices it serves."""
+    return list({id(backend): backend for backend in map(group._get_backend, group._device_types)}.values())
 
 
 def make_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], stride: Sequence[int]) -> DTensor:

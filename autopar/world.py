@@ -2,6 +2,7 @@
 
 A rank that dies leaves the others waiting in a collective. They give up after the process group's timeout, which is ten
 minutes unless the user's own ``init_process_group`` said otherwise; torchrun, which watches the processes, ends them sooner.
+All groups made here wait as long as the default one. The ranks of a pipeline tell each other of failures (`autopar.failures`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar import comm, torch_compat
 from autopar.errors import ERROR_TYPES, AutoparError, PlanError
+from autopar.failures import Alarm
 from autopar.layout import PIPELINE, Mesh
 from autopar.plans import Plan, from_json, to_json
 
@@ -62,7 +64,28 @@ def form_mesh(mesh: Mesh, device_type: str) -> DeviceMesh | None:
     if len(mesh.names) > 1:
         # With a group over all axes DTensor reduces once (a gradient norm) instead of axis by axis, about which it would warn.
         torch_compat.group_over(device_mesh, mesh.names)
+    for name in mesh.names:
+        _limit_waits(device_mesh.get_group(name))
     return device_mesh
+
+
+def group_over(device_mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessGroup:
+    """The process group of the ranks that differ along these axes only. All ranks must ask for the same ones in one order."""
+    group = torch_compat.group_over(device_mesh, names)
+    _limit_waits(group)
+    return group
+
+
+def _limit_waits(group: dist.ProcessGroup) -> None:
+    """Let a group of a device mesh give up as soon as the default group does; torch gives it half an hour."""
+    if group is not dist.group.WORLD:
+        torch_compat.set_timeout(group, _timeout())
+
+
+def _timeout() -> timedelta:
+    """How long the default process group waits."""
+    assert dist.group.WORLD is not None
+    return torch_compat.timeout_of(dist.group.WORLD)
 
 
 def axes_of(mesh: Mesh, device_mesh: DeviceMesh | None) -> dict[str, comm.Axis]:
@@ -72,16 +95,24 @@ def axes_of(mesh: Mesh, device_mesh: DeviceMesh | None) -> dict[str, comm.Axis]:
     return {name: comm.GroupAxis(name, device_mesh.get_group(name)) for name in mesh.names}
 
 
-def pipeline_axis(device_mesh: DeviceMesh) -> comm.Axis:
-    """The axis along which this rank's stages have their neighbours; every rank must call it."""
-    group = device_mesh.get_group(PIPELINE)
-    if device_mesh.device_type == "cpu":
-        return comm.GroupAxis(PIPELINE, group)
+def pipeline_axis(device_mesh: DeviceMesh) -> comm.GroupAxis:
+    """The axis along which this rank's stages have their neighbours; every rank must call it.
+
+    It has process groups of its own: they can be closed when a stage fails, and no message of the user's gets among its messages.
+    """
     # Every rank makes the groups of all, in one order.
     lines = device_mesh.mesh.flatten(1).T.tolist()
-    here = next(line for line in lines if dist.get_rank() in line)
-    ahead, back = ({tuple(line): dist.new_group(line) for line in lines} for _ in range(2))
-    return comm.GroupAxis(PIPELINE, group, (ahead[tuple(here)], back[tuple(here)]))
+    place = next(i for i, line in enumerate(lines) if dist.get_rank() in line)
+    ways = [[dist.new_group(line, timeout=_timeout()) for line in lines] for _ in range(1 if device_mesh.device_type == "cpu" else 2)]
+    return comm.GroupAxis(PIPELINE, ways[0][place], (ways[0][place], ways[-1][place]))
+
+
+def form_alarm(device_mesh: DeviceMesh, axis: comm.GroupAxis | None) -> Alarm:
+    """What stops the ranks of a pipeline when one fails; every rank must call it."""
+    alarm = Alarm(torch_compat.default_store(), dist.get_rank(), dist.get_world_size())
+    alarm.watch(axis.ways if axis is not None else ())
+    alarm.watch(map(device_mesh.get_group, device_mesh.mesh_dim_names or ()))
+    return alarm
 
 
 def agree(make: Callable[[], Plan], device: torch.device | None = None) -> Plan:
