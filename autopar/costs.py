@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from autopar.cost_models import Cluster, Link, axis_link, collective_seconds, op_seconds
 from autopar.ir import ITEMSIZE, Op, Tensor
-from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, local_shape, operand_layout, result_layout
+from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, local_shape, operand_layout, result_layout
 from autopar.options import Model, first_rank_axis
 from autopar.reshard import Collective, Move, route
 from autopar.space import Family, LoopKind
@@ -120,8 +120,10 @@ class CostTables:
 
     def legs(self, tensor: Tensor, start: Layout, need: Layout) -> Iterator[tuple[Move, int]]:
         """The moves of a tensor's journey, each with the bytes of the larger of a rank's parts before and after it."""
-        # Along time nothing moves: a micro-batch takes its part of what is there.
-        start = (*need[: self.first], *start[self.first :])
+        # Along time nothing moves: a micro-batch takes its part of what is there. Ranks' parts lie inside of that, so that what ranks
+        # have split of the whole batch they must bring together first.
+        if not (self.first and start[0] == REPLICATE and need[0].kind is StateKind.SHARD):
+            start = (*need[: self.first], *start[self.first :])
         # Whether blocks fit into one another on the way depends on the sizes; without blocks, all tensors go the same way.
         has_blocks = any(state.outer > 1 for state in (*start, *need))
         key = (start, need, (tensor.shape, self.mesh.sizes) if has_blocks else None)
@@ -129,6 +131,8 @@ class CostTables:
         if moves is None:
             moves = self.model.routes[key] = route(tensor.shape, start, need, self.mesh)
         for move in moves:
+            if move.axis < self.first:
+                continue
             ways = min(self._ways(move.split_before), self._ways(move.split_after))
             yield move, tensor.nbytes // ways
 

@@ -206,10 +206,16 @@ def parameter_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints
     return layouts
 
 
-def output_options(tensor: Tensor, mesh: Mesh) -> list[Layout]:
-    """The layouts that an output may be handed over in: scalars whole, larger tensors as the search likes."""
+def output_options(tensor: Tensor, mesh: Mesh, time: State = REPLICATE) -> list[Layout]:
+    """The layouts that an output may be handed over in: scalars whole, larger tensors as the search likes.
+
+    Where time is an axis, `time` is what a micro-batch has of it; ranks split no more than that.
+    """
     states = [REPLICATE, *(shard(dim) for dim in range(len(tensor.shape)))]
-    return _fitting(tensor, states, mesh)
+    options = _fitting(tensor, states, mesh)
+    if time.kind is not StateKind.SHARD:
+        return options
+    return [option for option in options if fits(tensor.shape, (time, *option[1:]), mesh)]
 
 
 def _fitting(tensor: Tensor, states: Sequence[State], mesh: Mesh) -> list[Layout]:

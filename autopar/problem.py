@@ -158,7 +158,8 @@ class _Builder:
         for position, value in enumerate(op.operands):
             key = f"output:{position}"
             # The new value of a buffer goes where the old one was, and buffers are whole on every rank.
-            options = output_options(self.graph.tensor(value), self.mesh) if position < updates else [self.whole]
+            time = REPLICATE if self.model.micro is None else self.model.micro.states[value]
+            options = output_options(self.graph.tensor(value), self.mesh, time) if position < updates else [self.whole]
             self.needs[key, 0] = list(options)
             self._add(key, options, [0] * len(options), [0] * len(options))
 

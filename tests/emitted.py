@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections import defaultdict
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from autopar.blocks import Chain, find_chain
 from autopar.capture import capture
 from autopar.cost_models import Cluster
+from autopar.errors import InputError
 from autopar.factors import Role, find_factors
-from autopar.ir import Op, OpKind
+from autopar.generators import SCHEDULES, make_schedule
+from autopar.ir import Op, OpKind, Value
 from autopar.layers import fold
-from autopar.layout import Mesh, Placement, Split, StateKind
+from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
 from autopar.meshes import find_trials
-from autopar.options import AxisKind, Constraints, Model, find_tables, role_of
+from autopar.microbatch import MicroSplit, split_microbatches
+from autopar.options import AxisKind, Constraints, Model, find_tables, in_time, role_of
 from autopar.planner import make_plan
-from autopar.plans import Plan
+from autopar.plans import RECOMPUTE, BlockChoice, Pipeline, Plan
 from autopar.problem import FORBIDDEN, Problem, build_problem
 from autopar.rules import find_spaces
 from autopar.search import solve
 from autopar.verification import Reference, Verification, prepare_reference, verify_against
-from tests.zoo import ZOO
+from tests.zoo import DEEP, ZOO
+
+GROUPS = ((), (("dp", 2),), (("tp", 2),), (("cp", 2),), (("x", 2),), (("x", 2), ("y", 2)))
+"""Meshes of a pipeline's groups that `Subject.random_pipeline` draws from, by name and size of the axes."""
 
 
 @cache
@@ -46,7 +54,7 @@ class Subject:
 
     def __init__(self, name: str) -> None:
         torch.manual_seed(0)
-        model, inputs = ZOO[name]()
+        model, inputs = (ZOO | DEEP)[name]()
         self.reference: Reference = prepare_reference(model, inputs, capture(model, inputs))
         self.graph = self.reference.captured.graph
         spaces, _ = find_spaces(self.graph)
@@ -56,6 +64,13 @@ class Subject:
         self.with_gradient = frozenset(name for name, p in model.named_parameters() if p.grad is not None)
         self._problems: dict[tuple[int, ...], Problem] = {}
         self._bases: dict[Mesh, Plan] = {}
+        self._micro: dict[int, MicroSplit] = {}
+        self._timed: dict[tuple[tuple[tuple[str, int], ...], int, bool], Problem] = {}
+
+    @cached_property
+    def chain(self) -> Chain:
+        """The blocks that stages are runs of."""
+        return find_chain(self.model.folded, self.model.spaces)
 
     def verify(self, plan: Plan) -> Verification:
         """Compare `plan` with the reference."""
@@ -99,16 +114,83 @@ class Subject:
         choice = draw(problem, random.Random(f"{sizes} {seed}"))
         return self._written(problem, choice)
 
-    def _written(self, problem: Problem, choice: Mapping[int, int]) -> Plan:
-        """A plan of these choices; what the search would predict of it isn't filled in."""
-        mesh = problem.mesh
+    def pipelined(self, groups: int, tp: int, schedule: str, recompute: str, microbatches: int = 4) -> Plan:
+        """The plan that the search finds for this pipeline of groups of `tp` ranks, two stages a group where a schedule has several."""
+        pins: dict[str, object] = {"pp": groups, "schedule": schedule, "microbatches": microbatches, "recompute": recompute}
+        if tp > 1:
+            pins.update(tp=tp, vocabulary=True)
+        if schedule == "interleaved":
+            pins.update(chunks=2)
+        return self.pinned(pins, f"{groups * tp}xcpu")
+
+    def random_pipeline(self, seed: int) -> Plan:
+        """A pipeline of which all is drawn: groups and their mesh, schedule, micro-batches, cuts, recomputation, placements, travel."""
+        generator = random.Random(f"pipeline {seed}")
+        draws = generator.choice
+        axes, fsdp = draws(GROUPS), draws((True, False))
+        schedule, pipeline = "", None
+        while pipeline is None:
+            ranks, microbatches, schedule = draws((1, 2, 2, 3, 4, 4)), draws((1, 2, 4, 4, 8)), draws(tuple(SCHEDULES))
+            chunks = SCHEDULES[schedule].chunks or draws((2, 3))
+            fitting = ranks * chunks <= len(self.chain.blocks) and ranks * math.prod(size for _, size in axes) <= 8
+            fitting = fitting and not self._in_time(microbatches).reasons
+            try:
+                make_schedule(schedule, ranks, microbatches, chunks)
+            except InputError:
+                fitting = False
+            if fitting and ranks * microbatches > 1:
+                pipeline = Pipeline(ranks, schedule, chunks, microbatches, (), {})
+        plan = self._drawn_in_time(axes, pipeline.microbatches, fsdp, generator)
+        blocks = self.chain.blocks
+        cuts = sorted(generator.sample(range(1, len(blocks)), pipeline.stages - 1))
+        stages = [sum(cut <= number for cut in cuts) for number in range(len(blocks))]
+        choices = tuple(BlockChoice(block.name, stage, draws(RECOMPUTE)) for block, stage in zip(blocks, stages, strict=True))
+        crossing = dict.fromkeys(value for block in blocks for value in block.crossing)
+        micro = in_time(plan.mesh, pipeline.microbatches)
+        travel = {str(value): self._draw_travel(value, micro, generator) for value in crossing}
+        return dataclasses.replace(plan, pipeline=dataclasses.replace(pipeline, blocks=choices, travel=travel))
+
+    def _in_time(self, microbatches: int) -> MicroSplit:
+        """How the graph splits into micro-batches."""
+        if microbatches not in self._micro:
+            self._micro[microbatches] = split_microbatches(self.graph, self.model.spaces, self.model.factors, microbatches)
+        return self._micro[microbatches]
+
+    def _drawn_in_time(self, axes: tuple[tuple[str, int], ...], microbatches: int, fsdp: bool, generator: random.Random) -> Plan:
+        """Placements of one micro-batch on a group's mesh."""
+        mesh = Mesh(tuple(name for name, _ in axes) or ("x",), tuple(size for _, size in axes) or (1,))
+        key = (axes, microbatches, fsdp)
+        if key not in self._timed:
+            kinds = tuple(AxisKind(name) if name in ("dp", "tp", "cp") else AxisKind.FREE for name in mesh.names)
+            constraints = Constraints((AxisKind.TIME, *kinds), fsdp=fsdp)
+            model = dataclasses.replace(self.model, micro=self._in_time(microbatches))
+            self._timed[key] = build_problem(model, in_time(mesh, microbatches), _cluster(mesh.sizes), constraints)
+        problem = self._timed[key]
+        return self._written(problem, draw(problem, generator), mesh)
+
+    def _draw_travel(self, value: Value, mesh: Mesh, generator: random.Random) -> Layout:
+        """A layout in which a value may travel between groups, beside what time, the first axis of `mesh`, does to it."""
+        shape = self.graph.tensor(value).shape
+        states = (REPLICATE, *(shard(dim) for dim in range(len(shape))))
+        time = self._in_time(mesh.sizes[0]).states[value]
+        ways = [
+            one
+            for one in itertools.product(states, repeat=len(mesh.sizes) - 1)
+            if fits(shape, (time if time.kind is StateKind.SHARD else REPLICATE, *one), mesh)
+        ]
+        return generator.choice(ways)
+
+    def _written(self, problem: Problem, choice: Mapping[int, int], mesh: Mesh | None = None) -> Plan:
+        """A plan of these choices; what the search would predict of it isn't filled in. `mesh` is the problem's, without time."""
+        mesh = mesh or problem.mesh
+        first = len(problem.mesh.names) - len(mesh.names)
         if mesh not in self._bases:
             axes = dict(zip(mesh.names, mesh.sizes, strict=True))
             self._bases[mesh] = make_plan(self.graph, _cluster(mesh.sizes), mesh=axes)
         chosen = {problem.nodes[i].key: problem.nodes[i].options[option] for i, option in choice.items()}
         calls = {op.name for op in self.graph.of_kind(OpKind.CALL)}
-        placements = {key: option for key, option in chosen.items() if key in calls}
-        layouts = {key: option for key, option in chosen.items() if key not in calls}
+        placements = {key: option[first:] for key, option in chosen.items() if key in calls}
+        layouts = {key: option[first:] for key, option in chosen.items() if key not in calls}
         return dataclasses.replace(self._bases[mesh], placements=placements, layouts=layouts)
 
     def uses(self, plan: Plan) -> frozenset[str]:

@@ -1,16 +1,23 @@
-"""The table of exactness: which architecture is split how, and how far the parallel program is off; ``python -m tests.exactness``.
+"""The tables of exactness: which architecture is split how, and how far the parallel program is off; ``python -m tests.exactness``.
 
-Writes ``docs/exactness.md``. The plans and what is expected of them are those that ``tests/test_numerics.py`` checks.
+Writes ``docs/exactness.md``. The plans and what is expected of them are those that ``tests/test_numerics.py`` checks, and every pipeline of
+which ``tests/test_pipelines.py`` checks some. With ``--pipelines`` only these are run, and their table is printed.
 """
 
 from __future__ import annotations
 
+import itertools
+import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from autopar.plans import Plan
+from autopar.generators import SCHEDULES
+from autopar.plans import RECOMPUTE, Plan
+from autopar.verification import Verification
 from tests.emitted import subject
 
 PAGE = Path(__file__).parents[1] / "docs" / "exactness.md"
@@ -65,6 +72,29 @@ LACKING: Mapping[str, Mapping[str, str]] = {
 CRAMPED = 0.65
 
 
+PIPELINED: Mapping[str, str] = {
+    "gpt2_deep": "GPT-2",
+    "llama_deep": "Llama",
+    "llama_tied": "Llama, tied embeddings",
+    "bert_deep": "BERT",
+    "t5_deep": "T5",
+    "unet": "U-Net",
+}
+
+
+class Case(NamedTuple):
+    """A pipeline of a deep model: groups of ranks, ranks of each that split features, schedule, what is recomputed."""
+
+    name: str
+    groups: int
+    tp: int
+    schedule: str
+    recompute: str
+
+
+CASES: tuple[Case, ...] = tuple(Case(*one) for one in itertools.product(PIPELINED, (2, 4), (1, 2), SCHEDULES, RECOMPUTE))
+
+
 def make(name: str, kind: str) -> Plan:
     """The plan of the table's row."""
     pins, _ = PLANS[kind]
@@ -80,6 +110,61 @@ def missing(name: str, kind: str, uses: frozenset[str]) -> frozenset[str]:
     return (expected - lacking - uses) | (lacking & uses)
 
 
+def make_pipeline(case: Case) -> Plan:
+    """The plan of a case."""
+    return subject(case.name).pipelined(case.groups, case.tp, case.schedule, case.recompute)
+
+
+def amiss(case: Case, plan: Plan) -> frozenset[str]:
+    """What of a case the plan isn't."""
+    pipeline = plan.pipeline
+    kinds = {block.recompute for block in pipeline.blocks}
+    # Blocks without an attention core have nothing to run again selectively.
+    asked = kinds == {case.recompute} or (case.recompute == "selective" and kinds == {"none", "selective"})
+    chunks = SCHEDULES[case.schedule].chunks or 2
+    facts = {
+        "groups": pipeline.ranks == case.groups,
+        "tp": plan.mesh.world_size == case.tp and (case.tp == 1 or "tp features" in subject(case.name).uses(plan)),
+        "schedule": (pipeline.schedule, pipeline.chunks) == (case.schedule, chunks),
+        "stages": {block.stage for block in pipeline.blocks} == set(range(case.groups * chunks)),
+        "micro-batches": pipeline.microbatches == 4,
+        "recompute": asked,
+    }
+    return frozenset(name for name, holds in facts.items() if not holds)
+
+
+def left_out(name: str, found: Verification) -> frozenset[str]:
+    """Gradients and outputs that a verification didn't compare."""
+    wanted = {f"gradient of {parameter}" for parameter in subject(name).with_gradient} | {"output 0"}
+    return frozenset(wanted - set(found.errors))
+
+
+def write_pipelines() -> str:
+    """The table of pipelines: a line per model, the worst of all cases per schedule."""
+    worst: dict[tuple[str, str], float] = {}
+    gradients: dict[str, int] = {}
+    for case in CASES:
+        plan = make_pipeline(case)
+        found = subject(case.name).verify(plan)
+        assert not amiss(case, plan), (case, amiss(case, plan))
+        assert found.ok, (case, found.worst)
+        assert not left_out(case.name, found), case
+        key = case.name, case.schedule
+        worst[key] = max(worst.get(key, 0.0), found.worst)
+        gradients[case.name] = sum(error.startswith("gradient") for error in found.errors)
+    header = f"| model | gradients | {' | '.join(SCHEDULES)} |\n| --- | --- |{' --- |' * len(SCHEDULES)}"
+    rows = [
+        f"| {PIPELINED[name]} | {gradients[name]} | {' | '.join(_power_of_ten(worst[name, schedule]) for schedule in SCHEDULES)} |"
+        for name in PIPELINED
+    ]
+    return "\n".join((header, *rows))
+
+
+def _power_of_ten(error: float) -> str:
+    """An upper bound: the digits are those of this machine's order of sums."""
+    return f"1e{int(f'{error:.0e}'.partition('e')[2]) + 1}"
+
+
 def write_row(name: str, kind: str) -> str:
     """A line of the table."""
     plan = make(name, kind)
@@ -88,16 +173,14 @@ def write_row(name: str, kind: str) -> str:
     assert found.ok
     assert not missing(name, kind, uses)
     gradients = sum(key.startswith("gradient") for key in found.errors)
-    # Powers of ten: the digits are those of this machine's order of sums.
-    digits = f"{found.worst:.0e}".partition("e")[2]
-    return f"| {ARCHITECTURES[name]} | {kind} | {', '.join(sorted(uses))} | {gradients} | 1e{int(digits) + 1} |"
+    return f"| {ARCHITECTURES[name]} | {kind} | {', '.join(sorted(uses))} | {gradients} | {_power_of_ten(found.worst)} |"
 
 
 def write_page() -> str:
     """The page, made anew."""
     rows = [write_row(name, kind) for name in ARCHITECTURES for kind in PLANS]
     lacking = [f"- {ARCHITECTURES[name]}, {what}: {why}." for name, reasons in LACKING.items() for what, why in reasons.items()]
-    return _PAGE.format(rows="\n".join(rows), lacking="\n".join(lacking))
+    return _PAGE.format(rows="\n".join(rows), lacking="\n".join(lacking), pipelines=write_pipelines(), cases=len(CASES))
 
 
 _PAGE = """# Exactness
@@ -123,9 +206,27 @@ Make this page again with `python -m tests.exactness`.
 What a model has no loop for is left out, and tested to be left out:
 
 {lacking}
+
+## Pipelines
+
+{cases} plans: each model on 2 and 4 groups of ranks, each group of 1 and of 2 ranks that split features and vocabulary, under every
+schedule, with nothing, attention cores and all layers recomputed; four micro-batches with unequal numbers of ignored labels, tied
+weights on the first and the last stage, long skips. The error is the worst of the twelve plans of a model and a schedule, an upper
+bound. A gradient that is zero in exact arithmetic, such as a key bias', is compared on the scale of a millionth of the largest.
+
+{pipelines}
+
+`tests/test_pipelines.py` runs a part of these in which every pair of choices occurs, and pipelines of which all is drawn: groups and their
+mesh, schedule, micro-batches, where stages begin, what each block recomputes, every placement, and in which layouts values travel.
+`tests/test_pipeline_processes.py` trains in real processes.
 """
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    PAGE.write_text(write_page(), encoding="utf-8")
+    if "--pipelines" in sys.argv[1:]:
+        start = time.perf_counter()
+        print(write_pipelines())
+        print(f"{len(CASES)} plans in {time.perf_counter() - start:.0f} s")
+    else:
+        PAGE.write_text(write_page(), encoding="utf-8")
