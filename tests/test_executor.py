@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from autopar import comm, simulate
-from autopar.actions import SENDS, meet
+from autopar.actions import SENDS
 from autopar.executor import Executor, StageTensors, find_taken
 from autopar.layout import PIPELINE, Mesh, State, StateKind
 from autopar.microbatch import MICRO
 from autopar.program import Boundary, PipelineProgram, StageOutput, StageProgram
-from autopar.schedules import COMPUTING, Action, Kind, Schedule, chain, forward_only, lower, make_schedule, parse_action
+from autopar.schedules import COMPUTING, Action, Kind, Schedule, chain, forward_only, lower, make_schedule
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2), ("v-half", 2)]
 
