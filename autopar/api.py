@@ -41,9 +41,12 @@ def plan(
         model: on any device; the meta device is enough.
         example_inputs: one global batch; only shapes and dtypes count.
         cluster: such as ``"4x8xH100"``: 4 machines of 8 devices each.
-        pins: what must be so: axis sizes by kind (``{"dp": 2, "tp": 4}``), ``fsdp`` and ``vocabulary`` (true or false), and
-            placements of modules by glob (``{"layers.*.mlp": {"tp": "o"}}``).
-        mesh: axis sizes by name instead of a search over meshes; ``dp``, ``tp`` and ``cp`` are kinds, other names are free.
+        pins: what must be so: axis sizes by kind (``{"dp": 2, "tp": 4}``), ``fsdp`` and ``vocabulary`` (true or false); of a
+            pipeline ``pp`` (groups of ranks), ``schedule`` (``"1f1b"``), ``microbatches``, ``chunks`` (stages on a group) and
+            ``recompute`` (``"none"``, ``"selective"``, ``"full"``); placements and stages of modules by glob
+            (``{"layers.*.mlp": {"tp": "o"}, "layers.3": {"pp": 1}}``).
+        mesh: axis sizes by name instead of a search over meshes; ``dp``, ``tp`` and ``cp`` are kinds, ``pp`` is the pipeline,
+            other names are free. Without ``pp`` there is no pipeline.
         strict: an op without a rule is an error instead of running replicated.
         progress: told what is being done, in a few words.
 
