@@ -46,7 +46,7 @@ def plan(
             ``recompute`` (``"none"``, ``"selective"``, ``"full"``); placements and stages of modules by glob
             (``{"layers.*.mlp": {"tp": "o"}, "layers.3": {"pp": 1}}``).
         mesh: axis sizes by name instead of a search over meshes; ``dp``, ``tp`` and ``cp`` are kinds, ``pp`` is the pipeline,
-            other names are free. Without ``pp`` there is no pipeline.
+            other names are free. With a mesh there is a pipeline only if ``pp`` is in it or pinned.
         strict: an op without a rule is an error instead of running replicated.
         progress: told what is being done, in a few words.
 
