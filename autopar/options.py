@@ -191,7 +191,7 @@ def is_inside(path: str, pattern: str) -> bool:
 def parameter_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Layout]:
     """The layouts that a parameter may be stored in."""
     if op.target in constraints.stored:
-        return [constraints.stored[op.target]]
+        return [(*(REPLICATE,) * first_rank_axis(mesh), *constraints.stored[op.target])]
     tensor = op.results[0]
     states = [REPLICATE]
     for dim, bounds in enumerate(model.factors.of_dims[Value(op.name)]):
