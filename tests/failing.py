@@ -1,7 +1,7 @@
 """Pipelines of real processes in which one rank fails as told: the side of the processes (``python -m tests.failing``).
 
-A process that has imported and planned everything forks the ranks, which then start at once. Cases come in as JSON, one a line; when all
-ranks of one have ended, a line goes out. Each rank's standard error is a file, and so is what it saw.
+A process that has imported everything and made the programs forks the ranks, which then start at once. Cases come in as JSON, one a line;
+when all ranks of one have ended, a line goes out. Each rank's standard error is a file, and so is what it saw.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -25,12 +24,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import autopar
+from autopar import failures
 from autopar.capture import capture
 from autopar.comm import GroupAxis
-from autopar.plans import Plan
+from autopar.cost_models import Cluster
+from autopar.module import ParallelModule
+from autopar.planner import make_plan
+from autopar.program import Program
+from autopar.rewrite import rewrite
 
 ROWS, WIDTH, VOCABULARY = 8, 16, 48
+LIMIT = 30.0
+"""The most seconds that a case takes: a rank that still waits then is one that hangs."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,8 @@ class Case:
         ranks: number of processes; `pins` as for `autopar.compile`.
         rank: the one that fails.
         at: in its `number`-th forward or backward of `stage`, or in an exchange: "forward", "backward", "receive" of the shared parameter,
-            "sum" of gradients.
-        how: "raise", "interrupt", "memory", "kill", "hang".
+            "sum" of gradients, a "hook" of the user's on a parameter.
+        how: "raise", "interrupt", "memory" (a real allocation fails), "kill", "stop" (it hangs for ever).
         loss: whether the model computes it; otherwise it is computed outside.
         timeout: of the process group, in seconds.
         stays: whether the failing rank lives on after its error, asleep.
@@ -62,24 +67,35 @@ class Case:
 
 @dataclass
 class Seen:
-    """What a rank saw: the error's type and text, seconds until then, and what a second call said."""
+    """What a rank saw: steps that worked, the error's type and text, seconds until then, gradients after it, and what a later call said."""
 
     steps: int = 0
     error: str = ""
     text: str = ""
     seconds: float = 0.0
     again: str = ""
-    late: str = ""
     gradients: list[str] = field(default_factory=list)
 
 
+class Layer(nn.Module):
+    """A layer with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of ``(batch, seq, WIDTH)`` the same."""
+        return x + torch.tanh(self.linear(x))
+
+
 class Tied(nn.Module):
-    """A language model of four layers whose table is its head too, so that two stages share a parameter."""
+    """A language model of eight layers whose table is its head too, so that two stages share a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.layers = nn.ModuleList(Layer() for _ in range(8))
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         self.head.weight = self.table.weight
 
@@ -87,7 +103,7 @@ class Tied(nn.Module):
         """The loss of ids and labels ``(batch, seq)``; the logits without labels."""
         x = self.table(ids)
         for layer in self.layers:
-            x = x + torch.tanh(layer(x))
+            x = layer(x)
         logits: Tensor = self.head(x)
         return logits if labels is None else nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
@@ -110,9 +126,7 @@ def _fail(how: str) -> None:
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, resource.RLIM_INFINITY))
         torch.empty(2**28)
-    if how == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
+    os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
 
 def _plant(case: Case, model: Any, program: Any) -> None:
@@ -139,6 +153,9 @@ def _plant(case: Case, model: Any, program: Any) -> None:
             return receive(self, source, shape, *rest)
 
         GroupAxis.receive = fail  # type: ignore[method-assign]
+    elif case.at == "hook":
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _: _fail(case.how))
     elif case.at == "sum":
         reduce: Callable[..., Any] = dist.all_reduce
 
@@ -159,17 +176,17 @@ def _step(model: Any, case: Case) -> None:
     loss.backward()
 
 
-def run_rank(case: Case, plan: Plan, rank: int, folder: Path) -> None:
+def run_rank(case: Case, program: Program, rank: int, folder: Path) -> None:
     """A rank's life: a step that works, a step in which one of the ranks fails, and a call after that."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=case.timeout))
     seen = Seen()
     torch.manual_seed(0)
-    model = autopar.compile(Tied(), make_batch(case.loss), plan=plan)
+    model = ParallelModule(Tied(), lambda *_: program)
     _step(model, case)
     seen.steps = 1
     model.zero_grad()
     if rank == case.rank:
-        _plant(case, model, model.prepare(**make_batch(case.loss)))
+        _plant(case, model, program)
     dist.barrier()
     start = time.monotonic()
     try:
@@ -184,12 +201,14 @@ def run_rank(case: Case, plan: Plan, rank: int, folder: Path) -> None:
         model(**make_batch(case.loss))
     except Exception as error:
         seen.again = f"{type(error).__name__}: {error}"
-    (folder / f"{rank}.json").write_text(json.dumps(asdict(seen)), encoding="utf-8")
+    sys.stderr.flush()
+    (folder / "unfinished").with_suffix(f".{rank}").write_text(json.dumps(asdict(seen)), encoding="utf-8")
+    (folder / "unfinished").with_suffix(f".{rank}").rename(folder / f"{rank}.json")
     if rank == case.rank and case.stays:
         time.sleep(600)
 
 
-def _fork(case: Case, plan: Plan, rank: int, port: int, folder: Path) -> int:
+def _fork(case: Case, program: Program, rank: int, port: int, folder: Path) -> int:
     child = os.fork()
     if child:
         return child
@@ -197,7 +216,7 @@ def _fork(case: Case, plan: Plan, rank: int, port: int, folder: Path) -> int:
     os.dup2(errors, 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(case.ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
-        run_rank(case, plan, rank, folder)
+        run_rank(case, program, rank, folder)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -211,31 +230,44 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def _wait(case: Case, ranks: Mapping[int, int], folder: Path) -> None:
+    """Wait until all ranks have ended, or told what they saw; whoever lives after that, or too long, is killed."""
+    end = time.monotonic() + LIMIT
+    left = dict(ranks)
+    while left and time.monotonic() < end:
+        time.sleep(0.02)
+        for rank, process in ranks.items():
+            if rank in left and os.waitpid(process, os.WNOHANG)[0]:
+                del left[rank]
+        if set(left) == {case.rank} and (case.how == "stop" or (folder / f"{case.rank}.json").exists()):
+            break
+    for process in left.values():
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+
+
+def _make_programs(case: Case) -> list[Program]:
+    """The program of each rank."""
+    captured = capture(Tied(), make_batch(case.loss))
+    plan = make_plan(captured.graph, Cluster.parse(f"{case.ranks}xcpu"), pins=case.pins)
+    groups = [rewrite(captured, plan, torch.device("cpu"), group) for group in range(plan.pipeline.ranks)]
+    return [groups[rank // plan.mesh.world_size] for rank in range(case.ranks)]
+
+
 def main() -> None:
     """Run the cases that come in, one after the other."""
     torch.set_num_threads(1)
-    capture(Tied(), make_batch())  # what is imported at the first call, too
-    print("ready", flush=True)
-    plans: dict[str, Plan] = {}
+    # The first rank's process waits for others to tell that they stop, which one that was killed never does.
+    failures.LINGER = 0.5
+    made: dict[str, list[Program]] = {}
     for line in sys.stdin:
         told = json.loads(line)
         folder, case = Path(told.pop("folder")), Case(**told)
         key = json.dumps([case.ranks, case.loss, case.pins])
-        if key not in plans:
-            plans[key] = autopar.plan(Tied(), make_batch(case.loss), f"{case.ranks}xcpu", pins=case.pins)
+        if key not in made:
+            made[key] = _make_programs(case)
         port = _free_port()
-        ranks = {rank: _fork(case, plans[key], rank, port, folder) for rank in range(case.ranks)}
-        asleep = case.how == "hang" or (case.stays and case.how != "kill")
-        for rank, process in ranks.items():
-            if not (rank == case.rank and asleep):
-                os.waitpid(process, 0)
-        if asleep:
-            seen = folder / f"{case.rank}.json"
-            while case.how != "hang" and not seen.exists():
-                time.sleep(0.02)
-            with suppress(ProcessLookupError):
-                os.kill(ranks[case.rank], signal.SIGKILL)
-            os.waitpid(ranks[case.rank], 0)
+        _wait(case, {rank: _fork(case, program, rank, port, folder) for rank, program in enumerate(made[key])}, folder)
         print("done", flush=True)
 
 
