@@ -79,12 +79,17 @@ class Deferred:
         Autograd hands a gradient that it takes for its own to a leaf as its ``grad``, and adds the next one in place. Where that was a
         view of a gradient held here (an added bias of the result's size), the wait must not let the next micro-batch change it.
         """
+        # Few are, so first those that anything shares, then those that more than ours share.
+        shared = [(call, call.gradient) for _, call in self._left if call.gradient is not None]
+        shared = [(call, gradient) for call, gradient in shared if torch_compat.storage_users(gradient) > 1]
+        if not shared:
+            return
         ours: dict[int, set[int]] = {}
         for x in self._held():
-            ours.setdefault(_storage_of(x)[0], set()).add(id(x))
-        for _, call in self._left:
-            if call.gradient is not None and torch_compat.storage_users(call.gradient) > len(ours[_storage_of(call.gradient)[0]]):
-                call.gradient = call.gradient.clone()
+            ours.setdefault(torch_compat.StorageRef.key_of(x), set()).add(id(x))
+        for call, gradient in shared:
+            if torch_compat.storage_users(gradient) > len(ours[torch_compat.StorageRef.key_of(gradient)]):
+                call.gradient = gradient.clone()
 
 
 def _storage_of(x: Tensor) -> tuple[int, int]:
