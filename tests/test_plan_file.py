@@ -211,6 +211,11 @@ def test_damage_is_named(damage: Callable[[dict[str, Any]], Any], message: str) 
     assert message in str(caught.value)
 
 
+def _shift_stages(pipeline: dict[str, Any]) -> None:
+    for block in pipeline["blocks"]:
+        block["stage"] += 1
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -231,6 +236,7 @@ def test_damage_is_named(damage: Callable[[dict[str, Any]], Any], message: str) 
         (_set("blocks", 3, "stage", to=2), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
         (_set("blocks", 0, "stage", to=-1), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
         (_set("blocks", 13, "stage", to=4), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
+        (_shift_stages, "ascending and none left out; they are on [1, 1, 1, 1, 2"),
         (_set("blocks", 13, "stage", to="3"), "plan.pipeline.blocks[13].stage: int is needed, not str"),
         (
             lambda one: one.update(blocks=[block for block in one["blocks"] if block["stage"] != 2]),

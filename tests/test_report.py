@@ -134,6 +134,13 @@ def test_costs_of_a_pipeline_are_the_plans_own() -> None:
     assert to_data(changed)["seconds"]["step"] == changed.seconds.step
 
 
+def test_a_pipeline_without_a_bubble_says_so() -> None:
+    plan = make_pipelined_plan()
+    plan = replace(plan, seconds=replace(plan.seconds, bubble=0.0))
+    assert "+ bubble 0 s (0.0%)" in summarize(plan)
+    assert ["bubble", "0", "s", "0.0%"] in [line.split() for line in _render(plan).splitlines()]
+
+
 @pytest.mark.parametrize(("schedule", "chunks"), [("gpipe", 1), ("interleaved", 3), ("zb-v", 2), ("v-half", 2)])
 def test_stages_are_shown_on_the_ranks_that_run_them(schedule: str, chunks: int) -> None:
     ranks, microbatches = 3, 6
@@ -181,10 +188,10 @@ def test_a_layer_has_its_blocks(layer: str, names: list[str]) -> None:
 
 
 def test_blocks_that_are_no_neighbours_are_two_rows() -> None:
-    plan = make_pipelined_plan()
-    blocks = tuple(replace(block, recompute="none") for block in plan.pipeline.blocks)
+    plan = make_plan()
+    blocks = tuple(replace(block, recompute="full") for block in plan.pipeline.blocks)
     text = _render(_change_pipeline(plan, blocks=blocks), layer="transformer.h.1*")
-    rows = [line.split()[3:-2] for line in text.splitlines() if line.strip().endswith("none")]
+    rows = [line.split()[1:-2] for line in text.splitlines() if line.strip().endswith("full")]
     assert rows == [["transformer.h.1"], ["transformer.h.10", "to", "transformer.h.11"]]
 
 
