@@ -73,6 +73,7 @@ class GradientReducer:
         self._bucket_nbytes = bucket_nbytes
         self._programs: list[_Program] = []
         self._flights: list[_Flight] = []
+        self._stashes: list[StashedGradients] = []
         self._backward = -1
         self._synced = True
 
@@ -111,6 +112,20 @@ class GradientReducer:
         for program in self._programs:
             for each in program.tracked:
                 each.leaf.grad = None
+        for stash in self._stashes:
+            stash.zero()
+
+    def join(self, stash: StashedGradients) -> None:
+        """Let a pipeline's gradients that wait under `no_sync` be summed with all others."""
+        self._stashes.append(stash)
+
+    def part(self, stash: StashedGradients) -> None:
+        """Forget a stash, and drop what waits in it."""
+        self._stashes.remove(stash)
+
+    def settle(self) -> None:
+        """Sum over the ranks what waits under `no_sync`, whichever program left it, and give it to the parameters."""
+        self._finish()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -163,6 +178,8 @@ class GradientReducer:
                 if each.leaf.grad is not None:
                     _give(each.parameter, each.leaf.grad.detach())
                     each.leaf.grad = None
+        for stash in self._stashes:
+            stash.settle()
         self._backward = -1
 
 
@@ -171,10 +188,13 @@ class StashedGradients:
 
     Args:
         tracked: the parameters of this rank's stages; the leaves collect what the micro-batches add up to.
+        reducer: of the other programs over the same parameters.
         bucket_nbytes: gradients that are summed together.
     """
 
-    def __init__(self, tracked: Sequence[Tracked], bucket_nbytes: int = BUCKET_BYTES) -> None:
+    def __init__(self, tracked: Sequence[Tracked], reducer: GradientReducer | None = None, bucket_nbytes: int = BUCKET_BYTES) -> None:
+        self._reducer = reducer or GradientReducer(bucket_nbytes)
+        self._reducer.join(self)
         self._tracked = {each.name: each for each in tracked if each.leaf.requires_grad}
         self._bucket_nbytes = bucket_nbytes
         # Under `no_sync`: what earlier backwards left, on this rank only.
@@ -221,19 +241,22 @@ class StashedGradients:
             scaled = gradient * scale
             self._waiting[name] = self._waiting[name] + scaled if name in self._waiting else scaled
 
+    def settle(self) -> None:
+        """Sum over the ranks what waited, and add it to the parameters' own."""
+        if not self._waiting:
+            return
+        for name, gradient in self._waiting.items():
+            self._tracked[name].leaf.grad = gradient
+        self._waiting = {}
+        self.start(list(self._tracked))
+        for name, gradient in self.collect().items():
+            _give(self._tracked[name].parameter, gradient)
+
     def give(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
-        """Add summed gradients, scaled, and all that waited, to the parameters' own."""
-        if self._waiting:
-            for name, gradient in self._waiting.items():
-                self._tracked[name].leaf.grad = gradient
-            self._waiting = {}
-            self.start(list(self._tracked))
-            for name, gradient in self.collect().items():
-                _give(self._tracked[name].parameter, gradient)
-        # The usual factor is 1, which a CPU can tell at once; a GPU would have to be waited for.
-        scaled = scale.device.type != "cpu" or scale.item() != 1
+        """Add summed gradients, scaled, and all that waited in any program, to the parameters' own."""
+        self._reducer.settle()
         for name, gradient in gradients.items():
-            _give(self._tracked[name].parameter, gradient.mul_(scale) if scaled else gradient)
+            _give(self._tracked[name].parameter, gradient.mul_(scale))
 
 
 def _start_sum(members: Sequence[Tracked]) -> _Flight | None:

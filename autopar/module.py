@@ -146,8 +146,6 @@ class ParallelModule(nn.Module):
         """Drop all gradients, those that wait under `no_sync` too."""
         super().zero_grad(set_to_none)
         self._reducer.zero()
-        for _, runner in self._runners.values():
-            runner.stash.zero()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Backwards inside add up on this rank only; the next one outside sums over the ranks."""
@@ -303,6 +301,7 @@ class ParallelModule(nn.Module):
             leaves, runner = self._runners[id(program)]
             if all(map(_stands_for, leaves, stored)):
                 return runner
+            self._reducer.part(runner.stash)
         leaves = [torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad) for parameter in stored]
         named = {slot.name: leaf for slot, leaf in zip((s for s in mine if self._stores(s.name, home)), leaves, strict=True)}
         tracked = []
@@ -318,7 +317,7 @@ class ParallelModule(nn.Module):
                     shape = local_shape(slot.shape, slot.layout, home.mesh)
                     self._guests[slot.name] = torch.empty(shape, dtype=parameters[slot.name].dtype, device=self._device)
                 named[slot.name] = self._guests[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
-        runner = StageRunner(program, home.group, home.pipeline, home.axes, named, StashedGradients(tracked), home.alarm)
+        runner = StageRunner(program, home.group, home.pipeline, home.axes, named, StashedGradients(tracked, self._reducer), home.alarm)
         self._runners[id(program)] = leaves, runner
         return runner
 
