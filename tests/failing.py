@@ -51,6 +51,7 @@ class Case:
         loss: whether the model computes it; otherwise it is computed outside.
         timeout: of the process group, in seconds.
         stays: whether the failing rank lives on after its error, asleep.
+        slow: a rank whose forwards take 0.3 s each.
     """
 
     ranks: int
@@ -63,6 +64,7 @@ class Case:
     loss: bool = True
     timeout: float = 60.0
     stays: bool = True
+    slow: int = -1
 
 
 @dataclass
@@ -187,6 +189,9 @@ def run_rank(case: Case, program: Program, rank: int, folder: Path) -> None:
     model.zero_grad()
     if rank == case.rank:
         _plant(case, model, program)
+    if rank == case.slow:
+        for stage in program.pipeline.stages.values() if program.pipeline is not None else ():
+            stage.module.register_forward_pre_hook(lambda *_: time.sleep(0.3))
     dist.barrier()
     start = time.monotonic()
     try:
@@ -258,7 +263,7 @@ def main() -> None:
     """Run the cases that come in, one after the other."""
     torch.set_num_threads(1)
     # The first rank's process waits for others to tell that they stop, which one that was killed never does.
-    failures.LINGER = 0.5
+    failures.LINGER = 1.0
     made: dict[str, list[Program]] = {}
     for line in sys.stdin:
         told = json.loads(line)

@@ -148,10 +148,10 @@ def test_an_error_stops_all_ranks_and_each_says_what_failed_first(run: Run, name
 
 @pytest.mark.processes
 def test_the_process_of_the_first_rank_may_end_at_once(run: Run) -> None:
-    # It holds the store in which the others read why they stop.
-    case = Case(4, FOUR, 0, "forward", "raise", stage=0, number=5, stays=False)
+    # It holds the store in which the others read why they stop, and one of them is busy.
+    case = Case(4, FOUR, 0, "forward", "raise", stage=0, number=4, stays=False, slow=3)
     texts = _check(case, run(case))
-    assert all("The first to fail was rank 0: stage 0 of 4, forward of micro-batch 5 " in texts[rank] for rank in (1, 2, 3))
+    assert all("The first to fail was rank 0: stage 0 of 4, forward of micro-batch 4 " in texts[rank] for rank in (1, 2, 3))
 
 
 @pytest.mark.processes
