@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from autopar.actions import Action, Kind, Schedule
 from autopar.errors import InputError
@@ -22,12 +23,11 @@ Step = tuple[int, Kind]
 class Family:
     """How schedules of one name are made.
 
-    `chunks` is the stages per rank, None where any number from 2 does; `in_rounds` says that micro-batches come in rounds of the ranks.
+    `chunks` is the stages per rank, None where any number from 2 does.
     """
 
     chunks: int | None
     build: Callable[[int, int, int], Schedule]
-    in_rounds: bool = False
 
 
 def make_schedule(name: str, ranks: int, microbatches: int, chunks: int | None = None) -> Schedule:
@@ -56,12 +56,6 @@ def check_schedule(name: str, ranks: int, microbatches: int, chunks: int | None 
         raise InputError(f"schedule {name!r} has {family.chunks} stages per rank, not {chunks}; {free} takes any number from 2")
     if chunks < 1 or (family.chunks is None and chunks < 2):
         raise InputError(f"schedule {name!r} needs 2 or more stages per rank, not {chunks}; with one, '1f1b' is the same idea")
-    if family.in_rounds and microbatches % ranks:
-        below = microbatches - microbatches % ranks
-        fits = f"{below} or {below + ranks}" if below else f"{ranks}"
-        raise InputError(
-            f"schedule {name!r} needs micro-batches in rounds of the {ranks} ranks; {microbatches} isn't a multiple, {fits} would be"
-        )
     return chunks
 
 
@@ -109,19 +103,20 @@ def _one_forward_one_backward(ranks: int, microbatches: int, chunks: int) -> Sch
 
 
 def _interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
-    """1F1B over rounds of `ranks` micro-batches, each round through all stages of a rank (Megatron-LM, arXiv 2104.04473).
+    """1F1B over rounds of micro-batches, each round through all stages of a rank (Megatron-LM, arXiv 2104.04473).
 
-    The k-th forward of a rank is of its chunk (k mod ranks chunks) // ranks; the backwards take the chunks in reverse. Warm-up is
-    2 (ranks - rank - 1) + (chunks - 1) ranks forwards.
+    A round is of `ranks` micro-batches, with which the k-th forward of a rank is of its chunk (k mod ranks chunks) // ranks; the backwards
+    take the chunks in reverse. Warm-up is 2 (ranks - rank - 1) + (chunks - 1) ranks forwards. Micro-batches that don't make whole rounds
+    make the first rounds larger, as in torch, since a smaller one would leave ranks idle.
     """
+    rounds = max(1, microbatches // ranks)
+    bounds = [-(-microbatches * number // rounds) for number in range(rounds + 1)]
+    order = [(chunk, index) for first, end in pairwise(bounds) for chunk in range(chunks) for index in range(first, end)]
     lists = []
     for rank in range(ranks):
-        order = [
-            (unit % (ranks * chunks) // ranks, unit // (ranks * chunks) * ranks + unit % ranks) for unit in range(microbatches * chunks)
-        ]
         forward = [Action(chunk * ranks + rank, Kind.FORWARD, index) for chunk, index in order]
         backward = [Action((chunks - 1 - chunk) * ranks + rank, Kind.BACKWARD, index) for chunk, index in order]
-        lists.append(_alternate(forward, backward, 2 * (ranks - rank - 1) + (chunks - 1) * ranks))
+        lists.append(_alternate(forward, backward, 2 * (ranks - rank - 1) + (chunks - 1) * bounds[1]))
     return _finish("interleaved", microbatches, [stage % ranks for stage in range(ranks * chunks)], lists)
 
 
@@ -305,7 +300,7 @@ def _finish(name: str, microbatches: int, rank_of: Iterable[int], lists: Sequenc
 SCHEDULES: Mapping[str, Family] = {
     "gpipe": Family(1, _gpipe),
     "1f1b": Family(1, _one_forward_one_backward),
-    "interleaved": Family(None, _interleaved, in_rounds=True),
+    "interleaved": Family(None, _interleaved),
     "zb-h1": Family(1, _zero_bubble_h1),
     "zb-v": Family(2, _zero_bubble_v),
     "v-half": Family(2, _v_half),

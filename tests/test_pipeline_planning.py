@@ -88,7 +88,6 @@ def test_a_layer_goes_where_the_user_wants_it(layers: Graph) -> None:
         ({"pp": 4, "chunks": 4}, "blocks at most"),
         ({"pp": 2, "schedule": "zigzag"}, "there are gpipe"),
         ({"pp": 2, "schedule": "zb-v", "chunks": 3}, "zb-v"),
-        ({"pp": 4, "schedule": "interleaved", "chunks": 2, "microbatches": 2}, "interleaved"),
         ({"pp": 2, "microbatches": 3}, r"batch of 16 .* take a divisor"),
         ({"recompute": "half"}, "there are none, selective, full"),
         ({"pp": 2, "layers.77": {"pp": 1}}, "puts no block on stage 1"),

@@ -12,13 +12,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import autopar
 from autopar.errors import PlanError
 from tests.helpers import tree_allclose
 from tests.processes import spawn
-from tests.zoo import BATCH, SEQ, VOCAB, ZOO, labels, tokens
+from tests.zoo import BATCH, SEQ, VOCAB, ZOO, in_float64, labels, tokens
 
 PINS: Mapping[str, Mapping[str, object]] = {
     "tp": {"tp": 4, "vocabulary": True},
@@ -28,22 +27,7 @@ TOLERANCE = 1e-9
 
 
 def _model(name: str) -> nn.Module:
-    """A model of the zoo that is float64 throughout: transformers computes losses and norms in float32 whatever the model's dtype."""
-    model = ZOO[name]()[0]
-    model.loss_function = _causal_loss
-    for module in list(model.modules()):
-        for child_name, child in module.named_children():
-            if isinstance(child, LlamaRMSNorm):
-                norm = nn.RMSNorm(child.weight.shape, child.variance_epsilon, dtype=torch.float64)
-                norm.load_state_dict(child.state_dict())
-                setattr(module, child_name, norm)
-    return model
-
-
-def _causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
-    """Mean over the labels that count, each predicted from what comes before it."""
-    shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-    return nn.functional.cross_entropy(logits.view(-1, vocab_size), shifted.reshape(-1))
+    return in_float64(ZOO[name]()[0])
 
 
 def _compile(name: str, pins: str, **options: Any) -> autopar.CompiledModule:

@@ -51,7 +51,7 @@ def write(schedule: Schedule) -> list[str]:
 def sizes(name: str, ranks: int) -> Iterator[tuple[int, int | None]]:
     """(micro-batches, chunks) to try for a family."""
     for microbatches in (1, 2, ranks - 1, ranks, ranks + 1, 2 * ranks, 3 * ranks + 1, 4 * ranks):
-        if microbatches < 1 or (name == "interleaved" and microbatches % ranks):
+        if microbatches < 1:
             continue
         for chunks in (2, 3, 4) if name == "interleaved" else (None,):
             yield microbatches, chunks
@@ -136,6 +136,8 @@ def test_gpipe_and_1f1b_run_as_in_torch(ranks: int) -> None:
 )
 def test_orders_of_several_stages_are_those_of_torch(name: str, kind: Any, ranks: int) -> None:
     for microbatches, chunks in sizes(name, ranks):
+        if name == "interleaved" and microbatches % max(1, microbatches // ranks):
+            continue  # torch has rounds of one size only
         schedule = make_schedule(name, ranks, microbatches, chunks)
         for rank in range(ranks):
             assert without_reduce(schedule.actions[rank]) == order_of_torch(kind, rank, ranks, microbatches, schedule.chunks)
@@ -169,8 +171,9 @@ def test_micro_batches_in_flight_are_as_published(ranks: int) -> None:
 def test_interleaved_holds_its_warm_up_and_one_more(ranks: int) -> None:
     for microbatches, chunks in sizes("interleaved", ranks):
         assert chunks
+        in_a_round = -(-microbatches // max(1, microbatches // ranks))
         for rank in range(ranks):
-            warmup = 2 * (ranks - rank - 1) + (chunks - 1) * ranks
+            warmup = 2 * (ranks - rank - 1) + (chunks - 1) * in_a_round
             assert most(make_schedule("interleaved", ranks, microbatches, chunks), rank) == min(warmup + 1, microbatches * chunks)
 
 
@@ -254,8 +257,6 @@ def test_forwards_alone_stream() -> None:
         (("1f1b", 2, 4, 2), "has 1 stages per rank, not 2; 'interleaved' takes"),
         (("zb-v", 2, 4, 3), "has 2 stages per rank, not 3"),
         (("interleaved", 2, 4, 1), "2 or more stages per rank, not 1"),
-        (("interleaved", 4, 6, 2), "rounds of the 4 ranks; 6 isn't a multiple, 4 or 8 would be"),
-        (("interleaved", 4, 3, 2), "3 isn't a multiple, 4 would be"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(arguments: tuple[Any, ...], said: str) -> None:

@@ -10,10 +10,12 @@ positions per row, so that a mean over a part of the batch isn't the mean over t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 BATCH, SEQ, VOCAB, HIDDEN, HEADS, FFN = 4, 16, 64, 32, 4, 64
 ROWS = 8  # of a deep model's batch
@@ -64,6 +66,24 @@ def _causal(config: transformers.PreTrainedConfig, **extra: Tensor) -> Model:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config)
     return _ready(model), {"input_ids": tokens(), "labels": labels(), **extra}
+
+
+def in_float64(model: nn.Module) -> nn.Module:
+    """A causal language model in float64 throughout: transformers computes losses and norms in float32 whatever the model's dtype."""
+    model.loss_function = _causal_loss
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, LlamaRMSNorm):
+                norm = nn.RMSNorm(child.weight.shape, child.variance_epsilon, dtype=torch.float64)
+                norm.load_state_dict(child.state_dict())
+                setattr(module, name, norm)
+    return model
+
+
+def _causal_loss(logits: Tensor, labels: Tensor, vocab_size: int, **_: Any) -> Tensor:
+    """Mean over the labels that count, each predicted from what comes before it."""
+    shifted = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    return nn.functional.cross_entropy(logits.view(-1, vocab_size), shifted.reshape(-1))
 
 
 def gpt2() -> Model:
