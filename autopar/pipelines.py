@@ -259,7 +259,7 @@ class PipelineSearch:
         rows //= math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name == AxisKind.DP.value)
         key = (mesh.names, tuple(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name != AxisKind.DP.value), rows)
         known = self._choices.get(key)
-        if known is None or not all(self._is_legal(choices, mesh) for choices in known):
+        if known is None or not all(self._is_legal(choices, model, mesh) for choices in known):
             prepared = self._prepare(shape)
             if prepared is None:
                 return []
@@ -268,11 +268,15 @@ class PipelineSearch:
             known = self._choices[key] = [choices_of(model, problem, solution) for solution in self._answers(search, budget)]
         return known
 
-    def _is_legal(self, choices: Choices, mesh: Mesh) -> bool:
-        """Whether every parameter can be stored so on another mesh with these axes."""
+    def _is_legal(self, choices: Choices, model: Model, mesh: Mesh) -> bool:
+        """Whether micro-batches split every call so (one micro-batch splits none), and another mesh with these axes stores parameters so."""
+        assert model.micro is not None
+        parts = model.micro.parts
         parameters = self.graph.of_kind(OpKind.PARAMETER)
         representative = self.model.folded.representative
-        return all(fits(op.results[0].shape, choices.layouts[representative[op.name]][1:], mesh) for op in parameters)
+        return all(placement[0] == parts[name] for name, placement in choices.placements.items()) and all(
+            fits(op.results[0].shape, choices.layouts[representative[op.name]][1:], mesh) for op in parameters
+        )
 
     def _link(self, shape: Shape) -> Link | None:
         return axis_link(self.cluster, with_pipeline(shape.trial.mesh, shape.groups).sizes, 0) if shape.groups > 1 else None
