@@ -1,4 +1,4 @@
-"""Solution -> Plan: names the axes after what they do, and adds up the search's own numbers for the report."""
+"""Choices -> Plan: names the axes after what they do, and adds up the search's own numbers for the report."""
 
 from __future__ import annotations
 
@@ -12,14 +12,16 @@ from autopar.cost_models import Cluster
 from autopar.costs import COLLECTIVE_KIND, OPTIMIZER_COPIES, CostTables, local_nbytes, operand_layout_of, result_layout_of
 from autopar.factors import Role
 from autopar.ir import Op, OpKind, Value
+from autopar.kept import count_kept
 from autopar.layers import fan_key
 from autopar.layout import PIPELINE, Layout, Mesh, Placement, Split, StateKind
 from autopar.microbatch import MICRO
 from autopar.options import Model, first_rank_axis, role_of
 from autopar.plans import Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
-from autopar.problem import Problem
+from autopar.problem import kept_nbytes
 from autopar.reshard import Collective
 from autopar.search import Solution
+from autopar.variants import Choices
 
 KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp", Role.INNER: "tp"}
 
@@ -38,7 +40,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Spread:
-    """What came of spreading blocks over stages: the choice, what it was made from, and the model as one micro-batch sees it."""
+    """What came of spreading blocks over stages: the choice, and what it was made from."""
 
     assignment: Assignment
     menus: tuple[BlockMenu, ...]
@@ -54,15 +56,26 @@ class Spread:
             yield block, self.rank_of[stage], menu.variants[variant]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What the search decided; with micro-batches, `mesh` and `choices` have time as their first axis.
+
+    `spread` is None without a pipeline, micro-batches and recomputation; `workspace` counts only then.
+    """
+
+    model: Model
+    mesh: Mesh
+    choices: Choices
+    solution: Solution
+    workspace: int
+    pipeline: Pipeline
+    spread: Spread | None
+
+
 def assemble(
+    chosen: Chosen,
     *,
-    model: Model,
     cluster: Cluster,
-    problem: Problem,
-    solution: Solution,
-    workspace: int,
-    pipeline: Pipeline,
-    spread: Spread | None,
     rename: bool,
     model_name: str,
     fingerprint: str,
@@ -71,22 +84,19 @@ def assemble(
     notes: tuple[str, ...],
     seconds: float,
 ) -> Plan:
-    """The plan of a solution; all costs are those that the search used.
-
-    With micro-batches, `model` and `problem` have time as their first axis, which the plan's own mesh and layouts lack.
-    """
-    chosen = {node.key: node.options[solution.choice[node.key]] for node in problem.nodes}
-    mesh = _name_axes(model, problem.mesh, chosen) if rename else problem.mesh
+    """The plan of what was chosen; all costs are those that the search used. `rename` names the axes after what they do."""
+    model, mesh, choices, solution, pipeline, spread = (
+        chosen.model,
+        chosen.mesh,
+        chosen.choices,
+        chosen.solution,
+        chosen.pipeline,
+        chosen.spread,
+    )
+    tables = CostTables(model, mesh, cluster)
+    placements, layouts = choices.placements, choices.layouts
+    mesh = _name_axes(model, mesh, placements) if rename else mesh
     first = first_rank_axis(mesh)
-    placements: dict[str, Placement] = {}
-    layouts: dict[str, Layout] = {}
-    for key, option in chosen.items():
-        op = model.folded.graph.by_name.get(key)
-        if op is not None and op.kind is OpKind.CALL:
-            placements[key] = option  # type: ignore[assignment]
-        else:
-            layouts[key] = option  # type: ignore[assignment]
-    tables = CostTables(model, problem.mesh, cluster)
     moves = list(find_moves(model, placements, layouts))
     traffic = _traffic(model, mesh, tables, moves, pipeline, spread)
     step = solution.cost_ns / 1e9 if spread is None else spread.assignment.simulated
@@ -103,9 +113,9 @@ def assemble(
         placements={name: placement[first:] for name, placement in placements.items()},
         batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICRO),
         seconds=_seconds(model, tables, placements, layouts, solution, pipeline, spread, step),
-        memory=_memory(model, cluster, tables, layouts, solution, workspace, spread),
+        memory=_memory(model, cluster, tables, layouts, solution, chosen.workspace, spread),
         traffic=traffic,
-        groups=_groups(model, mesh, tables, placements, layouts, moves, problem, solution),
+        groups=_groups(model, mesh, tables, placements, layouts, moves),
         proof=Proof(
             objective_ns=objective,
             bound_ns=bound,
@@ -150,20 +160,18 @@ def find_moves(model: Model, placements: Mapping[str, Placement], layouts: Mappi
             yield Move(value, consumer_name, start, need, count, False)
 
 
-def workspace_bytes(model: Model, problem: Problem, solution: Solution) -> int:
+def workspace_bytes(model: Model, mesh: Mesh, choices: Choices) -> int:
     """Bytes that the hungriest op needs beside what is kept: its operands and results, their gradients, gathered parameters."""
     graph = model.folded.graph
-    mesh = problem.mesh
-    chosen = {node.key: node.options[solution.choice[node.key]] for node in problem.nodes}
     largest = 0
     for op in model.folded.ops:
         if op.kind is not OpKind.CALL:
             continue
-        placement: Placement = chosen[op.name]  # type: ignore[assignment]
+        placement = choices.placements[op.name]
         total = 0
         for index, value in enumerate(op.operands):
             need = operand_layout_of(model, op, placement, index)
-            if graph.by_name[value.op].kind is not OpKind.PARAMETER or need != chosen[value.op]:
+            if graph.by_name[value.op].kind is not OpKind.PARAMETER or need != choices.layouts[model.folded.representative[value.op]]:
                 total += local_nbytes(graph.tensor(value), need, mesh)
         for index, tensor in enumerate(op.results):
             total += local_nbytes(tensor, result_layout_of(model, op, placement, index), mesh)
@@ -171,7 +179,7 @@ def workspace_bytes(model: Model, problem: Problem, solution: Solution) -> int:
     return 2 * largest
 
 
-def _name_axes(model: Model, mesh: Mesh, chosen: Mapping[str, object]) -> Mesh:
+def _name_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) -> Mesh:
     """Name free axes after the role that most of the work is split by; an axis that the user asked for keeps its name."""
     kinds = set(KIND_OF_ROLE.values())
     names: list[str] = []
@@ -183,7 +191,7 @@ def _name_axes(model: Model, mesh: Mesh, chosen: Mapping[str, object]) -> Mesh:
         for op in model.folded.ops:
             space = model.spaces.get(op.name)
             if op.kind is OpKind.CALL and space is not None and space.is_contraction:
-                part = chosen[op.name][axis]  # type: ignore[index]
+                part = placements[op.name][axis]
                 if isinstance(part, Split):
                     points = space.points() * max(1.0, space.flops) * model.folded.count[op.name]
                     weight[KIND_OF_ROLE[role_of(model.factors.of_loops[op.name], part)]] += int(points)
@@ -230,9 +238,13 @@ def _seconds(
     share = pipeline.microbatches / pipeline.ranks
     forward, backward, optimizer = forward * share, backward * share, optimizer / pipeline.ranks
     # What is left of the objective is what the arcs cost: communication that isn't hidden.
-    work = solution.cost_ns / 1e9 / pipeline.ranks
+    work, recompute = solution.cost_ns / 1e9, 0.0
+    if spread is not None:
+        recompute = share * spread.recompute_seconds
+        chosen = [variant for _, _, variant in spread.chosen()]
+        work = share * sum(one.forward + one.input + one.weight for one in chosen) - recompute
+        work += sum(one.once for one in chosen) / pipeline.ranks
     communication = max(0.0, work - forward - backward - optimizer)
-    recompute = share * spread.recompute_seconds if spread is not None else 0.0
     bubble = max(0.0, step - forward - backward - optimizer - communication - recompute)
     return Seconds(forward, backward, recompute, optimizer, communication, bubble if spread is not None else 0.0)
 
@@ -335,8 +347,8 @@ def _traffic(
         ]
         entry = totals[PIPELINE, "send", "between stages"]
         entry[0] += 2 * pipeline.microbatches * len(cuts)
-        entry[1] += 2 * pipeline.microbatches * sum(nbytes for _, _, nbytes in cuts)
-        entry[2] += pipeline.microbatches * sum(ahead + back for ahead, back, _ in cuts)
+        entry[1] += 2 * pipeline.microbatches * sum(cut.nbytes for cut in cuts)
+        entry[2] += pipeline.microbatches * sum(cut.forward + cut.backward for cut in cuts)
     return tuple(
         Traffic(axis, collective, purpose, round(count), int(nbytes), seconds)
         for (axis, collective, purpose), (count, nbytes, seconds) in sorted(totals.items())
@@ -350,8 +362,6 @@ def _groups(
     placements: Mapping[str, Placement],
     layouts: Mapping[str, Layout],
     moves: list[Move],
-    problem: Problem,
-    solution: Solution,
 ) -> tuple[Group, ...]:
     """One line per class of layers, and one for what is outside of them."""
     group_of = {name: layer.name for layer in model.folded.classes for name in layer.instances[0]}
@@ -363,13 +373,13 @@ def _groups(
     compute: dict[str, float] = defaultdict(float)
     parameters: Counter[str] = Counter()
     activations: Counter[str] = Counter()
-    nbytes = {node.key: int(node.nbytes[solution.choice[node.key]]) for node in problem.nodes}
+    kept = count_kept(model)
     for op in model.folded.ops:
         group = group_of.get(op.name, outside)
         if op.kind is OpKind.CALL:
             seconds = sum(tables.op_seconds(op, placements[op.name]))
             compute[group] += times * model.folded.count[op.name] * seconds
-            activations[group] += nbytes[op.name]
+            activations[group] += kept_nbytes(model, kept, op, placements[op.name], tables.mesh)
             _note_splits(model, mesh, op, placements[op.name], axes[group])
         elif op.kind is OpKind.PARAMETER:
             parameters[group] += model.folded.count[op.name] * local_nbytes(op.results[0], layouts[op.name], tables.mesh)

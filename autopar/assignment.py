@@ -19,18 +19,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from autopar.actions import Schedule
 from autopar.assignment_model import Master, Point, spell
+from autopar.drafts import draft
 from autopar.errors import InfeasibleError, SolverError
-from autopar.menus import PHASES, BlockMenu, Floats, Ints, Problem, Variant, evaluate, longest_path, make_problem, measure
+from autopar.menus import PHASES, BlockMenu, Cut, Floats, Ints, Problem, Variant, evaluate, longest_path, make_problem, measure
 from autopar.units import format_bytes
 
-__all__ = ["Assignment", "BlockMenu", "Variant", "assign", "evaluate"]
+__all__ = ["Assignment", "BlockMenu", "Cut", "Variant", "assign", "evaluate"]
 
 # Rounds of the relaxed models at most, and the share of the gap asked for at which a round has gained nothing.
 RELAXED_ROUNDS = 40
@@ -40,8 +41,6 @@ GAP_SHARE = 0.25
 # are walked at most.
 TILT = 0.03
 TILTED_ACTIONS = 300_000
-# Prices of memory, as multiples of the fastest step for all of it, at which even splits choose their variants.
-PRICES = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5, 5.0, 10.0, 100.0, math.inf)
 # Of the guided models: rounds, share of the time, and gap. A guess needs no proof.
 GUIDED_ROUNDS = 3
 GUIDED_SHARE = 0.2
@@ -143,11 +142,9 @@ class _Search:
         return closed or self.bound >= self.cutoff or self.left <= 0
 
     def start(self) -> None:
-        """Even splits, from fast to lean, until one fits."""
-        for variants in _uniform(self.problem):
-            fits = [self.offer(stages, variants) for stages in _even_splits(self.problem, variants)]
-            if any(fits):
-                return
+        """What can be made at once."""
+        for stages, variants in draft(self.problem):
+            self.offer(stages, variants)
 
     def relax(self) -> None:
         """Find paths with continuous counts, as long as the bound moves."""
@@ -251,61 +248,6 @@ class _Search:
         closed = self.best.simulated <= self.bound * (1 + self.gap)
         status = "optimal" if closed else "beyond" if self.bound >= self.cutoff else "feasible"
         return replace(self.best, bound=min(self.bound, self.best.simulated), status=status, iterations=self.rounds)
-
-
-def _uniform(problem: Problem) -> Iterator[tuple[int, ...]]:
-    """A variant per block, like blocks alike, from fast to lean."""
-    schedule = problem.schedule
-    # On a stage in the middle, of a rank in the middle.
-    typical = [holdings.max(axis=0, initial=0).mean(axis=0) for holdings in problem.holdings]
-    full, waiting = np.mean(typical, axis=0)
-    work = schedule.microbatches * sum(run.length * float(run.seconds.sum(axis=1).min()) for run in problem.runs) / schedule.ranks
-    seen: set[tuple[int, ...]] = set()
-    for price in PRICES:
-        variants: list[int] = []
-        for run in problem.runs:
-            nbytes = run.static + full * run.kept + waiting * run.waiting
-            seconds = schedule.microbatches * run.seconds.sum(axis=1) + run.once
-            weight = nbytes if price == math.inf else seconds + price * work / max(1, min(problem.budgets)) * nbytes
-            variants += [run.options[int(np.argmin(weight))]] * run.length
-        if tuple(variants) not in seen:
-            seen.add(tuple(variants))
-            yield tuple(variants)
-
-
-def _even_splits(problem: Problem, variants: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Stages per block: of about equal seconds; and, where ranks hold several stages, with equal numbers of blocks on like stages."""
-    stages, ranks, blocks = problem.schedule.stages, problem.schedule.ranks, len(problem.menus)
-    chosen = [menu.variants[variant] for menu, variant in zip(problem.menus, variants, strict=True)]
-    done = np.cumsum([one.forward + one.input + one.weight for one in chosen])
-    yield _clip(problem, [int(np.argmin(np.abs(done - done[-1] * (stage + 1) / stages))) + 1 for stage in range(stages)])
-    if stages > ranks and stages % ranks == 0:
-        each, extra = divmod(blocks, ranks)
-        rounds = stages // ranks
-        sizes = [each // rounds + (group < each % rounds) for group in range(rounds) for _ in range(ranks)]
-        for stage in range(stages - extra, stages):
-            sizes[stage] += 1
-        yield _clip(problem, np.cumsum(sizes).tolist())
-
-
-def _clip(problem: Problem, ends: Sequence[int]) -> tuple[int, ...]:
-    """Stages per block that end after so many blocks, or as close to it as pins and the other stages allow."""
-    stages, blocks = problem.schedule.stages, len(problem.menus)
-    least, most = list(range(1, stages + 1)), [blocks - (stages - 1 - stage) for stage in range(stages)]
-    least[-1] = blocks
-    for block, menu in enumerate(problem.menus):
-        if menu.stage is not None:
-            least[menu.stage] = max(least[menu.stage], block + 1)
-            if menu.stage:
-                most[menu.stage - 1] = min(most[menu.stage - 1], block)
-    for stage in range(stages - 2, -1, -1):
-        most[stage] = min(most[stage], most[stage + 1] - 1)
-    at, found = 0, []
-    for stage, end in enumerate(ends):
-        end = min(max(end, least[stage], at + 1), most[stage])
-        found += [stage] * (end - at)
-        at = end
-    return tuple(found)
 
 
 def _settle(search: _Search, time_limit: float) -> None:

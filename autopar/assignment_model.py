@@ -14,7 +14,8 @@ stages up to :math:`s`; :math:`z_{r,s} \in \{0, 1\}`, some are; :math:`T` the sc
 (2) every block takes one variant:  :math:`P_{r,S-1} = L_r`
 (3) one rank's bytes, for every combination of micro-batches that it holds at once (:math:`h_s` from forward to backward, :math:`w_s`
     from input to weight gradient): :math:`\sum_{s \in k} \sum_{r,v} n_{r,s,v} (\mathit{static} + h_s \mathit{kept} + w_s \mathit{waiting})
-    + W_k + 2 R_k \le M_k`, with :math:`W_k` no less than the workspace of any block on :math:`k`, :math:`R_k` than any message to it
+    + \sum_{s \in k} h_s\, g_s + W_k + 2 R_k \le M_k`, with :math:`g_s` what the stage holds of values that blocks before have read, and
+    :math:`W_k` no less than the workspace of any block on :math:`k`, :math:`R_k` than any message to it
 (4) no path through the schedule takes longer than the schedule: :math:`T \ge \sum_s c_s\, t_s + \sum_s d_s\, e_s`, with :math:`t_s` the
     sums of the blocks' seconds and :math:`e_s` the transfers, linear in :math:`n` and :math:`z`; :math:`c, d` count how often each
     lies on the path
@@ -186,7 +187,7 @@ class Master:
             above = self._add_workspace(own, least)
             message = self._add_one(0.0, np.inf)
             for stage in problem.messages_to[rank]:
-                constant, parts = self._end(stage, [byte * run.cut[2] for run in problem.runs])
+                constant, parts = self._end(stage, [byte * run.cut.nbytes for run in problem.runs])
                 self._add_sum([(message, 1.0), *((column, -factor) for column, factor in parts)], constant, np.inf)
             here = [(position, run, self.counts[key]) for key, run, position in self._placed(own)]
             shared: list[tuple[int, float]] = [(above, 1.0), (message, RECEIVES_AT_ONCE)]
@@ -195,11 +196,17 @@ class Master:
             for full, waiting in np.moveaxis(holdings, 2, 1) if len(holdings) else np.zeros((1, 2, len(own))):
                 columns = [ids for _, _, ids in here]
                 bytes_of = [run.static + full[at] * run.kept + waiting[at] * run.waiting for at, run, _ in here]
+                received = [
+                    self._end(stage - 1, [byte * often * run.cut.kept for run in problem.runs])
+                    for often, stage in zip(full.tolist(), own, strict=True)
+                    if stage
+                ]
+                others = [*shared, *(part for _, parts in received for part in parts)]
                 self.model.add_row(
-                    np.concatenate([*columns, [column for column, _ in shared]]),
-                    np.concatenate([byte * np.concatenate(bytes_of), [factor for _, factor in shared]]),
+                    np.concatenate([*columns, [column for column, _ in others]]),
+                    np.concatenate([byte * np.concatenate(bytes_of), [factor for _, factor in others]]),
                     -np.inf,
-                    budgets[rank] - byte * least,
+                    budgets[rank] - byte * least - sum(constant for constant, _ in received),
                 )
 
     def _placed(self, stages: Sequence[int]) -> Iterator[tuple[tuple[int, int], Run, int]]:

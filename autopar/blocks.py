@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from autopar.ir import Graph, Op, OpKind, Value
@@ -73,6 +73,17 @@ def find_chain(folded: Folded, spaces: Mapping[str, Space]) -> Chain:
     units = _find_units(folded, spaces, calls)
     order = _delay(graph, spaces, _sort(graph, calls, units))
     return Chain(_make_blocks(folded, spaces, _cut(folded, spaces, order)), cheap)
+
+
+def relabel(chain: Chain, folded: Folded) -> Chain:
+    """The chain, with only those blocks alike that `folded`, another folding of the same graph, takes for one."""
+    likes: dict[tuple[str, ...], int] = {}
+    blocks = (replace(block, like=_like(block.ops, folded, likes)) for block in chain.blocks)
+    return replace(chain, blocks=tuple(blocks))
+
+
+def _like(ops: Iterable[str], folded: Folded, likes: dict[tuple[str, ...], int]) -> int:
+    return likes.setdefault(tuple(folded.representative[name] for name in ops), len(likes))
 
 
 @dataclass(frozen=True)
@@ -435,7 +446,7 @@ def _make_blocks(folded: Folded, spaces: Mapping[str, Space], units: Sequence[_U
         Block(
             name=name,
             ops=tuple(op.name for op in unit.ops),
-            like=likes.setdefault(tuple(folded.representative[op.name] for op in unit.ops), len(likes)),
+            like=_like((op.name for op in unit.ops), folded, likes),
             crossing=tuple(values),
             crossing_nbytes=sum(graph.tensor(value).nbytes for value in values),
         )

@@ -309,7 +309,7 @@ def parse_pins(texts: Sequence[str]) -> dict[str, Any]:
         pins[name] = _parse_module_pin(text, value) if is_module else _parse_value(value)
     check_pins(pins)
     if any(name in PIPELINE_PINS or isinstance(value, dict) for name, value in pins.items()):
-        from autopar.pipelines import read_pins
+        from autopar.wanted import read_pins
 
         read_pins(pins)
     return pins

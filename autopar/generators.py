@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from autopar.actions import Action, Kind, Schedule
@@ -23,11 +24,12 @@ Step = tuple[int, Kind]
 class Family:
     """How schedules of one name are made.
 
-    `chunks` is the stages per rank, None where any number from 2 does.
+    `chunks` is the stages per rank, None where any number from 2 does; `splits_backward` says that backwards run in two passes.
     """
 
     chunks: int | None
     build: Callable[[int, int, int], Schedule]
+    splits_backward: bool = False
 
 
 def make_schedule(name: str, ranks: int, microbatches: int, chunks: int | None = None) -> Schedule:
@@ -38,7 +40,12 @@ def make_schedule(name: str, ranks: int, microbatches: int, chunks: int | None =
 
     Raises InputError when the name is unknown or the numbers don't fit the family.
     """
-    chunks = check_schedule(name, ranks, microbatches, chunks)
+    return _build(name, ranks, microbatches, check_schedule(name, ranks, microbatches, chunks))
+
+
+# A search makes the same few over and over.
+@lru_cache(maxsize=32)
+def _build(name: str, ranks: int, microbatches: int, chunks: int) -> Schedule:
     return SCHEDULES[name].build(ranks, microbatches, chunks)
 
 
@@ -57,6 +64,11 @@ def check_schedule(name: str, ranks: int, microbatches: int, chunks: int | None 
     if chunks < 1 or (family.chunks is None and chunks < 2):
         raise InputError(f"schedule {name!r} needs 2 or more stages per rank, not {chunks}; with one, '1f1b' is the same idea")
     return chunks
+
+
+def splits_backward(name: str) -> bool:
+    """Whether schedules called `name` run backwards in two passes."""
+    return SCHEDULES[name].splits_backward
 
 
 def forward_only(stages: Schedule | Sequence[int], microbatches: int) -> Schedule:
@@ -301,8 +313,8 @@ SCHEDULES: Mapping[str, Family] = {
     "gpipe": Family(1, _gpipe),
     "1f1b": Family(1, _one_forward_one_backward),
     "interleaved": Family(None, _interleaved),
-    "zb-h1": Family(1, _zero_bubble_h1),
-    "zb-v": Family(2, _zero_bubble_v),
-    "v-half": Family(2, _v_half),
+    "zb-h1": Family(1, _zero_bubble_h1, splits_backward=True),
+    "zb-v": Family(2, _zero_bubble_v, splits_backward=True),
+    "v-half": Family(2, _v_half, splits_backward=True),
 }
 """Every family of schedules by name."""

@@ -152,3 +152,14 @@ class Graph:
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.ops))
+
+
+def freeze(value: Any) -> Any:
+    """A hashable stand-in for an op's argument; equal arguments give equal stand-ins."""
+    if isinstance(value, Operand | int | float | str | bool | type(None)):
+        return (type(value).__name__, value)
+    if isinstance(value, Mapping):
+        return tuple(sorted((key, freeze(item)) for key, item in value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(freeze(item) for item in value)
+    return repr(value)

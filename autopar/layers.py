@@ -16,7 +16,6 @@ from typing import Any
 
 from autopar.ir import Graph, Op, OpKind, Value
 from autopar.repeats import Instances, find_repeats, signature
-from autopar.repeats import freeze as freeze
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +76,39 @@ def fold(graph: Graph) -> Folded:
     classes = _find_classes(graph, [op for op in graph.ops if paths[op.name]], paths, depth=0)
     if repeats := find_repeats(graph, [layer.instances for layer in classes]):
         classes = _add_repeats(graph, classes, repeats)
+    return _count(graph, classes)
+
+
+def regroup(folded: Folded, group_of: Mapping[str, int]) -> Folded:
+    """Fold like blocks only as long as one follows another of its group: each run of them may be split differently.
+
+    Args:
+        folded: as made by `fold`.
+        group_of: op name -> its group; 0 for those left out.
+    """
+    classes: list[LayerClass] = []
+    for layer in folded.classes:
+        groups = [tuple(group_of.get(name, 0) for name in instance) for instance in layer.instances]
+        starts = [0, *(i for i in range(1, len(groups)) if groups[i] != groups[i - 1])]
+        for start, end in zip(starts, [*starts[1:], len(groups)], strict=True):
+            name = f"{layer.name}[{start}]" if end == start + 1 else f"{layer.name}[{start}-{end - 1}]"
+            name = layer.name if len(starts) == 1 else name
+            classes.append(LayerClass(name, layer.instances[start:end], layer.paths[start:end]))
+    return _count(folded.graph, classes)
+
+
+def fold_as_planned(folded: Folded, planned: Collection[str]) -> Folded:
+    """Fold as a plan does that holds decisions for the ops `planned`: a block without any follows the last one like it that has some."""
+    group_of: dict[str, int] = {}
+    for layer in folded.classes:
+        number = 0
+        for instance in layer.instances[1:]:
+            number += any(name in planned for name in instance)
+            group_of.update(dict.fromkeys(instance, number))
+    return regroup(folded, group_of)
+
+
+def _count(graph: Graph, classes: Sequence[LayerClass]) -> Folded:
     representative = {op.name: op.name for op in graph.ops}
     for layer in classes:
         for instance in layer.instances[1:]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,7 @@ class Variant:
     """One way to run a block; seconds are of one micro-batch.
 
     Attributes:
+        name: what is run again; `answer`: number of the placements that it has, among those that blocks may mix.
         forward, input, weight: seconds of the forward, the input gradients (with what is recomputed for them), the weight gradients.
         once: seconds per step outside of the schedule: the optimizer's update, reductions that nothing hides.
         kept: bytes per micro-batch from the forward to the backward; `waiting`: from the input to the weight gradients.
@@ -49,20 +51,29 @@ class Variant:
     waiting: int
     static: int
     workspace: int
+    answer: int = 0
+
+
+class Cut(NamedTuple):
+    """What it takes to end a stage after a block: seconds to move what crosses, forward and backward, and bytes of one receive buffer.
+
+    `kept` are the bytes per micro-batch that the next stage holds of values which a block before has read: the first block that reads a
+    value counts it, and this stage has a copy of its own.
+    """
+
+    forward: float
+    backward: float
+    nbytes: int
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BlockMenu:
-    """A block of the chain, and the ways to run it.
-
-    Attributes:
-        cut: if a stage ends after this block: seconds to move what crosses, forward and backward, and bytes of one receive buffer.
-        stage: the stage that the user pinned it to.
-    """
+    """A block of the chain, and the ways to run it; `stage` is the one that the user pinned it to."""
 
     name: str
     variants: tuple[Variant, ...]
-    cut: tuple[float, float, int]
+    cut: Cut
     stage: int | None = None
 
 
@@ -75,7 +86,7 @@ class Run:
         options: positions in the menu of the variants that are worth taking.
         seconds: forward, input, weight of each, shape (options, 3); `once` of each, shape (options,).
         kept, waiting, static, workspace: bytes of each, shape (options,).
-        cut: seconds forward and backward, bytes; `stage`: pinned by the user.
+        cut: what a stage that ends after one of them takes; `stage`: pinned by the user.
     """
 
     first: int
@@ -87,7 +98,7 @@ class Run:
     waiting: Ints
     static: Ints
     workspace: Ints
-    cut: tuple[float, float, int]
+    cut: Cut
     stage: int | None
 
 
@@ -174,7 +185,7 @@ def measure(problem: Problem, stages: Sequence[int], variants: Sequence[int]) ->
     seconds = np.zeros((PHASES, count))
     cuts = np.zeros((2, count))
     once = np.zeros(count)
-    kept, waiting, static, workspace, message = np.zeros((5, count), dtype=np.int64)
+    kept, waiting, static, workspace, message, left = np.zeros((6, count), dtype=np.int64)
     for menu, stage, variant in zip(problem.menus, stages, variants, strict=True):
         one = menu.variants[variant]
         seconds[:, stage] += (one.forward, one.input, one.weight)
@@ -183,7 +194,8 @@ def measure(problem: Problem, stages: Sequence[int], variants: Sequence[int]) ->
         waiting[stage] += one.waiting
         static[stage] += one.static
         workspace[stage] = max(workspace[stage], one.workspace)
-        cuts[:, stage], message[stage] = menu.cut[:2], menu.cut[2]
+        cuts[:, stage], message[stage], left[stage] = menu.cut[:2], menu.cut.nbytes, menu.cut.kept
+    kept[1:] += left[:-1]
     peak, longest = [], 0.0
     for own, holdings, messages in zip(problem.stages_of, problem.holdings, problem.messages_to, strict=True):
         at = list(own)

@@ -146,10 +146,10 @@ class _Origin:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """A part of an op, and the operands that it needs whole."""
+    """A part of an op, and the positions of the operands that it needs whole."""
 
     part: Part
-    whole: frozenset[Value]
+    whole: frozenset[int]
     nbytes: int
 
 
@@ -168,6 +168,7 @@ class _Pass:
         self.reasons: list[str] = []
         self.origins: dict[str, _Origin] = {}
         self.splits_work = False
+        self.known: dict[tuple[object, ...], _Choice | None] = {}
 
     def run(self) -> MicroSplit:
         for op in self.graph.ops:
@@ -187,13 +188,13 @@ class _Pass:
     def _call(self, op: Op) -> None:
         space = self.spaces.get(op.name)
         self.origins[op.name] = self._origin(op, space)
-        choice = self._choose(op, space)
+        choice = self._choose_once(op, space)
         if choice is None:
             self.reasons.append(self._explain(op, space))
             # Going on as if the op could have been run whole finds the other reasons too.
             choice = _Choice(None, frozenset(), 0)
         self.parts[op.name] = choice.part
-        self.whole |= choice.whole
+        self.whole |= {op.operands[index] for index in choice.whole}
         if _is_counted(op, space, choice.part):
             self.counted[op.name] = op.operands[1]
         self.splits_work |= choice.part is not None and not self.origins[op.name].free
@@ -210,6 +211,16 @@ class _Pass:
             random=drawn or any(one.random for one in before),
             nbytes=max([own, *(one.nbytes for one in before)]),
         )
+
+    def _choose_once(self, op: Op, space: Space | None) -> _Choice | None:
+        """The same choice for like ops that read the like."""
+        if space is None:
+            return self._choose(op, space)
+        reads = tuple((self.states[value], self._keeps_from_whole(value), op.operands.index(value)) for value in op.operands)
+        key = (id(space), op.target, reads)
+        if key not in self.known:
+            self.known[key] = self._choose(op, space)
+        return self.known[key]
 
     def _choose(self, op: Op, space: Space | None) -> _Choice | None:
         """The part that keeps most work split: a loop that an operand is split by, else Partial sums passed through, else nothing."""
@@ -251,7 +262,7 @@ class _Pass:
             if any(self._keeps_from_whole(value) for value in op.operands[1:]):
                 return None
             whole.add(op.operands[1])
-        return _Choice(part, frozenset(whole), sum(self.graph.tensor(value).nbytes for value in whole))
+        return _Choice(part, frozenset(map(op.operands.index, whole)), sum(self.graph.tensor(value).nbytes for value in whole))
 
     def _keeps_from_whole(self, value: Value) -> str:
         """Why `value` can't be computed from the whole batch at once; empty when it can."""

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from autopar.errors import PlanError
-from autopar.layers import freeze
+from autopar.ir import freeze
 from autopar.recompute import Recomputed
 
 

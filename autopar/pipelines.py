@@ -1,48 +1,56 @@
 """Which pipelines the search looks at, and what each comes to: stages, micro-batches, schedule, recomputation.
 
-For every number of groups, mesh of a group and number of micro-batches, the placements of one micro-batch are searched as they are
-without a pipeline; from the answer, blocks get their menus, and `assignment` spreads them over stages. Lower bounds decide what is tried
-first and what isn't tried: the work of a step can at best be spread evenly.
+For every number of groups, mesh of a group and number of micro-batches, the placements of one micro-batch are searched as they are without
+a pipeline, at several prices of memory; from the answers, blocks get their menus. All shapes are ranked by stages made at once (`drafts`)
+under one schedule, the most promising are drafted under every schedule, and `assignment` searches the best of these.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from autopar.assignment import Assignment, BlockMenu, assign
 from autopar.blocks import Chain
 from autopar.cost_models import Cluster, Link, axis_link
 from autopar.costs import CostTables, local_nbytes
-from autopar.errors import InfeasibleError, InputError, SolverError
-from autopar.generators import SCHEDULES, make_schedule
+from autopar.drafts import draft, find_leanest
+from autopar.errors import AutoparError, InfeasibleError, InputError, SolverError
+from autopar.generators import check_schedule, make_schedule, splits_backward
 from autopar.ir import OpKind
-from autopar.layout import PIPELINE, REPLICATE, Mesh, fits, with_pipeline
+from autopar.layout import REPLICATE, Layout, Mesh, fits, with_pipeline
+from autopar.menus import PHASES, longest_path, make_problem, measure
 from autopar.meshes import Trial
 from autopar.microbatch import batch_size, split_microbatches
 from autopar.options import AxisKind, Model, in_time, is_inside
-from autopar.plans import RECOMPUTE, BlockChoice, Candidate, Pipeline, Plan
-from autopar.problem import FORBIDDEN, Problem, build_problem
+from autopar.plans import RECOMPUTE, BlockChoice, Candidate, Pipeline
+from autopar.problem import FORBIDDEN, Problem, build_problem, restrict
 from autopar.search import Search, Solution
-from autopar.variants import Choices, Menus
-
-PINS = ("pp", "schedule", "microbatches", "chunks", "recompute")
+from autopar.variants import Choices, Menus, choices_of, find_shared, join_menus, mix, read_chain
+from autopar.wanted import Wanted
 
 # Rows of a micro-batch on one rank that are tried when nobody says: more fill the device better, fewer make bubbles smaller.
 ROWS = (1, 2, 4, 8, 16)
-# Schedules tried beside the first, for this many of the best pipelines.
-FAMILIES = ("interleaved", "zb-h1", "zb-v", "v-half")
-REFINED = 2
-# Shapes for which stages are searched: those that an even split makes fastest, unless it takes more than this share of the best.
-TRIED = 4
-HOPE = 1.2
+# Schedules that are tried, the one that shapes are ranked by first; and one that needs little memory.
+FAMILIES = ("1f1b", "interleaved", "zb-h1", "zb-v", "v-half")
+LEAN_FAMILY = "v-half"
 # Stages per rank that an interleaved schedule is tried with.
 INTERLEAVED = (2, 3, 4, 6, 8)
-# Prices of memory at which placements are searched, as multiples of the step over the budget: from fast to lean.
-PRICES = (0.0, 2.0, 128.0)
-# Seconds for one assignment; what it finds by then is taken with the bound that it has.
-ASSIGN_SECONDS = 3.0
+# Placements of a micro-batch that blocks may mix, at most, and the highest price of memory at which they are searched, as a multiple of the
+# step over the budget.
+ANSWERS = 6
+LEAN_PRICE = 128.0
+# Shapes that are drafted under every schedule, at most.
+DRAFTED = 6
+# A step of very many micro-batches is drafted with this many for each group, and one round less: from there on it grows evenly.
+ROUNDS = 4
+# Drafts whose stages are searched, at most: of those within this share of the best. A search gains some percent.
+SEARCHED = 3
+HOPE = 1.05
+# Seconds for these searches together; what is found by then is taken with the bound that it has.
+SEARCH_SECONDS = 3.0
 ASSIGN_GAP = 5e-3
 
 
@@ -50,13 +58,15 @@ ASSIGN_GAP = 5e-3
 class Pipelined:
     """A pipeline that was found: its placements, and what its blocks do.
 
+    `model` is folded as blocks are split, `choices` are of its representatives; `solution` is one of the answers that blocks mix.
     `recompute_seconds` are those that all blocks together take more for a micro-batch than if they kept everything.
     """
 
     shape: Shape
-    problem: Problem
+    mesh: Mesh
     solution: Solution
     model: Model
+    choices: Choices
     pipeline: Pipeline
     assignment: Assignment
     menus: tuple[BlockMenu, ...]
@@ -66,89 +76,6 @@ class Pipelined:
     def seconds(self) -> float:
         """Seconds of a step."""
         return self.assignment.simulated
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What the user asked of the pipeline; None is left to the search."""
-
-    groups: int | None = None
-    schedule: str | None = None
-    microbatches: int | None = None
-    chunks: int | None = None
-    recompute: str | None = None
-    stages: Mapping[str, int] | None = None
-
-    @property
-    def asks(self) -> bool:
-        """Whether anything was asked for."""
-        return any(value is not None for value in (self.groups, self.schedule, self.microbatches, self.chunks, self.recompute, self.stages))
-
-    def __str__(self) -> str:
-        names = {"groups": "pp", "stages": "stages"}
-        given = ((names.get(one.name, one.name), getattr(self, one.name)) for one in fields(self))
-        return "the pins " + ", ".join(f"{name}={value}" for name, value in given if value is not None)
-
-
-def read_pipeline(pins: Mapping[str, object], mesh: Mapping[str, int] | None) -> tuple[Wanted, dict[str, object], dict[str, int] | None]:
-    """What the user asks of the pipeline; the pins and the mesh of one group of ranks that are left."""
-    wanted = read_pins({**pins, **({PIPELINE: mesh[PIPELINE]} if mesh is not None and PIPELINE in mesh else {})})
-    left: dict[str, object] = {}
-    for name, value in pins.items():
-        if name in PINS:
-            continue
-        loops = {axis: loop for axis, loop in value.items() if axis != PIPELINE} if isinstance(value, Mapping) else value
-        if loops or not isinstance(value, Mapping):
-            left[name] = loops
-    inner = None if mesh is None else {name: size for name, size in mesh.items() if name != PIPELINE}
-    return wanted, left, inner if inner is None or inner else {"free": 1}
-
-
-def read_pins(pins: Mapping[str, object]) -> Wanted:
-    """What `pins` say about pipelines. Raises InputError for values that can't be used."""
-    for name in ("pp", "microbatches", "chunks"):
-        value = pins.get(name, 1)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"pin {name}={value!r}: an integer from 1 is needed")
-    schedule, recompute = pins.get("schedule"), pins.get("recompute")
-    if schedule is not None and schedule not in SCHEDULES:
-        raise InputError(f"pin schedule={schedule!r} is unknown; there are {', '.join(SCHEDULES)}")
-    if isinstance(recompute, bool):
-        recompute = "full" if recompute else "none"
-    if recompute is not None and recompute not in RECOMPUTE:
-        raise InputError(f"pin recompute={recompute!r} is unknown; there are {', '.join(RECOMPUTE)}, true (full) and false (none)")
-    stages = {name: value["pp"] for name, value in pins.items() if isinstance(value, Mapping) and "pp" in value}
-    for name, stage in stages.items():
-        if isinstance(stage, bool) or not isinstance(stage, int) or stage < 0:
-            raise InputError(f"pin {name!r}: pp={stage!r} isn't the number of a stage, which is an integer from 0")
-
-    def size(name: str) -> int | None:
-        value = pins.get(name)
-        return value if isinstance(value, int) else None
-
-    return Wanted(
-        size("pp"),
-        str(schedule) if schedule is not None else None,
-        size("microbatches"),
-        size("chunks"),
-        str(recompute) if recompute is not None else None,
-        stages or None,
-    )
-
-
-def keep_pipeline(first: Plan, chain: Chain, batch: int) -> Wanted:
-    """What a later program over the same parameters must keep: groups, schedule, and each block's stage; as many micro-batches as fit."""
-    pipeline = first.pipeline
-    known = {block.name: block.stage for block in pipeline.blocks}
-    stages: dict[str, int] = {}
-    stage = 0
-    for block in chain.blocks:
-        # A block that the first program didn't have (its loss, say) stays with the one before it.
-        stage = stages[block.name] = known.get(block.name, stage)
-    ways = math.prod(size for name, size in zip(first.mesh.names, first.mesh.sizes, strict=True) if name in first.batch_axes)
-    rows = batch // ways if batch % ways == 0 else batch
-    count = max(n for n in range(1, min(pipeline.microbatches, rows) + 1) if rows % n == 0)
-    return Wanted(pipeline.ranks, pipeline.schedule, count, pipeline.chunks, None, stages)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +88,43 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{with_pipeline(self.trial.mesh, self.groups)}, {self.microbatches} micro-batches"
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """The placement problem of a shape, with bytes of all groups together."""
+
+    shape: Shape
+    model: Model
+    problem: Problem
+    search: Search
+    budget: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Answers:
+    """Placements of one micro-batch that blocks may mix, from fast to lean, and the proof of the one that decided on what all share."""
+
+    choices: tuple[Choices, ...]
+    solution: Solution
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """Stages made at once for a shape under one schedule: seconds of a step, those under the best schedule, bytes of the fullest rank.
+
+    `hope` takes it that ranks hold as many stages as there are blocks for, and that more stages need no more memory.
+    """
+
+    shape: Shape
+    family: str
+    chunks: int
+    seconds: float
+    hope: float
+    nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.family} x{self.chunks}" if self.chunks > 1 else self.family
 
 
 class PipelineSearch:
@@ -178,111 +142,327 @@ class PipelineSearch:
         self.model = model
         self.graph = model.folded.graph
         self.chain = chain
+        self.reading = read_chain(model, chain)
         self.cluster = cluster
         self.wanted = wanted
         self.returns_loss = returns_loss
         self.tell = tell
         self.candidates: list[Candidate] = []
-        self.reasons: dict[int, tuple[str, ...]] = {}
+        self.refusals: list[AutoparError] = []
         self._models: dict[int, Model | None] = {}
-        self._choices: dict[object, list[Choices]] = {}
-        self._problems: dict[Shape, tuple[Model, Problem, Search] | None] = {}
+        self._placed: dict[object, _Placed | None] = {}
+        self._known: dict[object, list[_Answers]] = {}
+        self._costed: dict[tuple[Shape, _Answers], list[Menus]] = {}
+        self._made: dict[tuple[Shape, _Answers, bool], tuple[BlockMenu, ...]] = {}
+        self._needs: dict[Shape, int] = {}
         self.pinned = self._read_stages()
 
     def run(self, shapes: Sequence[Shape], cutoff: float) -> Pipelined | None:
         """The fastest pipeline that takes less than `cutoff` seconds; None when none does."""
-        if len(shapes) > TRIED:
-            shapes = self._most_promising(shapes, cutoff)
-        found: list[Pipelined] = []
-        for shape in shapes:
-            best = min((one.seconds for one in found), default=cutoff)
-            self.tell(f"stages: {shape}")
-            answer = self._try(shape, self._first_families(shape), best)
-            if answer is not None:
-                found.append(answer)
-        found.sort(key=lambda one: one.seconds)
-        refined = list(found)
-        if self.wanted.schedule is None and self.returns_loss:
-            for one in found[:REFINED]:
-                if one.shape.groups == 1:
-                    continue
-                best = min(two.seconds for two in refined)
-                self.tell(f"schedules: {one.shape}")
-                answer = self._try(one.shape, self._other_families(one.shape), best)
-                if answer is not None:
-                    refined.append(answer)
-        return min(refined, key=lambda one: one.seconds, default=None)
+        drafts: list[_Draft] = []
+        best = cutoff
+        for number, first in enumerate(self._rank(shapes, cutoff)):
+            if number >= DRAFTED or first.hope >= best:
+                self._note(first.shape, first.seconds, first.nbytes, f"{first}: drafted")
+                continue
+            self.tell(f"schedules: {first.shape}")
+            others = (one for one in self._families(first.shape) if one != (first.family, first.chunks))
+            found = [first, *(one for family, chunks in others if (one := self._draft(first.shape, family, chunks)) is not None)]
+            drafts += found
+            best = min(best, *(one.seconds for one in found))
+        if not drafts and self._needs:
+            # The search may find what a draft doesn't, and knows what the leanest stages need.
+            shape = min(self._needs, key=self._needs.__getitem__)
+            del self._needs[shape]
+            drafts = [_Draft(shape, *self._families(shape)[0], 0.0, 0.0, 0)]
+        for shape, needed in self._needs.items():
+            self._note(shape, None, needed, "out of memory")
+        return self._search(sorted(drafts, key=lambda one: one.seconds), cutoff)
 
-    def _most_promising(self, shapes: Sequence[Shape], cutoff: float) -> list[Shape]:
-        """Shapes that stages of about equal work make fast, the fastest first; why the others aren't tried is noted."""
-        ranked: list[tuple[float, Shape]] = []
+    def _rank(self, shapes: Sequence[Shape], cutoff: float) -> list[_Draft]:
+        """Drafts under the first schedule of all shapes that may be faster than any of these drafts, the most hopeful first."""
+        ranked: list[_Draft] = []
+        best = cutoff
+        for least, shape in sorted(self._floors(shapes), key=lambda one: one[0]):
+            if least >= best:
+                self._note(shape, least, None, "not tried: takes about this at best")
+                continue
+            self.tell(f"drafts: {shape}")
+            one = self._draft_first(shape)
+            if one is not None:
+                ranked.append(one)
+                best = min(best, one.seconds)
+        return sorted(ranked, key=lambda one: one.hope)
+
+    def _search(self, drafts: Sequence[_Draft], cutoff: float) -> Pipelined | None:
+        """Search the stages of the best drafts: each may take half of the time that is left, the last one all."""
+        best: Pipelined | None = None
+        left = SEARCH_SECONDS
+        for number, one in enumerate(drafts):
+            limit = cutoff if best is None else min(cutoff, best.seconds)
+            if number >= SEARCHED or one.seconds >= HOPE * limit:
+                self._note(one.shape, one.seconds, one.nbytes, f"{one}: drafted")
+                continue
+            self.tell(f"stages: {one.shape}, {one}")
+            start = time.perf_counter()
+            best = self._assign(one, limit, left if one is drafts[-1] else left / 2) or best
+            left = max(0.0, left - (time.perf_counter() - start))
+        return best
+
+    # --- placements ---
+
+    def _model_in_time(self, count: int) -> Model | None:
+        """The model as `count` micro-batches see it; None, with the reasons noted, where it can't be split so."""
+        if count not in self._models:
+            micro = split_microbatches(self.graph, self.model.spaces, self.model.factors, count)
+            self.refusals += map(InputError, micro.reasons)
+            self._models[count] = None if micro.reasons else replace(self.model, micro=micro)
+        return self._models[count]
+
+    def _floors(self, shapes: Sequence[Shape]) -> Iterator[tuple[float, Shape]]:
+        """Per shape whose ops have placements, about the seconds that it takes at best: its fastest placements, with memory no matter."""
         for shape in shapes:
             self.tell(f"costs: {shape}")
-            seconds, needed = self._estimate(shape)
-            if seconds is not None:
-                ranked.append((seconds, shape))
-            elif needed is not None:
-                self._note(shape, None, needed, "out of memory")
-        ranked.sort(key=lambda one: one[0])
-        hopeful = [shape for seconds, shape in ranked if seconds < min(cutoff, ranked[0][0]) * HOPE][:TRIED]
-        for seconds, shape in ranked:
-            if shape not in hopeful:
-                self._note(shape, seconds, None, "not tried: stages of equal work take about this")
-        return hopeful
+            key = self._key(shape)
+            if key not in self._placed:
+                self._placed[key] = self._place(shape)
+            placed = self._placed[key]
+            if placed is not None:
+                work = placed.search.bound_ns / 1e9 / placed.shape.microbatches / shape.groups
+                yield self._hope(shape, [work] * shape.groups), shape
 
-    def _estimate(self, shape: Shape) -> tuple[float | None, int | None]:
-        """(seconds, None) of stages of about equal work under 1F1B; (None, bytes needed) where none of them fits."""
-        model = self._model_in_time(shape.microbatches)
-        if model is None:
-            return None, None
-        tables = CostTables(model, in_time(shape.trial.mesh, shape.microbatches), self.cluster)
-        budget = self.cluster.machine.device.usable_bytes - self._held_bytes(tables.mesh)
-        best: float | None = None
-        leanest: int | None = None
-        for choices in self._known_choices(shape, model):
-            makers = Menus(model, self.chain, tables, choices, self._link(shape))
-            menus = makers.make(self._recompute(), False, {})
-            for number in range(max(len(menu.variants) for menu in menus)):
-                seconds, needed = even_stages(menus, shape.groups, shape.microbatches, number)
-                leanest = needed if leanest is None else min(leanest, needed)
-                if needed <= budget and (best is None or seconds < best):
-                    best = seconds
-        return best, leanest
-
-    def _known_choices(self, shape: Shape, model: Model) -> list[Choices]:
-        """Placements for a shape: those of another shape whose ranks see micro-batches of the same size, where they are legal here.
+    def _key(self, shape: Shape) -> object:
+        """Equal for shapes whose ranks see micro-batches of the same size on the same axes, but for ranks that split the batch.
 
         What a rank computes and exchanges for a micro-batch is then the same, but for the parameters' storage.
         """
         mesh = shape.trial.mesh
         rows = batch_size(self.graph, self.model.factors) // shape.microbatches
         rows //= math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name == AxisKind.DP.value)
-        key = (mesh.names, tuple(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name != AxisKind.DP.value), rows)
-        known = self._choices.get(key)
-        if known is None or not all(self._is_legal(choices, model, mesh) for choices in known):
-            prepared = self._prepare(shape)
-            if prepared is None:
-                return []
-            _, problem, search = prepared
-            budget = shape.groups * self.cluster.machine.device.usable_bytes
-            known = self._choices[key] = [choices_of(model, problem, solution) for solution in self._answers(search, budget)]
-        return known
+        sizes = tuple(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name != AxisKind.DP.value)
+        return mesh.names, sizes, rows, shape.trial.name
+
+    def _place(self, shape: Shape) -> _Placed | None:
+        """The fastest placements of a micro-batch; None where some op has none."""
+        model = self._model_in_time(shape.microbatches)
+        if model is None:
+            return None
+        constraints = replace(shape.trial.constraints, kinds=(AxisKind.TIME, *shape.trial.constraints.kinds))
+        problem = build_problem(model, in_time(shape.trial.mesh, shape.microbatches), self.cluster, constraints)
+        search = Search(problem)
+        budget = shape.groups * self.cluster.machine.device.usable_bytes
+        return _Placed(shape, model, problem, search, budget) if search.bound_ns < FORBIDDEN else None
+
+    def _answers(self, placed: _Placed) -> list[_Answers]:
+        """Placements of a micro-batch: sets of answers that blocks may mix, those of the fastest boundaries first."""
+        found: dict[tuple[tuple[str, tuple[int, ...]], ...], _Answers] = {}
+        model, problem, search = placed.model, placed.problem, placed.search
+        highest = LEAN_PRICE * search.bound_ns / placed.budget
+        for base in (0.0, highest):
+            solution = search.solution_at(base)
+            allowed = find_shared(model, self.reading, problem, solution.choice)
+            key = tuple((name, tuple(options)) for name, options in allowed.items())
+            if key in found:
+                continue
+            inner = restrict(problem, allowed)
+            choices = [choices_of(model, inner, one) for one in Search(inner).frontier(highest, ANSWERS)]
+            found[key] = _Answers(tuple(choices), solution)
+        return list(found.values())
+
+    def _reuse(self, shape: Shape) -> list[_Answers]:
+        """Placements for a draft: those of another shape with the same key, where they are legal here."""
+        key = self._key(shape)
+        model, placed = self._model_in_time(shape.microbatches), self._placed.get(key)
+        if model is None or placed is None:
+            return []
+        if key not in self._known:
+            self._known[key] = self._answers(placed)
+        if not all(self._is_legal(one, model, shape.trial.mesh) for answers in self._known[key] for one in answers.choices):
+            placed = self._placed[key] = self._place(shape)
+            self._known[key] = self._answers(placed) if placed is not None else []
+        return self._known[key]
 
     def _is_legal(self, choices: Choices, model: Model, mesh: Mesh) -> bool:
-        """Whether micro-batches split every call so (one micro-batch splits none), and another mesh with these axes stores parameters so."""
+        """Whether micro-batches split every call so (one micro-batch splits none), and a mesh with these axes can store parameters so."""
         assert model.micro is not None
         parts = model.micro.parts
-        parameters = self.graph.of_kind(OpKind.PARAMETER)
-        representative = self.model.folded.representative
+        parameters = (op for op in self.model.folded.ops if op.kind is OpKind.PARAMETER)
         return all(placement[0] == parts[name] for name, placement in choices.placements.items()) and all(
-            fits(op.results[0].shape, choices.layouts[representative[op.name]][1:], mesh) for op in parameters
+            fits(op.results[0].shape, choices.layouts[op.name][1:], mesh) for op in parameters
         )
+
+    def _menus(self, shape: Shape, answers: _Answers, is_split: bool) -> tuple[BlockMenu, ...]:
+        """Every block's variants, each answer with each kind of recomputation, for whole backwards or for split ones."""
+        key = shape, answers, is_split
+        if key not in self._made:
+            recompute = RECOMPUTE if self.wanted.recompute is None else (self.wanted.recompute,)
+            self._made[key] = join_menus([maker.make(recompute, is_split, self.pinned) for maker in self._makers(shape, answers)])
+        return self._made[key]
+
+    def _makers(self, shape: Shape, answers: _Answers) -> list[Menus]:
+        if (shape, answers) not in self._costed:
+            self._costed[shape, answers] = self._cost(shape, answers)
+        return self._costed[shape, answers]
+
+    def _cost(self, shape: Shape, answers: _Answers) -> list[Menus]:
+        model = self._model_in_time(shape.microbatches)
+        assert model is not None
+        tables = CostTables(model, in_time(shape.trial.mesh, shape.microbatches), self.cluster)
+        link = self._link(shape)
+        return [Menus(model, self.chain, self.reading, tables, choices, link, number) for number, choices in enumerate(answers.choices)]
+
+    def _budget(self, shape: Shape) -> int:
+        """Bytes of a rank that inputs and buffers, which every rank has, leave."""
+        mesh = in_time(shape.trial.mesh, shape.microbatches)
+        whole = tuple(REPLICATE for _ in mesh.sizes)
+        stored = (op for kind in (OpKind.INPUT, OpKind.BUFFER) for op in self.graph.of_kind(kind))
+        return self.cluster.machine.device.usable_bytes - sum(local_nbytes(op.results[0], whole, mesh) for op in stored)
 
     def _link(self, shape: Shape) -> Link | None:
         return axis_link(self.cluster, with_pipeline(shape.trial.mesh, shape.groups).sizes, 0) if shape.groups > 1 else None
 
-    def _recompute(self) -> Sequence[str]:
-        return RECOMPUTE if self.wanted.recompute is None else (self.wanted.recompute,)
+    # --- stages ---
+
+    def _draft_first(self, shape: Shape) -> _Draft | None:
+        """A draft under the first schedule, or where that needs too much memory under one that needs less."""
+        first, *others = self._families(shape)
+        for family, chunks in (first, *(one for one in others if one[0] == LEAN_FAMILY)):
+            one = self._draft(shape, family, chunks)
+            if one is not None:
+                self._needs.pop(shape, None)
+                return one
+        return None
+
+    def _draft(self, shape: Shape, family: str, chunks: int) -> _Draft | None:
+        """The best of the drafts under a schedule; None where none fits."""
+        found: _Draft | None = None
+        for answers in self._reuse(shape):
+            menus = self._menus(shape, answers, splits_backward(family))
+            one = self._draft_with(shape, family, chunks, menus)
+            if one is not None and (found is None or one.seconds < found.seconds):
+                found = one
+        return found
+
+    def _draft_with(self, shape: Shape, family: str, chunks: int, menus: tuple[BlockMenu, ...]) -> _Draft | None:
+        # From some rounds on every further one takes as long as the one before.
+        counts = [shape.microbatches]
+        if family != "gpipe" and shape.microbatches > ROUNDS * shape.groups:
+            counts = [ROUNDS * shape.groups, (ROUNDS - 1) * shape.groups]
+        schedules = [make_schedule(family, shape.groups, count, chunks) for count in counts]
+        try:
+            problem = make_problem(menus, schedules[0], self._budget(shape))
+        except (InfeasibleError, InputError) as error:
+            self.refusals.append(error)
+            return None
+        found: _Draft | None = None
+        for stages, variants in draft(problem):
+            measured = measure(problem, stages, variants)
+            took = [longest_path(replace(problem, schedule=schedule), measured.columns)[0] for schedule in schedules]
+            more = (shape.microbatches - counts[0]) / shape.groups * (took[0] - took[-1])
+            seconds = took[0] + more + measured.once
+            if found is None or seconds < found.seconds:
+                work = measured.columns[: PHASES * problem.schedule.stages].reshape(PHASES, -1).sum(axis=0)
+                hope = self._hope(shape, [float(work[list(own)].sum()) for own in problem.stages_of]) + measured.once
+                found = _Draft(shape, family, chunks, seconds, hope, max(measured.peak))
+        if found is None:
+            needed = max(measure(problem, *find_leanest(problem)).peak)
+            self._needs[shape] = min(self._needs.get(shape, needed), needed)
+        return found
+
+    def _hope(self, shape: Shape, work: Sequence[float]) -> float:
+        """Seconds of all micro-batches when ranks work so long on each and bubbles are as small as stages can be."""
+        chunks = max((chunks for _, chunks in self._families(shape)), default=1)
+        slowest, count = max(work), shape.microbatches
+        return max(count * slowest + (shape.groups - 1) * slowest / chunks, sum(work) + (count - 1) * slowest / chunks)
+
+    def _assign(self, drafted: _Draft, limit: float, seconds: float) -> Pipelined | None:
+        """The best stages and variants for a shape under a schedule, if they take less than `limit`, searched for so many seconds."""
+        shape, family, chunks = drafted.shape, drafted.family, drafted.chunks
+        schedule = make_schedule(family, shape.groups, shape.microbatches, chunks)
+        best: tuple[float, _Answers, tuple[BlockMenu, ...]] | None = None
+        placed = self._placed[self._key(shape)]
+        if placed is None or placed.shape is not shape:
+            placed = self._place(shape)
+        for answers in self._answers(placed) if placed is not None else ():
+            menus = self._menus(shape, answers, schedule.splits_backward)
+            again = self._draft_with(shape, family, chunks, menus)
+            takes = again.seconds if again is not None else math.inf
+            if best is None or takes < best[0]:
+                best = takes, answers, menus
+        if best is None:
+            return None
+        _, answers, menus = best
+        try:
+            assignment = assign(menus, schedule, self._budget(shape), time_limit=seconds, gap=ASSIGN_GAP, cutoff=limit)
+        except InfeasibleError as error:
+            if error.needed == 0:
+                raise
+            self._note(shape, None, error.needed, "out of memory")
+            return None
+        except SolverError:
+            self._note(shape, None, None, f"{drafted}: no better one found in {seconds:.0f} s")
+            return None
+        self._note(shape, assignment.simulated, max(assignment.peak), f"{drafted}: {assignment.status}")
+        return self._finish(drafted, answers, menus, assignment) if assignment.simulated < limit else None
+
+    def _finish(self, drafted: _Draft, answers: _Answers, menus: tuple[BlockMenu, ...], assignment: Assignment) -> Pipelined:
+        """What an assignment means: placements of the blocks as they mix answers, and what is run again."""
+        shape = drafted.shape
+        base = self._model_in_time(shape.microbatches)
+        assert base is not None
+        chosen = [menu.variants[number] for menu, number in zip(menus, assignment.variants, strict=True)]
+        model, choices = mix(base, self.reading, answers.choices, [one.answer for one in chosen])
+        makers = self._makers(shape, answers)
+        plain = join_menus([maker.make(("none",), splits_backward(drafted.family), {}) for maker in makers])
+        travel: Mapping[str, Layout] = {}
+        if shape.groups * drafted.chunks > 1:
+            travel = {name: layout[1:] for name, layout in makers[0].travel().items()}
+        blocks = tuple(
+            BlockChoice(block.name, stage, one.name) for block, stage, one in zip(self.chain.blocks, assignment.stages, chosen, strict=True)
+        )
+        return Pipelined(
+            shape=shape,
+            mesh=in_time(shape.trial.mesh, shape.microbatches),
+            solution=answers.solution,
+            model=model,
+            choices=choices,
+            pipeline=Pipeline(shape.groups, drafted.family, drafted.chunks, shape.microbatches, blocks, travel),
+            assignment=assignment,
+            menus=menus,
+            recompute_seconds=sum(one.input - menu.variants[one.answer].input for one, menu in zip(chosen, plain, strict=True)),
+        )
+
+    # --- what is looked at ---
+
+    def _families(self, shape: Shape) -> list[tuple[str, int]]:
+        """(family, stages per group) of the schedules to try, the one that shapes are ranked by first."""
+        if self.wanted.schedule is not None:
+            return list(self._of_family(self.wanted.schedule, shape))
+        if not self.returns_loss:
+            return [("gpipe", 1)]
+        if shape.groups == 1 and self.wanted.chunks in (None, 1):
+            return [("1f1b", 1)]
+        return [one for family in FAMILIES for one in self._of_family(family, shape)]
+
+    def _of_family(self, family: str, shape: Shape) -> Iterator[tuple[str, int]]:
+        """(family, stages per group) that can be had for this shape. Raises InputError when a pinned schedule can't."""
+        blocks = len(self.chain.blocks)
+        chunks: Sequence[int | None] = (self.wanted.chunks,)
+        if family == "interleaved" and self.wanted.chunks is None:
+            chunks = [count for count in INTERLEAVED if count * shape.groups <= blocks] or INTERLEAVED[:1]
+        for wanted in chunks:
+            try:
+                count = check_schedule(family, shape.groups, shape.microbatches, wanted)
+                if count * shape.groups > blocks:
+                    raise InputError(
+                        f"schedule {family} on {shape.groups} groups has {count * shape.groups} stages, but the model can be cut into "
+                        f"{blocks} blocks at most; pin a smaller pp, or another schedule"
+                    )
+            except InputError:
+                if self.wanted.schedule is not None:
+                    raise
+                continue
+            yield family, count
 
     def _note(self, shape: Shape, seconds: float | None, nbytes: int | None, outcome: str) -> None:
         name = "pipeline" if shape.groups > 1 else "micro-batches" if shape.microbatches > 1 else "recomputation"
@@ -302,124 +482,6 @@ class PipelineSearch:
                 raise InputError(f"pin {pattern!r} puts no block on stage {stage}; the blocks are {known}")
             pinned.update(dict.fromkeys(inside, stage))
         return pinned
-
-    def _prepare(self, shape: Shape) -> tuple[Model, Problem, Search] | None:
-        if shape not in self._problems:
-            self._problems[shape] = self._build(shape)
-        return self._problems[shape]
-
-    def _model_in_time(self, count: int) -> Model | None:
-        """The model as `count` micro-batches see it; None, with the reasons noted, where it can't be split so."""
-        if count not in self._models:
-            micro = split_microbatches(self.graph, self.model.spaces, self.model.factors, count)
-            if micro.reasons:
-                self.reasons[count] = micro.reasons
-            self._models[count] = None if micro.reasons else replace(self.model, micro=micro)
-        return self._models[count]
-
-    def _build(self, shape: Shape) -> tuple[Model, Problem, Search] | None:
-        model = self._model_in_time(shape.microbatches)
-        if model is None:
-            return None
-        constraints = replace(shape.trial.constraints, kinds=(AxisKind.TIME, *shape.trial.constraints.kinds))
-        problem = build_problem(model, in_time(shape.trial.mesh, shape.microbatches), self.cluster, constraints)
-        search = Search(problem)
-        return (model, problem, search) if search.bound_ns < FORBIDDEN else None
-
-    def _first_families(self, shape: Shape) -> list[tuple[str, int]]:
-        if self.wanted.schedule is not None:
-            return list(self._of_family(self.wanted.schedule, shape))
-        if not self.returns_loss:
-            return [("gpipe", 1)]
-        if self.wanted.chunks is not None and self.wanted.chunks > 1:
-            return list(self._of_family("interleaved", shape))
-        return [("1f1b", 1)]
-
-    def _other_families(self, shape: Shape) -> list[tuple[str, int]]:
-        return [one for family in FAMILIES for one in self._of_family(family, shape)]
-
-    def _of_family(self, family: str, shape: Shape) -> Iterator[tuple[str, int]]:
-        """(family, chunks) that can be had for this shape."""
-        blocks = len(self.chain.blocks)
-        if self.wanted.chunks is not None:
-            chunks: Sequence[int] = (self.wanted.chunks,)
-        else:
-            chunks = {"interleaved": INTERLEAVED, "zb-v": (2,), "v-half": (2,)}.get(family, (1,))
-            chunks = [count for count in chunks if count * shape.groups <= blocks] or chunks[:1]
-        for count in chunks:
-            try:
-                make_schedule(family, shape.groups, shape.microbatches, count)
-                if count * shape.groups > blocks:
-                    raise InputError(
-                        f"schedule {family} on {shape.groups} groups has {count * shape.groups} stages, but the model can be cut into "
-                        f"{blocks} blocks at most; pin a smaller pp, or another schedule"
-                    )
-            except InputError:
-                if self.wanted.schedule is not None:
-                    raise
-                continue
-            yield family, count
-
-    def _try(self, shape: Shape, families: Sequence[tuple[str, int]], best: float) -> Pipelined | None:
-        """The best of these schedules for a shape, if it is better than `best`."""
-        prepared = self._prepare(shape)
-        if prepared is None:
-            return None
-        model, problem, search = prepared
-        tables = CostTables(model, problem.mesh, self.cluster)
-        budget = self.cluster.machine.device.usable_bytes - self._held_bytes(tables.mesh)
-        found: Pipelined | None = None
-        leanest: int | None = None
-        for family, chunks in families:
-            schedule = make_schedule(family, shape.groups, shape.microbatches, chunks)
-            for solution in self._answers(search, shape.groups * budget):
-                makers = Menus(model, self.chain, tables, choices_of(model, problem, solution), self._link(shape))
-                blocks = makers.make(self._recompute(), schedule.splits_backward, self.pinned)
-                limit = min(best, found.seconds if found is not None else math.inf)
-                try:
-                    assignment = assign(blocks, schedule, budget, time_limit=ASSIGN_SECONDS, gap=ASSIGN_GAP, cutoff=limit)
-                except InfeasibleError as error:
-                    if error.needed == 0:
-                        raise
-                    leanest = error.needed if leanest is None else min(leanest, error.needed)
-                    continue
-                except SolverError:
-                    continue  # none in the time given, or none below the best
-                if assignment.simulated < limit:
-                    names = [blocks[i].variants[v].name for i, v in enumerate(assignment.variants)]
-                    choices = tuple(
-                        BlockChoice(block.name, stage, name)
-                        for block, stage, name in zip(self.chain.blocks, assignment.stages, names, strict=True)
-                    )
-                    travel = {name: layout[1:] for name, layout in makers.travel().items()} if shape.groups * chunks > 1 else {}
-                    pipeline = Pipeline(shape.groups, family, chunks, shape.microbatches, choices, travel)
-                    plain = makers.make(("none",), schedule.splits_backward, {})
-                    longer = (blocks[i].variants[v].input - plain[i].variants[0].input for i, v in enumerate(assignment.variants))
-                    found = Pipelined(shape, problem, solution, model, pipeline, assignment, blocks, sum(longer))
-                self._note(
-                    shape, assignment.simulated, max(assignment.peak), f"{family}{f' x{chunks}' if chunks > 1 else ''}: {assignment.status}"
-                )
-                # Leaner placements are slower: they are tried only where the fast ones had to recompute.
-                if all(blocks[i].variants[v].name == "none" for i, v in enumerate(assignment.variants)):
-                    break
-        if leanest is not None and found is None:
-            self._note(shape, None, leanest, "out of memory")
-        return found
-
-    def _answers(self, search: Search, budget: int) -> Iterator[Solution]:
-        """Different placements, from fast to lean."""
-        seen: list[Mapping[str, int]] = []
-        for price in PRICES:
-            solution = search.solution_at(price * search.bound_ns / budget)
-            if solution.choice not in seen:
-                seen.append(solution.choice)
-                yield solution
-
-    def _held_bytes(self, mesh: Mesh) -> int:
-        """Bytes of the inputs and buffers, which every rank has."""
-        whole = tuple(REPLICATE for _ in mesh.sizes)
-        kinds = (OpKind.INPUT, OpKind.BUFFER)
-        return sum(local_nbytes(op.results[0], whole, mesh) for kind in kinds for op in self.graph.of_kind(kind))
 
     def find_shapes(self, find_group_trials: Callable[[int], Sequence[Trial]], *, alone: bool) -> list[Shape]:
         """Every shape to look at; `find_group_trials` gives the trials of a group of ranks, of one group only if `alone`.
@@ -463,44 +525,3 @@ class PipelineSearch:
         else:
             counts |= {1}
         return sorted(counts)
-
-
-def even_stages(menus: Sequence[BlockMenu], groups: int, microbatches: int, variant: int) -> tuple[float, int]:
-    """(seconds, bytes of the fullest rank) of stages of about equal work under 1F1B, all blocks in one variant where they have it.
-
-    The step is that of a pipeline in which every stage waits for the slowest: sum of the stages' times once, then the slowest for each
-    further micro-batch.
-    """
-    chosen = [menu.variants[min(variant, len(menu.variants) - 1)] for menu in menus]
-    work = [one.forward + one.input + one.weight for one in chosen]
-    stages: list[list[int]] = [[] for _ in range(groups)]
-    total, done, stage = sum(work), 0.0, 0
-    for block, seconds in enumerate(work):
-        left = len(menus) - block
-        is_full = done + seconds / 2 > (stage + 1) * total / groups and stages[stage]
-        if stage + 1 < groups and (is_full or (left <= groups - stage - 1 and stages[stage])):
-            stage += 1
-        stages[stage].append(block)
-        done += seconds
-    times = [sum(work[block] for block in blocks) for blocks in stages]
-    messages = sum(sum(menus[blocks[-1]].cut[:2]) for blocks in stages[:-1] if blocks)
-    once = max(sum(chosen[block].once for block in blocks) for blocks in stages)
-    needed = 0
-    for number, blocks in enumerate(stages):
-        held = min(groups - number, microbatches)
-        nbytes = sum(chosen[block].static + held * chosen[block].kept for block in blocks)
-        needed = max(needed, nbytes + max((chosen[block].workspace for block in blocks), default=0))
-    return sum(times) + messages + (microbatches - 1) * max(times) + once, needed
-
-
-def choices_of(model: Model, problem: Problem, solution: Solution) -> Choices:
-    """The placements and layouts that a solution chose."""
-    placements, layouts = {}, {}
-    for node in problem.nodes:
-        option = node.options[solution.choice[node.key]]
-        op = model.folded.graph.by_name.get(node.key)
-        if op is not None and op.kind is OpKind.CALL:
-            placements[node.key] = option
-        else:
-            layouts[node.key] = option
-    return Choices(placements, layouts)  # type: ignore[arg-type]

@@ -5,33 +5,41 @@ Pure: opens no process group, touches no device, reads no environment.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from autopar.assemble import Spread, assemble, workspace_bytes
-from autopar.blocks import find_chain
+from autopar.assemble import Chosen, Spread, assemble, workspace_bytes
+from autopar.blocks import Chain, find_chain, relabel
 from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, InputError, PlanError, UnknownOpError
 from autopar.factors import find_factors
 from autopar.generators import make_schedule
-from autopar.ir import Graph, OpKind
-from autopar.layers import fold, freeze
+from autopar.ir import Graph, OpKind, freeze
+from autopar.layers import fold, regroup
 from autopar.layout import Layout
 from autopar.meshes import Trial, find_trials, group_trials
 from autopar.microbatch import batch_size
 from autopar.options import Model, find_tables
-from autopar.pipelines import Pipelined, PipelineSearch, keep_pipeline, read_pipeline
+from autopar.pipelines import Pipelined, PipelineSearch, Shape
 from autopar.plans import BlockChoice, Candidate, Pipeline, Plan
-from autopar.problem import FORBIDDEN, Problem, build_problem
+from autopar.problem import FORBIDDEN, Problem, build_problem, least_bytes
 from autopar.rules import find_spaces
 from autopar.search import Search, Solution
+from autopar.space import Space
 from autopar.stages import find_loss
 from autopar.units import format_bytes
+from autopar.variants import choices_of
+from autopar.wanted import keep_pipeline, read_pipeline
 
 Progress = Callable[[str], None]
+
+# Meshes of all ranks that are looked at with recomputation and a mixture of placements too, where memory is short.
+RECOMPUTED = 2
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,19 @@ class Found:
         return self.solution.nbytes + self.workspace
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Collect no garbage meanwhile: planning makes little, and looking through a large graph for it again and again takes its time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_uncollected()
 def make_plan(
     graph: Graph,
     cluster: Cluster,
@@ -85,8 +106,7 @@ def make_plan(
     if unruled and strict:
         lines = "\n".join(f"  {op.target} at {op.source or op.name}" for op in unruled)
         raise UnknownOpError(f"{len(unruled)} ops have no rule and strict=True was asked for:\n{lines}")
-    model = Model(fold(graph), spaces, find_factors(graph, spaces), find_tables(graph))
-    chain = find_chain(model.folded, spaces)
+    model, chain = _fold(graph, spaces, stored or {})
     wanted, pins, mesh = read_pipeline(pins or {}, mesh)
     if first is not None and not first.pipeline.is_trivial:
         wanted = keep_pipeline(first, chain, batch_size(graph, model.factors))
@@ -94,66 +114,36 @@ def make_plan(
         raise InputError(
             f"pin pp={wanted.groups} needs a multiple of {wanted.groups} ranks, the cluster {cluster} has {cluster.world_size}"
         )
-    found: list[Found] = []
-    candidates: tuple[Candidate, ...] = ()
     trials = find_trials(model, cluster.part(wanted.groups or 1), pins, mesh, stored or {})
+    is_open = mesh is None and not stored
+    tried = _Tried()
     if not wanted.asks:
-        found, candidates = _solve_trials(model, trials, cluster, tell)
-        if not candidates:
-            raise InfeasibleError(
-                f"the pins {dict(pins or {})} leave some op no placement that its neighbours' can be connected with, on any of "
-                f"{len(trials)} meshes tried; pin fewer modules, or pin ops that read the same tensor alike"
-            )
-    best = min(found, key=lambda one: (one.solution.cost_ns, one.trial.baseline, len(one.trial.mesh.names)), default=None)
+        tried = _solve_trials(model, trials, cluster, pins, tell, is_open=is_open)
+    candidates = tried.candidates
+    best = min(tried.found, key=lambda one: (one.solution.cost_ns, one.trial.baseline, len(one.trial.mesh.names)), default=None)
     pipelined: Pipelined | None = None
-    if wanted.asks or (mesh is None and not stored):
+    if wanted.asks or is_open:
         search = PipelineSearch(model, chain, cluster, wanted, find_loss(graph) is not None, tell)
         # Without a pipeline, micro-batches and recomputation only save memory.
         is_tight = best is None or best.solution.status != "optimal"
         shapes = search.find_shapes(
             lambda groups: group_trials(model, cluster.part(groups), pins, mesh, stored or {}), alone=wanted.asks or is_tight
         )
+        shapes += [Shape(1, trial, 1) for trial in tried.promising[:RECOMPUTED] if is_tight]
         pipelined = search.run(shapes, best.solution.cost_ns / 1e9 if best is not None else math.inf)
         candidates += tuple(search.candidates)
-        if pipelined is None and wanted.asks and search.reasons and all(one.memory_bytes is None for one in candidates):
-            raise InputError(f"{wanted} can't be had: {'; '.join(next(iter(search.reasons.values())))}")
+        if pipelined is None and wanted.asks and search.refusals and all(one.memory_bytes is None for one in candidates):
+            raise type(search.refusals[0])(f"{wanted} can't be had: {search.refusals[0]}")
     if best is None and pipelined is None:
         needed = [one.memory_bytes for one in candidates if one.memory_bytes is not None]
         if not needed:
             raise InfeasibleError(f"{wanted} leaves some op no placement that its neighbours' can be connected with; pin less")
         raise _infeasible(cluster, min(needed))
-    if pipelined is not None:
-        schedule = make_schedule(
-            pipelined.pipeline.schedule, pipelined.pipeline.ranks, pipelined.pipeline.microbatches, pipelined.pipeline.chunks
-        )
-        chosen = pipelined
-        spread = Spread(pipelined.assignment, pipelined.menus, chain, schedule.rank_of, pipelined.recompute_seconds)
-        return assemble(
-            model=chosen.model,
-            problem=chosen.problem,
-            solution=chosen.solution,
-            workspace=0,
-            pipeline=chosen.pipeline,
-            spread=spread,
-            rename=False,
-            cluster=cluster,
-            model_name=model_name,
-            fingerprint=fingerprint(graph),
-            candidates=candidates,
-            unruled=unruled,
-            notes=notes,
-            seconds=time.perf_counter() - start,
-        )
-    assert best is not None
+    trial = pipelined.shape.trial if pipelined is not None else best.trial  # type: ignore[union-attr]
     return assemble(
-        model=model,
+        _spread(pipelined, chain) if pipelined is not None else _unspread(best, model, chain),  # type: ignore[arg-type]
+        rename=trial.name == "search" and is_open and (pipelined is None or not wanted.asks),
         cluster=cluster,
-        problem=best.problem,
-        solution=best.solution,
-        workspace=best.workspace,
-        pipeline=Pipeline(1, "gpipe", 1, 1, tuple(BlockChoice(block.name, 0, "none") for block in chain.blocks), {}),
-        spread=None,
-        rename=best.trial.name == "search" and mesh is None,
         model_name=model_name,
         fingerprint=fingerprint(graph),
         candidates=candidates,
@@ -163,8 +153,50 @@ def make_plan(
     )
 
 
-def _solve_trials(model: Model, trials: Sequence[Trial], cluster: Cluster, tell: Progress) -> tuple[list[Found], tuple[Candidate, ...]]:
-    """What was found within the memory, and the outcome of every trial in which all ops have a placement."""
+def _fold(graph: Graph, spaces: Mapping[str, Space], stored: Mapping[str, Layout]) -> tuple[Model, Chain]:
+    """What no mesh changes: the folded graph with its roles, and its blocks."""
+    folded = fold(graph)
+    chain = find_chain(folded, spaces)
+    if stored:
+        # Like blocks whose parameters are stored differently are no longer planned as one.
+        numbers = {layout: number for number, layout in enumerate(dict.fromkeys(stored.values()))}
+        folded = regroup(folded, {op.name: numbers[stored[op.target]] for op in graph.of_kind(OpKind.PARAMETER) if op.target in stored})
+        chain = relabel(chain, folded)
+    return Model(folded, spaces, find_factors(graph, spaces), find_tables(graph)), chain
+
+
+def _spread(found: Pipelined, chain: Chain) -> Chosen:
+    """A pipeline as what was chosen."""
+    pipeline = found.pipeline
+    rank_of = make_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks).rank_of
+    spread = Spread(found.assignment, found.menus, chain, rank_of, found.recompute_seconds)
+    return Chosen(found.model, found.mesh, found.choices, found.solution, 0, pipeline, spread)
+
+
+def _unspread(found: Found, model: Model, chain: Chain) -> Chosen:
+    """An answer without a pipeline as what was chosen."""
+    blocks = tuple(BlockChoice(block.name, 0, "none") for block in chain.blocks)
+    choices = choices_of(model, found.problem, found.solution)
+    return Chosen(model, found.problem.mesh, choices, found.solution, found.workspace, Pipeline(1, "gpipe", 1, 1, blocks, {}), None)
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """What came of trials without a pipeline: answers within the memory, every outcome, and the trials by what they cost at least."""
+
+    found: Sequence[Found] = ()
+    candidates: tuple[Candidate, ...] = ()
+    promising: Sequence[Trial] = ()
+
+
+def _solve_trials(
+    model: Model, trials: Sequence[Trial], cluster: Cluster, pins: Mapping[str, object], tell: Progress, *, is_open: bool
+) -> _Tried:
+    """Solve all trials in which every op has a placement; none when pipelines are open and no split at all can save enough memory."""
+    least = least_bytes(model, cluster.world_size)
+    if is_open and least > cluster.machine.device.usable_bytes:
+        outcome = f"out of memory: without recomputation {format_bytes(least)} and more on each device, however it is split"
+        return _Tried(candidates=(Candidate("search", f"any of {len(trials)} meshes", None, None, outcome),))
     searches: list[tuple[Trial, Search]] = []
     for trial in trials:
         tell(f"costs: {trial.name} on {trial.mesh}")
@@ -173,6 +205,11 @@ def _solve_trials(model: Model, trials: Sequence[Trial], cluster: Cluster, tell:
         search = Search(problem)
         if search.bound_ns < FORBIDDEN:
             searches.append((trial, search))
+    if not searches:
+        raise InfeasibleError(
+            f"the pins {dict(pins)} leave some op no placement that its neighbours' can be connected with, on any of "
+            f"{len(trials)} meshes tried; pin fewer modules, or pin ops that read the same tensor alike"
+        )
     # The most promising first: what they reach prunes the others by their bounds.
     searches.sort(key=lambda one: one[1].bound_ns)
     found: list[Found] = []
@@ -180,7 +217,7 @@ def _solve_trials(model: Model, trials: Sequence[Trial], cluster: Cluster, tell:
     for trial, search in searches:
         tell(f"memory: {trial.name} on {trial.mesh}")
         cutoff = min((one.solution.cost_ns for one in found), default=None)
-        answer = _try(model, trial, search, cluster, cutoff)
+        answer = _try(model, trial, search, cluster, cutoff, tighten=not is_open)
         if answer is None:
             candidates.append(Candidate(trial.name, str(trial.mesh), search.bound_in_memory_ns / 1e9, None, "pruned: costs at least this"))
         elif isinstance(answer, InfeasibleError):
@@ -189,10 +226,12 @@ def _solve_trials(model: Model, trials: Sequence[Trial], cluster: Cluster, tell:
             found.append(answer)
             seconds = answer.solution.cost_ns / 1e9
             candidates.append(Candidate(trial.name, str(trial.mesh), seconds, answer.needed, answer.solution.status))
-    return found, tuple(candidates)
+    return _Tried(found, tuple(candidates), [trial for trial, _ in searches if not trial.baseline])
 
 
-def _try(model: Model, trial: Trial, search: Search, cluster: Cluster, cutoff_ns: int | None) -> Found | InfeasibleError | None:
+def _try(
+    model: Model, trial: Trial, search: Search, cluster: Cluster, cutoff_ns: int | None, *, tighten: bool
+) -> Found | InfeasibleError | None:
     """Solve one trial, or None when it can't beat `cutoff_ns`.
 
     The space that ops need while they run is known only with a solution, so it is found in rounds.
@@ -201,17 +240,20 @@ def _try(model: Model, trial: Trial, search: Search, cluster: Cluster, cutoff_ns
     workspace = 0
     for _ in range(4):
         try:
-            solution = search.fit(budget - workspace, cutoff_ns)
+            solution = search.fit(budget - workspace, cutoff_ns, tighten=tighten)
         except InfeasibleError:
             break
         if solution is None:
             return None
-        needs = workspace_bytes(model, search.problem, solution)
+        needs = workspace_bytes(model, search.problem.mesh, choices_of(model, search.problem, solution))
         if solution.nbytes + needs <= budget:
             return Found(trial, search.problem, solution, needs)
         workspace = max(needs, workspace + 1)
     # What was set aside is what faster choices need to run; a lean one may do with less.
-    lean = [Found(trial, search.problem, one, workspace_bytes(model, search.problem, one)) for one in search.lean(budget)]
+    lean = [
+        Found(trial, search.problem, one, workspace_bytes(model, search.problem.mesh, choices_of(model, search.problem, one)))
+        for one in search.lean(budget)
+    ]
     fitting = [one for one in lean if one.needed <= budget]
     if fitting:
         return min(fitting, key=lambda one: one.solution.cost_ns)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from autopar.cost_models import Cluster
 from autopar.costs import OPTIMIZER_COPIES, CostTables, layout_numbers, local_nbytes, operand_layout_of, result_layout_of
 from autopar.ir import Op, OpKind, Tensor, Value
-from autopar.kept import count_kept, keeps_operand
+from autopar.kept import Kept, count_kept, keeps_operand
 from autopar.layers import Edge, fan_key
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind
 from autopar.options import Constraints, Model, call_options, output_options, parameter_options
@@ -78,6 +78,40 @@ def build_problem(model: Model, mesh: Mesh, cluster: Cluster, constraints: Const
     return _Builder(model, mesh, CostTables(model, mesh, cluster), constraints).build()
 
 
+def kept_nbytes(model: Model, kept: Kept, op: Op, placement: Placement, mesh: Mesh) -> int:
+    """Bytes on a rank that autograd keeps of the calls that `op` stands for, without copies made for their readers."""
+    ways = math.prod(size for part, size in zip(placement, mesh.sizes, strict=True) if isinstance(part, Split))
+    saved = sum(
+        kept.times[Value(op.name, index)] * local_nbytes(tensor, result_layout_of(model, op, placement, index), mesh)
+        for index, tensor in enumerate(op.results)
+        if kept.times[Value(op.name, index)]
+    )
+    return saved + -(-kept.beside[op.name] // ways)
+
+
+def least_bytes(model: Model, ranks: int) -> int:
+    """Bytes that a rank needs at least where everything is split over all ranks and nothing is run again: no placement needs less."""
+    graph = model.folded.graph
+    kept = count_kept(model)
+    total = sum(times * graph.tensor(value).nbytes for value, times in kept.times.items()) + sum(kept.beside.values())
+    for op in graph.of_kind(OpKind.PARAMETER):
+        total += op.results[0].nbytes * (2 + OPTIMIZER_COPIES if op.results[0].requires_grad else 1)
+    return -(-total // ranks)
+
+
+def restrict(problem: Problem, allowed: Mapping[str, Sequence[int]]) -> Problem:
+    """The problem with these options alone, by node key and position; nodes that aren't named keep all."""
+    rows = [np.array(allowed.get(node.key, range(len(node.options))), dtype=np.int64) for node in problem.nodes]
+    nodes = tuple(
+        Node(node.key, tuple(node.options[i] for i in left.tolist()), node.cost[left], node.nbytes[left])
+        for node, left in zip(problem.nodes, rows, strict=True)
+    )
+    arcs = tuple(
+        Arc(arc.a, arc.b, arc.cost[np.ix_(rows[arc.a], rows[arc.b])], arc.nbytes[np.ix_(rows[arc.a], rows[arc.b])]) for arc in problem.arcs
+    )
+    return replace(problem, nodes=nodes, arcs=arcs)
+
+
 class _Builder:
     """Collects nodes and arcs; lives only while one problem is built."""
 
@@ -132,16 +166,8 @@ class _Builder:
             self.needs[op.name, i] = [operand_layout_of(self.model, op, option, i) for option in options]
         for i in range(len(op.results)):
             self.made[Value(op.name, i)] = [result_layout_of(self.model, op, option, i) for option in options]
-        costs, kept = [], []
-        for number, option in enumerate(options):
-            costs.append(count * self.times * nanoseconds(sum(self.tables.op_seconds(op, option))))
-            ways = math.prod(size for part, size in zip(option, self.mesh.sizes, strict=True) if isinstance(part, Split))
-            saved = sum(
-                self.kept.times[Value(op.name, i)] * local_nbytes(tensor, self.made[Value(op.name, i)][number], self.mesh)
-                for i, tensor in enumerate(op.results)
-            )
-            kept.append(saved + -(-self.kept.beside[op.name] // ways))
-        self._add(op.name, options, costs, kept)
+        costs = [count * self.times * nanoseconds(sum(self.tables.op_seconds(op, option))) for option in options]
+        self._add(op.name, options, costs, [kept_nbytes(self.model, self.kept, op, option, self.mesh) for option in options])
 
     def _add_stored(self, op: Op) -> None:
         count = self.model.folded.count[op.name]

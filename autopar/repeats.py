@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from autopar.ir import Graph, Op, Operand, OpKind, Value
+from autopar.ir import Graph, Op, OpKind, Value, freeze
 
 Instances = tuple[tuple[str, ...], ...]
 """Per instance of a repeated part the names of its ops: parameters and buffers by first use, then calls in order."""
@@ -50,17 +50,6 @@ def signature(graph: Graph, block: Sequence[Op]) -> tuple[Any, ...]:
         target = op.target if op.kind is OpKind.CALL else op.kind.value
         lines.append((target, tuple(reads), results, freeze(op.args), freeze(op.kwargs)))
     return tuple(lines)
-
-
-def freeze(value: Any) -> Any:
-    """A hashable stand-in for an op's argument; equal arguments give equal stand-ins."""
-    if isinstance(value, Operand | int | float | str | bool | type(None)):
-        return (type(value).__name__, value)
-    if isinstance(value, Mapping):
-        return tuple(sorted((key, freeze(item)) for key, item in value.items()))
-    if isinstance(value, list | tuple):
-        return tuple(freeze(item) for item in value)
-    return repr(value)
 
 
 def find_repeats(graph: Graph, known: Sequence[Instances]) -> list[Instances]:

@@ -184,8 +184,8 @@ def select_groups(plan: Plan, layer: str | None) -> tuple[Group, ...]:
 
 
 def _path_of(group: Group) -> str:
-    # `layers.*#1` is the second kind of block under `layers`.
-    return re.sub(r"#\d+$", "", group.name)
+    # `layers.*#1` is the second kind of block under `layers`, `layers.*[4-7]` the fifth to the eighth block.
+    return re.sub(r"(#\d+)?(\[\d+(-\d+)?\])?$", "", group.name)
 
 
 def _names_group(layer: str, group: Group) -> bool:

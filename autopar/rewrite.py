@@ -18,7 +18,7 @@ from autopar.errors import PlanError
 from autopar.factors import find_factors
 from autopar.generators import forward_only, make_schedule
 from autopar.ir import Graph, OpKind
-from autopar.layers import Folded, fold
+from autopar.layers import Folded, fold, fold_as_planned
 from autopar.microbatch import MicroSplit, split_microbatches
 from autopar.outline import Region, outline
 from autopar.planner import check_fits
@@ -41,17 +41,24 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, 
     check_fits(plan, captured.graph)
     folded = fold(captured.graph)
     spaces, _ = find_spaces(captured.graph)
+    chain = find_chain(folded, spaces)
+    folded = fold_as_planned(folded, {*plan.placements, *plan.layouts})
     if plan.pipeline.is_trivial and all(block.recompute == "none" for block in plan.pipeline.blocks):
         work = Rewriter(captured, plan, folded, spaces, device)
         return work.program(outline(work.run(), _layers_of(folded)))
-    return _rewrite_stages(captured, plan, folded, spaces, device, group)
+    return _rewrite_stages(captured, plan, folded, chain, spaces, device, group)
 
 
 def _rewrite_stages(
-    captured: Captured, plan: Plan, folded: Folded, spaces: Mapping[str, Space], device: torch.device | None, group: int | None
+    captured: Captured,
+    plan: Plan,
+    folded: Folded,
+    chain: Chain,
+    spaces: Mapping[str, Space],
+    device: torch.device | None,
+    group: int | None,
 ) -> Program:
     pipeline = plan.pipeline
-    chain = find_chain(folded, spaces)
     names = [block.name for block in pipeline.blocks]
     if names != [block.name for block in chain.blocks]:
         raise PlanError(f"the plan's blocks are {', '.join(names)}; the model has {', '.join(block.name for block in chain.blocks)}")

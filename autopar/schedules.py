@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from autopar.actions import COMPUTING, RECEIVES, SENDS, Action, Kind, Schedule, StageEdge, chain, draw_table, meet, parse_action
 from autopar.errors import InputError, ScheduleError
@@ -85,6 +86,8 @@ Held = tuple[tuple[int, int], ...]
 """What a rank holds at one moment: per stage of the rank, in order, the micro-batches between F and B or I, and those between I and W."""
 
 
+# A search looks at one schedule many times.
+@lru_cache(maxsize=32)
 def held(schedule: Schedule) -> tuple[tuple[Held, ...], ...]:
     """Per rank, the most that it holds at once: every moment's numbers that no other moment's exceed.
 

@@ -106,8 +106,10 @@ class Search:
             self.answers[price] = answer
         return self.answers[price]
 
-    def fit(self, budget: int, cutoff_ns: int | None = None) -> Solution | None:
+    def fit(self, budget: int, cutoff_ns: int | None = None, *, tighten: bool = True) -> Solution | None:
         """The cheapest choice that needs at most `budget` bytes; None as soon as none can cost less than `cutoff_ns`.
+
+        Without `tighten`, prices of memory alone are tried: enough where variants per block follow, which are a finer way to save memory.
 
         Raises InfeasibleError when nothing fits, with the bytes that the leanest choice needs in its ``needed`` attribute.
         """
@@ -118,7 +120,7 @@ class Search:
         if cutoff_ns is not None and bound >= cutoff_ns:
             return None
         if nbytes > budget:
-            found = self._fit(budget, cutoff_ns)
+            found = self._fit(budget, cutoff_ns, tighten)
             if found is None:
                 return None
             answer, bound = found
@@ -134,6 +136,27 @@ class Search:
     def solution_at(self, price: float) -> Solution:
         """The best choice when a byte costs `price` nanoseconds; its bound holds without a limit on memory."""
         return self._as_solution(self.at(self._capped(price)), self.at(0.0).weight_bound)
+
+    def frontier(self, price: float, most: int) -> list[Solution]:
+        """Choices that are best at some price of memory up to `price`, from fast to lean, at most so many.
+
+        Between two of them the price at which they weigh the same gives a third that weighs less, if there is one: these are the corners
+        of the convex hull of all choices in time and bytes. The widest gaps are filled first.
+        """
+        found = [self.solution_at(0.0), self.solution_at(price)]
+        gaps = [(found[0], found[1])]
+        while gaps and len(found) < most:
+            fast, lean = max(gaps, key=lambda gap: (gap[1].cost_ns - gap[0].cost_ns) * (gap[0].nbytes - gap[1].nbytes))
+            gaps.remove((fast, lean))
+            if lean.cost_ns <= fast.cost_ns or lean.nbytes >= fast.nbytes:
+                continue
+            slope = (lean.cost_ns - fast.cost_ns) / (fast.nbytes - lean.nbytes)
+            between = self.solution_at(slope)
+            if between.cost_ns + slope * between.nbytes < (fast.cost_ns + slope * fast.nbytes) * (1 - PRICE_GAP):
+                found.append(between)
+                gaps += [(fast, between), (between, lean)]
+        distinct = {tuple(sorted(one.choice.items())): one for one in found}
+        return sorted(distinct.values(), key=lambda one: one.cost_ns)
 
     def _capped(self, price: float) -> float:
         """A price at which even a choice that is far too large can be told from what can't be chosen."""
@@ -155,7 +178,7 @@ class Search:
             constraints=answer.constraints,
         )
 
-    def _fit(self, budget: int, cutoff_ns: int | None) -> tuple[_Answer, float] | None:
+    def _fit(self, budget: int, cutoff_ns: int | None, tighten: bool) -> tuple[_Answer, float] | None:
         """The best answer found within `budget`, and a lower bound on the cost of any."""
         leanest = self.at(math.inf)
         cost, nbytes = evaluate(self.problem, leanest.choice)
@@ -184,7 +207,7 @@ class Search:
             price = low * 8 if high == math.inf else (low * high) ** 0.5 if low else high / 8
             if price * budget + best_cost >= FORBIDDEN:
                 break  # what a choice weighs could no longer be told from what can't be chosen
-        is_hopeful = cutoff_ns is None or best_cost < TIGHTEN_REACH * cutoff_ns
+        is_hopeful = tighten and (cutoff_ns is None or best_cost < TIGHTEN_REACH * cutoff_ns)
         if is_hopeful and best_cost > bound * (1 + PRICE_GAP):
             tight = self._tighten(budget, high, best_cost if cutoff_ns is None else min(best_cost, cutoff_ns))
             if tight is not None:

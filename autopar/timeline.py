@@ -168,7 +168,7 @@ def _part(stage: int, kind: Kind) -> int:
 
 
 # A search simulates the same few schedules under many times, and building the graph takes longer than walking it.
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
     """The graph of a schedule: ranks run in turns, each as far as it gets."""
     parts: list[Part | None] = [None, *((stage, kind) for stage in range(schedule.stages) for kind in _KINDS)]

@@ -1,7 +1,10 @@
 """Chosen placements -> per block of the chain its menu: seconds and bytes of one micro-batch, without and with recomputation.
 
-Comes in: placements and layouts (the answer of ``search`` for one mesh), the chain of blocks. Goes out: what ``assignment`` chooses from.
-Costs are those of `CostTables`, which the search used. Like blocks are costed once.
+Comes in: placements and layouts (answers of ``search`` for one mesh, at several prices of memory), the chain of blocks. Goes out: what
+``assignment`` chooses from. Costs are those of `CostTables`, which the search used. Like blocks are costed once.
+
+Every block may take another answer than its neighbours where all answers agree on what blocks share: values that cross from one to
+another, calls in no block, parameters of several blocks. `find_shared` says what that is.
 
 Memory follows what autograd keeps. A result that a later block reads is counted by the first block that reads it, which holds it
 whatever else is recomputed; results of a recomputed region that leave it for the same block count where autograd keeps them.
@@ -10,20 +13,23 @@ whatever else is recomputed; results of a recomputed region that leave it for th
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from autopar.assignment import BlockMenu, Variant
+from autopar.assignment import BlockMenu, Cut, Variant
 from autopar.blocks import Block, Chain
 from autopar.cores import find_cores
 from autopar.cost_models import Link, collective_seconds
 from autopar.costs import OPTIMIZER_COPIES, CostTables, local_nbytes, operand_layout_of, result_layout_of
 from autopar.ir import Op, OpKind, Tensor, Value
-from autopar.kept import count_kept, is_deferrable, keeps_operand
-from autopar.layers import fan_key
+from autopar.kept import Kept, count_kept, is_deferrable, keeps_operand
+from autopar.layers import fan_key, regroup
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
 from autopar.options import Model
+from autopar.problem import Problem
 from autopar.reshard import Collective
+from autopar.search import Solution
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,86 @@ class Choices:
 
     placements: Mapping[str, Placement]
     layouts: Mapping[str, Layout]
+
+
+def choices_of(model: Model, problem: Problem, solution: Solution) -> Choices:
+    """The placements and layouts that a solution chose."""
+    placements, layouts = {}, {}
+    for node in problem.nodes:
+        option = node.options[solution.choice[node.key]]
+        op = model.folded.graph.by_name.get(node.key)
+        if op is not None and op.kind is OpKind.CALL:
+            placements[node.key] = option
+        else:
+            layouts[node.key] = option
+    return Choices(placements, layouts)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Who reads what in a chain of blocks, whatever is decided.
+
+    Attributes:
+        kept: what autograd keeps.
+        home: call -> its block, for those that are in one.
+        readers: value -> the ops that read it.
+        first: values that cross from one block to another -> the first block after their own that reads them.
+        firsts: per block of how many values it is that.
+    """
+
+    kept: Kept
+    home: Mapping[str, int]
+    readers: Mapping[Value, Sequence[str]]
+    first: Mapping[Value, int]
+    firsts: tuple[int, ...]
+
+
+def read_chain(model: Model, chain: Chain) -> Reading:
+    """Read a chain of blocks of the model's graph."""
+    readers: dict[Value, list[str]] = {}
+    for op in model.folded.graph.ops:
+        for value in op.operands:
+            readers.setdefault(value, []).append(op.name)
+    home = {name: number for number, block in enumerate(chain.blocks) for name in block.ops}
+    first: dict[Value, int] = {}
+    for value in dict.fromkeys(value for block in chain.blocks for value in block.crossing):
+        own = home[value.op]
+        first[value] = min(block for reader in readers[value] if (block := home.get(reader, own)) != own)
+    firsts = Counter(first.values())
+    return Reading(count_kept(model), home, readers, first, tuple(firsts[number] for number in range(len(chain.blocks))))
+
+
+def find_shared(model: Model, reading: Reading, problem: Problem, base: Mapping[str, int]) -> dict[str, list[int]]:
+    """Which options of a problem agree with the choice `base` on what blocks share, for the nodes of which not all do.
+
+    Blocks may mix answers that choose among these: each block's costs then depend on its own answer alone.
+    """
+    graph, representative = model.folded.graph, model.folded.representative
+    fixed: set[str] = {f"output:{position}" for op in graph.of_kind(OpKind.OUTPUT) for position in range(len(op.operands))}
+    sent: dict[str, set[int]] = {}
+    for op in graph.ops:
+        if op.kind is OpKind.CALL and op.name not in reading.home:
+            fixed.add(representative[op.name])
+        if op.kind is OpKind.PARAMETER and len({reading.home.get(name) for name in reading.readers.get(Value(op.name), ())}) != 1:
+            fixed.add(representative[op.name])
+        for index, value in enumerate(op.operands):
+            if reading.home.get(op.name) != reading.home.get(value.op, -1):
+                fixed.add(fan_key(model.folded.representative_of(value), op.target, index))
+    for value in reading.first:
+        sent.setdefault(representative[value.op], set()).add(value.index)
+    allowed: dict[str, list[int]] = {}
+    for node in problem.nodes:
+        chosen = base[node.key]
+        if node.key in fixed:
+            allowed[node.key] = [chosen]
+        elif node.key in sent:
+            op = graph.by_name[node.key]
+            made = [
+                [result_layout_of(model, op, option, index) for index in sorted(sent[node.key])]  # type: ignore[arg-type]
+                for option in node.options
+            ]
+            allowed[node.key] = [number for number, layouts in enumerate(made) if layouts == made[chosen]]
+    return allowed
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +132,10 @@ class _Costs:
 class Menus:
     """Costs of the blocks of one model under one answer; lives while the menus are made."""
 
-    def __init__(self, model: Model, chain: Chain, tables: CostTables, choices: Choices, link: Link | None) -> None:
-        """`link` is what stages talk over; None without a pipeline."""
+    def __init__(
+        self, model: Model, chain: Chain, reading: Reading, tables: CostTables, choices: Choices, link: Link | None, answer: int = 0
+    ) -> None:
+        """`link` is what stages talk over, None without a pipeline; `answer` numbers the choices among those that blocks may mix."""
         self.model = model
         self.graph = model.folded.graph
         self.chain = chain
@@ -55,20 +143,25 @@ class Menus:
         self.mesh: Mesh = tables.mesh
         self.choices = choices
         self.link = link
-        self.kept = count_kept(model)
-        self.home = {name: number for number, block in enumerate(chain.blocks) for name in block.ops}
-        self.readers = self._find_readers()
+        self.answer = answer
+        self.kept, self.home, self.readers = reading.kept, reading.home, reading.readers
+        self.first, self.firsts = reading.first, reading.firsts
         self._made: dict[Value, Layout] = {}
-        self._cuts: dict[tuple[object, ...], tuple[float, float, int]] = {}
+        self._ways: dict[str, tuple[tuple[Value, Layout, Layout, bool], ...]] = {}
+        self._cuts: dict[tuple[object, ...], Cut] = {}
 
     def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockMenu, ...]:
         """The menu of every block, with the kinds of recomputation asked for; `pins` are stages by block name."""
-        # Of like blocks the last is looked at: the first may be the first to read what all of them read.
-        last = {block.like: number for number, block in enumerate(self.chain.blocks)}
-        variants = {
-            like: tuple(self._variants(number, self.chain.blocks[number], recompute, splits_backward)) for like, number in last.items()
-        }
-        return tuple(BlockMenu(block.name, variants[block.like], self._cut(block), pins.get(block.name)) for block in self.chain.blocks)
+        # Of like blocks the first may be the first to read what all of them read, and so hold more.
+        kinds = [(block.like, self.firsts[number]) for number, block in enumerate(self.chain.blocks)]
+        variants: dict[tuple[int, int], tuple[Variant, ...]] = {}
+        for number, (block, kind) in enumerate(zip(self.chain.blocks, kinds, strict=True)):
+            if kind not in variants:
+                variants[kind] = tuple(self._variants(number, block, recompute, splits_backward))
+        return tuple(
+            BlockMenu(block.name, variants[kind], self._cut(number, block), pins.get(block.name))
+            for number, (block, kind) in enumerate(zip(self.chain.blocks, kinds, strict=True))
+        )
 
     def travel(self) -> dict[str, Layout]:
         """The layout in which each value that may cross a cut would travel, by value."""
@@ -117,13 +210,6 @@ class Menus:
 
     # --- one block ---
 
-    def _find_readers(self) -> dict[Value, list[str]]:
-        readers: dict[Value, list[str]] = {}
-        for op in self.graph.ops:
-            for value in op.operands:
-                readers.setdefault(value, []).append(op.name)
-        return readers
-
     def _variants(self, number: int, block: Block, recompute: Collection[str], splits_backward: bool) -> Iterable[Variant]:
         cores = find_cores(self.graph, self.model.spaces, block.ops)
         regions: dict[str, Sequence[Sequence[str]]] = {"none": (), "selective": cores, "full": (block.ops,)}
@@ -142,6 +228,7 @@ class Menus:
             weight = sum(costs[one].weight for one in block.ops)
             yield Variant(
                 name=name,
+                answer=self.answer,
                 forward=forward,
                 input=inputs + repeated + (0.0 if splits_backward else weight),
                 weight=weight if splits_backward else 0.0,
@@ -165,8 +252,13 @@ class Menus:
     def _activations(self, op: Op) -> list[Tensor]:
         return [self.graph.tensor(value) for value in op.operands if self.graph.by_name[value.op].kind is OpKind.CALL]
 
-    def _journeys(self, op: Op) -> Iterable[tuple[Value, Layout, Layout, bool]]:
+    def _journeys(self, op: Op) -> Sequence[tuple[Value, Layout, Layout, bool]]:
         """What an op's operands must go through: value, start, need, and whether the op keeps a copy that was made."""
+        if op.name not in self._ways:
+            self._ways[op.name] = tuple(self._find_journeys(op))
+        return self._ways[op.name]
+
+    def _find_journeys(self, op: Op) -> Iterator[tuple[Value, Layout, Layout, bool]]:
         representative = self.model.folded.representative
         stand_in = self.graph.by_name[representative[op.name]]
         placement = self.choices.placements[stand_in.name]
@@ -272,7 +364,7 @@ class Menus:
             # What comes from blocks before is held here, by the first that reads it, if anyone needs it again.
             for value in op.operands:
                 origin = self.home.get(value.op)
-                if origin is not None and origin != number and self._is_first_reader(value, number):
+                if origin is not None and origin != number and self.first[value] == number:
                     if name in again or self._is_saved(value):
                         hold(value, self.made(value))
                 elif name in again and value.op in inside and value.op not in again:
@@ -306,11 +398,6 @@ class Menus:
 
     def _is_saved(self, value: Value) -> bool:
         return value.index in self.graph.by_name[value.op].saved
-
-    def _is_first_reader(self, value: Value, number: int) -> bool:
-        """Whether no block between the one that makes a value and this one reads it."""
-        origin = self.home[value.op]
-        return min(home for reader in self.readers[value] if (home := self.home.get(reader, origin)) != origin) == number
 
     def _waiting_bytes(self, block: Block) -> int:
         """Bytes that wait for the weight gradients: inputs and output gradients of the calls that read weights."""
@@ -354,15 +441,15 @@ class Menus:
 
     # --- what crosses ---
 
-    def _cut(self, block: Block) -> tuple[float, float, int]:
-        """(forward seconds, backward seconds, bytes) of what crosses after a block."""
+    def _cut(self, number: int, block: Block) -> Cut:
+        """What it takes to end a stage after a block."""
         # Behind like layers the same kinds of values cross.
-        key = tuple((self.graph.tensor(value), self.made(value)) for value in block.crossing)
+        key = tuple((self.graph.tensor(value), self.made(value), self.first[value] <= number) for value in block.crossing)
         if key not in self._cuts:
-            self._cuts[key] = self._cut_costs(block)
+            self._cuts[key] = self._cut_costs(number, block)
         return self._cuts[key]
 
-    def _cut_costs(self, block: Block) -> tuple[float, float, int]:
+    def _cut_costs(self, number: int, block: Block) -> Cut:
         ahead = back = 0
         gathers = 0.0
         for value in block.crossing:
@@ -375,10 +462,44 @@ class Menus:
             gathers += sum(self.tables.journey_seconds(tensor, self.made(value), layout, backward=tensor.requires_grad))
             if self.made(value) != layout and all(state.kind is not StateKind.PARTIAL for state in self.made(value)):
                 gathers += sum(self.tables.journey_seconds(tensor, layout, self.made(value), backward=tensor.requires_grad))
+        kept = sum(
+            local_nbytes(self.graph.tensor(value), self.made(value), self.mesh) for value in block.crossing if self.first[value] <= number
+        )
         if self.link is None:
-            return 0.0, 0.0, ahead
+            return Cut(0.0, 0.0, ahead, kept)
         seconds = [collective_seconds("p2p", nbytes, 2, self.link) if nbytes else 0.0 for nbytes in (ahead, back)]
-        return seconds[0] + gathers / 2, seconds[1] + gathers / 2, ahead
+        return Cut(seconds[0] + gathers / 2, seconds[1] + gathers / 2, ahead, kept)
+
+
+def join_menus(answers: Sequence[Sequence[BlockMenu]]) -> tuple[BlockMenu, ...]:
+    """The menus of several answers that agree on what blocks share, as one: every block has the variants of all."""
+    return tuple(replace(menus[0], variants=tuple(one for menu in menus for one in menu.variants)) for menus in zip(*answers, strict=True))
+
+
+def mix(model: Model, reading: Reading, answers: Sequence[Choices], numbers: Sequence[int]) -> tuple[Model, Choices]:
+    """What blocks come to that each take the answer of its number: the model folded so, and the choices of its representatives."""
+    graph, before = model.folded.graph, model.folded.representative
+    group_of = {name: numbers[block] for name, block in reading.home.items()}
+    for op in graph.of_kind(OpKind.PARAMETER):
+        blocks = {reading.home.get(name) for name in reading.readers.get(Value(op.name), ())}
+        if len(blocks) == 1 and (block := blocks.pop()) is not None:
+            group_of[op.name] = numbers[block]
+    folded = regroup(model.folded, group_of)
+    placements: dict[str, Placement] = {}
+    layouts = {key: layout for key, layout in answers[0].layouts.items() if key.startswith("output:")}
+    for op in folded.ops:
+        answer = answers[group_of.get(op.name, 0)]
+        if op.kind is OpKind.CALL:
+            placements[op.name] = answer.placements[before[op.name]]
+        elif op.kind is not OpKind.OUTPUT:
+            layouts[op.name] = answer.layouts[before[op.name]]
+    for edge in folded.edges:
+        target = graph.by_name[edge.consumer].target
+        known = answers[group_of.get(edge.consumer, 0)].layouts
+        key = fan_key(Value(before[edge.value.op], edge.value.index), target, edge.operand)
+        if key in known:
+            layouts[fan_key(edge.value, target, edge.operand)] = known[key]
+    return replace(model, folded=folded), Choices(placements, layouts)
 
 
 def _with(layout: Sequence[object], axis: int, dim: int) -> Layout:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from autopar.assignment import Assignment, BlockMenu, Variant, assign
+from autopar.assignment import Assignment, BlockMenu, Cut, Variant, assign
 from autopar.schedules import make_schedule
 
 LAYERS, RANKS, MICROBATCHES = 126, 16, 512
@@ -44,7 +44,7 @@ def layers(variants: int) -> list[BlockMenu]:
     )
     embedding = Variant("all", 2e-4, 0.0, 3e-4, 1e-4, 16 * 10**6, 0, 2 * 10**9, 10**8)
     head = Variant("all", 1.5e-3, 1.5e-3, 1.5e-3, 1e-4, 64 * 10**6, 0, 2 * 10**9, 10**9)
-    cut = (1e-4, 1e-4, 16 * 10**6)
+    cut = Cut(1e-4, 1e-4, 16 * 10**6)
     return [
         BlockMenu("embedding", (embedding,), cut),
         *(BlockMenu(f"layers.{index}", layer, cut) for index in range(LAYERS)),

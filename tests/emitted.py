@@ -21,7 +21,7 @@ from autopar.errors import InputError
 from autopar.factors import Role, find_factors
 from autopar.generators import SCHEDULES, make_schedule
 from autopar.ir import Op, OpKind, Value
-from autopar.layers import fold
+from autopar.layers import fold, regroup
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
 from autopar.meshes import find_trials
 from autopar.microbatch import MicroSplit, split_microbatches
@@ -140,7 +140,7 @@ class Subject:
                 fitting = False
             if fitting and ranks * microbatches > 1:
                 pipeline = Pipeline(ranks, schedule, chunks, microbatches, (), {})
-        plan = self._drawn_in_time(axes, pipeline.microbatches, fsdp, generator)
+        plan = self._drawn_in_time(axes, pipeline.microbatches, fsdp, generator, is_mixed=draws((True, False)))
         blocks = self.chain.blocks
         cuts = sorted(generator.sample(range(1, len(blocks)), pipeline.stages - 1))
         stages = [sum(cut <= number for cut in cuts) for number in range(len(blocks))]
@@ -156,15 +156,24 @@ class Subject:
             self._micro[microbatches] = split_microbatches(self.graph, self.model.spaces, self.model.factors, microbatches)
         return self._micro[microbatches]
 
-    def _drawn_in_time(self, axes: tuple[tuple[str, int], ...], microbatches: int, fsdp: bool, generator: random.Random) -> Plan:
-        """Placements of one micro-batch on a group's mesh."""
+    def _drawn_in_time(
+        self, axes: tuple[tuple[str, int], ...], microbatches: int, fsdp: bool, generator: random.Random, *, is_mixed: bool
+    ) -> Plan:
+        """Placements of one micro-batch on a group's mesh; `is_mixed` splits like layers differently, by runs that are drawn too."""
         mesh = Mesh(tuple(name for name, _ in axes) or ("x",), tuple(size for _, size in axes) or (1,))
         key = (axes, microbatches, fsdp)
-        if key not in self._timed:
+        if key not in self._timed or is_mixed:
             kinds = tuple(AxisKind(name) if name in ("dp", "tp", "cp") else AxisKind.FREE for name in mesh.names)
             constraints = Constraints((AxisKind.TIME, *kinds), fsdp=fsdp)
-            model = dataclasses.replace(self.model, micro=self._in_time(microbatches))
-            self._timed[key] = build_problem(model, in_time(mesh, microbatches), _cluster(mesh.sizes), constraints)
+            folded = self.model.folded
+            if is_mixed:
+                instances = [instance for layer in folded.classes for instance in layer.instances]
+                folded = regroup(folded, {name: number for one in instances for number in [generator.randrange(2)] for name in one})
+            model = dataclasses.replace(self.model, folded=folded, micro=self._in_time(microbatches))
+            problem = build_problem(model, in_time(mesh, microbatches), _cluster(mesh.sizes), constraints)
+            if is_mixed:
+                return self._written(problem, draw(problem, generator), mesh)
+            self._timed[key] = problem
         problem = self._timed[key]
         return self._written(problem, draw(problem, generator), mesh)
 

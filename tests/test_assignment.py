@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from autopar.actions import Schedule
-from autopar.assignment import Assignment, BlockMenu, Variant, assign, evaluate
+from autopar.assignment import Assignment, BlockMenu, Cut, Variant, assign, evaluate
 from autopar.errors import InfeasibleError, InputError
 from autopar.schedules import forward_only, make_schedule
+from tests.menus import measure_all, random_menus, random_variant
 
 FAMILIES = [
     ("gpipe", 3, 4, None),
@@ -25,40 +26,6 @@ FAMILIES = [
     ("v-half", 2, 6, 2),
 ]
 GAP = 1e-6
-
-
-def random_variant(rng: np.random.Generator, name: str) -> Variant:
-    forward, backward, weight, once = rng.integers(1, 30, 4).tolist()
-    kept, waiting, static, workspace = rng.integers(1, 40, 4).tolist()
-    return Variant(name, forward * 1e-3, backward * 1e-3, weight * 1e-3, once * 1e-3, kept, waiting, static, workspace)
-
-
-def random_menus(seed: int, blocks: int, variants: int, *, alike: bool) -> list[BlockMenu]:
-    """Blocks between a first and a last of their own; `alike` makes them one layer."""
-    rng = np.random.default_rng(seed)
-    made: list[BlockMenu] = []
-    for block in range(blocks):
-        inside = 0 < block < blocks - 1
-        if alike and inside and made[1:]:
-            made.append(BlockMenu(f"b{block}", made[1].variants, made[1].cut))
-        else:
-            menu = tuple(random_variant(rng, f"v{i}") for i in range(variants if inside else 1))
-            cut = rng.integers(0, 9, 3).tolist()
-            made.append(BlockMenu(f"b{block}", menu, (cut[0] * 1e-3, cut[1] * 1e-3, cut[2])))
-    return made
-
-
-def all_assignments(menus: Sequence[BlockMenu], stages: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    for ends in itertools.combinations(range(1, len(menus)), stages - 1):
-        cuts = (0, *ends, len(menus))
-        of = tuple(stage for stage in range(stages) for _ in range(cuts[stage], cuts[stage + 1]))
-        if all(menu.stage in (None, stage) for menu, stage in zip(menus, of, strict=True)):
-            for variants in itertools.product(*(range(len(menu.variants)) for menu in menus)):
-                yield of, variants
-
-
-def measure_all(menus: Sequence[BlockMenu], schedule: Schedule) -> list[tuple[float, tuple[int, ...]]]:
-    return [evaluate(menus, schedule, *choice) for choice in all_assignments(menus, schedule.stages)]
 
 
 def check(menus: Sequence[BlockMenu], schedule: Schedule, budget: Sequence[int], found: Assignment) -> None:
@@ -138,7 +105,7 @@ def llama(layers: int, recompute: int, *, cut: float = 1e-4) -> list[BlockMenu]:
     )
     embedding = Variant("e", 2e-4, 0.0, 3e-4, 1e-4, 16 * 10**6, 0, 2 * 10**9, 10**8)
     head = Variant("h", 1.5e-3, 1.5e-3, 1.5e-3, 1e-4, 64 * 10**6, 0, 2 * 10**9, 10**9)
-    ends = (cut, cut, 16 * 10**6)
+    ends = Cut(cut, cut, 16 * 10**6)
     return [
         BlockMenu("embedding", (embedding,), ends),
         *(BlockMenu(f"layers.{i}", layer, ends) for i in range(layers)),
@@ -188,7 +155,7 @@ def test_tight_memory_mixes_variants_and_stages() -> None:
     """By hand: rank 0 holds two micro-batches. It can't keep all of two blocks, rank 1 can."""
     fast = Variant("fast", 1.0, 1.0, 1.0, 0.0, 10, 0, 0, 0)
     lean = Variant("lean", 1.0, 2.0, 1.0, 0.0, 1, 0, 0, 0)
-    menus = [BlockMenu(f"b{i}", (fast, lean), (0.0, 0.0, 0)) for i in range(4)]
+    menus = [BlockMenu(f"b{i}", (fast, lean), Cut(0.0, 0.0, 0)) for i in range(4)]
     schedule = make_schedule("1f1b", 2, 8)
     found = assign(menus, schedule, 22, gap=GAP)
     # One of rank 0's two blocks recomputes: 2 (10 + 1) = 22 bytes.
@@ -204,7 +171,7 @@ def test_tight_memory_mixes_variants_and_stages() -> None:
 def test_a_variant_that_lets_less_wait_is_worth_taking() -> None:
     fast = Variant("fast", 1.0, 1.0, 1.0, 0.0, 1, 10, 0, 0)
     lean = Variant("lean", 1.0, 1.0, 2.0, 0.0, 1, 0, 0, 0)
-    menus = [BlockMenu(f"b{i}", (fast, lean), (0.0, 0.0, 0)) for i in range(2)]
+    menus = [BlockMenu(f"b{i}", (fast, lean), Cut(0.0, 0.0, 0)) for i in range(2)]
     assert assign(menus, make_schedule("zb-h1", 2, 4), 5).variants == (1, 1)
     assert assign(menus, make_schedule("1f1b", 2, 4), 5).variants == (0, 0)
 
@@ -221,7 +188,8 @@ def test_many_layers_are_counted_not_listed() -> None:
 def test_a_chain_without_repeats() -> None:
     rng = np.random.default_rng(5)
     menus = [
-        BlockMenu(f"b{i}", tuple(random_variant(rng, f"v{j}") for j in range(3)), (1e-4, 1e-4, int(rng.integers(1, 9)))) for i in range(40)
+        BlockMenu(f"b{i}", tuple(random_variant(rng, f"v{j}") for j in range(3)), Cut(1e-4, 1e-4, int(rng.integers(1, 9))))
+        for i in range(40)
     ]
     schedule = make_schedule("1f1b", 4, 16)
     found = assign(menus, schedule, 1500, time_limit=30, gap=0.02)

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import pytest
 
-from autopar import cli, pipelines
+from autopar import cli, wanted
 from autopar.cli import main, parse_mesh, parse_pins
 from autopar.errors import InputError
 from autopar.generators import SCHEDULES
@@ -202,7 +202,7 @@ def test_pins_are_read() -> None:
 
 
 def test_every_pin_is_in_the_help() -> None:
-    assert set(cli.PIPELINE_PINS) == set(pipelines.PINS)
+    assert set(cli.PIPELINE_PINS) == set(wanted.PINS)
     for command in ("plan", "verify"):
         text = run(command, "--help").stdout
         assert all(f"{name}=" in text for name in PIN_NAMES)

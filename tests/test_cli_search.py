@@ -234,7 +234,6 @@ def test_a_mesh_may_have_a_pipeline(models: Path) -> None:
         (["pp=3"], "pin pp=3 needs a multiple of 3 ranks, the cluster 1x4xcpu has 4"),
         (["pp=4", "chunks=2"], "pins pp=4, chunks=2 make 8 stages, but the model can be cut into 5 blocks at most (layers.0, layers.1"),
         (["microbatches=3"], "the pins microbatches=3 can't be had"),
-        (["pp=2", "schedule=interleaved", "microbatches=1"], "1 isn't a multiple, 2 would be"),
         (["pp=2", "encoder.3=pp:1"], "pin 'encoder.3' puts no block on stage 1; the blocks are layers.0, layers.1"),
         (["pp=2", "layers.1=pp:5"], "block 'layers.1' is pinned to stage 5; the stages are 0 to 1"),
     ],

@@ -14,17 +14,15 @@ from autopar.blocks import find_chain
 from autopar.capture import capture
 from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, InputError
-from autopar.generators import SCHEDULES, make_schedule
+from autopar.generators import SCHEDULES
 from autopar.ir import Graph
 from autopar.layers import fold
 from autopar.layout import REPLICATE, StateKind, shard
-from autopar.menus import BlockMenu, Variant
-from autopar.pipelines import even_stages, keep_pipeline
 from autopar.planner import make_plan
 from autopar.plans import Plan
 from autopar.rules import find_spaces
-from autopar.timeline import StageTimes, simulate
 from autopar.verification import verify_plan
+from autopar.wanted import keep_pipeline
 
 
 class Layers(nn.Module):
@@ -146,14 +144,6 @@ def test_a_later_batch_keeps_the_stages(layers: Graph) -> None:
     wanted = keep_pipeline(first, chain, 6)
     assert (wanted.groups, wanted.schedule, wanted.microbatches) == (2, "1f1b", 3)
     assert wanted.stages == {block.name: block.stage for block in first.pipeline.blocks}
-
-
-def test_even_stages_are_close_to_the_simulation() -> None:
-    menus = [BlockMenu(str(i), (Variant("none", 1.0, 1.5, 0.5, 0.0, 10, 0, 100, 5),), (0.0, 0.0, 1)) for i in range(8)]
-    seconds, needed = even_stages(menus, 4, 16, 0)
-    times = [StageTimes(2.0, 3.0, 1.0)] * 4
-    assert seconds == pytest.approx(simulate(make_schedule("1f1b", 4, 16), times).seconds)
-    assert needed == 2 * 100 + 4 * 2 * 10 + 5
 
 
 def test_what_the_planner_prefers_is_exact() -> None:

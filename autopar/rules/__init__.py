@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from autopar.ir import Graph, Op, OpKind, Tensor
+from typing import Any
+
+from autopar.ir import Graph, Op, OpKind, Tensor, freeze
 from autopar.rules import contract, index, pointwise, view
 from autopar.rules.notation import Rule as Rule
 from autopar.space import Space
@@ -17,11 +19,16 @@ def rule(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
 
 
 def find_spaces(graph: Graph) -> tuple[dict[str, Space], tuple[Op, ...]]:
-    """The space of every call of `graph` that has a rule, by op name, and the calls that have none."""
+    """The space of every call of `graph` that has a rule, by op name, and the calls that have none. Like calls share one space."""
     spaces: dict[str, Space] = {}
     unruled: list[Op] = []
+    known: dict[Any, Space | None] = {}
     for op in graph.of_kind(OpKind.CALL):
-        space = rule(op, graph.operand_tensors(op))
+        operands = graph.operand_tensors(op)
+        key = (op.target, operands, op.results, freeze(op.args), freeze(op.kwargs))
+        if key not in known:
+            known[key] = rule(op, operands)
+        space = known[key]
         if space is None:
             unruled.append(op)
         else:

@@ -1,0 +1,133 @@
+"""Assignments made at once: they fit, keep the pins, and are as good as greedy ones can be."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from autopar.assignment import BlockMenu, Cut, Variant
+from autopar.drafts import draft, find_leanest
+from autopar.menus import PHASES, Problem, longest_path, make_problem, measure
+from autopar.schedules import make_schedule
+from tests.menus import all_assignments, measure_all, random_menus
+
+FAMILIES = [
+    ("gpipe", 3, 4, None),
+    ("1f1b", 3, 5, None),
+    ("interleaved", 2, 4, 2),
+    ("zb-h1", 3, 5, None),
+    ("zb-v", 2, 5, 2),
+    ("v-half", 2, 6, 2),
+]
+PLENTY = 10**12
+
+
+def check(problem: Problem, stages: tuple[int, ...], variants: tuple[int, ...]) -> None:
+    assert len(stages) == len(variants) == len(problem.menus)
+    assert stages[0] == 0
+    assert stages[-1] == problem.schedule.stages - 1
+    assert all(later - stage in (0, 1) for stage, later in itertools.pairwise(stages))
+    assert all(menu.stage in (None, stage) for menu, stage in zip(problem.menus, stages, strict=True))
+    assert all(variant < len(menu.variants) for menu, variant in zip(problem.menus, variants, strict=True))
+
+
+def like(count: int, *variants: Variant) -> list[BlockMenu]:
+    return [BlockMenu(f"b{i}", variants, Cut(0.0, 0.0, 0)) for i in range(count)]
+
+
+def stage_seconds(problem: Problem, stages: tuple[int, ...], variants: tuple[int, ...]) -> np.ndarray:
+    count = problem.schedule.stages
+    seconds: np.ndarray = measure(problem, stages, variants).columns[: PHASES * count].reshape(PHASES, count).sum(axis=0)
+    return seconds
+
+
+@pytest.mark.parametrize(("name", "ranks", "microbatches", "chunks"), FAMILIES)
+@pytest.mark.parametrize("seed", range(4))
+def test_drafts_fit_whatever_the_memory(name: str, ranks: int, microbatches: int, chunks: int | None, seed: int) -> None:
+    schedule = make_schedule(name, ranks, microbatches, chunks)
+    menus = random_menus(seed, blocks=6, variants=3, alike=bool(seed % 2))
+    every = measure_all(menus, schedule)
+    peaks = sorted(max(peak) for _, peak in every)
+    for budget in (peaks[0] - 1, peaks[0], peaks[len(peaks) // 20], peaks[len(peaks) // 4], peaks[-1]):
+        problem = make_problem(menus, schedule, budget)
+        found = list(draft(problem))
+        assert not (found and budget < peaks[0])
+        for stages, variants in found:
+            check(problem, stages, variants)
+            assert max(measure(problem, stages, variants).peak) <= budget
+    assert found, "with memory for everything there is a draft"
+
+
+@pytest.mark.parametrize("pins", [{1: 1}, {2: 0}, {0: 0, 4: 1, 5: 2}, {1: 1, 2: 2}])
+def test_drafts_keep_pins(pins: dict[int, int]) -> None:
+    free = random_menus(7, blocks=6, variants=2, alike=True)
+    problem = make_problem([replace(menu, stage=pins.get(block)) for block, menu in enumerate(free)], make_schedule("1f1b", 3, 4), PLENTY)
+    found = list(draft(problem))
+    assert found
+    for stages, variants in (*found, find_leanest(problem)):
+        check(problem, stages, variants)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_slowest_stage_is_as_fast_as_can_be(seed: int) -> None:
+    menus = random_menus(seed, blocks=8, variants=1, alike=False)
+    problem = make_problem(menus, make_schedule("1f1b", 3, 4), PLENTY)
+    best = min(stage_seconds(problem, *one).max() for one in all_assignments(menus, 3))
+    assert min(stage_seconds(problem, *one).max() for one in draft(problem)) == pytest.approx(best, rel=2e-3)
+
+
+def test_like_blocks_recompute_no_more_than_they_must() -> None:
+    """Rank 0 holds three micro-batches of four blocks, in 3 (10 n + 1 (4 - n)) of 75 bytes: two blocks keep all, two don't."""
+    fast, lean = (Variant(name, 1.0, seconds, 1.0, 0.0, kept, 0, 0, 0) for name, seconds, kept in (("fast", 1.0, 10), ("lean", 2.0, 1)))
+    problem = make_problem(like(12, fast, lean), make_schedule("1f1b", 3, 9), 75)
+    stages, variants = next(draft(problem))
+    assert stages == (0,) * 4 + (1,) * 4 + (2,) * 4
+    assert [sum(variants[start : start + 4]) for start in (0, 4, 8)] == [2, 1, 0]
+    assert measure(problem, stages, variants).peak == (66, 62, 40)
+
+
+def test_of_two_exchanges_the_one_that_saves_more_for_its_time_is_made() -> None:
+    fast = Variant("fast", 1.0, 1.0, 1.0, 0.0, 100, 0, 0, 0)
+    dear, cheap = replace(fast, name="dear", input=3.0, kept=10), replace(fast, name="cheap", input=1.5, kept=40)
+    problem = make_problem(like(2, fast, dear, cheap), make_schedule("1f1b", 1, 2), 150)
+    # One cheap exchange leaves 140 bytes; a dear one would take 1.5 s more.
+    assert sorted(next(draft(problem))[1]) == [0, 2]
+    assert next(draft(make_problem(like(2, fast, dear, cheap), make_schedule("1f1b", 1, 2), 80)))[1] == (2, 2)
+    assert next(draft(make_problem(like(2, fast, dear, cheap), make_schedule("1f1b", 1, 2), 20)))[1] == (1, 1)
+
+
+def test_ranks_of_several_stages_get_whole_layers_in_each_round() -> None:
+    """Eight layers for each rank of three stages: 3, 3 and 2, not any mixture of twos and threes."""
+    one = Variant("none", 1.0, 1.0, 1.0, 0.0, 1, 0, 0, 0)
+    problem = make_problem(like(32, one), make_schedule("interleaved", 4, 16, 3), PLENTY)
+    found = list(draft(problem))
+    sizes = [[stages.count(stage) for stage in range(12)] for stages, _ in found]
+    assert [3] * 8 + [2] * 4 in sizes
+    seconds = {tuple(size): longest_path(problem, measure(problem, *one).columns)[0] for size, one in zip(sizes, found, strict=True)}
+    by_time = sizes[0]
+    assert seconds[(3,) * 8 + (2,) * 4] < seconds[tuple(by_time)]
+
+
+def test_on_a_v_a_rank_uses_what_its_first_stage_leaves() -> None:
+    """A heavy head sits with the first stage on rank 0; a bound for each stage alone would leave that rank idle."""
+    layer, head = Variant("layer", 1.0, 1.0, 1.0, 0.0, 1, 0, 0, 0), Variant("head", 5.0, 5.0, 5.0, 0.0, 1, 0, 0, 0)
+    menus = [*like(31, layer), BlockMenu("head", (head,), Cut(0.0, 0.0, 0))]
+    problem = make_problem(menus, make_schedule("zb-v", 4, 16), PLENTY)
+    slowest = []
+    for one in draft(problem):
+        work = stage_seconds(problem, *one)
+        slowest.append(max(float(work[list(own)].sum()) for own in problem.stages_of))
+    # 31 layers and a head of five layers' time on four ranks: nine each.
+    assert min(slowest) == pytest.approx(27.0)
+
+
+def test_the_leanest_takes_the_variants_that_need_least() -> None:
+    fast, lean = (Variant(name, 1.0, 1.0, 1.0, 0.0, kept, 0, 5, 0) for name, kept in (("fast", 10), ("lean", 1)))
+    problem = make_problem(like(4, fast, lean), make_schedule("1f1b", 2, 4), 1)
+    assert list(draft(problem)) == []
+    stages, variants = find_leanest(problem)
+    assert (stages, variants) == ((0, 0, 1, 1), (1, 1, 1, 1))
+    assert measure(problem, stages, variants).peak == (14, 12)

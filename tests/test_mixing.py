@@ -1,0 +1,169 @@
+"""Blocks that are alike and split differently: costs of a mixture, its plan, the program that comes of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+
+from autopar.blocks import find_chain, relabel
+from autopar.capture import capture
+from autopar.cost_models import Cluster
+from autopar.costs import CostTables
+from autopar.factors import find_factors
+from autopar.ir import Graph
+from autopar.layers import fold, fold_as_planned, regroup
+from autopar.layout import Mesh
+from autopar.microbatch import split_microbatches
+from autopar.options import AxisKind, Constraints, Model, find_tables, in_time
+from autopar.planner import make_plan
+from autopar.plans import Plan, from_json, to_json
+from autopar.problem import build_problem, restrict
+from autopar.rewrite import rewrite
+from autopar.rules import find_spaces
+from autopar.search import Search
+from autopar.variants import Choices, Menus, choices_of, find_shared, join_menus, mix, read_chain
+from autopar.verification import prepare_reference, verify_against
+from tests.zoo import DEEP
+
+TINY: Mapping[str, object] = {"dp": 4, "recompute": "none"}
+PIPELINE: Mapping[str, object] = {"pp": 2, "dp": 2, "recompute": "none", "microbatches": 2, "schedule": "1f1b"}
+
+
+def _graph(name: str) -> Graph:
+    torch.manual_seed(0)
+    return capture(*DEEP[name]()).graph
+
+
+def _cramped(graph: Graph, share: float, pins: Mapping[str, object]) -> Plan:
+    """A plan with this share of the memory that the fastest takes."""
+    cluster = Cluster.parse("4xcpu")
+    reserved = cluster.machine.device.reserved_bytes
+    fastest = make_plan(graph, cluster, pins=pins).memory.total - reserved
+    return make_plan(graph, cluster.with_memory(int(share * fastest) + reserved), pins=pins)
+
+
+def _mixed(graph: Graph, plan: Plan) -> list[str]:
+    """The runs of layers that a plan splits differently."""
+    assert set(plan.placements) - set(fold(graph).representative.values())
+    return [group.name for group in plan.groups if "[" in group.name]
+
+
+class _Subject:
+    """Answers for a model on dp=2 x tp=2 that agree on what blocks share."""
+
+    def __init__(self, name: str) -> None:
+        graph = _graph(name)
+        spaces, _ = find_spaces(graph)
+        factors = find_factors(graph, spaces)
+        micro = split_microbatches(graph, spaces, factors, 2)
+        self.cluster = Cluster.parse("8xcpu")
+        self.model = Model(fold(graph), spaces, factors, find_tables(graph), micro)
+        self.chain = find_chain(self.model.folded, spaces)
+        self.mesh = in_time(Mesh(("dp", "tp"), (2, 2)), 2)
+        self.reading = read_chain(self.model, self.chain)
+        problem = build_problem(self.model, self.mesh, self.cluster, Constraints((AxisKind.TIME, AxisKind.DP, AxisKind.TP)))
+        search = Search(problem)
+        allowed = find_shared(self.model, self.reading, problem, search.solution_at(0.0).choice)
+        self.inner = restrict(problem, allowed)
+        highest = 1000 * search.bound_ns / search.solution_at(0.0).nbytes
+        self.answers = [choices_of(self.model, self.inner, one) for one in Search(self.inner).frontier(highest, 5)]
+
+    def menus(self, model: Model, choices: Choices, number: int = 0) -> Menus:
+        chain = relabel(self.chain, model.folded)
+        tables = CostTables(model, self.mesh, self.cluster)
+        return Menus(model, chain, read_chain(model, chain), tables, choices, self.cluster.link_of(2, 1), number)
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_what_a_block_costs_is_its_own_answers_whatever_its_neighbours_take(name: str) -> None:
+    subject = _Subject(name)
+    assert len(subject.answers) > 2
+    recompute = ("none", "selective", "full")
+    menus = join_menus([subject.menus(subject.model, one, number).make(recompute, True, {}) for number, one in enumerate(subject.answers)])
+    generator = random.Random(name)
+    for _ in range(3):
+        numbers = [generator.randrange(len(subject.answers)) for _ in menus]
+        model, choices = mix(subject.model, subject.reading, subject.answers, numbers)
+        alone = subject.menus(model, choices).make(recompute, True, {})
+        for number, menu, own in zip(numbers, menus, alone, strict=True):
+            assert menu.cut == own.cut
+            assert tuple(replace(one, answer=0) for one in menu.variants if one.answer == number) == own.variants, menu.name
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_plan_says_by_its_ops_which_layers_it_splits_alike(name: str) -> None:
+    folded = fold(_graph(name))
+    generator = random.Random(name)
+    instances = [instance for layer in folded.classes for instance in layer.instances]
+    mixed = regroup(folded, {op: number for one in instances for number in [generator.randrange(3)] for op in one})
+    again = fold_as_planned(folded, set(mixed.representative.values()))
+    assert again.representative == mixed.representative
+    assert again.classes == mixed.classes
+    assert fold_as_planned(folded, set(folded.representative.values())) == folded
+    assert sum(mixed.count.values()) == sum(folded.count.values()) == len(folded.graph.ops)
+
+
+def test_runs_of_layers_are_named_and_counted() -> None:
+    folded = fold(_graph("gpt2_deep"))
+    (layer,) = (one for one in folded.classes if len(one.instances) == 6)
+    groups = (0, 0, 1, 1, 1, 0)
+    mixed = regroup(folded, {op: group for group, one in zip(groups, layer.instances, strict=True) for op in one})
+    found = [(one.name, len(one.instances)) for one in mixed.classes if one.name.startswith(layer.name)]
+    assert found == [(f"{layer.name}[0-1]", 2), (f"{layer.name}[2-4]", 3), (f"{layer.name}[5]", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "pins", "share"),
+    [
+        ("gpt2_deep", TINY, 0.65),
+        ("llama_tied", TINY, 0.75),
+        ("bert_deep", TINY, 0.7),
+        ("gpt2_deep", PIPELINE, 0.85),
+        ("llama_tied", PIPELINE, 0.7),
+        ("t5_deep", PIPELINE, 0.67),
+    ],
+)
+def test_little_memory_mixes_placements_and_the_plan_is_exact(name: str, pins: Mapping[str, object], share: float) -> None:
+    model, inputs = DEEP[name]()
+    reference = prepare_reference(model, inputs, capture(model, inputs))
+    plan = _cramped(reference.captured.graph, share, pins)
+    assert _mixed(reference.captured.graph, plan)
+    assert plan.memory.total <= plan.memory.budget
+    verify_against(reference, plan).check()
+
+
+def test_a_mixture_is_faster_than_one_placement_for_all() -> None:
+    graph = _graph("gpt2_deep")
+    plan = _cramped(graph, 0.65, TINY)
+    assert len(_mixed(graph, plan)) == 2
+    cluster = Cluster.parse("4xcpu").with_memory(plan.memory.budget)
+    # A given mesh is searched with one placement for like layers.
+    assert plan.seconds.step < make_plan(graph, cluster, mesh={"dp": 4}).seconds.step
+
+
+def test_a_mixed_plan_survives_its_file() -> None:
+    captured = capture(*DEEP["gpt2_deep"]())
+    plan = _cramped(captured.graph, 0.85, PIPELINE)
+    again = from_json(to_json(plan))
+    assert again == plan
+    layouts = {slot.name: slot.layout for slot in rewrite(captured, again).parameters}
+    kinds = [{layout for name, layout in layouts.items() if f".h.{block}." in name} for block in range(6)]
+    assert len({frozenset(one) for one in kinds}) > 1
+
+
+def test_a_later_program_keeps_every_layers_own_storage() -> None:
+    model, inputs = DEEP["gpt2_deep"]()
+    captured = capture(model, inputs)
+    first = _cramped(captured.graph, 0.85, PIPELINE)
+    stored = {slot.name: slot.layout for slot in rewrite(captured, first).parameters}
+    shorter = {name: x[:4] for name, x in inputs.items()}
+    later = prepare_reference(model, shorter, capture(model, shorter))
+    mesh = dict(zip(first.mesh.names, first.mesh.sizes, strict=True))
+    cluster = Cluster.parse("4xcpu")
+    plan = make_plan(later.captured.graph, cluster, mesh=mesh, stored=stored, first=first)
+    assert {slot.name: slot.layout for slot in rewrite(later.captured, plan).parameters} == stored
+    verify_against(later, plan).check()
