@@ -4,15 +4,19 @@ Comes in: the calls of an emitted program that contract with parameters, here un
 that they replace. Goes out: the same values; and from a backward inside `deferring` the gradients of everything but those
 parameters, with a `Deferred` that computes the rest when it is run. Any other backward runs it at its own end.
 
-Each call is the operator itself on parameters cut out of the graph, so torch's own formulas give the input gradient, between nodes
-that note what the weight gradient needs::
+Each call is the operator itself on parameters cut out of the graph, so torch's own formulas give the input gradient. Beside it two notes
+are taken of what the weight gradient needs::
 
-    x ──┬─────────────> operator ──> _Catch ──> y        _Catch notes the gradient of y
-        └─> _Keep ─────── token ───────┘                 _Keep saves x and notes it: the pass of the inputs ends here
-    weight, bias ─────────────────> _Weigh ──> ticket    _Weigh computes from both notes what the parameters get
+    x ──> _Keep ──> operator ──> y        a hook on y notes its gradient
+                                          _Keep saves x and notes it: the pass of the inputs ends here
 
-The ticket is no part of y, so a backward from y doesn't come to the parameters; one from the ticket does, through whatever made them
-(a gather, a cast) to the leaves. `_Keep` comes before the operator: a recomputed region that ends with it isn't run further than x.
+`_Keep` comes before the operator: a recomputed region that ends with it isn't run further than x. Outside of such regions products are one
+node, `_Product`, which takes both notes and costs less. Later the notes give the gradients, which leaves take at once. Where parameters are
+made of leaves (a gather, a cast), or somebody watches a leaf, autograd takes them there::
+
+    weight, bias ──> _Weigh ──> ticket    _Weigh computes from the notes what the parameters get
+
+The ticket is no part of y, so a backward from y doesn't come to the parameters; one from the ticket does.
 """
 
 from __future__ import annotations
@@ -40,18 +44,31 @@ Gradients = tuple[Tensor | None, ...]
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One call on its way through both passes: how its parameters' gradients come from its input and its result's gradient."""
+    """One call on its way through both passes: how its parameters' gradients come from its input and its result's gradient.
+
+    With a ticket, autograd knows where they go.
+    """
 
     formula: Callable[[Tensor, Tensor], Gradients]
+    parameters: tuple[Tensor | None, ...]
+    ticket: Tensor | None = None
     x: Tensor | None = None
     gradient: Tensor | None = None
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """Both notes, which are then gone."""
+        x, gradient = self.x, self.gradient
+        if x is None or gradient is None:
+            raise AutoparError("the weight gradients of one pass were asked for twice; each `Deferred` runs once")
+        self.x = self.gradient = None
+        return x, gradient
 
 
 class Deferred:
     """The weight gradients that backwards inside one `deferring` have left to be computed."""
 
     def __init__(self) -> None:
-        self._left: list[tuple[Tensor, _Call]] = []
+        self._left: list[_Call] = []
 
     @property
     def nbytes(self) -> int:
@@ -59,19 +76,34 @@ class Deferred:
         return sum(dict(map(_storage_of, self._held())).values())
 
     def run(self) -> None:
-        """Compute the weight gradients in one backward and add them to the leaves' ``grad``; what is held goes bit by bit."""
-        tickets = [ticket for ticket, _ in self._left]
-        self._left.clear()
+        """Compute the weight gradients and add them to the leaves' ``grad``; what is held goes bit by bit.
+
+        Those that autograd has to take to their leaves come in one backward.
+        """
+        tickets: list[Tensor] = []
+        calls, self._left = self._left[::-1], []
+        while calls:
+            call = calls.pop()
+            if call.ticket is None and any(p is not None and torch_compat.has_hooks(p) for p in call.parameters):
+                with torch.enable_grad():
+                    call.ticket = _Weigh.apply(call, *call.parameters)  # type: ignore[no-untyped-call]
+            if call.ticket is not None:
+                tickets.append(call.ticket)
+                continue
+            with torch.no_grad():
+                for parameter, gradient in zip(call.parameters, call.formula(*call.take()), strict=False):
+                    if parameter is not None and gradient is not None:
+                        _accumulate(parameter, gradient)
         if tickets:
             torch.autograd.backward(tickets, [torch.empty_like(ticket) for ticket in tickets])
 
     def _held(self) -> Iterator[Tensor]:
-        for _, call in self._left:
+        for call in self._left:
             if call.x is not None and call.gradient is not None:
                 yield from (call.x, call.gradient)
 
-    def _add(self, ticket: Tensor, call: _Call) -> None:
-        self._left.append((ticket, call))
+    def _add(self, call: _Call) -> None:
+        self._left.append(call)
 
     def _own(self) -> None:
         """Copy the gradients that share their memory with anything else.
@@ -80,7 +112,7 @@ class Deferred:
         view of a gradient held here (an added bias of the result's size), the wait must not let the next micro-batch change it.
         """
         # Few are, so first those that anything shares, then those that more than ours share.
-        shared = [(call, call.gradient) for _, call in self._left if call.gradient is not None]
+        shared = [(call, call.gradient) for call in self._left if call.gradient is not None]
         shared = [(call, gradient) for call, gradient in shared if torch_compat.storage_users(gradient) > 1]
         if not shared:
             return
@@ -90,6 +122,14 @@ class Deferred:
         for call, gradient in shared:
             if torch_compat.storage_users(gradient) > len(ours[torch_compat.StorageRef.key_of(gradient)]):
                 call.gradient = gradient.clone()
+
+
+def _accumulate(leaf: Tensor, gradient: Tensor) -> None:
+    """Add to a leaf's ``grad`` as autograd does: the first one is taken for its own if nobody else has it."""
+    if leaf.grad is not None:
+        leaf.grad += gradient
+    else:
+        leaf.grad = gradient if torch_compat.storage_users(gradient) == 1 else gradient.clone()
 
 
 def _storage_of(x: Tensor) -> tuple[int, int]:
@@ -125,7 +165,7 @@ _AT_ONCE = _AtOnce()
 
 def _find_deferred() -> Deferred:
     """Where the backward that runs now leaves weight gradients."""
-    active = torch_compat.read_in_backward(_ACTIVE)
+    active = _ACTIVE.get() or torch_compat.read_in_backward(_ACTIVE)
     if active is not None:
         return active
     this_backward = torch_compat.backward_id()
@@ -144,37 +184,74 @@ class _Keep(torch.autograd.Function):
     """Saves the input of a call, and hands the call over when the backward has come by."""
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[_Call, Tensor], x: Tensor, anchor: Tensor) -> Tensor:
-        # The ticket comes inside a tuple, where autograd doesn't see it.
-        ctx.call, ctx.ticket = call
-        ctx.save_for_backward(x)
-        return torch.empty_like(anchor)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        (x,) = ctx.saved_tensors
-        call: _Call = ctx.call
-        if call.x is not None:
-            raise AutoparError("a second backward came by before the weight gradients of the first were computed: run its `Deferred` first")
-        if call.gradient is not None:
-            call.x = x
-            _find_deferred()._add(ctx.ticket, call)
-        return None, None, None
-
-
-class _Catch(torch.autograd.Function):
-    """Notes the gradient of a call's result."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, y: Tensor, token: Tensor) -> Tensor:
+    def forward(ctx: Any, call: _Call, x: Tensor) -> Tensor:
         ctx.call = call
         ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor | None]:
+        _note(ctx.call, *ctx.saved_tensors)
+        return None, grads[0]
+
+
+class _Product(torch.autograd.Function):
+    """A product with leaves, and both its notes."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, kind: _Kind, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.call, ctx.kind = call, kind
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        return kind.operator(x, weight) if bias is None else kind.operator(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        (gradient,) = grads
+        if gradient is None:
+            return None, None, None, None, None
+        ctx.call.gradient = gradient
+        _note(ctx.call, x)
+        return None, None, ctx.kind.to_input(gradient, weight), None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A product: the operator, and how its input's gradient comes from the result's and the weight."""
+
+    operator: Callable[..., Tensor]
+    to_input: Callable[[Tensor, Tensor], Tensor]
+
+
+class _Watch(torch.autograd.Function):
+    """Both notes of a call whose input needs no gradient, and whose result needs one all the same: a table of token numbers."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x: Tensor, y: Tensor, anchor: Tensor) -> Tensor:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x)
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None, None]:
         ctx.call.gradient = grads[0]
-        return None, grads[0], None
+        _note(ctx.call, *ctx.saved_tensors)
+        return None, None, None, None
+
+
+def _note(call: _Call, x: Tensor) -> None:
+    if call.x is not None:
+        raise AutoparError("a second backward came by before the weight gradients of the first were computed: run its `Deferred` first")
+    if call.gradient is not None:
+        call.x = x
+        _find_deferred()._add(call)
+
+
+def _catch(call: _Call, gradient: Tensor) -> None:
+    call.gradient = gradient
 
 
 class _Weigh(torch.autograd.Function):
@@ -188,24 +265,53 @@ class _Weigh(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        x, gradient = call.x, call.gradient
-        if x is None or gradient is None:
-            raise AutoparError("the weight gradients of one pass were asked for twice; each `Deferred` runs once")
-        call.x = call.gradient = None
-        return None, *call.formula(x, gradient)
+        return None, *call.formula(*call.take())
+
+
+class _Inside(threading.local):
+    """Whether a region runs here that the backward will run again."""
+
+    region: bool = False
+
+
+_INSIDE = _Inside()
+
+
+@contextmanager
+def inside_region() -> Iterator[None]:
+    """Calls below are of a region that the backward will run again, as far as it must."""
+    before, _INSIDE.region = _INSIDE.region, True
+    try:
+        yield
+    finally:
+        _INSIDE.region = before
 
 
 def _split(
-    operator: Callable[..., Tensor], formula: Callable[[Tensor, Tensor], Gradients], x: Tensor, *parameters: Tensor | None
+    operator: Callable[..., Tensor],
+    formula: Callable[[Tensor, Tensor], Gradients],
+    x: Tensor,
+    *parameters: Tensor | None,
+    kind: _Kind | None = None,
 ) -> Tensor:
     """``operator(x, *parameters)``, whose backward leaves the parameters' gradients, ``formula(x, gradient of the result)``."""
-    call = _Call(formula)
-    ticket = _Weigh.apply(call, *parameters)  # type: ignore[no-untyped-call]
-    # The result needs a gradient even where the input doesn't: a table of token numbers.
-    anchor = torch.empty(0, device=x.device, requires_grad=True)
-    token = _Keep.apply((call, ticket), x.detach(), anchor)  # type: ignore[no-untyped-call]
-    y = operator(x, *(None if p is None else p.detach() for p in parameters))
-    result: Tensor = _Catch.apply(call, y, token)  # type: ignore[no-untyped-call]
+    call = _Call(formula, parameters)
+    if kind is not None and x.requires_grad and not _INSIDE.region and all(p is None or p.is_leaf for p in parameters):
+        weight, bias = parameters if len(parameters) == 2 else (*parameters, None)
+        assert weight is not None
+        cut_bias = None if bias is None else bias.detach()
+        product: Tensor = _Product.apply(call, kind, x, weight.detach(), cut_bias)  # type: ignore[no-untyped-call]
+        return product
+    if not all(p is None or p.is_leaf for p in parameters):
+        call.ticket, call.parameters = _Weigh.apply(call, *parameters), ()  # type: ignore[no-untyped-call]
+    cut = [None if p is None else p.detach() for p in parameters]
+    result: Tensor
+    if x.requires_grad:
+        result = operator(_Keep.apply(call, x), *cut)  # type: ignore[no-untyped-call]
+        result.register_hook(partial(_catch, call))  # type: ignore[no-untyped-call]
+    else:
+        anchor = torch.empty(0, device=x.device, requires_grad=True)
+        result = _Watch.apply(call, x, operator(x, *cut), anchor)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -224,7 +330,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``aten.linear``: x is (..., in), weight (out, in), bias (out,)."""
     if not _can_wait(weight):
         return aten.linear.default(x, weight, bias)  # type: ignore[no-any-return]
-    return _split(aten.linear.default, partial(_of_linear, _is_trained(bias)), x, weight, bias)
+    return _split(aten.linear.default, partial(_of_linear, _is_trained(bias)), x, weight, bias, kind=_LINEAR)
+
+
+_LINEAR = _Kind(aten.linear.default, lambda gradient, weight: gradient @ weight)
 
 
 def _of_linear(biased: bool, x: Tensor, gradient: Tensor) -> Gradients:
@@ -241,7 +350,11 @@ def addmm(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: fl
         return aten.addmm.default(bias, x, weight, beta=beta, alpha=alpha)  # type: ignore[no-any-return]
 
     shape = tuple(bias.shape) if _is_trained(bias) else None
-    return _split(operator, partial(_of_addmm, shape, beta, alpha), x, weight, bias)
+    kind = _ADDMM if beta == alpha == 1 else None
+    return _split(operator, partial(_of_addmm, shape, beta, alpha), x, weight, bias, kind=kind)
+
+
+_ADDMM = _Kind(lambda x, weight, bias: aten.addmm.default(bias, x, weight), lambda gradient, weight: gradient @ weight.T)
 
 
 def _of_addmm(bias: tuple[int, ...] | None, beta: float, alpha: float, x: Tensor, gradient: Tensor) -> Gradients:
@@ -252,7 +365,10 @@ def _of_addmm(bias: tuple[int, ...] | None, beta: float, alpha: float, x: Tensor
 
 def mm(x: Tensor, weight: Tensor) -> Tensor:
     """``aten.mm``: x is (rows, in), weight (in, out)."""
-    return _product(aten.mm.default, x, weight)
+    return _product(aten.mm.default, x, weight, _MM)
+
+
+_MM = _Kind(aten.mm.default, lambda gradient, weight: gradient @ weight.T)
 
 
 def bmm(x: Tensor, weight: Tensor) -> Tensor:
@@ -265,10 +381,10 @@ def matmul(x: Tensor, weight: Tensor) -> Tensor:
     return _product(aten.matmul.default, x, weight)
 
 
-def _product(operator: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+def _product(operator: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, kind: _Kind | None = None) -> Tensor:
     if not _can_wait(weight):
         return operator(x, weight)
-    return _split(operator, partial(_of_product, tuple(weight.shape)), x, weight)
+    return _split(operator, partial(_of_product, tuple(weight.shape)), x, weight, kind=kind)
 
 
 def _of_product(weight: tuple[int, ...], x: Tensor, gradient: Tensor) -> Gradients:

@@ -325,8 +325,8 @@ class PipelineSearch:
 
     def _draft_first(self, shape: Shape) -> _Draft | None:
         """A draft under the first schedule, or where that needs too much memory under one that needs less."""
-        first, *others = self._families(shape)
-        for family, chunks in (first, *(one for one in others if one[0] == LEAN_FAMILY)):
+        families = self._families(shape)
+        for family, chunks in (*families[:1], *(one for one in families[1:] if one[0] == LEAN_FAMILY)):
             one = self._draft(shape, family, chunks)
             if one is not None:
                 self._needs.pop(shape, None)

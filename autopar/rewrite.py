@@ -26,7 +26,7 @@ from autopar.plans import Pipeline, Plan
 from autopar.program import PipelineProgram, Program, Slot, StageOutput, StageProgram
 from autopar.rewriter import Rewriter
 from autopar.rules import find_spaces
-from autopar.schedules import StageEdge, lower
+from autopar.schedules import Kind, StageEdge, lower
 from autopar.space import Space
 from autopar.stages import Stage, edges_of, find_loss, partition
 
@@ -71,14 +71,15 @@ def _rewrite_stages(
     micro = split_microbatches(captured.graph, spaces, find_factors(captured.graph, spaces), pipeline.microbatches)
     if micro.reasons:
         raise PlanError(f"the plan has {pipeline.microbatches} micro-batches, but {'; '.join(micro.reasons)}")
-    schedule = make_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks)
     edges = edges_of(captured.graph, stages)
+    schedule = lower(make_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks), edges)
+    split = {action.stage for actions in schedule.actions for action in actions if action.kind is Kind.INPUT}
     work = Rewriter(captured, plan, folded, spaces, device, micro)
     stages = tuple(_with_prologue(captured.graph, stage, work.find_ancestors(work.find_wholes(stage))) for stage in stages)
     programs: dict[int, StageProgram] = {}
     for number, stage in enumerate(stages):
         if group is None or schedule.rank_of[number] == group:
-            programs[number] = _stage_program(captured, plan, folded, spaces, device, stage, micro, schedule.splits_backward, regions)
+            programs[number] = _stage_program(captured, plan, folded, spaces, device, stage, micro, number in split, regions)
     program = work.program(nn.ModuleDict({f"stage {number}": one.module for number, one in programs.items()}))
     users: dict[str, list[int]] = {}
     for number, stage in enumerate(stages):
@@ -94,7 +95,7 @@ def _rewrite_stages(
         regather=any(_gathers(one.module) for one in programs.values()),
         pipeline=PipelineProgram(
             stages=programs,
-            schedule=lower(schedule, edges),
+            schedule=schedule,
             inference=lower(
                 forward_only(schedule.rank_of, pipeline.microbatches), [StageEdge(edge.producer, edge.consumer, False) for edge in edges]
             ),

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import zip_longest
 
 from autopar.actions import COMPUTING, RECEIVES, SENDS, Action, Kind, Schedule, StageEdge, chain, draw_table, meet, parse_action
 from autopar.errors import InputError, ScheduleError
@@ -47,11 +48,15 @@ def lower(schedule: Schedule, edges: Sequence[StageEdge]) -> Schedule:
     in the order of its sends; where the needs come in another order, those sent before are posted too. Stages of one rank exchange no
     messages.
 
+    A stage whose backwards gain nothing from two passes has them in one: W follows right after I each time, and nobody on another rank
+    waits for what I makes.
+
     Raises InputError when the schedule has messages already, or an edge names a stage that isn't there.
     """
     if any(action.kind not in COMPUTING and action.kind is not Kind.REDUCE for actions in schedule.actions for action in actions):
         raise InputError(f"schedule {schedule.name!r} has messages already; lower takes computing actions and reductions only")
     routes = _Routes(schedule, edges)
+    schedule = _join_passes(schedule, routes)
     sent: dict[tuple[int, int], list[Action]] = defaultdict(list)  # per ordered pair of ranks: its sends in order
     for rank, actions in enumerate(schedule.actions):
         for action in actions:
@@ -80,6 +85,26 @@ def lower(schedule: Schedule, edges: Sequence[StageEdge]) -> Schedule:
             lists += [*before[position], action, *routes.sends_after(action)]
         lowered.append(tuple(lists))
     return replace(schedule, actions=tuple(lowered))
+
+
+def _join_passes(schedule: Schedule, routes: _Routes) -> Schedule:
+    """The schedule with I and W as one B on the stages where nothing comes between them."""
+    apart = {stage for stage in range(schedule.stages) if routes.returning[stage]}
+    for actions in schedule.actions:
+        for action, following in zip_longest(actions, actions[1:]):
+            if action.kind is Kind.INPUT and following != replace(action, kind=Kind.WEIGHT):
+                apart.add(action.stage)
+    return replace(
+        schedule,
+        actions=tuple(
+            tuple(
+                replace(action, kind=Kind.BACKWARD) if action.kind is Kind.INPUT and action.stage not in apart else action
+                for action in actions
+                if action.kind is not Kind.WEIGHT or action.stage in apart
+            )
+            for actions in schedule.actions
+        ),
+    )
 
 
 Held = tuple[tuple[int, int], ...]

@@ -41,6 +41,7 @@ __all__ = [
     "close_group",
     "default_store",
     "group_over",
+    "has_hooks",
     "local_of",
     "local_sizes",
     "make_dtensor",
@@ -115,6 +116,11 @@ def storage_users(x: Tensor) -> int:
 # Makes `torch.compile` run a function as it is, in a break of its graph. The public `torch.compiler.disable` imports the compiler,
 # which takes seconds, where the function is defined; this imports it at the first call, when capture has already.
 uncompiled: Callable[..., Any] = _disable_dynamo
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether somebody has asked to see a leaf's gradient, before or after it is added to ``grad``."""
+    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def run_hooks(parameter: Tensor, gradient: Tensor) -> Tensor:

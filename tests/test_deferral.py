@@ -288,6 +288,7 @@ def test_no_gradient_is_copied() -> None:
         y.exp().sum().backward()
     left.run()
     assert weight.grad is not None
+    assert not weight.grad.requires_grad
     assert made == [weight.grad.data_ptr()]
     assert waited[0] == waited[1]
 

@@ -93,7 +93,7 @@ def test_groups_that_split_the_batch_compute_what_one_device_does(name: str) -> 
     _check(name, subject(name).verify(plan))
 
 
-@pytest.mark.parametrize("seed", [13, 25, 32])
+@pytest.mark.parametrize("seed", [25, 32, 116, 117])
 @pytest.mark.parametrize("name", ["gpt2_deep", "llama_tied", "bert_deep", "t5_deep", "unet"])
 def test_drawn_pipelines_compute_what_one_device_does(name: str, seed: int) -> None:
     _check(name, subject(name).verify(subject(name).random_pipeline(seed)))

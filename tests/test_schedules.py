@@ -34,6 +34,7 @@ from autopar.schedules import (
     parse_action,
     validate,
 )
+from autopar.timeline import StageTimes, simulate
 
 RANKS = range(1, 9)
 
@@ -291,9 +292,26 @@ def test_messages_follow_what_makes_them_and_lead_what_needs_them_by_one() -> No
 def test_stages_of_one_rank_exchange_nothing_and_skips_travel_directly() -> None:
     edges = [StageEdge(0, 1), StageEdge(1, 2), StageEdge(2, 3), StageEdge(0, 3), StageEdge(0, 2, False)]
     assert write(lower(make_schedule("zb-v", 2, 1), edges)) == [
-        "3RF0<2 0F0 0SF0>1 0SF0>2 3F0 3I0 3SB0>2 0RB0<1 3W0 3G0 0I0 0W0 0G0",
-        "1RF0<0 2RF0<0 1F0 2RB0<3 2F0 2SF0>3 2I0 2W0 2G0 1I0 1SB0>0 1W0 1G0",
+        "3RF0<2 0F0 0SF0>1 0SF0>2 3F0 3I0 3SB0>2 0RB0<1 3W0 3G0 0B0 0G0",
+        "1RF0<0 2RF0<0 1F0 2RB0<3 2F0 2SF0>3 2B0 2G0 1I0 1SB0>0 1W0 1G0",
     ]
+
+
+def test_passes_that_nothing_parts_are_one() -> None:
+    """Rank 0's first stage sends no gradient; rank 1's second hands its own over, but ends with inputs alone. The others send."""
+    lowered = lower(make_schedule("zb-v", 2, 8), chain(4))
+    kinds = {
+        stage: {action.kind for actions in lowered.actions for action in actions if action.stage == stage} & COMPUTING for stage in range(4)
+    }
+    split = {Kind.FORWARD, Kind.INPUT, Kind.WEIGHT}
+    assert kinds == {0: {Kind.FORWARD, Kind.BACKWARD}, 1: split, 2: split, 3: split}
+    validate(lowered, chain(4))
+    # No more is held, and the time is the same.
+    joined = replace(lowered, actions=tuple(tuple(action for action in actions if action.kind in COMPUTING) for actions in lowered.actions))
+    for found, before in zip(held(joined), held(make_schedule("zb-v", 2, 8)), strict=True):
+        assert set(found) <= set(before)
+    times = [StageTimes(1.0, 2.0 + stage, 1.5) for stage in range(4)]
+    assert simulate(joined, times).seconds == simulate(make_schedule("zb-v", 2, 8), times).seconds
 
 
 def test_receives_stand_in_the_order_of_the_sends() -> None:

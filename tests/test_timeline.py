@@ -30,13 +30,12 @@ def seconds_of(action: Action, times: Sequence[StageTimes]) -> float:
 
 
 def naive(schedule: Schedule, times: Sequence[StageTimes], transfers: Transfers, edges: Sequence[StageEdge]) -> dict[Action, float]:
-    """The end of every action of the lowered lists, by waiting for what isn't there yet until nothing changes."""
-    lowered = lower(schedule, edges)
+    """The end of every action of lowered lists, by waiting for what isn't there yet until nothing changes."""
     ends: dict[Action, float] = {}
     arrivals: dict[Action, float] = {}  # per send
     while True:
         before = len(ends) + len(arrivals)
-        for rank, actions in enumerate(lowered.actions):
+        for rank, actions in enumerate(schedule.actions):
             clock = 0.0
             links: dict[int, float] = {}
             for action in actions:
@@ -102,9 +101,11 @@ def draw_times(schedule: Schedule, edges: Sequence[StageEdge], dice: random.Rand
 def test_times_are_those_of_a_naive_simulation(case: tuple[Schedule, list[StageEdge], random.Random]) -> None:
     schedule, edges, dice = case
     times, transfers = draw_times(schedule, edges, dice)
-    timeline = simulate(schedule, times, transfers, edges)
-    expected = naive(schedule, times, transfers, edges)
-    for actions, spans in zip(schedule.actions, timeline.spans, strict=True):
+    lowered = lower(schedule, edges)
+    timeline = simulate(lowered, times, transfers, edges)
+    assert timeline.seconds == simulate(schedule, times, transfers, edges).seconds
+    expected = naive(lowered, times, transfers, edges)
+    for actions, spans in zip(lowered.actions, timeline.spans, strict=True):
         assert [span.action for span in spans] == [action for action in actions if action.kind in COMPUTING]
         assert all(span.end == expected[span.action] and span.start == span.end - seconds_of(span.action, times) for span in spans)
         assert all(one.end <= other.start for one, other in pairwise(spans))
