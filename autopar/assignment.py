@@ -28,7 +28,7 @@ from autopar.actions import Schedule
 from autopar.assignment_model import Master, Point, spell
 from autopar.drafts import draft
 from autopar.errors import InfeasibleError, SolverError
-from autopar.menus import PHASES, BlockMenu, Cut, Floats, Ints, Problem, Variant, evaluate, longest_path, make_problem, measure
+from autopar.menus import PHASES, BlockMenu, Cut, Floats, Ints, Problem, Run, Variant, evaluate, longest_path, make_problem, measure
 from autopar.units import format_bytes
 
 __all__ = ["Assignment", "BlockMenu", "Cut", "Variant", "assign", "evaluate"]
@@ -41,6 +41,9 @@ GAP_SHARE = 0.25
 # are walked at most.
 TILT = 0.03
 TILTED_ACTIONS = 300_000
+# Of the time that is left, for the model with few variants; and how many blocks of one the relaxed model must take.
+NARROW_SHARE = 0.6
+TRACE = 1e-3
 # Of the guided models: rounds, share of the time, and gap. A guess needs no proof.
 GUIDED_ROUNDS = 3
 GUIDED_SHARE = 0.2
@@ -104,6 +107,7 @@ def assign(
     try:
         search.start()
         search.relax()
+        search.narrow()
         if schedule.chunks > 1:
             search.guide(GUIDED_SHARE * time_limit)
         else:
@@ -129,6 +133,7 @@ class _Search:
     bound: float = 0.0
     rounds: int = 0
     slack: int = 0
+    taken: list[frozenset[int]] | None = None
 
     @property
     def left(self) -> float:
@@ -153,10 +158,34 @@ class _Search:
             point = self.solve(self.master, self.left, free=self.master.integers)
             if point is None or self.is_over:
                 return
+            self.taken = _taken(self.problem, point)
             simulated = self.add_paths(point.columns) + point.once
             if simulated <= point.bound * (1 + GAP_SHARE * self.gap) or point.bound <= before * (1 + GAP_SHARE * self.gap):
                 return
             before = point.bound
+
+    def narrow(self) -> None:
+        """Answers of the model with those variants alone that the relaxed model or the best answer takes: most are of no use here."""
+        if self.best is None or self.taken is None or self.is_over:
+            return
+        runs = []
+        for run, taken in zip(self.problem.runs, self.taken, strict=True):
+            used = taken | set(self.best.variants[run.first : run.first + run.length])
+            runs.append(_only(run, [option in used for option in run.options]))
+        problem = replace(self.problem, runs=tuple(runs))
+        if sum(len(run.options) for run in runs) == sum(len(run.options) for run in self.problem.runs):
+            return
+        master = Master(problem, problem.budgets, self.master.paths)
+        inner = _Search(problem, master, self.gap, self.cutoff, time.perf_counter() + NARROW_SHARE * self.left, self.best)
+        try:
+            if self.problem.schedule.chunks == 1:
+                inner.place()
+            inner.finish()
+        except InfeasibleError:
+            pass  # beside what is there already
+        self.best, self.rounds = inner.best, self.rounds + inner.rounds
+        for path in inner.master.paths:
+            self.master.add_path(path)
 
     def place(self) -> None:
         """Find paths, and answers, with whole blocks per stage in fractions of variants."""
@@ -248,6 +277,29 @@ class _Search:
         closed = self.best.simulated <= self.bound * (1 + self.gap)
         status = "optimal" if closed else "beyond" if self.bound >= self.cutoff else "feasible"
         return replace(self.best, bound=min(self.bound, self.best.simulated), status=status, iterations=self.rounds)
+
+
+def _taken(problem: Problem, point: Point) -> list[frozenset[int]]:
+    """Per run the options of which a point has more than a trace on any stage."""
+    taken: list[set[int]] = [set() for _ in problem.runs]
+    for (index, _), counts in point.counts.items():
+        taken[index].update(option for option, count in zip(problem.runs[index].options, counts.tolist(), strict=True) if count > TRACE)
+    return [frozenset(one) for one in taken]
+
+
+def _only(run: Run, kept: Sequence[bool]) -> Run:
+    """A run with these of its options alone."""
+    mask = np.array(kept)
+    return replace(
+        run,
+        options=tuple(option for option, keeps in zip(run.options, kept, strict=True) if keeps),
+        seconds=run.seconds[mask],
+        once=run.once[mask],
+        kept=run.kept[mask],
+        waiting=run.waiting[mask],
+        static=run.static[mask],
+        workspace=run.workspace[mask],
+    )
 
 
 def _settle(search: _Search, time_limit: float) -> None:

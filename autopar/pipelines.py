@@ -255,19 +255,16 @@ class PipelineSearch:
 
     def _answers(self, placed: _Placed) -> list[_Answers]:
         """Placements of a micro-batch: sets of answers that blocks may mix, those of the fastest boundaries first."""
-        found: dict[tuple[tuple[str, tuple[int, ...]], ...], _Answers] = {}
+        found: list[_Answers] = []
         model, problem, search = placed.model, placed.problem, placed.search
         highest = LEAN_PRICE * search.bound_ns / placed.budget
         for base in (0.0, highest):
             solution = search.solution_at(base)
-            allowed = find_shared(model, self.reading, problem, solution.choice)
-            key = tuple((name, tuple(options)) for name, options in allowed.items())
-            if key in found:
-                continue
-            inner = restrict(problem, allowed)
-            choices = [choices_of(model, inner, one) for one in Search(inner).frontier(highest, ANSWERS)]
-            found[key] = _Answers(tuple(choices), solution)
-        return list(found.values())
+            inner = restrict(problem, find_shared(model, self.reading, problem, solution.choice))
+            choices = tuple(choices_of(model, inner, one) for one in Search(inner).frontier(highest, ANSWERS))
+            if choices not in (one.choices for one in found):
+                found.append(_Answers(choices, solution))
+        return found
 
     def _reuse(self, shape: Shape) -> list[_Answers]:
         """Placements for a draft: those of another shape with the same key, where they are legal here."""

@@ -1,4 +1,4 @@
-"""Measure planning: capture, rules and costs, search, for published Llama configurations on GPU clusters that aren't there.
+"""Measure planning: capture, rules and costs, search, stages, for published Llama configurations on GPU clusters that aren't there.
 
 ``make plan-bench`` runs it. Each case runs in a process of its own, so that peak memory is its own; two threads are used at most.
 The table is printed as it stands in docs/benchmarks.md.
@@ -13,20 +13,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from autopar.plans import Plan
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
-# Model, cluster, sequences, tokens of each. Without recomputation 80 GB hold few activations: batches are chosen to fit, but for
-# the third, where parameters, gradients and optimizer state alone nearly fill 8 devices and the refusal is what is measured.
-CASES = (
-    ("llama-3-8b", "8xH100", 8, 4096),
-    ("llama-3-8b", "8x8xH100", 64, 4096),
-    ("llama-3-70b", "8xH100", 1, 8192),
-    ("llama-3-70b", "8xH100", 1, 2048),
-    ("llama-3-70b", "8x8xH100", 8, 8192),
+# Model, cluster, sequences, tokens of each, groups of a pipeline (None leaves them to the planner).
+CASES: tuple[tuple[str, str, int, int, int | None], ...] = (
+    ("llama-3-8b", "8xH100", 8, 4096, None),
+    ("llama-3-8b", "8x8xH100", 64, 4096, None),
+    ("llama-3-70b", "8xH100", 1, 8192, None),
+    ("llama-3-70b", "8xH100", 1, 2048, None),
+    ("llama-3-70b", "8x8xH100", 8, 8192, None),
+    ("llama-3.1-405b", "2048x8xH100", 2048, 8192, 16),
+    ("llama-3.1-405b", "2048x8xH100", 2048, 8192, None),
 )
 
 
-def measure(config: str, cluster: str, batch: int, seq: int) -> dict[str, object]:
+def measure(config: str, cluster: str, batch: int, seq: int, groups: int | None) -> dict[str, object]:
     """Plan one case in this process and return what it took; an infeasible case says what would be needed."""
     import torch
 
@@ -53,12 +58,13 @@ def measure(config: str, cluster: str, batch: int, seq: int) -> dict[str, object
 
     last = ["start"]
     try:
-        plan = make_plan(captured.graph, Cluster.parse(cluster), progress=progress)
+        pins = {} if groups is None else {"pp": groups, "schedule": "1f1b"}
+        plan = make_plan(captured.graph, Cluster.parse(cluster), pins=pins, progress=progress)
     except InfeasibleError as error:
         result |= {"outcome": str(error)}
     else:
         result |= {
-            "outcome": f"{plan.mesh}, {plan.seconds.step:.2f} s a step, gap {100 * plan.proof.gap:.2f} %",
+            "outcome": f"{_describe(plan)}, {plan.seconds.step:.2f} s a step, gap {100 * plan.proof.gap:.2f} %",
             "variables": plan.proof.variables,
             "candidates": len(plan.proof.candidates),
         }
@@ -67,9 +73,19 @@ def measure(config: str, cluster: str, batch: int, seq: int) -> dict[str, object
         "capture_s": captured_at - start,
         "costs_s": steps.get("rules and costs", 0.0) + steps.get("costs", 0.0),
         "search_s": steps.get("search", 0.0) + steps.get("memory", 0.0),
+        "stages_s": sum(steps.get(step, 0.0) for step in ("drafts", "schedules", "stages")),
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
     return result
+
+
+def _describe(plan: Plan) -> str:
+    """The mesh, and the pipeline if there is one."""
+    pipeline = plan.pipeline
+    if pipeline.is_trivial:
+        return str(plan.mesh)
+    name = f"{pipeline.schedule} x{pipeline.chunks}" if pipeline.chunks > 1 else pipeline.schedule
+    return f"pp={pipeline.ranks} x {plan.mesh}, {name}, {pipeline.microbatches} micro-batches"
 
 
 def main() -> int:
@@ -80,8 +96,8 @@ def main() -> int:
     if case is not None:
         print(json.dumps(measure(*CASES[case])))
         return 0
-    print("| model | cluster | batch | ops | capture s | costs s | search s | variables | peak GB | outcome |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| model | cluster | batch | pins | ops | capture s | costs s | search s | stages s | variables | peak GB | outcome |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     failed = 0
     for number in range(len(CASES)):
         run = subprocess.run([sys.executable, __file__, "--case", str(number)], capture_output=True, text=True, check=False)
@@ -90,9 +106,11 @@ def main() -> int:
             failed = 1
             continue
         row = json.loads(run.stdout.splitlines()[-1])
+        groups = CASES[number][-1]
         print(
-            f"| {row['config']} | {row['cluster']} | {row['batch']} | {row['ops']} | {row['capture_s']:.1f} | {row['costs_s']:.1f}"
-            f" | {row['search_s']:.1f} | {row.get('variables', '-')} | {row['peak_gb']:.1f} | {row['outcome']} |",
+            f"| {row['config']} | {row['cluster']} | {row['batch']} | {f'pp={groups}, 1f1b' if groups else '-'} | {row['ops']}"
+            f" | {row['capture_s']:.1f} | {row['costs_s']:.1f} | {row['search_s']:.1f} | {row['stages_s']:.1f}"
+            f" | {row.get('variables', '-')} | {row['peak_gb']:.1f} | {row['outcome']} |",
             flush=True,
         )
     return failed
