@@ -27,7 +27,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, fx, nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -65,6 +72,7 @@ RACES = tuple(
         ("gpipe", ScheduleGPipe, 1),
         ("1f1b", Schedule1F1B, 1),
         ("interleaved", ScheduleInterleaved1F1B, 2),
+        ("zb-h1", ScheduleInterleavedZeroBubble, 1),
         ("zb-v", ScheduleZBVZeroBubble, 2),
     )
 )
@@ -219,7 +227,7 @@ class Theirs:
         for index, stage in sorted(pipeline.stages.items()):
             module = StageModule(program, stage, ours, inputs, race.microbatches)
             self.stages.append(PipelineStage(module, index, len(pipeline.schedule.rank_of), torch.device("cpu")))
-        one = {"stage": self.stages[0]} if race.chunks == 1 else {"stages": self.stages}
+        one = {"stage": self.stages[0]} if race.theirs in (ScheduleGPipe, Schedule1F1B) else {"stages": self.stages}
         self.schedule = race.theirs(**one, n_microbatches=race.microbatches, loss_fn=lambda loss, _: loss, scale_grads=False)
         self.numbers = torch.arange(race.microbatches)
 
