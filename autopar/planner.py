@@ -108,7 +108,7 @@ def make_plan(
         raise UnknownOpError(f"{len(unruled)} ops have no rule and strict=True was asked for:\n{lines}")
     model, chain = _fold(graph, spaces, stored or {})
     wanted, pins, mesh = read_pipeline(pins or {}, mesh)
-    if first is not None and not first.pipeline.is_trivial:
+    if first is not None and not (first.pipeline.is_trivial and first.pipeline.keeps_all):
         wanted = keep_pipeline(first, chain, batch_size(graph, model.factors))
     if cluster.world_size % (wanted.groups or 1):
         raise InputError(

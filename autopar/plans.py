@@ -112,6 +112,11 @@ class Pipeline:
         """Whether every rank runs the whole model on the whole batch at once."""
         return self.ranks == 1 and self.microbatches == 1
 
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the backward runs nothing again."""
+        return all(block.recompute == "none" for block in self.blocks)
+
 
 @dataclass(frozen=True, slots=True)
 class Traffic:

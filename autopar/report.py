@@ -152,7 +152,7 @@ def explain(plan: Plan, console: Console, *, layer: str | None = None) -> None:
     console.print(Text(f"{plan.model} on {plan.cluster}, mesh {_describe_mesh(plan)}", style="bold"))
     console.print(Text(f"fingerprint {plan.fingerprint}"))
     _print(console, _tabulate_axes(plan, groups))
-    if (describe_pipeline(plan) or _is_recomputed(plan)) and (blocks := _select_blocks(plan, layer)):
+    if (describe_pipeline(plan) or not plan.pipeline.keeps_all) and (blocks := _select_blocks(plan, layer)):
         _print(console, _tabulate_blocks(plan, blocks))
     if layer is not None:
         _print(console, _tabulate_groups(plan, groups))
@@ -245,15 +245,11 @@ def _describe_mesh(plan: Plan) -> str:
     return f"{mesh} ({plan.world_size} ranks)" if plan.world_size > 1 else "of one rank"
 
 
-def _is_recomputed(plan: Plan) -> bool:
-    return any(block.recompute != "none" for block in plan.pipeline.blocks)
-
-
 def _word_parts(plan: Plan) -> list[str]:
     """What the step's seconds are made of, for the summary."""
     seconds = plan.seconds
     parts = [f"compute {format_seconds(seconds.forward + seconds.backward)}"]
-    if seconds.recompute or _is_recomputed(plan):
+    if seconds.recompute or not plan.pipeline.keeps_all:
         parts.append(f"recompute {format_seconds(seconds.recompute)} ({_word_recompute(plan)})")
     parts.append(f"optimizer {format_seconds(seconds.optimizer)}")
     parts.append(f"exposed communication {format_seconds(seconds.communication)}")
@@ -346,7 +342,7 @@ def _tabulate_step(plan: Plan) -> Stack:
         ("step", seconds.step),
     ]
     absent = {
-        "recompute": not (seconds.recompute or _is_recomputed(plan)),
+        "recompute": not seconds.recompute and plan.pipeline.keeps_all,
         "bubble": not (seconds.bubble or plan.pipeline.ranks > 1),
     }
     rows = [[name, format_seconds(value), format_share(value, seconds.step)] for name, value in parts if not absent.get(name)]
@@ -446,7 +442,7 @@ def _tabulate_groups(plan: Plan, groups: Sequence[Group]) -> Stack:
     columns |= {"of the step": "right", "parameters": "right", "activations": "right"}
     remarks = [
         *(["all stages together"] if pipeline.ranks > 1 else []),
-        *(["without what is run again"] if _is_recomputed(plan) else []),
+        *(["without what is run again"] if not plan.pipeline.keeps_all else []),
         *(["activations of one micro-batch"] if pipeline.microbatches > 1 else []),
     ]
     return _make_table("Where the time goes" + (f" ({', '.join(remarks)})" if remarks else ""), columns, rows)
@@ -503,7 +499,7 @@ def _word_proof(plan: Plan) -> list[str]:
     """Say what the search proved, in words and exact numbers."""
     proof = plan.proof
     chosen = _find_chosen(proof)
-    is_spread = chosen.name in _SPREAD if chosen is not None else bool(describe_pipeline(plan) or _is_recomputed(plan))
+    is_spread = chosen.name in _SPREAD if chosen is not None else bool(describe_pipeline(plan) or not plan.pipeline.keeps_all)
     lines = [f"Proof for the mesh {_describe_mesh(plan)}"]
     costs = f"The chosen plan costs {proof.objective_ns:,} ns under this cost model."
     if is_spread:

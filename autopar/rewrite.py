@@ -43,7 +43,7 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, 
     spaces, _ = find_spaces(captured.graph)
     chain = find_chain(folded, spaces)
     folded = fold_as_planned(folded, {*plan.placements, *plan.layouts})
-    if plan.pipeline.is_trivial and all(block.recompute == "none" for block in plan.pipeline.blocks):
+    if plan.pipeline.is_trivial and plan.pipeline.keeps_all:
         work = Rewriter(captured, plan, folded, spaces, device)
         return work.program(outline(work.run(), _layers_of(folded)))
     return _rewrite_stages(captured, plan, folded, chain, spaces, device, group)

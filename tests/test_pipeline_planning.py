@@ -15,7 +15,7 @@ from autopar.capture import capture
 from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, InputError
 from autopar.generators import SCHEDULES
-from autopar.ir import Graph
+from autopar.ir import Graph, OpKind
 from autopar.layers import fold
 from autopar.layout import REPLICATE, StateKind, shard
 from autopar.planner import make_plan
@@ -123,6 +123,20 @@ def test_short_memory_is_met_by_recomputation() -> None:
     assert tight.memory.total <= roomy.memory.total * 6 // 10
     assert tight.seconds.step >= roomy.seconds.step
     assert tight.pipeline.microbatches > 1 or {block.recompute for block in tight.pipeline.blocks} != {"none"}
+
+
+def test_a_later_program_recomputes_too() -> None:
+    model = Layers(count=6, width=64)
+    graphs = [capture(model, (torch.randn(rows, 64), torch.randint(0, 8, (rows,)))).graph for rows in (4096, 4092)]
+    roomy = plan_for(graphs[0], "1xcpu")
+    cluster = Cluster.parse("1xcpu").with_memory(roomy.memory.total * 9 // 10)
+    first = make_plan(graphs[0], cluster, pins={"recompute": "full", "microbatches": 1})
+    assert first.pipeline.is_trivial
+    stored = {op.target: first.layouts[op.name] for op in graphs[0].of_kind(OpKind.PARAMETER) if op.name in first.layouts}
+    whole = {op.target: stored.get(op.target, (REPLICATE,)) for op in graphs[0].of_kind(OpKind.PARAMETER)}
+    later = make_plan(graphs[1], cluster, mesh={"free": 1}, stored=whole, first=first)
+    assert later.memory.total <= later.memory.budget
+    assert not later.pipeline.keeps_all
 
 
 def test_too_little_memory_says_how_much_is_missing(layers: Graph) -> None:
