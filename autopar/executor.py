@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from autopar import comm, rng
 from autopar.actions import SENDS
@@ -42,11 +43,18 @@ class StageTensors:
 
 @dataclass(slots=True)
 class _Flow:
-    """A micro-batch on its way through a stage: what came in, and the results whose gradients are still to come."""
+    """A micro-batch on its way through a stage.
+
+    Attributes:
+        received: what came in, per stage that it came from.
+        going: what is still to be sent, per stage on another rank. Nothing else of the results is held: the backward needs their place in
+            the graph, not their values.
+        ends: results that need a gradient, by number -> that place.
+    """
 
     received: dict[int, list[Tensor]]
-    results: list[Tensor]
-    gradients: dict[int, Tensor] = field(default_factory=dict)
+    going: dict[int, list[Tensor]]
+    ends: dict[int, GradientEdge] = field(default_factory=dict)
 
 
 class Step(NamedTuple):
@@ -201,30 +209,18 @@ class Executor:
             results = list(program.module(*tensors.parameters, *tensors.buffers, *tensors.inputs, *wholes, *flat))
         for out in program.outputs:
             self.parts.setdefault(out.position, {})[action.microbatch] = results[out.result].detach()
-        away = False
+        flow = _Flow(received if self.trains else {}, {})
         for consumer, sent in program.sends.items():
+            values = [results[index].detach() for index, _ in sent]
             if self.schedule.rank_of[consumer] == self.group:
-                self._here[Kind.FORWARD, consumer, action.stage, action.microbatch] = [results[i].detach() for i, _ in sent]
+                self._here[Kind.FORWARD, consumer, action.stage, action.microbatch] = values
             else:
-                away = True
-        if not self.trains:
-            if away:
-                self._flows[action.stage, action.microbatch] = _Flow({}, results)
-            return
-        self._flows[action.stage, action.microbatch] = _Flow(received, results)
-        self._plant(action.stage, action.microbatch)
-
-    def plant(self, seeds: Mapping[int, Tensor]) -> None:
-        """Give outputs their gradients after the forwards."""
-        self.seeds = dict(seeds)
-        for stage, microbatch in self._flows:
-            self._plant(stage, microbatch)
-
-    def _plant(self, stage: int, microbatch: int) -> None:
-        flow = self._flows[stage, microbatch]
-        for out in self.pipeline.stages[stage].outputs:
-            if out.position in self.seeds and flow.results[out.result].requires_grad:
-                _add(flow.gradients, out.result, self._seed(out, microbatch))
+                flow.going[consumer] = values
+        if self.trains:
+            ends = {out.result for out in program.outputs}.union(index for sent in program.sends.values() for index, _ in sent)
+            flow.ends = {index: get_gradient_edge(results[index]) for index in sorted(ends) if results[index].requires_grad}
+        if self.trains or flow.going:
+            self._flows[action.stage, action.microbatch] = flow
 
     def _find_wholes(self, stage: int, program: StageProgram, tensors: StageTensors) -> tuple[Tensor, ...]:
         if program.prologue is None:
@@ -253,23 +249,24 @@ class Executor:
     def _backward(self, action: Action) -> None:
         flow = self._flows.pop((action.stage, action.microbatch))
         program = self.pipeline.stages[action.stage]
+        gradients: dict[int, Tensor] = {}
+        for out in program.outputs:
+            if out.position in self.seeds and out.result in flow.ends:
+                _add(gradients, out.result, self._seed(out, action.microbatch))
         for consumer, sent in sorted(program.sends.items()):
             wanted = [index for index, boundary in sent if boundary.requires_grad]
             if wanted:
-                gradients = self._arrived(Kind.BACKWARD, action.stage, consumer, action.microbatch)
-                for index, gradient in zip(wanted, gradients, strict=True):
-                    _add(flow.gradients, index, gradient)
+                arrived = self._arrived(Kind.BACKWARD, action.stage, consumer, action.microbatch)
+                for index, gradient in zip(wanted, arrived, strict=True):
+                    _add(gradients, index, gradient)
         self._let_go(Step(False, action.stage, action.microbatch))
-        pairs = [(flow.results[index], gradient) for index, gradient in flow.gradients.items()]
-        flow.results = []
-        flow.gradients = {}
-        if pairs:
+        if gradients:
             with comm.active(self._times[action.microbatch]):
-                torch.autograd.backward([x for x, _ in pairs], [gradient for _, gradient in pairs])
+                torch.autograd.backward([flow.ends[index] for index in gradients], [*gradients.values()])
         for peer, values in flow.received.items():
-            gradients = [x.grad if x.grad is not None else torch.zeros_like(x) for x in values if x.requires_grad]
-            if gradients:
-                self._here[Kind.BACKWARD, peer, action.stage, action.microbatch] = gradients
+            back = [x.grad if x.grad is not None else torch.zeros_like(x) for x in values if x.requires_grad]
+            if back:
+                self._here[Kind.BACKWARD, peer, action.stage, action.microbatch] = back
 
     def _input(self, action: Action) -> None:
         with deferring() as left:
@@ -283,10 +280,9 @@ class Executor:
     # --- messages ---
 
     def _send_forward(self, action: Action) -> None:
-        sends = self.pipeline.stages[action.stage].sends
         flow = self._flows[action.stage, action.microbatch]
-        self._send(action, [flow.results[index] for index, _ in sends[action.peer]])
-        if not self.trains and action.peer == max(peer for peer in sends if self.schedule.rank_of[peer] != self.group):
+        self._send(action, flow.going.pop(action.peer))
+        if not self.trains and not flow.going:
             del self._flows[action.stage, action.microbatch]
 
     def _send_backward(self, action: Action) -> None:

@@ -183,6 +183,7 @@ class _Pass:
         if self.cut and not self.splits_work and not self.reasons:
             names = ", ".join(self.graph.by_name[name].target for name in sorted(self.cut))
             self.reasons.append(f"splitting {names} into {self.mesh.sizes[0]} micro-batches splits no op that reads a parameter")
+        self._narrow()
         return MicroSplit(self.parts, self.states, frozenset(self.whole), self.counted, tuple(self.reasons))
 
     def _call(self, op: Op) -> None:
@@ -201,6 +202,35 @@ class _Pass:
         for index in range(len(op.results)):
             made = REPLICATE if space is None else result_layout(space, (choice.part,), index)[0]
             self.states[Value(op.name, index)] = made
+
+    def _narrow(self) -> None:
+        """Split too what reads nothing split and of which every reader takes a part: a mask that is made for the whole batch."""
+        wanted: dict[Value, set[State]] = {}
+        for op in reversed(self.graph.ops):
+            space = self.spaces.get(op.name)
+            if op.kind is OpKind.CALL and space is not None and self.parts[op.name] is None and not space.random:
+                split = self._split_as_read(op, space, wanted)
+                if split is not None:
+                    self.parts[op.name] = split
+                    self.states |= {Value(op.name, index): result_layout(space, (split,), index)[0] for index in range(len(op.results))}
+            for index, value in enumerate(op.operands):
+                wanted.setdefault(value, set()).add(self._needed(op, space, index))
+
+    def _needed(self, op: Op, space: Space | None, index: int) -> State:
+        return REPLICATE if op.kind is not OpKind.CALL or space is None else operand_layout(space, (self.parts[op.name],), index)[0]
+
+    def _split_as_read(self, op: Op, space: Space, wanted: Mapping[Value, set[State]]) -> Split | None:
+        """The split that makes of every result the part that all its readers want; None when they don't agree."""
+        read = {index: wanted[value] for index in range(len(op.results)) if (value := Value(op.name, index)) in wanted}
+        if any(len(states) > 1 for states in read.values()):
+            return None
+        for index, (state,) in read.items():
+            split = _split_at(space, space.results[index], state) if state.kind is StateKind.SHARD else None
+            if split is None or _exchanges(space, split.loop) or not is_legal(space, (split,), self.mesh):
+                return None
+            made = {other: {result_layout(space, (split,), other)[0]} for other in read}
+            return split if made == read else None
+        return None
 
     def _origin(self, op: Op, space: Space | None) -> _Origin:
         before = [self.origins[value.op] for value in op.operands]

@@ -261,7 +261,7 @@ class PipelineRun:
             raise InputError(SECOND_BACKWARD)
         self.is_over = True
         with self.runner.alarm.guard(self.runner.where), self.runner.doing("between the forwards and the backwards"):
-            self.executor.plant(gradients)
+            self.executor.seeds = dict(gradients)
             self.executor.run([action for action in self.executor.actions if action.kind not in FORWARD_KINDS])
             self.finish()
         self.hand_over(torch.ones((), device=next(iter(gradients.values())).device))

@@ -61,8 +61,9 @@ class Reading:
         kept: what autograd keeps.
         home: call -> its block, for those that are in one.
         readers: value -> the ops that read it.
-        first: values that cross from one block to another -> the first block after their own that reads them.
+        first: values that cross from one block to another, or that stages make again -> the first block that reads them, after their own.
         firsts: per block of how many values it is that.
+        again: per block the values that a stage makes for the blocks behind it though this one or one before has read them.
     """
 
     kept: Kept
@@ -70,6 +71,7 @@ class Reading:
     readers: Mapping[Value, Sequence[str]]
     first: Mapping[Value, int]
     firsts: tuple[int, ...]
+    again: tuple[tuple[Value, ...], ...]
 
 
 def read_chain(model: Model, chain: Chain) -> Reading:
@@ -83,8 +85,16 @@ def read_chain(model: Model, chain: Chain) -> Reading:
     for value in dict.fromkeys(value for block in chain.blocks for value in block.crossing):
         own = home[value.op]
         first[value] = min(block for reader in readers[value] if (block := home.get(reader, own)) != own)
+    again: list[list[Value]] = [[] for _ in chain.blocks]
+    for value, names in readers.items():
+        blocks = [home[name] for name in names if name in home]
+        if value.op in chain.cheap and blocks:
+            first[value] = min(blocks)
+            for number in range(min(blocks), max(blocks)):
+                again[number].append(value)
     firsts = Counter(first.values())
-    return Reading(count_kept(model), home, readers, first, tuple(firsts[number] for number in range(len(chain.blocks))))
+    count = range(len(chain.blocks))
+    return Reading(count_kept(model), home, readers, first, tuple(firsts[number] for number in count), tuple(map(tuple, again)))
 
 
 def find_shared(model: Model, reading: Reading, problem: Problem, base: Mapping[str, int]) -> dict[str, list[int]]:
@@ -145,7 +155,7 @@ class Menus:
         self.link = link
         self.answer = answer
         self.kept, self.home, self.readers = reading.kept, reading.home, reading.readers
-        self.first, self.firsts = reading.first, reading.firsts
+        self.first, self.firsts, self.again = reading.first, reading.firsts, reading.again
         self._made: dict[Value, Layout] = {}
         self._ways: dict[str, tuple[tuple[Value, Layout, Layout, bool], ...]] = {}
         self._cuts: dict[tuple[object, ...], Cut] = {}
@@ -361,10 +371,9 @@ class Menus:
 
         for name in block.ops:
             op = self.graph.by_name[name]
-            # What comes from blocks before is held here, by the first that reads it, if anyone needs it again.
+            # What other blocks or no block made is held here, by the first that reads it, if anyone needs it again.
             for value in op.operands:
-                origin = self.home.get(value.op)
-                if origin is not None and origin != number and self.first[value] == number:
+                if self.first.get(value) == number:
                     if name in again or self._is_saved(value):
                         hold(value, self.made(value))
                 elif name in again and value.op in inside and value.op not in again:
@@ -444,7 +453,8 @@ class Menus:
     def _cut(self, number: int, block: Block) -> Cut:
         """What it takes to end a stage after a block."""
         # Behind like layers the same kinds of values cross.
-        key = tuple((self.graph.tensor(value), self.made(value), self.first[value] <= number) for value in block.crossing)
+        crossing = tuple((self.graph.tensor(value), self.made(value), self.first[value] <= number) for value in block.crossing)
+        key = crossing, tuple((self.graph.tensor(value), self.made(value), self._is_saved(value)) for value in self.again[number])
         if key not in self._cuts:
             self._cuts[key] = self._cut_costs(number, block)
         return self._cuts[key]
@@ -462,9 +472,9 @@ class Menus:
             gathers += sum(self.tables.journey_seconds(tensor, self.made(value), layout, backward=tensor.requires_grad))
             if self.made(value) != layout and all(state.kind is not StateKind.PARTIAL for state in self.made(value)):
                 gathers += sum(self.tables.journey_seconds(tensor, layout, self.made(value), backward=tensor.requires_grad))
-        kept = sum(
-            local_nbytes(self.graph.tensor(value), self.made(value), self.mesh) for value in block.crossing if self.first[value] <= number
-        )
+        held = [value for value in block.crossing if self.first[value] <= number]
+        held += [value for value in self.again[number] if self._is_saved(value)]
+        kept = sum(local_nbytes(self.graph.tensor(value), self.made(value), self.mesh) for value in held)
         if self.link is None:
             return Cut(0.0, 0.0, ahead, kept)
         seconds = [collective_seconds("p2p", nbytes, 2, self.link) if nbytes else 0.0 for nbytes in (ahead, back)]
