@@ -16,6 +16,7 @@ from autopar.errors import InputError
 from autopar.factors import Role
 from autopar.ir import Op, OpKind
 from autopar.layout import Layout, Mesh, Placement, Split
+from autopar.microbatch import MICRO
 from autopar.options import AxisKind, Constraints, Model, is_inside, role_of
 
 PIN_NAMES = ("dp", "tp", "cp", "pp", "fsdp", "vocabulary", "schedule", "microbatches", "chunks", "recompute")
@@ -51,6 +52,10 @@ def find_trials(
     if axes is not None:
         if wrong := {name: size for name, size in axes.items() if type(size) is not int or size < 1}:
             raise InputError(f"mesh axes {wrong}: sizes are integers from 1")
+        if MICRO in axes:
+            raise InputError(
+                f"mesh axis {MICRO!r}: that is how micro-batches are called; pin microbatches={axes[MICRO]}, or name the axis otherwise"
+            )
         meshes = [Mesh(tuple(axes), tuple(axes.values()))]
         if meshes[0].world_size != world:
             raise InputError(f"mesh {meshes[0]} has {meshes[0].world_size} ranks, the cluster {cluster} has {world}")
@@ -58,17 +63,19 @@ def find_trials(
         meshes = _pinned_meshes(sizes, world, cluster)
     else:
         meshes = _free_meshes(world)
+    # A kind of one rank is none at all; what ranks are left over do is another.
+    barred = frozenset(AxisKind(name) for name, size in sizes.items() if size == 1 and not stored)
     trials = []
     for mesh in meshes:
         # A later program over parameters that are stored already only keeps the mesh: a last, smaller batch must run too.
         named = () if stored else ("dp", "tp", "cp")
         kinds = tuple(AxisKind(name) if name in named else AxisKind.FREE for name in mesh.names)
         if isinstance(fsdp, bool) and AxisKind.DP not in kinds:
-            kinds = _with_batch_axis(kinds, mesh, fsdp)
+            kinds = _with_batch_axis(kinds, mesh, fsdp, barred)
         for axis, kind in enumerate(kinds):
             if kind is AxisKind.DP and mesh.names[axis] in {**sizes, **(axes or {})}:
                 _check_batch(model, mesh.sizes[axis])
-        constraints = Constraints(kinds, _flag(fsdp), _flag(vocabulary), _check_modules(model, modules, mesh), stored)
+        constraints = Constraints(kinds, _flag(fsdp), _flag(vocabulary), _check_modules(model, modules, mesh), stored, barred=barred)
         trials.append(Trial("search", mesh, constraints))
     if not pins and axes is None and not stored:
         trials += _baselines(model, cluster)
@@ -76,23 +83,26 @@ def find_trials(
 
 
 def group_trials(
-    model: Model, cluster: Cluster, pins: Mapping[str, object], axes: Mapping[str, int] | None, stored: Mapping[str, Layout]
+    model: Model, cluster: Cluster, groups: int, pins: Mapping[str, object], axes: Mapping[str, int] | None, stored: Mapping[str, Layout]
 ) -> list[Trial]:
-    """What one group of a pipeline's ranks may do: as pinned, else a batch axis and, inside a machine, a tensor axis of every size."""
+    """What each of so many groups of ranks may do: as pinned, else a batch axis and, inside a machine, a tensor axis of every size."""
+    part = cluster.part(groups)
     if axes is not None or stored or any(name in pins for name in ("dp", "tp", "cp")):
         try:
-            return [trial for trial in find_trials(model, cluster, pins, axes, stored) if not trial.baseline]
+            return [trial for trial in find_trials(model, part, pins, axes, stored) if not trial.baseline]
         except InputError:
             if axes is not None or stored:
                 raise
             return []  # the pinned axes don't divide this group
-    world = cluster.world_size
+    world = part.world_size
     trials = []
-    for tensor in range(1, cluster.devices_per_node + 1):
-        if world % tensor or cluster.devices_per_node % tensor:
+    for tensor in range(1, part.devices_per_node + 1):
+        if world % tensor or part.devices_per_node % tensor:
             continue
         sizes = {"dp": world // tensor, "tp": tensor}
         names = [name for name, size in sizes.items() if size > 1] or ["dp"]
+        if pins.get("fsdp") and sizes["dp"] == 1 < cluster.world_size:
+            continue  # nothing to store parameters split over
         mesh = Mesh(tuple(names), tuple(sizes[name] for name in names))
         modules = {name: value for name, value in pins.items() if isinstance(value, Mapping)}
         if any(set(loops) - set(names) for loops in modules.values()):
@@ -122,8 +132,12 @@ def check_pins(pins: Mapping[str, object]) -> None:
             raise InputError(f"unknown pin {name!r}; known are {', '.join(PIN_NAMES)} and globs of module paths")
 
 
-def _with_batch_axis(kinds: tuple[AxisKind, ...], mesh: Mesh, fsdp: bool) -> tuple[AxisKind, ...]:
+def _with_batch_axis(kinds: tuple[AxisKind, ...], mesh: Mesh, fsdp: bool, barred: frozenset[AxisKind]) -> tuple[AxisKind, ...]:
     """Make the outermost free axis a batch axis: parameter storage is split over those."""
+    if AxisKind.DP in barred:
+        if fsdp:
+            raise InputError("pin fsdp=True stores parameters split over a dp axis, but dp is pinned to 1; pin more, or leave fsdp out")
+        return kinds
     if AxisKind.FREE in kinds:
         axis = kinds.index(AxisKind.FREE)
         return (*kinds[:axis], AxisKind.DP, *kinds[axis + 1 :])

@@ -59,6 +59,7 @@ class Constraints:
         modules: glob of module paths -> axis -> loop: placements that the user pins.
         stored: layouts that parameters already have and keep (a second program over the same parameters).
         accept: a baseline's own rule: (op, axis, part) -> allowed.
+        barred: kinds that free axes may not be: those that the user pinned to one rank.
     """
 
     kinds: tuple[AxisKind, ...]
@@ -67,6 +68,7 @@ class Constraints:
     modules: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     stored: Mapping[str, Layout] = field(default_factory=dict)
     accept: Callable[[Op, Placement], bool] | None = None
+    barred: frozenset[AxisKind] = frozenset()
 
 
 def in_time(mesh: Mesh, count: int) -> Mesh:
@@ -115,8 +117,8 @@ def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> 
         parts.append(PASS)
     options = [(*time, *option) for option in itertools.product(parts, repeat=len(mesh.sizes) - first)]
     legal: list[Placement] = [option for option in options if is_legal(space, option, mesh)]  # type: ignore[misc, arg-type]
-    for axis, kind in enumerate(constraints.kinds):
-        legal = _of_kind(legal, op, space, loops, axis, kind)
+    for axis in range(len(constraints.kinds)):
+        legal = _of_kind(legal, space, loops, axis, constraints)
     if constraints.vocabulary is not None:
         legal = _of_vocabulary(legal, op, space, constraints)
     legal = _of_modules(legal, op, space, mesh, constraints)
@@ -131,17 +133,24 @@ def role_of(loops: Mapping[str, Mapping[int, Role]], part: Split) -> Role:
     return loops[part.loop].get(part.outer, Role.FEATURE)
 
 
+_ROLES = {AxisKind.DP: Role.BATCH, AxisKind.CP: Role.SEQUENCE, AxisKind.TP: Role.FEATURE}
+
+
 def _of_kind(
-    options: list[Placement], op: Op, space: Space, loops: Mapping[str, Mapping[int, Role]], axis: int, kind: AxisKind
+    options: list[Placement], space: Space, loops: Mapping[str, Mapping[int, Role]], axis: int, constraints: Constraints
 ) -> list[Placement]:
     """Keep what an axis of this kind may do; a kind is really used wherever it can be."""
-    if kind in (AxisKind.FREE, AxisKind.TIME):
+    kind = constraints.kinds[axis]
+    if kind is AxisKind.TIME:
         return options
 
     def role(option: Placement) -> Role | None:
         part = option[axis]
         return role_of(loops, part) if isinstance(part, Split) else None
 
+    if kind is AxisKind.FREE:
+        roles = {_ROLES[one] for one in constraints.barred}
+        return [option for option in options if role(option) not in roles] or options
     if kind is AxisKind.TP:
         allowed = [option for option in options if role(option) is not Role.BATCH]
         if space.is_contraction:
@@ -149,8 +158,7 @@ def _of_kind(
             allowed = [option for option in allowed if role(option) is not Role.SEQUENCE]
             return [option for option in allowed if role(option) is Role.FEATURE] or allowed
         return allowed
-    wanted = Role.BATCH if kind is AxisKind.DP else Role.SEQUENCE
-    used = [option for option in options if role(option) is wanted]
+    used = [option for option in options if role(option) is _ROLES[kind]]
     return used or [option for option in options if role(option) is None]
 
 

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from autopar.assignment import Assignment, BlockMenu, assign
 from autopar.blocks import Chain
@@ -28,7 +29,7 @@ from autopar.options import AxisKind, Model, in_time, is_inside
 from autopar.plans import RECOMPUTE, BlockChoice, Candidate, Pipeline
 from autopar.problem import FORBIDDEN, Problem, build_problem, restrict
 from autopar.search import Search, Solution
-from autopar.variants import Choices, Menus, choices_of, find_shared, join_menus, mix, read_chain
+from autopar.variants import Choices, Menus, choices_of, find_shared, join_menus, mix, once_seconds, read_chain
 from autopar.wanted import Wanted
 
 # Rows of a micro-batch on one rank that are tried when nobody says: more fill the device better, fewer make bubbles smaller.
@@ -92,13 +93,14 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class _Placed:
-    """The placement problem of a shape, with bytes of all groups together."""
+    """The placement problem of a shape, with bytes of all groups together; `once`: seconds of a step that micro-batches don't add to."""
 
     shape: Shape
     model: Model
     problem: Problem
     search: Search
     budget: int
+    once: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,8 +230,10 @@ class PipelineSearch:
                 self._placed[key] = self._place(shape)
             placed = self._placed[key]
             if placed is not None:
-                work = placed.search.bound_ns / 1e9 / placed.shape.microbatches / shape.groups
-                yield self._hope(shape, [work] * shape.groups), shape
+                work = (placed.search.bound_ns / 1e9 - placed.once) / placed.shape.microbatches / shape.groups
+                # How long the ends of its steps take doesn't tell those of another mesh.
+                once = placed.once / shape.groups if placed.shape.trial.mesh == shape.trial.mesh else 0.0
+                yield self._hope(shape, [work] * shape.groups) + once, shape
 
     def _key(self, shape: Shape) -> object:
         """Equal for shapes whose ranks see micro-batches of the same size on the same axes, but for ranks that split the batch.
@@ -237,8 +241,9 @@ class PipelineSearch:
         What a rank computes and exchanges for a micro-batch is then the same, but for the parameters' storage.
         """
         mesh = shape.trial.mesh
-        rows = batch_size(self.graph, self.model.factors) // shape.microbatches
-        rows //= math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name == AxisKind.DP.value)
+        ways = math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name == AxisKind.DP.value)
+        # Ranks that can't split the batch have no whole number of rows each.
+        rows = Fraction(batch_size(self.graph, self.model.factors), shape.microbatches * ways)
         sizes = tuple(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name != AxisKind.DP.value)
         return mesh.names, sizes, rows, shape.trial.name
 
@@ -251,7 +256,10 @@ class PipelineSearch:
         problem = build_problem(model, in_time(shape.trial.mesh, shape.microbatches), self.cluster, constraints)
         search = Search(problem)
         budget = shape.groups * self.cluster.machine.device.usable_bytes
-        return _Placed(shape, model, problem, search, budget) if search.bound_ns < FORBIDDEN else None
+        if search.bound_ns >= FORBIDDEN:
+            return None
+        fastest = choices_of(model, problem, search.solution_at(0.0))
+        return _Placed(shape, model, problem, search, budget, once_seconds(model, CostTables(model, problem.mesh, self.cluster), fastest))
 
     def _answers(self, placed: _Placed) -> list[_Answers]:
         """Placements of a micro-batch: sets of answers that blocks may mix, those of the fastest boundaries first."""
@@ -442,7 +450,7 @@ class PipelineSearch:
         return [one for family in FAMILIES for one in self._of_family(family, shape)]
 
     def _of_family(self, family: str, shape: Shape) -> Iterator[tuple[str, int]]:
-        """(family, stages per group) that can be had for this shape. Raises InputError when a pinned schedule can't."""
+        """(family, stages per group) that can be had for this shape; why a pinned one can't is noted."""
         blocks = len(self.chain.blocks)
         chunks: Sequence[int | None] = (self.wanted.chunks,)
         if family == "interleaved" and self.wanted.chunks is None:
@@ -455,9 +463,9 @@ class PipelineSearch:
                         f"schedule {family} on {shape.groups} groups has {count * shape.groups} stages, but the model can be cut into "
                         f"{blocks} blocks at most; pin a smaller pp, or another schedule"
                     )
-            except InputError:
+            except InputError as error:
                 if self.wanted.schedule is not None:
-                    raise
+                    self.refusals.append(error)
                 continue
             yield family, count
 
@@ -512,9 +520,7 @@ class PipelineSearch:
         ways = math.prod(
             size for size, kind in zip(trial.mesh.sizes, trial.constraints.kinds, strict=True) if kind in (AxisKind.DP, AxisKind.FREE)
         )
-        rows = batch // ways
-        if batch % ways or not rows:
-            return [1]
+        rows = batch if batch % ways else batch // ways  # where ranks can't split the batch, each sees all of it
         counts = {rows // one for one in ROWS if rows % one == 0}
         if groups > 1:
             # Fewer micro-batches than groups leave most of them idle most of the time.

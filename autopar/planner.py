@@ -114,6 +114,11 @@ def make_plan(
         raise InputError(
             f"pin pp={wanted.groups} needs a multiple of {wanted.groups} ranks, the cluster {cluster} has {cluster.world_size}"
         )
+    if pins.get("fsdp") and wanted.groups == cluster.world_size > 1:
+        raise InputError(
+            f"pin fsdp=True stores parameters split over the ranks of a group, but pp={wanted.groups} leaves groups of one rank; "
+            "pin a smaller pp, or leave fsdp out"
+        )
     trials = find_trials(model, cluster.part(wanted.groups or 1), pins, mesh, stored or {})
     is_open = mesh is None and not stored
     tried = _Tried()
@@ -127,7 +132,7 @@ def make_plan(
         # Without a pipeline, micro-batches and recomputation only save memory.
         is_tight = best is None or best.solution.status != "optimal"
         shapes = search.find_shapes(
-            lambda groups: group_trials(model, cluster.part(groups), pins, mesh, stored or {}), alone=wanted.asks or is_tight
+            lambda groups: group_trials(model, cluster, groups, pins, mesh, stored or {}), alone=wanted.asks or is_tight
         )
         shapes += [Shape(1, trial, 1) for trial in tried.promising[:RECOMPUTED] if is_tight]
         pipelined = search.run(shapes, best.solution.cost_ns / 1e9 if best is not None else math.inf)

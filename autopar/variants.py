@@ -53,6 +53,24 @@ def choices_of(model: Model, problem: Problem, solution: Solution) -> Choices:
     return Choices(placements, layouts)  # type: ignore[arg-type]
 
 
+def once_seconds(model: Model, tables: CostTables, choices: Choices) -> float:
+    """Seconds of a step that don't grow with its micro-batches: updates of parameters, and sums of their gradients that nothing hides."""
+    folded, total = model.folded, 0.0
+    uses: Counter[str] = Counter()
+    for edge in folded.edges:
+        uses[edge.value.op] += edge.count
+    for op in folded.ops:
+        if op.kind is OpKind.PARAMETER:
+            total += folded.count[op.name] * tables.optimizer_seconds(op.results[0], choices.layouts[op.name])
+    for edge in folded.edges:
+        producer, reader = folded.graph.by_name[edge.value.op], folded.graph.by_name[edge.consumer]
+        if producer.kind is OpKind.PARAMETER and reader.kind is OpKind.CALL:
+            need = operand_layout_of(model, reader, choices.placements[reader.name], edge.operand)
+            each = max(1, uses[producer.name] // folded.count[producer.name])
+            total += edge.count * tables.parameter_seconds(producer.results[0], choices.layouts[producer.name], need, each)[1]
+    return total
+
+
 @dataclass(frozen=True)
 class Reading:
     """Who reads what in a chain of blocks, whatever is decided.

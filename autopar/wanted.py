@@ -62,11 +62,11 @@ def read_pins(pins: Mapping[str, object]) -> Wanted:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"pin {name}={value!r}: an integer from 1 is needed")
     schedule, recompute = pins.get("schedule"), pins.get("recompute")
-    if schedule is not None and schedule not in SCHEDULES:
+    if schedule is not None and (not isinstance(schedule, str) or schedule not in SCHEDULES):
         raise InputError(f"pin schedule={schedule!r} is unknown; there are {', '.join(SCHEDULES)}")
     if isinstance(recompute, bool):
         recompute = "full" if recompute else "none"
-    if recompute is not None and recompute not in RECOMPUTE:
+    if recompute is not None and (not isinstance(recompute, str) or recompute not in RECOMPUTE):
         raise InputError(f"pin recompute={recompute!r} is unknown; there are {', '.join(RECOMPUTE)}, true (full) and false (none)")
     stages = {name: value["pp"] for name, value in pins.items() if isinstance(value, Mapping) and "pp" in value}
     for name, stage in stages.items():
