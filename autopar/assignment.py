@@ -5,14 +5,15 @@ there are too many to write down. So the model (`assignment_model`, which states
 longest path joins the model, and so on, until the best answer's simulated time is the model's bound: the cutting planes of Kelley (1960).
 In this order:
 
-1. even splits in ever leaner variants, until one fits: something to return, and paths that matter;
+1. drafts (`drafts`), all that fit: something to return, and paths that matter;
 2. the relaxed model, where a round is cheap and most paths are found;
-3. where ranks hold one stage each, the model with whole blocks per stage in fractions of variants: its bound is nearly that of the whole
+3. the steps after this one on the model with those variants alone that the relaxed model or the best draft takes: quick answers;
+4. where ranks hold one stage each, the model with whole blocks per stage in fractions of variants: its bound is nearly that of the whole
    model, at a fraction of the time; its stages, with whole variants, are an answer;
-4. where ranks hold several stages, the model with a guess: there the paths are so many that the model's own answers stay poor for long;
-5. the whole model.
+5. where ranks hold several stages, the model with a guess: there the paths are so many that the model's own answers stay poor for long;
+6. the whole model.
 
-All paths are paths of the schedule, so every bound on the way holds; the guess of step 4 serves answers only.
+All paths are paths of the schedule, so every bound of the model with all variants holds; the guess of step 5 serves answers only.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def assign(
 
     Raises InfeasibleError when nothing fits, with the bytes that the leanest assignment needs in its ``needed`` attribute, or when there
     are fewer blocks than stages, or pins that can't be met; InputError for a pin or budgets that aren't of this schedule; SolverError
-    when the search ended before any assignment was found.
+    when the time was over, or nothing better than the cutoff was left, before any assignment was found.
     """
     problem = make_problem(menus, schedule, budget)
     search = _Search(problem, Master(problem, problem.budgets), gap, cutoff, time.perf_counter() + time_limit)

@@ -38,7 +38,7 @@ class Variant:
         forward, input, weight: seconds of the forward, the input gradients (with what is recomputed for them), the weight gradients.
         once: seconds per step outside of the schedule: the optimizer's update, reductions that nothing hides.
         kept: bytes per micro-batch from the forward to the backward; `waiting`: from the input to the weight gradients.
-        static: bytes of parameters, gradients, optimizer state and buffers.
+        static: bytes of parameters, gradients, optimizer state and the model's outputs that the block makes.
         workspace: bytes needed only while the block runs.
     """
 

@@ -39,7 +39,7 @@ class Model:
 
 
 class AxisKind(Enum):
-    """What an axis may be used for (design section 8); TIME is that of micro-batches."""
+    """What an axis may be used for: splits of the batch, features or the sequence, or any; TIME is that of micro-batches."""
 
     TIME = "time"
     FREE = "free"

@@ -89,8 +89,8 @@ def make_plan(
         graph: the captured program.
         cluster: the devices and links; its size is the number of ranks.
         model_name: for the report.
-        pins: axis sizes by kind (``dp``, ``tp``, ``cp``), ``fsdp`` and ``vocabulary`` (bool), globs of module paths.
-        mesh: axis name -> size, instead of searching meshes; the names dp, tp and cp are kinds, any other is a free axis.
+        pins: as in `autopar.plan`.
+        mesh: axis name -> size, instead of searching meshes; dp, tp and cp are kinds, pp is the pipeline, any other is a free axis.
         stored: layouts that parameters already have and keep, by name; needs `mesh`.
         first: the plan that decided where the parameters are: its groups, schedule and stages are kept.
         strict: raise UnknownOpError when an op has no rule, instead of running it replicated.

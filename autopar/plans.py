@@ -148,7 +148,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A mesh or a baseline that the search looked at: predicted seconds, or the reason why there are none."""
+    """A mesh, a baseline or a pipeline that the search looked at.
+
+    `step_seconds` are predicted, or what it takes at least or at best where `outcome` says so, None when nothing fits; `memory_bytes` are
+    those that it needs, or at the leanest when nothing fits, without what the device reserves; None when it wasn't solved.
+    """
 
     name: str
     mesh: str

@@ -36,7 +36,7 @@ class Node:
     """A decision.
 
     Attributes:
-        key: op name; for an output tensor ``output:<position>``, for a fan-out ``fan:<value>:<target>``.
+        key: op name; for an output tensor ``output:<position>``, for a fan-out ``fan:<value>:<target>:<operand>``.
         options: placements of a call; layouts of anything else.
         cost: nanoseconds per option; `nbytes`: bytes per option; shape (options,).
     """
@@ -59,7 +59,12 @@ class Arc:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything the search needs; `tables` stays behind for the report, which looks up the same numbers."""
+    """Everything the search needs.
+
+    Attributes:
+        mesh: the axes that options name.
+        fixed_ns, fixed_bytes: nanoseconds and bytes of whatever is chosen.
+    """
 
     nodes: tuple[Node, ...]
     arcs: tuple[Arc, ...]
