@@ -28,7 +28,7 @@ KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp", Role.
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One journey of a tensor in the chosen plan, for `count` edges; `uses` as in `CostTables.parameter_seconds`."""
+    """One journey of a tensor in the chosen plan, for `count` edges; one `to_output` has no way back."""
 
     value: Value
     consumer: str
@@ -343,7 +343,7 @@ def _traffic(
         cuts = [
             menu.cut
             for menu, here, there in zip(spread.menus, spread.assignment.stages, spread.assignment.stages[1:], strict=False)
-            if here != there
+            if spread.rank_of[here] != spread.rank_of[there]
         ]
         entry = totals[PIPELINE, "send", "between stages"]
         entry[0] += 2 * pipeline.microbatches * len(cuts)
@@ -389,7 +389,8 @@ def _groups(
     communication: dict[str, float] = defaultdict(float)
     uses = _uses(model)
     for move in moves:
-        communication[group_of.get(move.consumer, outside)] += times * _move_seconds(model, tables, move, uses)
+        often, once = _move_seconds(model, tables, move, uses)
+        communication[group_of.get(move.consumer, outside)] += times * often + once
     return tuple(
         Group(
             name=name,
@@ -404,15 +405,17 @@ def _groups(
     )
 
 
-def _move_seconds(model: Model, tables: CostTables, move: Move, uses: Counter[str]) -> float:
+def _move_seconds(model: Model, tables: CostTables, move: Move, uses: Counter[str]) -> tuple[float, float]:
+    """(seconds of every micro-batch, seconds once per step) of a journey."""
     producer = model.folded.graph.by_name[move.value.op]
     tensor = producer.results[move.value.index]
     if move.start == move.need:
-        return 0.0
+        return 0.0, 0.0
     if producer.kind is OpKind.PARAMETER:
-        return move.count * sum(tables.parameter_seconds(tensor, move.start, move.need, uses[producer.name]))
+        gathered, deferred = tables.parameter_seconds(tensor, move.start, move.need, uses[producer.name])
+        return move.count * gathered, move.count * deferred
     backward = tensor.requires_grad and not move.to_output
-    return move.count * sum(tables.journey_seconds(tensor, move.start, move.need, backward=backward))
+    return move.count * sum(tables.journey_seconds(tensor, move.start, move.need, backward=backward)), 0.0
 
 
 def _is_gathered(op: Op, axis: int, moves: list[Move]) -> bool:

@@ -48,7 +48,7 @@ _VERIFY_RANKS = 4
 _VERIFY_TOLERANCE = 1e-9
 
 _TRAINED_DTYPES = ("bfloat16", "float16", "float32")
-# Read by `autopar.pipelines`, which takes long to import.
+# Read by `autopar.wanted`, which takes long to import.
 PIPELINE_PINS = ("pp", "schedule", "microbatches", "chunks", "recompute")
 _SWITCHES = {"true": True, "false": False}
 
@@ -162,6 +162,8 @@ def plan(
     # Told before the search, not after it.
     if output is not None and not output.resolve().parent.is_dir():
         raise InputError(f"{output} can't be written: there is no folder {output.parent}")
+    if output is not None and output.is_dir():
+        raise InputError(f"{output} can't be written: it is a folder; name a file in it")
     with _show_progress() as progress:
         progress("loading the model")
         from autopar import api
@@ -179,13 +181,13 @@ def plan(
             strict=strict,
             progress=progress,
         )
+    # First, so that a file that can't be written costs nothing that was found.
+    click.echo(to_json(found) if as_json else summarize(found))
     if output is not None:
         try:
             found.save(output)
         except OSError as error:
-            raise InputError(f"{output} can't be written: {error.strerror}") from error
-    click.echo(to_json(found) if as_json else summarize(found))
-    if output is not None:
+            raise InputError(f"{output} can't be written: {error.strerror}; --json prints the plan's text") from error
         click.echo(f"written to {output}; `autopar explain {output}` shows all of it", err=True)
 
 

@@ -15,12 +15,12 @@ from autopar.cost_models import Cluster
 from autopar.errors import InputError
 from autopar.factors import Role
 from autopar.ir import Op, OpKind
-from autopar.layout import Layout, Mesh, Placement, Split
+from autopar.layout import PIPELINE, Layout, Mesh, Placement, Split
 from autopar.microbatch import MICRO
 from autopar.options import AxisKind, Constraints, Model, is_inside, role_of
 
 PIN_NAMES = ("dp", "tp", "cp", "pp", "fsdp", "vocabulary", "schedule", "microbatches", "chunks", "recompute")
-"""Pins of this version, those of pipelines are read by `autopar.pipelines`; any other key is a glob of module paths with a placement
+"""Pins of this version, those of pipelines are read by `autopar.wanted`; any other key is a glob of module paths with a placement
 (``{"layers.*.mlp": {"tp": "o"}}``)."""
 
 LATER_PINS = ("ep", "offload", "attention")
@@ -52,10 +52,11 @@ def find_trials(
     if axes is not None:
         if wrong := {name: size for name, size in axes.items() if type(size) is not int or size < 1}:
             raise InputError(f"mesh axes {wrong}: sizes are integers from 1")
+        if other := {name: size for name, size in sizes.items() if size != axes.get(name, 1)}:
+            asked = ", ".join(f"{name}={size}" for name, size in other.items())
+            raise InputError(f"the mesh {dict(axes)} and the pins {asked} contradict each other; leave out one of them")
         if MICRO in axes:
-            raise InputError(
-                f"mesh axis {MICRO!r}: that is how micro-batches are called; pin microbatches={axes[MICRO]}, or name the axis otherwise"
-            )
+            raise InputError(f"mesh axis {MICRO!r}: the name is taken, by micro-batches; call the axis something else")
         meshes = [Mesh(tuple(axes), tuple(axes.values()))]
         if meshes[0].world_size != world:
             raise InputError(f"mesh {meshes[0]} has {meshes[0].world_size} ranks, the cluster {cluster} has {world}")
@@ -130,6 +131,8 @@ def check_pins(pins: Mapping[str, object]) -> None:
                 raise InputError(f"pin {name}={value!r}: true or false is needed")
         elif not isinstance(value, Mapping):
             raise InputError(f"unknown pin {name!r}; known are {', '.join(PIN_NAMES)} and globs of module paths")
+        elif wrong := [axis for axis, loop in value.items() if axis != PIPELINE and not isinstance(loop, str)]:
+            raise InputError(f"pin {name!r}: {wrong[0]}={value[wrong[0]]!r} is no loop; write the name of a loop of its ops, such as 'o'")
 
 
 def _with_batch_axis(kinds: tuple[AxisKind, ...], mesh: Mesh, fsdp: bool, barred: frozenset[AxisKind]) -> tuple[AxisKind, ...]:

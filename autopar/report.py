@@ -29,7 +29,8 @@ from autopar.units import format_bytes, format_seconds, format_share
 MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "workspace", "reserved")
 """The parts of `Memory.total`, in the order shown."""
 
-_BAR_WIDTH = 40
+# With the other columns the table of memory is 80 wide.
+_BAR_WIDTH = 38
 _UNRULED_SHOWN = 3
 _NOTHING = "-"
 
@@ -266,6 +267,10 @@ def _word_recompute(plan: Plan) -> str:
 
 def _format_gap(gap: float) -> str:
     return "0" if gap == 0 else f"{100 * gap:.3g}%"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _count_alike(unruled: Iterable[Unruled]) -> list[tuple[str, str, int]]:
@@ -518,8 +523,8 @@ def _word_proof(plan: Plan) -> list[str]:
     if is_spread:
         lines.append("Other placements, schedules, micro-batches and meshes were compared by what was found for each, not by bounds.")
     lines.append(
-        f"The solver ended as {proof.status} ({proof.method}) on {proof.variables:,} variables and"
-        f" {proof.constraints:,} constraints; the whole search took {format_seconds(proof.seconds)}."
+        f"The solver ended as {proof.status} ({proof.method}) on {_count(proof.variables, 'variable')} and"
+        f" {_count(proof.constraints, 'constraint')}; the whole search took {format_seconds(proof.seconds)}."
     )
     what, pin, is_pinned = "mesh", "--mesh dp=4,tp=2", "a pinned mesh"
     if plan.pipeline.ranks > 1:

@@ -18,6 +18,7 @@ from torch import fx, nn
 from autopar import collectives, kernels, losses
 from autopar.capture import Captured
 from autopar.deferral import DEFERRABLE
+from autopar.errors import PlanError
 from autopar.ir import Graph, Op, Operand, OpKind, Tensor, Value
 from autopar.kept import is_deferrable
 from autopar.layers import Folded, fan_key
@@ -213,7 +214,9 @@ class Rewriter:
 
     def travels(self, value: Value) -> Layout:
         """The layout in which a value crosses to another stage; along time as it is made."""
-        inner = self.plan.pipeline.travel[str(value)]
+        inner = self.plan.pipeline.travel.get(str(value))
+        if inner is None:
+            raise PlanError(f"plan.pipeline.travel has no layout for {str(value)!r}, which crosses from a stage to another; plan again")
         return inner if self.micro is None else (self.micro.states[value], *inner)
 
     def boundary(self, value: Value) -> Boundary:

@@ -64,12 +64,14 @@ class Verification:
         """Raise VerificationError naming what disagrees."""
         if self.capture_error > self.rounding:
             raise VerificationError(
-                f"the captured graph disagrees with the model: relative error {self.capture_error:.2e}, {self.rounding:.0e} accepted"
+                f"the captured graph disagrees with the model: relative error {self.capture_error:.2e}, {self.rounding:.0e} accepted. "
+                "If the model draws random numbers, set dropout to 0 or call eval()"
             )
         if not self.ok:
             off = sorted(((e, n) for n, e in self.errors.items() if not e <= self.tolerance), reverse=True)[:8]
             lines = "\n".join(f"  {name}: relative error {error:.2e}" for error, name in off)
-            raise VerificationError(f"plan on {self.plan.mesh} disagrees with the model (tolerance {self.tolerance:g}):\n{lines}")
+            mesh = with_pipeline(self.plan.mesh, self.plan.pipeline.ranks)
+            raise VerificationError(f"plan on {mesh} disagrees with the model (tolerance {self.tolerance:g}):\n{lines}")
 
 
 @dataclass(frozen=True)

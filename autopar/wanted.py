@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from autopar.blocks import Chain
 from autopar.errors import InputError
@@ -42,8 +42,20 @@ class Wanted:
 
 
 def read_pipeline(pins: Mapping[str, object], mesh: Mapping[str, int] | None) -> tuple[Wanted, dict[str, object], dict[str, int] | None]:
-    """What the user asks of the pipeline; the pins and the mesh of one group of ranks that are left."""
-    wanted = read_pins({**pins, **({PIPELINE: mesh[PIPELINE]} if mesh is not None and PIPELINE in mesh else {})})
+    """What the user asks of the pipeline; the pins and the mesh of one group of ranks that are left.
+
+    Raises InputError for pins and meshes that aren't mappings, that contradict each other, or whose values can't be used.
+    """
+    for what, given in (("pins", pins), ("mesh", mesh)):
+        if given is not None and not isinstance(given, Mapping):
+            raise InputError(f"{what}={given!r}: a dict is needed, such as {{'dp': 4}}")
+    groups = pins.get(PIPELINE) if mesh is None else mesh.get(PIPELINE, pins.get(PIPELINE))
+    if groups != pins.get(PIPELINE, groups):
+        raise InputError(f"the mesh has pp={groups} and pin pp={pins[PIPELINE]!r} asks for another number; leave out one of them")
+    wanted = read_pins(pins if groups is None else {**pins, PIPELINE: groups})
+    if mesh is not None and groups is None and wanted.asks:
+        # A given mesh is that of all ranks, unless it says otherwise.
+        wanted = replace(wanted, groups=1)
     left: dict[str, object] = {}
     for name, value in pins.items():
         if name in PINS:
@@ -62,11 +74,11 @@ def read_pins(pins: Mapping[str, object]) -> Wanted:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"pin {name}={value!r}: an integer from 1 is needed")
     schedule, recompute = pins.get("schedule"), pins.get("recompute")
-    if schedule is not None and (not isinstance(schedule, str) or schedule not in SCHEDULES):
+    if schedule is not None and not (isinstance(schedule, str) and schedule in SCHEDULES):
         raise InputError(f"pin schedule={schedule!r} is unknown; there are {', '.join(SCHEDULES)}")
     if isinstance(recompute, bool):
         recompute = "full" if recompute else "none"
-    if recompute is not None and (not isinstance(recompute, str) or recompute not in RECOMPUTE):
+    if recompute is not None and not (isinstance(recompute, str) and recompute in RECOMPUTE):
         raise InputError(f"pin recompute={recompute!r} is unknown; there are {', '.join(RECOMPUTE)}, true (full) and false (none)")
     stages = {name: value["pp"] for name, value in pins.items() if isinstance(value, Mapping) and "pp" in value}
     for name, stage in stages.items():

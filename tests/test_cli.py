@@ -228,6 +228,8 @@ def test_meshes_are_read() -> None:
 def test_an_output_that_cannot_be_written_is_refused_before_the_search(tmp_path: Path) -> None:
     message = refuse("plan", "m.py:f", "--cluster", "8xH100", "-o", tmp_path / "absent" / "plan.json")
     assert "can't be written: there is no folder" in message
+    message = refuse("plan", "m.py:f", "--cluster", "8xH100", "-o", tmp_path)
+    assert "can't be written: it is a folder" in message
 
 
 def test_what_contradicts_a_plan_is_refused(saved: Path) -> None:

@@ -90,6 +90,14 @@ def test_plan_prints_a_summary(models: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_plan_that_cannot_be_written_is_printed(models: Path) -> None:
+    result = run("plan", f"{models}:build", "--cluster", "1xcpu", "-o", "/dev/full")
+    assert result.exit_code == 2
+    assert "proof " in result.stdout
+    assert result.stderr == "error: /dev/full can't be written: No space left on device; --json prints the plan's text\n"
+
+
 def test_plan_for_programs(models: Path) -> None:
     result = run("plan", f"{models}:build", "--cluster", "4xcpu", "--mesh", "dp=2,tp=2", "--json")
     assert (result.exit_code, result.stderr) == (0, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,29 @@ def test_what_can_not_be_had_says_why(layers: Graph, pins: Mapping[str, object],
         make_plan(layers, Cluster.parse("4xcpu"), pins=pins)
 
 
+def test_a_mesh_of_all_ranks_goes_with_micro_batches_and_recomputation(layers: Graph) -> None:
+    for pins in ({"microbatches": 4}, {"recompute": "full"}):
+        plan = make_plan(layers, Cluster.parse("4xcpu"), mesh={"dp": 2, "tp": 2}, pins=pins)
+        assert (plan.pipeline.ranks, str(plan.mesh)) == (1, "dp=2 x tp=2")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "pins", "message"),
+    [
+        ({"pp": 2, "dp": 2}, {"pp": 4}, "the mesh has pp=2 and pin pp=4"),
+        ({"dp": 4}, {"tp": 2}, "the pins tp=2 contradict each other"),
+        ({"micro": 4}, {}, "mesh axis 'micro': the name is taken"),
+        (["dp"], {}, "a dict is needed"),
+        (None, ["dp=4"], "a dict is needed"),
+        (None, {"schedule": ["1f1b"]}, "is unknown; there are gpipe"),
+        (None, {"layers.*": {"tp": 3}}, "tp=3 is no loop"),
+    ],
+)
+def test_meshes_and_pins_that_can_not_be_used_say_why(layers: Graph, mesh: Any, pins: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_plan(layers, Cluster.parse("4xcpu"), mesh=mesh, pins=pins)
+
+
 def test_layers_out_of_order_can_not_be_had(layers: Graph) -> None:
     with pytest.raises((InputError, InfeasibleError), match=r"stage|pin"):
         make_plan(layers, Cluster.parse("4xcpu"), pins={"pp": 2, "layers.0": {"pp": 1}, "layers.7": {"pp": 0}})
@@ -149,6 +173,18 @@ def test_the_plans_seconds_are_the_simulators(layers: Graph) -> None:
     plan = plan_for(layers, pp=4, microbatches=8, schedule="1f1b")
     assert plan.seconds.step == pytest.approx(plan.proof.objective_ns / 1e9, rel=0.02)
     assert plan.seconds.bubble > 0
+
+
+def test_what_layers_communicate_adds_up_over_micro_batches(layers: Graph) -> None:
+    plan = plan_for(layers, dp=2, pp=2, microbatches=4, schedule="1f1b")
+    inside = sum(one.seconds for one in plan.traffic if one.axis != "pp")
+    assert sum(group.communication_seconds for group in plan.groups) == pytest.approx(plan.pipeline.ranks * inside, rel=1e-6)
+
+
+def test_stages_of_one_rank_exchange_no_messages(layers: Graph) -> None:
+    plan = plan_for(layers, pp=2, microbatches=4, schedule="zb-v")
+    (sent,) = (one for one in plan.traffic if one.axis == "pp")
+    assert sent.count == 2 * 4 * 2  # of the three cuts, the one at the point of the V crosses to no other rank
 
 
 def test_a_later_batch_keeps_the_stages(layers: Graph) -> None:
