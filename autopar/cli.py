@@ -6,10 +6,12 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 no pl
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -384,10 +386,10 @@ def _show_progress() -> Iterator[Callable[[str], None]]:
     """Give a function that shows what is being done: a live line when stderr is a terminal, nothing otherwise."""
     console = Console(file=sys.stderr)
     if not console.is_terminal:
-        with _hold_back_stderr():
+        with _hold_back_stderr(), _keep_stdout_clean():
             yield lambda _: None
         return
-    with console.status(Text("starting")) as status, _hold_back_stderr():
+    with console.status(Text("starting")) as status, _hold_back_stderr(), _keep_stdout_clean():
         yield lambda text: status.update(Text(text))
 
 
@@ -405,6 +407,27 @@ def _hold_back_stderr() -> Iterator[None]:
     finally:
         logging.disable(logging.NOTSET)
         sys.stderr.write(held.getvalue())
+
+
+@contextmanager
+def _keep_stdout_clean() -> Iterator[None]:
+    """Send to stderr what a model's code prints, and libraries past Python: HiGHS has a line of its own for repaired solutions."""
+    try:
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file, as in tests
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(stdout)
+    os.dup2(2, stdout)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        # C has a buffer of its own, which would else be written when the process ends.
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, stdout)
+        os.close(kept)
 
 
 def _make_console(stream: IO[str]) -> Console:
