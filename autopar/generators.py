@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -85,6 +85,15 @@ def forward_only(stages: Schedule | Sequence[int], microbatches: int) -> Schedul
     ranks = max(rank_of) + 1
     steps = [[(stage, Kind.FORWARD) for stage in reversed(range(len(rank_of))) if rank_of[stage] == rank] for rank in range(ranks)]
     return Schedule("forward", microbatches, rank_of, tuple(map(tuple, _run_ahead(rank_of, microbatches, [()] * ranks, steps))))
+
+
+def forwards_first(schedule: Schedule) -> Schedule:
+    """All forwards of every rank, then the rest, in their orders: what runs when the loss is computed outside of the model.
+
+    >>> print(*forwards_first(make_schedule("1f1b", 2, 3)).actions[0])
+    0F0 0F1 0F2 0B0 0B1 0B2 0G0
+    """
+    return replace(schedule, actions=tuple(tuple(sorted(own, key=lambda one: one.kind is not Kind.FORWARD)) for own in schedule.actions))
 
 
 def _gpipe(ranks: int, microbatches: int, chunks: int) -> Schedule:

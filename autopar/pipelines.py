@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from autopar.actions import Schedule
 from autopar.assignment import Assignment, BlockMenu, assign
 from autopar.blocks import Chain
 from autopar.cost_models import Cluster, Link, axis_link
 from autopar.costs import CostTables, local_nbytes
 from autopar.drafts import draft, find_leanest
 from autopar.errors import AutoparError, InfeasibleError, InputError, SolverError
-from autopar.generators import check_schedule, make_schedule, splits_backward
+from autopar.generators import check_schedule, forwards_first, make_schedule, splits_backward
 from autopar.ir import OpKind
 from autopar.layout import REPLICATE, Layout, Mesh, fits, with_pipeline
 from autopar.menus import PHASES, longest_path, make_problem, measure
@@ -197,12 +198,12 @@ class PipelineSearch:
         return sorted(ranked, key=lambda one: one.hope)
 
     def _search(self, drafts: Sequence[_Draft], cutoff: float) -> Pipelined | None:
-        """Search the stages of the best drafts: each may take half of the time that is left, the last one all."""
+        """Search the stages of the best drafts, and of all that promise more than what was found: each may take half of the time left."""
         best: Pipelined | None = None
         left = SEARCH_SECONDS
         for number, one in enumerate(drafts):
             limit = cutoff if best is None else min(cutoff, best.seconds)
-            if number >= SEARCHED or one.seconds >= HOPE * limit:
+            if one.seconds >= (HOPE if number < SEARCHED else 1) * limit:
                 self._note(one.shape, one.seconds, one.nbytes, f"{one}: drafted")
                 continue
             self.tell(f"stages: {one.shape}, {one}")
@@ -328,6 +329,10 @@ class PipelineSearch:
 
     # --- stages ---
 
+    def _schedule(self, family: str, groups: int, count: int, chunks: int) -> Schedule:
+        schedule = make_schedule(family, groups, count, chunks)
+        return schedule if self.returns_loss else forwards_first(schedule)
+
     def _draft_first(self, shape: Shape) -> _Draft | None:
         """A draft under the first schedule, or where that needs too much memory under one that needs less."""
         families = self._families(shape)
@@ -351,9 +356,9 @@ class PipelineSearch:
     def _draft_with(self, shape: Shape, family: str, chunks: int, menus: tuple[BlockMenu, ...]) -> _Draft | None:
         # From some rounds on every further one takes as long as the one before.
         counts = [shape.microbatches]
-        if family != "gpipe" and shape.microbatches > ROUNDS * shape.groups:
+        if family != "gpipe" and self.returns_loss and shape.microbatches > ROUNDS * shape.groups:
             counts = [ROUNDS * shape.groups, (ROUNDS - 1) * shape.groups]
-        schedules = [make_schedule(family, shape.groups, count, chunks) for count in counts]
+        schedules = [self._schedule(family, shape.groups, count, chunks) for count in counts]
         try:
             problem = make_problem(menus, schedules[0], self._budget(shape))
         except (InfeasibleError, InputError) as error:
@@ -383,7 +388,7 @@ class PipelineSearch:
     def _assign(self, drafted: _Draft, limit: float, seconds: float) -> Pipelined | None:
         """The best stages and variants for a shape under a schedule, if they take less than `limit`, searched for so many seconds."""
         shape, family, chunks = drafted.shape, drafted.family, drafted.chunks
-        schedule = make_schedule(family, shape.groups, shape.microbatches, chunks)
+        schedule = self._schedule(family, shape.groups, shape.microbatches, chunks)
         best: tuple[float, _Answers, tuple[BlockMenu, ...]] | None = None
         placed = self._placed[self._key(shape)]
         if placed is None or placed.shape is not shape:

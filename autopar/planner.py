@@ -69,6 +69,12 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
+LOSS_OUTSIDE = (
+    "the model returns no loss, so every forward of schedule {} runs before the first backward, and as many micro-batches are held as under"
+    " gpipe; return the loss to change this"
+)
+
+
 @_uncollected()
 def make_plan(
     graph: Graph,
@@ -145,6 +151,8 @@ def make_plan(
             raise InfeasibleError(f"{wanted} leaves some op no placement that its neighbours' can be connected with; pin less")
         raise _infeasible(cluster, min(needed))
     trial = pipelined.shape.trial if pipelined is not None else best.trial  # type: ignore[union-attr]
+    if pipelined is not None and find_loss(graph) is None and pipelined.pipeline.schedule != "gpipe":
+        notes = (*notes, LOSS_OUTSIDE.format(pipelined.pipeline.schedule))
     return assemble(
         _spread(pipelined, chain) if pipelined is not None else _unspread(best, model, chain),  # type: ignore[arg-type]
         rename=trial.name == "search" and is_open and (pipelined is None or not wanted.asks),
