@@ -86,6 +86,15 @@ class Captured:
         return self.results.unflatten(outputs)
 
 
+def refuse_autocast(device: torch.device) -> None:
+    """Raises CaptureError under autocast: programs and the messages between stages have the dtypes of the capture."""
+    if torch.is_autocast_enabled(device.type):
+        raise CaptureError(
+            "autocast is on; which operators it casts isn't part of a graph. Give the model the dtype that it shall compute"
+            " in (model.to(torch.bfloat16)) and call it outside torch.autocast"
+        )
+
+
 def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], *, training: bool | None = None) -> Captured:
     """Capture a module for the sizes of an example call.
 
@@ -101,11 +110,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
     """
     spec, leaves = read_call(model.forward, example_inputs)
     device = _device(model)
-    if torch.is_autocast_enabled(device.type):
-        raise CaptureError(
-            "autocast is on; which operators it casts isn't part of a graph. Give the model the dtype that it shall compute"
-            " in (model.to(torch.bfloat16)) and call it outside torch.autocast"
-        )
+    refuse_autocast(device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_fake(leaf, mode, device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(fakes, spec.in_spec)

@@ -146,23 +146,12 @@ class Executor:
         self._going: dict[Action, list[Message]] = {}
         self._taken = taken or {}
         self._left: dict[Key, Deferred] = {}
-        self._acts: Mapping[Kind, Callable[[Action], None]] = {
-            Kind.FORWARD: self._forward,
-            Kind.BACKWARD: self._backward,
-            Kind.INPUT: self._input,
-            Kind.WEIGHT: self._weight,
-            Kind.SEND_FORWARD: self._send_forward,
-            Kind.RECEIVE_FORWARD: self._receive,
-            Kind.SEND_BACKWARD: self._send_backward,
-            Kind.RECEIVE_BACKWARD: self._receive,
-            Kind.REDUCE: lambda action: self.reduce(action.stage),
-        }
 
     def run(self, actions: Sequence[Action] | None = None) -> None:
         """Run these actions (all of this rank's), one after the other, and wait for what was sent. Raises PipelineError."""
         for action in self.actions if actions is None else actions:
             try:
-                self._acts[action.kind](action)
+                _ACTS[action.kind](self, action)
             except Exception as error:
                 raise self._explain(action, error) from error
         for action, messages in self._going.items():
@@ -180,9 +169,10 @@ class Executor:
         return not (self._flows and self.trains) and not self._coming and not self._here and not self._left
 
     def join(self, position: int) -> Tensor:
-        """This rank's part of an output of the whole batch, made of those of the micro-batches."""
+        """This rank's part of an output of the whole batch, made of those of the micro-batches, which are let go."""
         state = next(out.state for stage in self.tensors for out in self.pipeline.stages[stage].outputs if out.position == position)
-        parts = [self.parts[position][i] for i in range(self.count)]
+        made = self.parts.pop(position)
+        parts = [made[i] for i in range(self.count)]
         if state.kind is StateKind.SHARD:
             return join_parts(parts, state.dim, state.outer)
         if state.kind is StateKind.PARTIAL:
@@ -191,6 +181,10 @@ class Executor:
                 total += part
             return total
         return parts[0]
+
+    def close(self) -> None:
+        """Let go of what the stages compute with, when nothing is left to run: a loss that is kept for a log keeps its executor."""
+        self.tensors, self._wholes = {}, {}
 
     # --- actions ---
 
@@ -342,6 +336,20 @@ class Executor:
             f"stage {action.stage} of {self.schedule.stages}, {words[action.kind]} of micro-batch {action.microbatch} ({action}, group "
             f"{self.group} of the pipeline): {type(error).__name__}: {error}{OUT_OF_MEMORY if _is_out_of_memory(error) else ''}"
         )
+
+
+# Not bound to an executor: it would hold itself, and all its tensors, until the garbage collector comes by.
+_ACTS: Mapping[Kind, Callable[[Executor, Action], None]] = {
+    Kind.FORWARD: Executor._forward,
+    Kind.BACKWARD: Executor._backward,
+    Kind.INPUT: Executor._input,
+    Kind.WEIGHT: Executor._weight,
+    Kind.SEND_FORWARD: Executor._send_forward,
+    Kind.RECEIVE_FORWARD: Executor._receive,
+    Kind.SEND_BACKWARD: Executor._send_backward,
+    Kind.RECEIVE_BACKWARD: Executor._receive,
+    Kind.REDUCE: lambda self, action: self.reduce(action.stage),
+}
 
 
 OUT_OF_MEMORY = (

@@ -138,24 +138,33 @@ class GradientReducer:
 
     def _note(self, program: _Program, bucket: _Bucket | None) -> None:
         """A leaf got its gradient: send the buckets that are full, in the same order on every rank."""
-        if not self._synced:
-            return
         this_backward = torch_compat.backward_id()
         if this_backward != self._backward:
-            # Also after a backward that failed half-way: its callback never ran, what it left must not count.
             self._backward = this_backward
             self._flights.clear()
             for each in self._programs:
                 each.sent = 0
                 for other in each.buckets:
                     other.ready = 0
-            torch_compat.after_backward(self._finish)
-        if bucket is None:
+            torch_compat.after_backward(self._finish if self._synced else self._end)
+        if bucket is None or not self._synced:
             return
         bucket.ready += 1
         while program.sent < len(program.buckets) and _is_full(program.buckets[program.sent]):
             self._send(program.buckets[program.sent].members)
             program.sent += 1
+
+    def recover(self) -> None:
+        """Before a forward: what a backward that failed half-way left in the leaves must not count in the next one."""
+        if self._backward != -1 and torch_compat.backward_id() == -1:
+            self._backward = -1
+            self._flights.clear()
+            for program in self._programs:
+                for each in program.tracked:
+                    each.leaf.grad = None
+
+    def _end(self) -> None:
+        self._backward = -1
 
     def _send(self, members: Sequence[Tracked]) -> None:
         """Start the sum of these members' gradients, all of one group and dtype, and take them from the leaves."""
@@ -251,6 +260,11 @@ class StashedGradients:
         self.start(list(self._tracked))
         for name, gradient in self.collect().items():
             _give(self._tracked[name].parameter, gradient)
+
+    @property
+    def is_synced(self) -> bool:
+        """Whether gradients are summed now: not under `no_sync`."""
+        return self._reducer.is_synced
 
     def give(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
         """Add summed gradients, scaled, and all that waited in any program, to the parameters' own."""

@@ -254,7 +254,7 @@ class _Pass:
 
     def _choose(self, op: Op, space: Space | None) -> _Choice | None:
         """The part that keeps most work split: a loop that an operand is split by, else Partial sums passed through, else nothing."""
-        if _updates_in_place(op) and self.cut:
+        if updates_in_place(op) and self.cut:
             return None
         if all(self.states[value] == REPLICATE for value in op.operands):
             return _Choice(None, frozenset(), 0)
@@ -369,7 +369,7 @@ def _is_counted(op: Op, space: Space | None, part: Part) -> bool:
     return part.loop in space.kernel_loops and space.loops[part.loop].kind is LoopKind.SUM and not by_class
 
 
-def _updates_in_place(op: Op) -> bool:
+def updates_in_place(op: Op) -> bool:
     """Whether the op itself changes its running statistics: once per run, which must be once per step."""
     return (
         op.target == "aten.batch_norm.default" and bool(argument(op, 5, "training", False)) and operand(op, 3, "running_mean") is not None

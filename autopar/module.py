@@ -8,6 +8,7 @@ device. Optimizers must be made after, from this module's parameters.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate
 from torch.utils import _pytree as pytree
 
 from autopar import comm, rng, torch_compat
+from autopar.capture import refuse_autocast
 from autopar.collectives import gather_along, regather
 from autopar.dtensor import as_dtensor, gather_whole, placements_of, shard_whole, split_steps, take_local, teach_strided_shards
 from autopar.errors import InputError, PlanError
@@ -192,6 +194,8 @@ class ParallelModule(nn.Module):
         """Run the program of this call's signature, planning it first when there is none."""
         if self._home is not None:
             self._home.alarm.check()
+        refuse_autocast(self._device)
+        self._reducer.recover()
         local_tensors: dict[int, Tensor] = {}
         if self._inputs == "local":
             args, kwargs, local_tensors = self._as_global(args, kwargs)
@@ -201,7 +205,8 @@ class ParallelModule(nn.Module):
         tensors = program.captured.bind(args, kwargs)
         if program.pipeline is not None:
             _refuse_gradients([local_tensors.get(id(x), x) for x in tensors])
-            runner = self._find_runner(program, home)
+            with torch.inference_mode(False):
+                runner = self._find_runner(program, home)
             with home.alarm.guard(runner.where):
                 whole = [self._find_global(x, local_tensors, home, program) for x in tensors]
                 return self._run_pipeline(program, home, runner, whole)
@@ -213,10 +218,14 @@ class ParallelModule(nn.Module):
             else:
                 parts.append(_reshard_local(here, slot.layout, home, program.batch_axes))
         buffers = {slot.name: _read(self._buffer_at[slot.name]) for slot in program.buffers}
-        held = [take_local(buffers[slot.name], slot.layout, home.mesh, home.place) for slot in program.buffers]
+        with torch.inference_mode(False):
+            leaves = self._find_leaves(program)
+        # What gets a new value below is handed over as a copy: the backward may want the old one.
+        kept = {name: buffers[name].clone() for name in program.mutated_buffers} if torch.is_grad_enabled() else {}
+        held = [take_local(kept.get(slot.name, buffers[slot.name]), slot.layout, home.mesh, home.place) for slot in program.buffers]
         one_seed = rng.agreed(self._share) if home.device_mesh is not None else nullcontext()
         with comm.active(home.axes), one_seed, regather() if program.regather else nullcontext():
-            results = program.module(*self._find_leaves(program), *held, *parts)
+            results = program.module(*leaves, *held, *parts)
         results = tuple(results) if isinstance(results, tuple | list) else (results,)
         with torch.no_grad():
             layouts = {slot.name: slot.layout for slot in program.buffers}
@@ -239,10 +248,13 @@ class ParallelModule(nn.Module):
         if pipeline.random:
             number = self._agree(int(torch.randint(2**62, ())), home)
         trains = torch.is_grad_enabled() and bool(pipeline.trained)
-        run = runner.run(buffers, inputs, number=number, trains=trains, syncs=self._reducer.is_synced)
+        kept = {name: buffers[name].clone() for name in program.mutated_buffers} if trains else {}
+        run = runner.run({**buffers, **kept}, inputs, number=number, trains=trains, syncs=self._reducer.is_synced)
         executor = run.executor
         makes = {out.position for stage in executor.tensors for out in pipeline.stages[stage].outputs}
         parts = {i: executor.join(i) for i in makes}
+        if not trains or pipeline.loss is not None:
+            executor.close()
         with torch.no_grad():
             self._update_buffers(program, runner, buffers, parts)
         return program.captured.unflatten(self._as_outputs(program, home, runner, run, parts, trains))
@@ -256,7 +268,7 @@ class ParallelModule(nn.Module):
         outside = trains and pipeline.loss is None
         shared: dict[int, Tensor] = {}
         for i, slot in enumerate(program.outputs):
-            if outside or not slot.shape:
+            if outside or math.prod(slot.shape) == 1:
                 shared[i] = runner.share(parts.get(i), slot, self._device)
         differentiable = [i for i, slot in enumerate(program.outputs) if slot.requires_grad]
         if outside:
@@ -290,7 +302,9 @@ class ParallelModule(nn.Module):
             value = runner.share(parts.get(position), maker, self._device)
             buffers[name].copy_(gather_whole(value, slots[name].layout, home.mesh, home.axes))
         for name in sorted(pipeline.written):
-            buffers[name].copy_(runner.share(buffers[name], slots[name], self._device))
+            value = runner.share(buffers[name], slots[name], self._device)
+            if value is not buffers[name]:
+                buffers[name].copy_(value)
 
     def _find_runner(self, program: Program, home: _Home) -> StageRunner:
         """The runner of a program, with leaves that stand for the parameters as they are stored now."""
@@ -355,14 +369,16 @@ class ParallelModule(nn.Module):
         )
         program = self._programs.get(key)
         if program is None:
-            with _plain_parameters(self._original):
+            # Programs and stored parameters outlive a call in inference mode.
+            with torch.inference_mode(False), _plain_parameters(self._original):
                 program = self._planner(self._original, args, kwargs, self.training)
-            self._settle(program)
+            with torch.inference_mode(False), torch.no_grad():
+                program = self._settle(program)
             self._programs[key] = program
         self._last = program
         return program
 
-    def _settle(self, program: Program) -> None:
+    def _settle(self, program: Program) -> Program:
         """Store the parameters as the first program wants them; check that a later one takes them so."""
         groups = 1 if program.pipeline is None else program.pipeline.schedule.ranks
         if self._home is None:
@@ -379,12 +395,8 @@ class ParallelModule(nn.Module):
         if program.mesh != home.mesh:
             raise PlanError(f"the parameters are stored on the mesh {home.mesh}, a later plan wants {program.mesh}")
         wrong = [slot for slot in program.parameters if home.layouts[slot.name] != slot.layout]
-        elsewhere = [slot for slot in program.parameters if home.owners[slot.name] not in (None, *slot.groups[:1])]
-        if elsewhere:
-            raise PlanError(
-                "a later plan wants parameters in other groups of ranks than the first: "
-                + ", ".join(f"{slot.name} in {slot.groups[0]}, not {home.owners[slot.name]}" for slot in elsewhere)
-            )
+        # A parameter that the first program didn't use may be wanted elsewhere: its owner lends it, as it does a shared one.
+        program = dataclasses.replace(program, parameters=tuple(_lend(slot, home.owners[slot.name]) for slot in program.parameters))
         if wrong:
             raise PlanError(
                 "a later plan wants parameters stored otherwise than the first: "
@@ -395,6 +407,7 @@ class ParallelModule(nn.Module):
             for axes in sorted({slot.partial_axes for slot in program.parameters if slot.partial_axes} - set(self._groups)):
                 self._groups[axes] = group_over(home.device_mesh, axes)
             home.alarm.watch(self._groups.values())
+        return program
 
     def _exchange(self, program: Program, home: _Home) -> tuple[dict[str, Layout], dict[str, int | None]]:
         mesh, device_mesh = home.mesh, home.device_mesh
@@ -424,6 +437,7 @@ class ParallelModule(nn.Module):
             if device_mesh is not None:
                 local = as_dtensor(local, device_mesh, home.placements_of(layout, owner), parameter.shape)
             stored = nn.Parameter(local, requires_grad=parameter.requires_grad)
+            stored.__dict__.update(parameter.__dict__)
             torch.utils.swap_tensors(parameter, stored)  # type: ignore[no-untyped-call]
         for path, module in self._original.named_modules():
             for name, buffer in module._buffers.items():
@@ -529,11 +543,26 @@ def _replicate(model: nn.Module, device: torch.device) -> None:
                 if not local.is_meta:
                     dist.broadcast(local, 0)
                 whole = as_dtensor(local, world, [Replicate()], parameter.shape)
-                made[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                made[id(parameter)] = _like(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
             module._parameters[name] = made[id(parameter)]
     for buffer in model.buffers():
         if not buffer.is_meta:
             dist.broadcast(buffer, 0)
+
+
+def _lend(slot: Slot, owner: int | None) -> Slot:
+    """The parameter as its owner lends it to the groups that use it."""
+    return slot if owner in (None, slot.groups[0]) else dataclasses.replace(slot, groups=tuple(dict.fromkeys((owner, *slot.groups))))
+
+
+def _like(parameter: nn.Parameter, stored: nn.Parameter) -> nn.Parameter:
+    """`stored` with the attributes and the hooks that the user has put on `parameter`."""
+    stored.__dict__.update(parameter.__dict__)
+    for hook in (parameter._backward_hooks or {}).values():
+        stored.register_hook(hook)  # type: ignore[no-untyped-call]
+    for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+        stored.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return stored
 
 
 @contextmanager

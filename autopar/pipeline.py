@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar import torch_compat
 from autopar.comm import Axis, Message
 from autopar.errors import CommError, InputError, PipelineError
 from autopar.executor import Executor, StageTensors, find_taken
@@ -25,6 +26,8 @@ from autopar.program import PipelineProgram, Program, Slot
 from autopar.schedules import Kind
 
 SECOND_BACKWARD = "this pipelined step has had its backward already: call the model again before the next backward()"
+FIRST_HALF_SCALE = 2.0**16
+"""What a first loss over float16 parameters, itself of a wider dtype, is taken to be scaled by: as torch's GradScaler begins."""
 FORWARD_KINDS = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
 
 
@@ -72,9 +75,22 @@ class StageRunner:
                 if len(program.parameters[i].groups) == 1:
                     self._users.setdefault(i, set()).add(number)
         self._taken = find_taken(self.pipeline.schedule, group), find_taken(self.pipeline.inference, group)
+        # What the last loss was scaled by before its backward. The backward of the next has run before that is known of it.
+        halves = any(slot.dtype == "float16" for slot in program.parameters)
+        loss = self.pipeline.loss
+        is_scaled = halves and loss is not None and program.outputs[loss].dtype != "float16"
+        self.scale = torch.tensor(FIRST_HALF_SCALE if is_scaled else 1.0)
 
     def run(self, buffers: Mapping[str, Tensor], inputs: Sequence[Tensor], *, number: int, trains: bool, syncs: bool) -> PipelineRun:
-        """Run the schedule (its forwards, when the loss is computed outside) on this rank's parts of the buffers and inputs."""
+        """Run the schedule (its forwards, when the loss is computed outside) on this rank's parts of the buffers and inputs.
+
+        The backward begins with the scale that the last loss had: gradients of float16 would vanish without it.
+        """
+        if torch_compat.backward_id() != -1:
+            raise InputError(
+                "a model in pipeline stages can't be run inside of a backward, as torch.utils.checkpoint around it does; "
+                "pin recompute='full' instead"
+            )
         self._refresh()
         slots = self.program
         tensors = {
@@ -89,7 +105,8 @@ class StageRunner:
         seeds = {}
         if trains and loss is not None:
             slot = slots.outputs[loss]
-            seeds[loss] = torch.ones(slot.shape, dtype=getattr(torch, slot.dtype), device=_device_of(tensors))
+            self.scale = self.scale.to(_device_of(tensors), getattr(torch, slot.dtype))
+            seeds[loss] = self.scale.expand(slot.shape)
         done: set[int] = set()
 
         def reduce(stage: int) -> None:
@@ -113,8 +130,6 @@ class StageRunner:
         run = PipelineRun(self, executor, syncs)
         if trains:
             self.stash.begin()
-            for slot in self._shared:
-                self.leaves[slot.name].grad = None
         if trains and loss is None:
             executor.run([action for action in executor.actions if action.kind in FORWARD_KINDS])
         else:
@@ -150,7 +165,10 @@ class StageRunner:
                 if owner == self.group:
                     messages += [axis.send(leaf, user) for user in slot.groups[1:]]
                 else:
-                    leaf.copy_(_wait(axis.receive(owner, leaf.shape, leaf.dtype, leaf.device), owner))
+                    value = _wait(axis.receive(owner, leaf.shape, leaf.dtype, leaf.device), owner)
+                    # A backward that is still to come may have saved it, and minds a write even of the same value.
+                    if not torch.equal(leaf, value):
+                        leaf.copy_(value)
         with self.doing("before micro-batch 0, the values of shared parameters to other groups"):
             for message in messages:
                 message.wait()
@@ -224,6 +242,8 @@ class PipelineRun:
         self.syncs = syncs
         self.gradients: dict[str, Tensor] | None = None
         self.is_over = False
+        self.trained = runner.pipeline.trained
+        self.scale = runner.scale
 
     def finish(self) -> None:
         """After the last backward: gradients of shared parameters go home, and all are summed over the ranks."""
@@ -232,9 +252,10 @@ class PipelineRun:
         with runner.doing("after the last micro-batch, the sum of gradients over the ranks of the group"):
             if self.syncs:
                 runner.stash.start([slot.name for slot in runner._shared if slot.groups[0] == runner.group])
-            self.gradients = runner.stash.collect()
+            # What the loss doesn't reach may have come by zeros that another group sent back; like on one device it gets none.
+            self.gradients = {name: x for name, x in runner.stash.collect().items() if name in self.trained}
         for slot in runner.program.parameters:
-            if slot.name in runner.pipeline.trained and slot.name not in self.gradients:
+            if slot.name in self.trained and slot.name not in self.gradients:
                 # Every rank must have the same gradients, of size zero where the parameter isn't: sums of norms meet in collectives.
                 self.gradients[slot.name] = runner.stash.zeros(slot.name)
         runner.meet(_device_of(self.executor.tensors))
@@ -245,6 +266,10 @@ class PipelineRun:
         if self.gradients is None:
             raise InputError(SECOND_BACKWARD)
         gradients, self.gradients = self.gradients, None
+        if self.runner.pipeline.loss is not None:
+            self.runner.scale = torch.where(scale.isfinite() & (scale != 0), scale, self.scale)
+            exact = torch.promote_types(scale.dtype, torch.float32)
+            scale = scale.to(exact) / self.scale.to(exact)
         with (
             self.runner.alarm.guard(self.runner.where),
             self.runner.doing("after the last micro-batch, handing gradients to the parameters"),
@@ -253,6 +278,8 @@ class PipelineRun:
                 self.runner.stash.give(gradients, scale)
             else:
                 self.runner.stash.keep(gradients, scale)
+                if self.runner.stash.is_synced:
+                    self.runner.stash.settle()  # the forward was under no_sync, the backward isn't
 
     def go_back(self, gradients: Mapping[int, Tensor]) -> None:
         """Run the backwards, with these gradients of outputs that were given to a loss outside, and give the parameters theirs."""
@@ -261,6 +288,7 @@ class PipelineRun:
             raise InputError(SECOND_BACKWARD)
         self.is_over = True
         with self.runner.alarm.guard(self.runner.where), self.runner.doing("between the forwards and the backwards"):
+            self.trained = frozenset().union(*(self.runner.pipeline.reached[i] for i in gradients))
             self.executor.seeds = dict(gradients)
             self.executor.run([action for action in self.executor.actions if action.kind not in FORWARD_KINDS])
             self.finish()
@@ -318,9 +346,11 @@ class _GoBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, run: PipelineRun, positions: tuple[int, ...], *outputs: Tensor) -> tuple[Tensor, ...]:
         ctx.run, ctx.positions = run, positions
+        ctx.set_materialize_grads(False)
         return tuple(x.view_as(x) for x in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.run.go_back(dict(zip(ctx.positions, grads, strict=True)))
-        return (torch.zeros((), device=grads[0].device), None, None, *(None for _ in grads))
+        given = {i: gradient for i, gradient in zip(ctx.positions, grads, strict=True) if gradient is not None}
+        ctx.run.go_back(given)
+        return (torch.zeros((), device=next(iter(given.values())).device), None, None, *(None for _ in grads))

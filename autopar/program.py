@@ -108,7 +108,7 @@ class PipelineProgram:
         stages: the programs of this rank's stages, or of all, by number.
         schedule: of a training step, `inference`: of a forward without gradients; both with messages.
         loss: position of the output that is the loss; None when the loss is computed outside.
-        trained: names of the parameters that get a gradient from the loss, or from any output.
+        trained: names of the parameters that get a gradient from the loss, or from any output; `reached`: from each output, by position.
         written: buffers that ops of the stages write to, such as running statistics; others get new values from the outputs.
         makers: group that makes each output and each new value of a buffer, by position.
         random: whether some op draws random numbers.
@@ -119,6 +119,7 @@ class PipelineProgram:
     inference: Schedule
     loss: int | None
     trained: frozenset[str]
+    reached: Mapping[int, frozenset[str]]
     written: frozenset[str]
     makers: Mapping[int, int]
     random: bool

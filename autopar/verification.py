@@ -378,7 +378,7 @@ def _run_stages(
     assert executor.is_idle, "a schedule ended with micro-batches still under way"
     outputs = {i: executor.join(i) for i, slot in enumerate(program.outputs) if slot.groups[0] == group}
     updates = dict(enumerate(program.mutated_buffers, len(program.outputs)))
-    buffers.update({updates[i]: executor.join(i) for i in executor.parts if i in updates})
+    buffers.update({updates[i]: executor.join(i) for i in [*executor.parts] if i in updates})
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return _Parts(outputs, gradients, buffers)
 
