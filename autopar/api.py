@@ -15,12 +15,14 @@ from autopar.capture import Captured, capture
 from autopar.cost_models import Cluster
 from autopar.errors import InputError, PlanError
 from autopar.layout import Layout, with_pipeline
+from autopar.meshes import check_pins
 from autopar.module import Init, ParallelModule
 from autopar.planner import make_plan
 from autopar.plans import Plan
 from autopar.program import Program
 from autopar.rewrite import rewrite
 from autopar.verification import Verification, verify_plan
+from autopar.wanted import read_pipeline
 
 Progress = Callable[[str], None]
 
@@ -92,7 +94,13 @@ def verify(
         pins: as in `plan`, when no plan is given.
         ranks: number of CPU processes to plan for when neither a plan nor a cluster is given (4).
         tolerance: accepted relative error, in float64.
+
+    Raises InputError for arguments that contradict each other, PlanError for a plan of another model or number of ranks.
     """
+    if plan is not None and (pins or cluster is not None):
+        raise InputError("a plan says what to check; leave out pins and cluster, or the plan")
+    if not tolerance >= 0 or (ranks is not None and ranks < 1):
+        raise InputError(f"tolerance={tolerance}, ranks={ranks}: a number from 0 and an integer from 1 are needed")
     if plan is not None and ranks is not None and plan.world_size != ranks:
         raise PlanError(
             f"the plan is for {plan.world_size} ranks ({with_pipeline(plan.mesh, plan.pipeline.ranks)}), {ranks} were asked for"
@@ -158,7 +166,16 @@ def compile(
         init: values of parameters that are on the meta device.
         device: where those go.
         progress: told what is being done.
+
+    Raises InputError for arguments that can't be used or contradict each other; what `autopar.plan` raises comes with the first call.
     """
+    if inputs not in ("global", "local"):
+        raise InputError(f'inputs={inputs!r}: "global" or "local" is needed')
+    if plan is not None and not isinstance(plan, Plan):
+        raise InputError(f"plan={plan!r} is no plan; read a file with autopar.Plan.load(path)")
+    if plan is not None and (pins or mesh):
+        raise InputError("a plan has been decided on already; leave out pins and mesh, or the plan")
+    check_pins(read_pipeline(pins or {}, mesh)[1])
     if inputs == "local" and example_inputs is None:
         raise InputError('inputs="local" needs example_inputs of the global batch: how it is split is known only with a plan')
     planner = _Planner(cluster, plan, pins, mesh, strict, progress)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -228,8 +229,15 @@ class Plan:
         return self.pipeline.ranks * self.mesh.world_size
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(to_json(self) + "\n", encoding="utf-8")
+        """Write the plan as JSON; a file that is there is replaced only by a whole one."""
+        path = Path(path)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            beside.write_text(to_json(self) + "\n", encoding="utf-8")
+            beside.replace(path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
 
     @staticmethod
     def load(path: str | Path) -> Plan:

@@ -17,9 +17,10 @@ from autopar.cores import find_cores
 from autopar.errors import PlanError
 from autopar.factors import find_factors
 from autopar.generators import forward_only, make_schedule
-from autopar.ir import Graph, OpKind
+from autopar.ir import Graph, OpKind, Value
 from autopar.layers import Folded, fold, fold_as_planned
-from autopar.microbatch import MicroSplit, split_microbatches
+from autopar.layout import PIPELINE, Split, fits, is_legal
+from autopar.microbatch import MICRO, MicroSplit, split_microbatches, updates_in_place
 from autopar.outline import Region, outline
 from autopar.planner import check_fits
 from autopar.plans import Pipeline, Plan
@@ -43,10 +44,46 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, 
     spaces, _ = find_spaces(captured.graph)
     chain = find_chain(folded, spaces)
     folded = fold_as_planned(folded, {*plan.placements, *plan.layouts})
+    _check_decisions(plan, folded, spaces)
     if plan.pipeline.is_trivial and plan.pipeline.keeps_all:
         work = Rewriter(captured, plan, folded, spaces, device)
         return work.program(outline(work.run(), _layers_of(folded)))
     return _rewrite_stages(captured, plan, folded, chain, spaces, device, group)
+
+
+def _check_decisions(plan: Plan, folded: Folded, spaces: Mapping[str, Space]) -> None:
+    """Raise PlanError where the plan, a file that anyone may have edited, decides too little or what can't be."""
+    mesh = plan.mesh
+    if taken := {MICRO, PIPELINE} & set(mesh.names):
+        raise PlanError(f"plan.mesh has an axis {taken.pop()!r}, which is no axis of a group of ranks; plan again")
+    (output,) = folded.graph.of_kind(OpKind.OUTPUT)
+    tensors = {f"output:{position}": folded.graph.tensor(value) for position, value in enumerate(output.operands)}
+    for op in folded.ops:
+        if op.kind is OpKind.CALL:
+            placement, space = plan.placements.get(op.name), spaces.get(op.name)
+            if placement is None:
+                raise PlanError(f"plan.placements has nothing for {op.name} ({op.target} at {op.source or op.layer}); plan again")
+            loops = {part.loop for part in placement if isinstance(part, Split)}
+            known = set() if space is None else set(space.loops)
+            if len(placement) != len(mesh.sizes) or loops - known or (space is not None and not is_legal(space, placement, mesh)):
+                raise PlanError(
+                    f"plan.placements[{op.name!r}] is no way to split {op.target} at {op.source or op.layer} over the mesh {mesh}"
+                    f" (it has {space or 'no rule and runs whole'}); plan again"
+                )
+        elif op.kind is not OpKind.OUTPUT:
+            tensors[op.name] = op.results[0]
+    for name, tensor in tensors.items():
+        layout = plan.layouts.get(name)
+        if layout is None:
+            raise PlanError(f"plan.layouts has nothing for {name!r}; plan again")
+        if len(layout) != len(mesh.sizes) or not fits(tensor.shape, layout, mesh):
+            raise PlanError(f"plan.layouts[{name!r}] doesn't fit {tensor} on the mesh {mesh}; plan again")
+    for name, layout in plan.pipeline.travel.items():
+        maker, _, index = name.partition(".")
+        found = folded.graph.by_name.get(maker)
+        number = int(index) if index.isdecimal() else 0
+        if found is None or number >= len(found.results) or not fits(found.results[number].shape, layout, mesh):
+            raise PlanError(f"plan.pipeline.travel[{name!r}] doesn't fit the mesh {mesh} or names nothing of the model; plan again")
 
 
 def _rewrite_stages(
@@ -85,6 +122,13 @@ def _rewrite_stages(
     for number, stage in enumerate(stages):
         for name in stage.stored:
             users.setdefault(captured.graph.by_name[name].target, []).append(schedule.rank_of[number])
+    written = _find_written(captured.graph)
+    for name in sorted(written):
+        if len(groups := sorted(set(users.get(name, ())))) > 1:
+            raise PlanError(
+                f"buffer {name} is written to on pipeline groups {', '.join(map(str, groups))}, each with a copy of its own; "
+                "pin what uses it to one stage"
+            )
     last = schedule.rank_of[-1]
     makers = {position: schedule.rank_of[number] for number, stage in enumerate(stages) for position in stage.outputs}
     return dataclasses.replace(
@@ -101,7 +145,8 @@ def _rewrite_stages(
             ),
             loss=find_loss(captured.graph),
             trained=_find_trained(captured.graph),
-            written=_find_written(captured.graph),
+            reached=_find_reached(captured.graph),
+            written=written,
             makers=makers,
             random=any(space.random for space in spaces.values()),
         ),
@@ -120,10 +165,19 @@ def _used_by(slot: Slot, groups: Sequence[int]) -> Slot:
 
 def _find_trained(graph: Graph) -> frozenset[str]:
     """Parameters that get a gradient from the loss, or from any output when the loss is computed outside."""
-    (output,) = graph.of_kind(OpKind.OUTPUT)
     loss = find_loss(graph)
+    return frozenset().union(*(names for i, names in _find_reached(graph).items() if loss in (i, None)))
+
+
+def _find_reached(graph: Graph) -> dict[int, frozenset[str]]:
+    """Per output of the user's, the parameters that get a gradient from it."""
+    (output,) = graph.of_kind(OpKind.OUTPUT)
     returned = len(output.operands) - len(output.kwargs.get("updates", ()))
-    waiting = [value for i, value in enumerate(output.operands[:returned]) if loss in (i, None)]
+    return {i: _parameters_before(graph, value) for i, value in enumerate(output.operands[:returned])}
+
+
+def _parameters_before(graph: Graph, value: Value) -> frozenset[str]:
+    waiting = [value]
     reached: set[str] = set()
     while waiting:
         value = waiting.pop()
@@ -135,8 +189,7 @@ def _find_trained(graph: Graph) -> frozenset[str]:
 
 def _find_written(graph: Graph) -> frozenset[str]:
     """Buffers that ops write to: the running statistics of a batch norm that trains."""
-    readers = [op for op in graph.of_kind(OpKind.CALL) if op.target == "aten.batch_norm.default"]
-    names = {value.op for op in readers for value in op.operands}
+    names = {value.op for op in graph.of_kind(OpKind.CALL) if updates_in_place(op) for value in op.operands}
     return frozenset(op.target for op in graph.of_kind(OpKind.BUFFER) if op.name in names)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ from torch.nn import functional
 from autopar.api import plan as find_plan
 from autopar.capture import capture
 from autopar.errors import PlanError
+from autopar.ir import OpKind
+from autopar.layout import Mesh, Split, shard
+from autopar.plans import Plan
 from autopar.rewrite import rewrite
 
 
@@ -92,3 +96,30 @@ def test_a_plan_for_another_model_is_refused() -> None:
     other = (torch.randint(0, 32, (8, 8)), torch.randint(0, 32, (8, 8)))
     with pytest.raises(PlanError, match=r"input tokens is int64\[4, 8\] in the plan, int64\[8, 8\] here"):
         rewrite(capture(Tagger(), other), plan)
+
+
+def _without(plan: Plan, part: str, name: str) -> Plan:
+    return replace(plan, **{part: {key: value for key, value in getattr(plan, part).items() if key != name}})
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda plan, call, _: _without(plan, "placements", call), "plan.placements has nothing for"),
+        (lambda plan, call, _: replace(plan, placements={**plan.placements, call: (Split("nowhere"),)}), "is no way to split"),
+        (lambda plan, call, _: replace(plan, placements={**plan.placements, call: (None, None)}), "is no way to split"),
+        (lambda plan, _, tensor: _without(plan, "layouts", tensor), "plan.layouts has nothing for"),
+        (lambda plan, _, tensor: replace(plan, layouts={**plan.layouts, tensor: (shard(9),)}), "doesn't fit"),
+        (lambda plan, *_: replace(plan, mesh=Mesh(("micro",), plan.mesh.sizes)), "no axis of a group"),
+        (lambda plan, *_: replace(plan, pipeline=replace(plan.pipeline, travel={"nobody": (shard(0),)})), "names nothing of the model"),
+    ],
+)
+def test_an_edited_plan_that_can_not_be_carried_out_is_refused(edit: Callable[..., Plan], says: str) -> None:
+    model = Tagger()
+    captured = capture(model, inputs())
+    plan = find_plan(model, inputs(), "2xcpu", mesh={"tp": 2})
+    call = next(op.name for op in captured.graph.of_kind(OpKind.CALL) if op.target == "aten.linear.default")
+    tensor = captured.graph.of_kind(OpKind.PARAMETER)[0].name
+    rewrite(captured, plan)
+    with pytest.raises(PlanError, match=says):
+        rewrite(captured, edit(plan, call, tensor))
