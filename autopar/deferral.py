@@ -359,7 +359,8 @@ _ADDMM = _Kind(lambda x, weight, bias: aten.addmm.default(bias, x, weight), lamb
 
 def _of_addmm(bias: tuple[int, ...] | None, beta: float, alpha: float, x: Tensor, gradient: Tensor) -> Gradients:
     for_weight = x.T @ gradient
-    for_bias = None if bias is None else gradient.sum_to_size(bias)
+    # Of a bias of the result's size it is the gradient itself, which others may have too: a view shows in `_accumulate`.
+    for_bias = None if bias is None else gradient.sum_to_size(bias).view(bias)
     return _times(for_weight, alpha), None if for_bias is None else _times(for_bias, beta)
 
 

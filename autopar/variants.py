@@ -180,9 +180,9 @@ class Menus:
 
     def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockMenu, ...]:
         """The menu of every block, with the kinds of recomputation asked for; `pins` are stages by block name."""
-        # Of like blocks the first may be the first to read what all of them read, and so hold more.
-        kinds = [(block.like, self.firsts[number]) for number, block in enumerate(self.chain.blocks)]
-        variants: dict[tuple[int, int], tuple[Variant, ...]] = {}
+        # Of like blocks the first may be the first to read what all of them read, and the last may make an output, and so hold more.
+        kinds = [(block.like, self.firsts[number], self._output_bytes(block)) for number, block in enumerate(self.chain.blocks)]
+        variants: dict[tuple[int, int, int], tuple[Variant, ...]] = {}
         for number, (block, kind) in enumerate(zip(self.chain.blocks, kinds, strict=True)):
             if kind not in variants:
                 variants[kind] = tuple(self._variants(number, block, recompute, splits_backward))
@@ -432,11 +432,9 @@ class Menus:
         for name in block.ops:
             op = self.graph.by_name[name]
             if self._is_deferrable(op):
-                total += sum(
-                    local_nbytes(self.graph.tensor(value), need, self.mesh)
-                    for value, _, need, _ in self._journeys(op)
-                    if self.graph.by_name[value.op].kind is OpKind.CALL
-                )
+                # Of a way by a layout between, the last leg ends where the op reads.
+                read = {value: need for value, _, need, _ in self._journeys(op) if self.graph.by_name[value.op].kind is OpKind.CALL}
+                total += sum(local_nbytes(self.graph.tensor(value), need, self.mesh) for value, need in read.items())
                 total += sum(local_nbytes(self.graph.tensor(value), self.made(value), self.mesh) for value in self._results(op))
         return total
 

@@ -330,6 +330,51 @@ def test_a_waiting_gradient_is_not_changed_by_a_later_backward() -> None:
     assert tree_allclose(run(deferral.linear, True), run(F.linear, False), rtol=1e-12) == 2
 
 
+@pytest.mark.parametrize(
+    "move",
+    [
+        lambda y: y.view(5, 3),
+        lambda y: y,
+    ],
+    ids=["a view", "itself"],
+)
+def test_the_first_gradient_of_a_leaf_is_its_own(move: Op) -> None:
+    """Two products whose results are added get one gradient, or a view of it, and biases of the result's size get no more than that."""
+    first, second, up, down = (_randn(*shape, seed=at).requires_grad_() for at, shape in enumerate([(5, 3), (5, 3), (4, 3), (4, 3)]))
+    total = torch.zeros(5, 3, dtype=torch.float64)
+    for at in range(2):
+        x = _randn(5, 4, seed=at + 4).requires_grad_()
+        with deferring() as left:
+            y = (deferral.addmm(first, x, up) + move(deferral.addmm(second, x, down))).exp()
+            y.sum().backward()
+        left.run()
+        total += y.detach()
+    tree_allclose([first.grad, second.grad], [total, total], rtol=1e-12)
+
+
+def test_a_gradient_that_only_waiting_products_share_is_not_copied() -> None:
+    x = _randn(5, 4).requires_grad_()
+    first, second = (_randn(3, 4, seed=at).requires_grad_() for at in (1, 2))
+    with deferring() as left:
+        (deferral.linear(x, first) + deferral.linear(x, second).view(5, 3)).exp().sum().backward()
+    assert left.nbytes == 8 * (5 * 4 + 5 * 3)
+    left.run()
+    tree_allclose([second.grad], [first.grad])
+
+
+@pytest.mark.parametrize("with_gradient", [True, False], ids=["hidden", "data"])
+def test_a_bias_made_of_a_leaf_beside_a_weight_that_is_one(with_gradient: bool) -> None:
+    x = _randn(5, 4).requires_grad_(with_gradient)
+    weight, bias = _randn(3, 4, seed=1).requires_grad_(), _randn(3, seed=2).requires_grad_()
+    with deferring() as left:
+        deferral.linear(x, weight, 2 * bias).square().sum().backward()
+    assert weight.grad is None
+    assert bias.grad is None
+    left.run()
+    y = F.linear(x, weight, 2 * bias)
+    tree_allclose([weight.grad, bias.grad], [2 * y.T @ x, 4 * y.sum(0)], rtol=1e-12)
+
+
 def test_one_pass_is_the_rule() -> None:
     """Outside of `deferring` everything is there when the backward ends, once for each backward, after what others do at its end."""
     weight, x = _randn(3, 4).requires_grad_(), _randn(5, 4).requires_grad_()
@@ -491,6 +536,17 @@ def test_a_recomputed_layer_runs_no_further_than_its_last_product_needs() -> Non
     products = 2 * rows * (WIDTH * 3 * WIDTH + WIDTH * WIDTH + WIDTH * 12)
     assert flops[True][1] == flops[False][1] == products + 2 * rows * WIDTH * 12
     assert flops[True][0] - flops[False][0] == products
+
+
+def test_after_a_region_within_a_region_the_outer_one_goes_on() -> None:
+    """A product of a region is no node of its own, which would be run again with its last input."""
+    x, weight = _randn(5, 4).requires_grad_(), _randn(3, 4, seed=1).requires_grad_()
+    with deferral.inside_region():
+        with deferral.inside_region():
+            pass
+        inside = deferral.linear(x, weight)
+    outside = deferral.linear(x, weight)
+    assert ["_Product" in str(y.grad_fn) for y in (inside, outside)] == [False, True]
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])

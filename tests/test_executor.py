@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from autopar import comm, simulate
-from autopar.actions import SENDS
+from autopar import executor as executor_module
+from autopar.actions import SENDS, StageEdge
+from autopar.errors import CommError, PipelineError
 from autopar.executor import Executor, StageTensors, find_taken
 from autopar.layout import PIPELINE, Mesh, State, StateKind
 from autopar.microbatch import MICRO
@@ -142,7 +144,7 @@ def make_pipeline(schedule: Schedule, rows: int) -> PipelineProgram:
         for stage in range(schedule.stages)
     }
     inference = lower(forward_only(schedule.rank_of, schedule.microbatches), ())
-    return PipelineProgram(stages, schedule, inference, 0, frozenset(), frozenset(), {0: schedule.rank_of[last]}, False)
+    return PipelineProgram(stages, schedule, inference, 0, frozenset(), {0: frozenset()}, frozenset(), {0: schedule.rank_of[last]}, False)
 
 
 class Unasked:
@@ -187,7 +189,7 @@ def test_sends_are_let_go_while_the_schedule_runs(name: str, chunks: int, monkey
         executor = Executor(pipeline, schedule, rank, axis, {}, tensors, seeds=seeds, taken=find_taken(schedule, rank))
         most = 0
         for action in schedule.actions[rank]:
-            executor._acts[action.kind](action)
+            executor_module._ACTS[action.kind](executor, action)
             most = max(most, len(executor._going))
         return {i: leaf.grad for i, leaf in leaves.items()}, most
 
@@ -203,3 +205,125 @@ def test_sends_are_let_go_while_the_schedule_runs(name: str, chunks: int, monkey
     for gradients, _ in results:
         for i, gradient in gradients.items():
             torch.testing.assert_close(gradient, leaves[i].grad)
+
+
+class Scripted:
+    """A message that says it is done when told so; waits are counted, or fail with `error`."""
+
+    def __init__(self, x: Tensor, is_over: bool = False, error: Exception | None = None) -> None:
+        self.x, self.is_over, self.error, self.waits = x, is_over, error, 0
+
+    def is_done(self) -> bool:
+        return self.is_over
+
+    def wait(self) -> Tensor:
+        self.waits += 1
+        if self.error is not None:
+            raise self.error
+        return self.x
+
+
+def make_executor(
+    monkeypatch: pytest.MonkeyPatch, rank: int, sent: list[Scripted], lost: Exception | None = None, untaken: Exception | None = None
+) -> Executor:
+    """Rank `rank` of two under 1f1b, whose messages are `Scripted`; those that it sends are noted in `sent`."""
+    schedule = make("1f1b", 2, 4, 1)
+    pipeline = make_pipeline(schedule, 2)
+
+    def send(self: comm.ThreadAxis, x: Tensor, to: int) -> comm.Message:
+        sent.append(Scripted(x, error=untaken))
+        return sent[-1]
+
+    def receive(self: comm.ThreadAxis, source: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> comm.Message:
+        return Scripted(torch.zeros(shape, dtype=dtype), error=lost)
+
+    monkeypatch.setattr(comm.ThreadAxis, "send", send)
+    monkeypatch.setattr(comm.ThreadAxis, "receive", receive)
+    x = torch.ones(8, 3, dtype=torch.float64)
+    tensors = {rank: StageTensors([torch.eye(3, dtype=torch.float64).requires_grad_()], [], [x])}
+    axis = comm.ThreadAxis(PIPELINE, rank, comm.Exchange(2))
+    seeds = {0: torch.ones((), dtype=torch.float64)}
+    return Executor(pipeline, schedule, rank, axis, {}, tensors, seeds=seeds, taken=find_taken(schedule, rank) if untaken is None else None)
+
+
+def test_every_send_is_waited_for_before_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Scripted] = []
+    executor = make_executor(monkeypatch, 0, sent)
+    for action in executor.actions:
+        executor_module._ACTS[action.kind](executor, action)
+        going = [message for messages in executor._going.values() for message in messages]
+        assert all(message.waits == 1 for message in sent if not any(message is one for one in going))
+    assert len(sent) == 4
+    assert all(message.waits == 1 for message in sent)
+
+
+def test_a_send_is_kept_until_all_its_tensors_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Scripted] = []
+    executor = make_executor(monkeypatch, 0, sent)
+    first, second, third = (Action(0, Kind.SEND_FORWARD, index, 1) for index in range(3))
+    executor._send(first, [torch.zeros(1), torch.zeros(1)])
+    sent[0].is_over = True
+    executor._send(second, [torch.zeros(1)])
+    assert list(executor._going) == [first, second]
+    sent[1].is_over = True
+    executor._send(third, [torch.zeros(1)])
+    assert list(executor._going) == [second, third]
+
+
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [
+        (0, r"CommError: the gradients of stage 1 \(group 1\) never came: aborted"),
+        (1, r"CommError: the values of stage 0 \(group 0\) never came: aborted"),
+    ],
+)
+def test_a_message_that_never_comes_is_a_lost_rank(monkeypatch: pytest.MonkeyPatch, rank: int, words: str) -> None:
+    executor = make_executor(monkeypatch, rank, [], RuntimeError("aborted"))
+    with pytest.raises(PipelineError, match=words) as caught:
+        executor.run()
+    assert isinstance(caught.value.__cause__, CommError)
+
+
+def test_a_message_that_nobody_takes_is_a_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = make_executor(monkeypatch, 1, [], untaken=RuntimeError("aborted"))
+    with pytest.raises(PipelineError, match=r"send of gradients .*: CommError: stage 0 \(group 0\) never took it: aborted"):
+        executor.run()
+
+
+class Sum(nn.Module):
+    """A stage of an inference that adds up what is received, or takes its micro-batch."""
+
+    def forward(self, x: Tensor, *received: Tensor) -> tuple[Tensor, ...]:
+        axis = comm.axis(MICRO)
+        return (torch.stack(received).sum(0) + 1 if received else x.chunk(axis.size)[axis.index],)
+
+
+def test_an_inference_keeps_results_until_the_last_stage_that_reads_them_has_its_own() -> None:
+    """Stage 0 sends to stages 1 and 2."""
+    rows, count = 2, 3
+    boundary = Boundary("x", (rows, 3), torch.float64, False)
+    edges = [(0, 1), (0, 2), (1, 2)]
+    stages = {
+        stage: StageProgram(
+            module=Sum(),
+            prologue=None,
+            parameters=(),
+            buffers=(),
+            receives={source: (boundary,) for source, to in edges if to == stage},
+            sends={to: ((0, boundary),) for source, to in edges if source == stage},
+            outputs=(StageOutput(0, 0, State(StateKind.SHARD, 0)),) if stage == 2 else (),
+        )
+        for stage in range(3)
+    }
+    schedule = lower(forward_only((0, 1, 2), count), [StageEdge(source, to, False) for source, to in edges])
+    pipeline = PipelineProgram(stages, schedule, schedule, 0, frozenset(), {0: frozenset()}, frozenset(), {0: 2}, False)
+    x = torch.randn(rows * count, 3, dtype=torch.float64)
+
+    def work(rank: int) -> Tensor | None:
+        executor = Executor(pipeline, schedule, rank, comm.current()[PIPELINE], {}, {rank: StageTensors([], [], [x])})
+        executor.run()
+        assert executor.is_idle
+        assert not executor._flows
+        return executor.join(0) if rank == 2 else None
+
+    torch.testing.assert_close(simulate.run(Mesh((PIPELINE,), (3,)), work)[2], 2 * x + 2)

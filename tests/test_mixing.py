@@ -116,6 +116,14 @@ def test_runs_of_layers_are_named_and_counted() -> None:
     assert found == [(f"{layer.name}[0-1]", 2), (f"{layer.name}[2-4]", 3), (f"{layer.name}[5]", 1)]
 
 
+def test_layers_that_differ_in_any_op_are_apart() -> None:
+    folded = fold(_graph("gpt2_deep"))
+    (layer,) = (one for one in folded.classes if len(one.instances) == 6)
+    mixed = regroup(folded, {layer.instances[2][-1]: 1})
+    found = [one.name for one in mixed.classes if one.name.startswith(layer.name)]
+    assert found == [f"{layer.name}[0-1]", f"{layer.name}[2]", f"{layer.name}[3-5]"]
+
+
 @pytest.mark.parametrize(
     ("name", "pins", "share"),
     [

@@ -24,9 +24,9 @@ import torch.distributed as dist
 
 import autopar
 from autopar.actions import Action
-from autopar.errors import PipelineError
+from autopar.errors import CommError, PipelineError
 from autopar.executor import Executor
-from autopar.failures import Alarm, within
+from autopar.failures import SILENT, Alarm, within
 from tests.failing import Case, Seen, Tied, make_batch
 from tests.helpers import tree_allclose
 
@@ -282,6 +282,18 @@ def test_an_interrupt_of_one_process_passes_through(monkeypatch: pytest.MonkeyPa
     model(**make_batch()).backward()
 
 
+@pytest.mark.parametrize("loss", [True, False], ids=["loss inside", "loss outside"])
+def test_a_backward_after_the_pipeline_has_stopped_computes_nothing(monkeypatch: pytest.MonkeyPatch, loss: bool) -> None:
+    model = autopar.compile(Tied(), make_batch(loss), cluster="1xcpu", pins={"microbatches": 4})
+    out = model(**make_batch(loss))
+    assert model._home is not None
+    model._home.alarm._failure = "rank 1: it broke"
+    monkeypatch.setattr(Executor, "run", lambda *_: pytest.fail("the backward runs"))
+    with pytest.raises(PipelineError, match=r"stopped in an earlier call[\s\S]*It stopped because of this: rank 1: it broke"):
+        (out if loss else out.square().mean()).backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 # --- the alarm ---
 
 
@@ -334,6 +346,48 @@ def test_pipelines_of_one_process_do_not_hear_each_other() -> None:
     later = [Alarm(store, rank, 2) for rank in range(2)]
     later[1].check()
     assert _fails(later[1], ValueError("again")) == "here: ValueError: again"
+
+
+def test_a_failure_is_told_once_however_many_guards_it_passes() -> None:
+    store, (_, second) = _alarms(2)
+    with second.guard("outside"):
+        text = _fails(second, ValueError("it broke"))
+        with pytest.raises(ValueError, match="later"), second.guard("again"):
+            raise ValueError("later")
+    assert text == "here: ValueError: it broke"
+    assert [key for key in store.values if "failure" in key] == ["autopar/pipeline 1, failure 1"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        CommError("group 1 never sent it"),
+        dist.DistBackendError("NCCL communicator was aborted"),
+        RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+    ],
+    ids=["ours", "torch's", "gloo's"],
+)
+def test_who_waits_in_vain_says_that_nobody_has_told_why(error: Exception) -> None:
+    _, (first, second) = _alarms(2)
+    assert _fails(second, error).endswith(f"\n{SILENT}")
+    assert _fails(first, ValueError("it broke")).endswith(f"\n{SILENT}")
+    _, (_, other) = _alarms(2)
+    assert SILENT not in _fails(other, ValueError("it broke"))
+
+
+def test_the_groups_of_the_pipeline_are_closed_and_the_users_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[object] = []
+    monkeypatch.setattr("autopar.failures.torch_compat.close_group", closed.append)
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        own = dist.new_group([0])
+        _, (_, alarm) = _alarms(2)
+        alarm.watch([dist.group.WORLD, own])
+        _fails(alarm, ValueError("it broke"))
+        assert closed == [own]
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_store_that_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:

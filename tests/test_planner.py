@@ -201,6 +201,14 @@ def test_the_same_plan_every_time() -> None:
     assert (first.placements, first.layouts, first.mesh) == (second.placements, second.layouts, second.mesh)
 
 
+def test_a_given_mesh_without_the_memory_says_how_much_it_needs() -> None:
+    cluster = Cluster.parse("2xcpu")
+    tight = cluster.with_memory(cluster.machine.device.reserved_bytes + 64)
+    with pytest.raises(InfeasibleError, match="no plan fits: the leanest found needs") as caught:
+        make_plan(captured("gpt2").graph, tight, mesh={"dp": 2})
+    assert caught.value.needed > tight.machine.device.memory_bytes
+
+
 def test_memory_is_a_limit() -> None:
     graph = llama(2).graph
     free = make_plan(graph, Cluster.parse("8xH100"))

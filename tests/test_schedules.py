@@ -314,6 +314,11 @@ def test_passes_that_nothing_parts_are_one() -> None:
     assert simulate(joined, times).seconds == simulate(make_schedule("zb-v", 2, 8), times).seconds
 
 
+def test_passes_with_another_stages_between_them_stay_two() -> None:
+    schedule = read("0F0 1F0 1I0 0I0 1W0 0W0 0G0 1G0", rank_of=(0, 0))
+    assert lower(schedule, chain(2)) == schedule
+
+
 def test_receives_stand_in_the_order_of_the_sends() -> None:
     # Rank 1 needs stage 2's message of micro-batch 0 first, which leaves after that of micro-batch 1 to stage 1.
     schedule = read("0F1 0F0", "1F0 2F0 1F1 2F1", microbatches=2, rank_of=(0, 1, 1))
@@ -389,6 +394,21 @@ def test_faults_are_named_with_their_step(lists: tuple[str, str], said: str) -> 
     assert said in str(caught.value)
     assert "step  rank 0" in str(caught.value)
     assert f"<-- rank {said.split('rank ')[1][0] if said.startswith('rank') else '0'}" in str(caught.value)
+
+
+def test_a_backward_before_that_of_the_next_stage_on_its_rank_is_named() -> None:
+    for later in ("1B0", "1I0 1W0"):
+        broken = read(f"0F0 1F0 0B0 {later} 0G0 1G0", rank_of=(0, 0))
+        with pytest.raises(ScheduleError, match=f"rank 0, step 2: 0B0: it needs {later[:3]}, which runs at step 3"):
+            validate(broken, chain(2))
+
+
+def test_one_message_of_two_is_not_enough() -> None:
+    # Stage 3 has what stage 0 sends, but stage 2 waits for what stage 3's rank runs after it.
+    edges = [StageEdge(0, 1), StageEdge(1, 2), StageEdge(2, 3), StageEdge(0, 3)]
+    lowered = lower(read("0F0", "3F0 1F0", "2F0", rank_of=(0, 1, 2, 1)), edges)
+    with pytest.raises(ScheduleError, match="3F0 of rank 1 waits for 2SF0>3 of rank 2; 2F0 of rank 2 waits for 1SF0>2 of rank 1"):
+        validate(lowered, edges)
 
 
 def test_messages_out_of_order_are_named() -> None:

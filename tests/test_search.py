@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from autopar.errors import InfeasibleError
 from autopar.layout import Mesh
-from autopar.problem import FORBIDDEN, Arc, Node, Problem
-from autopar.search import evaluate, solve
+from autopar.problem import FORBIDDEN, Arc, Node, Problem, restrict
+from autopar.search import Search, evaluate, solve
 
 
 def random_problem(seed: int, nodes: int, options: int, arcs: int) -> Problem:
@@ -77,3 +78,55 @@ def test_an_isolated_node_takes_its_cheapest_option() -> None:
     node = Node("a", ((None,), (None,)), np.array([5, 3]), np.array([0, 0]))
     problem = Problem((node, node), (), Mesh(("x",), (2,)), fixed_ns=0, fixed_bytes=0)
     assert solve(problem, 10).cost_ns == 6
+
+
+def all_choices(problem: Problem) -> list[tuple[int, int]]:
+    """(cost, bytes) of every choice that can be made."""
+    every = itertools.product(*(range(len(node.options)) for node in problem.nodes))
+    return [one for one in (evaluate(problem, dict(enumerate(combination))) for combination in every) if one[0] < FORBIDDEN]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_frontier_has_the_best_choice_at_every_price(seed: int) -> None:
+    problem = random_problem(seed, nodes=6, options=3, arcs=8)
+    every = all_choices(problem)
+    highest = 20.0
+    found = Search(problem).frontier(highest, 1000)
+    costs = [one.cost_ns for one in found]
+    assert costs == sorted(set(costs))
+    assert [one.nbytes for one in found] == sorted({one.nbytes for one in found}, reverse=True)
+    for price in (0.0, *np.geomspace(0.01, highest, 60).tolist()):
+        best = min(cost + price * nbytes for cost, nbytes in every)
+        assert min(one.cost_ns + price * one.nbytes for one in found) == pytest.approx(best, rel=2.5e-3)
+    slopes = [(b.cost_ns - a.cost_ns) / (a.nbytes - b.nbytes) for a, b in itertools.pairwise(found)]
+    assert slopes == sorted(slopes), "each is a corner of the hull"
+
+
+def test_a_short_frontier_fills_the_widest_gap_first() -> None:
+    costs, nbytes = np.array([0, 1, 10, 31, 100]), np.array([100, 95, 60, 40, 0])
+    problem = Problem((Node("a", ((None,),) * 5, costs, nbytes),), (), Mesh(("x",), (2,)), fixed_ns=0, fixed_bytes=0)
+    search = Search(problem)
+    assert [one.cost_ns for one in search.frontier(100.0, 2)] == [0, 100]
+    assert [one.cost_ns for one in search.frontier(100.0, 3)] == [0, 10, 100]
+    assert [one.cost_ns for one in search.frontier(100.0, 4)] == [0, 10, 31, 100]
+    assert [one.cost_ns for one in search.frontier(100.0, 9)] == [0, 1, 10, 31, 100]
+
+
+def test_at_the_highest_price_the_leanest_possible_choice_is_best() -> None:
+    problem = random_problem(3, nodes=6, options=3, arcs=8)
+    nodes = tuple(replace(node, nbytes=node.nbytes * 10**9) for node in problem.nodes)
+    big = replace(problem, nodes=nodes, arcs=tuple(replace(arc, nbytes=arc.nbytes * 10**9) for arc in problem.arcs))
+    found = Search(big).solution_at(1e12)
+    assert found.nbytes == min(nbytes for _, nbytes in all_choices(big))
+    assert found.cost_ns < FORBIDDEN
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_restricted_problem_costs_what_the_whole_one_does(seed: int) -> None:
+    problem = random_problem(seed, nodes=4, options=3, arcs=6)
+    allowed = {"n0": [2], "n2": [0, 2]}
+    inner = restrict(problem, allowed)
+    positions = [allowed.get(node.key, [0, 1, 2]) for node in problem.nodes]
+    for choice in itertools.product(*(range(len(one)) for one in positions)):
+        whole = {at: positions[at][number] for at, number in enumerate(choice)}
+        assert evaluate(inner, dict(enumerate(choice))) == evaluate(problem, whole)

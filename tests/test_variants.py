@@ -1,0 +1,242 @@
+"""Menus of a small model by hand: bytes and seconds of every block, with and without recomputation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autopar.assignment import BlockMenu
+from autopar.blocks import find_chain
+from autopar.capture import capture
+from autopar.cost_models import Cluster, Link, collective_seconds
+from autopar.costs import OPTIMIZER_COPIES, CostTables, local_nbytes
+from autopar.factors import find_factors
+from autopar.ir import OpKind, Value
+from autopar.layers import fold
+from autopar.layout import Mesh
+from autopar.microbatch import split_microbatches
+from autopar.options import AxisKind, Constraints, Model, find_tables, in_time
+from autopar.problem import build_problem, kept_nbytes, least_bytes
+from autopar.rules import find_spaces
+from autopar.search import Search
+from autopar.variants import Menus, choices_of, read_chain
+
+WIDTH, TOKENS, ROWS = 16, 48, 8
+CLUSTER = Cluster.parse("2xcpu")
+LINK = CLUSTER.link_of(2, 1)
+# Of a micro-batch, of two: an activation and the logits. A weight of a layer, and the table.
+HIDDEN, LOGITS = 4 * 4 * WIDTH, 4 * 4 * TOKENS
+MATRIX, TABLE = 4 * WIDTH * WIDTH, 4 * TOKENS * WIDTH
+TRAINED = 2 + OPTIMIZER_COPIES
+
+
+class Layer(nn.Module):
+    """A layer that keeps its own input, what all layers read, and the result of its tanh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return x + torch.tanh(self.linear(x)) * skip
+
+
+class Tied(nn.Module):
+    """Three layers that read the table's sines, and the table again as the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(TOKENS, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(3))
+        self.head = nn.Linear(WIDTH, TOKENS, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.table(ids)
+        skip = torch.sin(x)
+        for layer in self.layers:
+            x = layer(x, skip)
+        return nn.functional.cross_entropy(self.head(x), labels), x
+
+
+class Twice(nn.Module):
+    """Layers that read their input in two products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs = nn.ModuleList(nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for first, second in self.pairs:
+            x = x + torch.tanh(first(x)) * second(x)
+        return x.sum()
+
+
+def make_menus(module: nn.Module, *inputs: Tensor, tensor_parallel: bool = False, link: Link = LINK, whole: tuple[str, ...] = ()) -> Menus:
+    """On one rank or two, for two micro-batches, by the fastest answer; the results of the calls in `whole` are on both ranks."""
+    graph = capture(module, inputs).graph
+    spaces, _ = find_spaces(graph)
+    factors = find_factors(graph, spaces)
+    model = Model(fold(graph), spaces, factors, find_tables(graph), split_microbatches(graph, spaces, factors, 2))
+    mesh = in_time(Mesh(("tp",), (2,)) if tensor_parallel else Mesh(("dp",), (1,)), 2)
+    problem = build_problem(model, mesh, CLUSTER, Constraints((AxisKind.TIME, AxisKind.TP if tensor_parallel else AxisKind.DP)))
+    chain = find_chain(model.folded, spaces)
+    choices = choices_of(model, problem, Search(problem).solution_at(0.0))
+    placements = {name: (one[0], None) if name in whole else one for name, one in choices.placements.items()}
+    choices = replace(choices, placements=placements)
+    return Menus(model, chain, read_chain(model, chain), CostTables(model, mesh, CLUSTER), choices, link)
+
+
+def make_tied(frozen: bool = False, **options: Any) -> Menus:
+    module = Tied()
+    module.table.weight.requires_grad_(not frozen)
+    return make_menus(module, torch.arange(ROWS), torch.arange(ROWS), **options)
+
+
+@pytest.fixture(scope="module")
+def menus() -> Menus:
+    return make_tied()
+
+
+@pytest.fixture(scope="module")
+def made(menus: Menus) -> dict[str, BlockMenu]:
+    made = {menu.name: menu for menu in menus.make(("none", "full"), True, {})}
+    assert list(made) == ["table", "layers.0", "layers.1", "layers.2", "head"]
+    assert all([one.name for one in menu.variants] == ["none", "full"] for menu in made.values())
+    return made
+
+
+def test_what_crosses_is_first_read_by_one_block(menus: Menus) -> None:
+    assert {str(value): number for value, number in menus.first.items()} == {"embedding": 1, "sin": 1, "add": 2, "add_1": 3, "add_2": 4}
+    assert menus.firsts == (0, 2, 1, 1, 1)
+
+
+def test_a_value_is_kept_by_the_first_block_that_reads_it(made: dict[str, BlockMenu]) -> None:
+    # The sine keeps the table's rows; a layer its input and its tanh, the first one the sines for all; the loss what it saves itself.
+    loss = made["head"].variants[0].kept - HIDDEN
+    assert LOGITS <= loss < LOGITS + 16
+    assert [menu.variants[0].kept for menu in made.values()] == [HIDDEN, 3 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, HIDDEN + loss]
+
+
+def test_a_block_that_is_run_again_keeps_what_comes_in(made: dict[str, BlockMenu]) -> None:
+    assert [menu.variants[1].kept for menu in made.values()] == [0, 2 * HIDDEN, HIDDEN, HIDDEN, HIDDEN]
+
+
+def test_a_region_that_is_run_again_keeps_what_comes_in_and_what_goes_out(menus: Menus) -> None:
+    block = menus.chain.blocks[1]
+    linear, tanh, mul, add = block.ops
+    # The product reads the table's rows, the tanh is read by the product of both, which keeps it anyway, and the sum keeps nothing.
+    assert menus._kept_bytes(1, block, ((linear, tanh),)) == 3 * HIDDEN
+    assert menus._kept_bytes(1, block, ((tanh, mul),)) == 2 * HIDDEN + HIDDEN
+    assert menus._kept_bytes(1, block, ((tanh, mul, add),)) == 2 * HIDDEN + HIDDEN
+    assert menus._kept_bytes(1, block, ((linear, tanh, mul, add),)) == 2 * HIDDEN
+
+
+def test_a_stage_holds_what_a_block_before_has_read(made: dict[str, BlockMenu]) -> None:
+    assert [menu.cut.nbytes for menu in made.values()] == [2 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, HIDDEN, 0]
+    assert [menu.cut.kept for menu in made.values()] == [0, HIDDEN, HIDDEN, 0, 0]
+
+
+def test_inputs_and_gradients_of_results_wait(made: dict[str, BlockMenu]) -> None:
+    assert [made[name].variants[0].waiting for name in ("table", "layers.0")] == [HIDDEN, 2 * HIDDEN]
+
+
+def test_an_input_that_several_read_waits_once(made: dict[str, BlockMenu]) -> None:
+    assert [made[name].variants[0].waiting for name in ("layers.1", "head")] == [2 * HIDDEN, HIDDEN + LOGITS]
+
+
+def test_stored_bytes_are_parameters_gradients_and_the_optimizers(made: dict[str, BlockMenu]) -> None:
+    # The head has a copy of the table and its gradient, and makes the loss; the optimizer is where the table is read first.
+    stored = [made[name].variants[0].static for name in ("table", "layers.0", "layers.1", "head")]
+    assert stored == [TRAINED * TABLE, TRAINED * MATRIX, TRAINED * MATRIX, 2 * TABLE + 4]
+    assert [menu.variants[0].once > 0 for menu in made.values()] == [True, True, True, True, False]
+
+
+def test_an_output_counts_where_it_is_made(made: dict[str, BlockMenu]) -> None:
+    assert made["layers.2"].variants[0].static == TRAINED * MATRIX + 4 * ROWS * WIDTH
+
+
+def test_running_again_takes_the_forward_and_room_for_what_it_saves(made: dict[str, BlockMenu]) -> None:
+    for menu in made.values():
+        none, full = menu.variants
+        assert full.input == pytest.approx(none.forward + none.input)
+        assert (full.forward, full.weight, full.once, full.static) == (none.forward, none.weight, none.once, none.static)
+    saved = [menu.variants[1].workspace - menu.variants[0].workspace for menu in made.values()]
+    loss = made["head"].variants[0].kept - HIDDEN
+    assert saved == [2 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, loss]
+
+
+def test_weight_gradients_take_half_a_products_backward(menus: Menus, made: dict[str, BlockMenu]) -> None:
+    whole = menus.make(("none",), False, {})
+    for menu, one in zip(made.values(), whole, strict=True):
+        none = menu.variants[0]
+        assert (one.variants[0].weight, one.variants[0].waiting) == (0.0, 0)
+        assert one.variants[0].input == pytest.approx(none.input + none.weight)
+    # Nothing needs the gradient of a row's number.
+    assert [menu.variants[0].weight > 0 for menu in made.values()] == [False, True, True, True, True]
+
+
+def test_the_least_bytes_of_all_ranks_are_those_of_one(menus: Menus) -> None:
+    # Eight activations of the batch, what the loss saves of it, and all parameters.
+    loss = menus.graph.by_name["cross_entropy_loss"].saved_nbytes
+    least = 8 * 2 * HIDDEN + loss + TRAINED * (TABLE + 3 * MATRIX)
+    assert [least_bytes(menus.model, ranks) for ranks in (1, 4, 1000)] == [least, -(-least // 4), -(-least // 1000)]
+    frozen = make_tied(frozen=True)
+    assert least_bytes(menus.model, 1) - least_bytes(frozen.model, 1) >= (TRAINED - 1) * TABLE
+
+
+def test_ops_that_stand_for_others_keep_for_all(menus: Menus) -> None:
+    kept = {
+        op.name: kept_nbytes(menus.model, menus.kept, op, menus.choices.placements[op.name], menus.mesh)
+        for op in menus.model.folded.ops
+        if op.kind is OpKind.CALL
+    }
+    loss = menus.graph.by_name["cross_entropy_loss"].saved_nbytes // 2
+    counts = {"embedding": HIDDEN, "sin": HIDDEN, "tanh": 3 * HIDDEN, "add": 3 * HIDDEN, "cross_entropy_loss": loss}
+    assert {name: nbytes for name, nbytes in kept.items() if nbytes} == counts
+
+
+def test_what_needs_no_gradient_sends_none_back() -> None:
+    menus = make_tied(frozen=True).make(("none",), True, {})
+    one, two = (collective_seconds("p2p", count * HIDDEN, 2, LINK) for count in (1, 2))
+    # The sines cross to all layers, and need none; neither do the table's rows.
+    assert [menu.cut.forward for menu in menus] == pytest.approx([two, two, two, one, 0.0])
+    assert [menu.cut.backward for menu in menus] == pytest.approx([0.0, one, one, one, 0.0])
+    assert menus[0].variants[0].static == TABLE
+
+
+def test_every_crossing_value_has_a_layout_to_travel_in(menus: Menus) -> None:
+    assert {Value(name) for name in menus.travel()} == set(menus.first)
+
+
+def test_copies_that_products_keep_are_kept_beside_the_parts() -> None:
+    """On two ranks all is split but the input of a layer's product, which is gathered."""
+    menus = make_tied(tensor_parallel=True).make(("none", "full"), True, {})
+    part = HIDDEN // 2
+    assert [menu.variants[0].kept for menu in menus[:4]] == [part, 3 * part + HIDDEN, 2 * part + HIDDEN, 2 * part + HIDDEN]
+    assert [menu.variants[1].kept for menu in menus[:4]] == [0, 2 * part, part, part]
+    assert menus[1].variants[0].waiting == HIDDEN + part
+    assert [menu.cut.kept for menu in menus] == [0, part, part, 0, 0]
+
+
+def test_what_two_products_need_alike_is_gathered_once() -> None:
+    menus = make_menus(Twice(), torch.randn(ROWS, WIDTH), tensor_parallel=True)
+    (block,) = (one for one in menus.chain.blocks if "linear_2" in one.ops)
+    gathered = [name for name, cost in menus._move_costs(block).items() if cost.forward > 0]
+    assert gathered == ["linear_2"]
+
+
+def test_what_travels_in_parts_is_gathered_where_it_is_read() -> None:
+    slow = replace(LINK, bandwidth_bytes_per_s=1000.0)
+    menus = make_tied(tensor_parallel=True, link=slow, whole=("add",))
+    value = Value("add_1")
+    tensor, made, travels = menus.graph.tensor(value), menus.made(value), menus._travels(value)
+    assert local_nbytes(tensor, travels, menus.mesh) == local_nbytes(tensor, made, menus.mesh) // 2 == HIDDEN // 2
+    cut = menus._cut(2, replace(menus.chain.blocks[2], crossing=(value,)))
+    there, back = (sum(menus.tables.journey_seconds(tensor, *way, backward=True)) for way in ((made, travels), (travels, made)))
+    assert there + back > 0
+    assert cut.forward - collective_seconds("p2p", HIDDEN // 2, 2, slow) == pytest.approx((there + back) / 2, rel=1e-3)
