@@ -165,12 +165,11 @@ class PipelineSearch:
         drafts: list[_Draft] = []
         best = cutoff
         for number, first in enumerate(self._rank(shapes, cutoff)):
-            if number >= DRAFTED or first.hope >= best:
-                self._note(first.shape, first.seconds, first.nbytes, f"{first}: drafted")
-                continue
-            self.tell(f"schedules: {first.shape}")
-            others = (one for one in self._families(first.shape) if one != (first.family, first.chunks))
-            found = [first, *(one for family, chunks in others if (one := self._draft(first.shape, family, chunks)) is not None)]
+            found = [first]
+            if number < DRAFTED and first.hope < best:
+                self.tell(f"schedules: {first.shape}")
+                others = (one for one in self._families(first.shape) if one != (first.family, first.chunks))
+                found += [one for family, chunks in others if (one := self._draft(first.shape, family, chunks)) is not None]
             drafts += found
             best = min(best, *(one.seconds for one in found))
         if not drafts and self._needs:
@@ -373,7 +372,7 @@ class PipelineSearch:
             if found is None or seconds < found.seconds:
                 work = measured.columns[: PHASES * problem.schedule.stages].reshape(PHASES, -1).sum(axis=0)
                 hope = self._hope(shape, [float(work[list(own)].sum()) for own in problem.stages_of]) + measured.once
-                found = _Draft(shape, family, chunks, seconds, hope, max(measured.peak))
+                found = _Draft(shape, family, chunks, seconds, min(hope, seconds), max(measured.peak))
         if found is None:
             needed = max(measure(problem, *find_leanest(problem)).peak)
             self._needs[shape] = min(self._needs.get(shape, needed), needed)
