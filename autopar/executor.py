@@ -151,7 +151,7 @@ class Executor:
         """Run these actions (all of this rank's), one after the other, and wait for what was sent. Raises PipelineError."""
         for action in self.actions if actions is None else actions:
             try:
-                _ACTS[action.kind](self, action)
+                self._act(action)
             except Exception as error:
                 raise self._explain(action, error) from error
         for action, messages in self._going.items():
@@ -187,6 +187,9 @@ class Executor:
         self.tensors, self._wholes = {}, {}
 
     # --- actions ---
+
+    def _act(self, action: Action) -> None:
+        getattr(self, _ACTS[action.kind])(action)
 
     def _forward(self, action: Action) -> None:
         program, tensors = self.pipeline.stages[action.stage], self.tensors[action.stage]
@@ -271,6 +274,9 @@ class Executor:
         with comm.active(self._times[action.microbatch]):
             self._left.pop((action.stage, action.microbatch)).run()
 
+    def _reduce(self, action: Action) -> None:
+        self.reduce(action.stage)
+
     # --- messages ---
 
     def _send_forward(self, action: Action) -> None:
@@ -338,17 +344,17 @@ class Executor:
         )
 
 
-# Not bound to an executor: it would hold itself, and all its tensors, until the garbage collector comes by.
-_ACTS: Mapping[Kind, Callable[[Executor, Action], None]] = {
-    Kind.FORWARD: Executor._forward,
-    Kind.BACKWARD: Executor._backward,
-    Kind.INPUT: Executor._input,
-    Kind.WEIGHT: Executor._weight,
-    Kind.SEND_FORWARD: Executor._send_forward,
-    Kind.RECEIVE_FORWARD: Executor._receive,
-    Kind.SEND_BACKWARD: Executor._send_backward,
-    Kind.RECEIVE_BACKWARD: Executor._receive,
-    Kind.REDUCE: lambda self, action: self.reduce(action.stage),
+# By name: bound methods kept by an executor would keep it, and all its tensors, until the garbage collector comes by.
+_ACTS = {
+    Kind.FORWARD: "_forward",
+    Kind.BACKWARD: "_backward",
+    Kind.INPUT: "_input",
+    Kind.WEIGHT: "_weight",
+    Kind.SEND_FORWARD: "_send_forward",
+    Kind.RECEIVE_FORWARD: "_receive",
+    Kind.SEND_BACKWARD: "_send_backward",
+    Kind.RECEIVE_BACKWARD: "_receive",
+    Kind.REDUCE: "_reduce",
 }
 
 

@@ -404,7 +404,8 @@ class Menus:
                         hold(value, self.made(value))
                 continue
             for value in self._results(op):
-                stays = any(self.home.get(reader, number) == number for reader in self.readers.get(value, ()))
+                # What the user gets of it is counted with the outputs.
+                stays = any(self.home.get(reader) == number for reader in self.readers.get(value, ()))
                 if self._is_saved(value) and stays:
                     hold(value, self.made(value))
             placement = self.choices.placements[self.model.folded.representative[name]]

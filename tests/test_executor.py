@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from autopar import comm, simulate
-from autopar import executor as executor_module
 from autopar.actions import SENDS, StageEdge
 from autopar.errors import CommError, PipelineError
 from autopar.executor import Executor, StageTensors, find_taken
@@ -189,7 +188,7 @@ def test_sends_are_let_go_while_the_schedule_runs(name: str, chunks: int, monkey
         executor = Executor(pipeline, schedule, rank, axis, {}, tensors, seeds=seeds, taken=find_taken(schedule, rank))
         most = 0
         for action in schedule.actions[rank]:
-            executor_module._ACTS[action.kind](executor, action)
+            executor._act(action)
             most = max(most, len(executor._going))
         return {i: leaf.grad for i, leaf in leaves.items()}, most
 
@@ -250,7 +249,7 @@ def test_every_send_is_waited_for_before_it_is_forgotten(monkeypatch: pytest.Mon
     sent: list[Scripted] = []
     executor = make_executor(monkeypatch, 0, sent)
     for action in executor.actions:
-        executor_module._ACTS[action.kind](executor, action)
+        executor._act(action)
         going = [message for messages in executor._going.values() for message in messages]
         assert all(message.waits == 1 for message in sent if not any(message is one for one in going))
     assert len(sent) == 4
