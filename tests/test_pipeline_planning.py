@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import ZOO
+from zoo import DEEP, ZOO
 
 from autopar.blocks import find_chain
 from autopar.capture import capture
@@ -219,3 +219,14 @@ def test_what_every_rank_has_travels_in_parts_over_a_slow_link() -> None:
     near = make_plan(graph, Cluster.parse("4xH100"), pins=pins)
     assert all(state.kind is StateKind.SHARD for layout in plan.pipeline.travel.values() for state in layout)
     assert near.seconds.step < plan.seconds.step
+
+
+def test_in_little_memory_the_search_finds_what_a_pin_does() -> None:
+    # Six ranks can't split eight rows alone, but two can beside three stages.
+    torch.manual_seed(0)
+    graph = capture(*DEEP["gpt2_deep"]()).graph
+    cluster = Cluster.parse("6xcpu")
+    reserved = cluster.machine.device.reserved_bytes
+    small = cluster.with_memory(reserved + (make_plan(graph, cluster).memory.total - reserved) * 9 // 10)
+    pinned = make_plan(graph, small, pins={"pp": 3, "dp": 2})
+    assert make_plan(graph, small).seconds.step <= 1.01 * pinned.seconds.step

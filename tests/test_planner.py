@@ -289,3 +289,21 @@ def test_meshes_that_are_tried() -> None:
     trials = find_trials(model_of(captured("gpt2")), Cluster.parse("8xcpu"), {}, None, {})
     assert [str(t.mesh) for t in trials if t.name == "search"] == ["x=8", "x=4 x y=2", "x=2 x y=4"]
     assert [str(t.mesh) for t in trials if t.baseline] == ["dp=8", "dp=8", "tp=8", "tp=8"]
+
+
+def test_less_memory_is_never_exceeded_and_never_faster_on_a_given_mesh() -> None:
+    graph = captured("gpt2").graph
+    cluster = Cluster.parse("4xcpu")
+    reserved = cluster.machine.device.reserved_bytes
+    needs = make_plan(graph, cluster, mesh={"x": 4}).memory.total - reserved
+    steps: list[float] = []
+    for percent in range(100, 10, -3):
+        small = cluster.with_memory(reserved + needs * percent // 100)
+        try:
+            plan = make_plan(graph, small, mesh={"x": 4})
+        except InfeasibleError:
+            break
+        assert plan.memory.total <= small.machine.device.memory_bytes
+        steps.append(plan.seconds.step)
+    assert len(steps) > 5
+    assert all(fast <= slow * 1.01 for fast, slow in itertools.pairwise(steps))
