@@ -230,14 +230,16 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; a file that is there is replaced only by a whole one."""
-        path = Path(path)
+        path, text = Path(path).resolve(), to_json(self) + "\n"
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")  # a device or a pipe can't be replaced
+            return
         beside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            beside.write_text(to_json(self) + "\n", encoding="utf-8")
+            beside.write_text(text, encoding="utf-8")
             beside.replace(path)
-        except BaseException:
+        finally:
             beside.unlink(missing_ok=True)
-            raise
 
     @staticmethod
     def load(path: str | Path) -> Plan:
