@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from autopar.assignment import Assignment, BlockMenu, Variant
 from autopar.blocks import Block, Chain
 from autopar.cost_models import Cluster
-from autopar.costs import COLLECTIVE_KIND, OPTIMIZER_COPIES, CostTables, local_nbytes, operand_layout_of, result_layout_of
+from autopar.costs import COLLECTIVE_KIND, OPTIMIZER_COPIES, CostTables, count_uses, local_nbytes, operand_layout_of, result_layout_of
 from autopar.factors import Role
 from autopar.ir import Op, OpKind, Value
 from autopar.kept import count_kept
@@ -293,13 +293,6 @@ def _memory(
     )
 
 
-def _uses(model: Model) -> Counter[str]:
-    uses: Counter[str] = Counter()
-    for edge in model.folded.edges:
-        uses[edge.value.op] += edge.count
-    return Counter({name: max(1, n // model.folded.count[name]) for name, n in uses.items()})
-
-
 def _traffic(
     model: Model, mesh: Mesh, tables: CostTables, moves: list[Move], pipeline: Pipeline, spread: Spread | None
 ) -> tuple[Traffic, ...]:
@@ -308,7 +301,7 @@ def _traffic(
     Under a pipeline, of the mean rank; messages between stages are those of all of them.
     """
     share = pipeline.microbatches / pipeline.ranks
-    uses = _uses(model)
+    uses = count_uses(model)
     totals: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0, 0, 0.0])
     graph = model.folded.graph
 
@@ -387,7 +380,7 @@ def _groups(
                 if state.kind is StateKind.SHARD and _is_gathered(op, axis, moves):
                     _append(axes[group][mesh.names[axis]], "parameter storage")
     communication: dict[str, float] = defaultdict(float)
-    uses = _uses(model)
+    uses = count_uses(model)
     for move in moves:
         often, once = _move_seconds(model, tables, move, uses)
         communication[group_of.get(move.consumer, outside)] += times * often + once

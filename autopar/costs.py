@@ -7,6 +7,7 @@ reports the very same numbers.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from autopar.cost_models import Cluster, Link, axis_link, collective_seconds, op_seconds
@@ -177,6 +178,14 @@ class CostTables:
             return 0.0
         nbytes = OPTIMIZER_PASSES * local_nbytes(tensor, layout, self.mesh)
         return op_seconds(self.device, flops=0, nbytes=nbytes, dtype=tensor.dtype, family="pointwise")
+
+
+def count_uses(model: Model) -> Counter[str]:
+    """How often each op's results are read, by representative and for one of the ops that it stands for; at least once."""
+    uses: Counter[str] = Counter()
+    for edge in model.folded.edges:
+        uses[edge.value.op] += edge.count
+    return Counter({name: max(1, n // model.folded.count[name]) for name, n in uses.items()})
 
 
 def layout_numbers(layouts: Sequence[Layout]) -> tuple[list[Layout], list[int]]:

@@ -21,7 +21,7 @@ from autopar.assignment import BlockMenu, Cut, Variant
 from autopar.blocks import Block, Chain
 from autopar.cores import find_cores
 from autopar.cost_models import Link, collective_seconds
-from autopar.costs import OPTIMIZER_COPIES, CostTables, local_nbytes, operand_layout_of, result_layout_of
+from autopar.costs import OPTIMIZER_COPIES, CostTables, count_uses, local_nbytes, operand_layout_of, result_layout_of
 from autopar.ir import Op, OpKind, Tensor, Value
 from autopar.kept import Kept, count_kept, is_deferrable, keeps_operand
 from autopar.layers import fan_key, regroup
@@ -55,10 +55,7 @@ def choices_of(model: Model, problem: Problem, solution: Solution) -> Choices:
 
 def once_seconds(model: Model, tables: CostTables, choices: Choices) -> float:
     """Seconds of a step that don't grow with its micro-batches: updates of parameters, and sums of their gradients that nothing hides."""
-    folded, total = model.folded, 0.0
-    uses: Counter[str] = Counter()
-    for edge in folded.edges:
-        uses[edge.value.op] += edge.count
+    folded, uses, total = model.folded, count_uses(model), 0.0
     for op in folded.ops:
         if op.kind is OpKind.PARAMETER:
             total += folded.count[op.name] * tables.optimizer_seconds(op.results[0], choices.layouts[op.name])
@@ -66,8 +63,8 @@ def once_seconds(model: Model, tables: CostTables, choices: Choices) -> float:
         producer, reader = folded.graph.by_name[edge.value.op], folded.graph.by_name[edge.consumer]
         if producer.kind is OpKind.PARAMETER and reader.kind is OpKind.CALL:
             need = operand_layout_of(model, reader, choices.placements[reader.name], edge.operand)
-            each = max(1, uses[producer.name] // folded.count[producer.name])
-            total += edge.count * tables.parameter_seconds(producer.results[0], choices.layouts[producer.name], need, each)[1]
+            start = choices.layouts[producer.name]
+            total += edge.count * tables.parameter_seconds(producer.results[0], start, need, uses[producer.name])[1]
     return total
 
 
