@@ -220,9 +220,8 @@ class ParallelModule(nn.Module):
         buffers = {slot.name: _read(self._buffer_at[slot.name]) for slot in program.buffers}
         with torch.inference_mode(False):
             leaves = self._find_leaves(program)
-        # What gets a new value below is handed over as a copy: the backward may want the old one.
-        kept = {name: buffers[name].clone() for name in program.mutated_buffers} if torch.is_grad_enabled() else {}
-        held = [take_local(kept.get(slot.name, buffers[slot.name]), slot.layout, home.mesh, home.place) for slot in program.buffers]
+        read = _lend_buffers(program, buffers) if torch.is_grad_enabled() else buffers
+        held = [take_local(read[slot.name], slot.layout, home.mesh, home.place) for slot in program.buffers]
         one_seed = rng.agreed(self._share) if home.device_mesh is not None else nullcontext()
         with comm.active(home.axes), one_seed, regather() if program.regather else nullcontext():
             results = program.module(*leaves, *held, *parts)
@@ -248,8 +247,8 @@ class ParallelModule(nn.Module):
         if pipeline.random:
             number = self._agree(int(torch.randint(2**62, ())), home)
         trains = torch.is_grad_enabled() and bool(pipeline.trained)
-        kept = {name: buffers[name].clone() for name in program.mutated_buffers} if trains else {}
-        run = runner.run({**buffers, **kept}, inputs, number=number, trains=trains, syncs=self._reducer.is_synced)
+        read = _lend_buffers(program, buffers) if trains else buffers
+        run = runner.run(read, inputs, number=number, trains=trains, syncs=self._reducer.is_synced)
         executor = run.executor
         makes = {out.position for stage in executor.tensors for out in pipeline.stages[stage].outputs}
         parts = {i: executor.join(i) for i in makes}
@@ -553,6 +552,11 @@ def _replicate(model: nn.Module, device: torch.device) -> None:
 def _lend(slot: Slot, owner: int | None) -> Slot:
     """The parameter as its owner lends it to the groups that use it."""
     return slot if owner in (None, slot.groups[0]) else dataclasses.replace(slot, groups=tuple(dict.fromkeys((owner, *slot.groups))))
+
+
+def _lend_buffers(program: Program, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers for a run with a backward: of those that get a new value a copy, for the backward may want the old one."""
+    return {**buffers, **{name: buffers[name].clone() for name in program.mutated_buffers}}
 
 
 def _like(parameter: nn.Parameter, stored: nn.Parameter) -> nn.Parameter:
