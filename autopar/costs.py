@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from autopar.cost_models import Cluster, Link, axis_link, collective_seconds, op_seconds
+from autopar.cost_models import Cluster, Device, Link, axis_link, collective_seconds, op_seconds
 from autopar.ir import ITEMSIZE, Op, Tensor
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, local_shape, operand_layout, result_layout
 from autopar.options import Model, first_rank_axis
@@ -51,6 +51,22 @@ def local_nbytes(tensor: Tensor, layout: Layout, mesh: Mesh) -> int:
     return math.prod(local_shape(tensor.shape, layout, mesh)) * ITEMSIZE[tensor.dtype]
 
 
+def call_seconds(model: Model, device: Device, op: Op, ways: int, nbytes: int) -> tuple[float, float]:
+    """(forward, backward) seconds of one of `ways` parts of a call, which reads and writes so many bytes."""
+    space = model.spaces.get(op.name)
+    flops = space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
+    family = space.family.value if space is not None and space.family is not Family.LOOKUP else "pointwise"
+    dtype = op.results[0].dtype if op.results else "float32"
+    forward = op_seconds(device, flops=flops, nbytes=nbytes, dtype=dtype, family=family)
+    needing = sum(tensor.requires_grad for tensor in model.folded.graph.operand_tensors(op))
+    if not needing or not any(tensor.requires_grad for tensor in op.results):
+        return forward, 0.0
+    # One product per operand that needs a gradient; a fused attention makes five products of two, for it recomputes the
+    # scores (Dao 2023, section 3.1); a pointwise op makes all gradients in one pass over half as many bytes again.
+    factor = {"matmul": float(min(needing, 2)), "attention": 2.5}.get(family, 1.5)
+    return forward, op_seconds(device, flops=factor * flops, nbytes=int(factor * nbytes), dtype=dtype, family=family)
+
+
 class CostTables:
     """Costs of single decisions on one mesh; what was asked for once is remembered."""
 
@@ -67,25 +83,14 @@ class CostTables:
     def op_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
         """(forward, backward) seconds of one call under `placement`."""
         space = self.model.spaces.get(op.name)
-        graph = self.model.folded.graph
-        operands = graph.operand_tensors(op)
+        operands = self.model.folded.graph.operand_tensors(op)
         if space is not None and space.view:
             return 0.0, 0.0
         needs = [operand_layout_of(self.model, op, placement, i) for i in range(len(operands))]
         made = [result_layout_of(self.model, op, placement, i) for i in range(len(op.results))]
         nbytes = sum(local_nbytes(*pair, self.mesh) for pair in zip((*operands, *op.results), (*needs, *made), strict=True))
         ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
-        flops = space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
-        family = space.family.value if space is not None and space.family is not Family.LOOKUP else "pointwise"
-        dtype = op.results[0].dtype if op.results else "float32"
-        forward = op_seconds(self.device, flops=flops, nbytes=nbytes, dtype=dtype, family=family)
-        needing = sum(tensor.requires_grad for tensor in operands)
-        backward = 0.0
-        if needing and any(tensor.requires_grad for tensor in op.results):
-            # One product per operand that needs a gradient; a fused attention makes five products of two, for it recomputes the
-            # scores (Dao 2023, section 3.1); a pointwise op makes all gradients in one pass over half as many bytes again.
-            factor = {"matmul": float(min(needing, 2)), "attention": 2.5}.get(family, 1.5)
-            backward = op_seconds(self.device, flops=factor * flops, nbytes=int(factor * nbytes), dtype=dtype, family=family)
+        forward, backward = call_seconds(self.model, self.device, op, ways, nbytes)
         return forward, backward + 2 * self._kernel_seconds(op, placement)
 
     def _kernel_seconds(self, op: Op, placement: Placement) -> float:

@@ -106,6 +106,9 @@ class _Draft:
                 fullest = holdings[int(holdings.sum(axis=(1, 2)).argmax())]
                 for stage, (full, waiting) in zip(own, fullest.tolist(), strict=True):
                     self.held[stage] = (full, waiting)
+        self._begins = [run.first for run in problem.runs]
+        self._behind = [run.length - place for run in problem.runs for place in range(run.length)]  # blocks of its run from each block on
+        self._times: dict[tuple[object, ...], float] = {}
         self._ways: dict[tuple[int, tuple[int, int]], tuple[float, int, tuple[_Step, ...]]] = {}
 
     # --- stages ---
@@ -188,12 +191,20 @@ class _Draft:
     def _time(self, stage: int, start: int, end: int, share: float) -> float:
         """Seconds of a micro-batch on a stage of these blocks, in the variants that its bytes allow; infinite when none do."""
         first, last = self.run_of[start], self.run_of[end - 1]
+        # Of the blocks it matters only how many of each run there are.
+        counts = (self._behind[start], end - self._begins[last]) if first < last else (end - start,)
+        key = first, last, counts, self.held[stage], share
+        if key not in self._times:
+            self._times[key] = self._find_time(start, end, self.held[stage], share)
+        return self._times[key]
+
+    def _find_time(self, start: int, end: int, held: tuple[int, int], share: float) -> float:
         seconds, excess = 0.0, -share
         steps: list[tuple[_Step, int]] = []
-        for index in range(first, last + 1):
+        for index in range(self.run_of[start], self.run_of[end - 1] + 1):
             run = self.problem.runs[index]
             count = min(end, run.first + run.length) - max(start, run.first)
-            fastest, nbytes, ways = self._find_ways(index, self.held[stage])
+            fastest, nbytes, ways = self._find_ways(index, held)
             seconds += count * fastest
             excess += count * nbytes
             steps += [(step, count) for step in ways]

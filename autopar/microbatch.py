@@ -89,28 +89,56 @@ def split_microbatches(graph: Graph, spaces: Mapping[str, Space], factors: Facto
         factors: the roles of the inputs' dims.
         count: at least 1; InputError otherwise. With 1 every value is the same "in all".
     """
-    if count < 1:
-        raise InputError(f"a step can't be split into {count} micro-batches; give 1 or more")
-    if count == 1:
-        return _Pass(graph, spaces, frozenset(), count).run()
-    batches = _find_batches(graph, factors)
-    if not batches:
-        named = ", ".join(f"{op.target} {op.results[0]}" for op in graph.of_kind(OpKind.INPUT)) or "none"
-        reason = f"no input has a batch to split into {count} micro-batches (inputs: {named}); give inputs whose first dim is the batch"
-        return MicroSplit({}, {}, frozenset(), {}, (reason,))
-    first: MicroSplit | None = None
-    for size, inputs in batches.items():
-        if size % count:
-            names = ", ".join(graph.by_name[name].target for name in inputs)
-            reason = f"the batch of {size} (dim 0 of {names}) can't be split into {count} micro-batches; take a divisor of {size}"
-            found = MicroSplit({}, {}, frozenset(), {}, (reason,))
-        else:
-            found = _Pass(graph, spaces, frozenset(inputs), count).run()
-        if not found.reasons:
-            return found
-        first = first or found
-    assert first is not None
-    return first
+    return MicroSplitter(graph, spaces, factors).split(count)
+
+
+class MicroSplitter:
+    """Splits one graph into any number of micro-batches, as `split_microbatches` does; numbers that divide the same loops share a split."""
+
+    def __init__(self, graph: Graph, spaces: Mapping[str, Space], factors: Factors) -> None:
+        self.graph = graph
+        self.spaces = spaces
+        self.batches = _find_batches(graph, factors)
+        self._done: list[tuple[_Pass, MicroSplit]] = []
+
+    def split(self, count: int) -> MicroSplit:
+        """The split into `count` micro-batches."""
+        if count < 1:
+            raise InputError(f"a step can't be split into {count} micro-batches; give 1 or more")
+        if count == 1:
+            return self._run(frozenset(), count)
+        if not self.batches:
+            named = ", ".join(f"{op.target} {op.results[0]}" for op in self.graph.of_kind(OpKind.INPUT)) or "none"
+            return _refused(
+                f"no input has a batch to split into {count} micro-batches (inputs: {named}); give inputs whose first dim is the batch"
+            )
+        first: MicroSplit | None = None
+        for size, inputs in self.batches.items():
+            if size % count:
+                names = ", ".join(self.graph.by_name[name].target for name in inputs)
+                found = _refused(
+                    f"the batch of {size} (dim 0 of {names}) can't be split into {count} micro-batches; take a divisor of {size}"
+                )
+            else:
+                found = self._run(frozenset(inputs), count)
+            if not found.reasons:
+                return found
+            first = first or found
+        assert first is not None
+        return first
+
+    def _run(self, cut: frozenset[str], count: int) -> MicroSplit:
+        """The split of these inputs: one that was made for another count, where all that it asked has the same answer for this one."""
+        for made, found in self._done:
+            if made.cut == cut and not found.reasons and made.holds_for(count):
+                return found
+        made = _Pass(self.graph, self.spaces, cut, count)
+        self._done.append((made, made.run()))
+        return self._done[-1][1]
+
+
+def _refused(reason: str) -> MicroSplit:
+    return MicroSplit({}, {}, frozenset(), {}, (reason,))
 
 
 def batch_size(graph: Graph, factors: Factors) -> int:
@@ -169,6 +197,18 @@ class _Pass:
         self.origins: dict[str, _Origin] = {}
         self.splits_work = False
         self.known: dict[tuple[object, ...], _Choice | None] = {}
+        self.legal: dict[tuple[int, Split], tuple[Space, bool]] = {}  # what was asked of the number of micro-batches, by space and split
+
+    def holds_for(self, count: int) -> bool:
+        """Whether as many micro-batches are split in the same way."""
+        mesh = Mesh((MICRO,), (count,))
+        return all(is_legal(space, (split,), mesh) == legal for (_, split), (space, legal) in self.legal.items())
+
+    def _is_legal(self, space: Space, split: Split) -> bool:
+        key = id(space), split
+        if key not in self.legal:
+            self.legal[key] = space, is_legal(space, (split,), self.mesh)
+        return self.legal[key][1]
 
     def run(self) -> MicroSplit:
         for op in self.graph.ops:
@@ -226,7 +266,7 @@ class _Pass:
             return None
         for index, (state,) in read.items():
             split = _split_at(space, space.results[index], state) if state.kind is StateKind.SHARD else None
-            if split is None or _exchanges(space, split.loop) or not is_legal(space, (split,), self.mesh):
+            if split is None or _exchanges(space, split.loop) or not self._is_legal(space, split):
                 return None
             made = {other: {result_layout(space, (split,), other)[0]} for other in read}
             return split if made == read else None
@@ -275,7 +315,7 @@ class _Pass:
             state = self.states[value]
             if state.kind is StateKind.SHARD:
                 split = _split_at(space, dims, state)
-                if split is not None and not _exchanges(space, split.loop) and is_legal(space, (split,), self.mesh):
+                if split is not None and not _exchanges(space, split.loop) and self._is_legal(space, split):
                     yield split
 
     def _try(self, op: Op, space: Space | None, part: Part) -> _Choice | None:

@@ -7,30 +7,29 @@ under one schedule, the most promising are drafted under every schedule, and `as
 
 from __future__ import annotations
 
+import heapq
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
+from enum import IntEnum
 
 from autopar.actions import Schedule
 from autopar.assignment import Assignment, BlockMenu, assign
 from autopar.blocks import Chain
-from autopar.cost_models import Cluster, Link, axis_link
-from autopar.costs import CostTables, local_nbytes
+from autopar.cost_models import Cluster
 from autopar.drafts import draft, find_leanest
 from autopar.errors import AutoparError, InfeasibleError, InputError, SolverError
 from autopar.generators import check_schedule, forwards_first, make_schedule, splits_backward
-from autopar.ir import OpKind
-from autopar.layout import REPLICATE, Layout, Mesh, fits, with_pipeline
+from autopar.layout import Layout, Mesh
 from autopar.menus import PHASES, longest_path, make_problem, measure
 from autopar.meshes import Trial
-from autopar.microbatch import batch_size, split_microbatches
+from autopar.microbatch import batch_size
 from autopar.options import AxisKind, Model, in_time, is_inside
+from autopar.placements import Answers, Placements, Shape
 from autopar.plans import RECOMPUTE, BlockChoice, Candidate, Pipeline
-from autopar.problem import FORBIDDEN, Problem, build_problem, restrict
-from autopar.search import Search, Solution
-from autopar.variants import Choices, Menus, choices_of, find_shared, join_menus, mix, once_seconds, read_chain
+from autopar.search import Solution
+from autopar.variants import Choices, join_menus, mix
 from autopar.wanted import Wanted
 
 # Rows of a micro-batch on one rank that are tried when nobody says: more fill the device better, fewer make bubbles smaller.
@@ -40,10 +39,6 @@ FAMILIES = ("1f1b", "interleaved", "zb-h1", "zb-v", "v-half")
 LEAN_FAMILY = "v-half"
 # Stages per rank that an interleaved schedule is tried with.
 INTERLEAVED = (2, 3, 4, 6, 8)
-# Placements of a micro-batch that blocks may mix, at most, and the highest price of memory at which they are searched, as a multiple of the
-# step over the budget.
-ANSWERS = 6
-LEAN_PRICE = 128.0
 # Shapes that are drafted under every schedule, at most.
 DRAFTED = 6
 # A step of very many micro-batches is drafted with this many for each group, and one round less: from there on it grows evenly.
@@ -81,38 +76,6 @@ class Pipelined:
 
 
 @dataclass(frozen=True, eq=False)
-class Shape:
-    """A pipeline to look at: groups of ranks, the trial of each group, micro-batches."""
-
-    groups: int
-    trial: Trial
-    microbatches: int
-
-    def __str__(self) -> str:
-        return f"{with_pipeline(self.trial.mesh, self.groups)}, {self.microbatches} micro-batches"
-
-
-@dataclass(frozen=True, eq=False)
-class _Placed:
-    """The placement problem of a shape, with bytes of all groups together; `once`: seconds of a step that micro-batches don't add to."""
-
-    shape: Shape
-    model: Model
-    problem: Problem
-    search: Search
-    budget: int
-    once: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Answers:
-    """Placements of one micro-batch that blocks may mix, from fast to lean, and the proof of the one that decided on what all share."""
-
-    choices: tuple[Choices, ...]
-    solution: Solution
-
-
-@dataclass(frozen=True, eq=False)
 class _Draft:
     """Stages made at once for a shape under one schedule: seconds of a step, those under the best schedule, bytes of the fullest rank.
 
@@ -130,6 +93,14 @@ class _Draft:
         return f"{self.family} x{self.chunks}" if self.chunks > 1 else self.family
 
 
+class _Step(IntEnum):
+    """How closely a shape has been looked at."""
+
+    BOUND = 0
+    PLACED = 1
+    DRAFTED = 2
+
+
 class PipelineSearch:
     """Looks at pipelines of one model on one cluster."""
 
@@ -145,33 +116,24 @@ class PipelineSearch:
         self.model = model
         self.graph = model.folded.graph
         self.chain = chain
-        self.reading = read_chain(model, chain)
         self.cluster = cluster
         self.wanted = wanted
         self.returns_loss = returns_loss
         self.tell = tell
         self.candidates: list[Candidate] = []
-        self.refusals: list[AutoparError] = []
-        self._models: dict[int, Model | None] = {}
-        self._placed: dict[object, _Placed | None] = {}
-        self._known: dict[object, list[_Answers]] = {}
-        self._costed: dict[tuple[Shape, _Answers], list[Menus]] = {}
-        self._made: dict[tuple[Shape, _Answers, bool], tuple[BlockMenu, ...]] = {}
+        recompute = RECOMPUTE if wanted.recompute is None else (wanted.recompute,)
+        self.placements = Placements(model, chain, cluster, recompute, self._read_stages())
+        self._refusals: list[AutoparError] = []
         self._needs: dict[Shape, int] = {}
-        self.pinned = self._read_stages()
+
+    @property
+    def refusals(self) -> list[AutoparError]:
+        """Why some of what was asked for can't be had."""
+        return self.placements.refusals + self._refusals
 
     def run(self, shapes: Sequence[Shape], cutoff: float) -> Pipelined | None:
         """The fastest pipeline that takes less than `cutoff` seconds; None when none does."""
-        drafts: list[_Draft] = []
-        best = cutoff
-        for number, first in enumerate(self._rank(shapes, cutoff)):
-            found = [first]
-            if number < DRAFTED and first.hope < best:
-                self.tell(f"schedules: {first.shape}")
-                others = (one for one in self._families(first.shape) if one != (first.family, first.chunks))
-                found += [one for family, chunks in others if (one := self._draft(first.shape, family, chunks)) is not None]
-            drafts += found
-            best = min(best, *(one.seconds for one in found))
+        drafts = self._draft_all(shapes, cutoff)
         if not drafts and self._needs:
             # The search may find what a draft doesn't, and knows what the leanest stages need.
             shape = min(self._needs, key=self._needs.__getitem__)
@@ -179,22 +141,53 @@ class PipelineSearch:
             drafts = [_Draft(shape, *self._families(shape)[0], 0.0, 0.0, 0)]
         for shape, needed in self._needs.items():
             self._note(shape, None, needed, "out of memory")
-        return self._search(sorted(drafts, key=lambda one: one.seconds), cutoff)
+        return self._search(drafts, cutoff)
 
-    def _rank(self, shapes: Sequence[Shape], cutoff: float) -> list[_Draft]:
-        """Drafts under the first schedule of all shapes that may be faster than any of these drafts, the most hopeful first."""
-        ranked: list[_Draft] = []
-        best = cutoff
-        for least, shape in sorted(self._floors(shapes), key=lambda one: one[0]):
-            if least >= best:
-                self._note(shape, least, None, "not tried: takes about this at best")
-                continue
-            self.tell(f"drafts: {shape}")
-            one = self._draft_first(shape)
-            if one is not None:
-                ranked.append(one)
-                best = min(best, one.seconds)
-        return sorted(ranked, key=lambda one: one.hope)
+    def _draft_all(self, shapes: Sequence[Shape], cutoff: float) -> list[_Draft]:
+        """Drafts of all shapes that may be faster than the best of them, best first.
+
+        What a shape takes at least is found out as closely as it needs to tell that it is too slow: from its products, from its fastest
+        placements, from a draft under the first schedule. Whichever promises most is looked at next.
+        """
+        self.tell(f"bounds: {len(shapes)} shapes")
+        found: list[_Draft] = []
+        firsts: dict[int, _Draft] = {}
+        fully, best = 0, cutoff
+        waiting = [(self._least_seconds(shape), number, _Step.BOUND) for number, shape in enumerate(shapes)]
+        heapq.heapify(waiting)
+        while waiting:
+            least, number, step = heapq.heappop(waiting)
+            shape, new = shapes[number], []
+            if step is _Step.DRAFTED:
+                if least < best and fully < DRAFTED:
+                    fully += 1
+                    self.tell(f"schedules: {shape}")
+                    new = self._draft_others(firsts[number])
+            elif least >= best:
+                if math.isfinite(least):
+                    self._note(shape, least, None, "not tried: takes about this at best")
+            elif step is _Step.BOUND:
+                self.tell(f"costs: {shape}")
+                heapq.heappush(waiting, (max(least, self._fastest_seconds(shape)), number, _Step.PLACED))
+            else:
+                self.tell(f"drafts: {shape}")
+                first = self._draft_first(shape)
+                if first is not None:
+                    new, firsts[number] = [first], first
+                    heapq.heappush(waiting, (first.hope, number, _Step.DRAFTED))
+            found += new
+            best = min([best, *(one.seconds for one in new)])
+        return sorted(found, key=lambda one: one.seconds)
+
+    def _least_seconds(self, shape: Shape) -> float:
+        """Seconds that a shape takes at least, from its products alone; infinite where the batch can't be split so."""
+        work = self.placements.least_work(shape)
+        return self._hope(shape, [work] * shape.groups) if work is not None else math.inf
+
+    def _fastest_seconds(self, shape: Shape) -> float:
+        """About the seconds that a shape takes at best, from its fastest placements; infinite where some op has none."""
+        found = self.placements.fastest_work(shape)
+        return self._hope(shape, [found[0]] * shape.groups) + found[1] if found is not None else math.inf
 
     def _search(self, drafts: Sequence[_Draft], cutoff: float) -> Pipelined | None:
         """Search the stages of the best drafts, and of all that promise more than what was found: each may take half of the time left."""
@@ -210,121 +203,6 @@ class PipelineSearch:
             best = self._assign(one, limit, left if one is drafts[-1] else left / 2) or best
             left = max(0.0, left - (time.perf_counter() - start))
         return best
-
-    # --- placements ---
-
-    def _model_in_time(self, count: int) -> Model | None:
-        """The model as `count` micro-batches see it; None, with the reasons noted, where it can't be split so."""
-        if count not in self._models:
-            micro = split_microbatches(self.graph, self.model.spaces, self.model.factors, count)
-            self.refusals += map(InputError, micro.reasons)
-            self._models[count] = None if micro.reasons else replace(self.model, micro=micro)
-        return self._models[count]
-
-    def _floors(self, shapes: Sequence[Shape]) -> Iterator[tuple[float, Shape]]:
-        """Per shape whose ops have placements, about the seconds that it takes at best: its fastest placements, with memory no matter."""
-        for shape in shapes:
-            self.tell(f"costs: {shape}")
-            key = self._key(shape)
-            if key not in self._placed:
-                self._placed[key] = self._place(shape)
-            placed = self._placed[key]
-            if placed is not None:
-                work = (placed.search.bound_ns / 1e9 - placed.once) / placed.shape.microbatches / shape.groups
-                # How long the ends of its steps take doesn't tell those of another mesh.
-                once = placed.once / shape.groups if placed.shape.trial.mesh == shape.trial.mesh else 0.0
-                yield self._hope(shape, [work] * shape.groups) + once, shape
-
-    def _key(self, shape: Shape) -> object:
-        """Equal for shapes whose ranks see micro-batches of the same size on the same axes, but for ranks that split the batch.
-
-        What a rank computes and exchanges for a micro-batch is then the same, but for the parameters' storage.
-        """
-        mesh = shape.trial.mesh
-        ways = math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name == AxisKind.DP.value)
-        # Ranks that can't split the batch have no whole number of rows each.
-        rows = Fraction(batch_size(self.graph, self.model.factors), shape.microbatches * ways)
-        sizes = tuple(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name != AxisKind.DP.value)
-        return mesh.names, sizes, rows, shape.trial.name
-
-    def _place(self, shape: Shape) -> _Placed | None:
-        """The fastest placements of a micro-batch; None where some op has none."""
-        model = self._model_in_time(shape.microbatches)
-        if model is None:
-            return None
-        constraints = replace(shape.trial.constraints, kinds=(AxisKind.TIME, *shape.trial.constraints.kinds))
-        problem = build_problem(model, in_time(shape.trial.mesh, shape.microbatches), self.cluster, constraints)
-        search = Search(problem)
-        budget = shape.groups * self.cluster.machine.device.usable_bytes
-        if search.bound_ns >= FORBIDDEN:
-            return None
-        fastest = choices_of(model, problem, search.solution_at(0.0))
-        return _Placed(shape, model, problem, search, budget, once_seconds(model, CostTables(model, problem.mesh, self.cluster), fastest))
-
-    def _answers(self, placed: _Placed) -> list[_Answers]:
-        """Placements of a micro-batch: sets of answers that blocks may mix, those of the fastest boundaries first."""
-        found: list[_Answers] = []
-        model, problem, search = placed.model, placed.problem, placed.search
-        highest = LEAN_PRICE * search.bound_ns / placed.budget
-        for base in (0.0, highest):
-            solution = search.solution_at(base)
-            inner = restrict(problem, find_shared(model, self.reading, problem, solution.choice))
-            choices = tuple(choices_of(model, inner, one) for one in Search(inner).frontier(highest, ANSWERS))
-            if choices not in (one.choices for one in found):
-                found.append(_Answers(choices, solution))
-        return found
-
-    def _reuse(self, shape: Shape) -> list[_Answers]:
-        """Placements for a draft: those of another shape with the same key, where they are legal here."""
-        key = self._key(shape)
-        model, placed = self._model_in_time(shape.microbatches), self._placed.get(key)
-        if model is None or placed is None:
-            return []
-        if key not in self._known:
-            self._known[key] = self._answers(placed)
-        if not all(self._is_legal(one, model, shape.trial.mesh) for answers in self._known[key] for one in answers.choices):
-            placed = self._placed[key] = self._place(shape)
-            self._known[key] = self._answers(placed) if placed is not None else []
-        return self._known[key]
-
-    def _is_legal(self, choices: Choices, model: Model, mesh: Mesh) -> bool:
-        """Whether micro-batches split every call so (one micro-batch splits none), and a mesh with these axes can store parameters so."""
-        assert model.micro is not None
-        parts = model.micro.parts
-        parameters = (op for op in self.model.folded.ops if op.kind is OpKind.PARAMETER)
-        return all(placement[0] == parts[name] for name, placement in choices.placements.items()) and all(
-            fits(op.results[0].shape, choices.layouts[op.name][1:], mesh) for op in parameters
-        )
-
-    def _menus(self, shape: Shape, answers: _Answers, is_split: bool) -> tuple[BlockMenu, ...]:
-        """Every block's variants, each answer with each kind of recomputation, for whole backwards or for split ones."""
-        key = shape, answers, is_split
-        if key not in self._made:
-            recompute = RECOMPUTE if self.wanted.recompute is None else (self.wanted.recompute,)
-            self._made[key] = join_menus([maker.make(recompute, is_split, self.pinned) for maker in self._makers(shape, answers)])
-        return self._made[key]
-
-    def _makers(self, shape: Shape, answers: _Answers) -> list[Menus]:
-        if (shape, answers) not in self._costed:
-            self._costed[shape, answers] = self._cost(shape, answers)
-        return self._costed[shape, answers]
-
-    def _cost(self, shape: Shape, answers: _Answers) -> list[Menus]:
-        model = self._model_in_time(shape.microbatches)
-        assert model is not None
-        tables = CostTables(model, in_time(shape.trial.mesh, shape.microbatches), self.cluster)
-        link = self._link(shape)
-        return [Menus(model, self.chain, self.reading, tables, choices, link, number) for number, choices in enumerate(answers.choices)]
-
-    def _budget(self, shape: Shape) -> int:
-        """Bytes of a rank that inputs and buffers, which every rank has, leave."""
-        mesh = in_time(shape.trial.mesh, shape.microbatches)
-        whole = tuple(REPLICATE for _ in mesh.sizes)
-        stored = (op for kind in (OpKind.INPUT, OpKind.BUFFER) for op in self.graph.of_kind(kind))
-        return self.cluster.machine.device.usable_bytes - sum(local_nbytes(op.results[0], whole, mesh) for op in stored)
-
-    def _link(self, shape: Shape) -> Link | None:
-        return axis_link(self.cluster, with_pipeline(shape.trial.mesh, shape.groups).sizes, 0) if shape.groups > 1 else None
 
     # --- stages ---
 
@@ -342,11 +220,16 @@ class PipelineSearch:
                 return one
         return None
 
+    def _draft_others(self, first: _Draft) -> list[_Draft]:
+        """Drafts under all other schedules."""
+        others = (one for one in self._families(first.shape) if one != (first.family, first.chunks))
+        return [one for family, chunks in others if (one := self._draft(first.shape, family, chunks)) is not None]
+
     def _draft(self, shape: Shape, family: str, chunks: int) -> _Draft | None:
         """The best of the drafts under a schedule; None where none fits."""
         found: _Draft | None = None
-        for answers in self._reuse(shape):
-            menus = self._menus(shape, answers, splits_backward(family))
+        for answers in self.placements.answers_like(shape):
+            menus = self.placements.menus(shape, answers, splits_backward(family))
             one = self._draft_with(shape, family, chunks, menus)
             if one is not None and (found is None or one.seconds < found.seconds):
                 found = one
@@ -359,9 +242,9 @@ class PipelineSearch:
             counts = [ROUNDS * shape.groups, (ROUNDS - 1) * shape.groups]
         schedules = [self._schedule(family, shape.groups, count, chunks) for count in counts]
         try:
-            problem = make_problem(menus, schedules[0], self._budget(shape))
+            problem = make_problem(menus, schedules[0], self.placements.budget(shape))
         except (InfeasibleError, InputError) as error:
-            self.refusals.append(error)
+            self._refusals.append(error)
             return None
         found: _Draft | None = None
         for stages, variants in draft(problem):
@@ -388,12 +271,9 @@ class PipelineSearch:
         """The best stages and variants for a shape under a schedule, if they take less than `limit`, searched for so many seconds."""
         shape, family, chunks = drafted.shape, drafted.family, drafted.chunks
         schedule = self._schedule(family, shape.groups, shape.microbatches, chunks)
-        best: tuple[float, _Answers, tuple[BlockMenu, ...]] | None = None
-        placed = self._placed[self._key(shape)]
-        if placed is None or placed.shape is not shape:
-            placed = self._place(shape)
-        for answers in self._answers(placed) if placed is not None else ():
-            menus = self._menus(shape, answers, schedule.splits_backward)
+        best: tuple[float, Answers, tuple[BlockMenu, ...]] | None = None
+        for answers in self.placements.answers_of(shape):
+            menus = self.placements.menus(shape, answers, schedule.splits_backward)
             again = self._draft_with(shape, family, chunks, menus)
             takes = again.seconds if again is not None else math.inf
             if best is None or takes < best[0]:
@@ -402,7 +282,7 @@ class PipelineSearch:
             return None
         _, answers, menus = best
         try:
-            assignment = assign(menus, schedule, self._budget(shape), time_limit=seconds, gap=ASSIGN_GAP, cutoff=limit)
+            assignment = assign(menus, schedule, self.placements.budget(shape), time_limit=seconds, gap=ASSIGN_GAP, cutoff=limit)
         except InfeasibleError as error:
             if error.needed == 0:
                 raise
@@ -414,14 +294,14 @@ class PipelineSearch:
         self._note(shape, assignment.simulated, max(assignment.peak), f"{drafted}: {assignment.status}")
         return self._finish(drafted, answers, menus, assignment) if assignment.simulated < limit else None
 
-    def _finish(self, drafted: _Draft, answers: _Answers, menus: tuple[BlockMenu, ...], assignment: Assignment) -> Pipelined:
+    def _finish(self, drafted: _Draft, answers: Answers, menus: tuple[BlockMenu, ...], assignment: Assignment) -> Pipelined:
         """What an assignment means: placements of the blocks as they mix answers, and what is run again."""
         shape = drafted.shape
-        base = self._model_in_time(shape.microbatches)
+        base = self.placements.model_in_time(shape.microbatches)
         assert base is not None
         chosen = [menu.variants[number] for menu, number in zip(menus, assignment.variants, strict=True)]
-        model, choices = mix(base, self.reading, answers.choices, [one.answer for one in chosen])
-        makers = self._makers(shape, answers)
+        model, choices = mix(base, self.placements.reading, answers.choices, [one.answer for one in chosen])
+        makers = self.placements.makers(shape, answers)
         plain = join_menus([maker.make(("none",), splits_backward(drafted.family), {}) for maker in makers])
         travel: Mapping[str, Layout] = {}
         if shape.groups * drafted.chunks > 1:
@@ -469,7 +349,7 @@ class PipelineSearch:
                     )
             except InputError as error:
                 if self.wanted.schedule is not None:
-                    self.refusals.append(error)
+                    self._refusals.append(error)
                 continue
             yield family, count
 

@@ -25,7 +25,8 @@ from autopar.layout import Layout
 from autopar.meshes import Trial, find_trials, group_trials
 from autopar.microbatch import batch_size
 from autopar.options import Model, find_tables
-from autopar.pipelines import Pipelined, PipelineSearch, Shape
+from autopar.pipelines import Pipelined, PipelineSearch
+from autopar.placements import Shape
 from autopar.plans import BlockChoice, Candidate, Pipeline, Plan
 from autopar.problem import FORBIDDEN, Problem, build_problem, least_bytes
 from autopar.rules import find_spaces

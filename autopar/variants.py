@@ -79,6 +79,7 @@ class Reading:
         first: values that cross from one block to another, or that stages make again -> the first block that reads them, after their own.
         firsts: per block of how many values it is that.
         again: per block the values that a stage makes for the blocks behind it though this one or one before has read them.
+        outputs: per block the user's outputs that it makes, and their positions.
     """
 
     kept: Kept
@@ -87,6 +88,7 @@ class Reading:
     first: Mapping[Value, int]
     firsts: tuple[int, ...]
     again: tuple[tuple[Value, ...], ...]
+    outputs: tuple[tuple[tuple[int, Value], ...], ...]
 
 
 def read_chain(model: Model, chain: Chain) -> Reading:
@@ -108,8 +110,20 @@ def read_chain(model: Model, chain: Chain) -> Reading:
             for number in range(min(blocks), max(blocks)):
                 again[number].append(value)
     firsts = Counter(first.values())
-    count = range(len(chain.blocks))
-    return Reading(count_kept(model), home, readers, first, tuple(firsts[number] for number in count), tuple(map(tuple, again)))
+    (output,) = model.folded.graph.of_kind(OpKind.OUTPUT)
+    outputs: list[list[tuple[int, Value]]] = [[] for _ in chain.blocks]
+    for position, value in enumerate(output.operands):
+        if value.op in home:
+            outputs[home[value.op]].append((position, value))
+    return Reading(
+        kept=count_kept(model),
+        home=home,
+        readers=readers,
+        first=first,
+        firsts=tuple(firsts[number] for number in range(len(chain.blocks))),
+        again=tuple(map(tuple, again)),
+        outputs=tuple(map(tuple, outputs)),
+    )
 
 
 def find_shared(model: Model, reading: Reading, problem: Problem, base: Mapping[str, int]) -> dict[str, list[int]]:
@@ -170,7 +184,7 @@ class Menus:
         self.link = link
         self.answer = answer
         self.kept, self.home, self.readers = reading.kept, reading.home, reading.readers
-        self.first, self.firsts, self.again = reading.first, reading.firsts, reading.again
+        self.first, self.firsts, self.again, self.outputs = reading.first, reading.firsts, reading.again, reading.outputs
         self._made: dict[Value, Layout] = {}
         self._ways: dict[str, tuple[tuple[Value, Layout, Layout, bool], ...]] = {}
         self._cuts: dict[tuple[object, ...], Cut] = {}
@@ -178,7 +192,7 @@ class Menus:
     def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockMenu, ...]:
         """The menu of every block, with the kinds of recomputation asked for; `pins` are stages by block name."""
         # Of like blocks the first may be the first to read what all of them read, and the last may make an output, and so hold more.
-        kinds = [(block.like, self.firsts[number], self._output_bytes(block)) for number, block in enumerate(self.chain.blocks)]
+        kinds = [(block.like, self.firsts[number], self._output_bytes(number)) for number, block in enumerate(self.chain.blocks)]
         variants: dict[tuple[int, int, int], tuple[Variant, ...]] = {}
         for number, (block, kind) in enumerate(zip(self.chain.blocks, kinds, strict=True)):
             if kind not in variants:
@@ -350,7 +364,7 @@ class Menus:
             if is_first:
                 once += self.tables.optimizer_seconds(tensor, layout)
                 once += max(self._deferred_seconds(name, reader) for reader in self.readers[Value(name)])
-        return static + self._output_bytes(block), once
+        return static + self._output_bytes(number), once
 
     def _deferred_seconds(self, name: str, reader: str) -> float:
         """Seconds of the sum of a parameter's gradient over the ranks, as far as nothing hides it."""
@@ -362,14 +376,11 @@ class Menus:
         need = operand_layout_of(self.model, stand_in, self.choices.placements[stand_in.name], op.operands.index(Value(name)))
         return self.tables.parameter_seconds(tensor, self.made(Value(name)), need, 1)[1]
 
-    def _output_bytes(self, block: Block) -> int:
+    def _output_bytes(self, number: int) -> int:
         """Bytes of the user's outputs that a block makes: they are there, of the whole batch, when the step ends."""
-        (output,) = self.graph.of_kind(OpKind.OUTPUT)
-        inside = set(block.ops)
         return sum(
             local_nbytes(self.graph.tensor(value), self.choices.layouts[f"output:{position}"], self.mesh)
-            for position, value in enumerate(output.operands)
-            if value.op in inside
+            for position, value in self.outputs[number]
         )
 
     # --- memory ---
