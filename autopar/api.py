@@ -16,11 +16,12 @@ from autopar.cost_models import Cluster
 from autopar.errors import InputError, PlanError
 from autopar.layout import Layout, with_pipeline
 from autopar.meshes import check_pins
-from autopar.module import Init, ParallelModule
+from autopar.module import ParallelModule
 from autopar.planner import make_plan
 from autopar.plans import Plan
 from autopar.program import Program
 from autopar.rewrite import rewrite
+from autopar.storage import Init
 from autopar.verification import Verification, verify_plan
 from autopar.wanted import read_pipeline
 

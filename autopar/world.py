@@ -46,6 +46,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def share_number(number: int, device: torch.device) -> int:
+    """The first rank's number, on every rank."""
+    shared = torch.tensor(number, device=device)
+    dist.broadcast(shared, 0)
+    return int(shared)
+
+
 def form_mesh(mesh: Mesh, device_type: str) -> DeviceMesh | None:
     """The device mesh of a plan's mesh over all ranks; None for one process without a process group.
 
