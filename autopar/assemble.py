@@ -154,7 +154,7 @@ def find_moves(model: Model, placements: Mapping[str, Placement], layouts: Mappi
         fan = fan_key(value, target, operand)
         start = made(value)
         if fan in layouts:
-            yield Move(value, readers[0][0], start, layouts[fan], max(count for *_, count in readers), False)
+            yield Move(value, readers[0][0], start, layouts[fan], model.folded.read[value, target, operand], False)
             start = layouts[fan]
         for consumer_name, need, count in readers:
             yield Move(value, consumer_name, start, need, count, False)

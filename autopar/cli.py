@@ -320,7 +320,12 @@ def parse_pins(texts: Sequence[str]) -> dict[str, Any]:
 
 
 def _parse_value(text: str) -> int | bool | str:
-    return int(text) if text.isascii() and text.isdigit() else _SWITCHES.get(text.lower(), text)
+    return int(text) if _is_number(text) else _SWITCHES.get(text.lower(), text)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a whole number, of a length that Python reads; nothing here has more than 18 digits."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
 
 
 def _parse_module_pin(text: str, value: str) -> dict[str, int | str]:
@@ -345,7 +350,7 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise InputError(f"{part!r} in mesh {text!r} is no axis; write axes as name=size, such as dp=4,tp=2")
         if name in mesh:
             raise InputError(f"mesh {text!r} names the axis {name!r} twice")
-        if not (value.isascii() and value.isdigit() and int(value) >= 1):
+        if not (_is_number(value) and int(value) >= 1):
             raise InputError(f"mesh {text!r}: {name}={value} is no size of an axis; a whole number of ranks from 1 is needed")
         mesh[name] = int(value)
     return mesh

@@ -71,13 +71,12 @@ def is_deferrable(graph: Graph, spaces: Mapping[str, Space], op: Op) -> bool:
         return False
     given = [op.args[position] for position in at if position < len(op.args)]
     operands = [op.operands[argument.index] for argument in given if isinstance(argument, Operand)]
-    sources = [_source(graph, spaces, value) for value in operands]
+    sources = [graph.by_name[find_source(graph, spaces, value).op] for value in operands]
     return bool(sources) and all(one.kind is OpKind.PARAMETER for one in sources) and sources[0].results[0].requires_grad
 
 
-def _source(graph: Graph, spaces: Mapping[str, Space], value: Value) -> Op:
-    """The op that made a value, looking through views."""
-    op = graph.by_name[value.op]
-    while op.kind is OpKind.CALL and op.name in spaces and spaces[op.name].view:
-        op = graph.by_name[op.operands[0].op]
-    return op
+def find_source(graph: Graph, spaces: Mapping[str, Space], value: Value) -> Value:
+    """What a value is a view of; the value itself when it is none."""
+    while value.op in spaces and spaces[value.op].view:
+        value = graph.by_name[value.op].operands[0]
+    return value

@@ -52,6 +52,7 @@ class Folded:
         representative: op name -> name of the op that stands for it (itself outside of repeated blocks).
         count: representative -> how many ops it stands for.
         edges: between representatives, also those from one block to the next like one.
+        read: (value, consumer's target, operand) -> how many values like this one such ops read, each counted once.
     """
 
     graph: Graph
@@ -59,6 +60,7 @@ class Folded:
     representative: Mapping[str, str]
     count: Mapping[str, int]
     edges: tuple[Edge, ...]
+    read: Mapping[tuple[Value, str, int], int]
 
     def representative_of(self, value: Value) -> Value:
         """The value that stands for `value`."""
@@ -115,15 +117,19 @@ def _count(graph: Graph, classes: Sequence[LayerClass]) -> Folded:
             representative.update(zip(instance, layer.instances[0], strict=True))
     counts = Counter(representative.values())
     edges: Counter[tuple[Value, str, int]] = Counter()
+    read: dict[tuple[Value, str, int], set[str]] = defaultdict(set)
     for op in graph.ops:
         for index, value in enumerate(op.operands):
-            edges[Value(representative[value.op], value.index), representative[op.name], index] += 1
+            alike = Value(representative[value.op], value.index)
+            edges[alike, representative[op.name], index] += 1
+            read[alike, op.target, index].add(value.op)
     return Folded(
         graph=graph,
         classes=tuple(classes),
         representative=representative,
         count=dict(counts),
         edges=tuple(Edge(value, consumer, operand, n) for (value, consumer, operand), n in edges.items()),
+        read={key: len(names) for key, names in read.items()},
     )
 
 

@@ -242,7 +242,12 @@ def _check_pins(menus: Sequence[BlockMenu], schedule: Schedule) -> None:
             raise InputError(f"block {menus[block].name!r} is pinned to stage {stage}; the stages are 0 to {stages - 1}")
     # From a block to the next the stage stays or goes on by one: none is empty. The first block is on the first, the last on the last.
     for (block, stage), (later, last) in pairwise([(-1, -1), *pins, (len(menus), stages)]):
-        if not 0 <= last - stage <= later - block:
+        if last < stage:
+            raise InfeasibleError(
+                f"block {menus[later].name!r} is pinned to stage {last}, block {menus[block].name!r} before it to stage {stage}; "
+                "stages are in order; move a pin"
+            )
+        if last - stage > later - block:
             start = "the chain's start" if block < 0 else f"block {menus[block].name!r} pinned to stage {stage}"
             end = "the chain's end" if later == len(menus) else f"block {menus[later].name!r} pinned to stage {last}"
             raise InfeasibleError(

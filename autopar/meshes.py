@@ -42,9 +42,12 @@ def find_trials(
     pins: Mapping[str, object],
     axes: Mapping[str, int] | None,
     stored: Mapping[str, Layout],
+    groups: int = 1,
 ) -> list[Trial]:
-    """Everything that the search tries. Raises InputError on pins that can't be had."""
+    """Everything that the search tries on each of so many groups of ranks. Raises InputError on pins that can't be had."""
     check_pins(pins)
+    who = f"the cluster {cluster}" if groups == 1 else f"each of the {groups} groups of {cluster}"
+    cluster = cluster.part(groups)
     world = cluster.world_size
     modules = {name: value for name, value in pins.items() if isinstance(value, Mapping)}
     fsdp, vocabulary = pins.get("fsdp"), pins.get("vocabulary")
@@ -59,9 +62,9 @@ def find_trials(
             raise InputError(f"mesh axis {MICRO!r}: the name is taken, by micro-batches; call the axis something else")
         meshes = [Mesh(tuple(axes), tuple(axes.values()))]
         if meshes[0].world_size != world:
-            raise InputError(f"mesh {meshes[0]} has {meshes[0].world_size} ranks, the cluster {cluster} has {world}")
+            raise InputError(f"mesh {meshes[0]} has {meshes[0].world_size} ranks, {who} has {world}")
     elif sizes:
-        meshes = _pinned_meshes(sizes, world, cluster)
+        meshes = _pinned_meshes(sizes, world, who)
     else:
         meshes = _free_meshes(world)
     # A kind of one rank is none at all; what ranks are left over do is another.
@@ -87,14 +90,14 @@ def group_trials(
     model: Model, cluster: Cluster, groups: int, pins: Mapping[str, object], axes: Mapping[str, int] | None, stored: Mapping[str, Layout]
 ) -> list[Trial]:
     """What each of so many groups of ranks may do: as pinned, else a batch axis and, inside a machine, a tensor axis of every size."""
-    part = cluster.part(groups)
     if axes is not None or stored or any(name in pins for name in ("dp", "tp", "cp")):
         try:
-            return [trial for trial in find_trials(model, part, pins, axes, stored) if not trial.baseline]
+            return [trial for trial in find_trials(model, cluster, pins, axes, stored, groups) if not trial.baseline]
         except InputError:
             if axes is not None or stored:
                 raise
             return []  # the pinned axes don't divide this group
+    part = cluster.part(groups)
     world = part.world_size
     trials = []
     for tensor in range(1, part.devices_per_node + 1):
@@ -190,13 +193,13 @@ def _check_batch(model: Model, size: int) -> None:
         )
 
 
-def _pinned_meshes(sizes: Mapping[str, int], world: int, cluster: Cluster) -> list[Mesh]:
+def _pinned_meshes(sizes: Mapping[str, int], world: int, who: str) -> list[Mesh]:
     named = 1
     for size in sizes.values():
         named *= size
     if world % named:
         asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise InputError(f"pins {asked} need a multiple of {named} ranks, the cluster {cluster} has {world}")
+        raise InputError(f"pins {asked} need a multiple of {named} ranks, {who} has {world}")
     rest = world // named
     pinned = [(name, size) for name, size in sizes.items() if size > 1]
     if rest > 1:

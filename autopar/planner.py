@@ -126,7 +126,7 @@ def make_plan(
             f"pin fsdp=True stores parameters split over the ranks of a group, but pp={wanted.groups} leaves groups of one rank; "
             "pin a smaller pp, or leave fsdp out"
         )
-    trials = find_trials(model, cluster.part(wanted.groups or 1), pins, mesh, stored or {})
+    trials = find_trials(model, cluster, pins, mesh, stored or {}, wanted.groups or 1)
     is_open = mesh is None and not stored
     tried = _Tried()
     if not wanted.asks:

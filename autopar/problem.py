@@ -208,13 +208,14 @@ class _Builder:
                     key = f"output:{edge.operand}" if target == "output" else edge.consumer
                     self._add_arc(value, key, 0 if target == "output" else operand, edge.count, max(1, uses))
                 continue
-            self._add_fan_out(value, fan_key(value, target, operand), operand, group)
+            self._add_fan_out(value, target, operand, group)
 
-    def _add_fan_out(self, value: Value, key: str, operand: int, group: Sequence[Edge]) -> None:
+    def _add_fan_out(self, value: Value, target: str, operand: int, group: Sequence[Edge]) -> None:
+        key = fan_key(value, target, operand)
         options = sorted({need for edge in group for need in self.needs[edge.consumer, operand]}, key=str)
         self.needs[key, 0] = options
         self._add(key, options, [0] * len(options), [0] * len(options))
-        self._add_arc(value, key, 0, max(edge.count for edge in group), 1)
+        self._add_arc(value, key, 0, self.model.folded.read[value, target, operand], 1)
         tensor = self.graph.tensor(value)
         for edge in group:
             needs = self.needs[edge.consumer, operand]

@@ -13,7 +13,6 @@ whatever else is recomputed; results of a recomputed region that leave it for th
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,7 @@ from autopar.cores import find_cores
 from autopar.cost_models import Link, collective_seconds
 from autopar.costs import OPTIMIZER_COPIES, CostTables, count_uses, local_nbytes, operand_layout_of, result_layout_of
 from autopar.ir import Op, OpKind, Tensor, Value
-from autopar.kept import Kept, count_kept, is_deferrable, keeps_operand
+from autopar.kept import Kept, count_kept, find_source, is_deferrable, keeps_operand
 from autopar.layers import fan_key, regroup
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
 from autopar.options import Model
@@ -77,18 +76,20 @@ class Reading:
         home: call -> its block, for those that are in one.
         readers: value -> the ops that read it.
         first: values that cross from one block to another, or that stages make again -> the first block that reads them, after their own.
-        firsts: per block of how many values it is that.
+        firsts: per block the values of which it is that.
         again: per block the values that a stage makes for the blocks behind it though this one or one before has read them.
         outputs: per block the user's outputs that it makes, and their positions.
+        cheap: per block the calls in no block of which it is the first to need the results.
     """
 
     kept: Kept
     home: Mapping[str, int]
     readers: Mapping[Value, Sequence[str]]
     first: Mapping[Value, int]
-    firsts: tuple[int, ...]
+    firsts: tuple[tuple[Value, ...], ...]
     again: tuple[tuple[Value, ...], ...]
     outputs: tuple[tuple[tuple[int, Value], ...], ...]
+    cheap: tuple[tuple[str, ...], ...]
 
 
 def read_chain(model: Model, chain: Chain) -> Reading:
@@ -109,20 +110,31 @@ def read_chain(model: Model, chain: Chain) -> Reading:
             first[value] = min(blocks)
             for number in range(min(blocks), max(blocks)):
                 again[number].append(value)
-    firsts = Counter(first.values())
+    firsts: list[list[Value]] = [[] for _ in chain.blocks]
+    for value, number in first.items():
+        firsts[number].append(value)
     (output,) = model.folded.graph.of_kind(OpKind.OUTPUT)
     outputs: list[list[tuple[int, Value]]] = [[] for _ in chain.blocks]
     for position, value in enumerate(output.operands):
         if value.op in home:
             outputs[home[value.op]].append((position, value))
+    needed: dict[str, int] = dict(home)
+    cheap: list[list[str]] = [[] for _ in chain.blocks]
+    for op in reversed(model.folded.graph.ops):
+        if op.name in chain.cheap:
+            read = [name for index in range(len(op.results)) for name in readers.get(Value(op.name, index), ())]
+            if blocks := [needed[name] for name in read if name in needed]:
+                needed[op.name] = min(blocks)
+                cheap[min(blocks)].append(op.name)
     return Reading(
         kept=count_kept(model),
         home=home,
         readers=readers,
         first=first,
-        firsts=tuple(firsts[number] for number in range(len(chain.blocks))),
+        firsts=tuple(map(tuple, firsts)),
         again=tuple(map(tuple, again)),
         outputs=tuple(map(tuple, outputs)),
+        cheap=tuple(map(tuple, cheap)),
     )
 
 
@@ -184,16 +196,16 @@ class Menus:
         self.link = link
         self.answer = answer
         self.kept, self.home, self.readers = reading.kept, reading.home, reading.readers
-        self.first, self.firsts, self.again, self.outputs = reading.first, reading.firsts, reading.again, reading.outputs
+        self.first, self.firsts, self.again = reading.first, reading.firsts, reading.again
+        self.outputs, self.cheap = reading.outputs, reading.cheap
         self._made: dict[Value, Layout] = {}
         self._ways: dict[str, tuple[tuple[Value, Layout, Layout, bool], ...]] = {}
         self._cuts: dict[tuple[object, ...], Cut] = {}
 
     def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockMenu, ...]:
         """The menu of every block, with the kinds of recomputation asked for; `pins` are stages by block name."""
-        # Of like blocks the first may be the first to read what all of them read, and the last may make an output, and so hold more.
-        kinds = [(block.like, self.firsts[number], self._output_bytes(number)) for number, block in enumerate(self.chain.blocks)]
-        variants: dict[tuple[int, int, int], tuple[Variant, ...]] = {}
+        kinds = [self._kind(number, block) for number, block in enumerate(self.chain.blocks)]
+        variants: dict[tuple[object, ...], tuple[Variant, ...]] = {}
         for number, (block, kind) in enumerate(zip(self.chain.blocks, kinds, strict=True)):
             if kind not in variants:
                 variants[kind] = tuple(self._variants(number, block, recompute, splits_backward))
@@ -201,6 +213,12 @@ class Menus:
             BlockMenu(block.name, variants[kind], self._cut(number, block), pins.get(block.name))
             for number, (block, kind) in enumerate(zip(self.chain.blocks, kinds, strict=True))
         )
+
+    def _kind(self, number: int, block: Block) -> tuple[object, ...]:
+        """Equal for blocks of equal costs: of like ones the first may be the first to read what all read, and the last make an output."""
+        read = tuple((self.graph.tensor(value), self.made(value), self._is_saved(value)) for value in self.firsts[number])
+        cheap = tuple(self._call_costs(self.graph.by_name[name]) for name in self.cheap[number])
+        return block.like, read, cheap, self._output_costs(number)
 
     def travel(self) -> dict[str, Layout]:
         """The layout in which each value that may cross a cut would travel, by value."""
@@ -255,13 +273,15 @@ class Menus:
         # Selective recomputation of a block without an attention core runs nothing again.
         offered = {"none" if name == "selective" and not cores else name for name in recompute}
         costs = {name: self._call_costs(self.graph.by_name[name]) for name in block.ops}
-        moves = self._move_costs(block)
+        moves = self._move_costs((*self.cheap[number], *block.ops))
+        beside = self._output_costs(number)[1]
+        beside += sum(self._call_costs(self.graph.by_name[name]).forward + moves[name].forward for name in self.cheap[number])
         static, once = self._stored_costs(number, block)
         for name, groups in regions.items():
             if name not in offered:
                 continue
             again = [one for group in groups for one in group]
-            forward = sum(costs[one].forward + moves[one].forward for one in block.ops)
+            forward = beside + sum(costs[one].forward + moves[one].forward for one in block.ops)
             inputs = sum(costs[one].input + moves[one].input for one in block.ops)
             repeated = sum(costs[one].forward + moves[one].forward for one in again)
             weight = sum(costs[one].weight for one in block.ops)
@@ -310,11 +330,11 @@ class Menus:
                 start = between
             yield value, start, need, keeps_operand(self.model, stand_in.name, index)
 
-    def _move_costs(self, block: Block) -> dict[str, _Costs]:
-        """Communication of every call of a block; what several need alike is moved once."""
+    def _move_costs(self, calls: Iterable[str]) -> dict[str, _Costs]:
+        """Communication of the calls of a block; what several need alike is moved once."""
         moved: set[tuple[Value, Layout]] = set()
         found: dict[str, _Costs] = {}
-        for name in block.ops:
+        for name in calls:
             forward = backward = 0.0
             for value, start, need, _ in self._journeys(self.graph.by_name[name]):
                 producer = self.graph.by_name[value.op]
@@ -364,7 +384,7 @@ class Menus:
             if is_first:
                 once += self.tables.optimizer_seconds(tensor, layout)
                 once += max(self._deferred_seconds(name, reader) for reader in self.readers[Value(name)])
-        return static + self._output_bytes(number), once
+        return static + self._output_costs(number)[0], once
 
     def _deferred_seconds(self, name: str, reader: str) -> float:
         """Seconds of the sum of a parameter's gradient over the ranks, as far as nothing hides it."""
@@ -376,12 +396,15 @@ class Menus:
         need = operand_layout_of(self.model, stand_in, self.choices.placements[stand_in.name], op.operands.index(Value(name)))
         return self.tables.parameter_seconds(tensor, self.made(Value(name)), need, 1)[1]
 
-    def _output_bytes(self, number: int) -> int:
-        """Bytes of the user's outputs that a block makes: they are there, of the whole batch, when the step ends."""
-        return sum(
-            local_nbytes(self.graph.tensor(value), self.choices.layouts[f"output:{position}"], self.mesh)
-            for position, value in self.outputs[number]
-        )
+    def _output_costs(self, number: int) -> tuple[int, float]:
+        """(bytes, seconds per micro-batch) of the user's outputs that a block makes: they are there, of the whole batch, at the end."""
+        nbytes, seconds = 0, 0.0
+        for position, value in self.outputs[number]:
+            tensor, layout = self.graph.tensor(value), self.choices.layouts[f"output:{position}"]
+            nbytes += local_nbytes(tensor, layout, self.mesh)
+            # Whether a gradient comes back depends on the user's loop; what is returned beside a loss gets none.
+            seconds += self.tables.journey_seconds(tensor, self.made(value), layout, backward=False)[0]
+        return nbytes, seconds
 
     # --- memory ---
 
@@ -390,6 +413,7 @@ class Menus:
         again = {name for group in groups for name in group}
         inside = set(block.ops)
         held: dict[tuple[Value, Layout], int] = {}
+        read_again: list[Value] = []
         beside = 0
 
         def hold(value: Value, layout: Layout) -> None:
@@ -403,7 +427,7 @@ class Menus:
                     if name in again or self._is_saved(value):
                         hold(value, self.made(value))
                 elif name in again and value.op in inside and value.op not in again:
-                    hold(value, self.made(value))
+                    read_again.append(value)
             if name in again:
                 # Results that leave the region are inputs of what comes after, which keeps them if autograd does.
                 for value in self._results(op):
@@ -422,6 +446,10 @@ class Menus:
             for value, start, need, keeps in self._journeys(op):
                 if keeps and self._is_copied(value, start, need):
                     hold(value, need)
+        for value in read_again:
+            source = find_source(self.graph, self.model.spaces, value)
+            if (source, self.made(source)) not in held:
+                hold(value, self.made(value))
         return beside + sum(held.values())
 
     def _is_copied(self, value: Value, start: Layout, need: Layout) -> bool:
@@ -453,8 +481,16 @@ class Menus:
         for name in block.ops:
             op = self.graph.by_name[name]
             total = sum(local_nbytes(self.graph.tensor(value), self.made(value), self.mesh) for value in self._results(op))
-            for value, start, need, _ in self._journeys(op):
-                if self.graph.by_name[value.op].kind is not OpKind.PARAMETER or need[self.tables.first :] != start[self.tables.first :]:
+            starts: dict[Value, Layout] = {}
+            needs: dict[Value, Layout] = {}
+            for value, start, need, _ in self._journeys(op):  # of a way by a layout between, what counts are its ends
+                starts.setdefault(value, start)
+                needs[value] = need
+            for value, need in needs.items():
+                if (
+                    self.graph.by_name[value.op].kind is not OpKind.PARAMETER
+                    or need[self.tables.first :] != starts[value][self.tables.first :]
+                ):
                     total += local_nbytes(self.graph.tensor(value), need, self.mesh)
             largest = max(largest, total)
         repeated = max((self._saved_inside(group) for group in groups), default=0)

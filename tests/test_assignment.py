@@ -225,6 +225,8 @@ def test_refusals_say_what_to_do() -> None:
         assign(pin(embedding=2), schedule, 10**12)
     with pytest.raises(InfeasibleError, match="'head' pinned to stage 1"):
         assign(pin(head=1), schedule, 10**12)
+    with pytest.raises(InfeasibleError, match=r"'head' is pinned to stage 2, block 'layers.9' before it to stage 3; .* in order"):
+        assign(pin(**{"layers.9": 3, "head": 2}), schedule, 10**12)
     with pytest.raises(InfeasibleError, match=r"need .* on pipeline rank \d at the leanest, 2.00 GB are there") as error:
         assign(menus, schedule, 2 * 10**9)
     assert assign(menus, schedule, error.value.needed).peak

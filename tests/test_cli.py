@@ -199,6 +199,8 @@ def test_pins_are_read() -> None:
     }
     with pytest.raises(InputError, match="pin 'tp' is given twice"):
         parse_pins(["tp=2", "tp=4"])
+    with pytest.raises(InputError, match="an integer from 1"):
+        parse_pins([f"tp={'9' * 5000}"])
 
 
 def test_every_pin_is_in_the_help() -> None:
@@ -218,6 +220,7 @@ def test_meshes_are_read() -> None:
         ("dp=4,", "'' in mesh 'dp=4,' is no axis"),
         ("dp=4,dp=2", "names the axis 'dp' twice"),
         ("dp=none", "mesh 'dp=none': dp=none is no size of an axis"),
+        (f"dp={'9' * 5000}", "is no size of an axis"),
     ]:
         with pytest.raises(InputError) as caught:
             parse_mesh(text)

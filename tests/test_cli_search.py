@@ -254,7 +254,7 @@ def test_pipelines_that_cannot_be_had_are_refused(models: Path, pins: list[str],
 def test_stages_that_no_order_of_blocks_has_are_infeasible(models: Path) -> None:
     pins = ("--pin", "pp=2", "--pin", "layers.1=pp:1", "--pin", "layers.2=pp:0")
     message = refuse("plan", f"{models}:build_deep", "--cluster", "4xcpu", *pins, code=1)
-    assert "between block 'layers.1' pinned to stage 1 and block 'layers.2' pinned to stage 0" in message
+    assert "block 'layers.2' is pinned to stage 0, block 'layers.1' before it to stage 1; stages are in order" in message
 
 
 def test_a_pipeline_without_the_memory_is_infeasible(models: Path) -> None:

@@ -130,9 +130,9 @@ def test_layers_that_differ_in_any_op_are_apart() -> None:
         ("gpt2_deep", TINY, 0.65),
         ("llama_tied", TINY, 0.75),
         ("bert_deep", TINY, 0.7),
-        ("gpt2_deep", PIPELINE, 0.85),
+        ("gpt2_deep", PIPELINE, 0.65),
         ("llama_tied", PIPELINE, 0.7),
-        ("t5_deep", PIPELINE, 0.75),
+        ("t5_deep", PIPELINE, 0.7),
     ],
 )
 def test_little_memory_mixes_placements_and_the_plan_is_exact(name: str, pins: Mapping[str, object], share: float) -> None:
@@ -155,7 +155,7 @@ def test_a_mixture_is_faster_than_one_placement_for_all() -> None:
 
 def test_a_mixed_plan_survives_its_file() -> None:
     captured = capture(*DEEP["gpt2_deep"]())
-    plan = _cramped(captured.graph, 0.85, PIPELINE)
+    plan = _cramped(captured.graph, 0.65, PIPELINE)
     again = from_json(to_json(plan))
     assert again == plan
     layouts = {slot.name: slot.layout for slot in rewrite(captured, again).parameters}

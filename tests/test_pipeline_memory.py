@@ -89,4 +89,4 @@ def test_ranks_hold_what_the_plan_says(name: str, pp: int, schedule: str, recomp
     assert len(held) == pp
     # Inputs and outputs of the step are there before and after it.
     predicted = plan.memory.total - plan.memory.reserved - plan.memory.buffers
-    assert 0.98 < predicted / max(held.values()) < 1.25
+    assert 0.98 < predicted / max(held.values()) < 1.2

@@ -112,7 +112,7 @@ def made(menus: Menus) -> dict[str, BlockMenu]:
 
 def test_what_crosses_is_first_read_by_one_block(menus: Menus) -> None:
     assert {str(value): number for value, number in menus.first.items()} == {"embedding": 1, "sin": 1, "add": 2, "add_1": 3, "add_2": 4}
-    assert menus.firsts == (0, 2, 1, 1, 1)
+    assert [len(values) for values in menus.firsts] == [0, 2, 1, 1, 1]
 
 
 def test_a_value_is_kept_by_the_first_block_that_reads_it(made: dict[str, BlockMenu]) -> None:
@@ -226,8 +226,16 @@ def test_copies_that_products_keep_are_kept_beside_the_parts() -> None:
 def test_what_two_products_need_alike_is_gathered_once() -> None:
     menus = make_menus(Twice(), torch.randn(ROWS, WIDTH), tensor_parallel=True)
     (block,) = (one for one in menus.chain.blocks if "linear_2" in one.ops)
-    gathered = [name for name, cost in menus._move_costs(block).items() if cost.forward > 0]
+    gathered = [name for name, cost in menus._move_costs(block.ops).items() if cost.forward > 0]
     assert gathered == ["linear_2"]
+
+
+def test_an_operand_that_is_gathered_for_two_takes_room_once() -> None:
+    menus = make_menus(Twice(), torch.randn(ROWS, WIDTH), tensor_parallel=True)
+    (block,) = (one for one in menus.chain.blocks if "linear_2" in one.ops)
+    assert len(menus._journeys(menus.graph.by_name["linear_2"])) > len(menus.graph.by_name["linear_2"].operands)
+    # A product has its input whole and its part of the result, the product of both products three parts; gradients as much.
+    assert menus._workspace(block, ()) == 2 * (HIDDEN + HIDDEN // 2)
 
 
 def test_what_travels_in_parts_is_gathered_where_it_is_read() -> None:
