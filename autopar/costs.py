@@ -79,9 +79,16 @@ class CostTables:
         links = tuple(axis_link(cluster, ranks, axis) for axis in range(len(ranks)))
         self.links: tuple[Link, ...] = (*links[: self.first], *links)  # the first stands for time too, over which nothing goes
         self._collectives: dict[tuple[str, int, int], float] = {}
+        self._calls: dict[tuple[str, Placement], tuple[float, float]] = {}
 
     def op_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
         """(forward, backward) seconds of one call under `placement`."""
+        key = op.name, placement
+        if key not in self._calls:
+            self._calls[key] = self._op_seconds(op, placement)
+        return self._calls[key]
+
+    def _op_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
         space = self.model.spaces.get(op.name)
         operands = self.model.folded.graph.operand_tensors(op)
         if space is not None and space.view:

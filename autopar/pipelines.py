@@ -262,10 +262,16 @@ class PipelineSearch:
         return found
 
     def _hope(self, shape: Shape, work: Sequence[float]) -> float:
-        """Seconds of all micro-batches when ranks work so long on each and bubbles are as small as stages can be."""
-        chunks = max((chunks for _, chunks in self._families(shape)), default=1)
+        """Seconds of all micro-batches when ranks work so long on each and bubbles are as small as some schedule makes them."""
         slowest, count = max(work), shape.microbatches
-        return max(count * slowest + (shape.groups - 1) * slowest / chunks, sum(work) + (count - 1) * slowest / chunks)
+
+        def least(family: str, chunks: int) -> float:
+            # Weight gradients, a third of the work, that may wait fill all bubbles but those before a rank's first forward, another third.
+            idle, through = (1 / 3, 2 / 3) if splits_backward(family) else (1.0, 1.0)
+            busiest = count * slowest + idle * (shape.groups - 1) * slowest / chunks
+            return max(busiest, through * sum(work) + (count - 1) * slowest / chunks)
+
+        return min((least(*one) for one in self._families(shape)), default=math.inf)
 
     def _assign(self, drafted: _Draft, limit: float, seconds: float) -> Pipelined | None:
         """The best stages and variants for a shape under a schedule, if they take less than `limit`, searched for so many seconds."""
@@ -291,7 +297,8 @@ class PipelineSearch:
         except SolverError:
             self._note(shape, None, None, f"{drafted}: no better one found in {seconds:.0f} s")
             return None
-        self._note(shape, assignment.simulated, max(assignment.peak), f"{drafted}: {assignment.status}")
+        outcome = "can't beat the best found" if assignment.status == "beyond" else assignment.status
+        self._note(shape, assignment.simulated, max(assignment.peak), f"{drafted}: {outcome}")
         return self._finish(drafted, answers, menus, assignment) if assignment.simulated < limit else None
 
     def _finish(self, drafted: _Draft, answers: Answers, menus: tuple[BlockMenu, ...], assignment: Assignment) -> Pipelined:

@@ -26,6 +26,7 @@ from autopar.kept import Kept, count_kept, find_source, is_deferrable, keeps_ope
 from autopar.layers import fan_key, regroup
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
 from autopar.options import Model
+from autopar.plans import RECOMPUTE
 from autopar.problem import Problem
 from autopar.reshard import Collective
 from autopar.search import Solution
@@ -80,6 +81,7 @@ class Reading:
         again: per block the values that a stage makes for the blocks behind it though this one or one before has read them.
         outputs: per block the user's outputs that it makes, and their positions.
         cheap: per block the calls in no block of which it is the first to need the results.
+        deferrable: calls whose weight gradients can wait.
     """
 
     kept: Kept
@@ -90,6 +92,7 @@ class Reading:
     again: tuple[tuple[Value, ...], ...]
     outputs: tuple[tuple[tuple[int, Value], ...], ...]
     cheap: tuple[tuple[str, ...], ...]
+    deferrable: frozenset[str]
 
 
 def read_chain(model: Model, chain: Chain) -> Reading:
@@ -135,6 +138,7 @@ def read_chain(model: Model, chain: Chain) -> Reading:
         again=tuple(map(tuple, again)),
         outputs=tuple(map(tuple, outputs)),
         cheap=tuple(map(tuple, cheap)),
+        deferrable=frozenset(name for name in home if is_deferrable(model.folded.graph, model.spaces, model.folded.graph.by_name[name])),
     )
 
 
@@ -197,21 +201,29 @@ class Menus:
         self.answer = answer
         self.kept, self.home, self.readers = reading.kept, reading.home, reading.readers
         self.first, self.firsts, self.again = reading.first, reading.firsts, reading.again
-        self.outputs, self.cheap = reading.outputs, reading.cheap
+        self.outputs, self.cheap, self.deferrable = reading.outputs, reading.cheap, reading.deferrable
         self._made: dict[Value, Layout] = {}
         self._ways: dict[str, tuple[tuple[Value, Layout, Layout, bool], ...]] = {}
         self._cuts: dict[tuple[object, ...], Cut] = {}
+        self._blocks: list[tuple[object, Cut]] = []  # kind and cut of each, from when they are first asked for
+        self._known: dict[tuple[object, str], Variant] = {}
 
     def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockMenu, ...]:
         """The menu of every block, with the kinds of recomputation asked for; `pins` are stages by block name."""
-        kinds = [self._kind(number, block) for number, block in enumerate(self.chain.blocks)]
-        variants: dict[tuple[object, ...], tuple[Variant, ...]] = {}
-        for number, (block, kind) in enumerate(zip(self.chain.blocks, kinds, strict=True)):
-            if kind not in variants:
-                variants[kind] = tuple(self._variants(number, block, recompute, splits_backward))
+        if not self._blocks:
+            self._blocks = [(self._kind(number, block), self._cut(number, block)) for number, block in enumerate(self.chain.blocks)]
+        variants: dict[object, tuple[Variant, ...]] = {}
+        for number, (block, (kind, _)) in enumerate(zip(self.chain.blocks, self._blocks, strict=True)):
+            if kind in variants:
+                continue
+            if missing := [name for name in recompute if (kind, name) not in self._known]:
+                self._known |= {(kind, name): one for name, one in self._variants(number, block, missing)}
+            # Selective recomputation of a block without an attention core is none.
+            found = dict.fromkeys(self._known[kind, name] for name in RECOMPUTE if name in recompute)
+            variants[kind] = tuple(found if splits_backward else map(_join_backward, found))
         return tuple(
-            BlockMenu(block.name, variants[kind], self._cut(number, block), pins.get(block.name))
-            for number, (block, kind) in enumerate(zip(self.chain.blocks, kinds, strict=True))
+            BlockMenu(block.name, variants[kind], cut, pins.get(block.name))
+            for block, (kind, cut) in zip(self.chain.blocks, self._blocks, strict=True)
         )
 
     def _kind(self, number: int, block: Block) -> tuple[object, ...]:
@@ -267,46 +279,44 @@ class Menus:
 
     # --- one block ---
 
-    def _variants(self, number: int, block: Block, recompute: Collection[str], splits_backward: bool) -> Iterable[Variant]:
+    def _variants(self, number: int, block: Block, recompute: Iterable[str]) -> Iterator[tuple[str, Variant]]:
+        """The variants of a block that is run with these kinds of recomputation, with a backward in two passes."""
         cores = find_cores(self.graph, self.model.spaces, block.ops)
         regions: dict[str, Sequence[Sequence[str]]] = {"none": (), "selective": cores, "full": (block.ops,)}
-        # Selective recomputation of a block without an attention core runs nothing again.
-        offered = {"none" if name == "selective" and not cores else name for name in recompute}
         costs = {name: self._call_costs(self.graph.by_name[name]) for name in block.ops}
         moves = self._move_costs((*self.cheap[number], *block.ops))
         beside = self._output_costs(number)[1]
         beside += sum(self._call_costs(self.graph.by_name[name]).forward + moves[name].forward for name in self.cheap[number])
+        forward = beside + sum(costs[one].forward + moves[one].forward for one in block.ops)
+        inputs = sum(costs[one].input + moves[one].input for one in block.ops)
+        weight = sum(costs[one].weight for one in block.ops)
         static, once = self._stored_costs(number, block)
-        for name, groups in regions.items():
-            if name not in offered:
-                continue
-            again = [one for group in groups for one in group]
-            forward = beside + sum(costs[one].forward + moves[one].forward for one in block.ops)
-            inputs = sum(costs[one].input + moves[one].input for one in block.ops)
-            repeated = sum(costs[one].forward + moves[one].forward for one in again)
-            weight = sum(costs[one].weight for one in block.ops)
-            yield Variant(
-                name=name,
-                answer=self.answer,
-                forward=forward,
-                input=inputs + repeated + (0.0 if splits_backward else weight),
-                weight=weight if splits_backward else 0.0,
-                once=once,
-                kept=self._kept_bytes(number, block, groups),
-                waiting=self._waiting_bytes(block) if splits_backward else 0,
-                static=static,
-                workspace=self._workspace(block, groups),
+        waiting = self._waiting_bytes(block)
+        for name in recompute:
+            groups = regions[name]
+            repeated = sum(costs[one].forward + moves[one].forward for group in groups for one in group)
+            yield (
+                name,
+                Variant(
+                    name=name if groups else "none",
+                    answer=self.answer,
+                    forward=forward,
+                    input=inputs + repeated,
+                    weight=weight,
+                    once=once,
+                    kept=self._kept_bytes(number, block, groups),
+                    waiting=waiting,
+                    static=static,
+                    workspace=self._workspace(block, groups),
+                ),
             )
 
     def _call_costs(self, op: Op) -> _Costs:
         stand_in = self.graph.by_name[self.model.folded.representative[op.name]]
         forward, backward = self.tables.op_seconds(stand_in, self.choices.placements[stand_in.name])
         # Of a product with a weight, one of two products is the weight's gradient.
-        deferred = backward / 2 if self._is_deferrable(op) and any(t.requires_grad for t in self._activations(op)) else 0.0
+        deferred = backward / 2 if op.name in self.deferrable and any(t.requires_grad for t in self._activations(op)) else 0.0
         return _Costs(forward, backward - deferred, deferred)
-
-    def _is_deferrable(self, op: Op) -> bool:
-        return is_deferrable(self.graph, self.model.spaces, op)
 
     def _activations(self, op: Op) -> list[Tensor]:
         return [self.graph.tensor(value) for value in op.operands if self.graph.by_name[value.op].kind is OpKind.CALL]
@@ -468,7 +478,7 @@ class Menus:
         total = 0
         for name in block.ops:
             op = self.graph.by_name[name]
-            if self._is_deferrable(op):
+            if op.name in self.deferrable:
                 # Of a way by a layout between, the last leg ends where the op reads.
                 read = {value: need for value, _, need, _ in self._journeys(op) if self.graph.by_name[value.op].kind is OpKind.CALL}
                 total += sum(local_nbytes(self.graph.tensor(value), need, self.mesh) for value, need in read.items())
@@ -540,6 +550,11 @@ class Menus:
             return Cut(0.0, 0.0, ahead, kept)
         seconds = [collective_seconds("p2p", nbytes, 2, self.link) if nbytes else 0.0 for nbytes in (ahead, back)]
         return Cut(seconds[0] + gathers / 2, seconds[1] + gathers / 2, ahead, kept)
+
+
+def _join_backward(variant: Variant) -> Variant:
+    """The variant with its backward in one pass."""
+    return replace(variant, input=variant.input + variant.weight, weight=0.0, waiting=0)
 
 
 def join_menus(answers: Sequence[Sequence[BlockMenu]]) -> tuple[BlockMenu, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from zoo import DEEP
 
-from autopar.assignment import evaluate
+from autopar.assignment import BlockMenu, Cut, Variant, evaluate
 from autopar.blocks import find_chain
 from autopar.capture import capture
 from autopar.cost_models import Cluster
 from autopar.drafts import draft
 from autopar.factors import find_factors
-from autopar.generators import splits_backward
+from autopar.generators import make_schedule, splits_backward
 from autopar.ir import OpKind
 from autopar.layers import fold
-from autopar.layout import fits, is_legal
+from autopar.layout import StateKind, fits, is_legal
 from autopar.menus import make_problem
 from autopar.meshes import group_trials
 from autopar.options import Model, find_tables, in_time
@@ -70,9 +71,9 @@ def gpt2() -> tuple[PipelineSearch, list[Shape]]:
 
 @pytest.mark.parametrize("subject", ["gpt2", "odd"])
 def test_placements_that_shapes_share_are_legal_for_each(subject: str, gpt2: tuple[PipelineSearch, list[Shape]]) -> None:
-    search, shapes = odd("12xcpu") if subject == "odd" else gpt2
+    search, shapes = odd("12xcpu", memory=4000) if subject == "odd" else gpt2
     parameters = [op for op in search.model.folded.ops if op.kind is OpKind.PARAMETER]
-    keys = set()
+    keys, stores_parts = set(), set()
     for shape in shapes:
         if search.placements.fastest_work(shape) is None:
             continue
@@ -91,7 +92,9 @@ def test_placements_that_shapes_share_are_legal_for_each(subject: str, gpt2: tup
                 assert name not in model.spaces or is_legal(model.spaces[name], real, mesh), (str(shape), name)
             for op in parameters:
                 assert fits(op.results[0].shape, choices.layouts[op.name], mesh), (str(shape), op.name)
+                stores_parts.add(any(state.kind is StateKind.SHARD for state in choices.layouts[op.name]))
     assert len(keys) < len(shapes)
+    assert True in stores_parts or subject != "odd"
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -131,6 +134,23 @@ def test_what_shapes_take_at_least_is_less_than_any_draft_takes(name: str, clust
         assert fastest <= 1.01 * best, str(shape)
         tight += best < 1.5 * fastest
     assert tight > len(shapes) // 4
+
+
+@pytest.mark.parametrize(("groups", "count"), [(2, 4), (2, 24), (4, 8), (4, 24)])
+def test_no_schedule_of_equal_stages_has_smaller_bubbles_than_hoped(groups: int, count: int) -> None:
+    search, shapes = odd("4xcpu")
+    shape = replace(next(one for one in shapes if one.groups == groups), microbatches=count)
+    hope, best = search._hope(shape, [3.0] * groups), math.inf
+    for family, chunks in search._families(shape):
+        stages = groups * chunks
+        # A forward, the input gradients and the weight gradients take as long as each other.
+        each, split = 1.0 / chunks, splits_backward(family)
+        variant = Variant("none", each, each if split else 2 * each, each if split else 0.0, 0.0, 0, 0, 0, 0)
+        menus = [BlockMenu(f"b{stage}", (variant,), Cut(0.0, 0.0, 0)) for stage in range(stages)]
+        seconds, _ = evaluate(menus, make_schedule(family, groups, count, chunks), range(stages), [0] * stages)
+        assert seconds >= hope * (1 - 1e-9), (family, chunks)
+        best = min(best, seconds)
+    assert best <= 1.05 * hope
 
 
 @pytest.mark.parametrize("family", ["1f1b", "interleaved", "zb-v"])
