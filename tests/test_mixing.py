@@ -14,8 +14,8 @@ from autopar.capture import capture
 from autopar.cost_models import Cluster
 from autopar.costs import CostTables
 from autopar.factors import find_factors
-from autopar.ir import Graph
-from autopar.layers import fold, fold_as_planned, regroup
+from autopar.ir import Graph, OpKind, Value
+from autopar.layers import fan_key, fold, fold_as_planned, regroup
 from autopar.layout import Mesh
 from autopar.microbatch import split_microbatches
 from autopar.options import AxisKind, Constraints, Model, find_tables, in_time
@@ -92,6 +92,29 @@ def test_what_a_block_costs_is_its_own_answers_whatever_its_neighbours_take(name
         for number, menu, own in zip(numbers, menus, alone, strict=True):
             assert menu.cut == own.cut
             assert tuple(replace(one, answer=0) for one in menu.variants if one.answer == number) == own.variants, menu.name
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_answers_agree_on_what_blocks_share(name: str) -> None:
+    subject = _Subject(name)
+    graph, folded, home = subject.model.folded.graph, subject.model.folded, subject.reading.home
+    makers = [subject.menus(subject.model, one) for one in subject.answers]
+    first = subject.answers[0]
+    for answer, maker in zip(subject.answers, makers, strict=True):
+        for op in graph.ops:
+            name_of = folded.representative[op.name]
+            readers = {home.get(reader) for reader in subject.reading.readers.get(Value(op.name), ())}
+            if op.kind is OpKind.CALL and op.name not in home:
+                assert answer.placements[name_of] == first.placements[name_of], op.name
+            if op.kind is OpKind.PARAMETER and len(readers) > 1:
+                assert answer.layouts[name_of] == first.layouts[name_of], op.name
+            for index, value in enumerate(op.operands):
+                key = fan_key(folded.representative_of(value), op.target, index)
+                if home.get(op.name) != home.get(value.op):
+                    assert answer.layouts.get(key) == first.layouts.get(key), key
+                # An output is the affair of the block that makes it.
+                if home.get(op.name) != home.get(value.op) and OpKind.OUTPUT is not op.kind and graph.by_name[value.op].kind is OpKind.CALL:
+                    assert maker.made(value) == makers[0].made(value), str(value)
 
 
 @pytest.mark.parametrize("name", DEEP)
