@@ -33,9 +33,9 @@ from autopar.wanted import Wanted
 class Odd(nn.Module):
     """Layers whose parameters six ranks can store in parts, but four can't, under a batch that all can split."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 18), nn.Tanh(), nn.Linear(18, 6)) for _ in range(8))
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(6, 18), nn.Tanh(), nn.Linear(18, 6)) for _ in range(count))
 
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         for layer in self.layers:
@@ -43,7 +43,9 @@ class Odd(nn.Module):
         return nn.functional.cross_entropy(x, labels)
 
 
-def make_search(module: nn.Module, inputs: tuple[Any, ...], cluster: str, memory: int | None = None) -> tuple[PipelineSearch, list[Shape]]:
+def make_search(
+    module: nn.Module, inputs: tuple[Any, ...], cluster: str, memory: int | None = None, wanted: Wanted | None = None
+) -> tuple[PipelineSearch, list[Shape]]:
     graph = capture(module, inputs).graph
     spaces, _ = find_spaces(graph)
     folded = fold(graph)
@@ -51,12 +53,12 @@ def make_search(module: nn.Module, inputs: tuple[Any, ...], cluster: str, memory
     found = Cluster.parse(cluster)
     if memory is not None:
         found = found.with_memory(found.machine.device.reserved_bytes + memory)
-    search = PipelineSearch(model, find_chain(folded, spaces), found, Wanted(), True, lambda _: None)
+    search = PipelineSearch(model, find_chain(folded, spaces), found, wanted or Wanted(), True, lambda _: None)
     return search, search.find_shapes(lambda groups: group_trials(model, found, groups, {}, None, {}), alone=True)
 
 
-def odd(cluster: str, **options: Any) -> tuple[PipelineSearch, list[Shape]]:
-    return make_search(Odd(), (torch.randn(48, 6), torch.randint(0, 6, (48,))), cluster, **options)
+def odd(cluster: str, rows: int = 48, layers: int = 8, **options: Any) -> tuple[PipelineSearch, list[Shape]]:
+    return make_search(Odd(layers), (torch.randn(rows, 6), torch.randint(0, 6, (rows,))), cluster, **options)
 
 
 def deep(name: str, cluster: str, **options: Any) -> tuple[PipelineSearch, list[Shape]]:
@@ -185,3 +187,33 @@ def test_lean_answers_are_leaner_than_fast_ones_and_slower() -> None:
     fast, lean = (one.solution for one in search.placements.answers_of(shape))
     assert fast.cost_ns < lean.cost_ns
     assert fast.nbytes > lean.nbytes
+
+
+def test_stages_are_searched_with_the_placements_of_their_own_shape() -> None:
+    search, shapes = odd("12xcpu", memory=4000)
+    for shape in shapes:
+        search.placements.fastest_work(shape)
+    shared = [shape for shape in shapes if search.placements._placed[search.placements._key(shape)].shape is not shape]  # type: ignore[union-attr]
+    assert shared
+    for shape in shared:
+        alone, _ = odd("12xcpu", memory=4000)
+        found, own = ([one.solution.cost_ns for one in each.placements.answers_of(shape)] for each in (search, alone))
+        assert found == own, str(shape)
+
+
+def test_where_the_first_schedule_needs_too_much_the_leanest_ranks_a_shape() -> None:
+    large: dict[str, Any] = {"rows": 1024, "layers": 16, "wanted": Wanted(recompute="none")}
+    search, shapes = odd("8xcpu", **large)
+    shape = replace(next(one for one in shapes if one.groups == 8), microbatches=16)
+    search.placements.fastest_work(shape)
+    wide, lean = (search._draft(shape, family, chunks) for family, chunks in (("1f1b", 1), ("v-half", 2)))
+    assert wide is not None
+    assert lean is not None
+    assert lean.nbytes < wide.nbytes
+    stored = search.cluster.machine.device.usable_bytes - search.placements.budget(shape)
+    search, _ = odd("8xcpu", **large, memory=(lean.nbytes + wide.nbytes) // 2 + stored)
+    search.placements.fastest_work(shape)
+    first = search._draft_first(shape)
+    assert first is not None
+    assert first.family == "v-half"
+    assert not search._needs
