@@ -130,11 +130,13 @@ class MicroSplitter:
     def _run(self, cut: frozenset[str], count: int) -> MicroSplit:
         """The split of these inputs: one that was made for another count, where all that it asked has the same answer for this one."""
         for made, found in self._done:
-            if made.cut == cut and not found.reasons and made.holds_for(count):
+            if made.cut == cut and made.holds_for(count):
                 return found
         made = _Pass(self.graph, self.spaces, cut, count)
-        self._done.append((made, made.run()))
-        return self._done[-1][1]
+        found = made.run()
+        if not found.reasons:  # which name the count
+            self._done.append((made, found))
+        return found
 
 
 def _refused(reason: str) -> MicroSplit:

@@ -93,12 +93,12 @@ class _Draft:
         return f"{self.family} x{self.chunks}" if self.chunks > 1 else self.family
 
 
-class _Step(IntEnum):
-    """How closely a shape has been looked at."""
+class _From(IntEnum):
+    """What the seconds that a shape takes at least were found from."""
 
-    BOUND = 0
-    PLACED = 1
-    DRAFTED = 2
+    PRODUCTS = 0
+    PLACEMENTS = 1
+    DRAFT = 2
 
 
 class PipelineSearch:
@@ -122,14 +122,10 @@ class PipelineSearch:
         self.tell = tell
         self.candidates: list[Candidate] = []
         recompute = RECOMPUTE if wanted.recompute is None else (wanted.recompute,)
-        self.placements = Placements(model, chain, cluster, recompute, self._read_stages())
-        self._refusals: list[AutoparError] = []
+        self.refusals: list[AutoparError] = []
+        self.placements = Placements(model, chain, cluster, recompute, self._read_stages(), self.refusals)
         self._needs: dict[Shape, int] = {}
-
-    @property
-    def refusals(self) -> list[AutoparError]:
-        """Why some of what was asked for can't be had."""
-        return self.placements.refusals + self._refusals
+        self._known_families: dict[Shape, list[tuple[str, int]]] = {}
 
     def run(self, shapes: Sequence[Shape], cutoff: float) -> Pipelined | None:
         """The fastest pipeline that takes less than `cutoff` seconds; None when none does."""
@@ -138,7 +134,7 @@ class PipelineSearch:
             # The search may find what a draft doesn't, and knows what the leanest stages need.
             shape = min(self._needs, key=self._needs.__getitem__)
             del self._needs[shape]
-            drafts = [_Draft(shape, *self._families(shape)[0], 0.0, 0.0, 0)]
+            drafts = [_Draft(shape, family, chunks, 0.0, 0.0, 0) for family, chunks in self._families(shape)]
         for shape, needed in self._needs.items():
             self._note(shape, None, needed, "out of memory")
         return self._search(drafts, cutoff)
@@ -146,19 +142,20 @@ class PipelineSearch:
     def _draft_all(self, shapes: Sequence[Shape], cutoff: float) -> list[_Draft]:
         """Drafts of all shapes that may be faster than the best of them, best first.
 
-        What a shape takes at least is found out as closely as it needs to tell that it is too slow: from its products, from its fastest
-        placements, from a draft under the first schedule. Whichever promises most is looked at next.
+        What a shape takes at least, or about that, is found out as closely as it needs to tell that it is too slow: from its products, from
+        its fastest placements, from a draft under the first schedule. Whichever promises most is looked at next; `DRAFTED` shapes at most
+        are drafted under all schedules.
         """
         self.tell(f"bounds: {len(shapes)} shapes")
         found: list[_Draft] = []
         firsts: dict[int, _Draft] = {}
         fully, best = 0, cutoff
-        waiting = [(self._least_seconds(shape), number, _Step.BOUND) for number, shape in enumerate(shapes)]
+        waiting = [(self._bound_by_products(shape), number, _From.PRODUCTS) for number, shape in enumerate(shapes)]
         heapq.heapify(waiting)
         while waiting:
-            least, number, step = heapq.heappop(waiting)
+            least, number, found_from = heapq.heappop(waiting)
             shape, new = shapes[number], []
-            if step is _Step.DRAFTED:
+            if found_from is _From.DRAFT:
                 if least < best and fully < DRAFTED:
                     fully += 1
                     self.tell(f"schedules: {shape}")
@@ -166,28 +163,28 @@ class PipelineSearch:
             elif least >= best:
                 if math.isfinite(least):
                     self._note(shape, least, None, "not tried: takes about this at best")
-            elif step is _Step.BOUND:
+            elif found_from is _From.PRODUCTS:
                 self.tell(f"costs: {shape}")
-                heapq.heappush(waiting, (max(least, self._fastest_seconds(shape)), number, _Step.PLACED))
+                heapq.heappush(waiting, (max(least, self._bound_by_placements(shape)), number, _From.PLACEMENTS))
             else:
                 self.tell(f"drafts: {shape}")
                 first = self._draft_first(shape)
                 if first is not None:
                     new, firsts[number] = [first], first
-                    heapq.heappush(waiting, (first.hope, number, _Step.DRAFTED))
+                    heapq.heappush(waiting, (first.hope, number, _From.DRAFT))
             found += new
             best = min([best, *(one.seconds for one in new)])
         return sorted(found, key=lambda one: one.seconds)
 
-    def _least_seconds(self, shape: Shape) -> float:
+    def _bound_by_products(self, shape: Shape) -> float:
         """Seconds that a shape takes at least, from its products alone; infinite where the batch can't be split so."""
         work = self.placements.least_work(shape)
-        return self._hope(shape, [work] * shape.groups) if work is not None else math.inf
+        return self._hope(shape, work) if work is not None else math.inf
 
-    def _fastest_seconds(self, shape: Shape) -> float:
+    def _bound_by_placements(self, shape: Shape) -> float:
         """About the seconds that a shape takes at best, from its fastest placements; infinite where some op has none."""
         found = self.placements.fastest_work(shape)
-        return self._hope(shape, [found[0]] * shape.groups) + found[1] if found is not None else math.inf
+        return self._hope(shape, found[0]) + found[1] if found is not None else math.inf
 
     def _search(self, drafts: Sequence[_Draft], cutoff: float) -> Pipelined | None:
         """Search the stages of the best drafts, and of all that promise more than what was found: each may take half of the time left."""
@@ -211,9 +208,10 @@ class PipelineSearch:
         return schedule if self.returns_loss else forwards_first(schedule)
 
     def _draft_first(self, shape: Shape) -> _Draft | None:
-        """A draft under the first schedule, or where that needs too much memory under one that needs less."""
+        """A draft under the first schedule, or where that needs too much memory under the leanest, or else under any."""
         families = self._families(shape)
-        for family, chunks in (*families[:1], *(one for one in families[1:] if one[0] == LEAN_FAMILY)):
+        lean = [one for one in families if one[0] == LEAN_FAMILY]
+        for family, chunks in dict.fromkeys((*families[:1], *lean, *families)):
             one = self._draft(shape, family, chunks)
             if one is not None:
                 self._needs.pop(shape, None)
@@ -242,9 +240,9 @@ class PipelineSearch:
             counts = [ROUNDS * shape.groups, (ROUNDS - 1) * shape.groups]
         schedules = [self._schedule(family, shape.groups, count, chunks) for count in counts]
         try:
-            problem = make_problem(menus, schedules[0], self.placements.budget(shape))
+            problem = make_problem(menus, schedules[0], self.placements.budget)
         except (InfeasibleError, InputError) as error:
-            self._refusals.append(error)
+            self.refusals.append(error)
             return None
         found: _Draft | None = None
         for stages, variants in draft(problem):
@@ -253,25 +251,18 @@ class PipelineSearch:
             more = (shape.microbatches - counts[0]) / shape.groups * (took[0] - took[-1])
             seconds = took[0] + more + measured.once
             if found is None or seconds < found.seconds:
-                work = measured.columns[: PHASES * problem.schedule.stages].reshape(PHASES, -1).sum(axis=0)
-                hope = self._hope(shape, [float(work[list(own)].sum()) for own in problem.stages_of]) + measured.once
-                found = _Draft(shape, family, chunks, seconds, min(hope, seconds), max(measured.peak))
+                # Other schedules' stages may be finer, and so more equal.
+                work = float(measured.columns[: PHASES * problem.schedule.stages].sum()) / shape.groups
+                hope = min(seconds, self._hope(shape, work) + measured.once)
+                found = _Draft(shape, family, chunks, seconds, hope, max(measured.peak) + self.placements.beside)
         if found is None:
-            needed = max(measure(problem, *find_leanest(problem)).peak)
+            needed = max(measure(problem, *find_leanest(problem)).peak) + self.placements.beside
             self._needs[shape] = min(self._needs.get(shape, needed), needed)
         return found
 
-    def _hope(self, shape: Shape, work: Sequence[float]) -> float:
-        """Seconds of all micro-batches when ranks work so long on each and bubbles are as small as some schedule makes them."""
-        slowest, count = max(work), shape.microbatches
-
-        def least(family: str, chunks: int) -> float:
-            # Weight gradients, a third of the work, that may wait fill all bubbles but those before a rank's first forward, another third.
-            idle, through = (1 / 3, 2 / 3) if splits_backward(family) else (1.0, 1.0)
-            busiest = count * slowest + idle * (shape.groups - 1) * slowest / chunks
-            return max(busiest, through * sum(work) + (count - 1) * slowest / chunks)
-
-        return min((least(*one) for one in self._families(shape)), default=math.inf)
+    def _hope(self, shape: Shape, work: float) -> float:
+        """Seconds of all micro-batches when every group works so long on each and bubbles are as small as some schedule makes them."""
+        return min((_least_seconds(shape, family, chunks, work) for family, chunks in self._families(shape)), default=math.inf)
 
     def _assign(self, drafted: _Draft, limit: float, seconds: float) -> Pipelined | None:
         """The best stages and variants for a shape under a schedule, if they take less than `limit`, searched for so many seconds."""
@@ -288,17 +279,17 @@ class PipelineSearch:
             return None
         _, answers, menus = best
         try:
-            assignment = assign(menus, schedule, self.placements.budget(shape), time_limit=seconds, gap=ASSIGN_GAP, cutoff=limit)
+            assignment = assign(menus, schedule, self.placements.budget, time_limit=seconds, gap=ASSIGN_GAP, cutoff=limit)
         except InfeasibleError as error:
             if error.needed == 0:
                 raise
-            self._note(shape, None, error.needed, "out of memory")
+            self._note(shape, None, error.needed + self.placements.beside, "out of memory")
             return None
         except SolverError:
             self._note(shape, None, None, f"{drafted}: no better one found in {seconds:.0f} s")
             return None
         outcome = "can't beat the best found" if assignment.status == "beyond" else assignment.status
-        self._note(shape, assignment.simulated, max(assignment.peak), f"{drafted}: {outcome}")
+        self._note(shape, assignment.simulated, max(assignment.peak) + self.placements.beside, f"{drafted}: {outcome}")
         return self._finish(drafted, answers, menus, assignment) if assignment.simulated < limit else None
 
     def _finish(self, drafted: _Draft, answers: Answers, menus: tuple[BlockMenu, ...], assignment: Assignment) -> Pipelined:
@@ -332,6 +323,11 @@ class PipelineSearch:
 
     def _families(self, shape: Shape) -> list[tuple[str, int]]:
         """(family, stages per group) of the schedules to try, the one that shapes are ranked by first."""
+        if shape not in self._known_families:
+            self._known_families[shape] = self._find_families(shape)
+        return self._known_families[shape]
+
+    def _find_families(self, shape: Shape) -> list[tuple[str, int]]:
         if self.wanted.schedule is not None:
             return list(self._of_family(self.wanted.schedule, shape))
         if not self.returns_loss:
@@ -356,7 +352,7 @@ class PipelineSearch:
                     )
             except InputError as error:
                 if self.wanted.schedule is not None:
-                    self._refusals.append(error)
+                    self.refusals.append(error)
                 continue
             yield family, count
 
@@ -419,3 +415,12 @@ class PipelineSearch:
         else:
             counts |= {1}
         return sorted(counts)
+
+
+def _least_seconds(shape: Shape, family: str, chunks: int, work: float) -> float:
+    """Seconds of all micro-batches under a schedule when every group works so long on each, in equal stages that exchange nothing."""
+    # Where weight gradients, a third of the work at most, may wait, they fill all bubbles but those before a group's first forward. That is
+    # a quarter of the work or more, also where forwards are run again.
+    idle, through = (1 / 4, 2 / 3) if splits_backward(family) else (1.0, 1.0)
+    busiest = shape.microbatches * work + idle * (shape.groups - 1) * work / chunks
+    return max(busiest, through * (shape.groups * work + (shape.microbatches - 1) * work / chunks))

@@ -14,17 +14,17 @@ from fractions import Fraction
 from autopar.assignment import BlockMenu
 from autopar.blocks import Chain
 from autopar.cost_models import Cluster, axis_link
-from autopar.costs import CostTables, call_seconds, local_nbytes
+from autopar.costs import CostTables, call_seconds
 from autopar.errors import AutoparError, InputError
 from autopar.ir import Op, OpKind
-from autopar.layout import REPLICATE, Mesh, Split, fits, with_pipeline
+from autopar.layout import Mesh, Split, fits, with_pipeline
 from autopar.meshes import Trial
 from autopar.microbatch import MICRO, MicroSplitter, batch_size
 from autopar.options import AxisKind, Constraints, Model, call_options, in_time
 from autopar.problem import FORBIDDEN, Problem, build_problem, restrict
 from autopar.search import Search, Solution
 from autopar.space import Family
-from autopar.variants import Choices, Menus, choices_of, find_shared, join_menus, once_seconds, read_chain
+from autopar.variants import Choices, Menus, choices_of, find_shared, join_menus, once_seconds, output_seconds, read_chain
 
 # Placements of a micro-batch that blocks may mix, at most, and the highest price of memory at which they are searched, as a multiple of the
 # step over the budget.
@@ -46,14 +46,17 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class _Placed:
-    """The placement problem of a shape, with bytes of all groups together; `once`: seconds of a step that micro-batches don't add to."""
+    """The placement problem of a shape, with bytes of all groups together.
+
+    `once`: seconds of a step that micro-batches don't add to; `outputs`: those that a micro-batch takes to hand the outputs over.
+    """
 
     shape: Shape
     model: Model
     problem: Problem
     search: Search
-    budget: int
     once: float
+    outputs: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,8 +70,16 @@ class Answers:
 class Placements:
     """Searches placements of one model on one cluster; what was found serves every shape that sees the same."""
 
-    def __init__(self, model: Model, chain: Chain, cluster: Cluster, recompute: Sequence[str], stages: Mapping[str, int]) -> None:
-        """`recompute`: kinds of recomputation that blocks may take; `stages`: pinned ones, by block."""
+    def __init__(
+        self,
+        model: Model,
+        chain: Chain,
+        cluster: Cluster,
+        recompute: Sequence[str],
+        stages: Mapping[str, int],
+        refusals: list[AutoparError],
+    ) -> None:
+        """`recompute`: kinds of recomputation that blocks may take; `stages`: pinned ones, by block; `refusals` gets what can't be had."""
         self.model = model
         self.graph = model.folded.graph
         self.chain = chain
@@ -76,7 +87,10 @@ class Placements:
         self.cluster = cluster
         self.recompute = recompute
         self.stages = stages
-        self.refusals: list[AutoparError] = []
+        self.refusals = refusals
+        # Bytes of inputs and buffers, which every rank has whole, and those of a rank that they leave.
+        self.beside = sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in self.graph.of_kind(kind))
+        self.budget = cluster.machine.device.usable_bytes - self.beside
         self._splitter = MicroSplitter(self.graph, model.spaces, model.factors)
         self._products = [
             op for op in model.folded.ops if op.name in model.spaces and model.spaces[op.name].family in (Family.MATMUL, Family.ATTENTION)
@@ -130,15 +144,14 @@ class Placements:
 
         None where some op has no placement.
         """
-        key = self._key(shape)
-        if key not in self._placed:
-            self._placed[key] = self._place(shape)
-        placed = self._placed[key]
+        placed = self._placed_like(shape)
         if placed is None:
             return None
-        work = (placed.search.bound_ns / 1e9 - placed.once) / placed.shape.microbatches / shape.groups
-        # How long the ends of its steps take doesn't tell those of another mesh.
-        return work, placed.once / shape.groups if placed.shape.trial.mesh == shape.trial.mesh else 0.0
+        work = (placed.search.bound_ns / 1e9 - placed.once) / placed.shape.microbatches
+        if placed.shape.trial.mesh == shape.trial.mesh:
+            return work / shape.groups, placed.once / shape.groups
+        # What ranks that split the batch do together at the ends of a step, or with its outputs, depends on how many they are.
+        return (work - placed.outputs) / shape.groups, 0.0
 
     def _key(self, shape: Shape) -> object:
         """Equal for shapes whose ranks see micro-batches of the same size on the same axes, but for ranks that split the batch.
@@ -155,6 +168,13 @@ class Placements:
 
     # --- answers ---
 
+    def _placed_like(self, shape: Shape) -> _Placed | None:
+        """The problem of a shape, or of another with the same key; None where some op has no placement."""
+        key = self._key(shape)
+        if key not in self._placed:
+            self._placed[key] = self._place(shape)
+        return self._placed[key]
+
     def _place(self, shape: Shape) -> _Placed | None:
         """The fastest placements of a micro-batch; None where some op has none."""
         model = self.model_in_time(shape.microbatches)
@@ -163,17 +183,17 @@ class Placements:
         constraints = replace(shape.trial.constraints, kinds=(AxisKind.TIME, *shape.trial.constraints.kinds))
         problem = build_problem(model, in_time(shape.trial.mesh, shape.microbatches), self.cluster, constraints)
         search = Search(problem)
-        budget = shape.groups * self.cluster.machine.device.usable_bytes
         if search.bound_ns >= FORBIDDEN:
             return None
         fastest = choices_of(model, problem, search.solution_at(0.0))
-        return _Placed(shape, model, problem, search, budget, once_seconds(model, CostTables(model, problem.mesh, self.cluster), fastest))
+        tables = CostTables(model, problem.mesh, self.cluster)
+        return _Placed(shape, model, problem, search, once_seconds(model, tables, fastest), output_seconds(model, tables, fastest))
 
     def _answers(self, placed: _Placed) -> list[Answers]:
         """Placements of a micro-batch: sets of answers that blocks may mix, those of the fastest boundaries first."""
         found: list[Answers] = []
         model, problem, search = placed.model, placed.problem, placed.search
-        highest = LEAN_PRICE * search.bound_ns / placed.budget
+        highest = LEAN_PRICE * search.bound_ns / (placed.shape.groups * self.cluster.machine.device.usable_bytes)
         for base in (0.0, highest):
             solution = search.solution_at(base)
             inner = restrict(problem, find_shared(model, self.reading, problem, solution.choice))
@@ -192,7 +212,7 @@ class Placements:
     def answers_like(self, shape: Shape) -> list[Answers]:
         """Placements for a draft: those of another shape with the same key, where they are legal here."""
         key = self._key(shape)
-        model, placed = self.model_in_time(shape.microbatches), self._placed.get(key)
+        model, placed = self.model_in_time(shape.microbatches), self._placed_like(shape)
         if model is None or placed is None:
             return []
         if key not in self._known:
@@ -232,10 +252,3 @@ class Placements:
                 Menus(model, self.chain, self.reading, tables, choices, link, number) for number, choices in enumerate(answers.choices)
             ]
         return self._costed[shape, answers]
-
-    def budget(self, shape: Shape) -> int:
-        """Bytes of a rank that inputs and buffers, which every rank has, leave."""
-        mesh = in_time(shape.trial.mesh, shape.microbatches)
-        whole = tuple(REPLICATE for _ in mesh.sizes)
-        stored = (op for kind in (OpKind.INPUT, OpKind.BUFFER) for op in self.graph.of_kind(kind))
-        return self.cluster.machine.device.usable_bytes - sum(local_nbytes(op.results[0], whole, mesh) for op in stored)

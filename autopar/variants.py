@@ -68,6 +68,19 @@ def once_seconds(model: Model, tables: CostTables, choices: Choices) -> float:
     return total
 
 
+def output_seconds(model: Model, tables: CostTables, choices: Choices) -> float:
+    """Seconds that a micro-batch takes to hand the user's outputs over."""
+    (output,) = model.folded.graph.of_kind(OpKind.OUTPUT)
+    total = 0.0
+    for position, value in enumerate(output.operands):
+        producer = model.folded.graph.by_name[model.folded.representative[value.op]]
+        if producer.kind is OpKind.CALL:
+            start = result_layout_of(model, producer, choices.placements[producer.name], value.index)
+            need = choices.layouts[f"output:{position}"]
+            total += tables.journey_seconds(model.folded.graph.tensor(value), start, need, backward=False)[0]
+    return total
+
+
 @dataclass(frozen=True)
 class Reading:
     """Who reads what in a chain of blocks, whatever is decided.
@@ -82,6 +95,7 @@ class Reading:
         outputs: per block the user's outputs that it makes, and their positions.
         cheap: per block the calls in no block of which it is the first to need the results.
         deferrable: calls whose weight gradients can wait.
+        owns: per block of each parameter that other blocks read too, whether this one is the first.
     """
 
     kept: Kept
@@ -93,6 +107,7 @@ class Reading:
     outputs: tuple[tuple[tuple[int, Value], ...], ...]
     cheap: tuple[tuple[str, ...], ...]
     deferrable: frozenset[str]
+    owns: tuple[tuple[bool, ...], ...]
 
 
 def read_chain(model: Model, chain: Chain) -> Reading:
@@ -121,6 +136,11 @@ def read_chain(model: Model, chain: Chain) -> Reading:
     for position, value in enumerate(output.operands):
         if value.op in home:
             outputs[home[value.op]].append((position, value))
+    owns: list[list[bool]] = [[] for _ in chain.blocks]
+    for op in model.folded.graph.of_kind(OpKind.PARAMETER):
+        blocks = sorted({home[name] for name in readers.get(Value(op.name), ()) if name in home})
+        for number in blocks if len(blocks) > 1 else ():
+            owns[number].append(number == blocks[0])
     needed: dict[str, int] = dict(home)
     cheap: list[list[str]] = [[] for _ in chain.blocks]
     for op in reversed(model.folded.graph.ops):
@@ -138,6 +158,7 @@ def read_chain(model: Model, chain: Chain) -> Reading:
         again=tuple(map(tuple, again)),
         outputs=tuple(map(tuple, outputs)),
         cheap=tuple(map(tuple, cheap)),
+        owns=tuple(map(tuple, owns)),
         deferrable=frozenset(name for name in home if is_deferrable(model.folded.graph, model.spaces, model.folded.graph.by_name[name])),
     )
 
@@ -201,8 +222,9 @@ class Menus:
         self.answer = answer
         self.kept, self.home, self.readers = reading.kept, reading.home, reading.readers
         self.first, self.firsts, self.again = reading.first, reading.firsts, reading.again
-        self.outputs, self.cheap, self.deferrable = reading.outputs, reading.cheap, reading.deferrable
+        self.outputs, self.cheap, self.deferrable, self.owns = reading.outputs, reading.cheap, reading.deferrable, reading.owns
         self._made: dict[Value, Layout] = {}
+        self._read: dict[str, tuple[Layout, ...]] = {}
         self._ways: dict[str, tuple[tuple[Value, Layout, Layout, bool], ...]] = {}
         self._cuts: dict[tuple[object, ...], Cut] = {}
         self._blocks: list[tuple[object, Cut]] = []  # kind and cut of each, from when they are first asked for
@@ -230,7 +252,7 @@ class Menus:
         """Equal for blocks of equal costs: of like ones the first may be the first to read what all read, and the last make an output."""
         read = tuple((self.graph.tensor(value), self.made(value), self._is_saved(value)) for value in self.firsts[number])
         cheap = tuple(self._call_costs(self.graph.by_name[name]) for name in self.cheap[number])
-        return block.like, read, cheap, self._output_costs(number)
+        return block.like, read, cheap, self.owns[number], self._output_costs(number)
 
     def travel(self) -> dict[str, Layout]:
         """The layout in which each value that may cross a cut would travel, by value."""
@@ -291,7 +313,7 @@ class Menus:
         inputs = sum(costs[one].input + moves[one].input for one in block.ops)
         weight = sum(costs[one].weight for one in block.ops)
         static, once = self._stored_costs(number, block)
-        waiting = self._waiting_bytes(block)
+        waiting, workspace = self._waiting_bytes(block), self._workspace(block)
         for name in recompute:
             groups = regions[name]
             repeated = sum(costs[one].forward + moves[one].forward for group in groups for one in group)
@@ -307,7 +329,8 @@ class Menus:
                     kept=self._kept_bytes(number, block, groups),
                     waiting=waiting,
                     static=static,
-                    workspace=self._workspace(block, groups),
+                    # A region that is being run again is there as a whole.
+                    workspace=workspace + max((self._saved_inside(group) for group in groups), default=0),
                 ),
             )
 
@@ -329,16 +352,22 @@ class Menus:
 
     def _find_journeys(self, op: Op) -> Iterator[tuple[Value, Layout, Layout, bool]]:
         representative = self.model.folded.representative
-        stand_in = self.graph.by_name[representative[op.name]]
-        placement = self.choices.placements[stand_in.name]
-        for index, value in enumerate(op.operands):
-            start, need = self.made(value), operand_layout_of(self.model, stand_in, placement, index)
+        for index, (value, need) in enumerate(zip(op.operands, self._needs(op), strict=True)):
+            start = self.made(value)
             key = fan_key(Value(representative[value.op], value.index), op.target, index)
             between = self.choices.layouts.get(key)
             if between is not None:
                 yield value, start, between, True
                 start = between
-            yield value, start, need, keeps_operand(self.model, stand_in.name, index)
+            yield value, start, need, keeps_operand(self.model, representative[op.name], index)
+
+    def _needs(self, op: Op) -> tuple[Layout, ...]:
+        """The layouts in which an op reads its operands; like ops read alike."""
+        name = self.model.folded.representative[op.name]
+        if name not in self._read:
+            stand_in, placement = self.graph.by_name[name], self.choices.placements[name]
+            self._read[name] = tuple(operand_layout_of(self.model, stand_in, placement, index) for index in range(len(op.operands)))
+        return self._read[name]
 
     def _move_costs(self, calls: Iterable[str]) -> dict[str, _Costs]:
         """Communication of the calls of a block; what several need alike is moved once."""
@@ -485,26 +514,19 @@ class Menus:
                 total += sum(local_nbytes(self.graph.tensor(value), self.made(value), self.mesh) for value in self._results(op))
         return total
 
-    def _workspace(self, block: Block, groups: Sequence[Sequence[str]]) -> int:
-        """Bytes that a block needs while it runs: the hungriest op's tensors and their gradients, and a region that is being run again."""
+    def _workspace(self, block: Block) -> int:
+        """Bytes that a block needs while it runs: the hungriest op's tensors and their gradients."""
         largest = 0
         for name in block.ops:
             op = self.graph.by_name[name]
             total = sum(local_nbytes(self.graph.tensor(value), self.made(value), self.mesh) for value in self._results(op))
-            starts: dict[Value, Layout] = {}
-            needs: dict[Value, Layout] = {}
-            for value, start, need, _ in self._journeys(op):  # of a way by a layout between, what counts are its ends
-                starts.setdefault(value, start)
-                needs[value] = need
-            for value, need in needs.items():
-                if (
-                    self.graph.by_name[value.op].kind is not OpKind.PARAMETER
-                    or need[self.tables.first :] != starts[value][self.tables.first :]
-                ):
+            # Of a way by a layout between, what counts is where it ends.
+            for value, need in dict.fromkeys(zip(op.operands, self._needs(op), strict=True)):
+                is_stored = self.graph.by_name[value.op].kind is OpKind.PARAMETER
+                if not is_stored or need[self.tables.first :] != self.made(value)[self.tables.first :]:
                     total += local_nbytes(self.graph.tensor(value), need, self.mesh)
             largest = max(largest, total)
-        repeated = max((self._saved_inside(group) for group in groups), default=0)
-        return 2 * largest + repeated
+        return 2 * largest
 
     def _saved_inside(self, group: Sequence[str]) -> int:
         total = 0

@@ -24,7 +24,7 @@ from autopar.layout import StateKind, fits, is_legal
 from autopar.menus import make_problem
 from autopar.meshes import group_trials
 from autopar.options import Model, find_tables, in_time
-from autopar.pipelines import ROUNDS, PipelineSearch
+from autopar.pipelines import ROUNDS, PipelineSearch, _least_seconds
 from autopar.placements import Shape
 from autopar.rules import find_spaces
 from autopar.wanted import Wanted
@@ -40,6 +40,20 @@ class Odd(nn.Module):
     def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         for layer in self.layers:
             x = x + layer(x)
+        return nn.functional.cross_entropy(x, labels)
+
+
+class Shared(nn.Module):
+    """Layers that all use one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(32, 32)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(6))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(torch.tanh(self.shared(x))))
         return nn.functional.cross_entropy(x, labels)
 
 
@@ -120,6 +134,18 @@ def test_without_a_pipeline_blocks_come_to_what_the_search_says(name: str) -> No
     assert checked > 2
 
 
+def test_a_shared_parameter_is_updated_once() -> None:
+    search, shapes = make_search(Shared(), (torch.randn(16, 32), torch.randint(0, 32, (16,))), "8xcpu")
+    shape = next(one for one in shapes if (one.groups, str(one.trial.mesh)) == (1, "dp=8"))
+    answers = search.placements.answers_of(shape)[0]
+    plain = [menu.variants[0] for menu in search.placements.menus(shape, answers, False) if menu.name.startswith("blocks.")]
+    assert len(plain) == 6
+    # A matrix and its bias in each block, in the first block twice; what is shared has a gradient in every block.
+    stored = 4 * (32 * 32 + 32)
+    assert [one.static for one in plain] == [8 * stored, *(6 * stored for _ in range(5))]
+    assert plain[0].once == pytest.approx(2 * plain[1].once)
+
+
 @pytest.mark.parametrize(("name", "cluster"), [("gpt2_deep", "8xcpu"), ("t5_deep", "2x4xH100"), ("bert_deep", "4x1xH100")])
 def test_what_shapes_take_at_least_is_less_than_any_draft_takes(name: str, cluster: str) -> None:
     search, shapes = deep(name, cluster)
@@ -127,7 +153,7 @@ def test_what_shapes_take_at_least_is_less_than_any_draft_takes(name: str, clust
     for shape in shapes:
         if search.placements.model_in_time(shape.microbatches) is None:
             continue
-        least, fastest = search._least_seconds(shape), search._fastest_seconds(shape)
+        least, fastest = search._bound_by_products(shape), search._bound_by_placements(shape)
         drafts = [one for family, chunks in search._families(shape) if (one := search._draft(shape, family, chunks)) is not None]
         assert drafts
         best = min(one.seconds for one in drafts)
@@ -138,11 +164,11 @@ def test_what_shapes_take_at_least_is_less_than_any_draft_takes(name: str, clust
     assert tight > len(shapes) // 4
 
 
-@pytest.mark.parametrize(("groups", "count"), [(2, 4), (2, 24), (4, 8), (4, 24)])
+@pytest.mark.parametrize(("groups", "count"), [(2, 4), (2, 24), (4, 4), (4, 8), (4, 24), (8, 8), (8, 32)])
 def test_no_schedule_of_equal_stages_has_smaller_bubbles_than_hoped(groups: int, count: int) -> None:
-    search, shapes = odd("4xcpu")
+    search, shapes = odd("8xcpu", layers=16)
     shape = replace(next(one for one in shapes if one.groups == groups), microbatches=count)
-    hope, best = search._hope(shape, [3.0] * groups), math.inf
+    hope, best = search._hope(shape, 3.0), math.inf
     for family, chunks in search._families(shape):
         stages = groups * chunks
         # A forward, the input gradients and the weight gradients take as long as each other.
@@ -150,9 +176,9 @@ def test_no_schedule_of_equal_stages_has_smaller_bubbles_than_hoped(groups: int,
         variant = Variant("none", each, each if split else 2 * each, each if split else 0.0, 0.0, 0, 0, 0, 0)
         menus = [BlockMenu(f"b{stage}", (variant,), Cut(0.0, 0.0, 0)) for stage in range(stages)]
         seconds, _ = evaluate(menus, make_schedule(family, groups, count, chunks), range(stages), [0] * stages)
-        assert seconds >= hope * (1 - 1e-9), (family, chunks)
+        assert seconds >= _least_seconds(shape, family, chunks, 3.0) * (1 - 1e-9), (family, chunks)
         best = min(best, seconds)
-    assert best <= 1.05 * hope
+    assert hope * (1 - 1e-9) <= best <= 1.2 * hope
 
 
 @pytest.mark.parametrize("family", ["1f1b", "interleaved", "zb-v"])
@@ -161,24 +187,23 @@ def test_a_draft_of_many_micro_batches_takes_what_its_simulation_takes(family: s
     shape = next(one for one in shapes if one.groups == 2)
     shape = replace(shape, microbatches=6 * ROUNDS * shape.groups)
     (chunks,) = (chunks for name, chunks in search._families(shape) if name == family and chunks <= 2)
-    assert search.placements.fastest_work(shape) is not None
     found = search._draft(shape, family, chunks)
     assert found is not None
     seconds = []
     for answers in search.placements.answers_like(shape):
         menus = search.placements.menus(shape, answers, splits_backward(family))
-        problem = make_problem(menus, search._schedule(family, shape.groups, shape.microbatches, chunks), search.placements.budget(shape))
+        problem = make_problem(menus, search._schedule(family, shape.groups, shape.microbatches, chunks), search.placements.budget)
         seconds += [evaluate(menus, problem.schedule, stages, variants)[0] for stages, variants in draft(problem)]
     assert found.seconds == pytest.approx(min(seconds), rel=0.02)
     assert found.seconds < 0.98 * max(seconds) or max(seconds) == pytest.approx(min(seconds))
 
 
 def test_inputs_and_buffers_are_on_every_rank(gpt2: tuple[PipelineSearch, list[Shape]]) -> None:
-    search, shapes = gpt2
+    search, _ = gpt2
     graph = search.graph
     stored = sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in graph.of_kind(kind))
     assert stored > 0
-    assert search.cluster.machine.device.usable_bytes - search.placements.budget(shapes[0]) == stored
+    assert search.cluster.machine.device.usable_bytes - search.placements.budget == stored
 
 
 def test_lean_answers_are_leaner_than_fast_ones_and_slower() -> None:
@@ -205,14 +230,11 @@ def test_where_the_first_schedule_needs_too_much_the_leanest_ranks_a_shape() -> 
     large: dict[str, Any] = {"rows": 1024, "layers": 16, "wanted": Wanted(recompute="none")}
     search, shapes = odd("8xcpu", **large)
     shape = replace(next(one for one in shapes if one.groups == 8), microbatches=16)
-    search.placements.fastest_work(shape)
     wide, lean = (search._draft(shape, family, chunks) for family, chunks in (("1f1b", 1), ("v-half", 2)))
     assert wide is not None
     assert lean is not None
     assert lean.nbytes < wide.nbytes
-    stored = search.cluster.machine.device.usable_bytes - search.placements.budget(shape)
-    search, _ = odd("8xcpu", **large, memory=(lean.nbytes + wide.nbytes) // 2 + stored)
-    search.placements.fastest_work(shape)
+    search, _ = odd("8xcpu", **large, memory=(lean.nbytes + wide.nbytes) // 2)
     first = search._draft_first(shape)
     assert first is not None
     assert first.family == "v-half"

@@ -235,7 +235,7 @@ def test_an_operand_that_is_gathered_for_two_takes_room_once() -> None:
     (block,) = (one for one in menus.chain.blocks if "linear_2" in one.ops)
     assert len(menus._journeys(menus.graph.by_name["linear_2"])) > len(menus.graph.by_name["linear_2"].operands)
     # A product has its input whole and its part of the result, the product of both products three parts; gradients as much.
-    assert menus._workspace(block, ()) == 2 * (HIDDEN + HIDDEN // 2)
+    assert menus._workspace(block) == 2 * (HIDDEN + HIDDEN // 2)
 
 
 def test_what_travels_in_parts_is_gathered_where_it_is_read() -> None:
