@@ -79,7 +79,8 @@ class Pipelined:
 class _Draft:
     """Stages made at once for a shape under one schedule: seconds of a step, those under the best schedule, bytes of the fullest rank.
 
-    `hope` takes it that ranks hold as many stages as there are blocks for, and that more stages need no more memory.
+    `hope` is the least that any schedule comes to with these variants, in equal stages; `promise` what a schedule of as many stages as
+    there are blocks for is likely to, if more stages need no more memory.
     """
 
     shape: Shape
@@ -87,6 +88,7 @@ class _Draft:
     chunks: int
     seconds: float
     hope: float
+    promise: float
     nbytes: int
 
     def __str__(self) -> str:
@@ -134,7 +136,7 @@ class PipelineSearch:
             # The search may find what a draft doesn't, and knows what the leanest stages need.
             shape = min(self._needs, key=self._needs.__getitem__)
             del self._needs[shape]
-            drafts = [_Draft(shape, family, chunks, 0.0, 0.0, 0) for family, chunks in self._families(shape)]
+            drafts = [_Draft(shape, family, chunks, 0.0, 0.0, 0.0, 0) for family, chunks in self._families(shape)]
         for shape, needed in self._needs.items():
             self._note(shape, None, needed, "out of memory")
         return self._search(drafts, cutoff)
@@ -149,6 +151,7 @@ class PipelineSearch:
         self.tell(f"bounds: {len(shapes)} shapes")
         found: list[_Draft] = []
         firsts: dict[int, _Draft] = {}
+        unfit: list[tuple[float, Shape]] = []
         fully, best = 0, cutoff
         waiting = [(self._bound_by_products(shape), number, _From.PRODUCTS) for number, shape in enumerate(shapes)]
         heapq.heapify(waiting)
@@ -156,10 +159,10 @@ class PipelineSearch:
             least, number, found_from = heapq.heappop(waiting)
             shape, new = shapes[number], []
             if found_from is _From.DRAFT:
-                if least < best and fully < DRAFTED:
+                if firsts[number].hope < best and fully < DRAFTED:
                     fully += 1
                     self.tell(f"schedules: {shape}")
-                    new = self._draft_others(firsts[number])
+                    new = self._draft_others(shape, [(firsts[number].family, firsts[number].chunks)])
             elif least >= best:
                 if math.isfinite(least):
                     self._note(shape, least, None, "not tried: takes about this at best")
@@ -169,11 +172,20 @@ class PipelineSearch:
             else:
                 self.tell(f"drafts: {shape}")
                 first = self._draft_first(shape)
-                if first is not None:
+                if first is None:
+                    unfit.append((least, shape))
+                else:
                     new, firsts[number] = [first], first
-                    heapq.heappush(waiting, (first.hope, number, _From.DRAFT))
+                    heapq.heappush(waiting, (first.promise, number, _From.DRAFT))
             found += new
             best = min([best, *(one.seconds for one in new)])
+        # What fits under neither the first schedule nor the leanest may fit under another.
+        for least, shape in unfit:
+            if least < best and fully < DRAFTED and (new := self._draft_others(shape, [])):
+                fully += 1
+                self._needs.pop(shape, None)
+                found += new
+                best = min([best, *(one.seconds for one in new)])
         return sorted(found, key=lambda one: one.seconds)
 
     def _bound_by_products(self, shape: Shape) -> float:
@@ -208,20 +220,19 @@ class PipelineSearch:
         return schedule if self.returns_loss else forwards_first(schedule)
 
     def _draft_first(self, shape: Shape) -> _Draft | None:
-        """A draft under the first schedule, or where that needs too much memory under the leanest, or else under any."""
+        """A draft under the first schedule, or where that needs too much memory under one that needs less."""
         families = self._families(shape)
-        lean = [one for one in families if one[0] == LEAN_FAMILY]
-        for family, chunks in dict.fromkeys((*families[:1], *lean, *families)):
+        for family, chunks in (*families[:1], *(one for one in families[1:] if one[0] == LEAN_FAMILY)):
             one = self._draft(shape, family, chunks)
             if one is not None:
                 self._needs.pop(shape, None)
                 return one
         return None
 
-    def _draft_others(self, first: _Draft) -> list[_Draft]:
-        """Drafts under all other schedules."""
-        others = (one for one in self._families(first.shape) if one != (first.family, first.chunks))
-        return [one for family, chunks in others if (one := self._draft(first.shape, family, chunks)) is not None]
+    def _draft_others(self, shape: Shape, known: Sequence[tuple[str, int]]) -> list[_Draft]:
+        """Drafts under all schedules but those that are known."""
+        others = (one for one in self._families(shape) if one not in known)
+        return [one for family, chunks in others if (one := self._draft(shape, family, chunks)) is not None]
 
     def _draft(self, shape: Shape, family: str, chunks: int) -> _Draft | None:
         """The best of the drafts under a schedule; None where none fits."""
@@ -251,10 +262,12 @@ class PipelineSearch:
             more = (shape.microbatches - counts[0]) / shape.groups * (took[0] - took[-1])
             seconds = took[0] + more + measured.once
             if found is None or seconds < found.seconds:
+                work = measured.columns[: PHASES * problem.schedule.stages].reshape(PHASES, -1).sum(axis=0)
                 # Other schedules' stages may be finer, and so more equal.
-                work = float(measured.columns[: PHASES * problem.schedule.stages].sum()) / shape.groups
-                hope = min(seconds, self._hope(shape, work) + measured.once)
-                found = _Draft(shape, family, chunks, seconds, hope, max(measured.peak) + self.placements.beside)
+                hope = self._hope(shape, float(work.sum()) / shape.groups) + measured.once
+                promise = self._promise(shape, [float(work[list(own)].sum()) for own in problem.stages_of]) + measured.once
+                nbytes = max(measured.peak) + self.placements.beside
+                found = _Draft(shape, family, chunks, seconds, min(hope, seconds), min(promise, seconds), nbytes)
         if found is None:
             needed = max(measure(problem, *find_leanest(problem)).peak) + self.placements.beside
             self._needs[shape] = min(self._needs.get(shape, needed), needed)
@@ -263,6 +276,12 @@ class PipelineSearch:
     def _hope(self, shape: Shape, work: float) -> float:
         """Seconds of all micro-batches when every group works so long on each and bubbles are as small as some schedule makes them."""
         return min((_least_seconds(shape, family, chunks, work) for family, chunks in self._families(shape)), default=math.inf)
+
+    def _promise(self, shape: Shape, work: Sequence[float]) -> float:
+        """Seconds of all micro-batches when ranks work so long on each, in as many stages as there are blocks for, with whole backwards."""
+        chunks = max((chunks for _, chunks in self._families(shape)), default=1)
+        slowest, count = max(work), shape.microbatches
+        return max(count * slowest + (shape.groups - 1) * slowest / chunks, sum(work) + (count - 1) * slowest / chunks)
 
     def _assign(self, drafted: _Draft, limit: float, seconds: float) -> Pipelined | None:
         """The best stages and variants for a shape under a schedule, if they take less than `limit`, searched for so many seconds."""
