@@ -137,8 +137,10 @@ class PipelineSearch:
             shape = min(self._needs, key=self._needs.__getitem__)
             del self._needs[shape]
             drafts = [_Draft(shape, family, chunks, 0.0, 0.0, 0.0, 0) for family, chunks in self._families(shape)]
+        drafted = {one.shape for one in drafts}
         for shape, needed in self._needs.items():
-            self._note(shape, None, needed, "out of memory")
+            if shape not in drafted:  # else some schedule fits
+                self._note(shape, None, needed, "out of memory")
         return self._search(drafts, cutoff)
 
     def _draft_all(self, shapes: Sequence[Shape], cutoff: float) -> list[_Draft]:
@@ -181,9 +183,12 @@ class PipelineSearch:
             best = min([best, *(one.seconds for one in new)])
         # What fits under neither the first schedule nor the leanest may fit under another.
         for least, shape in unfit:
-            if least < best and fully < DRAFTED and (new := self._draft_others(shape, [])):
+            if least < best and fully < DRAFTED:
                 fully += 1
-                self._needs.pop(shape, None)
+                self.tell(f"schedules: {shape}")
+                new = self._draft_others(shape, [])
+                if new:
+                    self._needs.pop(shape, None)
                 found += new
                 best = min([best, *(one.seconds for one in new)])
         return sorted(found, key=lambda one: one.seconds)
