@@ -186,9 +186,7 @@ class PipelineSearch:
             if least < best and fully < DRAFTED:
                 fully += 1
                 self.tell(f"schedules: {shape}")
-                new = self._draft_others(shape, [])
-                if new:
-                    self._needs.pop(shape, None)
+                new = self._draft_others(shape, self._first_families(shape))
                 found += new
                 best = min([best, *(one.seconds for one in new)])
         return sorted(found, key=lambda one: one.seconds)
@@ -226,13 +224,16 @@ class PipelineSearch:
 
     def _draft_first(self, shape: Shape) -> _Draft | None:
         """A draft under the first schedule, or where that needs too much memory under one that needs less."""
-        families = self._families(shape)
-        for family, chunks in (*families[:1], *(one for one in families[1:] if one[0] == LEAN_FAMILY)):
+        for family, chunks in self._first_families(shape):
             one = self._draft(shape, family, chunks)
             if one is not None:
                 self._needs.pop(shape, None)
                 return one
         return None
+
+    def _first_families(self, shape: Shape) -> list[tuple[str, int]]:
+        families = self._families(shape)
+        return [*families[:1], *(one for one in families[1:] if one[0] == LEAN_FAMILY)]
 
     def _draft_others(self, shape: Shape, known: Sequence[tuple[str, int]]) -> list[_Draft]:
         """Drafts under all schedules but those that are known."""

@@ -205,8 +205,9 @@ class Placements:
     def answers_of(self, shape: Shape) -> list[Answers]:
         """Placements for this very shape."""
         placed = self._placed.get(self._key(shape))
-        if placed is None or placed.shape is not shape:
-            placed = self._place(shape)
+        if placed is not None and placed.shape is shape:
+            return self.answers_like(shape)  # those of its drafts are its own
+        placed = self._place(shape)
         return self._answers(placed) if placed is not None else []
 
     def answers_like(self, shape: Shape) -> list[Answers]:
