@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from autopar.api import verify as verify
     from autopar.cost_models import Cluster as Cluster
     from autopar.plans import Plan as Plan
+    from autopar.report import summarize as summarize
 
 _HOMES = {
     "CompiledModule": "autopar.api",
@@ -20,6 +21,7 @@ _HOMES = {
     "verify": "autopar.api",
     "Cluster": "autopar.cost_models",
     "Plan": "autopar.plans",
+    "summarize": "autopar.report",
 }
 
 __all__ = sorted(_HOMES)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from autopar.assignment import Assignment, BlockMenu, Variant
 from autopar.blocks import Block, Chain
 from autopar.cost_models import Cluster
-from autopar.costs import COLLECTIVE_KIND, OPTIMIZER_COPIES, CostTables, count_uses, local_nbytes, operand_layout_of, result_layout_of
+from autopar.costs import BUCKET_NBYTES, COLLECTIVE_KIND, OPTIMIZER_COPIES, CostTables, count_uses, local_nbytes, operand_layout_of, result_layout_of
 from autopar.factors import Role
 from autopar.ir import Op, OpKind, Value
 from autopar.kept import count_kept
 from autopar.layers import fan_key
-from autopar.layout import PIPELINE, Layout, Mesh, Placement, Split, StateKind
-from autopar.microbatch import MICRO
-from autopar.options import Model, first_rank_axis, role_of
+from autopar.layout import MICRO, PIPELINE, Layout, Mesh, Placement, Split, StateKind
+from autopar.model import Model, first_rank_axis, role_of
 from autopar.plans import Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
 from autopar.problem import kept_nbytes
 from autopar.reshard import Collective
@@ -112,6 +111,7 @@ def assemble(
         layouts={name: layout[first:] for name, layout in layouts.items()},
         placements={name: placement[first:] for name, placement in placements.items()},
         batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICRO),
+        bucket_nbytes=BUCKET_NBYTES,
         seconds=_seconds(model, tables, placements, layouts, solution, pipeline, spread, step),
         memory=_memory(model, cluster, tables, layouts, solution, chosen.workspace, spread),
         traffic=traffic,

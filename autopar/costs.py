@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from autopar.cost_models import Cluster, Device, Link, axis_link, collective_seconds, op_seconds
 from autopar.ir import ITEMSIZE, Op, Tensor
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, local_shape, operand_layout, result_layout
-from autopar.options import Model, first_rank_axis
+from autopar.model import Model, first_rank_axis
 from autopar.reshard import Collective, Move, route
 from autopar.space import Family, LoopKind
 
@@ -22,9 +22,9 @@ OPTIMIZER_COPIES = 2
 # AdamW reads parameter, gradient and both moments, and writes parameter and both moments.
 OPTIMIZER_PASSES = 7
 
-# Bytes of gradients that `gradients.GradientReducer` sums together; DDP's default: large enough to hide latency, small enough to
-# overlap.
-BUCKET_BYTES = 25 * 10**6
+# Bytes of gradients that the runtime sums together (`Plan.bucket_nbytes`); DDP's default: large enough to hide latency, small enough
+# to overlap.
+BUCKET_NBYTES = 25 * 10**6
 
 COLLECTIVE_KIND: Mapping[Collective, str] = {
     Collective.ALL_GATHER: "all_gather",
@@ -181,7 +181,7 @@ class CostTables:
 
     def bucket_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
         """Seconds of a gradient's share of a bucket: small gradients travel together."""
-        full = max(nbytes, BUCKET_BYTES)
+        full = max(nbytes, BUCKET_NBYTES)
         return self.collective_seconds(collective, axis, full) * nbytes / full
 
     def optimizer_seconds(self, tensor: Tensor, layout: Layout) -> float:

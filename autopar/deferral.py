@@ -547,16 +547,4 @@ DEFERRABLE: Mapping[str, Callable[..., Tensor]] = {
     "aten.conv_transpose3d.input": conv_transpose3d,
     "aten.embedding.default": embedding,
 }
-"""By an operator's name the function that replaces it where `PARAMETERS_AT` lets it."""
-
-PARAMETERS_AT: Mapping[str, tuple[int, ...]] = {
-    **dict.fromkeys(DEFERRABLE, (1, 2)),
-    **dict.fromkeys(("aten.mm.default", "aten.bmm.default", "aten.matmul.default"), (1,)),
-    "aten.addmm.default": (2, 0),
-    "aten.embedding.default": (0,),
-}
-"""Positions of an operator's weight and bias.
-
-Both must come from parameters alone, through nothing but gathers, casts and the like, for what made them is gone back through in the
-later pass: an activation there (a product of two activations) would get its gradient too late.
-"""
+"""By an operator's name the function that replaces it where `autopar.weights.is_deferrable` lets it."""

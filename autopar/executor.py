@@ -23,8 +23,7 @@ from autopar.collectives import join_parts, regather, take_part
 from autopar.comm import Axis, Message, TimeAxis
 from autopar.deferral import Deferred, deferring
 from autopar.errors import AutoparError, CommError, PipelineError
-from autopar.layout import PIPELINE, StateKind
-from autopar.microbatch import MICRO
+from autopar.layout import MICRO, PIPELINE, StateKind
 from autopar.program import PipelineProgram, StageOutput, StageProgram
 from autopar.schedules import Action, Kind, Schedule
 

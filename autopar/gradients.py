@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
-from autopar.costs import BUCKET_BYTES
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,8 +68,7 @@ class GradientReducer:
     Every rank must track the same parameters and run the same backwards, which programs of one plan do.
     """
 
-    def __init__(self, bucket_nbytes: int = BUCKET_BYTES) -> None:
-        self._bucket_nbytes = bucket_nbytes
+    def __init__(self) -> None:
         self._programs: list[_Program] = []
         self._flights: list[_Flight] = []
         self._stashes: list[StashedGradients] = []
@@ -82,10 +80,10 @@ class GradientReducer:
         """Whether backwards sum over the ranks, not only on this one (`no_sync`)."""
         return self._synced
 
-    def track(self, tracked: Sequence[Tracked]) -> None:
-        """Watch these leaves; those that need no gradient are left out."""
+    def track(self, tracked: Sequence[Tracked], bucket_nbytes: int) -> None:
+        """Watch these leaves and sum their gradients so many bytes at a time; leaves that need no gradient are left out."""
         trainable = tuple(each for each in tracked if each.leaf.requires_grad)
-        buckets = _fill_buckets(trainable, self._bucket_nbytes)
+        buckets = _fill_buckets(trainable, bucket_nbytes)
         program = _Program(trainable, buckets)
         bucket_of = {id(member.leaf): bucket for bucket in buckets for member in bucket.members}
         for each in trainable:
@@ -201,8 +199,8 @@ class StashedGradients:
         bucket_nbytes: gradients that are summed together.
     """
 
-    def __init__(self, tracked: Sequence[Tracked], reducer: GradientReducer | None = None, bucket_nbytes: int = BUCKET_BYTES) -> None:
-        self._reducer = reducer or GradientReducer(bucket_nbytes)
+    def __init__(self, tracked: Sequence[Tracked], bucket_nbytes: int, reducer: GradientReducer | None = None) -> None:
+        self._reducer = reducer or GradientReducer()
         self._reducer.join(self)
         self._tracked = {each.name: each for each in tracked if each.leaf.requires_grad}
         self._bucket_nbytes = bucket_nbytes

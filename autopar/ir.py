@@ -120,13 +120,21 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Ops in an order in which every op comes after the ops whose results it reads; checked on construction."""
+    """Ops in an order in which every op comes after the ops whose results it reads; checked on construction.
+
+    Attributes:
+        ops: all of them, the output last.
+        by_name: op name -> op.
+        readers: value -> the names of the ops that read it, in program order, one for each operand that does.
+    """
 
     ops: tuple[Op, ...]
     by_name: Mapping[str, Op] = field(init=False, repr=False, compare=False)
+    readers: Mapping[Value, tuple[str, ...]] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         seen: dict[str, Op] = {}
+        readers: dict[Value, list[str]] = {}
         for op in self.ops:
             if op.name in seen:
                 raise ValueError(f"two ops are called {op.name!r}")
@@ -135,8 +143,10 @@ class Graph:
                     raise ValueError(f"{op.name!r} reads {value}, which no earlier op makes")
                 if value.index >= len(seen[value.op].results):
                     raise ValueError(f"{op.name!r} reads result {value.index} of {value.op!r}, which has {len(seen[value.op].results)}")
+                readers.setdefault(value, []).append(op.name)
             seen[op.name] = op
         object.__setattr__(self, "by_name", seen)
+        object.__setattr__(self, "readers", {value: tuple(names) for value, names in readers.items()})
 
     def tensor(self, value: Value) -> Tensor:
         """The tensor that `value` stands for."""
@@ -149,6 +159,33 @@ class Graph:
     def of_kind(self, kind: OpKind) -> tuple[Op, ...]:
         """The ops of one kind, in order."""
         return tuple(op for op in self.ops if op.kind is kind)
+
+    @property
+    def output(self) -> Op:
+        """The op that returns: it reads what the user gets, then the new values of buffers."""
+        (output,) = self.of_kind(OpKind.OUTPUT)
+        return output
+
+    @property
+    def returned(self) -> tuple[Value, ...]:
+        """The values that the user gets, in the order of the flattened outputs."""
+        return self.output.operands[: len(self.output.operands) - len(self._updated_buffers)]
+
+    @property
+    def updates(self) -> Mapping[str, Value]:
+        """The user's name of each buffer that the program gives a new value -> that value."""
+        names = self._updated_buffers
+        return dict(zip(names, self.output.operands[len(self.output.operands) - len(names) :], strict=True))
+
+    @property
+    def _updated_buffers(self) -> tuple[str, ...]:
+        return tuple(self.output.kwargs.get("updates", ()))
+
+    @property
+    def loss(self) -> int | None:
+        """Position of the output that is the loss: the first of one element that needs a gradient; None when there is none."""
+        tensors = enumerate(map(self.tensor, self.output.operands))
+        return next((position for position, tensor in tensors if tensor.requires_grad and tensor.numel == 1), None)
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.ops))

@@ -6,11 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autopar.deferral import PARAMETERS_AT
-from autopar.ir import Graph, Op, Operand, OpKind, Value
+from autopar.ir import OpKind, Value
 from autopar.layout import Layout, StateKind
-from autopar.options import Model
-from autopar.space import Space
+from autopar.model import Model
 
 
 @dataclass(frozen=True)
@@ -62,21 +60,3 @@ def keeps_operand(model: Model, consumer: str, operand: int) -> bool:
     if not any(tensor.requires_grad for tensor in model.folded.graph.by_name[consumer].results):
         return False
     return space is None or space.view or operand not in space.linear
-
-
-def is_deferrable(graph: Graph, spaces: Mapping[str, Space], op: Op) -> bool:
-    """Whether an op's weight gradient can wait for a pass of its own: what it reads as parameters are such, and the weight is trained."""
-    at = PARAMETERS_AT.get(op.target)
-    if at is None:
-        return False
-    given = [op.args[position] for position in at if position < len(op.args)]
-    operands = [op.operands[argument.index] for argument in given if isinstance(argument, Operand)]
-    sources = [graph.by_name[find_source(graph, spaces, value).op] for value in operands]
-    return bool(sources) and all(one.kind is OpKind.PARAMETER for one in sources) and sources[0].results[0].requires_grad
-
-
-def find_source(graph: Graph, spaces: Mapping[str, Space], value: Value) -> Value:
-    """What a value is a view of; the value itself when it is none."""
-    while value.op in spaces and spaces[value.op].view:
-        value = graph.by_name[value.op].operands[0]
-    return value

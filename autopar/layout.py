@@ -53,6 +53,9 @@ class Mesh:
 PIPELINE = "pp"
 """The axis along which groups of ranks form a pipeline; no placement names it."""
 
+MICRO = "micro"
+"""The axis of micro-batches: it is walked in time, not over ranks, and stands before all others."""
+
 
 def with_pipeline(mesh: Mesh, groups: int) -> Mesh:
     """The mesh of all ranks, of which each of `groups` groups runs `mesh`; the pipeline is its outermost axis."""

@@ -15,9 +15,9 @@ from autopar.cost_models import Cluster
 from autopar.errors import InputError
 from autopar.factors import Role
 from autopar.ir import Op, OpKind
-from autopar.layout import PIPELINE, Layout, Mesh, Placement, Split
-from autopar.microbatch import MICRO
-from autopar.options import AxisKind, Constraints, Model, is_inside, role_of
+from autopar.layout import MICRO, PIPELINE, Layout, Mesh, Placement, Split
+from autopar.model import Model, role_of
+from autopar.options import AxisKind, Constraints, is_inside
 
 PIN_NAMES = ("dp", "tp", "cp", "pp", "fsdp", "vocabulary", "schedule", "microbatches", "chunks", "recompute")
 """Pins of this version, those of pipelines are read by `autopar.wanted`; any other key is a glob of module paths with a placement

@@ -22,6 +22,7 @@ from autopar.factors import Factors, Role
 from autopar.ir import Graph, Op, OpKind, Value
 from autopar.layout import (
     BROADCAST,
+    MICRO,
     PASS,
     REPLICATE,
     Mesh,
@@ -36,9 +37,6 @@ from autopar.layout import (
 )
 from autopar.rules.notation import argument, operand
 from autopar.space import Dims, LoopKind, Space
-
-MICRO = "micro"
-"""Name of the axis that is time."""
 
 WHOLE_NBYTES = 1 << 28
 """The largest tensor that is made of the whole batch at once; a step is cut into micro-batches to have no large ones."""

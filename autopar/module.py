@@ -228,7 +228,8 @@ class ParallelModule(nn.Module):
             [
                 Tracked(slot.name, parameter, leaf, self._storage.sum_group(slot))
                 for slot, parameter, leaf in zip(program.parameters, parameters, leaves, strict=True)
-            ]
+            ],
+            program.bucket_nbytes,
         )
         self._leaves[id(program)] = leaves
         return leaves

@@ -12,11 +12,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from autopar.errors import PlanError
+from autopar.errors import InputError, PlanError
+from autopar.fxtools import source_of
 from autopar.ir import freeze
 from autopar.recompute import Recomputed
+
+# Names of arguments that say how likely an operator drops an element, and whether it draws at all.
+_CHANCES = ("p", "dropout", "dropout_p")
+_SWITCHES = ("train", "training")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +49,7 @@ def outline(module: fx.GraphModule, region_of: Mapping[str, Region]) -> fx.Graph
 
     Nodes carry in ``meta["block"]`` the op of the captured graph that they belong to; `region_of` is by such ops. A region whose nodes
     can't be run in one go, because something outside needs a part of it and gives back to the rest, is left inline. Raises PlanError
-    when it is to be run again.
+    when it is to be run again, InputError when a region that is to be run again draws random numbers in a way that can't be repeated.
     """
     blocks, owner = _find_blocks(module.graph, region_of)
     for where, block in list(blocks.items()):
@@ -112,6 +118,8 @@ def _call_block(
             name += "_"
         names[signature] = name
         inner = _submodule(block, name, module)
+        if block.region.recomputed:
+            check_repeatable(inner.graph)
         root.add_module(name, Recomputed(inner) if block.region.recomputed else inner)
     call = graph.call_module(names[signature], tuple(env[x] for x in block.inputs))
     call.meta["layer"] = block.region.path
@@ -147,3 +155,30 @@ def _signature(block: _Block) -> tuple[Any, ...]:
         kwargs = fx.node.map_arg(node.kwargs, lambda n: f"%{number[n]}")
         lines.append((str(node.target), freeze(args), freeze(kwargs)))
     return (tuple(lines), tuple(number[node] for node in block.outputs))
+
+
+def check_repeatable(graph: fx.Graph) -> None:
+    """Raise InputError when an operator draws random numbers that a second run wouldn't draw again."""
+    if drawing := find_unrepeatable(graph):
+        raise InputError(
+            "can't recompute a region that draws random numbers of its own: "
+            + ", ".join(f"{node.target} ({source_of(node) or node.name})" for node in drawing)
+            + ". Keep its activations"
+        )
+
+
+def find_unrepeatable(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """Calls of operators that draw from torch's generators directly; those that draw through `autopar.rng` are no such."""
+    return tuple(node for node in graph.nodes if node.op == "call_function" and _draws(node))
+
+
+def _draws(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    given = dict(node.kwargs)
+    for position, argument in enumerate(target._schema.arguments):
+        value = node.args[position] if position < len(node.args) else given.get(argument.name, argument.default_value)
+        if (argument.name in _CHANCES and value == 0) or (argument.name in _SWITCHES and value is False):
+            return False
+    return True

@@ -57,7 +57,7 @@ class PipelineCalls:
                     shape = local_shape(slot.shape, slot.layout, home.mesh)
                     self._guests[slot.name] = torch.empty(shape, dtype=parameters[slot.name].dtype, device=self._storage.device)
                 named[slot.name] = self._guests[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
-        stash = StashedGradients(tracked, self._reducer)
+        stash = StashedGradients(tracked, program.bucket_nbytes, self._reducer)
         runner = StageRunner(program, home.group, home.pipeline, home.axes, named, stash, home.alarm)
         self._runners[id(program)] = leaves, runner
         return runner

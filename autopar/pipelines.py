@@ -25,7 +25,8 @@ from autopar.layout import Layout, Mesh
 from autopar.menus import PHASES, longest_path, make_problem, measure
 from autopar.meshes import Trial
 from autopar.microbatch import batch_size
-from autopar.options import AxisKind, Model, in_time, is_inside
+from autopar.model import Model, in_time
+from autopar.options import AxisKind, is_inside
 from autopar.placements import Answers, Placements, Shape
 from autopar.plans import RECOMPUTE, BlockChoice, Candidate, Pipeline
 from autopar.search import Solution

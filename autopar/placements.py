@@ -17,10 +17,11 @@ from autopar.cost_models import Cluster, axis_link
 from autopar.costs import CostTables, call_seconds
 from autopar.errors import AutoparError, InputError
 from autopar.ir import Op, OpKind
-from autopar.layout import Mesh, Split, fits, with_pipeline
+from autopar.layout import MICRO, Mesh, Split, fits, with_pipeline
 from autopar.meshes import Trial
-from autopar.microbatch import MICRO, MicroSplitter, batch_size
-from autopar.options import AxisKind, Constraints, Model, call_options, in_time
+from autopar.microbatch import MicroSplitter, batch_size
+from autopar.model import Model, in_time
+from autopar.options import AxisKind, Constraints, call_options
 from autopar.problem import FORBIDDEN, Problem, build_problem, restrict
 from autopar.search import Search, Solution
 from autopar.space import Family

@@ -6,7 +6,6 @@ Pure: opens no process group, touches no device, reads no environment.
 from __future__ import annotations
 
 import gc
-import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,15 +15,16 @@ from dataclasses import dataclass
 from autopar.assemble import Chosen, Spread, assemble, workspace_bytes
 from autopar.blocks import Chain, find_chain, relabel
 from autopar.cost_models import Cluster
-from autopar.errors import InfeasibleError, InputError, PlanError, UnknownOpError
+from autopar.errors import InfeasibleError, InputError, UnknownOpError
 from autopar.factors import find_factors
+from autopar.fits import fingerprint
 from autopar.generators import make_schedule
-from autopar.ir import Graph, OpKind, freeze
+from autopar.ir import Graph, OpKind
 from autopar.layers import fold, regroup
 from autopar.layout import Layout
 from autopar.meshes import Trial, find_trials, group_trials
 from autopar.microbatch import batch_size
-from autopar.options import Model, find_tables
+from autopar.model import Model, find_tables
 from autopar.pipelines import Pipelined, PipelineSearch
 from autopar.placements import Shape
 from autopar.plans import BlockChoice, Candidate, Pipeline, Plan
@@ -32,7 +32,6 @@ from autopar.problem import FORBIDDEN, Problem, build_problem, least_bytes
 from autopar.rules import find_spaces
 from autopar.search import Search, Solution
 from autopar.space import Space
-from autopar.stages import find_loss
 from autopar.units import format_bytes
 from autopar.variants import choices_of
 from autopar.wanted import keep_pipeline, read_pipeline
@@ -135,7 +134,7 @@ def make_plan(
     best = min(tried.found, key=lambda one: (one.solution.cost_ns, one.trial.baseline, len(one.trial.mesh.names)), default=None)
     pipelined: Pipelined | None = None
     if wanted.asks or is_open:
-        search = PipelineSearch(model, chain, cluster, wanted, find_loss(graph) is not None, tell)
+        search = PipelineSearch(model, chain, cluster, wanted, graph.loss is not None, tell)
         # Without a pipeline, micro-batches and recomputation only save memory.
         is_tight = best is None or best.solution.status != "optimal"
         shapes = search.find_shapes(
@@ -152,7 +151,7 @@ def make_plan(
             raise InfeasibleError(f"{wanted} leaves some op no placement that its neighbours' can be connected with; pin less")
         raise _infeasible(cluster, min(needed))
     trial = pipelined.shape.trial if pipelined is not None else best.trial  # type: ignore[union-attr]
-    if pipelined is not None and find_loss(graph) is None and pipelined.pipeline.schedule != "gpipe":
+    if pipelined is not None and graph.loss is None and pipelined.pipeline.schedule != "gpipe":
         notes = (*notes, LOSS_OUTSIDE.format(pipelined.pipeline.schedule))
     return assemble(
         _spread(pipelined, chain) if pipelined is not None else _unspread(best, model, chain),  # type: ignore[arg-type]
@@ -287,30 +286,3 @@ def _infeasible(cluster: Cluster, needed: int) -> InfeasibleError:
     )
     error.needed = total
     return error
-
-
-def fingerprint(graph: Graph) -> str:
-    """Identifies a graph: equal for the same ops, arguments, shapes and wiring, whatever the machine."""
-    digest = hashlib.sha256()
-    for op in graph.ops:
-        kind = op.target if op.kind in (OpKind.CALL, OpKind.PARAMETER, OpKind.BUFFER) else op.kind.value
-        results = ";".join(f"{tensor.dtype}{tensor.shape}" for tensor in op.results)
-        # Arguments count: a softmax over another dim has the same shapes, but may be split elsewhere.
-        args = repr((freeze(op.args), freeze(op.kwargs)))
-        digest.update(f"{op.name}|{kind}|{','.join(map(str, op.operands))}|{results}|{args}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def check_fits(plan: Plan, graph: Graph) -> None:
-    """Raise PlanError when `plan` was made for another graph than this."""
-    found = fingerprint(graph)
-    if found == plan.fingerprint:
-        return
-    inputs = {op.target: str(op.results[0]) for op in graph.of_kind(OpKind.INPUT)}
-    planned = ((name, plan.inputs.get(name, "absent"), here) for name, here in inputs.items())
-    differing = [f"input {name} is {there} in the plan, {here} here" for name, there, here in planned if there != here]
-    reason = "; ".join(differing) or "its ops or parameters differ"
-    raise PlanError(
-        f"the plan was made for another model: {plan.model} with fingerprint {plan.fingerprint}, this one has {found} ({reason}). "
-        "Make a plan for this model and these inputs with `autopar plan`"
-    )

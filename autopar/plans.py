@@ -26,7 +26,7 @@ from autopar.layout import (
 )
 
 FORMAT = "autopar-plan"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +203,7 @@ class Plan:
         layouts: stored layout of every parameter, buffer and input, and the layout of every output, by op name.
         placements: placement of every call, by op name.
         batch_axes: axes that split the batch, outermost first.
+        bucket_nbytes: bytes of gradients that are summed over ranks together.
         notes: what capture dropped or changed, for the user to know.
     """
 
@@ -215,6 +216,7 @@ class Plan:
     layouts: Mapping[str, Layout]
     placements: Mapping[str, Placement]
     batch_axes: tuple[str, ...]
+    bucket_nbytes: int
     seconds: Seconds
     memory: Memory
     traffic: tuple[Traffic, ...]
@@ -252,12 +254,6 @@ class Plan:
             return from_json(text)
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from error
-
-    def summary(self) -> str:
-        """A few lines: the mesh, what each axis does, predicted time and memory, and the proof."""
-        from autopar.report import summarize  # the report reads plans; a method here is what users look for
-
-        return summarize(self)
 
 
 def to_json(plan: Plan) -> str:

@@ -23,7 +23,8 @@ from autopar.ir import Op, OpKind, Tensor, Value
 from autopar.kept import Kept, count_kept, keeps_operand
 from autopar.layers import Edge, fan_key
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind
-from autopar.options import Constraints, Model, call_options, output_options, parameter_options
+from autopar.model import Model
+from autopar.options import Constraints, call_options, output_options, parameter_options
 
 Table = npt.NDArray[np.int64]
 

@@ -83,7 +83,7 @@ class StageProgram:
 
     Attributes:
         module: takes parts of the parameters, buffers and inputs, what `prologue` made, and what is received from each stage before
-            in order of their numbers. Under the axis `autopar.microbatch.MICRO` it takes a micro-batch's part of all this.
+            in order of their numbers. Under the axis `autopar.layout.MICRO` it takes a micro-batch's part of all this.
         prologue: takes the buffers and inputs and gives what is computed once per step from the whole batch; None when nothing is.
         parameters, buffers: positions in the program's slots; inputs are all taken.
         receives: per stage before, what it sends; `sends`: per stage after, which results of the module it gets. The gradients of
@@ -138,6 +138,7 @@ class Program:
         regather: gathered parameters are gathered again in the backward instead of kept.
         batch_axes: the axes that split the batch, in the order in which they number the parts.
         pipeline: with stages or micro-batches, how they run; `module` then holds the modules of the stages.
+        bucket_nbytes: gradients that are summed over ranks together.
     """
 
     module: torch.nn.Module
@@ -151,3 +152,4 @@ class Program:
     regather: bool = False
     batch_axes: tuple[str, ...] = ()
     pipeline: PipelineProgram | None = None
+    bucket_nbytes: int = 0

@@ -15,13 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from autopar import comm, rng
 from autopar.deferral import inside_region
-from autopar.errors import InputError
-from autopar.fxtools import source_of
 
 # Operators that write to some of their arguments, by the name that the operator and our kernel share: running mean and variance.
 _WRITES = {"batch_norm": (3, 4)}
-_CHANCES = ("p", "dropout", "dropout_p")
-_SWITCHES = ("train", "training")
 
 
 class Recomputed(nn.Module):
@@ -32,20 +28,11 @@ class Recomputed(nn.Module):
     the region writes to are written once.
 
     Args:
-        module: a graph module whose placeholders are all that it reads.
-
-    Raises InputError when an operator in it draws random numbers that aren't those of `autopar.rng`: it can't be run again alike.
+        module: a graph module whose placeholders are all that it reads, and that draws its random numbers through `autopar.rng`.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__()
-        drawing = find_unrepeatable(module.graph)
-        if drawing:
-            raise InputError(
-                "can't recompute a region that draws random numbers of its own: "
-                + ", ".join(f"{node.target} ({source_of(node) or node.name})" for node in drawing)
-                + ". Keep its activations"
-            )
         self.module = module
         self._written = _find_written(module.graph)
 
@@ -82,23 +69,6 @@ class _Region:
 
     def _fill(self, inputs: tuple[Any, ...], written: dict[int, Tensor]) -> list[Any]:
         return [written.get(at, value) for at, value in enumerate(inputs)]
-
-
-def find_unrepeatable(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """Calls of operators that draw from torch's generators directly; those that draw through `autopar.rng` are no such."""
-    return tuple(node for node in graph.nodes if node.op == "call_function" and _draws(node))
-
-
-def _draws(node: fx.Node) -> bool:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
-        return False
-    given = dict(node.kwargs)
-    for position, argument in enumerate(target._schema.arguments):
-        value = node.args[position] if position < len(node.args) else given.get(argument.name, argument.default_value)
-        if (argument.name in _CHANCES and value == 0) or (argument.name in _SWITCHES and value is False):
-            return False
-    return True
 
 
 def _find_written(graph: fx.Graph) -> frozenset[int]:

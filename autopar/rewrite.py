@@ -16,20 +16,20 @@ from autopar.capture import Captured
 from autopar.cores import find_cores
 from autopar.errors import PlanError
 from autopar.factors import find_factors
+from autopar.fits import check_fits
 from autopar.generators import forward_only, make_schedule
 from autopar.ir import Graph, OpKind, Value
 from autopar.layers import Folded, fold, fold_as_planned
-from autopar.layout import PIPELINE, Split, fits, is_legal
-from autopar.microbatch import MICRO, MicroSplit, split_microbatches, updates_in_place
+from autopar.layout import MICRO, PIPELINE, Split, fits, is_legal
+from autopar.microbatch import MicroSplit, split_microbatches, updates_in_place
 from autopar.outline import Region, outline
-from autopar.planner import check_fits
 from autopar.plans import Pipeline, Plan
 from autopar.program import PipelineProgram, Program, Slot, StageOutput, StageProgram
 from autopar.rewriter import Rewriter
 from autopar.rules import find_spaces
 from autopar.schedules import Kind, StageEdge, lower
 from autopar.space import Space
-from autopar.stages import Stage, edges_of, find_loss, partition
+from autopar.stages import Stage, edges_of, partition
 
 
 def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, group: int | None = None) -> Program:
@@ -143,7 +143,7 @@ def _rewrite_stages(
             inference=lower(
                 forward_only(schedule.rank_of, pipeline.microbatches), [StageEdge(edge.producer, edge.consumer, False) for edge in edges]
             ),
-            loss=find_loss(captured.graph),
+            loss=captured.graph.loss,
             trained=_find_trained(captured.graph),
             reached=_find_reached(captured.graph),
             written=written,
@@ -165,7 +165,7 @@ def _used_by(slot: Slot, groups: Sequence[int]) -> Slot:
 
 def _find_trained(graph: Graph) -> frozenset[str]:
     """Parameters that get a gradient from the loss, or from any output when the loss is computed outside."""
-    loss = find_loss(graph)
+    loss = graph.loss
     return frozenset().union(*(names for i, names in _find_reached(graph).items() if loss in (i, None)))
 
 

@@ -20,9 +20,9 @@ from autopar.capture import Captured
 from autopar.deferral import DEFERRABLE
 from autopar.errors import PlanError
 from autopar.ir import Graph, Op, Operand, OpKind, Tensor, Value
-from autopar.kept import is_deferrable
 from autopar.layers import Folded, fan_key
 from autopar.layout import (
+    MICRO,
     REPLICATE,
     Layout,
     Mesh,
@@ -37,12 +37,13 @@ from autopar.layout import (
     result_layout,
     shard,
 )
-from autopar.microbatch import MICRO, MicroSplit
+from autopar.microbatch import MicroSplit
 from autopar.plans import Plan
 from autopar.program import Boundary, Program, Slot
 from autopar.reshard import Collective, Step, journey
 from autopar.space import Space
 from autopar.stages import Stage
+from autopar.weights import is_deferrable
 
 GRADIENT_OF_GATHER = {Collective.REDUCE_SCATTER: "reduce_scatter", Collective.SLICE: "slice"}
 
@@ -176,6 +177,7 @@ class Rewriter:
             outputs=self.output_slots(),
             mutated_buffers=self.captured.mutated_buffers,
             batch_axes=self.plan.batch_axes,
+            bucket_nbytes=self.plan.bucket_nbytes,
             regather=self.regather,
             captured=self.captured,
         )

@@ -86,16 +86,6 @@ def edges_of(graph: Graph, stages: Sequence[Stage]) -> tuple[StageEdge, ...]:
     )
 
 
-def find_loss(graph: Graph) -> int | None:
-    """Position of the output that is the loss: the first scalar that needs a gradient, when the model returns one."""
-    (output,) = graph.of_kind(OpKind.OUTPUT)
-    for position, value in enumerate(output.operands):
-        tensor = graph.tensor(value)
-        if tensor.requires_grad and tensor.numel == 1:
-            return position
-    return None
-
-
 def _cheap_before(graph: Graph, cheap: frozenset[str], names: Sequence[str]) -> set[str]:
     """The cheap calls that these calls need, directly or through others."""
     found: set[str] = set()

@@ -22,14 +22,15 @@ from autopar.cores import find_cores
 from autopar.cost_models import Link, collective_seconds
 from autopar.costs import OPTIMIZER_COPIES, CostTables, count_uses, local_nbytes, operand_layout_of, result_layout_of
 from autopar.ir import Op, OpKind, Tensor, Value
-from autopar.kept import Kept, count_kept, find_source, is_deferrable, keeps_operand
+from autopar.kept import Kept, count_kept, keeps_operand
 from autopar.layers import fan_key, regroup
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
-from autopar.options import Model
+from autopar.model import Model
 from autopar.plans import RECOMPUTE
 from autopar.problem import Problem
 from autopar.reshard import Collective
 from autopar.search import Solution
+from autopar.weights import find_source, is_deferrable
 
 
 @dataclass(frozen=True)

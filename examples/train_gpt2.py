@@ -107,7 +107,7 @@ def train(steps: int, report_every: int) -> int:
         if not is_first:
             continue
         if step == 1:
-            print(f"first step, with capture and planning: {elapsed:.1f} s\n{model.plan.summary()}\n", flush=True)
+            print(f"first step, with capture and planning: {elapsed:.1f} s\n{autopar.summarize(model.plan)}\n", flush=True)
             print("step  tokens/s  loss, parallel  loss, one process  difference of loss  of gradient norm", flush=True)
         else:
             seconds, counted = seconds + elapsed, counted + 1

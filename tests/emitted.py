@@ -25,7 +25,8 @@ from autopar.layers import fold, regroup
 from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
 from autopar.meshes import find_trials
 from autopar.microbatch import MicroSplit, split_microbatches
-from autopar.options import AxisKind, Constraints, Model, find_tables, in_time, role_of
+from autopar.model import Model, find_tables, in_time, role_of
+from autopar.options import AxisKind, Constraints
 from autopar.planner import make_plan
 from autopar.plans import RECOMPUTE, BlockChoice, Pipeline, Plan
 from autopar.problem import FORBIDDEN, Problem, build_problem

@@ -26,6 +26,7 @@ def make_plan() -> Plan:
         },
         placements={"addmm": (Split("b"), Split("o", 3)), "view": (None, Split("o"))},
         batch_axes=("dp",),
+        bucket_nbytes=25_000_000,
         seconds=Seconds(forward=0.003, backward=0.006, recompute=0.0, optimizer=0.0005, communication=0.0015, bubble=0.0),
         memory=Memory(
             parameters=1_000_000_000,

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from autopar.capture import capture
 from autopar.cost_models import Cluster, axis_link, collective_seconds, op_seconds
-from autopar.costs import BUCKET_BYTES, CostTables, local_nbytes
+from autopar.costs import BUCKET_NBYTES, CostTables, local_nbytes
 from autopar.factors import find_factors
 from autopar.ir import Graph, Op, OpKind
 from autopar.ir import Tensor as IrTensor
 from autopar.layers import fold
 from autopar.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, Split, fits, format_layout, shard
-from autopar.options import Model, find_tables
+from autopar.model import Model, find_tables
 from autopar.planner import make_plan
 from autopar.plans import Plan
 from autopar.reshard import Collective, journey
@@ -110,8 +110,8 @@ def test_zero_is_two_gathers_and_a_reduce_scatter() -> None:
 def test_a_partial_gradient_is_reduced_once_a_step_in_its_share_of_a_bucket() -> None:
     costs = tables(8)
     weight = IrTensor((HIDDEN, WIDTH), "float32", requires_grad=True)
-    bucket = collective_seconds("all_reduce", BUCKET_BYTES, 8, axis_link(SHARED, (8,), 0))
-    exposed = bucket * weight.nbytes / BUCKET_BYTES * (1 - DEVICE.overlap)
+    bucket = collective_seconds("all_reduce", BUCKET_NBYTES, 8, axis_link(SHARED, (8,), 0))
+    exposed = bucket * weight.nbytes / BUCKET_NBYTES * (1 - DEVICE.overlap)
     for uses in (1, 2, 5):
         gathered, deferred = costs.parameter_seconds(weight, (REPLICATE,), (BROADCAST,), uses)
         assert gathered == 0.0

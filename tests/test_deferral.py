@@ -18,11 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopar import collectives, comm, deferral, kernels, rng, simulate, torch_compat
 from autopar.capture import capture
-from autopar.deferral import DEFERRABLE, PARAMETERS_AT, Deferred, deferring
+from autopar.deferral import DEFERRABLE, Deferred, deferring
 from autopar.errors import AutoparError
 from autopar.layout import Mesh
 from autopar.recompute import Recomputed
 from autopar.torch_compat import StorageRef
+from autopar.weights import PARAMETERS_AT
 from tests.helpers import tree_allclose
 from tests.zoo import ZOO
 

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autopar import torch_compat
+from autopar.costs import BUCKET_NBYTES
 from autopar.dtensor import as_dtensor
 from autopar.gradients import GradientReducer, Tracked, _fill_buckets
 from tests.helpers import tree_allclose
@@ -65,8 +66,8 @@ def _held(tracked: dict[str, Tracked]) -> dict[str, Tensor]:
 def _reduce(rank: int, bucket_nbytes: int, sums: int) -> None:
     tracked = _make(dist.group.WORLD)
     sent: list[int] = []
-    reducer = GradientReducer(bucket_nbytes)
-    reducer.track(list(tracked.values()))
+    reducer = GradientReducer()
+    reducer.track(list(tracked.values()), bucket_nbytes)
     _loss(tracked, rank).backward()
     tree_allclose(_held(tracked), _expected(tracked), rtol=1e-12)
     # A second backward adds, and sends as many buckets.
@@ -111,7 +112,7 @@ def _optimize(rank: int) -> None:
     tracked = _make(dist.group.WORLD)
     del tracked["unused"]
     reducer = GradientReducer()
-    reducer.track(list(tracked.values()))
+    reducer.track(list(tracked.values()), BUCKET_NBYTES)
     parameters = [each.parameter for each in tracked.values()]
     wholes = [nn.Parameter(parameter.detach().full_tensor().clone()) for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=0.1, foreach=True)
@@ -153,7 +154,7 @@ def test_without_a_group_gradients_pass_to_plain_parameters() -> None:
     parameter = nn.Parameter(torch.ones(3))
     leaf = torch_compat.local_of(parameter).requires_grad_()
     reducer = GradientReducer()
-    reducer.track([Tracked("weight", parameter, leaf, None)])
+    reducer.track([Tracked("weight", parameter, leaf, None)], BUCKET_NBYTES)
     leaf.sum().backward()
     leaf.sum().backward()
     assert parameter.grad is not None

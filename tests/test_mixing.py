@@ -18,7 +18,8 @@ from autopar.ir import Graph, OpKind, Value
 from autopar.layers import fan_key, fold, fold_as_planned, regroup
 from autopar.layout import Mesh
 from autopar.microbatch import split_microbatches
-from autopar.options import AxisKind, Constraints, Model, find_tables, in_time
+from autopar.model import Model, find_tables, in_time
+from autopar.options import AxisKind, Constraints
 from autopar.planner import make_plan
 from autopar.plans import Plan, from_json, to_json
 from autopar.problem import build_problem, restrict

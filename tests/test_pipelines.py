@@ -204,7 +204,7 @@ def _step(model: nn.Module, captured: Captured, plan: Plan, inputs: Mapping[str,
                 leaf = torch.full(local_shape(slot.shape, slot.layout, mesh), float("nan"), dtype=torch.float64, requires_grad=True)
             if uses:
                 leaves[slot.name] = leaf
-        runner = StageRunner(program, group, axis, axes, leaves, StashedGradients(tracked))
+        runner = StageRunner(program, group, axis, axes, leaves, StashedGradients(tracked, program.bucket_nbytes))
         held = {slot.name: cut(buffers[slot.name], slot.layout, mesh, place).clone() for slot in program.buffers}
         parts = [cut(x, slot.layout, mesh, place) for x, slot in zip(captured.bind((), inputs), program.inputs, strict=True)]
         run = runner.run(held, parts, number=number, trains=True, syncs=True)

@@ -23,7 +23,7 @@ from autopar.layers import fold
 from autopar.layout import StateKind, fits, is_legal
 from autopar.menus import make_problem
 from autopar.meshes import group_trials
-from autopar.options import Model, find_tables, in_time
+from autopar.model import Model, find_tables, in_time
 from autopar.pipelines import ROUNDS, PipelineSearch, _least_seconds
 from autopar.placements import Shape
 from autopar.rules import find_spaces

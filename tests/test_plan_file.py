@@ -79,6 +79,7 @@ def _plans(draw: st.DrawFn) -> Plan:
         layouts=layouts,
         placements=placements,
         batch_axes=names[: draw(st.integers(0, len(names)))],
+        bucket_nbytes=draw(st.integers(0, 2**40)),
         seconds=draw(st.builds(Seconds, *[_TIME] * 6)),
         memory=draw(st.builds(Memory, *[_COUNT] * 8)),
         traffic=tuple(draw(st.lists(st.builds(Traffic, _TEXT, _TEXT, _TEXT, _COUNT, _COUNT, _TIME), max_size=2))),

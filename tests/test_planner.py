@@ -16,12 +16,14 @@ from autopar.capture import Captured, capture
 from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, InputError, PlanError, UnknownOpError
 from autopar.factors import Role, find_factors
+from autopar.fits import check_fits, fingerprint
 from autopar.ir import OpKind, Value
 from autopar.layers import fold
 from autopar.layout import Mesh, Split, StateKind
 from autopar.meshes import find_trials
-from autopar.options import AxisKind, Constraints, Model, find_tables
-from autopar.planner import check_fits, fingerprint, make_plan
+from autopar.model import Model, find_tables
+from autopar.options import AxisKind, Constraints
+from autopar.planner import make_plan
 from autopar.plans import Plan
 from autopar.problem import Problem, build_problem
 from autopar.rules import find_spaces

@@ -15,9 +15,10 @@ from autopar.capture import capture
 from autopar.cost_models import Cluster
 from autopar.eliminate import eliminate
 from autopar.errors import InputError
+from autopar.fits import fingerprint
 from autopar.layers import fold
 from autopar.layout import REPLICATE, Mesh, StateKind
-from autopar.planner import fingerprint, make_plan
+from autopar.planner import make_plan
 from autopar.problem import Arc, Node, Problem
 from autopar.rewrite import rewrite
 from autopar.search import Search, evaluate

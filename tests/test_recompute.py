@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from autopar import collectives, comm, kernels, rng, simulate
 from autopar.errors import InputError
 from autopar.layout import Mesh
-from autopar.recompute import Recomputed, find_unrepeatable
+from autopar.outline import check_repeatable, find_unrepeatable
+from autopar.recompute import Recomputed
 from autopar.torch_compat import StorageRef
 from tests.helpers import tree_allclose
 
@@ -293,7 +294,7 @@ def test_random_numbers_of_torch_itself_are_refused() -> None:
     node = next(iter(noise.graph.find_nodes(op="call_function", target=aten.rand_like.default)))
     node.meta["stack_trace"] = '  File "train.py", line 7, in forward\n    noise = torch.rand_like(x)\n'
     with pytest.raises(InputError, match=r"draws random numbers of its own: aten.rand_like.default \(train.py:7: noise = .* activations"):
-        Recomputed(noise)
+        check_repeatable(noise.graph)
     assert find_unrepeatable(_graph(aten.dropout.default, 1, 0.5, True).graph)
     assert find_unrepeatable(_graph(aten.multinomial.default, 1, 2).graph)
 

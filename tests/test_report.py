@@ -34,6 +34,7 @@ def _make_small_plan() -> Plan:
         plan,
         mesh=Mesh((), ()),
         batch_axes=(),
+        bucket_nbytes=25_000_000,
         layouts={},
         placements={},
         traffic=(),
@@ -47,7 +48,6 @@ def _make_small_plan() -> Plan:
 
 def test_summary(golden: Golden) -> None:
     golden("summary.txt", summarize(make_plan()) + "\n")
-    assert make_plan().summary() == summarize(make_plan())
     assert 4 <= len(summarize(make_plan()).splitlines()) <= 8
 
 

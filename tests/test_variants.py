@@ -19,7 +19,8 @@ from autopar.ir import OpKind, Value
 from autopar.layers import fold
 from autopar.layout import Mesh
 from autopar.microbatch import split_microbatches
-from autopar.options import AxisKind, Constraints, Model, find_tables, in_time
+from autopar.model import Model, find_tables, in_time
+from autopar.options import AxisKind, Constraints
 from autopar.problem import build_problem, kept_nbytes, least_bytes
 from autopar.rules import find_spaces
 from autopar.search import Search
