@@ -27,19 +27,19 @@ demo: $(INSTALLED) ## train a small GPT-2 in 4 processes next to a single-proces
 	$(PYTHON) examples/train_gpt2.py
 
 bench: $(INSTALLED) ## time what autopar emits against plain and hand-written programs
-	$(PYTHON) -m bench.speed
+	$(PYTHON) -m tests.benchmarks.speed
 
 plan-bench: $(INSTALLED) ## time the planner on large models
-	$(PYTHON) -m bench.planning
+	$(PYTHON) -m tests.benchmarks.planning
 
 pipe-bench: $(INSTALLED) ## time the pipeline executor against torch's own runtime
-	$(PYTHON) -m bench.pipelines
+	$(PYTHON) -m tests.benchmarks.pipelines
 
 assign-bench: $(INSTALLED) ## time the search for stages
-	$(PYTHON) -m bench.assignment
+	$(PYTHON) -m tests.benchmarks.assignment
 
 megatron-bench: $(INSTALLED) ## predict the steps of Megatron-LM's table, pinned and free
-	$(PYTHON) -m bench.megatron
+	$(PYTHON) -m tests.benchmarks.megatron
 
 clean: ## remove build products and caches, keep .venv
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -9,21 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from autopar import world
-from autopar.calls import ExampleInputs, split_call
-from autopar.capture import Captured, capture
+from autopar.capture import Captured, ExampleInputs, capture, split_call
+from autopar.checks import Verification, verify_plan
 from autopar.cost_models import Cluster
 from autopar.errors import InputError, PlanError
-from autopar.layout import Layout, with_pipeline
-from autopar.meshes import check_pins
-from autopar.module import ParallelModule
-from autopar.planner import make_plan
+from autopar.ir import Layout, with_pipeline
 from autopar.plans import Plan
-from autopar.program import Program
-from autopar.rewrite import rewrite
-from autopar.storage import Init
-from autopar.verification import Verification, verify_plan
-from autopar.wanted import read_pipeline
+from autopar.rewrite import Program, rewrite
+from autopar.runtime import Init, ParallelModule, world
+from autopar.search import check_pins, make_plan, read_pipeline
 
 Progress = Callable[[str], None]
 

@@ -13,7 +13,7 @@ from .hardware import (
     load_machine,
     read_machine,
 )
-from .op import op_seconds, peak_flops
+from .op import op_seconds
 
 __all__ = [
     "KINDS",
@@ -28,6 +28,5 @@ __all__ = [
     "known_machines",
     "load_machine",
     "op_seconds",
-    "peak_flops",
     "read_machine",
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from click.testing import CliRunner, Result
 
-from autopar.cli import main
+from autopar.cli.commands import main
 
 
 def run(*arguments: str | Path) -> Result:

@@ -14,25 +14,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from autopar.blocks import Chain, find_chain
-from autopar.capture import capture
+from autopar.capture.export import capture
+from autopar.checks.verification import Reference, Verification, prepare_reference, verify_against
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
-from autopar.factors import Role, find_factors
-from autopar.generators import SCHEDULES, make_schedule
-from autopar.ir import Op, OpKind, Value
-from autopar.layers import fold, regroup
-from autopar.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
-from autopar.meshes import find_trials
-from autopar.microbatch import MicroSplit, split_microbatches
-from autopar.model import Model, find_tables, in_time, role_of
-from autopar.options import AxisKind, Constraints
-from autopar.planner import make_plan
-from autopar.plans import RECOMPUTE, BlockChoice, Pipeline, Plan
-from autopar.problem import FORBIDDEN, Problem, build_problem
-from autopar.rules import find_spaces
-from autopar.search import solve
-from autopar.verification import Reference, Verification, prepare_reference, verify_against
+from autopar.ir.graph import Op, OpKind, Value
+from autopar.ir.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
+from autopar.plans.plan import RECOMPUTE, BlockChoice, Pipeline, Plan
+from autopar.rules.table import find_spaces
+from autopar.schedules.families import SCHEDULES, make_schedule
+from autopar.search.meshes import find_trials
+from autopar.search.options import AxisKind, Constraints
+from autopar.search.placement.problem import FORBIDDEN, Problem, build_problem
+from autopar.search.placement.solve import solve
+from autopar.search.planner import make_plan
+from autopar.structure.blocks import Chain, find_chain
+from autopar.structure.layers import fold, regroup
+from autopar.structure.microbatches import MicroSplit, split_microbatches
+from autopar.structure.model import Model, find_tables, in_time, role_of
+from autopar.structure.roles import Role, find_factors
 from tests.zoo import DEEP, ZOO
 
 GROUPS = ((), (("dp", 2),), (("tp", 2),), (("cp", 2),), (("x", 2),), (("x", 2), ("y", 2)))

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from autopar.generators import SCHEDULES
-from autopar.plans import RECOMPUTE, Plan
-from autopar.verification import Verification
+from autopar.checks.verification import Verification
+from autopar.plans.plan import RECOMPUTE, Plan
+from autopar.schedules.families import SCHEDULES
 from tests.emitted import subject
 
 PAGE = Path(__file__).parents[1] / "docs" / "exactness.md"

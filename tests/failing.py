@@ -24,14 +24,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from autopar import failures
-from autopar.capture import capture
-from autopar.comm import GroupAxis
+from autopar.capture.export import capture
 from autopar.cost_models import Cluster
-from autopar.module import ParallelModule
-from autopar.planner import make_plan
-from autopar.program import Program
-from autopar.rewrite import rewrite
+from autopar.ops.comm import GroupAxis
+from autopar.rewrite.emit import rewrite
+from autopar.rewrite.program import Program
+from autopar.runtime import failures
+from autopar.runtime.module import ParallelModule
+from autopar.search.planner import make_plan
 
 ROWS, WIDTH, VOCABULARY = 8, 16, 48
 LIMIT = 30.0

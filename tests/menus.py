@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from autopar.actions import Schedule
-from autopar.assignment import BlockMenu, Cut, Variant, evaluate
+from autopar.schedules.actions import Schedule
+from autopar.search.pipeline.assignment import BlockMenu, Cut, Variant, evaluate
 
 
 def random_variant(rng: np.random.Generator, name: str) -> Variant:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autopar.layout import Mesh, Split, parse_layout
-from autopar.plans import BlockChoice, Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
+from autopar.ir.layout import Mesh, Split, parse_layout
+from autopar.plans.plan import BlockChoice, Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
 
 
 def make_plan() -> Plan:

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from autopar.actions import Schedule
-from autopar.assignment import Assignment, BlockMenu, Cut, Variant, assign, evaluate
 from autopar.errors import InfeasibleError, InputError
-from autopar.schedules import forward_only, make_schedule
+from autopar.schedules.actions import Schedule
+from autopar.schedules.messages import forward_only, make_schedule
+from autopar.search.pipeline.assignment import Assignment, BlockMenu, Cut, Variant, assign, evaluate
 from tests.menus import measure_all, random_menus, random_variant
 
 FAMILIES = [

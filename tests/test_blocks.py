@@ -12,12 +12,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from autopar.blocks import MAX_PIECES, Block, Chain, find_chain
-from autopar.capture import capture
-from autopar.ir import Graph, OpKind, Value
-from autopar.layers import Folded, fold
-from autopar.rules import find_spaces
-from autopar.space import Space
+from autopar.capture.export import capture
+from autopar.ir.graph import Graph, OpKind, Value
+from autopar.ir.space import Space
+from autopar.rules.table import find_spaces
+from autopar.structure.blocks import MAX_PIECES, Block, Chain, find_chain
+from autopar.structure.layers import Folded, fold
 from tests import zoo
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from zoo import SEQ, VOCAB, ZOO, labels, llama, padding, tokens
 
 from autopar import ir
-from autopar.capture import Captured, capture
+from autopar.capture.export import Captured, capture
 from autopar.errors import CaptureError, InputError
 
 torch.set_num_threads(1)

@@ -11,12 +11,10 @@ from pathlib import Path
 import click
 import pytest
 
-from autopar import cli, wanted
-from autopar.cli import main, parse_mesh, parse_pins
+from autopar.cli import commands
+from autopar.cli.commands import main, parse_mesh, parse_pins
 from autopar.errors import InputError
-from autopar.generators import SCHEDULES
-from autopar.meshes import PIN_NAMES
-from autopar.plans import (
+from autopar.plans.plan import (
     RECOMPUTE,
     VERSION,
     BlockChoice,
@@ -30,7 +28,10 @@ from autopar.plans import (
     Unruled,
     to_json,
 )
-from autopar.report import to_data
+from autopar.report.text import to_data
+from autopar.schedules.families import SCHEDULES
+from autopar.search import pins
+from autopar.search.meshes import PIN_NAMES
 from tests.commands import refuse, run
 from tests.plans import make_pipelined_plan, make_plan
 
@@ -204,7 +205,7 @@ def test_pins_are_read() -> None:
 
 
 def test_every_pin_is_in_the_help() -> None:
-    assert set(cli.PIPELINE_PINS) == set(wanted.PINS)
+    assert set(commands.PIPELINE_PINS) == set(pins.PINS)
     for command in ("plan", "verify"):
         text = run(command, "--help").stdout
         assert all(f"{name}=" in text for name in PIN_NAMES)

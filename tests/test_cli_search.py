@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from autopar.plans import Plan, from_json
-from autopar.report import summarize
+from autopar.plans.plan import Plan, from_json
+from autopar.report.text import summarize
 from tests.commands import refuse, run
 
 MODELS = """

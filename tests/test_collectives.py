@@ -12,10 +12,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from autopar import collectives as c
-from autopar import comm, simulate
+from autopar.checks import threads
 from autopar.errors import InputError
-from autopar.layout import Mesh
+from autopar.ir.layout import Mesh
+from autopar.ops import collectives as c
+from autopar.ops import comm
 from autopar.torch_compat import StorageRef
 from tests.helpers import tree_allclose
 from tests.processes import spawn
@@ -93,13 +94,13 @@ def _check_all_to_all(rank: int, size: int, outers: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize(("dim", "outer"), [(0, 1), (1, 1), (2, 1), (0, 3), (1, 3), (2, 3), (1, 6)])
 def test_every_step_and_its_gradient(size: int, dim: int, outer: int) -> None:
-    simulate.run(Mesh(("x",), (size,)), lambda rank: _check_steps(rank, size, dim, outer))
+    threads.run(Mesh(("x",), (size,)), lambda rank: _check_steps(rank, size, dim, outer))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("outers", [(1, 1), (3, 1), (1, 3), (3, 3)])
 def test_all_to_all_and_its_gradient(size: int, outers: tuple[int, int]) -> None:
-    simulate.run(Mesh(("x",), (size,)), lambda rank: _check_all_to_all(rank, size, outers))
+    threads.run(Mesh(("x",), (size,)), lambda rank: _check_all_to_all(rank, size, outers))
 
 
 def _on_group(rank: int) -> None:
@@ -142,7 +143,7 @@ def _check_whole_numbers() -> None:
 
 
 def test_whole_numbers_and_flags_travel_too() -> None:
-    simulate.run(Mesh(("x",), (2,)), lambda rank: _check_whole_numbers())
+    threads.run(Mesh(("x",), (2,)), lambda rank: _check_whole_numbers())
 
 
 @pytest.mark.parametrize("outer", [1, 2, 3])
@@ -185,7 +186,7 @@ def _check_forgetting() -> None:
 
 
 def test_a_gathered_weight_does_not_outlive_the_forward() -> None:
-    simulate.run(Mesh(("x",), (2,)), lambda rank: _check_forgetting())
+    threads.run(Mesh(("x",), (2,)), lambda rank: _check_forgetting())
 
 
 def test_a_weight_that_several_ops_save_is_gathered_once_more_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +206,6 @@ def test_a_weight_that_several_ops_save_is_gathered_once_more_only(monkeypatch: 
         loss.backward(retain_graph=True)
         loss.backward()
 
-    simulate.run(Mesh(("x",), (2,)), twice)
+    threads.run(Mesh(("x",), (2,)), twice)
     # Each rank: the forward's gather, and one in each of the two backwards.
     assert sorted(gathers) == [0, 0, 0, 1, 1, 1]

@@ -7,15 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from autopar import comm, simulate
+from autopar.checks import threads
 from autopar.errors import CommError
-from autopar.layout import Mesh
+from autopar.ir.layout import Mesh
+from autopar.ops import comm
 
 torch.set_num_threads(1)
 
 
 def _on_ranks(size: int, fn: Callable[[comm.Axis], object]) -> list[object]:
-    return simulate.run(Mesh(("x",), (size,)), lambda rank: fn(comm.axis("x")))
+    return threads.run(Mesh(("x",), (size,)), lambda rank: fn(comm.axis("x")))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -60,7 +61,7 @@ def test_axes_of_a_mesh_are_independent_and_row_major() -> None:
         assert comm.index(()) == 0
         return comm.index(("a", "one", "b")), comm.index(("b", "a")), over_a, over_b
 
-    assert simulate.run(mesh, look) == [(rank, rank % 3 * 2 + rank // 3, 2 * (rank % 3) + 3, 9 * (rank // 3) + 3) for rank in range(6)]
+    assert threads.run(mesh, look) == [(rank, rank % 3 * 2 + rank // 3, 2 * (rank % 3) + 3, 9 * (rank // 3) + 3) for rank in range(6)]
 
 
 def test_a_failing_rank_ends_all_and_is_named() -> None:
@@ -71,7 +72,7 @@ def test_a_failing_rank_ends_all_and_is_named() -> None:
         comm.axis("a").all_reduce(torch.ones(1))
 
     with pytest.raises(KeyError, match="lost") as caught:
-        simulate.run(Mesh(("a", "b"), (2, 2)), fail)
+        threads.run(Mesh(("a", "b"), (2, 2)), fail)
     assert caught.value.__notes__ == ["on rank 1 of a=2 x b=2"]
 
 

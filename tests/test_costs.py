@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.capture import capture
+from autopar.capture.export import capture
 from autopar.cost_models import Cluster, axis_link, collective_seconds, op_seconds
-from autopar.costs import BUCKET_NBYTES, CostTables, local_nbytes
-from autopar.factors import find_factors
-from autopar.ir import Graph, Op, OpKind
-from autopar.ir import Tensor as IrTensor
-from autopar.layers import fold
-from autopar.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, Split, fits, format_layout, shard
-from autopar.model import Model, find_tables
-from autopar.planner import make_plan
-from autopar.plans import Plan
-from autopar.reshard import Collective, journey
-from autopar.rules import find_spaces
+from autopar.costs.tables import BUCKET_NBYTES, CostTables, local_nbytes
+from autopar.ir.graph import Graph, Op, OpKind
+from autopar.ir.graph import Tensor as IrTensor
+from autopar.ir.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, Split, fits, format_layout, shard
+from autopar.ir.reshard import Collective, journey
+from autopar.plans.plan import Plan
+from autopar.rules.table import find_spaces
+from autopar.search.planner import make_plan
+from autopar.structure.layers import fold
+from autopar.structure.model import Model, find_tables
+from autopar.structure.roles import find_factors
 
 BATCH, WIDTH, HIDDEN = 64, 256, 1024
 SHARED = Cluster.parse("8xH100")

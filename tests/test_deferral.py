@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from autopar import collectives, comm, deferral, kernels, rng, simulate, torch_compat
-from autopar.capture import capture
-from autopar.deferral import DEFERRABLE, Deferred, deferring
+from autopar import torch_compat
+from autopar.capture.export import capture
+from autopar.checks import threads
 from autopar.errors import AutoparError
-from autopar.layout import Mesh
-from autopar.recompute import Recomputed
+from autopar.ir.layout import Mesh
+from autopar.ops import collectives, comm, kernels, rng, weight_gradients
+from autopar.ops.recompute import Recomputed
+from autopar.ops.weight_gradients import DEFERRABLE, Deferred, deferring
+from autopar.structure.weights import PARAMETERS_AT
 from autopar.torch_compat import StorageRef
-from autopar.weights import PARAMETERS_AT
 from tests.helpers import tree_allclose
 from tests.zoo import ZOO
 
@@ -187,26 +189,26 @@ def test_half_precision(dtype: torch.dtype) -> None:
         return [x.grad, weight.grad, bias.grad]
 
     # One rounding each, of sums in another order.
-    assert tree_allclose(run(deferral.linear), run(F.linear), rtol=4 * torch.finfo(dtype).eps) == 3
+    assert tree_allclose(run(weight_gradients.linear), run(F.linear), rtol=4 * torch.finfo(dtype).eps) == 3
 
 
 def test_what_needs_no_gradient() -> None:
     x, weight, bias = _randn(5, 4), _randn(3, 4, seed=1), _randn(3, seed=2)
-    assert not deferral.linear(x, weight, bias).requires_grad
+    assert not weight_gradients.linear(x, weight, bias).requires_grad
     with torch.no_grad():
-        assert not deferral.linear(x, weight.clone().requires_grad_(), bias).requires_grad
+        assert not weight_gradients.linear(x, weight.clone().requires_grad_(), bias).requires_grad
     # A frozen weight: nothing is left, also not of the bias.
     bias.requires_grad_()
     x.requires_grad_()
     with deferring() as left:
-        deferral.linear(x, weight, bias).sum().backward()
+        weight_gradients.linear(x, weight, bias).sum().backward()
     assert left.nbytes == 0
     tree_allclose([x.grad, bias.grad], [weight.sum(0).expand(5, 4), torch.full((3,), 5.0, dtype=torch.float64)])
     # A frozen bias, and an input without gradient: the weight waits.
     data, frozen = _randn(5, 4), torch.zeros(3, dtype=torch.float64)
     weight.requires_grad_()
     with deferring() as left:
-        deferral.linear(data, weight, frozen).sum().backward()
+        weight_gradients.linear(data, weight, frozen).sum().backward()
     assert weight.grad is None
     left.run()
     tree_allclose([weight.grad], [data.sum(0).expand(3, 4)])
@@ -216,7 +218,7 @@ def test_what_needs_no_gradient() -> None:
 def test_a_sparse_table_is_left_to_torch() -> None:
     table = _randn(7, 4).requires_grad_()
     with deferring() as left:
-        deferral.embedding(table, torch.tensor([1, 2]), -1, False, True).sum().backward()
+        weight_gradients.embedding(table, torch.tensor([1, 2]), -1, False, True).sum().backward()
     assert left.nbytes == 0
     assert table.grad is not None
     assert table.grad.is_sparse
@@ -251,7 +253,7 @@ def test_only_inputs_and_gradients_wait() -> None:
     with deferring() as left:
         hidden = x * 2
         seen.append(StorageRef(hidden))
-        products = [deferral.linear(hidden, weight) for weight in weights]
+        products = [weight_gradients.linear(hidden, weight) for weight in weights]
         activations = [product.exp() for product in products]
         between = [StorageRef(activation) for activation in activations]
         loss = sum(activation.sum() for activation in activations)
@@ -273,9 +275,9 @@ def test_no_gradient_is_copied() -> None:
     weight = _randn(3, 4).requires_grad_()
     made: list[int] = []
     waited: list[int] = []
-    original = deferral._of_linear
+    original = weight_gradients._of_linear
 
-    def note(biased: bool, x: Tensor, gradient: Tensor) -> deferral.Gradients:
+    def note(biased: bool, x: Tensor, gradient: Tensor) -> weight_gradients.Gradients:
         gradients = original(biased, x, gradient)
         assert gradients[0] is not None
         made.append(gradients[0].data_ptr())
@@ -283,8 +285,8 @@ def test_no_gradient_is_copied() -> None:
         return gradients
 
     with pytest.MonkeyPatch.context() as patch, deferring() as left:
-        patch.setattr(deferral, "_of_linear", note)
-        y = deferral.linear(_randn(5, 4), weight)
+        patch.setattr(weight_gradients, "_of_linear", note)
+        y = weight_gradients.linear(_randn(5, 4), weight)
         y.register_hook(lambda gradient: waited.append(gradient.data_ptr()))
         y.exp().sum().backward()
     left.run()
@@ -303,7 +305,7 @@ def test_weights_get_their_gradients_in_one_backward() -> None:
         weight.register_post_accumulate_grad_hook(lambda _: backwards.append(torch_compat.backward_id()))
     with deferring() as left:
         for weight in weights:
-            x = deferral.linear(x, weight)
+            x = weight_gradients.linear(x, weight)
         x.sum().backward()
     assert not backwards
     left.run()
@@ -328,7 +330,7 @@ def test_a_waiting_gradient_is_not_changed_by_a_later_backward() -> None:
             left.run()
         return [added.grad, weight.grad]
 
-    assert tree_allclose(run(deferral.linear, True), run(F.linear, False), rtol=1e-12) == 2
+    assert tree_allclose(run(weight_gradients.linear, True), run(F.linear, False), rtol=1e-12) == 2
 
 
 @pytest.mark.parametrize(
@@ -346,7 +348,7 @@ def test_the_first_gradient_of_a_leaf_is_its_own(move: Op) -> None:
     for at in range(2):
         x = _randn(5, 4, seed=at + 4).requires_grad_()
         with deferring() as left:
-            y = (deferral.addmm(first, x, up) + move(deferral.addmm(second, x, down))).exp()
+            y = (weight_gradients.addmm(first, x, up) + move(weight_gradients.addmm(second, x, down))).exp()
             y.sum().backward()
         left.run()
         total += y.detach()
@@ -357,7 +359,7 @@ def test_a_gradient_that_only_waiting_products_share_is_not_copied() -> None:
     x = _randn(5, 4).requires_grad_()
     first, second = (_randn(3, 4, seed=at).requires_grad_() for at in (1, 2))
     with deferring() as left:
-        (deferral.linear(x, first) + deferral.linear(x, second).view(5, 3)).exp().sum().backward()
+        (weight_gradients.linear(x, first) + weight_gradients.linear(x, second).view(5, 3)).exp().sum().backward()
     assert left.nbytes == 8 * (5 * 4 + 5 * 3)
     left.run()
     tree_allclose([second.grad], [first.grad])
@@ -368,7 +370,7 @@ def test_a_bias_made_of_a_leaf_beside_a_weight_that_is_one(with_gradient: bool) 
     x = _randn(5, 4).requires_grad_(with_gradient)
     weight, bias = _randn(3, 4, seed=1).requires_grad_(), _randn(3, seed=2).requires_grad_()
     with deferring() as left:
-        deferral.linear(x, weight, 2 * bias).square().sum().backward()
+        weight_gradients.linear(x, weight, 2 * bias).square().sum().backward()
     assert weight.grad is None
     assert bias.grad is None
     left.run()
@@ -384,7 +386,7 @@ def test_one_pass_is_the_rule() -> None:
     def at_the_end() -> None:
         found.append(weight.grad is None)
 
-    y = deferral.linear(x.sin(), weight)
+    y = weight_gradients.linear(x.sin(), weight)
     x.register_hook(lambda gradient: torch_compat.after_backward(at_the_end))
     y.sum().backward(retain_graph=True)
     first = None if weight.grad is None else weight.grad.clone()
@@ -403,18 +405,18 @@ def test_a_backward_that_fails_leaves_nothing() -> None:
     kept = StorageRef(hidden)
     hidden.register_hook(fail)
     with pytest.raises(ValueError, match="on purpose"):
-        deferral.linear(hidden, weight).sum().backward()
+        weight_gradients.linear(hidden, weight).sum().backward()
     del hidden
     gc.collect()
     assert kept.expired()
     # Somebody who holds on to what it left doesn't make the next backward leave anything there.
     left: list[Deferred] = []
     hidden = x.sin()
-    hidden.register_hook(lambda gradient: left.append(deferral._find_deferred()))
+    hidden.register_hook(lambda gradient: left.append(weight_gradients._find_deferred()))
     hidden.register_hook(fail)
     with pytest.raises(ValueError, match="on purpose"):
-        deferral.linear(hidden, weight).sum().backward()
-    deferral.linear(x, weight).sum().backward()
+        weight_gradients.linear(hidden, weight).sum().backward()
+    weight_gradients.linear(x, weight).sum().backward()
     assert left[0].nbytes > 0
     tree_allclose([weight.grad], [x.sum(0).expand(3, 4)])
 
@@ -422,7 +424,7 @@ def test_a_backward_that_fails_leaves_nothing() -> None:
 def test_passes_in_the_wrong_order_are_refused() -> None:
     weight = _randn(3, 4).requires_grad_()
     with deferring():
-        y = deferral.linear(_randn(5, 4), weight).sum()
+        y = weight_gradients.linear(_randn(5, 4), weight).sum()
         y.backward(retain_graph=True)
         with pytest.raises(AutoparError, match="a second backward came by before the weight gradients of the first"):
             y.backward()
@@ -462,7 +464,7 @@ def _mlp(x: Tensor, norm: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, lin
 
 
 def _layer(split: bool, recomputed: bool) -> nn.Module:
-    linear, addmm = (deferral.linear, deferral.addmm) if split else (F.linear, torch.addmm)
+    linear, addmm = (weight_gradients.linear, weight_gradients.addmm) if split else (F.linear, torch.addmm)
 
     def layer(x: Tensor, *w: Tensor) -> Tensor:
         return _mlp(_attention(x, *w[:4], linear, addmm), *w[4:], linear)
@@ -513,7 +515,7 @@ def test_a_transformer_over_micro_batches(order: str, recomputed: bool) -> None:
         return [p.grad for p in parameters if p.grad is not None]
 
     expected = run(_layer(False, False), torch.ops.aten.embedding.default, "F0 B0 F1 B1 F2 B2")
-    actual = run(_layer(True, recomputed), deferral.embedding, ORDERS[order])
+    actual = run(_layer(True, recomputed), weight_gradients.embedding, ORDERS[order])
     assert tree_allclose(actual, expected, rtol=1e-12) == 17
 
 
@@ -542,11 +544,11 @@ def test_a_recomputed_layer_runs_no_further_than_its_last_product_needs() -> Non
 def test_after_a_region_within_a_region_the_outer_one_goes_on() -> None:
     """A product of a region is no node of its own, which would be run again with its last input."""
     x, weight = _randn(5, 4).requires_grad_(), _randn(3, 4, seed=1).requires_grad_()
-    with deferral.inside_region():
-        with deferral.inside_region():
+    with weight_gradients.inside_region():
+        with weight_gradients.inside_region():
             pass
-        inside = deferral.linear(x, weight)
-    outside = deferral.linear(x, weight)
+        inside = weight_gradients.linear(x, weight)
+    outside = weight_gradients.linear(x, weight)
     assert ["_Product" in str(y.grad_fn) for y in (inside, outside)] == [False, True]
 
 
@@ -558,7 +560,7 @@ def test_gathered_and_broadcast_weights(recomputed: bool) -> None:
     later = [False, False]
 
     def on(rank: int, split: bool) -> list[Tensor | None]:
-        linear = deferral.linear if split else F.linear
+        linear = weight_gradients.linear if split else F.linear
         seen: list[StorageRef] = []
 
         def layer(x: Tensor, up: Tensor, bias: Tensor, down: Tensor) -> Tensor:
@@ -598,10 +600,10 @@ def test_gathered_and_broadcast_weights(recomputed: bool) -> None:
         return original(axis, parts)
 
     mesh = Mesh(("dp",), (2,))
-    expected = simulate.run(mesh, lambda rank: on(rank, False))
+    expected = threads.run(mesh, lambda rank: on(rank, False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comm.ThreadAxis, "reduce_stack", note)
-        actual = simulate.run(mesh, lambda rank: on(rank, True))
+        actual = threads.run(mesh, lambda rank: on(rank, True))
     assert tree_allclose(actual, expected, rtol=1e-12) == 8
     assert scatters == [True] * 4
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autopar.assignment import BlockMenu, Cut, Variant
-from autopar.drafts import _Draft, draft, find_leanest
-from autopar.menus import PHASES, Problem, longest_path, make_problem, measure
-from autopar.schedules import make_schedule
+from autopar.schedules.messages import make_schedule
+from autopar.search.pipeline.assignment import BlockMenu, Cut, Variant
+from autopar.search.pipeline.drafts import _Draft, draft, find_leanest
+from autopar.search.pipeline.menus import PHASES, Problem, longest_path, make_problem, measure
 from tests.menus import all_assignments, measure_all, random_menus
 
 FAMILIES = [

@@ -18,9 +18,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from autopar import comm, simulate
-from autopar.dtensor import as_dtensor, gather_whole, placements_of, shard_whole, take_local, teach_strided_shards
-from autopar.layout import Mesh, fits, parse_layout
+from autopar.checks import threads
+from autopar.ir.layout import Mesh, fits, parse_layout
+from autopar.ops import comm
+from autopar.runtime.dtensor import as_dtensor, gather_whole, placements_of, shard_whole, take_local, teach_strided_shards
 from tests.helpers import tree_allclose
 from tests.processes import spawn
 
@@ -75,7 +76,7 @@ def test_parts_join_to_the_whole(text: str) -> None:
         assert torch.equal(gather_whole(part, layout, MESH, axes), whole)
         return part.numel()
 
-    sizes = simulate.run(MESH, check)
+    sizes = threads.run(MESH, check)
     assert sizes == [whole.numel() // 2 ** sum(state.dim >= 0 for state in layout)] * 4
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from autopar.models import load_model
+from autopar.cli.models import load_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

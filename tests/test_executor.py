@@ -6,14 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar import comm, simulate
-from autopar.actions import SENDS, StageEdge
+from autopar.checks import threads
 from autopar.errors import CommError, PipelineError
-from autopar.executor import Executor, StageTensors, find_taken
-from autopar.layout import PIPELINE, Mesh, State, StateKind
-from autopar.microbatch import MICRO
-from autopar.program import Boundary, PipelineProgram, StageOutput, StageProgram
-from autopar.schedules import COMPUTING, Action, Kind, Schedule, chain, forward_only, lower, make_schedule
+from autopar.ir.layout import PIPELINE, Mesh, State, StateKind
+from autopar.ops import comm
+from autopar.rewrite.program import Boundary, PipelineProgram, StageOutput, StageProgram
+from autopar.runtime.executor import Executor, StageTensors, find_taken
+from autopar.schedules.actions import SENDS, StageEdge
+from autopar.schedules.messages import COMPUTING, Action, Kind, Schedule, chain, forward_only, lower, make_schedule
+from autopar.structure.microbatches import MICRO
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2), ("v-half", 2)]
 
@@ -192,7 +193,7 @@ def test_sends_are_let_go_while_the_schedule_runs(name: str, chunks: int, monkey
             most = max(most, len(executor._going))
         return {i: leaf.grad for i, leaf in leaves.items()}, most
 
-    results = simulate.run(Mesh((PIPELINE,), (ranks,)), work)
+    results = threads.run(Mesh((PIPELINE,), (ranks,)), work)
     for rank, (gradients, most) in enumerate(results):
         assert most == most_held(schedule, rank)
         assert gradients.keys() == {i for i in range(schedule.stages) if schedule.rank_of[i] == rank}
@@ -325,4 +326,4 @@ def test_an_inference_keeps_results_until_the_last_stage_that_reads_them_has_its
         assert not executor._flows
         return executor.join(0) if rank == 2 else None
 
-    torch.testing.assert_close(simulate.run(Mesh((PIPELINE,), (3,)), work)[2], 2 * x + 2)
+    torch.testing.assert_close(threads.run(Mesh((PIPELINE,), (3,)), work)[2], 2 * x + 2)

@@ -13,9 +13,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from autopar import torch_compat
-from autopar.costs import BUCKET_NBYTES
-from autopar.dtensor import as_dtensor
-from autopar.gradients import GradientReducer, Tracked, _fill_buckets
+from autopar.costs.tables import BUCKET_NBYTES
+from autopar.runtime.dtensor import as_dtensor
+from autopar.runtime.gradients import GradientReducer, Tracked, _fill_buckets
 from tests.helpers import tree_allclose
 from tests.processes import spawn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autopar.layout import (
+from autopar.ir.layout import (
     BROADCAST,
     PARTIAL,
     REPLICATE,
@@ -21,7 +21,7 @@ from autopar.layout import (
     result_layout,
     shard,
 )
-from autopar.space import LoopKind, parse
+from autopar.ir.space import LoopKind, parse
 
 LINEAR = parse("b s i, o i, o -> b s o", [(4, 6, 8), (12, 8), (12,)], [(4, 6, 12)], added=[2], flops=2)
 MESH = Mesh(("dp", "tp"), (2, 2))

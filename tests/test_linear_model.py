@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from autopar import linear_model
-from autopar.linear_model import LinearModel
+from autopar.search import linear_model
+from autopar.search.linear_model import LinearModel
 
 
 def knapsack() -> LinearModel:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar.errors import AutoparError, CaptureError, PlanError
-from autopar.executor import Executor
+from autopar.runtime.executor import Executor
 from tests.helpers import tree_allclose
 from tests.processes import spawn
 

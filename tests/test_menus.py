@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autopar.assignment import BlockMenu, Cut, Variant
-from autopar.menus import PHASES, RECEIVES_AT_ONCE, longest_path, make_problem, measure
-from autopar.schedules import forward_only, make_schedule
+from autopar.schedules.messages import forward_only, make_schedule
+from autopar.search.pipeline.assignment import BlockMenu, Cut, Variant
+from autopar.search.pipeline.menus import PHASES, RECEIVES_AT_ONCE, longest_path, make_problem, measure
 from tests.menus import random_menus
 
 PLAIN = Variant("plain", 1.0, 2.0, 3.0, 4.0, 10, 20, 100, 7)

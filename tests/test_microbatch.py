@@ -11,18 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autopar import comm, kernels, microbatch, rng, simulate
-from autopar.capture import Captured, capture
-from autopar.collectives import join_parts, take_part
-from autopar.comm import TimeAxis
+from autopar.capture.export import Captured, capture
+from autopar.checks import threads
 from autopar.errors import CommError, InputError
-from autopar.factors import find_factors
-from autopar.ir import Op, OpKind, Value
-from autopar.layout import PARTIAL, PASS, REPLICATE, Mesh, Split, State, StateKind, local_shape, operand_layout, shard
-from autopar.losses import count_targets, cross_entropy, nll_loss
-from autopar.microbatch import MICRO, MicroSplit, reads_locally, split_microbatches
-from autopar.rules import find_spaces
+from autopar.ir.graph import Op, OpKind, Value
+from autopar.ir.layout import PARTIAL, PASS, REPLICATE, Mesh, Split, State, StateKind, local_shape, operand_layout, shard
+from autopar.ops import comm, kernels, rng
+from autopar.ops.collectives import join_parts, take_part
+from autopar.ops.comm import TimeAxis
+from autopar.ops.losses import count_targets, cross_entropy, nll_loss
 from autopar.rules.notation import argument
+from autopar.rules.table import find_spaces
+from autopar.structure import microbatches
+from autopar.structure.microbatches import MICRO, MicroSplit, reads_locally, split_microbatches
+from autopar.structure.roles import find_factors
 from tests.zoo import ZOO
 
 # Training batch norm couples the samples of a batch.
@@ -356,7 +358,7 @@ def test_large_values_are_not_made_whole(monkeypatch: pytest.MonkeyPatch) -> Non
 
     subject = small(forward)
     assert {str(value) for value in subject.split(2).whole} == {"exp"}
-    monkeypatch.setattr(microbatch, "WHOLE_NBYTES", 8 * 8 * 4 * 6 - 1)
+    monkeypatch.setattr(microbatches, "WHOLE_NBYTES", 8 * 8 * 4 * 6 - 1)
     (reason,) = subject.split(2).reasons
     assert "aten.amax.default at tests/test_microbatch.py" in reason
     assert "takes 1536 bytes for the whole batch, more than 1535" in reason
@@ -368,7 +370,7 @@ def test_views_take_no_memory_to_be_made_whole(monkeypatch: pytest.MonkeyPatch) 
         return model.first(x - wide).sum()
 
     subject = small(forward)
-    monkeypatch.setattr(microbatch, "WHOLE_NBYTES", 8 * 4 * 600)
+    monkeypatch.setattr(microbatches, "WHOLE_NBYTES", 8 * 4 * 600)
     assert not check(subject, 2).reasons
 
 
@@ -605,7 +607,7 @@ def test_a_mean_loss_over_ranks_and_time_counts_what_it_is_told_over_the_ranks(l
                     loss(logits[part], target[part], splits={"n": (MICRO, "x")})
         return total
 
-    torch.testing.assert_close(sum(simulate.run(Mesh(("x",), (2,)), run)), F.nll_loss(logits, target))
+    torch.testing.assert_close(sum(threads.run(Mesh(("x",), (2,)), run)), F.nll_loss(logits, target))
 
 
 def test_time_has_positions_and_no_collectives() -> None:

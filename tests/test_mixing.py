@@ -9,25 +9,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from autopar.blocks import find_chain, relabel
-from autopar.capture import capture
+from autopar.capture.export import capture
+from autopar.checks.verification import prepare_reference, verify_against
 from autopar.cost_models import Cluster
-from autopar.costs import CostTables
-from autopar.factors import find_factors
-from autopar.ir import Graph, OpKind, Value
-from autopar.layers import fan_key, fold, fold_as_planned, regroup
-from autopar.layout import Mesh
-from autopar.microbatch import split_microbatches
-from autopar.model import Model, find_tables, in_time
-from autopar.options import AxisKind, Constraints
-from autopar.planner import make_plan
-from autopar.plans import Plan, from_json, to_json
-from autopar.problem import build_problem, restrict
-from autopar.rewrite import rewrite
-from autopar.rules import find_spaces
-from autopar.search import Search
-from autopar.variants import Choices, Menus, choices_of, find_shared, join_menus, mix, read_chain
-from autopar.verification import prepare_reference, verify_against
+from autopar.costs.tables import CostTables
+from autopar.ir.graph import Graph, OpKind, Value
+from autopar.ir.layout import Mesh
+from autopar.plans.plan import Plan, from_json, to_json
+from autopar.rewrite.emit import rewrite
+from autopar.rules.table import find_spaces
+from autopar.search.options import AxisKind, Constraints
+from autopar.search.pipeline.variants import Choices, Menus, choices_of, find_shared, join_menus, mix, read_chain
+from autopar.search.placement.problem import build_problem, restrict
+from autopar.search.placement.solve import Search
+from autopar.search.planner import make_plan
+from autopar.structure.blocks import find_chain, relabel
+from autopar.structure.layers import fan_key, fold, fold_as_planned, regroup
+from autopar.structure.microbatches import split_microbatches
+from autopar.structure.model import Model, find_tables, in_time
+from autopar.structure.roles import find_factors
 from tests.zoo import DEEP
 
 TINY: Mapping[str, object] = {"dp": 4, "recompute": "none"}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from autopar.cli.models import load_model
 from autopar.errors import InputError
-from autopar.models import load_model
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 

@@ -18,11 +18,11 @@ from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor
 
 import autopar
-from autopar import collectives
 from autopar.errors import InputError, PlanError
-from autopar.layout import Mesh, format_layout, parse_layout
-from autopar.module import ParallelModule
-from autopar.program import Program, Slot
+from autopar.ir.layout import Mesh, format_layout, parse_layout
+from autopar.ops import collectives
+from autopar.rewrite.program import Program, Slot
+from autopar.runtime.module import ParallelModule
 from tests.helpers import tree_allclose
 from tests.processes import spawn
 

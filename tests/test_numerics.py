@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from autopar.plans import Plan
+from autopar.plans.plan import Plan
 from tests.emitted import subject
 from tests.exactness import ARCHITECTURES, PLANS, make, missing
 from tests.zoo import ZOO

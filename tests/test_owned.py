@@ -25,13 +25,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from autopar import collectives
-from autopar.dtensor import as_dtensor, placement_steps, teach_strided_shards
 from autopar.errors import InputError
-from autopar.layout import Mesh
-from autopar.owned import Owned, as_owned, owner_of
+from autopar.ir.layout import Mesh
+from autopar.ops import collectives
+from autopar.runtime.dtensor import as_dtensor, placement_steps, teach_strided_shards
+from autopar.runtime.owned import Owned, as_owned, owner_of
+from autopar.runtime.world import form_mesh
 from autopar.torch_compat import StridedShard
-from autopar.world import form_mesh
 from tests.helpers import tree_allclose
 from tests.processes import spawn
 

@@ -23,10 +23,10 @@ import pytest
 import torch.distributed as dist
 
 import autopar
-from autopar.actions import Action
 from autopar.errors import CommError, PipelineError
-from autopar.executor import Executor
-from autopar.failures import SILENT, Alarm, within
+from autopar.runtime.executor import Executor
+from autopar.runtime.failures import SILENT, Alarm, within
+from autopar.schedules.actions import Action
 from tests.failing import Case, Seen, Tied, make_batch
 from tests.helpers import tree_allclose
 
@@ -377,7 +377,7 @@ def test_who_waits_in_vain_says_that_nobody_has_told_why(error: Exception) -> No
 
 def test_the_groups_of_the_pipeline_are_closed_and_the_users_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     closed: list[object] = []
-    monkeypatch.setattr("autopar.failures.torch_compat.close_group", closed.append)
+    monkeypatch.setattr("autopar.runtime.failures.torch_compat.close_group", closed.append)
     store = dist.HashStore()
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -392,7 +392,7 @@ def test_the_groups_of_the_pipeline_are_closed_and_the_users_is_not(monkeypatch:
 
 def test_a_store_that_hangs_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
     store, (_, second) = _alarms(2)
-    monkeypatch.setattr("autopar.failures.PATIENCE", 0.05)
+    monkeypatch.setattr("autopar.runtime.failures.PATIENCE", 0.05)
     store.hangs = 2.0
     start = time.monotonic()
     assert _fails(second, ValueError("it broke")) == "here: ValueError: it broke"

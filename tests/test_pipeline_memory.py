@@ -10,12 +10,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from autopar import comm
+from autopar.checks.verification import verify_against
 from autopar.cost_models import Cluster
-from autopar.costs import OPTIMIZER_COPIES
-from autopar.executor import Executor
-from autopar.planner import make_plan
-from autopar.verification import verify_against
+from autopar.costs.tables import OPTIMIZER_COPIES
+from autopar.ops import comm
+from autopar.runtime.executor import Executor
+from autopar.search.planner import make_plan
 from tests.emitted import subject
 
 

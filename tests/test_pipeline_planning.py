@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 from zoo import DEEP, ZOO
 
-from autopar.blocks import find_chain
-from autopar.capture import capture
+from autopar.capture.export import capture
+from autopar.checks.verification import verify_plan
 from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, InputError
-from autopar.generators import SCHEDULES
-from autopar.ir import Graph, OpKind
-from autopar.layers import fold
-from autopar.layout import REPLICATE, StateKind, shard
-from autopar.planner import make_plan
-from autopar.plans import Plan
-from autopar.rules import find_spaces
-from autopar.verification import verify_plan
-from autopar.wanted import keep_pipeline
+from autopar.ir.graph import Graph, OpKind
+from autopar.ir.layout import REPLICATE, StateKind, shard
+from autopar.plans.plan import Plan
+from autopar.rules.table import find_spaces
+from autopar.schedules.families import SCHEDULES
+from autopar.search.pins import keep_pipeline
+from autopar.search.planner import make_plan
+from autopar.structure.blocks import find_chain
+from autopar.structure.layers import fold
 
 
 class Layers(nn.Module):

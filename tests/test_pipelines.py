@@ -17,21 +17,22 @@ import torch
 from torch import Tensor, nn
 
 import autopar
-from autopar import comm, simulate
-from autopar.capture import Captured, capture
+from autopar.capture.export import Captured, capture
+from autopar.checks import threads
+from autopar.checks.shards import cut
+from autopar.checks.verification import Verification, prepare_reference, verify_against
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
-from autopar.generators import SCHEDULES
-from autopar.gradients import StashedGradients, Tracked
-from autopar.layout import PIPELINE, local_shape, with_pipeline
-from autopar.pipeline import StageRunner
-from autopar.planner import make_plan
-from autopar.plans import RECOMPUTE, Plan
-from autopar.program import Program
-from autopar.recompute import Recomputed
-from autopar.rewrite import rewrite
-from autopar.shards import cut
-from autopar.verification import Verification, prepare_reference, verify_against
+from autopar.ir.layout import PIPELINE, local_shape, with_pipeline
+from autopar.ops import comm
+from autopar.ops.recompute import Recomputed
+from autopar.plans.plan import RECOMPUTE, Plan
+from autopar.rewrite.emit import rewrite
+from autopar.rewrite.program import Program
+from autopar.runtime.gradients import StashedGradients, Tracked
+from autopar.runtime.pipeline import StageRunner
+from autopar.schedules.families import SCHEDULES
+from autopar.search.planner import make_plan
 from tests.emitted import subject
 from tests.exactness import CASES, PIPELINED, Case, amiss, left_out, make_pipeline
 from tests.helpers import tree_allclose
@@ -212,7 +213,7 @@ def _step(model: nn.Module, captured: Captured, plan: Plan, inputs: Mapping[str,
         loss = run.executor.join(0) if program.outputs[0].groups[0] == group else None
         return loss, {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 
-    ranks = simulate.run(with_pipeline(mesh, plan.pipeline.ranks), work)
+    ranks = threads.run(with_pipeline(mesh, plan.pipeline.ranks), work)
     return _Step([loss for loss, _ in ranks if loss is not None], [gradients for _, gradients in ranks])
 
 

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 from zoo import DEEP
 
-from autopar.assignment import BlockMenu, Cut, Variant, evaluate
-from autopar.blocks import find_chain
-from autopar.capture import capture
+from autopar.capture.export import capture
 from autopar.cost_models import Cluster
-from autopar.drafts import draft
-from autopar.factors import find_factors
-from autopar.generators import make_schedule, splits_backward
-from autopar.ir import OpKind
-from autopar.layers import fold
-from autopar.layout import StateKind, fits, is_legal
-from autopar.menus import make_problem
-from autopar.meshes import group_trials
-from autopar.model import Model, find_tables, in_time
-from autopar.pipelines import ROUNDS, PipelineSearch, _least_seconds
-from autopar.placements import Shape
-from autopar.rules import find_spaces
-from autopar.wanted import Wanted
+from autopar.ir.graph import OpKind
+from autopar.ir.layout import StateKind, fits, is_legal
+from autopar.rules.table import find_spaces
+from autopar.schedules.families import make_schedule, splits_backward
+from autopar.search.meshes import group_trials
+from autopar.search.pins import Wanted
+from autopar.search.pipeline.assignment import BlockMenu, Cut, Variant, evaluate
+from autopar.search.pipeline.configurations import ROUNDS, PipelineSearch, _least_seconds
+from autopar.search.pipeline.drafts import draft
+from autopar.search.pipeline.menus import make_problem
+from autopar.search.pipeline.placements import Shape
+from autopar.structure.blocks import find_chain
+from autopar.structure.layers import fold
+from autopar.structure.model import Model, find_tables, in_time
+from autopar.structure.roles import find_factors
 
 
 class Odd(nn.Module):

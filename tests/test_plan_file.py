@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import PlanError
-from autopar.generators import SCHEDULES, make_schedule
-from autopar.layout import PASS, Layout, Mesh, Placement, Split, State, StateKind, shard
-from autopar.plans import (
+from autopar.ir.layout import PASS, Layout, Mesh, Placement, Split, State, StateKind, shard
+from autopar.plans.plan import (
     RECOMPUTE,
     VERSION,
     BlockChoice,
@@ -32,6 +31,7 @@ from autopar.plans import (
     from_json,
     to_json,
 )
+from autopar.schedules.families import SCHEDULES, make_schedule
 from tests.plans import make_pipelined_plan, make_plan
 
 _TEXT = st.text(max_size=8)

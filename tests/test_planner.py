@@ -12,22 +12,22 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import ZOO
 
-from autopar.capture import Captured, capture
+from autopar.capture.export import Captured, capture
 from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, InputError, PlanError, UnknownOpError
-from autopar.factors import Role, find_factors
-from autopar.fits import check_fits, fingerprint
-from autopar.ir import OpKind, Value
-from autopar.layers import fold
-from autopar.layout import Mesh, Split, StateKind
-from autopar.meshes import find_trials
-from autopar.model import Model, find_tables
-from autopar.options import AxisKind, Constraints
-from autopar.planner import make_plan
-from autopar.plans import Plan
-from autopar.problem import Problem, build_problem
-from autopar.rules import find_spaces
-from autopar.search import evaluate, solve
+from autopar.ir.graph import OpKind, Value
+from autopar.ir.layout import Mesh, Split, StateKind
+from autopar.plans.fits import check_fits, fingerprint
+from autopar.plans.plan import Plan
+from autopar.rules.table import find_spaces
+from autopar.search.meshes import find_trials
+from autopar.search.options import AxisKind, Constraints
+from autopar.search.placement.problem import Problem, build_problem
+from autopar.search.placement.solve import evaluate, solve
+from autopar.search.planner import make_plan
+from autopar.structure.layers import fold
+from autopar.structure.model import Model, find_tables
+from autopar.structure.roles import Role, find_factors
 
 
 @functools.cache

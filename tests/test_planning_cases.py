@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.capture import capture
+from autopar.capture.export import capture
+from autopar.checks.verification import verify_plan
 from autopar.cost_models import Cluster
-from autopar.eliminate import eliminate
 from autopar.errors import InputError
-from autopar.fits import fingerprint
-from autopar.layers import fold
-from autopar.layout import REPLICATE, Mesh, StateKind
-from autopar.planner import make_plan
-from autopar.problem import Arc, Node, Problem
-from autopar.rewrite import rewrite
-from autopar.search import Search, evaluate
-from autopar.verification import verify_plan
+from autopar.ir.layout import REPLICATE, Mesh, StateKind
+from autopar.plans.fits import fingerprint
+from autopar.rewrite.emit import rewrite
+from autopar.search.placement.eliminate import eliminate
+from autopar.search.placement.problem import Arc, Node, Problem
+from autopar.search.placement.solve import Search, evaluate
+from autopar.search.planner import make_plan
+from autopar.structure.layers import fold
 
 
 class ReturnsItsWeight(nn.Module):

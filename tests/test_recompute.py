@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from autopar import collectives, comm, kernels, rng, simulate
+from autopar.checks import threads
 from autopar.errors import InputError
-from autopar.layout import Mesh
-from autopar.outline import check_repeatable, find_unrepeatable
-from autopar.recompute import Recomputed
+from autopar.ir.layout import Mesh
+from autopar.ops import collectives, comm, kernels, rng
+from autopar.ops.recompute import Recomputed
+from autopar.rewrite.outline import check_repeatable, find_unrepeatable
 from autopar.torch_compat import StorageRef
 from tests.helpers import tree_allclose
 
@@ -201,8 +202,8 @@ def test_messages_between_ranks_are_sent_again() -> None:
 
     region = _graph(_parallel, 3)
     mesh = Mesh(("tp",), (2,))
-    expected = simulate.run(mesh, lambda rank: on(rank, region))
-    assert tree_allclose(simulate.run(mesh, lambda rank: on(rank, Recomputed(region))), expected, rtol=0) == 8
+    expected = threads.run(mesh, lambda rank: on(rank, region))
+    assert tree_allclose(threads.run(mesh, lambda rank: on(rank, Recomputed(region))), expected, rtol=0) == 8
     assert (expected[0][2] != expected[1][2]).any()
 
 
@@ -261,9 +262,9 @@ def test_gathered_weights_are_forgotten_and_gathered_once_more(monkeypatch: pyte
         gc.collect()
         return [x.grad, part.grad, len(seen), all(forgotten), all(ref.expired() for ref in seen)]
 
-    expected = simulate.run(mesh, lambda rank: on(rank, recomputed=False))
+    expected = threads.run(mesh, lambda rank: on(rank, recomputed=False))
     before = len(gathers)
-    actual = simulate.run(mesh, lambda rank: on(rank, recomputed=True))
+    actual = threads.run(mesh, lambda rank: on(rank, recomputed=True))
     tree_allclose([each[:2] for each in actual], [each[:2] for each in expected], rtol=1e-12)
     # Per micro-batch two layers, the recomputed one runs again in the backward.
     assert [each[2:] for each in actual] == [[6, True, True]] * 2

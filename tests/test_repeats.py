@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from autopar import plan, verify
-from autopar.blocks import find_chain
-from autopar.capture import capture
-from autopar.ir import OpKind
-from autopar.layers import Folded, fold
-from autopar.rules import find_spaces
+from autopar.capture.export import capture
+from autopar.ir.graph import OpKind
+from autopar.rules.table import find_spaces
+from autopar.structure.blocks import find_chain
+from autopar.structure.layers import Folded, fold
 from tests import zoo
 
 

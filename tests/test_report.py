@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 
 from autopar.errors import InputError
-from autopar.generators import make_schedule
-from autopar.layout import Mesh
-from autopar.plans import BlockChoice, Pipeline, Plan, Unruled
-from autopar.report import count_recompute, describe_axes, describe_pipeline, explain, select_groups, summarize, to_data
+from autopar.ir.layout import Mesh
+from autopar.plans.plan import BlockChoice, Pipeline, Plan, Unruled
+from autopar.report.text import count_recompute, describe_axes, describe_pipeline, explain, select_groups, summarize, to_data
+from autopar.schedules.families import make_schedule
 from autopar.units import format_bytes, format_seconds, format_share, parse_bytes
 from tests.plans import make_pipelined_plan, make_plan
 

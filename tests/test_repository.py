@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-import tomllib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -41,10 +46,53 @@ def test_constraints_pin_every_requirement_within_its_range() -> None:
     assert pins["torch"] == torch.__version__.partition("+")[0]
 
 
-def test_every_package_is_in_the_build() -> None:
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {path.parent for path in (ROOT / "autopar").rglob("*.py")} | {ROOT / "autopar" / "cost_models"}
-    assert {".".join(folder.relative_to(ROOT).parts) for folder in folders} == set(packages)
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that a release would be, built from a copy of the files under version control."""
+    folder = tmp_path_factory.mktemp("wheel")
+    names = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
+    for name in filter(None, names):
+        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).exists():  # else it was removed, and that isn't committed yet
+            shutil.copy(ROOT / name, folder / "source" / name, follow_symlinks=False)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(folder / "source")]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_the_wheel_holds_every_module_and_profile(wheel: Path) -> None:
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "autopar").rglob("*.py")}
+    files |= {
+        f"autopar/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "cost_models").rglob("*") if path.suffix in (".py", ".toml")
+    }
+    held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert held == files | {"autopar/py.typed"}
+
+
+def test_the_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
+    """Installed into an environment of its own and away from the repository, it plans and verifies a model."""
+    venv.create(tmp_path / "env", with_pip=False)
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
+    subprocess.run(install, check=True)
+    # torch and the other libraries are large: they are read where the tests have them. A path in a .pth file brings no other .pth
+    # files with it, so that the repository's own installation isn't found.
+    (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    shutil.copy(ROOT / "examples" / "mlp.py", tmp_path)
+
+    def run(*arguments: str) -> str:
+        python = str(tmp_path / "env" / "bin" / "python")
+        done = subprocess.run([python, *arguments], cwd=tmp_path, env={"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("-c", "import autopar; print(autopar.__file__)").startswith(str(site))
+    assert "tp=4" in run("-m", "autopar", "plan", "mlp.py:build", "--cluster", "4xh100", "--pin", "tp=4")
+    assert run("-m", "autopar", "verify", "mlp.py:build", "--ranks", "2").startswith("ok: ")
 
 
 def test_cost_models_is_one_module_under_one_name() -> None:

@@ -8,10 +8,11 @@ import random
 import pytest
 import torch
 
-from autopar import collectives, simulate
-from autopar.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, StateKind, fits, format_layout, parse_layout, shard
-from autopar.reshard import PAIRS, Collective, journey
-from autopar.shards import cut, join
+from autopar.checks import threads
+from autopar.checks.shards import cut, join
+from autopar.ir.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, StateKind, fits, format_layout, parse_layout, shard
+from autopar.ir.reshard import PAIRS, Collective, journey
+from autopar.ops import collectives
 
 MESH = Mesh(("x", "y"), (2, 2))
 SHAPE = (8, 12)
@@ -86,7 +87,7 @@ def test_every_journey_carries_value_and_gradient(mesh: Mesh, shape: tuple[int, 
             results.append((y.detach(), x.grad))
         return results
 
-    ranks = simulate.run(mesh, run)
+    ranks = threads.run(mesh, run)
     for number, (start, need) in enumerate(cases):
         name = f"{format_layout(start)} -> {format_layout(need)}"
         value = join([r[number][0] for r in ranks], tuple(REPLICATE if s == BROADCAST else s for s in need), mesh)

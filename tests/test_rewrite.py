@@ -11,12 +11,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from autopar.api import plan as find_plan
-from autopar.capture import capture
+from autopar.capture.export import capture
 from autopar.errors import PlanError
-from autopar.ir import OpKind
-from autopar.layout import Mesh, Split, shard
-from autopar.plans import Plan
-from autopar.rewrite import rewrite
+from autopar.ir.graph import OpKind
+from autopar.ir.layout import Mesh, Split, shard
+from autopar.plans.plan import Plan
+from autopar.rewrite.emit import rewrite
 
 
 class Block(nn.Module):

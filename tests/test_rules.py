@@ -8,16 +8,17 @@ import pytest
 import torch
 from zoo import ZOO
 
-import autopar.ops  # noqa: F401  defines autopar::attention
-from autopar import kernels, rng, simulate
-from autopar.capture import capture
+import autopar.ops.attention  # noqa: F401  defines autopar::attention
+from autopar.capture.export import capture
+from autopar.checks import threads
+from autopar.checks.oracle import check_rule, describe, trace
 from autopar.errors import VerificationError
-from autopar.ir import Op, OpKind
-from autopar.layout import Mesh
-from autopar.oracle import check_rule, describe, trace
-from autopar.rules import RULES, rule
+from autopar.ir.graph import Op, OpKind
+from autopar.ir.layout import Mesh
+from autopar.ir.space import Loop, Space, parse
+from autopar.ops import kernels, rng
+from autopar.rules.table import RULES, rule
 from autopar.rules.view import refine
-from autopar.space import Loop, Space, parse
 
 torch.set_num_threads(1)
 GENERATOR = torch.Generator().manual_seed(1)
@@ -618,7 +619,7 @@ def drop_on(mesh: Mesh, splits: dict[str, tuple[str, ...]]) -> list[torch.Tensor
         with rng.isolated(3):
             return kernels.dropout(torch.ones(4000), 0.25, True, splits=splits)
 
-    return simulate.run(mesh, run)
+    return threads.run(mesh, run)
 
 
 def test_dropout_differs_between_shards_and_agrees_between_replicas() -> None:
@@ -665,7 +666,7 @@ def test_ops_that_drop_inside_draw_from_streams(dropped: Row) -> None:
             result = getattr(kernels, found.kernel or "")(*dropped.args, splits={"b": ("x",)})
         return (result if isinstance(result, torch.Tensor) else result[0]).detach()
 
-    first, second, third, _ = simulate.run(Mesh(("x", "y"), (2, 2)), run)
+    first, second, third, _ = threads.run(Mesh(("x", "y"), (2, 2)), run)
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
     assert op.results[0].shape == tuple(first.shape)
@@ -679,7 +680,7 @@ def test_half_precision_cross_entropy_adds_in_single_precision() -> None:
     def run(rank: int) -> torch.Tensor:
         return kernels.cross_entropy(logits.chunk(4, 1)[rank], target, splits={"v": ("x",)})
 
-    for found in simulate.run(Mesh(("x",), (4,)), run):
+    for found in threads.run(Mesh(("x",), (4,)), run):
         assert abs(found.float() - expected) < 0.02
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as theirs
 
 from autopar.errors import InputError, ScheduleError
-from autopar.schedules import (
+from autopar.schedules.messages import (
     COMPUTING,
     RECEIVES,
     SCHEDULES,
@@ -34,7 +34,7 @@ from autopar.schedules import (
     parse_action,
     validate,
 )
-from autopar.timeline import StageTimes, simulate
+from autopar.schedules.timeline import StageTimes, simulate
 
 RANKS = range(1, 9)
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from autopar.errors import InfeasibleError
-from autopar.layout import Mesh
-from autopar.problem import FORBIDDEN, Arc, Node, Problem, restrict
-from autopar.search import Search, evaluate, solve
+from autopar.ir.layout import Mesh
+from autopar.search.placement.problem import FORBIDDEN, Arc, Node, Problem, restrict
+from autopar.search.placement.solve import Search, evaluate, solve
 
 
 def random_problem(seed: int, nodes: int, options: int, arcs: int) -> Problem:

@@ -13,8 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import InputError, ScheduleError
-from autopar.schedules import COMPUTING, SCHEDULES, SENDS, Action, Kind, Schedule, StageEdge, chain, forward_only, lower, make_schedule
-from autopar.timeline import StageTimes, Timeline, bubble, simulate
+from autopar.schedules.messages import (
+    COMPUTING,
+    SCHEDULES,
+    SENDS,
+    Action,
+    Kind,
+    Schedule,
+    StageEdge,
+    chain,
+    forward_only,
+    lower,
+    make_schedule,
+)
+from autopar.schedules.timeline import StageTimes, Timeline, bubble, simulate
 
 Transfers = Mapping[tuple[int, int], tuple[float, float]]
 

@@ -9,22 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autopar.assignment import BlockMenu
-from autopar.blocks import find_chain
-from autopar.capture import capture
+from autopar.capture.export import capture
 from autopar.cost_models import Cluster, Link, collective_seconds
-from autopar.costs import OPTIMIZER_COPIES, CostTables, local_nbytes
-from autopar.factors import find_factors
-from autopar.ir import OpKind, Value
-from autopar.layers import fold
-from autopar.layout import Mesh
-from autopar.microbatch import split_microbatches
-from autopar.model import Model, find_tables, in_time
-from autopar.options import AxisKind, Constraints
-from autopar.problem import build_problem, kept_nbytes, least_bytes
-from autopar.rules import find_spaces
-from autopar.search import Search
-from autopar.variants import Menus, choices_of, read_chain
+from autopar.costs.tables import OPTIMIZER_COPIES, CostTables, local_nbytes
+from autopar.ir.graph import OpKind, Value
+from autopar.ir.layout import Mesh
+from autopar.rules.table import find_spaces
+from autopar.search.options import AxisKind, Constraints
+from autopar.search.pipeline.assignment import BlockMenu
+from autopar.search.pipeline.variants import Menus, choices_of, read_chain
+from autopar.search.placement.problem import build_problem, kept_nbytes, least_bytes
+from autopar.search.placement.solve import Search
+from autopar.structure.blocks import find_chain
+from autopar.structure.layers import fold
+from autopar.structure.microbatches import split_microbatches
+from autopar.structure.model import Model, find_tables, in_time
+from autopar.structure.roles import find_factors
 
 WIDTH, TOKENS, ROWS = 16, 48, 8
 CLUSTER = Cluster.parse("2xcpu")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from autopar.ir import Op, Operand, Tensor
+from autopar.ir import Family, Op, Operand, Space, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, grouped, letters, named, operand, per_point, space
-from autopar.space import Family, Space
 
 _LEADING = {0: [], 1: ["n"], 2: ["b", "s"]}
 
@@ -127,7 +126,7 @@ def scaled_dot_product_attention(op: Op, operands: tuple[Tensor, ...]) -> Space 
 
 
 def attention(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
-    """The same for `autopar.ops.attention`, with a mask of keys ``b t!`` and a bias that broadcasts to the scores."""
+    """The same for `autopar.ops.attention.attention`, with a mask of keys ``b t!`` and a bias that broadcasts to the scores."""
     extra: list[tuple[int, list[str]]] = []
     padding, bias = operand(op, 3, "key_padding"), operand(op, 4, "bias")
     if padding is not None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from autopar.ir import Op, Operand, Tensor
+from autopar.ir import Family, Op, Operand, Space, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, floats, letters, named, normal, space
-from autopar.space import Family, Space
 
 _MEAN, _SUM = 1, 2  # values of aten's `reduction` argument; 0 is none
 

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from autopar.ir import Op, Operand, Tensor
-from autopar.space import Space, parse
+from autopar.ir import Op, Operand, Space, Tensor, parse
 
 Rule = Callable[[Op, tuple[Tensor, ...]], Space | None]
 """From an op and the tensors it reads to its loops; None when this call of the op has no rule."""

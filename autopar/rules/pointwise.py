@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from autopar.ir import Op, Tensor
+from autopar.ir import Op, Space, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, floats, is_float, letters, named, normal, normals, operand, space
-from autopar.space import Space
 
 
 def pointwise(op: Op, operands: tuple[Tensor, ...], linear: tuple[int, ...] = (), flops: float = 1.0, view: bool = False) -> Space:

@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
-from autopar.ir import Op, Tensor
+from autopar.ir import Op, Space, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, floats, fresh, grouped, letters, named, normal, normals, space
-from autopar.space import Space
 
 
 def refine(before: Sequence[int], after: Sequence[int]) -> tuple[list[str], list[str], dict[str, int]]:

@@ -1,0 +1,13 @@
+"""A user's module and an example call to one flat graph, twice: of torch.fx, to be rewritten, and of `autopar.ir.graph`, to be planned.
+
+Comes in: an `nn.Module` and example inputs. Goes out: `Captured`.
+
+Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``transformers``, ``functionalize``, ``record``, ``masks``, ``normalize``,
+``graph_of``, ``export``.
+"""
+
+from autopar.capture.calls import ExampleInputs, split_call
+from autopar.capture.export import Captured, capture, refuse_autocast
+from autopar.capture.fx_nodes import source_of
+
+__all__ = ["Captured", "ExampleInputs", "capture", "refuse_autocast", "source_of", "split_call"]

@@ -1,0 +1,63 @@
+"""A failed export told in the user's words: their line, the reason, what to change.
+
+Comes in from ``capture``.
+"""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from collections.abc import Iterator
+
+from autopar.capture.fx_nodes import is_users, short_path
+from autopar.errors import CaptureError
+
+_READS_DATA = frozenset(
+    {"DataDependentOutputException", "GuardOnDataDependentSymNode", "UnsupportedDynamicShape", "DynamicOutputShapeException"}
+)
+
+
+def explain(error: Exception) -> CaptureError:
+    """The error to raise instead of `error`, which becomes its cause."""
+    source = _users_line(error)
+    where = f"at `{source}`: " if source else ""
+    reason, remedy = _reason(error)
+    return CaptureError(f"the model can't be captured as one graph; {where}{reason}. {remedy}")
+
+
+def _reason(error: Exception) -> tuple[str, str]:
+    names = {type(part).__name__ for part in _chain(error)}
+    text = str(error)
+    if names & _READS_DATA or "data-dependent" in text.lower():
+        return (
+            "the line reads a value out of a tensor, and tensors have none while a graph is made",
+            "Express the choice with torch.where or masking, pass the value as an argument that isn't a tensor,"
+            " or do it outside the forward",
+        )
+    if "pytree" in text or ("Unsupported" in text and "output" in text):
+        return (
+            "the model returns an object whose contents torch doesn't know",
+            "Return tensors in tuples, lists or dicts, or register the class: torch.export.register_dataclass for a dataclass",
+        )
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return f"{type(error).__name__}: {first.rstrip('.')}", "Check that model(**example_inputs) runs with these inputs"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def _users_line(error: Exception) -> str:
+    """``file.py:12: code`` of the innermost frame that is the user's."""
+    for part in _chain(error):
+        frames = [frame for frame in traceback.extract_tb(part.__traceback__) if is_users(frame.filename)]
+        if frames:
+            frame = frames[-1]
+            code = frame.line or linecache.getline(frame.filename, frame.lineno or 0)
+            return f"{short_path(frame.filename)}:{frame.lineno}: {code.strip()}"
+    return ""

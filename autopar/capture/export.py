@@ -1,0 +1,374 @@
+"""From a module and example inputs to one flat graph, twice: as fx graph to run, as `ir.Graph` to plan with.
+
+Comes in from ``api``; goes out to everything after. The module is exported with fake tensors in place of its parameters,
+buffers and inputs: nothing is computed, a module on the meta device is captured like any other, and afterwards the
+module is as it was.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
+
+from autopar import ir
+from autopar.capture.calls import CallSpec, ResultSpec, read_call
+from autopar.capture.errors import explain
+from autopar.capture.functionalize import functionalize
+from autopar.capture.graph_of import graph_of
+from autopar.capture.masks import prove_masks
+from autopar.capture.normalize import drop_detach, drop_unused, inline_regions, simplify, slice_constant_indices
+from autopar.capture.record import record
+from autopar.capture.transformers import adapted
+from autopar.errors import AutoparError, CaptureError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """A model as one graph.
+
+    Attributes:
+        fx: its placeholders are the parameters, the buffers, then the tensors of the call; its output is a flat tuple of
+            the tensors that the model returns, then the new values of `mutated_buffers`. A factory call (``aten.zeros``)
+            names no device: whoever runs it elsewhere than on the CPU adds one.
+        graph: the same for planning; ops have the names of the fx nodes.
+        parameters, buffers: names in the model, in placeholder order; tied ones occur once.
+        aliases: other name of a tied parameter or buffer -> the name that is kept.
+        constants: tensors that the forward makes from numbers or finds as plain attributes; they are among `buffers`.
+        mutated_buffers: buffers whose new values follow the user's outputs. The running statistics of a batch norm aren't
+            among them: its operator updates them.
+        notes: what was dropped or changed, for the plan's report.
+        call: structure of the call.
+        results: structure of what the model returns.
+    """
+
+    fx: fx.GraphModule
+    graph: ir.Graph
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    aliases: Mapping[str, str]
+    constants: Mapping[str, Tensor]
+    mutated_buffers: tuple[str, ...]
+    notes: tuple[str, ...]
+    call: CallSpec
+    results: ResultSpec
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The user's names of the flat tensor inputs, in placeholder order."""
+        return self.call.inputs
+
+    @property
+    def in_spec(self) -> pytree.TreeSpec:
+        """Structure of the call's (positional, keyword) arguments in canonical form."""
+        return self.call.in_spec
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The flat tensor inputs of a call; raises InputError that says which argument differs from the captured call."""
+        return self.call.bind(args, kwargs)
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """What the model would return, from the flat outputs (those of `mutated_buffers` may follow and are ignored)."""
+        return self.results.unflatten(outputs)
+
+
+def refuse_autocast(device: torch.device) -> None:
+    """Raises CaptureError under autocast: programs and the messages between stages have the dtypes of the capture."""
+    if torch.is_autocast_enabled(device.type):
+        raise CaptureError(
+            "autocast is on; which operators it casts isn't part of a graph. Give the model the dtype that it shall compute"
+            " in (model.to(torch.bfloat16)) and call it outside torch.autocast"
+        )
+
+
+def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], *, training: bool | None = None) -> Captured:
+    """Capture a module for the sizes of an example call.
+
+    Args:
+        model: on any device, meta included; isn't changed.
+        example_inputs: as given to the model: a mapping is keyword arguments, a tuple positional ones, a pair of a tuple
+            and a mapping is both. Only shapes and dtypes of tensors matter.
+        training: capture the training or the evaluation behaviour; as the model is set by default.
+
+    Raises:
+        CaptureError: with the line that can't be part of a graph.
+        InputError: for arguments that the module's forward doesn't take.
+    """
+    spec, leaves = read_call(model.forward, example_inputs)
+    device = _device(model)
+    refuse_autocast(device)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [_fake(leaf, mode, device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    args, kwargs = pytree.tree_unflatten(fakes, spec.in_spec)
+    notes: list[str] = []
+    originals = _Originals.of(model)
+    with _set_training(model, training), _faked(model, mode, device), adapted(model, kwargs, notes) as kwargs:
+        program = _export(model, args, kwargs)
+    return _assemble(program, originals, spec, leaves, mode, device, notes)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Where the model computes; a model on the meta device is captured as if it were on the CPU."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        return torch.device("cpu") if tensor.is_meta else tensor.device
+    return torch.device("cpu")
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    with mode:
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return made.requires_grad_(tensor.requires_grad)
+
+
+@contextmanager
+def _set_training(model: nn.Module, training: bool | None) -> Iterator[None]:
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        if training is not None:
+            model.train(training)
+        yield
+    finally:
+        for module, flag in before:
+            module.training = flag
+
+
+@contextmanager
+def _faked(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
+    """Put fake tensors in place of parameters and buffers; tied ones stay tied."""
+    made: dict[int, Tensor] = {}
+    before: list[tuple[nn.Module, str, Tensor]] = []
+    try:
+        for module in list(model.modules()):
+            for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+                if tensor is None:
+                    continue
+                if id(tensor) not in made:
+                    fake = _fake(tensor.detach(), mode, device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+                before.append((module, name, tensor))
+                # Not through the dict: recurrent modules keep a second list of their weights that this renews.
+                setattr(module, name, made[id(tensor)])
+        yield
+    finally:
+        for module, name, tensor in before:
+            setattr(module, name, tensor)
+
+
+@contextmanager
+def _without_looking_at_masks() -> Iterator[None]:
+    """Keep torch's transformer modules from comparing a mask with a causal one, which needs values; `prove_masks` does it."""
+    modules = torch.nn.modules.transformer
+    before = modules._detect_is_causal_mask
+
+    def detect(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+        return bool(is_causal)
+
+    modules._detect_is_causal_mask = detect
+    try:
+        yield
+    finally:
+        modules._detect_is_causal_mask = before
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    """Export; what torch prints and logs about a failure is dropped, `explain` tells it."""
+    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with (
+            warnings.catch_warnings(),
+            redirect_stderr(io.StringIO()) as said,
+            torch.enable_grad(),
+            _without_looking_at_masks(),
+        ):
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, args, kwargs, strict=False)
+        if said.getvalue():
+            sys.stderr.write(said.getvalue())
+        return program
+    except AutoparError:
+        raise
+    except Exception as error:
+        raise explain(error) from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+@dataclass(frozen=True, slots=True)
+class _Originals:
+    """The model's own tensors by name, and which names mean the same tensor."""
+
+    parameters: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+    aliases: Mapping[str, str]
+
+    @staticmethod
+    def of(model: nn.Module) -> _Originals:
+        kept: dict[int, str] = {}
+        aliases: dict[str, str] = {}
+        for name, tensor in [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]:
+            if kept.setdefault(id(tensor), name) != name:
+                aliases[name] = kept[id(tensor)]
+        return _Originals(dict(model.named_parameters()), dict(model.named_buffers()), aliases)
+
+
+@dataclass(slots=True)
+class _Inputs:
+    """The placeholders of an exported program, sorted: user's name per placeholder, in the order of the captured graph."""
+
+    parameters: dict[str, str] = field(default_factory=dict)
+    buffers: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)  # by placeholder; among the buffers
+    scalars: dict[str, Tensor] = field(default_factory=dict)  # become calls
+    merged: dict[str, str] = field(default_factory=dict)  # placeholder of a tied tensor -> the one that is kept
+
+
+def _read_inputs(graph: fx.Graph, program: ExportedProgram, originals: _Originals, spec: CallSpec) -> _Inputs:
+    """Sort the placeholders of `graph`, which are those of the program in order."""
+    found = _Inputs()
+    names = iter(spec.inputs)
+    first: dict[str, str] = {}
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, given in zip(placeholders, program.graph_signature.input_specs, strict=True):
+        target = str(given.target)
+        if given.kind in (InputKind.PARAMETER, InputKind.BUFFER):
+            name = originals.aliases.get(target, target)
+            if name in first:
+                found.merged[node.name] = first[name]
+                continue
+            first[name] = node.name
+            (found.parameters if given.kind is InputKind.PARAMETER else found.buffers)[node.name] = name
+        elif given.kind is InputKind.CONSTANT_TENSOR:
+            value = program.constants[target]
+            if value.ndim == 0 and not value.is_meta:
+                found.scalars[node.name] = value
+            else:
+                found.buffers[node.name] = target
+                found.constants[node.name] = value
+        elif given.kind is InputKind.USER_INPUT and not isinstance(given.arg, ConstantArgument):
+            found.inputs[node.name] = next(names)
+        elif given.kind is not InputKind.USER_INPUT:
+            kind = given.kind.name.lower().replace("_", " ")
+            raise CaptureError(f"the forward uses {given.target!r}, a {kind}, which can't be part of a graph")
+    return found
+
+
+def order_placeholders(graph: fx.Graph, found: _Inputs) -> fx.Graph:
+    """Parameters first, then buffers, then inputs; tied ones once; constant scalars as calls; unused constants gone."""
+    new = fx.Graph()
+    old = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+    env: dict[fx.Node, fx.Node] = {}
+    for name in (*found.parameters, *found.buffers, *found.inputs):
+        env[old[name]] = new.node_copy(old[name])
+    for name, kept in found.merged.items():
+        env[old[name]] = env[old[kept]]
+    for name, value in found.scalars.items():
+        made = new.call_function(aten.full.default, ([], value.item()), {"dtype": value.dtype})
+        made.meta["val"] = old[name].meta["val"]
+        env[old[name]] = made
+    for node in graph.nodes:
+        if node.op != "placeholder":
+            env[node] = new.node_copy(node, env.__getitem__)
+    return new
+
+
+def _read_results(graph: fx.Graph, program: ExportedProgram) -> tuple[list[fx.Node], ResultSpec]:
+    """The output nodes that are tensors, and the structure that they and the constants among them make up."""
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    tensors: list[fx.Node] = []
+    constants: list[tuple[bool, Any]] = []
+    for value in output.args[0]:
+        is_tensor = isinstance(value, fx.Node)
+        constants.append((not is_tensor, None if is_tensor else value))
+        if is_tensor:
+            tensors.append(value)
+    spec = program.call_spec.out_spec
+    assert spec is not None, "a program that torch exported knows its output"
+    return tensors, ResultSpec(spec, tuple(constants))
+
+
+def _assemble(
+    program: ExportedProgram,
+    originals: _Originals,
+    spec: CallSpec,
+    leaves: Sequence[Any],
+    mode: FakeTensorMode,
+    device: torch.device,
+    notes: list[str],
+) -> Captured:
+    graph = inline_regions(program.graph_module)
+    found = _read_inputs(graph, program, originals, spec)
+    graph = order_placeholders(graph, found)
+    graph, written = functionalize(graph, {*found.buffers, *found.inputs})
+    tensors, results = _read_results(graph, program)
+    mutated = [name for name in found.buffers if name in written]
+    notes.extend(
+        f"the forward writes to the input {found.inputs[name]}: the caller's tensor stays as it was"
+        for name in found.inputs
+        if name in written
+    )
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
+    output.args = ((*tensors, *(written[name] for name in mutated)),)
+    graph = slice_constant_indices(simplify(graph, device), found.constants)
+    graph = prove_masks(graph, _known_values(found, originals, written), notes)
+    graph = drop_unused(graph, found.constants)
+    left = {node.name for node in graph.nodes if node.op == "placeholder"}
+    buffers = {name: target for name, target in found.buffers.items() if name in left}
+    parameters = {name: originals.parameters[target] for name, target in found.parameters.items()}
+    tensor_leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    differentiable = {name for name, tensor in parameters.items() if tensor.requires_grad}
+    differentiable |= {name for name, leaf in zip(found.inputs, tensor_leaves, strict=True) if leaf.requires_grad}
+    recorded = record(graph, mode, device, frozenset(differentiable))
+    graph = drop_detach(graph, recorded)
+    kinds = {
+        **dict.fromkeys(found.parameters, ir.OpKind.PARAMETER),
+        **dict.fromkeys(buffers, ir.OpKind.BUFFER),
+        **dict.fromkeys(found.inputs, ir.OpKind.INPUT),
+    }
+    names = {**found.parameters, **buffers, **found.inputs}
+    updates = tuple(found.buffers[name] for name in mutated)
+    module = fx.GraphModule(nn.Module(), graph)
+    return Captured(
+        fx=module,
+        graph=graph_of(module.graph, recorded, kinds, names, updates),
+        parameters=tuple(found.parameters.values()),
+        buffers=tuple(buffers.values()),
+        aliases=originals.aliases,
+        constants={buffers[name]: value for name, value in found.constants.items() if name in buffers},
+        mutated_buffers=updates,
+        notes=tuple(dict.fromkeys(notes)),
+        call=spec,
+        results=results,
+    )
+
+
+def _known_values(found: _Inputs, originals: _Originals, written: Mapping[str, fx.Node]) -> dict[str, Tensor]:
+    """Placeholders whose values can't change: constants, and buffers of booleans or scores that nothing writes to."""
+    known = dict(found.constants)
+    for name, target in found.buffers.items():
+        if name not in written and target in originals.buffers:
+            known[name] = originals.buffers[target]
+    return {name: value.detach().cpu() for name, value in known.items() if not value.is_meta}

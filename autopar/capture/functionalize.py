@@ -1,0 +1,235 @@
+"""In-place operators out of a flat graph: what they wrote becomes a value, and everyone who would see it reads that.
+
+Comes in from ``normalize.inline_regions``; goes out to ``normalize.simplify``. A write through a view is carried to the
+tensor it looks at, and other views of that tensor are made anew when they are next read. What a buffer holds at the end
+becomes an output after the user's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autopar.capture.fx_nodes import emit, is_getitem, source_of, value_of
+from autopar.errors import CaptureError
+
+aten = torch.ops.aten
+
+
+def functionalize(graph: fx.Graph, writable: Collection[str]) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """Replace in-place operators; returns the new graph and, per placeholder written to, the node of its last value.
+
+    Args:
+        graph: flat; its placeholders keep their names.
+        writable: names of the placeholders that may be written to: buffers and inputs. Writing to another one, a
+            parameter, raises CaptureError, as does a write through a view that can't be carried back.
+    """
+    return _Functionalizer(graph, frozenset(writable)).run()
+
+
+class _Functionalizer:
+    """The state of one pass: per old node its present value, what it is a view of, and whether that has moved on."""
+
+    def __init__(self, graph: fx.Graph, writable: frozenset[str]) -> None:
+        self.old = graph
+        self.new = fx.Graph()
+        self.writable = writable
+        self.env: dict[fx.Node, Any] = {}
+        self.same: dict[fx.Node, fx.Node] = {}  # an in-place call is its first operand
+        self.parent: dict[fx.Node, fx.Node] = {}
+        self.views: dict[fx.Node, list[fx.Node]] = {}  # of a tensor that is no view itself
+        self.stale: set[fx.Node] = set()
+        self.written: dict[str, fx.Node] = {}
+
+    def run(self) -> tuple[fx.Graph, dict[str, fx.Node]]:
+        for node in self.old.nodes:
+            if node.op == "call_function" and _is_in_place(node):
+                self._write_in_place(node)
+            elif node.op == "output":
+                self.new.output(fx.node.map_arg(node.args[0], self._read))
+            elif node.op == "placeholder":
+                self.env[node] = self.new.node_copy(node)
+            else:
+                self._copy(node)
+        return self.new, {name: self._read(node) for name, node in self.written.items()}
+
+    def _copy(self, node: fx.Node) -> None:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._read)
+        self.env[node] = emit(self.new, node.target, args, kwargs, node)  # type: ignore[arg-type]
+        if _is_view(node):
+            parent = self._resolve(node.args[0])  # type: ignore[arg-type]
+            self.parent[node] = parent
+            self.views.setdefault(self._root(parent), []).append(node)
+
+    def _resolve(self, node: fx.Node) -> fx.Node:
+        while node in self.same:
+            node = self.same[node]
+        return node
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        while node in self.parent:
+            node = self.parent[node]
+        return node
+
+    def _read(self, node: fx.Node) -> Any:
+        node = self._resolve(node)
+        if node in self.stale:
+            args = (self._read(self.parent[node]), *fx.node.map_arg(node.args[1:], self._read))
+            self.env[node] = emit(self.new, node.target, args, node.kwargs, node)  # type: ignore[arg-type]
+            self.stale.discard(node)
+        return self.env[node]
+
+    def _write_in_place(self, node: fx.Node) -> None:
+        written = node.args[0]
+        assert isinstance(written, fx.Node)
+        written = self._resolve(written)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._read)
+        value = _call_functional(self.new, node, args, kwargs)
+        self.same[node] = written
+        chain = {written}
+        # Every tensor that this one is a view of gets the value written into it, the innermost first.
+        while written in self.parent:
+            parent = self.parent[written]
+            before = self._read(parent)
+            self._set(written, value)
+            value = _write_back(self.new, written, before, value, node)
+            written = parent
+            chain.add(written)
+        self._set(written, value)
+        self.stale.update(view for view in self.views.get(written, ()) if view not in chain)
+        if written.op == "placeholder":
+            if written.name not in self.writable:
+                raise CaptureError(
+                    f"the forward writes in place to the parameter {written.target!s} ({source_of(node) or node.name});"
+                    " make it a buffer, or do the update outside the forward"
+                )
+            self.written[written.name] = written
+
+    def _set(self, node: fx.Node, value: fx.Node) -> None:
+        self.env[node] = value
+        self.stale.discard(node)
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return False
+    name = target._schema.name.split("::")[1]
+    if not (name.endswith("_") or name.startswith("__i")) or not isinstance(node.args[0], fx.Node):
+        raise CaptureError(f"{target} writes to its operands in a way that isn't known ({source_of(node) or node.name})")
+    return True
+
+
+# Operators whose schema allows a view, and which make one only when no copy is needed.
+_MAYBE_VIEWS = frozenset({aten.reshape.default, aten.contiguous.default, aten.flatten.using_ints})
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the node's result shares storage with its first operand."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
+        return is_getitem(node) and _is_view(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else False
+    first = target._schema.arguments[0].alias_info
+    if first is None or first.is_write or not target._schema.returns or target._schema.returns[0].alias_info is None:
+        return False
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return isinstance(before, Tensor)
+    if before.dtype != after.dtype and target is not aten.view.dtype:
+        return False  # a conversion
+    if target in _MAYBE_VIEWS:
+        return before.is_contiguous() or (target is aten.reshape.default and _can_view(before, after.shape))
+    return True
+
+
+def _can_view(tensor: Tensor, shape: torch.Size) -> bool:
+    try:
+        tensor.view(shape)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _call_functional(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """Emit the operator that makes the value which the in-place operator `node` writes; same dtype and sizes."""
+    before = value_of(node)
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    name = target._schema.name.split("::")[1]
+    if name == "copy_":
+        value: fx.Node = args[1]
+        if value_of(value).dtype != before.dtype:
+            value = emit(graph, aten.to.dtype, (value, before.dtype), {}, node)
+        if value_of(value).shape != before.shape:
+            value = emit(graph, aten.expand.default, (value, list(before.shape)), {}, node)
+        return value
+    if name == "zero_":
+        return emit(graph, aten.zeros_like.default, (args[0],), {}, node)
+    if name == "fill_" and not isinstance(args[1], fx.Node):
+        return emit(graph, aten.full_like.default, (args[0], args[1]), {}, node)
+    value = emit(graph, _functional(target, name, node), args, kwargs, node)
+    operands = [arg for arg in args[1:] if isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), Tensor)]
+    wide = before.dtype
+    for operand in operands:
+        if value_of(operand).ndim and value_of(operand).dtype != torch.bool:
+            wide = torch.promote_types(wide, value_of(operand).dtype)
+    if wide != before.dtype:  # in place keeps the dtype, the functional operator promotes
+        value.meta["val"] = before.to(wide)
+        value = emit(graph, aten.to.dtype, (value, before.dtype), {}, node)
+    return value
+
+
+_RENAMED: dict[str, Callable[..., Any]] = {
+    "bernoulli_.float": aten.bernoulli.p,
+    "normal_.default": aten.normal_functional.default,
+    "__iand__.Tensor": aten.bitwise_and.Tensor,
+    "__ior__.Tensor": aten.bitwise_or.Tensor,
+}
+
+
+def _functional(target: torch._ops.OpOverload[..., Any], name: str, node: fx.Node) -> Callable[..., Any]:
+    known = _RENAMED.get(f"{name}.{target._overloadname}")
+    if known is not None:
+        return known
+    packet = getattr(getattr(torch.ops, target.namespace), name.rstrip("_"), None)
+    found = getattr(packet, target._overloadname, None)
+    if found is None or found._schema.is_mutable:
+        raise CaptureError(
+            f"{target} works in place and has no twin that doesn't ({source_of(node) or node.name});"
+            " write the line without the in-place operator"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def _write_back(graph: fx.Graph, view: fx.Node, before: fx.Node, value: fx.Node, writer: fx.Node) -> fx.Node:
+    """Emit the tensor `before` with `value` in the part that `view` shows of it."""
+    target, rest = view.target, view.args[1:]
+    like = view.args[0]
+    assert isinstance(like, fx.Node)
+    shape = list(value_of(like).shape)
+    inverse: tuple[Callable[..., Any], tuple[Any, ...]]
+    if target in _SCATTERS:
+        inverse = (_SCATTERS[target], (before, value, *rest))
+    elif target in (aten.transpose.int, aten.t.default):
+        inverse = (target, (value, *rest))
+    elif target is aten.permute.default:
+        order: Any = rest[0]
+        inverse = (aten.permute.default, (value, [order.index(dim) for dim in range(len(order))]))
+    elif value_of(view).numel() == value_of(like).numel() and target not in (aten.as_strided.default, aten.view.dtype):
+        inverse = (aten.reshape.default, (value, shape))
+    else:
+        raise CaptureError(
+            f"a write in place goes through a view by {target} and can't be followed back"
+            f" ({source_of(writer) or writer.name}); build the tensor with torch.where or torch.cat instead"
+        )
+    return emit(graph, *inverse, {}, like)
+
+
+_SCATTERS: dict[Any, Callable[..., Any]] = {
+    aten.select.int: aten.select_scatter.default,
+    aten.slice.Tensor: aten.slice_scatter.default,
+    aten.diagonal.default: aten.diagonal_scatter.default,
+}

@@ -1,0 +1,102 @@
+"""Proofs about attention masks: a mask that no input reaches is evaluated, and left out when it says causal or nothing.
+
+Comes in from ``normalize``; goes out to ``record``. A causal mask of its own costs the square of the sequence, and the
+kernels that do without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autopar.capture.fx_nodes import on_device, source_of, value_of
+
+aten = torch.ops.aten
+
+MAX_ELEMENTS = 2**28
+"""Largest tensor that a proof may make."""
+
+_CPU = torch.device("cpu")
+
+
+def prove_masks(graph: fx.Graph, known: Mapping[str, Tensor], notes: list[str]) -> fx.Graph:
+    """Replace proven masks of ``scaled_dot_product_attention`` by ``is_causal``, or by nothing.
+
+    Args:
+        graph: flat and functional.
+        known: values of placeholders that are constant: buffers that nothing writes, tensors made in the forward.
+        notes: one line per mask that was replaced is appended.
+    """
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    proofs: dict[fx.Node, str] = {}
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        env[node] = new.node_copy(node, env.__getitem__)
+        if node.target is not aten.scaled_dot_product_attention.default:
+            continue
+        query, key, value, mask, dropout, causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])[:6]
+        if not isinstance(mask, fx.Node) or causal:
+            continue
+        if mask not in proofs:
+            proofs[mask] = _prove(mask, known, values)
+            if proofs[mask]:
+                where = source_of(node) or node.name
+                notes.append(f"the attention mask is {proofs[mask]} and isn't kept as a tensor ({where})")
+        if proofs[mask]:
+            args = (query, key, value, None, dropout, proofs[mask] == "causal")
+            env[node].args = fx.node.map_arg(args, env.__getitem__)
+    new.eliminate_dead_code()
+    return new
+
+
+def _prove(mask: fx.Node, known: Mapping[str, Tensor], values: dict[fx.Node, Any]) -> str:
+    """``causal``, ``all true``, or empty when neither is shown."""
+    if value_of(mask).ndim < 2 or not _evaluate(mask, known, values):
+        return ""
+    tensor = values[mask]
+    if tensor.dtype != torch.bool:
+        hidden = (tensor == -torch.inf) | (tensor == torch.finfo(tensor.dtype).min)
+        if not bool((hidden | (tensor == 0)).all()):
+            return ""
+        tensor = ~hidden
+    if bool(tensor.all()):
+        return "all true"
+    causal = torch.ones(tensor.shape[-2:], dtype=torch.bool).tril()
+    return "causal" if bool((tensor == causal).all()) else ""
+
+
+def _evaluate(mask: fx.Node, known: Mapping[str, Tensor], values: dict[fx.Node, Any]) -> bool:
+    """Compute `mask` and what it is made of into `values`; False when data, chance or size forbid it."""
+    order: list[fx.Node] = []
+    pending = [mask]
+    seen = set(values)
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        order.append(node)
+        if not _is_constant(node, known):
+            return False
+        pending.extend(node.all_input_nodes)
+    position = {node: index for index, node in enumerate(mask.graph.nodes)}
+    for node in sorted(order, key=position.__getitem__):
+        if node.op == "placeholder":
+            values[node] = known[node.name]
+            continue
+        args, kwargs = fx.node.map_arg((node.args, on_device(node, _CPU)), values.__getitem__)
+        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return True
+
+
+def _is_constant(node: fx.Node, known: Mapping[str, Tensor]) -> bool:
+    if node.op == "placeholder":
+        return node.name in known and known[node.name].numel() <= MAX_ELEMENTS
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.numel() > MAX_ELEMENTS:
+        return False
+    return not (isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags)

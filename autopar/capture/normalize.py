@@ -1,0 +1,382 @@
+"""From an exported program to one flat graph without noise: a visible list of passes, each from a graph to a new graph.
+
+Comes in from ``capture``; goes out to ``record`` and ``graph_of``. After these passes a graph has no submodules, spells
+every size, names no device, and holds only calls that compute something. In-place operators are the business of
+``functionalize``, which runs between `inline_regions` and `simplify`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from autopar.capture.fx_nodes import emit, is_getitem, source_of, takes, value_of
+from autopar.capture.record import Record
+from autopar.errors import CaptureError
+
+aten = torch.ops.aten
+
+Target = Callable[..., Any]
+Call = tuple[Target, tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(slots=True)
+class _Inlining:
+    """What `inline_regions` knows while it copies: nodes made under ``no_grad``, and one detachment per node read there."""
+
+    graph: fx.Graph
+    without_grad: set[fx.Node] = field(default_factory=set)
+    detached: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+
+def inline_regions(module: fx.GraphModule) -> fx.Graph:
+    """Put the bodies of ``no_grad`` and ``autocast(enabled=False)`` regions in line.
+
+    What a ``no_grad`` region reads from outside is detached, so that nothing in it is differentiated; `drop_detach`
+    removes the detachments of what needs no gradient anyway. Raises CaptureError for autocast that is switched on.
+    """
+    state = _Inlining(fx.Graph())
+    placeholders = [state.graph.node_copy(node) for node in module.graph.nodes if node.op == "placeholder"]
+    state.graph.output(_inline(module, placeholders, True, state))
+    return state.graph
+
+
+def _inline(module: fx.GraphModule, inputs: list[Any], grad: bool, state: _Inlining) -> Any:
+    env: dict[fx.Node, Any] = {}
+    given = iter(inputs)
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = next(given)
+        elif node.op == "get_attr":
+            env[node] = getattr(module, str(node.target))
+        elif node.op == "output":
+            return fx.node.map_arg(node.args[0], env.__getitem__)
+        elif is_getitem(node) and not isinstance(env[node.args[0]], fx.Node):
+            env[node] = env[node.args[0]][node.args[1]]
+        elif (region := _region(node)) is not None:
+            body, enabled, args = region
+            values = [env[arg] if isinstance(arg, fx.Node) else arg for arg in args]
+            env[node] = _inline(env[body], values, grad if enabled is None else enabled, state)
+        else:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _read(env[n], grad, state))
+            env[node] = emit(state.graph, node.target, args, kwargs, node)
+            if not grad:
+                state.without_grad.add(env[node])
+    raise AssertionError("an exported graph has an output node")
+
+
+def _region(node: fx.Node) -> tuple[fx.Node, bool | None, tuple[Any, ...]] | None:
+    """(body, gradients on or off or as outside, arguments) of a call on a submodule; None for any other node."""
+    name = getattr(node.target, "__name__", "")
+    if name == "wrap_with_set_grad_enabled":
+        return node.args[1], node.args[0], node.args[2:]  # type: ignore[return-value]
+    if name == "wrap_with_autocast":
+        if node.args[2]:
+            raise CaptureError(
+                f"the model switches autocast on inside its forward ({source_of(node) or node.name}); which operators it casts"
+                " isn't part of a graph. Give the model the dtype that it shall compute in (model.to(torch.bfloat16))"
+            )
+        return node.args[4], None, node.args[5:]  # type: ignore[return-value]
+    return None
+
+
+def _read(value: Any, grad: bool, state: _Inlining) -> Any:
+    """The value as a call reads it: detached when it comes from outside the ``no_grad`` region of the call."""
+    if grad or not isinstance(value, fx.Node) or value in state.without_grad:
+        return value
+    tensor = value.meta.get("val")
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or value.name.startswith("b_"):
+        return value
+    if value not in state.detached:
+        state.detached[value] = emit(state.graph, aten.detach.default, (value,), {}, value)
+        state.without_grad.add(state.detached[value])
+    return state.detached[value]
+
+
+def simplify(graph: fx.Graph, device: torch.device) -> fx.Graph:
+    """Apply `RULES` to every call, in order of the program, and drop what nothing reads.
+
+    Args:
+        graph: flat and functional.
+        device: where the model is; arguments that name it are left out, whoever runs the graph says where.
+    """
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            env[node] = new.node_copy(node, env.__getitem__)
+            continue
+        if node.target in NO_EFFECT:
+            continue
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
+        call: Call = (node.target, args, dict(kwargs))
+        if isinstance(node.target, torch._ops.OpOverload):
+            call = to_positional(*call)
+            call = forget_device(call, node, device)
+        source: fx.Node | None = None
+        for rule in RULES.get(call[0], ()):
+            result = rule(call, node)
+            if isinstance(result, fx.Node):
+                source = result
+                break
+            call = result
+        env[node] = emit(new, *call, node) if source is None else source
+    new.eliminate_dead_code()
+    return new
+
+
+def to_positional(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Give by position whatever the operator's schema lets be given by position."""
+    if not kwargs:
+        return target, args, kwargs
+    schema = target._schema.arguments  # type: ignore[attr-defined]
+    positional = list(args)
+    missing: list[Any] = []
+    for argument in schema[len(args) :]:
+        if argument.kwarg_only:
+            break
+        if argument.name in kwargs:
+            positional += [*missing, kwargs.pop(argument.name)]
+            missing = []
+        else:
+            missing.append(argument.default_value)
+    return target, tuple(positional), kwargs
+
+
+def forget_device(call: Call, node: fx.Node, device: torch.device) -> Call:
+    """Leave out the model's device, and spell the dtype that a factory would take from torch's default."""
+    target, args, kwargs = call
+    if "device" in kwargs and (kwargs["device"] is None or torch.device(kwargs["device"]) == device):
+        del kwargs["device"]
+    if not kwargs.get("pin_memory", True) or kwargs.get("pin_memory", 0) is None:
+        del kwargs["pin_memory"]
+    if "layout" in kwargs and kwargs["layout"] in (None, torch.strided):
+        del kwargs["layout"]
+    tensor = node.meta.get("val")
+    is_factory = isinstance(tensor, Tensor) and not node.all_input_nodes and takes(target, "dtype")
+    if is_factory and kwargs.get("dtype") is None:
+        kwargs["dtype"] = tensor.dtype  # type: ignore[union-attr]
+    return target, args, kwargs
+
+
+def skip(call: Call, node: fx.Node) -> Call | fx.Node:
+    """An operator that only renames its operand."""
+    return call[1][0]  # type: ignore[no-any-return]
+
+
+def skip_same_tensor(call: Call, node: fx.Node) -> Call | fx.Node:
+    """A view, expansion or slice of everything: the operand itself, when sizes and dtype agree."""
+    source = call[1][0]
+    before, after = value_of(source), value_of(node)
+    return source if before.shape == after.shape and before.dtype == after.dtype else call
+
+
+def skip_conversion(call: Call, node: fx.Node) -> Call | fx.Node:
+    """A conversion to the dtype and device that the operand has goes; others become ``aten.to.dtype`` where that's all."""
+    source = call[1][0]
+    before, after = value_of(source), value_of(node)
+    if before.device != after.device:
+        return call
+    return source if before.dtype == after.dtype else (aten.to.dtype, (source, after.dtype), {})
+
+
+def skip_inactive_dropout(call: Call, node: fx.Node) -> Call | fx.Node:
+    """Dropout with probability zero, or outside training."""
+    source, probability, training = call[1]
+    return source if probability == 0 or not training else call
+
+
+def skip_copy(call: Call, node: fx.Node) -> Call | fx.Node:
+    """A copy that keeps its memory order: nothing is written in place here, so nobody can tell."""
+    wanted = call[2].get("memory_format")
+    return call[1][0] if wanted in (None, torch.preserve_format) else call
+
+
+def skip_adding_zero(call: Call, node: fx.Node) -> Call | fx.Node:
+    """``x + 0`` of integers, which offset arithmetic leaves behind."""
+    source, other = call[1][:2]
+    if isinstance(source, fx.Node) and other == 0 and not isinstance(other, fx.Node) and not value_of(node).is_floating_point():
+        return skip_same_tensor(call, node)
+    return call
+
+
+def spell_shape(call: Call, node: fx.Node) -> Call | fx.Node:
+    """A reshape or expansion says every size; ``view`` becomes ``reshape``, as the parts of a tensor may have other strides."""
+    source = call[1][0]
+    shape = list(value_of(node).shape)
+    target = aten.expand.default if call[0] in _EXPANSIONS else aten.reshape.default
+    return target, (source, shape), {}
+
+
+def spell_slice(call: Call, node: fx.Node) -> Call | fx.Node:
+    """A slice says its dim, start and end as they are counted from the front."""
+    source, *rest = call[1]
+    given = dict(zip(("dim", "start", "end", "step"), rest, strict=False))
+    dim, step = given.get("dim", 0), given.get("step", 1)
+    shape = value_of(source).shape
+    dim %= len(shape)
+    start, end, _ = slice(given.get("start"), given.get("end"), step).indices(shape[dim])
+    return call[0], (source, dim, start, max(start, end)) + ((step,) if step != 1 else ()), {}
+
+
+def spell_transpose(call: Call, node: fx.Node) -> Call | fx.Node:
+    """``x.T`` and ``x.mT`` by the dims that they exchange."""
+    source = call[1][0]
+    if value_of(source).ndim < 2:
+        return source  # type: ignore[no-any-return]
+    if call[0] is aten.numpy_T.default and value_of(source).ndim > 2:
+        return aten.permute.default, (source, list(reversed(range(value_of(source).ndim)))), {}
+    return (aten.t.default, (source,), {}) if value_of(source).ndim == 2 else (aten.transpose.int, (source, -2, -1), {})
+
+
+def spell_factory(call: Call, node: fx.Node) -> Call | fx.Node:
+    """``x.new_zeros`` and the like take nothing but their type from a tensor that would have to be whole for it: they name the type."""
+    if "device" in call[2]:
+        return call
+    return _FACTORIES[call[0]], call[1][1:], {"dtype": value_of(node).dtype}
+
+
+def spell_broadcast(call: Call, node: fx.Node) -> Call | fx.Node:
+    """A result of ``broadcast_tensors``, which losses call, is an expansion of one operand: of none where sizes agree already."""
+    source, index = call[1]
+    if source.target is not aten.broadcast_tensors.default:
+        return call
+    return skip_same_tensor((aten.expand.default, (source.args[0][index], list(value_of(node).shape)), {}), node)
+
+
+def rename(target: Target) -> Callable[[Call, fx.Node], Call | fx.Node]:
+    """The same operator under its usual name."""
+
+    def rule(call: Call, node: fx.Node) -> Call | fx.Node:
+        return target, call[1], call[2]
+
+    return rule
+
+
+NO_EFFECT: frozenset[Any] = frozenset(
+    {
+        aten._assert_tensor_metadata.default,
+        aten._assert_async.msg,
+        aten._assert_async.default,
+        aten._assert_scalar.default,
+        aten.sym_constrain_range_for_size.default,
+    }
+)
+"""Calls that check something and make nothing; what they check is fixed once the graph is."""
+
+_EXPANSIONS = frozenset({aten.expand.default, aten.expand_as.default, aten.broadcast_to.default})
+
+_FACTORIES: dict[Any, Any] = {
+    aten.new_zeros.default: aten.zeros.default,
+    aten.new_ones.default: aten.ones.default,
+    aten.new_full.default: aten.full.default,
+}
+
+Rule = Callable[[Call, fx.Node], "Call | fx.Node"]
+
+RULES: dict[Any, tuple[Rule, ...]] = {
+    **dict.fromkeys((aten.alias.default, aten.lift_fresh_copy.default, aten.lift_fresh.default), (skip,)),
+    **dict.fromkeys(
+        (
+            aten.to.dtype,
+            aten.to.device,
+            aten.to.dtype_layout,
+            aten.to.other,
+            aten._to_copy.default,
+            aten.type_as.default,
+        ),
+        (skip_conversion,),
+    ),
+    **dict.fromkeys(
+        (
+            aten.view.default,
+            aten.reshape.default,
+            aten._unsafe_view.default,
+            aten.unflatten.int,
+            aten.flatten.using_ints,
+            aten.view_as.default,
+            aten.reshape_as.default,
+            *_EXPANSIONS,
+        ),
+        (skip_same_tensor, spell_shape),
+    ),
+    aten.slice.Tensor: (skip_same_tensor, spell_slice),
+    aten.clone.default: (skip_copy,),
+    **dict.fromkeys(
+        (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default),
+        (skip_inactive_dropout,),
+    ),
+    **dict.fromkeys(_FACTORIES, (spell_factory,)),
+    operator.getitem: (spell_broadcast,),
+    aten.add.Tensor: (skip_adding_zero,),
+    aten.numpy_T.default: (spell_transpose,),
+    aten.mT.default: (spell_transpose,),
+    aten.__and__.Tensor: (rename(aten.bitwise_and.Tensor),),
+    aten.__or__.Tensor: (rename(aten.bitwise_or.Tensor),),
+    aten.__xor__.Tensor: (rename(aten.bitwise_xor.Tensor),),
+}
+"""Per operator the rules that apply to it, in order; the first that gives a node replaces the call by it."""
+
+
+def slice_constant_indices(graph: fx.Graph, constants: Mapping[str, Tensor]) -> fx.Graph:
+    """Turn ``x[..., [4, 5]]`` into the slice that it is: indices are constant, in one dim, and follow each other.
+
+    Args:
+        graph: flat and functional.
+        constants: values of the placeholders that are constant.
+    """
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        found = _constant_range(node, constants)
+        if found is None:
+            env[node] = new.node_copy(node, env.__getitem__)
+        else:
+            env[node] = emit(new, aten.slice.Tensor, (env[node.args[0]], *found), {}, node)
+    new.eliminate_dead_code()
+    return new
+
+
+def _constant_range(node: fx.Node, constants: Mapping[str, Tensor]) -> tuple[int, int, int] | None:
+    """(dim, start, end) of an index operator that picks a constant range; None for any other node."""
+    if node.target is not aten.index.Tensor:
+        return None
+    source, indices = node.args
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type]
+    if len(given) != 1 or given[0][1].name not in constants:
+        return None
+    dim, index = given[0]
+    values = constants[index.name]
+    if values.ndim != 1 or values.dtype == torch.bool or not values.numel():
+        return None
+    size = value_of(source).shape[dim]  # type: ignore[arg-type]
+    start = int(values[0]) % size
+    consecutive = torch.arange(start, start + values.numel())
+    return (dim, start, start + values.numel()) if torch.equal(values.cpu() % size, consecutive) else None
+
+
+def drop_unused(graph: fx.Graph, names: Collection[str]) -> fx.Graph:
+    """Leave out those of the placeholders called `names` that nothing reads."""
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op != "placeholder" or node.users or node.name not in names:
+            env[node] = new.node_copy(node, env.__getitem__)
+    return new
+
+
+def drop_detach(graph: fx.Graph, record: Record) -> fx.Graph:
+    """Leave out the detachments of what needs no gradient."""
+    new = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.target is aten.detach.default and not record.needs_grad(node.args[0]):
+            env[node] = env[node.args[0]]
+        else:
+            env[node] = new.node_copy(node, env.__getitem__)
+    return new

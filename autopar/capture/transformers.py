@@ -1,0 +1,310 @@
+"""Hugging Face transformers under capture: caches off, attention as one operator, masks by their meaning.
+
+Comes in from ``capture``, which wraps the export in `adapted`; everything is put back afterwards. transformers is never
+imported here: a model of its classes can only exist when it is imported already.
+
+A mask function of ours builds the same tensor as ``sdpa`` does and hangs what it means on it. When the tensor reaches
+our attention function as it was made, the meaning is used and the tensor becomes dead code; when the model changed it
+on the way, the meaning is gone and the tensor is used as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_NAME = "autopar"
+_MEANING = "_autopar_meaning"
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What an attention mask says: the arguments of `autopar.ops.attention.attention` of the same names."""
+
+    causal: bool = False
+    window: int | None = None
+    key_padding: Tensor | None = None
+
+
+@contextmanager
+def adapted(model: nn.Module, inputs: Mapping[str, Any], notes: list[str]) -> Iterator[dict[str, Any]]:
+    """Prepare the transformers modules inside `model` for an export; yields the keyword arguments to export with.
+
+    Args:
+        model: any module; without transformers in it nothing happens.
+        inputs: the keyword arguments of the call.
+        notes: what was changed is appended, for the plan's report.
+    """
+    models = _transformers_models(model)
+    if not models:
+        yield dict(inputs)
+        return
+    kwargs = dict(inputs)
+    with ExitStack() as undo:
+        configs = _configs(model)
+        recomputing = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+        cached = [config for config in configs if getattr(config, "use_cache", False)]
+        for config in cached:
+            undo.enter_context(_changed(config, "use_cache", False))
+        for module in recomputing:
+            undo.enter_context(_changed(module, "gradient_checkpointing", False))
+        # As the model would decide: an argument over the configuration, and no cache where layers are recomputed.
+        wanted = bool(cached) if kwargs.get("use_cache") is None else bool(kwargs["use_cache"])
+        caching = wanted and not (recomputing and model.training)
+        if kwargs.get("use_cache"):
+            kwargs["use_cache"] = False
+        if caching:
+            notes.append("use_cache switched off: past_key_values isn't returned")
+        if recomputing:
+            notes.append("gradient checkpointing switched off: the plan chooses what is recomputed")
+        # transformers tells packed sequences apart by their positions, but only when no cache is in use.
+        packed = kwargs.get("position_ids") is not None and not caching
+        undo.enter_context(_registered(packed, notes))
+        for config in _switchable(models):
+            if config._attn_implementation == "eager" and any(key.endswith("mask") for key in kwargs):
+                notes.append("a query that may attend to no key (padding) gets zeros from attention, not an average")
+            undo.enter_context(_changed(config, "_attn_implementation_internal", _NAME))
+        yield kwargs
+
+
+def _transformers_models(model: nn.Module) -> list[Any]:
+    library = sys.modules.get("transformers.modeling_utils")
+    if library is None:
+        return []
+    return [module for module in model.modules() if isinstance(module, library.PreTrainedModel)]
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every distinct configuration object in the model, nested ones included."""
+    base = sys.modules["transformers.configuration_utils"].PreTrainedConfig
+    found: dict[int, Any] = {}
+    pending = [getattr(module, "config", None) for module in model.modules()]
+    while pending:
+        config = pending.pop()
+        if isinstance(config, base) and id(config) not in found:
+            found[id(config)] = config
+            pending.extend(getattr(config, name, None) for name in config.sub_configs)
+    return list(found.values())
+
+
+def _switchable(models: list[Any]) -> list[Any]:
+    """Configurations whose attention goes through transformers' registry in every module that reads them."""
+    able: dict[int, bool] = {}
+    configs = {id(module.config): module.config for module in models}
+    for module in models:
+        wanted = type(module)._can_set_attn_implementation() and not module.config.output_attentions
+        able[id(module.config)] = able.get(id(module.config), True) and wanted
+    return [config for key, config in configs.items() if able[key]]
+
+
+@contextmanager
+def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def _registered(packed: bool, notes: list[str]) -> Iterator[None]:
+    """Register our attention and mask functions, and let the library's mask functions leave out packing."""
+    attentions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+    library = sys.modules["transformers.masking_utils"]
+    masks = library.ALL_MASK_ATTENTION_FUNCTIONS
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        return _build_mask(library.sdpa_mask, packed, notes, *args, **kwargs)
+
+    def unpacked(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, mask_function: Callable[..., Any] = library.causal_mask_function, **kwargs: Any) -> Any:
+            function = mask_function if packed else _without_packing(mask_function, library)
+            return original(*args, mask_function=function, **kwargs)
+
+        return call
+
+    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return attention_forward(module, *args, notes=notes, **kwargs)
+
+    originals = {name: masks[name] for name in ("sdpa", "eager")}
+    attentions.register(_NAME, attend)
+    masks.register(_NAME, build)
+    for name, original in originals.items():
+        masks.register(name, unpacked(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            masks.register(name, original)
+
+
+def _build_mask(sdpa_mask: Callable[..., Tensor | None], packed: bool, notes: list[str], *args: Any, **kwargs: Any) -> Tensor | None:
+    library = sys.modules["transformers.masking_utils"]
+    call = inspect.signature(sdpa_mask).bind(*args, **kwargs)
+    call.apply_defaults()
+    given: dict[str, Any] = dict(call.arguments)
+    extra = given.pop("kwargs", {})
+    function = given["mask_function"]
+    if not packed:
+        function = _without_packing(function, library)
+    # Masks must not be left out here: what a missing mask means differs between models, a tensor's meaning doesn't.
+    given |= {"mask_function": function, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    dense = sdpa_mask(**given, **extra)
+    meaning = None
+    if isinstance(given["q_offset"], int) and given["q_offset"] == 0 and given["kv_offset"] == 0:
+        meaning = _read_meaning(function, given, notes)
+    if dense is not None and meaning is not None:
+        setattr(dense, _MEANING, meaning)
+    return dense
+
+
+def _read_meaning(function: Callable[..., Any], given: Mapping[str, Any], notes: list[str]) -> Meaning | None:
+    """The meaning of a mask function, or None when a part of it isn't known (and is named in `notes`)."""
+    library = sys.modules["transformers.masking_utils"]
+    causal = False
+    windows: list[tuple[str, int]] = []
+    for part in _parts(function):
+        name = part.__qualname__.split(".")[0]
+        if part is library.causal_mask_function:
+            causal = True
+        elif name in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
+            windows.append((name, int(_closure(part)["sliding_window"])))
+        elif part is not library.bidirectional_mask_function:
+            _note(notes, f"attention mask kept as a tensor: {name!r} isn't a mask that is known by its meaning")
+            return None
+    expected = "sliding_window_overlay" if causal else "sliding_window_bidirectional_overlay"
+    if any(name != expected for name, _ in windows):
+        _note(notes, "attention mask kept as a tensor: a one-sided window without causality, or the reverse")
+        return None
+    window = min((size for _, size in windows), default=None)
+    longest = max(given["q_length"], given["kv_length"])
+    if window is not None and window >= longest:
+        window = None
+    padding = given["attention_mask"]
+    if padding is not None and (padding.ndim != 2 or padding.shape[1] != given["kv_length"]):
+        _note(notes, f"attention mask kept as a tensor: a padding mask of shape {tuple(padding.shape)}")
+        return None
+    return Meaning(causal, window, padding)
+
+
+def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """The functions whose conjunction `function` is."""
+    if not function.__qualname__.startswith("and_masks."):
+        return [function]
+    return [part for inner in _closure(function)["mask_functions"] for part in _parts(inner)]
+
+
+def _without_packing(function: Callable[..., Any], library: Any) -> Callable[..., Any]:
+    """Leave out what keeps packed sequences apart: it is there because an export can't rule packing out, and we can."""
+    kept = []
+    for part in _parts(function):
+        name = part.__qualname__.split(".")[0]
+        if name == "remap_positions_for_packed_sequence":
+            kept.append(_without_packing(_closure(part)["mask_function"], library))
+        elif name != "packed_sequence_mask_function":
+            kept.append(part)
+    return kept[0] if len(kept) == 1 else library.and_masks(*kept)
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    return dict(inspect.getclosurevars(function).nonlocals)
+
+
+def _note(notes: list[str], text: str) -> None:
+    if text not in notes:
+        notes.append(text)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    *,
+    notes: list[str],
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' interface wants it, as one operator; keys and values aren't repeated.
+
+    Shapes: query (batch, heads, queries, size), key and value (batch, key/value heads, keys, size); the result is
+    (batch, queries, heads, size).
+    """
+    if s_aux is not None:
+        return _eager(module, query, key, value, attention_mask, dropout, scaling, s_aux, kwargs), None
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    meaning: Meaning | None = getattr(attention_mask, _MEANING, None)
+    bias = attention_mask
+    if attention_mask is None:
+        # The rule of transformers' sdpa attention: a missing mask means what the module says.
+        wanted = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        meaning = Meaning(causal=bool(wanted) and query.shape[2] > 1)
+    if meaning is not None:
+        bias = None
+    else:
+        meaning = Meaning()
+        _note(notes, "an attention mask that the model made or changed itself is kept as a tensor")
+    if position_bias is not None:
+        if meaning.key_padding is not None:
+            bias, meaning = attention_mask, Meaning()
+        bias = _add_bias(position_bias, bias)
+    if bias is None and softcap is None and meaning.window is None and meaning.key_padding is None:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            is_causal=meaning.causal,
+            dropout_p=dropout,
+            scale=scale,
+            enable_gqa=key.shape[1] != query.shape[1],
+        )
+    else:
+        cap = None if softcap is None else float(softcap)
+        out = torch.ops.autopar.attention(
+            query, key, value, meaning.key_padding, bias, meaning.causal, meaning.window, scale, cap, float(dropout)
+        )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _add_bias(position_bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Added scores with `mask` in them; masked scores get the lowest number, as in transformers, not infinity."""
+    if mask is None:
+        return position_bias
+    if mask.dtype == torch.bool:
+        return torch.where(mask, position_bias, torch.finfo(position_bias.dtype).min)
+    return position_bias + mask
+
+
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    s_aux: Tensor,
+    kwargs: Mapping[str, Any],
+) -> Tensor:
+    """The model's own eager attention: attention sinks change the normalisation, which no fused operator here knows."""
+    function = sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
+    if mask is not None and mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.where(mask, torch.zeros((), dtype=query.dtype, device=mask.device), lowest)
+    out, _ = function(module, query, key, value, mask, dropout=dropout, scaling=scaling, s_aux=s_aux, **kwargs)
+    assert isinstance(out, Tensor)
+    return out

@@ -1,0 +1,316 @@
+"""One check for all rules: split each loop, run the op on every part, join, and compare with the whole op and its gradients.
+
+Comes in: an op, the space that its rule gave, and tensors; goes out: the placements that were compared. A wrong rule raises
+`VerificationError` with the placement, the tensor and the largest difference.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autopar import ir
+from autopar.checks import threads
+from autopar.errors import VerificationError
+from autopar.ir import (
+    PASS,
+    Layout,
+    Mesh,
+    Op,
+    Operand,
+    OpKind,
+    Pass,
+    Placement,
+    Space,
+    Split,
+    State,
+    StateKind,
+    Value,
+    format_placement,
+    is_legal,
+    local_outer,
+    local_shape,
+    operand_layout,
+    result_layout,
+)
+from autopar.ops import kernels, take_part
+
+# Relative and absolute, by type: sums in another order differ by a few units in the last place per addition.
+_TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What came of one run on one rank: results, gradients of the operands, operands afterwards."""
+
+    results: list[Tensor]
+    gradients: list[Tensor | None]
+    operands: list[Tensor]
+
+
+def trace(target: str, *args: Any, **kwargs: Any) -> tuple[Op, list[Tensor]]:
+    """Call `target` once on real tensors; returns the op as capture would give it, and the tensors it reads."""
+    tensors: list[Tensor] = []
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            tensors.append(value)
+            return Operand(len(tensors) - 1)
+        return type(value)(take(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+    taken = tuple(take(value) for value in args)
+    taken_by_name = {name: take(value) for name, value in kwargs.items()}
+    operands = _copies(tensors)
+    results = _results(_function(target)(*_give(taken, operands), **_give_by_name(taken_by_name, operands)))
+    names = tuple(Value(f"x{index}") for index in range(len(tensors)))
+    made = tuple(_describe(result) for result in results)
+    return Op("op", OpKind.CALL, target, names, made, taken, taken_by_name), tensors
+
+
+def describe(tensors: Sequence[Tensor]) -> tuple[ir.Tensor, ...]:
+    """What a rule sees of tensors."""
+    return tuple(_describe(tensor) for tensor in tensors)
+
+
+def placements(space: Space) -> Iterator[tuple[Mesh, Placement]]:
+    """Every way that the oracle splits: each loop in 2, 3 and 4, also inside blocks; Partial sums; pairs on two axes."""
+    single: list[tuple[Mesh, Placement]] = []
+    for loop in space.splittable:
+        for outer in (1, 2, 3):
+            single += [(Mesh(("x",), (size,)), (Split(loop.name, outer),)) for size in (2, 3, 4)]
+    if space.linear:
+        single.append((Mesh(("x",), (2,)), (PASS,)))
+    yield from ((mesh, placement) for mesh, placement in single if is_legal(space, placement, mesh))
+    double = Mesh(("x", "y"), (2, 2))
+    parts: list[Split | Pass | None] = [
+        None,
+        *(Split(loop.name) for loop in space.splittable),
+        *([PASS] if space.linear else []),
+    ]
+    for pair in itertools.product(parts, parts):
+        if any(pair) and is_legal(space, pair, double):
+            yield double, pair
+
+
+def check_rule(
+    op: Op,
+    space: Space,
+    tensors: Sequence[Tensor],
+    function: Callable[..., Any] | None = None,
+    unused: Collection[int] = (),
+) -> tuple[str, ...]:
+    """Compare `op` split in every way that `space` allows with the whole op, values and gradients.
+
+    Args:
+        op: with the arguments of the call.
+        space: what its rule gave.
+        tensors: the op's operands; float64 ones that require a gradient are differentiated.
+        function: the op, when `op.target` isn't one of torch's.
+        unused: results that are bookkeeping for the op's own backward, which a kernel needn't make.
+
+    Returns the placements compared, as text. Raises VerificationError at the first difference.
+    """
+    function = function or _function(op.target)
+    generator = torch.Generator().manual_seed(0)
+    whole = _run(function, op.args, op.kwargs, tensors, None)
+    cotangents = [_random(result, generator) if result.is_floating_point() else None for result in whole.results]
+    whole = _run(function, op.args, op.kwargs, tensors, cotangents)
+    compared = []
+    for mesh, placement in placements(space):
+        text = f"{op.target} [{space}] split {format_placement(placement)} over {mesh}"
+        try:
+            runs = _run_split(function, op, space, mesh, placement, tensors, cotangents, generator)
+        except (RuntimeError, IndexError) as error:  # what torch raises for sizes that don't fit together
+            raise VerificationError(f"{text}: a part can't be run: {error}") from error
+        _compare(space, mesh, placement, whole, runs, text, unused)
+        compared.append(f"{format_placement(placement)} over {mesh}")
+    return tuple(compared)
+
+
+def _run_split(
+    function: Callable[..., Any],
+    op: Op,
+    space: Space,
+    mesh: Mesh,
+    placement: Placement,
+    tensors: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    generator: torch.Generator,
+) -> list[_Run]:
+    splits = splits_of(space, mesh, placement)
+    if splits or space.random:
+        function = getattr(kernels, space.kernel or "")
+    args = list(op.args)
+    if space.shape_arg is not None:
+        shape = local_shape(op.results[0].shape, result_layout(space, placement, 0), mesh)
+        args[space.shape_arg] = list(shape)
+    operand_layouts = [operand_layout(space, placement, index) for index in range(len(tensors))]
+    result_layouts = [result_layout(space, placement, index) for index in range(len(cotangents))]
+    parts = [_scatter(tensor, layout, mesh, generator) for tensor, layout in zip(tensors, operand_layouts, strict=True)]
+    # A Partial result's gradient is whole on every rank, as a Replicate one's.
+    slopes = [
+        [None if whole is None else _take(whole, layout, mesh, rank) for whole, layout in zip(cotangents, result_layouts, strict=True)]
+        for rank in range(mesh.world_size)
+    ]
+    kwargs = {**op.kwargs, "splits": splits} if splits or space.random else op.kwargs
+
+    def run(rank: int) -> _Run:
+        return _run(function, args, kwargs, [part[rank] for part in parts], slopes[rank])
+
+    return threads.run(mesh, run) if splits or space.random else [run(rank) for rank in range(mesh.world_size)]
+
+
+def splits_of(space: Space, mesh: Mesh, placement: Placement) -> dict[str, tuple[str, ...]]:
+    """The ``splits`` argument of a kernel: per split loop that needs it the axes, outermost first."""
+    splits: dict[str, tuple[str, ...]] = {}
+    for part, axis in zip(placement, mesh.names, strict=True):
+        if isinstance(part, Split) and part.loop in space.kernel_loops:
+            splits[part.loop] = (*splits.get(part.loop, ()), axis)
+    return splits
+
+
+def _compare(space: Space, mesh: Mesh, placement: Placement, whole: _Run, runs: list[_Run], text: str, unused: Collection[int]) -> None:
+    for index, expected in enumerate(whole.results):
+        if index in unused:
+            continue
+        pieces = [run.results[index] for run in runs]
+        joined = _join(pieces, result_layout(space, placement, index), mesh, expected, f"{text}: result {index}")
+        _expect(joined, expected, f"{text}: result {index}")
+    for index, expected in enumerate(whole.operands):
+        layout = operand_layout(space, placement, index)
+        slope = whole.gradients[index]
+        if slope is not None:
+            found = [run.gradients[index] for run in runs]
+            pieces = [torch.zeros_like(run.operands[index]) if piece is None else piece for piece, run in zip(found, runs, strict=True)]
+            dual = tuple(_DUAL.get(state.kind, state) for state in layout)
+            _expect(_join(pieces, dual, mesh, slope, f"{text}: gradient {index}"), slope, f"{text}: gradient of operand {index}")
+        elif not any(state.kind is StateKind.PARTIAL for state in layout):
+            # Buffers that the op updates in place; a Broadcast operand is whole on every rank.
+            same = tuple(State(StateKind.REPLICATE) if state.kind is StateKind.BROADCAST else state for state in layout)
+            pieces = [run.operands[index] for run in runs]
+            _expect(_join(pieces, same, mesh, expected, f"{text}: operand {index}"), expected, f"{text}: operand {index} afterwards")
+
+
+# In which state the gradient of an operand comes back; Shard and Replicate as they are.
+_DUAL: Mapping[StateKind, State] = {
+    StateKind.BROADCAST: State(StateKind.PARTIAL),
+    StateKind.PARTIAL: State(StateKind.REPLICATE),
+}
+
+
+def _expect(found: Tensor, expected: Tensor, text: str) -> None:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        raise VerificationError(f"{text} is {found.dtype}{list(found.shape)}, expected {expected.dtype}{list(expected.shape)}")
+    tolerance = _TOLERANCE.get(expected.dtype, 0.0)
+    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
+        largest = (found.double() - expected.double()).abs().max()
+        raise VerificationError(f"{text} differs by up to {float(largest):.3g}, tolerance {tolerance}")
+
+
+def _take(whole: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
+    """A rank's part of a tensor; whole where the layout doesn't split."""
+    axes = [axis for axis, state in enumerate(layout) if state.kind is StateKind.SHARD]
+    for axis in sorted(axes, key=lambda axis: layout[axis].outer):  # coarse blocks first, as `local_outer` counts
+        position = mesh.coordinates(rank)[axis]
+        whole = take_part(whole, layout[axis].dim, local_outer(layout, mesh, axis), position, mesh.sizes[axis])
+    return whole
+
+
+def _scatter(whole: Tensor, layout: Layout, mesh: Mesh, generator: torch.Generator) -> list[Tensor]:
+    """Every rank's part; a Partial tensor becomes random summands of it."""
+    values: dict[tuple[int, ...], Tensor] = {(): whole}
+    for state, size in zip(layout, mesh.sizes, strict=True):
+        finer: dict[tuple[int, ...], Tensor] = {}
+        for where, value in values.items():
+            shares = [value] * size
+            if state.kind is StateKind.PARTIAL:
+                shares = [_random(value, generator) for _ in range(size - 1)]
+                shares.append(value.detach() - sum(shares))
+                shares = [share.requires_grad_(value.requires_grad) for share in shares]
+            finer |= {(*where, position): share for position, share in enumerate(shares)}
+        values = finer
+    return [_take(values[mesh.coordinates(rank)], layout, mesh, rank) for rank in range(mesh.world_size)]
+
+
+def _join(pieces: Sequence[Tensor], layout: Layout, mesh: Mesh, like: Tensor, text: str) -> Tensor:
+    """The whole of the ranks' parts: sums over Partial axes, equality over Replicate axes, concatenation over Shard axes."""
+    places = torch.arange(like.numel()).view(like.shape)
+    merged: dict[tuple[int, ...], Tensor] = {}
+    for rank, piece in enumerate(pieces):
+        where = mesh.coordinates(rank)
+        key = tuple(place if state.kind is not StateKind.PARTIAL else 0 for place, state in zip(where, layout, strict=True))
+        merged[key] = piece if key not in merged else merged[key] + piece
+    joined = torch.zeros_like(like, memory_format=torch.contiguous_format)
+    first: dict[tuple[int, ...], Tensor] = {}
+    for where, piece in merged.items():
+        rank = sum(place * stride for place, stride in zip(where, _strides(mesh), strict=True))
+        taken = _take(places, layout, mesh, rank)
+        if piece.shape != taken.shape:
+            raise VerificationError(f"{text} has sizes {tuple(piece.shape)} on rank {rank}, expected {tuple(taken.shape)}")
+        shards = tuple(place for place, state in zip(where, layout, strict=True) if state.kind is StateKind.SHARD)
+        _expect(piece, first.setdefault(shards, piece), f"{text} isn't the same on replicas: rank {rank}")
+        joined.view(-1)[taken.reshape(-1)] = piece.reshape(-1).to(joined.dtype)
+    return joined
+
+
+def _strides(mesh: Mesh) -> tuple[int, ...]:
+    strides = [1]
+    for size in reversed(mesh.sizes[1:]):
+        strides.append(strides[-1] * size)
+    return tuple(reversed(strides))
+
+
+def _run(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    tensors: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None] | None,
+) -> _Run:
+    operands = _copies(tensors)
+    results = _results(function(*_give(args, operands), **_give_by_name(kwargs, operands)))
+    gradients: list[Tensor | None] = [None] * len(operands)
+    pairs = [(y, g) for y, g in zip(results, cotangents or [], strict=False) if g is not None and y.requires_grad]
+    wanted = [index for index, operand in enumerate(operands) if operand.requires_grad]
+    if pairs and wanted:
+        found = torch.autograd.grad([y for y, _ in pairs], [operands[index] for index in wanted], [g for _, g in pairs], allow_unused=True)
+        for index, slope in zip(wanted, found, strict=True):
+            gradients[index] = slope
+    return _Run([y.detach() for y in results], gradients, [operand.detach() for operand in operands])
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
+
+
+def _give(args: Any, operands: Sequence[Tensor]) -> Any:
+    if isinstance(args, Operand):
+        return operands[args.index]
+    return type(args)(_give(item, operands) for item in args) if isinstance(args, (list, tuple)) else args
+
+
+def _give_by_name(kwargs: Mapping[str, Any], operands: Sequence[Tensor]) -> dict[str, Any]:
+    return {name: value if name == "splits" else _give(value, operands) for name, value in kwargs.items()}
+
+
+def _function(target: str) -> Callable[..., Any]:
+    namespace, name, overload = target.split(".")
+    function: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+    return function
+
+
+def _results(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
+
+
+def _describe(tensor: Tensor) -> ir.Tensor:
+    return ir.Tensor(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.requires_grad)
+
+
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, dtype=like.dtype, generator=generator)

@@ -1,0 +1,58 @@
+"""Whole tensors to parts and back, by layout: how a rank's part is cut out, and how parts of all ranks make the whole again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from autopar.ir import Layout, Mesh, StateKind, outer_when_cut
+from autopar.ops import join_parts, take_part
+
+
+def cut(whole: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
+    """The part of `whole` that `rank` holds; a Partial state leaves the value on the axis' first rank and zeros elsewhere."""
+    part = whole
+    for axis, (state, index) in enumerate(zip(layout, mesh.coordinates(rank), strict=True)):
+        if state.kind is StateKind.SHARD:
+            part = take_part(part, state.dim, outer_when_cut(layout, mesh, axis), index, mesh.sizes[axis])
+        elif state.kind is StateKind.PARTIAL and index:
+            part = torch.zeros_like(part)
+    return part
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A whole tensor, and the largest difference between ranks that should hold the same."""
+
+    whole: Tensor
+    disagreement: float
+
+
+def join(parts: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Joined:
+    """The whole tensor from every rank's part, in rank order."""
+    pieces = list(parts)
+    disagreement = 0.0
+    for axis in reversed(range(len(layout))):
+        state, size = layout[axis], mesh.sizes[axis]
+        groups = [pieces[i : i + size] for i in range(0, len(pieces), size)]
+        if state.kind is StateKind.SHARD:
+            outer = outer_when_cut(layout, mesh, axis)
+            pieces = [join_parts(group, state.dim, outer) for group in groups]
+        elif state.kind is StateKind.PARTIAL:
+            pieces = [torch.stack(list(group)).sum(0) for group in groups]
+        else:
+            for group in groups:
+                disagreement = max(disagreement, *(_difference(group[0], other) for other in group))
+            pieces = [group[0] for group in groups]
+    return Joined(pieces[0], disagreement)
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    if a.numel() == 0:
+        return 0.0
+    if not a.is_floating_point():
+        return float((a != b).any())
+    return float((a - b).abs().max())

@@ -1,0 +1,413 @@
+"""Run a plan on all ranks in one process and compare it with the model itself: outputs, every gradient, updated buffers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from autopar.capture import Captured, ExampleInputs, capture, split_call
+from autopar.checks import threads
+from autopar.checks.shards import cut, join
+from autopar.errors import InputError, VerificationError
+from autopar.ir import PARTIAL, PIPELINE, Layout, Mesh, OpKind, Split, StateKind, with_pipeline
+from autopar.ops import collectives, comm
+from autopar.plans import Plan
+from autopar.rewrite import Boundary, Program, Slot, rewrite
+from autopar.runtime import Executor, StageTensors
+
+# A gradient that is zero in exact arithmetic (a key bias under softmax) is compared on the scale of the others.
+ZERO_SCALE = 1e-6
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was compared and how far it was off.
+
+    Attributes:
+        errors: largest relative error per output, gradient and updated buffer, by name, in float64.
+        capture_error: largest relative difference between the captured graph and the model, in the model's own dtype, and
+            `rounding`, what is accepted of it.
+        tolerance: what is accepted of `errors`.
+        splits: how often each (axis, loop) occurs in the plan's placements, so that nobody is fooled by a plan that
+            only replicates.
+        plan: the plan that was run.
+    """
+
+    errors: Mapping[str, float]
+    capture_error: float
+    rounding: float
+    tolerance: float
+    splits: Mapping[str, int]
+    plan: Plan
+
+    @property
+    def worst(self) -> float:
+        """Largest relative error of all."""
+        return max(self.errors.values())
+
+    @property
+    def ok(self) -> bool:
+        """Whether something was compared and everything agrees."""
+        return bool(self.errors) and self.worst <= self.tolerance and self.capture_error <= self.rounding
+
+    def check(self) -> None:
+        """Raise VerificationError naming what disagrees."""
+        if self.capture_error > self.rounding:
+            raise VerificationError(
+                f"the captured graph disagrees with the model: relative error {self.capture_error:.2e}, {self.rounding:.0e} accepted. "
+                "If the model draws random numbers, set dropout to 0 or call eval()"
+            )
+        if not self.ok:
+            off = sorted(((e, n) for n, e in self.errors.items() if not e <= self.tolerance), reverse=True)[:8]
+            lines = "\n".join(f"  {name}: relative error {error:.2e}" for error, name in off)
+            mesh = with_pipeline(self.plan.mesh, self.plan.pipeline.ranks)
+            raise VerificationError(f"plan on {mesh} disagrees with the model (tolerance {self.tolerance:g}):\n{lines}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Outputs, gradients by parameter name and updated buffers by name."""
+
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What plans of one model and batch are compared with; see `prepare_reference`.
+
+    Attributes:
+        captured: the program that plans are made for; `wide` is the same in float64.
+        tensors: parameters, buffers and constants by name, in float64; `inputs` the batch, flat.
+        run: what the wide program computes on one device.
+        capture_error, rounding: as in `Verification`.
+    """
+
+    captured: Captured
+    wide: Captured
+    tensors: Mapping[str, Tensor]
+    inputs: Sequence[Tensor]
+    run: _Run
+    capture_error: float
+    rounding: float
+
+
+def verify_plan(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, tolerance: float = 1e-9) -> Verification:
+    """Compare `plan` with `model` on these inputs; see `Verification`.
+
+    Two comparisons. In the model's own dtype, the captured graph against the model: this is where rounding is the model's. Then in
+    float64, with every cast to a narrower float raised, the ranks' program against the captured graph: nothing but the order of
+    sums may differ there. Every output is weighted with fixed random numbers, so that all outputs and gradients count. The model
+    must have real parameters, and compute the same twice (no dropout).
+
+    Raises PlanError when the plan was made for another graph, InputError for a model on the meta device.
+    """
+    captured = capture(model, example_inputs)
+    return verify_against(prepare_reference(model, example_inputs, captured), plan, tolerance=tolerance)
+
+
+def prepare_reference(model: nn.Module, example_inputs: ExampleInputs, captured: Captured) -> Reference:
+    """Run the model and its captured graph on one device, once for any number of plans.
+
+    Raises InputError for a model on the meta device.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise InputError("verification runs the model: build it with real parameters, not on the meta device")
+    inputs = captured.bind(*split_call(example_inputs))
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    tensors.update(captured.constants)
+    capture_error = _capture_error(model, captured, example_inputs, tensors, inputs)
+    wide = widen(captured)
+    inputs = [_wide(x) for x in inputs]
+    # Copies: what the model's owner does with it later is no part of the reference.
+    tensors = {name: _wide(tensor).clone() for name, tensor in tensors.items()}
+    run = _run_graph(wide, tensors, inputs)
+    return Reference(captured, wide, tensors, inputs, run, capture_error, _rounding(tensors_of=model))
+
+
+def verify_against(reference: Reference, plan: Plan, *, tolerance: float = 1e-9) -> Verification:
+    """`verify_plan`, for a model of which the reference is there already. Raises PlanError for a plan of another graph."""
+    program = _widen_messages(rewrite(reference.wide, plan))
+    actual, disagreements = _run_program(program, reference.tensors, reference.inputs, reference.run)
+    errors = _compare(reference.run, actual)
+    for name, disagreement in disagreements.items():
+        errors[name] = max(errors.get(name, 0.0), disagreement)
+    return Verification(errors, reference.capture_error, reference.rounding, tolerance, count_splits(plan), plan)
+
+
+def widen(captured: Captured) -> Captured:
+    """The same graph with every dtype that it names raised to float64; names of ops stay, so that plans fit."""
+    module = copy.deepcopy(captured.fx)
+
+    def raised(value: Any) -> Any:
+        return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+
+    for node in module.graph.nodes:
+        if node.op == "call_function":
+            node.args = fx.node.map_aggregate(node.args, raised)
+            node.kwargs = fx.node.map_aggregate(node.kwargs, raised)
+    module.recompile()
+    constants = {name: _wide(tensor) for name, tensor in captured.constants.items()}
+    return dataclasses.replace(captured, fx=module, constants=constants)
+
+
+def _widen_messages(program: Program) -> Program:
+    """A pipeline whose stages expect float64 wherever they expect a narrower float."""
+    if program.pipeline is None:
+        return program
+
+    def raised(boundary: Boundary) -> Boundary:
+        return dataclasses.replace(boundary, dtype=torch.float64) if boundary.dtype.is_floating_point else boundary
+
+    stages = {
+        number: dataclasses.replace(
+            stage,
+            receives={peer: tuple(map(raised, boundaries)) for peer, boundaries in stage.receives.items()},
+            sends={peer: tuple((index, raised(boundary)) for index, boundary in sent) for peer, sent in stage.sends.items()},
+        )
+        for number, stage in program.pipeline.stages.items()
+    }
+    return dataclasses.replace(program, pipeline=dataclasses.replace(program.pipeline, stages=stages))
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+
+
+def _rounding(tensors_of: nn.Module) -> float:
+    """What a different order of operations may do to a result in the model's own dtype, relative to its size."""
+    narrowest = max((torch.finfo(p.dtype).eps for p in tensors_of.parameters() if p.is_floating_point()), default=2**-52)
+    # Transformers compute norms and losses in float32 whatever the model's dtype.
+    return 1000 * max(narrowest, torch.finfo(torch.float32).eps)
+
+
+def _capture_error(
+    model: nn.Module,
+    captured: Captured,
+    example_inputs: ExampleInputs,
+    tensors: Mapping[str, Tensor],
+    inputs: Sequence[Tensor],
+) -> float:
+    """Largest relative difference between the model's own outputs and gradients and those of its captured graph."""
+    twin = copy.deepcopy(model)
+    args, kwargs = split_call(example_inputs)
+    outputs = _outputs(captured, twin(*args, **kwargs))
+    _weighted_backward(outputs)
+    gradients = {name: p.grad.detach() for name, p in twin.named_parameters() if p.grad is not None}
+    buffers = {name: buffer.detach() for name, buffer in twin.named_buffers()}
+    found = _run_graph(captured, tensors, inputs)
+    return max(_compare(_Run(outputs, gradients, buffers), found).values(), default=0.0)
+
+
+def _weighted_backward(outputs: Sequence[Tensor]) -> None:
+    weighted = [(out, _weights(out, position)) for position, out in enumerate(outputs)]
+    pairs = [(out, weight) for out, weight in weighted if weight is not None]
+    torch.autograd.backward([out for out, _ in pairs], [weight for _, weight in pairs])
+
+
+def _run_graph(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> _Run:
+    """The captured graph on one device."""
+    trained = {op.target for op in captured.graph.of_kind(OpKind.PARAMETER) if op.results[0].requires_grad}
+    parameters = [tensors[name].detach().clone().requires_grad_(name in trained) for name in captured.parameters]
+    buffers = [tensors[name].detach().clone() for name in captured.buffers]
+    results = list(captured.fx(*parameters, *buffers, *inputs))
+    outputs = results[: len(results) - len(captured.mutated_buffers)]
+    _weighted_backward(outputs)
+    gradients = {n: p.grad for n, p in zip(captured.parameters, parameters, strict=True) if p.grad is not None}
+    updated = dict(zip(captured.buffers, buffers, strict=True))
+    updated.update(zip(captured.mutated_buffers, results[len(outputs) :], strict=True))
+    return _Run(outputs, gradients, {name: buffer.detach() for name, buffer in updated.items()})
+
+
+def count_splits(plan: Plan) -> dict[str, int]:
+    """How many placements split which loop over which axis, and how many parameters are stored split: ``tp:o``, ``dp:store``."""
+    counts: Counter[str] = Counter()
+    for placement in plan.placements.values():
+        for axis, part in zip(plan.mesh.names, placement, strict=True):
+            if isinstance(part, Split):
+                counts[f"{axis}:{part.loop}"] += 1
+    for name, layout in plan.layouts.items():
+        if not name.startswith(("fan:", "output:")):
+            for axis, state in zip(plan.mesh.names, layout, strict=True):
+                if state.kind is StateKind.SHARD:
+                    counts[f"{axis}:store"] += 1
+    return dict(counts)
+
+
+def _weights(tensor: Tensor, position: int) -> Tensor | None:
+    if not tensor.is_floating_point() or not tensor.requires_grad:
+        return None
+    generator = torch.Generator().manual_seed(position)
+    return torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Position:
+    """Stands for output `index` in the user's structure."""
+
+    index: int
+
+
+def _outputs(captured: Captured, returned: Any) -> list[Tensor]:
+    """The model's own outputs in the order of the captured ones; what capture dropped (a cache) is passed over."""
+    number = sum(not constant for constant, _ in captured.results.constants)
+    found: dict[int, Tensor] = {}
+
+    def walk(template: Any, value: Any) -> None:
+        if isinstance(template, _Position):
+            found[template.index] = value
+        elif isinstance(template, Mapping):
+            for key, item in template.items():
+                walk(item, value[key])
+        elif isinstance(template, tuple | list):
+            for item, inner in zip(template, value, strict=False):
+                walk(item, inner)
+
+    walk(captured.unflatten([_Position(index) for index in range(number)]), returned)
+    return [found[index] for index in range(number)]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What one rank has in the end: its parts of outputs by position, of gradients and of updated buffers by name."""
+
+    outputs: Mapping[int, Tensor]
+    gradients: Mapping[str, Tensor]
+    buffers: Mapping[str, Tensor]
+
+
+def _run_program(
+    program: Program, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], reference: _Run
+) -> tuple[_Run, dict[str, float]]:
+    """The program's outputs and gradients, joined from all ranks, and how far replicas differ, relative to their size."""
+    mesh = program.mesh
+    weights = [_weights(tensor, position) for position, tensor in enumerate(reference.outputs)]
+    work = _run_whole if program.pipeline is None else _run_stages
+    groups = 1 if program.pipeline is None else program.pipeline.schedule.ranks
+    ranks = threads.run(with_pipeline(mesh, groups), lambda rank: work(program, tensors, inputs, weights, rank))
+    by_group = [ranks[group * mesh.world_size : (group + 1) * mesh.world_size] for group in range(groups)]
+    disagreements: dict[str, float] = {}
+
+    def whole(name: str, parts: list[Tensor], layout: Layout) -> Tensor:
+        joined = join(parts, layout, mesh)
+        size = float(joined.whole.abs().max()) if joined.whole.is_floating_point() and joined.whole.numel() else 1.0
+        disagreements[name] = joined.disagreement / max(size, ZERO_SCALE)
+        return joined.whole
+
+    outputs = [
+        whole(slot.name, [rank.outputs[i] for rank in by_group[slot.groups[0]]], slot.layout) for i, slot in enumerate(program.outputs)
+    ]
+    gradients = {}
+    for slot in program.parameters:
+        layout = tuple(PARTIAL if name in slot.partial_axes else state for name, state in zip(mesh.names, slot.layout, strict=True))
+        users = [by_group[group] for group in slot.groups if slot.name in by_group[group][0].gradients]
+        if users:
+            summed = [
+                sum((group[i].gradients[slot.name] for group in users[1:]), users[0][i].gradients[slot.name])
+                for i in range(mesh.world_size)
+            ]
+            gradients[slot.name] = whole(f"gradient of {slot.name}", summed, layout)
+    buffers = {s.name: whole(s.name, [rank.buffers[s.name] for rank in by_group[s.groups[0]]], s.layout) for s in program.buffers}
+    return _Run(outputs, gradients, buffers), disagreements
+
+
+def _part(slot: Slot, tensors: Mapping[str, Tensor], mesh: Mesh, rank: int) -> Tensor:
+    local = cut(tensors[slot.name].detach(), slot.layout, mesh, rank).clone()
+    return local.requires_grad_(slot.requires_grad)
+
+
+def _run_whole(
+    program: Program, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor | None], rank: int
+) -> _Parts:
+    """One rank of a program that runs the whole model on the whole batch."""
+    mesh = program.mesh
+    parameters = [_part(slot, tensors, mesh, rank) for slot in program.parameters]
+    buffers = [_part(slot, tensors, mesh, rank) for slot in program.buffers]
+    given = [cut(x, slot.layout, mesh, rank) for x, slot in zip(inputs, program.inputs, strict=True)]
+    with collectives.regather():
+        results = list(program.module(*parameters, *buffers, *given))
+    outputs = results[: len(program.outputs)]
+    wanted = [(i, w) for i, w in enumerate(weights) if w is not None]
+    torch.autograd.backward(
+        [outputs[i] for i, _ in wanted],
+        [cut(w, program.outputs[i].layout, mesh, rank).contiguous() for i, w in wanted],
+    )
+    gradients = {s.name: p.grad for s, p in zip(program.parameters, parameters, strict=True) if p.grad is not None}
+    updated = {s.name: b for s, b in zip(program.buffers, buffers, strict=True)}
+    updated.update(zip(program.mutated_buffers, results[len(program.outputs) :], strict=True))
+    return _Parts(dict(enumerate(out.detach() for out in outputs)), gradients, {n: b.detach() for n, b in updated.items()})
+
+
+def _run_stages(
+    program: Program, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor | None], rank: int
+) -> _Parts:
+    """One rank of a pipeline: its stages, over all micro-batches."""
+    mesh, pipeline = program.mesh, program.pipeline
+    assert pipeline is not None
+    group, place = divmod(rank, mesh.world_size)
+    axes = dict(comm.current())
+    axis = axes.pop(PIPELINE, comm.alone(PIPELINE))
+    given = [cut(x, slot.layout, mesh, place) for x, slot in zip(inputs, program.inputs, strict=True)]
+    leaves = {slot.name: _part(slot, tensors, mesh, place) for slot in program.parameters if group in slot.groups}
+    buffers = {slot.name: _part(slot, tensors, mesh, place) for slot in program.buffers if group in slot.groups}
+    mine = {
+        stage: StageTensors(
+            [leaves[program.parameters[i].name] for i in one.parameters], [buffers[program.buffers[i].name] for i in one.buffers], given
+        )
+        for stage, one in pipeline.stages.items()
+        if pipeline.schedule.rank_of[stage] == group
+    }
+    seeds = {
+        i: cut(w, slot.layout, mesh, place).contiguous()
+        for i, (w, slot) in enumerate(zip(weights, program.outputs, strict=True))
+        if w is not None
+    }
+    executor = Executor(pipeline, pipeline.schedule, group, axis, axes, mine, seeds=seeds, regathers=True)
+    executor.run()
+    assert executor.is_idle, "a schedule ended with micro-batches still under way"
+    outputs = {i: executor.join(i) for i, slot in enumerate(program.outputs) if slot.groups[0] == group}
+    updates = dict(enumerate(program.mutated_buffers, len(program.outputs)))
+    buffers.update({updates[i]: executor.join(i) for i in [*executor.parts] if i in updates})
+    gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return _Parts(outputs, gradients, buffers)
+
+
+def _compare(reference: _Run, actual: _Run) -> dict[str, float]:
+    errors: dict[str, float] = {}
+    for position, (expected, found) in enumerate(zip(reference.outputs, actual.outputs, strict=True)):
+        errors[f"output {position}"] = _relative(found, expected, 0.0)
+    largest = max((float(g.abs().max()) for g in reference.gradients.values() if g.numel()), default=0.0)
+    for name, expected in reference.gradients.items():
+        if name in actual.gradients:
+            errors[f"gradient of {name}"] = _relative(actual.gradients[name], expected, ZERO_SCALE * largest)
+        else:
+            errors[f"gradient of {name}"] = float("inf") if expected.abs().max() > 0 else 0.0
+    for name, expected in reference.buffers.items():
+        if name in actual.buffers:
+            errors[f"buffer {name}"] = _relative(actual.buffers[name], expected, 0.0)
+    return errors
+
+
+def _relative(found: Tensor, expected: Tensor, floor: float) -> float:
+    found, expected = found.detach(), expected.detach()
+    if found.shape != expected.shape:
+        return float("inf")
+    if not expected.numel():
+        return 0.0
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(found, expected) else float("inf")
+    scale = max(float(expected.abs().max()), floor)
+    difference = float((found - expected).abs().max())
+    if difference == 0.0:
+        return 0.0
+    # A NaN compares as neither small nor large; it is the worst there is.
+    return difference / scale if scale and math.isfinite(difference) else float("inf")

@@ -1,0 +1,8 @@
+"""The command line: arguments to calls of the API, results and errors to text and exit codes.
+
+Modules, in reading order: ``models``, ``commands``.
+"""
+
+from autopar.cli.commands import main
+
+__all__ = ["main"]

@@ -1,0 +1,492 @@
+"""The command line: arguments -> `autopar.api` or a saved plan -> text. Only this module prints and exits.
+
+Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 no plan exists or a verification failed, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from autopar.errors import AutoparError, CommError, InfeasibleError, InputError, PlanError, SolverError, VerificationError
+from autopar.ir import PIPELINE, with_pipeline
+from autopar.schedules import SCHEDULES
+from autopar.search import LATER_PINS, PIN_NAMES, check_pins
+from autopar.units import format_bytes, format_seconds, parse_bytes
+
+# torch takes seconds to import: commands import what needs it when they run, so that help and mistakes are answered at once.
+if TYPE_CHECKING:
+    from autopar.checks import Verification
+    from autopar.cost_models import Cluster, Machine
+    from autopar.plans import Plan
+
+# Columns when the output is no terminal, such as a file: wide enough for a source line beside its op.
+_PIPED_WIDTH = 120
+_VERIFY_RANKS = 4
+_VERIFY_TOLERANCE = 1e-9
+
+_TRAINED_DTYPES = ("bfloat16", "float16", "float32")
+# Read by `autopar.search.pins`, which takes long to import.
+PIPELINE_PINS = ("pp", "schedule", "microbatches", "chunks", "recompute")
+_SWITCHES = {"true": True, "false": False}
+
+_MODEL_HELP = """
+    \b
+    MODEL is one of
+      hf:CONFIG                a transformers config.json or its folder; no weights needed
+      package.module:function  a function that returns (model, example_inputs)
+      file.py:function         the same, in a file
+"""
+_PIN_HELP = f"""
+    \b
+    Pins fix a choice and leave the rest to the search:
+      dp=N tp=N cp=N           ranks that split the batch, features, the sequence
+      pp=N                     groups of ranks that form a pipeline
+      microbatches=N chunks=N  parts of the batch, one after the other; stages on a group
+      schedule=NAME            {", ".join(list(SCHEDULES)[:3])},
+                               {", ".join(list(SCHEDULES)[3:])}
+      recompute=KIND           what the backward runs again: none, selective
+                               (attention cores) or full
+      fsdp=true|false          whether parameters are stored split over dp
+      vocabulary=true|false    whether lookups and losses are split by vocabulary
+      MODULE=pp:N              stage of a module: "model.layers.3=pp:2"
+      MODULE=AXIS:LOOP         loop of its ops: "model.layers.*.mlp.up_proj=tp:o"
+"""
+_EXIT_HELP = "Exit codes: 0 done, 1 no plan exists or the verification failed, 2 bad input."
+
+
+class _Commands(click.Group):
+    """Turns every error that autopar raises on purpose into one message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AutoparError as error:
+            failed = (InfeasibleError, SolverError, VerificationError, CommError)
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1 if isinstance(error, failed) else 2)
+
+
+@click.group(
+    cls=_Commands,
+    epilog=_EXIT_HELP,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Plan, explain and check how a PyTorch model is split over many devices.
+
+    Planning runs anywhere: it needs no accelerator, no weights and no process group.
+
+    \b
+    Example:
+      autopar plan hf:examples/configs/llama-3-8b --cluster 8xH100 -o plan.json
+      autopar explain plan.json
+    """,
+)
+@click.version_option(package_name="autopar", prog_name="autopar")
+def main() -> None:
+    """Run ``autopar``; the commands below do the work."""
+
+
+def _add_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the MODEL argument and what sizes it."""
+    for add in (
+        click.option("--dtype", metavar="TYPE", help="Type of the parameters: bfloat16, float16, float32 or float64."),
+        click.option("--seq", type=int, metavar="N", help="Tokens in a sequence."),
+        click.option("--batch", type=int, metavar="N", help="Samples in the global batch."),
+        click.argument("model"),
+    ):
+        command = add(command)
+    return command
+
+
+def _add_pin_option(command: Callable[..., None]) -> Callable[..., None]:
+    text = "Fix a choice, such as tp=2 (the names are below). Repeatable."
+    return click.option("--pin", "pins", multiple=True, metavar="NAME=VALUE", help=text)(command)
+
+
+@main.command(
+    help=f"""Search for the fastest way to split MODEL over a cluster.
+{_MODEL_HELP}{_PIN_HELP}
+    \b
+    Example:
+      autopar plan hf:examples/configs/llama-3-8b --cluster 8xH100 --batch 8 --seq 2048 --pin tp=2 -o plan.json
+      autopar plan hf:examples/configs/llama-3-70b --cluster 4x8xH100 --batch 64 --seq 4096 --pin pp=4 --pin schedule=1f1b
+    """
+)
+@_add_model_options
+@click.option("--cluster", required=True, metavar="TEXT", help="The devices: 8xH100, 4x8xH100 (nodes x devices), 8x./my.toml.")
+@click.option("--memory", metavar="SIZE", help="Memory of a device instead of the machine's own, such as 80GB or 512MiB.")
+@_add_pin_option
+@click.option("--mesh", metavar="AXES", help="Solve this mesh only, such as dp=4,tp=2 or pp=2,tp=4.")
+@click.option("--strict", is_flag=True, help="Make an op without a rule an error instead of running it replicated.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan to this file (JSON).")
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON instead of a summary.")
+def plan(
+    model: str,
+    batch: int | None,
+    seq: int | None,
+    dtype: str | None,
+    cluster: str,
+    memory: str | None,
+    pins: Sequence[str],
+    mesh: str | None,
+    strict: bool,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Run ``autopar plan``."""
+    parsed_pins = parse_pins(pins)
+    parsed_mesh = None if mesh is None else parse_mesh(mesh)
+    devices = _parse_cluster(cluster, memory)
+    # Told before the search, not after it.
+    if output is not None and not output.resolve().parent.is_dir():
+        raise InputError(f"{output} can't be written: there is no folder {output.parent}")
+    if output is not None and output.is_dir():
+        raise InputError(f"{output} can't be written: it is a folder; name a file in it")
+    with _show_progress() as progress:
+        progress("loading the model")
+        from autopar import api
+        from autopar.cli.models import load_model
+        from autopar.plans import to_json
+        from autopar.report import summarize
+
+        loaded = load_model(model, batch=batch, seq=seq, dtype=dtype)
+        found = api.plan(
+            loaded.model,
+            loaded.example_inputs,
+            devices,
+            pins=parsed_pins or None,
+            mesh=parsed_mesh,
+            strict=strict,
+            progress=progress,
+        )
+    # First, so that a file that can't be written costs nothing that was found.
+    click.echo(to_json(found) if as_json else summarize(found))
+    if output is not None:
+        try:
+            found.save(output)
+        except OSError as error:
+            raise InputError(f"{output} can't be written: {error.strerror}; --json prints the plan's text") from error
+        click.echo(f"written to {output}; `autopar explain {output}` shows all of it", err=True)
+
+
+@main.command(
+    help="""Show what a plan decided, what it costs, and the proof.
+
+    \b
+    Example:
+      autopar explain plan.json
+      autopar explain plan.json --layer "model.layers.0.mlp"
+    """
+)
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--layer", metavar="PATH", help="Only these layers, with the layouts of their tensors: a module path or pattern.")
+@click.option("--json", "as_json", is_flag=True, help="Print data for programs: seconds and bytes, no units.")
+def explain(file: Path, layer: str | None, as_json: bool) -> None:
+    """Run ``autopar explain``."""
+    from autopar.plans import Plan
+    from autopar.report import text
+
+    saved = Plan.load(file)
+    if as_json:
+        click.echo(json.dumps(text.to_data(saved, layer=layer), indent=1))
+    else:
+        text.explain(saved, _make_console(sys.stdout), layer=layer)
+
+
+@main.command(
+    short_help="Check a split run against the original, every gradient too.",
+    help=f"""Run MODEL split, all ranks in one process, against the original: the outputs and every gradient.
+
+    The plan comes from --plan, or is searched for --ranks devices. Weights are random and arithmetic is float64, so choose
+    sizes that this computer can run.
+{_MODEL_HELP}{_PIN_HELP}
+    \b
+    Example:
+      autopar verify examples/mlp.py:build --ranks 4 --pin tp=2
+      autopar verify examples/mlp.py:build --ranks 4 --pin pp=2 --pin microbatches=4
+    """,
+)
+@_add_model_options
+@click.option("--ranks", type=click.IntRange(min=1), metavar="N", help=f"Number of ranks; {_VERIFY_RANKS} without a plan.")
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Check this plan instead of searching for one.")
+@_add_pin_option
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    default=_VERIFY_TOLERANCE,
+    show_default=True,
+    help="Largest relative error that passes.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print data for programs.")
+def verify(
+    model: str,
+    batch: int | None,
+    seq: int | None,
+    dtype: str | None,
+    ranks: int | None,
+    plan_file: Path | None,
+    pins: Sequence[str],
+    tolerance: float,
+    as_json: bool,
+) -> None:
+    """Run ``autopar verify``."""
+    parsed_pins = parse_pins(pins)
+    saved = None if plan_file is None else _load_checked_plan(plan_file, ranks, parsed_pins)
+    with _show_progress() as progress:
+        progress("loading the model")
+        from autopar import api
+        from autopar.cli.models import load_model
+
+        loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, device="cpu")
+        progress("running all ranks")
+        found = api.verify(
+            loaded.model,
+            loaded.example_inputs,
+            saved,
+            pins=parsed_pins or None,
+            ranks=None if saved is not None else ranks or _VERIFY_RANKS,
+            tolerance=tolerance,
+        )
+    click.echo(json.dumps(_data_of_verification(found), indent=1) if as_json else _word_verification(found))
+    found.check()
+
+
+@main.command(
+    short_help="List the known machines and the sources of their numbers.",
+    help="""List the known machines, their main numbers, and where those are from.
+
+    \b
+    Example:
+      autopar machines
+      autopar machines --json
+    """,
+)
+@click.option("--json", "as_json", is_flag=True, help="Print data for programs: every number of every machine.")
+def machines(as_json: bool) -> None:
+    """Run ``autopar machines``."""
+    from dataclasses import asdict
+
+    from autopar.cost_models import find_machine, known_machines
+
+    found = [find_machine(name) for name in known_machines()]
+    if as_json:
+        click.echo(json.dumps([asdict(machine) for machine in found], indent=1))
+    else:
+        _print_machines(found, _make_console(sys.stdout))
+
+
+def parse_pins(texts: Sequence[str]) -> dict[str, Any]:
+    """Read ``tp=2``, ``fsdp=true`` and ``model.layers.3=pp:2`` as pins by name.
+
+    Raises InputError for what isn't known, or is given twice.
+    """
+    pins: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = (part.strip() for part in text.partition("="))
+        if name in pins:
+            raise InputError(f"pin {name!r} is given twice")
+        is_module = ":" in value and name not in (*PIN_NAMES, *LATER_PINS)
+        pins[name] = _parse_module_pin(text, value) if is_module else _parse_value(value)
+    check_pins(pins)
+    if any(name in PIPELINE_PINS or isinstance(value, dict) for name, value in pins.items()):
+        from autopar.search import read_pins
+
+        read_pins(pins)
+    return pins
+
+
+def _parse_value(text: str) -> int | bool | str:
+    return int(text) if _is_number(text) else _SWITCHES.get(text.lower(), text)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a whole number, of a length that Python reads; nothing here has more than 18 digits."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
+def _parse_module_pin(text: str, value: str) -> dict[str, int | str]:
+    """Read ``pp:2,tp:o``: the stage of a module, and loops of its ops by axis."""
+    found: dict[str, Any] = {}
+    for part in value.split(","):
+        axis, colon, choice = (piece.strip() for piece in part.partition(":"))
+        if not (axis and colon and choice):
+            raise InputError(f"{part!r} in pin {text!r} is no choice for a module; write pp:STAGE or AXIS:LOOP, joined by commas")
+        if axis in found:
+            raise InputError(f"pin {text!r} names the axis {axis!r} twice")
+        found[axis] = _parse_value(choice) if axis == PIPELINE else choice
+    return found
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Read ``dp=4,tp=2`` as axis sizes by name, outermost first. Raises InputError when it isn't that."""
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name.isidentifier() and equals):
+            raise InputError(f"{part!r} in mesh {text!r} is no axis; write axes as name=size, such as dp=4,tp=2")
+        if name in mesh:
+            raise InputError(f"mesh {text!r} names the axis {name!r} twice")
+        if not (_is_number(value) and int(value) >= 1):
+            raise InputError(f"mesh {text!r}: {name}={value} is no size of an axis; a whole number of ranks from 1 is needed")
+        mesh[name] = int(value)
+    return mesh
+
+
+def _parse_cluster(text: str, memory: str | None) -> Cluster:
+    """Read the cluster; InputError when it isn't one, InfeasibleError when `memory` is less than the device itself takes."""
+    from autopar.cost_models import Cluster, HardwareError
+
+    try:
+        cluster = Cluster.parse(text)
+    except HardwareError as error:
+        raise InputError(str(error)) from error
+    if memory is None:
+        return cluster
+    nbytes = parse_bytes(memory)
+    try:
+        return cluster.with_memory(nbytes)
+    except HardwareError as error:
+        raise InfeasibleError(str(error)) from error
+
+
+def _load_checked_plan(file: Path, ranks: int | None, pins: dict[str, Any]) -> Plan:
+    """Load a plan; what would contradict it is refused, not ignored."""
+    from autopar.plans import Plan
+
+    if pins:
+        raise InputError("--pin has no say over a plan that is made already; leave out --pin or --plan")
+    saved = Plan.load(file)
+    if ranks not in (None, saved.world_size):
+        mesh = with_pipeline(saved.mesh, saved.pipeline.ranks)
+        raise PlanError(f"{file} is a plan for {saved.world_size} ranks ({mesh}), --ranks says {ranks}; leave it out")
+    return saved
+
+
+@contextmanager
+def _show_progress() -> Iterator[Callable[[str], None]]:
+    """Give a function that shows what is being done: a live line when stderr is a terminal, nothing otherwise."""
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        with _hold_back_stderr(), _keep_stdout_clean():
+            yield lambda _: None
+        return
+    with console.status(Text("starting")) as status, _hold_back_stderr(), _keep_stdout_clean():
+        yield lambda text: status.update(Text(text))
+
+
+@contextmanager
+def _hold_back_stderr() -> Iterator[None]:
+    """Keep what libraries say of a failure that we report off stderr: torch prints the graph at which an export gave up."""
+    held = io.StringIO()
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(held):
+            yield
+    except AutoparError:
+        held = io.StringIO()
+        raise
+    finally:
+        logging.disable(logging.NOTSET)
+        sys.stderr.write(held.getvalue())
+
+
+@contextmanager
+def _keep_stdout_clean() -> Iterator[None]:
+    """Send to stderr what a model's code prints, and libraries past Python: HiGHS has a line of its own for repaired solutions."""
+    try:
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):  # no file, as in tests
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(stdout)
+    os.dup2(2, stdout)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        # C has a buffer of its own, which would else be written when the process ends.
+        ctypes.CDLL(None).fflush(None)
+        os.dup2(kept, stdout)
+        os.close(kept)
+
+
+def _make_console(stream: IO[str]) -> Console:
+    return Console(file=stream, width=None if stream.isatty() else _PIPED_WIDTH)
+
+
+def _word_verification(found: Verification) -> str:
+    """Say what was compared, how far it was off, and what the plan splits."""
+    from autopar.report import describe_pipeline
+
+    plan = found.plan
+    mesh = with_pipeline(plan.mesh, plan.pipeline.ranks)
+    splits = ", ".join(f"{name} x{count}" for name, count in found.splits.items())
+    nothing = "none, every group of ranks runs its stages whole" if plan.pipeline.ranks > 1 else "none, everything is replicated"
+    stages = describe_pipeline(plan)
+    return "\n".join(
+        [
+            f"{'ok' if found.ok else 'FAILED'}: {len(found.errors)} outputs and gradients compared, {plan.world_size} ranks ({mesh})",
+            f"largest relative error {max(found.errors.values(), default=math.nan):.2e}, tolerance {found.tolerance:g}",
+            f"captured graph against the model: relative error {found.capture_error:.2e}, {found.rounding:.2g} accepted",
+            f"splits: {splits or nothing}",
+            *([f"stages: {stages}"] if stages else []),
+        ]
+    )
+
+
+def _data_of_verification(found: Verification) -> dict[str, Any]:
+    plan = found.plan
+    return {
+        "ok": found.ok,
+        "tolerance": found.tolerance,
+        # JSON has no word for NaN and infinity.
+        "errors": {name: error if math.isfinite(error) else None for name, error in found.errors.items()},
+        "capture_error": found.capture_error,
+        "rounding": found.rounding,
+        "splits": dict(found.splits),
+        "world_size": plan.world_size,
+        "mesh": dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
+        "pipeline": {name: getattr(plan.pipeline, name) for name in ("ranks", "schedule", "chunks", "microbatches")},
+    }
+
+
+def _print_machines(found: Sequence[Machine], console: Console) -> None:
+    """Print the machines as a table, then the sources of each."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in ("machine", "devices per node", "memory", "matmul peak", "memory rate", "link inside a node", "between nodes"):
+        table.add_column(name, justify="left" if name == "machine" else "right")
+    for machine in found:
+        device = machine.device
+        # Not float8, though faster: plans are made for these.
+        dtype = max((dtype for dtype in _TRAINED_DTYPES if dtype in device.peak_flops), key=lambda dtype: device.peak_flops[dtype])
+        table.add_row(
+            Text(machine.name),
+            str(machine.devices_per_node),
+            format_bytes(device.memory_bytes),
+            f"{device.peak_flops[dtype] / 1e12:.3g} TFLOP/s {dtype}",
+            f"{format_bytes(round(device.mem_bandwidth_bytes_per_s))}/s",
+            *(
+                f"{format_bytes(round(link.bandwidth_bytes_per_s))}/s, {format_seconds(link.latency_seconds)}"
+                for link in (machine.intra, machine.inter)
+            ),
+        )
+    console.print(table)
+    for machine in found:
+        console.print(Text("\n".join(["", machine.name, *(f"  {source}" for source in machine.sources)])), soft_wrap=True)

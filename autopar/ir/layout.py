@@ -1,0 +1,266 @@
+"""Meshes, placements and layouts: what splitting the loops of an op means for each of its tensors.
+
+*Axis* is of the mesh, *dim* of a tensor, *loop* of an op's iteration space. A `Placement` says per axis which loop of the op
+the axis splits; a `Layout` says per axis what that means for one tensor. Everything here is arithmetic on frozen data.
+
+States of a tensor on one axis (text form in brackets):
+
+- Shard (``S1``, ``S0/3``): dim 1 is split; ``S0/3`` splits inside each of 3 equal outer blocks of dim 0, the strided shard that a
+  fused weight ``(three heads head_dim)`` needs. The gradient is sharded alike.
+- Replicate (``R``): every rank has all of it, and the gradient comes back whole.
+- Broadcast (``B``): only as a consumer's need: every rank has all of it but works on a part, so the gradient comes back Partial.
+- Partial (``P``): the tensor is the sum over the axis; the gradient comes back whole.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from autopar.ir.space import Dims, LoopKind, Space
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Named axes and their sizes, the slowest (outermost, across machines) first; rank = row-major index."""
+
+    names: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.sizes) or len(set(self.names)) != len(self.names):
+            raise ValueError(f"axes {self.names} and sizes {self.sizes} don't match")
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return math.prod(self.sizes)
+
+    def coordinates(self, rank: int) -> tuple[int, ...]:
+        """Position of `rank` on each axis."""
+        position = []
+        for size in reversed(self.sizes):
+            position.append(rank % size)
+            rank //= size
+        return tuple(reversed(position))
+
+    def __str__(self) -> str:
+        return " x ".join(f"{name}={size}" for name, size in zip(self.names, self.sizes, strict=True))
+
+
+PIPELINE = "pp"
+"""The axis along which groups of ranks form a pipeline; no placement names it."""
+
+MICRO = "micro"
+"""The axis of micro-batches: it is walked in time, not over ranks, and stands before all others."""
+
+
+def with_pipeline(mesh: Mesh, groups: int) -> Mesh:
+    """The mesh of all ranks, of which each of `groups` groups runs `mesh`; the pipeline is its outermost axis."""
+    return Mesh((PIPELINE, *mesh.names), (groups, *mesh.sizes)) if groups > 1 else mesh
+
+
+class StateKind(StrEnum):
+    """What a rank holds of a tensor, along one axis."""
+
+    SHARD = "S"
+    REPLICATE = "R"
+    BROADCAST = "B"
+    PARTIAL = "P"
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A tensor's state on one axis; `dim` and `outer` (number of outer blocks of the dim) matter for SHARD only."""
+
+    kind: StateKind
+    dim: int = -1
+    outer: int = 1
+
+    def __str__(self) -> str:
+        if self.kind is not StateKind.SHARD:
+            return self.kind.value
+        return f"S{self.dim}" if self.outer == 1 else f"S{self.dim}/{self.outer}"
+
+
+REPLICATE = State(StateKind.REPLICATE)
+BROADCAST = State(StateKind.BROADCAST)
+PARTIAL = State(StateKind.PARTIAL)
+
+
+def shard(dim: int, outer: int = 1) -> State:
+    """The state that splits `dim` inside each of its `outer` equal blocks."""
+    return State(StateKind.SHARD, dim, outer)
+
+
+Layout = tuple[State, ...]
+"""A state per mesh axis."""
+
+_STATE = re.compile(r"^(?:S(\d+)(?:/(\d+))?|([RBP]))$")
+
+
+def parse_layout(text: str) -> Layout:
+    """Read ``S0/3,R`` back. Raises ValueError on anything else."""
+    states = []
+    for part in text.split(",") if text else []:
+        match = _STATE.match(part.strip())
+        if match is None:
+            raise ValueError(f"{part!r} is no state of a layout (S<dim>, S<dim>/<outer>, R, B or P)")
+        dim, outer, kind = match.groups()
+        states.append(State(StateKind(kind)) if kind else shard(int(dim), int(outer or 1)))
+    return tuple(states)
+
+
+def format_layout(layout: Layout) -> str:
+    """Text of a layout, ``S0/3,R``."""
+    return ",".join(map(str, layout))
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """An axis splits `loop` of the op, inside each of the loop's `outer` equal blocks."""
+
+    loop: str
+    outer: int = 1
+
+    def __str__(self) -> str:
+        return self.loop if self.outer == 1 else f"{self.loop}/{self.outer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """An axis on which a linear op runs on Partial operands and gives Partial results."""
+
+    def __str__(self) -> str:
+        return "+"
+
+
+PASS = Pass()
+
+Placement = tuple[Split | Pass | None, ...]
+"""Per mesh axis what it does to an op: split a loop, pass Partial sums through, or nothing (the op is replicated)."""
+
+
+def format_placement(placement: Placement) -> str:
+    """Text of a placement, ``b,o/3``; ``-`` where the op is replicated."""
+    return ",".join("-" if part is None else str(part) for part in placement)
+
+
+_SPLIT = re.compile(r"^([A-Za-z_]\w*)(?:/(\d+))?$")
+
+
+def parse_placement(text: str) -> Placement:
+    """Read ``b,o/3`` back. Raises ValueError on anything else."""
+    parts: list[Split | Pass | None] = []
+    for part in text.split(",") if text else []:
+        match = _SPLIT.match(part.strip())
+        if part.strip() == "-":
+            parts.append(None)
+        elif part.strip() == "+":
+            parts.append(PASS)
+        elif match is not None:
+            parts.append(Split(match[1], int(match[2] or 1)))
+        else:
+            raise ValueError(f"{part!r} is no part of a placement (a loop, loop/outer, + or -)")
+    return tuple(parts)
+
+
+def operand_layout(space: Space, placement: Placement, index: int) -> Layout:
+    """What the op needs operand `index` to be."""
+    return tuple(_operand_state(space, part, index) for part in placement)
+
+
+def result_layout(space: Space, placement: Placement, index: int) -> Layout:
+    """What the op makes of result `index`."""
+    return tuple(_result_state(space, part, space.results[index]) for part in placement)
+
+
+def _operand_state(space: Space, part: Split | Pass | None, index: int) -> State:
+    if part is None:
+        return REPLICATE
+    if isinstance(part, Pass):
+        return PARTIAL if index in space.linear else BROADCAST
+    if index in space.added and space.loops[part.loop].kind is LoopKind.SUM:
+        return PARTIAL
+    found = space.find(space.operands[index], part.loop)
+    return BROADCAST if found is None else shard(found[0], found[1] * part.outer)
+
+
+def _result_state(space: Space, part: Split | Pass | None, dims: Dims) -> State:
+    if part is None:
+        return REPLICATE
+    if isinstance(part, Pass):
+        return PARTIAL
+    found = space.find(dims, part.loop)
+    if found is not None:
+        return shard(found[0], found[1] * part.outer)
+    # Results of ops with several results may lack a FREE loop (a statistic): such a result is a sum over the parts only
+    # when the loop is a SUM loop; rules must not leave a FREE loop out of a result.
+    return PARTIAL if space.loops[part.loop].kind is LoopKind.SUM else REPLICATE
+
+
+def fits(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
+    """Whether every split of `layout` is even: no padding, no rank without a part, no block cut by a foreign split."""
+    shards = [(state, size) for state, size in zip(layout, mesh.sizes, strict=True) if state.kind is StateKind.SHARD]
+    for state, _ in shards:
+        if state.dim >= len(shape):
+            return False
+        same = [(other, size) for other, size in shards if other.dim == state.dim]
+        # Everything split at this boundary must divide one block; coarser boundaries must be split on whole finer blocks.
+        ways = math.prod(size for other, size in same if other.outer == state.outer)
+        if shape[state.dim] % state.outer or (shape[state.dim] // state.outer) % ways:
+            return False
+        for other, _ in same:
+            if other.outer > state.outer and other.outer % (state.outer * ways):
+                return False
+    return True
+
+
+def local_shape(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> tuple[int, ...]:
+    """Sizes of one rank's part of a tensor of sizes `shape`; all parts are alike (see `fits`)."""
+    local = list(shape)
+    for state, size in zip(layout, mesh.sizes, strict=True):
+        if state.kind is StateKind.SHARD:
+            local[state.dim] //= size
+    return tuple(local)
+
+
+def local_outer(layout: Layout, mesh: Mesh, axis: int) -> int:
+    """Number of outer blocks that axis `axis` sees in a rank's part: those outside, less what other axes split off them."""
+    state = layout[axis]
+    outer = state.outer
+    for other, size in zip(layout, mesh.sizes, strict=True):
+        if other.kind is StateKind.SHARD and other.dim == state.dim and other.outer < state.outer:
+            outer //= size
+    return outer
+
+
+def outer_when_cut(layout: Layout, mesh: Mesh, axis: int) -> int:
+    """`local_outer` at the moment when a whole tensor is cut along `axis`, after the axes before it and before those after it."""
+    return local_outer((*layout[: axis + 1], *(REPLICATE for _ in layout[axis + 1 :])), mesh, axis)
+
+
+def is_legal(space: Space, placement: Placement, mesh: Mesh) -> bool:
+    """Whether every tensor of the op is split evenly and every loop is allowed to be split so."""
+    for part, size in zip(placement, mesh.sizes, strict=True):
+        if size == 1 and part is not None:
+            return False
+        if isinstance(part, Pass) and not space.linear:
+            return False
+        if isinstance(part, Split):
+            loop = space.loops[part.loop]
+            if loop.kind is LoopKind.WHOLE or loop.size % part.outer:
+                return False
+            if part.outer > 1 and part.loop in space.positional:
+                return False
+    splits = [(part, size) for part, size in zip(placement, mesh.sizes, strict=True) if isinstance(part, Split)]
+    for part, _ in splits:
+        ways = math.prod(size for other, size in splits if other == part)
+        if (space.loops[part.loop].size // part.outer) % ways:
+            return False
+    # SUM with Partial pass-through on another axis is fine; shapes decide the rest.
+    tensors = [(dims, operand_layout(space, placement, i)) for i, dims in enumerate(space.operands)]
+    tensors += [(dims, result_layout(space, placement, i)) for i, dims in enumerate(space.results)]
+    return all(fits(space.shape(dims), layout, mesh) for dims, layout in tensors)

@@ -1,0 +1,212 @@
+"""How a producer's layout becomes a consumer's need: the one place where collectives are chosen, forward and backward.
+
+Every edge of the graph is a pair. The forward value makes a journey from the producer's state to the consumer's, and the gradient
+makes the dual one; `PAIRS` is the whole table. A journey over several axes is a list of `Step`s, each on one axis. Steps that
+shrink a rank's part come first and steps that grow it last, so that the bytes moved are the fewest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+from autopar.ir.layout import REPLICATE, Layout, Mesh, State, StateKind, fits, format_layout, local_outer, local_shape
+
+
+class Collective(Enum):
+    """What a rank does with its part; the value is the name of the function in `autopar.ops.collectives`."""
+
+    NONE = "none"
+    ALL_GATHER = "all_gather"
+    REDUCE_SCATTER = "reduce_scatter"
+    ALL_REDUCE = "all_reduce"
+    ALL_TO_ALL = "all_to_all"
+    SLICE = "shard"
+    KEEP_FIRST = "keep_first"
+
+
+S, R, B, P = StateKind.SHARD, StateKind.REPLICATE, StateKind.BROADCAST, StateKind.PARTIAL
+
+# (producer's state, consumer's need) -> (what the value does, what its gradient does on the way back).
+# A Shard or a Replicate value has a gradient of the same state; a Partial value's gradient is Replicate; a Broadcast need returns
+# a Partial gradient. Megatron's f is (R, B), its g is (P, R) (Shoeybi et al. 2019, section 3); with sequence parallelism they
+# become (S, B) and (P, S) (Korthikanti et al. 2022, section 4.2.2).
+PAIRS: Mapping[tuple[StateKind, StateKind], tuple[Collective, Collective]] = {
+    (R, R): (Collective.NONE, Collective.NONE),
+    (R, B): (Collective.NONE, Collective.ALL_REDUCE),
+    (R, S): (Collective.SLICE, Collective.ALL_GATHER),
+    (R, P): (Collective.KEEP_FIRST, Collective.NONE),
+    (P, R): (Collective.ALL_REDUCE, Collective.NONE),
+    (P, B): (Collective.ALL_REDUCE, Collective.ALL_REDUCE),
+    (P, S): (Collective.REDUCE_SCATTER, Collective.ALL_GATHER),
+    (P, P): (Collective.NONE, Collective.NONE),
+    (S, R): (Collective.ALL_GATHER, Collective.SLICE),
+    (S, B): (Collective.ALL_GATHER, Collective.REDUCE_SCATTER),
+    (S, S): (Collective.ALL_TO_ALL, Collective.ALL_TO_ALL),
+}
+
+SHRINKS = frozenset({Collective.SLICE, Collective.REDUCE_SCATTER})
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One axis' part of a journey.
+
+    Attributes:
+        axis: index of the mesh axis.
+        forward, backward: what the value and its gradient do.
+        dim, outer: the dim that is gathered, scattered or (all-to-all) un-split, and its number of outer blocks as a rank sees
+            them (`layout.local_outer`).
+        to_dim, to_outer: the dim that an all-to-all splits.
+        after: the axis' state after the step.
+        shape_before, shape_after: a rank's sizes before and after the step.
+    """
+
+    axis: int
+    forward: Collective
+    backward: Collective
+    dim: int
+    outer: int
+    to_dim: int
+    to_outer: int
+    after: State
+    shape_before: tuple[int, ...]
+    shape_after: tuple[int, ...]
+
+
+def journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> tuple[Step, ...]:
+    """The steps that turn a tensor of (global) sizes `shape` from layout `start` into `need`.
+
+    `start` holds Shard, Replicate and Partial states, `need` Broadcast ones too. Both must fit the shape (`layout.fits`).
+    """
+    return _journey(shape, start, need, mesh)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A step without sizes: the axes that split the tensor before and after it tell the size of a rank's part."""
+
+    axis: int
+    forward: Collective
+    backward: Collective
+    split_before: tuple[int, ...]
+    split_after: tuple[int, ...]
+
+
+Route = tuple[Move, ...]
+"""A journey without sizes."""
+
+
+def route(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> Route:
+    """The journey of a tensor of sizes `shape`, in a form that serves tensors of other sizes and meshes of other sizes too."""
+    current = list(start)
+    moves = []
+    for step in journey(shape, start, need, mesh):
+        before = _splitting(current)
+        current[step.axis] = step.after
+        moves.append(Move(step.axis, step.forward, step.backward, before, _splitting(current)))
+    return tuple(moves)
+
+
+def _splitting(layout: Sequence[State]) -> tuple[int, ...]:
+    return tuple(axis for axis, state in enumerate(layout) if state.kind is S)
+
+
+@lru_cache(maxsize=20_000)
+def _journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> tuple[Step, ...]:
+    current = list(start)
+    steps: list[Step] = []
+    for _ in range(4 * len(current) + 1):
+        if all(_arrived(state, target) for state, target in zip(current, need, strict=True)):
+            return tuple(steps)
+        axis, target = _next_move(shape, tuple(current), need, mesh)
+        steps.append(_step(shape, tuple(current), axis, target, mesh))
+        current[axis] = target
+    raise AssertionError(f"no journey from {format_layout(start)} to {format_layout(need)} for {shape} on {mesh}")
+
+
+def _arrived(state: State, target: State) -> bool:
+    return state == target
+
+
+def _next_move(shape: tuple[int, ...], current: Layout, need: Layout, mesh: Mesh) -> tuple[int, State]:
+    """The axis to move next and where to, the step that leaves the least to carry first."""
+    moves: list[tuple[int, int, State]] = []  # (priority, axis, state)
+    for axis, (state, target) in enumerate(zip(current, need, strict=True)):
+        if _arrived(state, target) or not _may_move(shape, current, need, axis, mesh):
+            continue
+        forward = PAIRS.get((state.kind, target.kind), (Collective.ALL_GATHER, Collective.SLICE))[0]
+        if state.kind is S and target.kind is S and state.dim != target.dim:
+            moves.append((100 + axis, axis, target))
+        elif state.kind is S and target.kind in (S, P):
+            moves.append((300 - axis, axis, REPLICATE))  # no single collective does it: gather, then slice or keep
+        elif state.kind is S:
+            moves.append((300 - axis, axis, target))
+        elif forward in SHRINKS:
+            moves.append((axis, axis, target))
+        else:
+            moves.append((200 + axis, axis, target))
+    if moves:
+        _, axis, target = min(moves, key=lambda move: move[0])
+        return axis, target
+    # Axes nest on one dim in an order that no single step can change: gather the innermost that stands in the way of another.
+    return max(_blockers(current, need)), REPLICATE
+
+
+def _blockers(current: Layout, need: Layout) -> list[int]:
+    """Axes to gather so that others can move: those that have to move anyway, else those inside of a block that has to."""
+    moving = [axis for axis, pair in enumerate(zip(current, need, strict=True)) if not _arrived(*pair)]
+    sharded = [axis for axis, state in enumerate(current) if state.kind is S and _free_of_inner(current, axis)]
+    inside = [axis for axis in sharded if any(outer < axis and current[axis] in (current[outer], need[outer]) for outer in moving)]
+    return [axis for axis in sharded if axis in moving] or inside
+
+
+def _free_of_inner(current: Layout, axis: int) -> bool:
+    """Whether no axis further in splits what `axis` splits; only then can `axis` be gathered or exchanged."""
+    return not any(_same_block(current[axis], other) for other in current[axis + 1 :])
+
+
+def _same_block(state: State, other: State) -> bool:
+    return other.kind is S and (state.dim, state.outer) == (other.dim, other.outer)
+
+
+def _may_move(shape: tuple[int, ...], current: Layout, need: Layout, axis: int, mesh: Mesh) -> bool:
+    state, target = current[axis], need[axis]
+    if state.kind is S and not _free_of_inner(current, axis):
+        return False
+    if target.kind is S and not (state.kind is S and state.dim == target.dim):
+        # Splits of one block nest in mesh order: those further in come later, those further out must be there.
+        if any(_same_block(target, other) for other in current[axis + 1 :]):
+            return False
+        outside = zip(current[:axis], need[:axis], strict=True)
+        if any(now != goal and (_same_block(target, goal) or _same_block(target, now)) for now, goal in outside):
+            return False
+        return fits(shape, (*current[:axis], target, *current[axis + 1 :]), mesh)
+    return True
+
+
+def _step(shape: tuple[int, ...], current: Layout, axis: int, target: State, mesh: Mesh) -> Step:
+    state = current[axis]
+    after = (*current[:axis], target, *current[axis + 1 :])
+    forward, backward = PAIRS[state.kind, target.kind]
+    dim, outer, to_dim, to_outer = -1, 1, -1, 1
+    if state.kind is S:
+        dim, outer = state.dim, local_outer(current, mesh, axis)
+        if target.kind is S:
+            to_dim, to_outer = target.dim, local_outer(after, mesh, axis)
+    elif target.kind is S:
+        dim, outer = target.dim, local_outer(after, mesh, axis)
+    return Step(
+        axis=axis,
+        forward=forward,
+        backward=backward,
+        dim=dim,
+        outer=outer,
+        to_dim=to_dim,
+        to_outer=to_outer,
+        after=target,
+        shape_before=local_shape(shape, current, mesh),
+        shape_after=local_shape(shape, after, mesh),
+    )

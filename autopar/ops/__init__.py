@@ -1,0 +1,26 @@
+"""What emitted programs call: collectives over named axes, kernels for split loops, random streams, regions that run again.
+
+Comes in: tensors of one rank. Goes out: tensors of one rank, with autograd through the communication.
+
+Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``losses``, ``kernels``, ``weight_gradients``, ``recompute``, ``attention``.
+"""
+
+from autopar.ops.collectives import gather_along, join_parts, regather, take_part
+from autopar.ops.comm import Axis, GroupAxis, Message, TimeAxis
+from autopar.ops.recompute import Recomputed
+from autopar.ops.weight_gradients import DEFERRABLE, Deferred, deferring
+
+__all__ = [
+    "DEFERRABLE",
+    "Axis",
+    "Deferred",
+    "GroupAxis",
+    "Message",
+    "Recomputed",
+    "TimeAxis",
+    "deferring",
+    "gather_along",
+    "join_parts",
+    "regather",
+    "take_part",
+]

@@ -1,0 +1,390 @@
+"""Functions that replace an op when a loop that needs them is split: local parts in, local parts out.
+
+Each takes the op's own arguments and ``splits``: for every split loop in `Space.kernel_loops` the mesh axes that split it,
+outermost first. All are differentiable; what they exchange goes through `autopar.ops.comm`. Which loops an op has is said by its
+rule in `autopar.rules`, under the same names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autopar.ops import comm, rng
+from autopar.ops.losses import Splits, all_axes, reduce_over, share_of, wider
+from autopar.ops.losses import binary_cross_entropy as binary_cross_entropy
+from autopar.ops.losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from autopar.ops.losses import cross_entropy as cross_entropy
+from autopar.ops.losses import huber_loss as huber_loss
+from autopar.ops.losses import l1_loss as l1_loss
+from autopar.ops.losses import mean as mean
+from autopar.ops.losses import mse_loss as mse_loss
+from autopar.ops.losses import nll_loss as nll_loss
+from autopar.ops.losses import smooth_l1_loss as smooth_l1_loss
+
+aten = torch.ops.aten
+
+
+# Look-ups in a part of a table.
+
+
+def embedding(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+    *,
+    splits: Splits,
+) -> Tensor:
+    """Rows that this part of the vocabulary has, zeros for the others; the result is Partial.
+
+    Args:
+        weight: (vocabulary part, width).
+        indices: rows of the whole table, of any shape.
+        padding_idx: row of the whole table that gets no gradient; negative for none.
+        scale_grad_by_freq: False, the rule keeps such a table whole.
+        sparse: False, likewise.
+        splits: splits ``v``.
+    """
+    local, mine = _local_rows(weight, indices, splits["v"])
+    padding = padding_idx - comm.index(splits["v"]) * weight.shape[0]
+    has_padding = padding_idx >= 0 and 0 <= padding < weight.shape[0]
+    rows: Tensor = aten.embedding.default(weight, local, padding if has_padding else -1, False, False)
+    return rows.masked_fill(~mine[..., None], 0.0)
+
+
+def _local_rows(weight: Tensor, indices: Tensor, axes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Indices into this part of the table, zero for foreign ones, and which aren't foreign."""
+    local = indices - comm.index(axes) * weight.shape[0]
+    mine = (local >= 0) & (local < weight.shape[0])
+    return local.masked_fill(~mine, 0), mine
+
+
+def embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    *,
+    splits: Splits,
+) -> tuple[Tensor]:
+    """Sums of rows for a part of the bags (``o``), from a part of the table (``v``, Partial).
+
+    The op's further results are bookkeeping that nothing reads; they aren't made.
+
+    Args:
+        weight: (vocabulary part, width).
+        indices: (indices of all bags,).
+        offsets: (bags of this part,): where each begins.
+        scale_grad_by_freq: False, as the rule admits it.
+        mode: 0, a sum.
+        sparse: False.
+        per_sample_weights: (indices,) or None.
+        include_last_offset: False.
+        padding_idx: row of the whole table that counts as zero; negative or None for none.
+        splits: splits ``v``, ``o`` or both.
+    """
+    bags, vocabulary = splits.get("o", ()), splits.get("v", ())
+    samples = torch.ones_like(indices, dtype=weight.dtype) if per_sample_weights is None else per_sample_weights
+    if padding_idx is not None and padding_idx >= 0:
+        samples = samples * (indices != padding_idx)
+    if vocabulary:
+        indices, mine = _local_rows(weight, indices, vocabulary)
+        samples = samples * mine
+    if bags:
+        starts = offsets
+        for axis in reversed(bags):
+            starts = torch.cat(comm.axis(axis).all_gather(starts))
+        first = comm.index(bags) * offsets.shape[0]
+        begin = int(starts[first])
+        after = first + offsets.shape[0]
+        end = int(starts[after]) if after < starts.shape[0] else indices.shape[0]
+        indices, samples, offsets = indices[begin:end], samples[begin:end], offsets - begin
+    results: tuple[Tensor, ...] = aten.embedding_bag.padding_idx(weight, indices, offsets, False, 0, False, samples, False, None)
+    return (results[0],)
+
+
+# Attention on a part of the query rows.
+
+
+def scaled_dot_product_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    splits: Splits,
+) -> Tensor:
+    """Attention of a part of the query rows to all keys: the causal mask knows where the rows are.
+
+    Args:
+        q: (..., rows, head size), a part of the rows when ``s`` is split.
+        k: (..., keys, head size).
+        v: (..., keys, head size of values).
+        attn_mask: of this part's rows.
+        dropout_p: probability that a weight is dropped.
+        is_causal: row i of the whole attends to keys 0..i.
+        scale: factor of the scores.
+        enable_gqa: k and v have fewer heads than q.
+        splits: may split rows, and batch and heads when weights are dropped at random.
+    """
+    if is_causal and splits.get("s"):
+        first = comm.index(splits["s"]) * q.shape[-2]
+        # No row of this part looks at later keys.
+        last = min(first + q.shape[-2], k.shape[-2])
+        k, v = k[..., :last, :], v[..., :last, :]
+        attn_mask = torch.ones(q.shape[-2], last, dtype=torch.bool, device=q.device).tril(first)
+        is_causal = False
+    with rng.stream(all_axes(splits), q.device) if dropout_p > 0.0 else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    dropout_p: float,
+    *,
+    splits: Splits,
+) -> Tensor:
+    """The same for `autopar.ops.attention.attention`: the masks that need positions become a mask of this part's rows.
+
+    Args:
+        q: (batch, heads, rows, head size), a part of the rows when ``s`` is split.
+        k: (batch, key/value heads, keys, head size).
+        v: as `k`.
+        key_padding: (batch, keys).
+        bias: of this part's rows.
+        causal: row i of the whole attends to keys 0..i.
+        window: as `autopar.ops.attention.attention`, likewise the rest.
+        scale: factor of the scores.
+        softcap: bound of the scores.
+        dropout_p: probability that a weight is dropped.
+        splits: may split rows, and batch and heads when weights are dropped at random.
+    """
+    if splits.get("s") and (causal or window is not None):
+        rows, keys = q.shape[2], k.shape[2]
+        query = torch.arange(rows, device=q.device)[:, None] + comm.index(splits["s"]) * rows
+        distance = query - torch.arange(keys, device=q.device)
+        allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+        if window is not None:
+            allowed &= distance < window if causal else distance.abs() <= window
+        if bias is not None:
+            allowed = bias & allowed if bias.dtype == torch.bool else bias.masked_fill(~allowed, -math.inf)
+        bias = allowed
+        causal, window = False, None
+    with rng.stream(all_axes(splits), q.device) if dropout_p > 0.0 else nullcontext():
+        result: Tensor = torch.ops.autopar.attention(q, k, v, key_padding, bias, causal, window, scale, softcap, dropout_p)
+    return result
+
+
+# Statistics of the whole batch.
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+    *,
+    splits: Splits,
+) -> Tensor:
+    """Batch norm in training with the statistics of all parts; running statistics become those of the whole batch.
+
+    Args:
+        x: (batch part, channels part, ...).
+        weight: (channels part,) or None.
+        bias: (channels part,) or None.
+        running_mean: (all channels,) or None, updated in place.
+        running_var: (all channels,) or None, updated in place.
+        training: True, else nothing needs this function.
+        momentum: share of the new statistics in the running ones.
+        eps: added to the variance.
+        cudnn_enabled: not used.
+        splits: may split the batch ``n``, the spatial dims, and the channels ``c``.
+    """
+    axes = tuple(axis for loop, names in splits.items() if loop != "c" for axis in names)
+    y, average, variance = _BatchNorm.apply(x, weight, bias, axes, eps)  # type: ignore[no-untyped-call]
+    if running_mean is not None and running_var is not None:
+        count = x.numel() // x.shape[1] * comm.count(axes)
+        statistics = torch.stack([average, variance * (count / (count - 1))], dim=1)
+        for axis in reversed(splits.get("c", ())):
+            statistics = torch.cat(comm.axis(axis).all_gather(statistics))
+        with torch.no_grad():
+            running_mean.lerp_(statistics[:, 0].to(running_mean.dtype), momentum)
+            running_var.lerp_(statistics[:, 1].to(running_var.dtype), momentum)
+    result: Tensor = y
+    return result
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Normalised part, mean and biased variance per channel; the gradient goes through the common statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: tuple[str, ...], eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        count = x.numel() // x.shape[1] * comm.count(axes)
+        wide = x.to(wider(x.dtype))
+        average = reduce_over(wide.sum(dims), axes) / count
+        centred = wide - _per_channel(average, x)
+        variance = reduce_over(centred.square().sum(dims), axes) / count
+        inverse = (variance + eps).rsqrt()
+        y = centred * _per_channel(inverse, x)
+        if weight is not None:
+            y = y * _per_channel(weight.to(y.dtype), x)
+        if bias is not None:
+            y = y + _per_channel(bias.to(y.dtype), x)
+        ctx.save_for_backward(x, weight, average, inverse)
+        # The backward may run after the program's axes were put away.
+        ctx.axes, ctx.world = axes, comm.current()
+        ctx.count, ctx.bias_dtype = count, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(average, variance)
+        return y.to(x.dtype), average, variance
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _average: Tensor, _variance: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        x, weight, average, inverse = ctx.saved_tensors
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        wide, slope = x.to(average.dtype), grad.to(average.dtype)
+        normalised = (wide - _per_channel(average, x)) * _per_channel(inverse, x)
+        # The parameters' own gradients stay sums over this part; only what flows through the statistics is exchanged.
+        local = torch.stack([slope.sum(dims), (slope * normalised).sum(dims)])
+        with comm.active(ctx.world):
+            sums = reduce_over(local, ctx.axes) / ctx.count
+        inner = slope - _per_channel(sums[0], x) - normalised * _per_channel(sums[1], x)
+        factor = inverse if weight is None else inverse * weight.to(inverse.dtype)
+        for_weight = None if weight is None else local[1].to(weight.dtype)
+        for_bias = None if ctx.bias_dtype is None else local[0].to(ctx.bias_dtype)
+        return (inner * _per_channel(factor, x)).to(x.dtype), for_weight, for_bias, None, None
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(1, -1, *([1] * (x.dim() - 2)))
+
+
+# Random ops: each part draws from a stream of its own, replicas from the same.
+
+
+def dropout(x: Tensor, p: float, train: bool, *, splits: Splits) -> Tensor:
+    """Dropout with a mask of this part's own."""
+    with rng.stream(all_axes(splits), x.device):
+        return F.dropout(x, p, train)
+
+
+def bernoulli(x: Tensor, *args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """Zeros and ones with probabilities `x`, or one common probability."""
+    with rng.stream(all_axes(splits), x.device):
+        return torch.bernoulli(x, *args, **kwargs)
+
+
+def rand_like(x: Tensor, *, splits: Splits, **kwargs: Any) -> Tensor:
+    """Uniform numbers for a part of a tensor."""
+    with rng.stream(all_axes(splits), x.device):
+        return torch.rand_like(x, **kwargs)
+
+
+def randn_like(x: Tensor, *, splits: Splits, **kwargs: Any) -> Tensor:
+    """Normal numbers for a part of a tensor."""
+    with rng.stream(all_axes(splits), x.device):
+        return torch.randn_like(x, **kwargs)
+
+
+def rand(size: Sequence[int], *, splits: Splits, device: Any = None, **kwargs: Any) -> Tensor:
+    """Uniform numbers, `size` being the part's sizes."""
+    with rng.stream(all_axes(splits), torch.device(device or "cpu")):
+        return torch.rand(size, device=device, **kwargs)
+
+
+def randn(size: Sequence[int], *, splits: Splits, device: Any = None, **kwargs: Any) -> Tensor:
+    """Normal numbers, `size` being the part's sizes."""
+    with rng.stream(all_axes(splits), torch.device(device or "cpu")):
+        return torch.randn(size, device=device, **kwargs)
+
+
+def lstm(*args: Any, splits: Splits) -> tuple[Tensor, ...]:
+    """An LSTM with dropout between its layers."""
+    with rng.stream(all_axes(splits), args[0].device):
+        results: tuple[Tensor, ...] = aten.lstm.input(*args)
+    return results
+
+
+def gru(*args: Any, splits: Splits) -> tuple[Tensor, ...]:
+    """A GRU with dropout between its layers."""
+    with rng.stream(all_axes(splits), args[0].device):
+        results: tuple[Tensor, ...] = aten.gru.input(*args)
+    return results
+
+
+# Ops whose arguments count elements of a dim that is split.
+
+
+def slice_dim(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1, *, splits: Splits) -> Tensor:
+    """The same part of every block that a slice takes."""
+    whole = x.shape[dim] * share_of(splits)
+    first, last, _ = slice(start, end).indices(whole)
+    return x.narrow(dim, first // share_of(splits), (last - first) // share_of(splits))
+
+
+def narrow(x: Tensor, dim: int, start: int, length: int, *, splits: Splits) -> Tensor:
+    """As `slice_dim`, from start and length."""
+    return slice_dim(x, dim, start, (start + length) or None, splits=splits)
+
+
+def split(x: Tensor, sizes: int | Sequence[int], dim: int = 0, *, splits: Splits) -> list[Tensor]:
+    """The same part of every piece."""
+    share = share_of(splits)
+    local = sizes // share if isinstance(sizes, int) else [size // share for size in sizes]
+    return list(x.split(local, dim))  # type: ignore[no-untyped-call]
+
+
+def squeeze(x: Tensor, dim: int | Sequence[int] | None = None, *, splits: Splits) -> Tensor:
+    """Drop dims of one element, but not those (loop ``d2`` is dim 2) that have one because they are split."""
+    dims = range(x.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
+    kept = {int(loop[1:]) for loop in splits}
+    return x.squeeze([d % x.dim() for d in dims if d % x.dim() not in kept])
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    splits: Splits,
+) -> Tensor:
+    """A part of the groups of a convolution over one, two or three dims."""
+    function: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
+    result: Tensor = function(x, weight, bias, stride, padding, dilation, groups // share_of(splits))
+    return result

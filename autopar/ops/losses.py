@@ -1,0 +1,194 @@
+"""Kernels of means and losses: parts of a batch, and of a vocabulary, that add up to the loss of the whole.
+
+A mean over a split loop is a part's sum divided by the number of all elements (or tokens that count), so the results are Partial;
+over a split vocabulary every rank gets the whole loss. Called as `autopar.ops.kernels` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from autopar.ops import comm
+from autopar.ops.comm import Reduction
+
+Splits = Mapping[str, tuple[str, ...]]
+"""Per split loop the mesh axes that split it, outermost first."""
+
+aten = torch.ops.aten
+
+
+def all_axes(splits: Splits) -> tuple[str, ...]:
+    """All axes that split some loop."""
+    return tuple(axis for axes in splits.values() for axis in axes)
+
+
+def reduce_over(x: Tensor, axes: Sequence[str], op: Reduction = "sum") -> Tensor:
+    """Combine `x` over several axes."""
+    for axis in axes:
+        x = comm.axis(axis).all_reduce(x, op)
+    return x
+
+
+def share_of(splits: Splits) -> int:
+    """How many times larger the whole is than a part."""
+    return comm.count(all_axes(splits))
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """The type to add many half-precision numbers in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def mean(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """A part of a mean: the local mean over the number of equal parts."""
+    return torch.mean(*args, **kwargs) / share_of(splits)
+
+
+def mse_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """A part of a mean of squared differences."""
+    loss: Tensor = aten.mse_loss.default(*args, **kwargs)
+    return loss / share_of(splits)
+
+
+def l1_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """A part of a mean of absolute differences."""
+    loss: Tensor = aten.l1_loss.default(*args, **kwargs)
+    return loss / share_of(splits)
+
+
+def smooth_l1_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """A part of a mean smooth L1 loss."""
+    loss: Tensor = aten.smooth_l1_loss.default(*args, **kwargs)
+    return loss / share_of(splits)
+
+
+def huber_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """A part of a mean Huber loss."""
+    loss: Tensor = aten.huber_loss.default(*args, **kwargs)
+    return loss / share_of(splits)
+
+
+def binary_cross_entropy(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """A part of a mean binary cross entropy of probabilities."""
+    loss: Tensor = aten.binary_cross_entropy.default(*args, **kwargs)
+    return loss / share_of(splits)
+
+
+def binary_cross_entropy_with_logits(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """A part of a mean binary cross entropy of logits."""
+    loss: Tensor = aten.binary_cross_entropy_with_logits.default(*args, **kwargs)
+    return loss / share_of(splits)
+
+
+def count_targets(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What a mean over these tokens divides by: the number of those that count, or their weights' sum.
+
+    Args:
+        target: classes, of any shape.
+        weight: (classes,) or None.
+        ignore_index: class of tokens that don't count.
+    """
+    counts = target != ignore_index
+    # An ignored class may be negative, or beyond the table.
+    return counts.sum() if weight is None else (weight[target.masked_fill(~counts, 0)] * counts).sum()
+
+
+def _count_all(target: Tensor, weight: Tensor | None, ignore_index: int, axes: Sequence[str], counted: Tensor | None) -> Tensor:
+    """`count_targets` over the whole batch; `counted` is that of all micro-batches, which time can't sum."""
+    if counted is None:
+        return reduce_over(count_targets(target, weight, ignore_index), axes)
+    return reduce_over(counted, [axis for axis in axes if not isinstance(comm.axis(axis), comm.TimeAxis)])
+
+
+def nll_loss(
+    log_probabilities: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    *,
+    splits: Splits,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """A part of the mean negative log likelihood over the tokens of the whole batch; `counted` as for `cross_entropy`."""
+    total = F.nll_loss(log_probabilities, target, weight, ignore_index=ignore_index, reduction="sum")
+    return total / _count_all(target, weight, ignore_index, all_axes(splits), counted).to(total.dtype)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    reduction: int = 1,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    *,
+    splits: Splits,
+    counted: Tensor | None = None,
+) -> Tensor:
+    """Cross entropy of a part of the tokens, over a part of the vocabulary, without gathering logits.
+
+    Args:
+        logits: (tokens, vocabulary part, ...).
+        target: (tokens, ...) classes of the whole vocabulary, or probabilities of the shape of `logits`.
+        weight: (vocabulary,) or None.
+        reduction: 0 none, 1 mean, 2 sum.
+        ignore_index: class of tokens that don't count.
+        label_smoothing: share of the target that is spread over the vocabulary.
+        splits: may split the vocabulary ``v`` and any loop of tokens; the mean is over the tokens of the whole batch.
+        counted: `count_targets` of all micro-batches of this rank, when time splits the tokens of a mean over classes.
+    """
+    vocabulary = splits.get("v", ())
+    tokens = tuple(axis for loop, axes in splits.items() if loop != "v" for axis in axes)
+    if vocabulary:
+        losses: Tensor = _VocabularyCrossEntropy.apply(logits.movedim(1, -1), target, vocabulary, ignore_index, label_smoothing)  # type: ignore[no-untyped-call]
+        if reduction == 0:
+            return losses
+        total = losses.sum()
+    else:
+        total = F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
+    if reduction != 1:
+        return total
+    if target.is_floating_point():
+        return total / (target.numel() // target.shape[1] * comm.count(tokens))
+    return total / _count_all(target, weight, ignore_index, tokens, counted).to(total.dtype)
+
+
+class _VocabularyCrossEntropy(torch.autograd.Function):
+    """Loss per token from logits (..., vocabulary part): the local gradient is softmax less one-hot."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, axes: tuple[str, ...], ignore_index: int, smoothing: float) -> Tensor:
+        wide = logits.to(wider(logits.dtype))
+        part = logits.shape[-1]
+        largest = reduce_over(wide.amax(-1), axes, "max")
+        shifted = wide - largest[..., None]
+        local = target - comm.index(axes) * part
+        mine = (local >= 0) & (local < part)
+        picked = shifted.gather(-1, local.clamp(0, part - 1)[..., None])[..., 0] * mine
+        sums = reduce_over(torch.stack([shifted.exp().sum(-1), picked, shifted.sum(-1)]), axes)
+        log_sum = sums[0].log()
+        size = part * comm.count(axes)
+        loss = log_sum - (1.0 - smoothing) * sums[1] - smoothing / size * sums[2]
+        counts = target != ignore_index
+        # The logits are kept anyway; the softmax would take as much again.
+        ctx.save_for_backward(logits, largest + log_sum, local, mine, counts)
+        ctx.smoothing, ctx.size = smoothing, size
+        return loss.masked_fill(~counts, 0.0).to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, log_sum, local, mine, counts = ctx.saved_tensors
+        wide = logits.to(wider(logits.dtype))
+        slope = (wide - log_sum[..., None]).exp_()
+        if ctx.smoothing:
+            slope -= ctx.smoothing / ctx.size
+        hit = mine.to(wide.dtype) * (ctx.smoothing - 1.0)
+        slope.scatter_add_(-1, local.clamp(0, logits.shape[-1] - 1)[..., None], hit[..., None])
+        slope *= (grad.to(wide.dtype) * counts)[..., None]
+        return slope.to(logits.dtype), None, None, None, None

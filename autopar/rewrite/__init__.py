@@ -1,0 +1,11 @@
+"""Captured graph and plan to the program that each rank runs, with explicit collectives that name mesh axes. Decides nothing.
+
+Comes in: `Captured` and a `Plan`. Goes out: a `Program`.
+
+Modules, in reading order: ``stages``, ``program``, ``outline``, ``rewriter``, ``emit``.
+"""
+
+from autopar.rewrite.emit import rewrite
+from autopar.rewrite.program import Boundary, PipelineProgram, Program, Slot, StageOutput, StageProgram
+
+__all__ = ["Boundary", "PipelineProgram", "Program", "Slot", "StageOutput", "StageProgram", "rewrite"]

@@ -1,0 +1,155 @@
+"""The local program of a rank, as the rewrite makes it and the runtime runs it: an fx module and what its tensors are.
+
+The module is called with the parts that this rank stores, in the order of the slots: parameters, buffers, inputs. It returns
+the user's outputs, then the new values of `mutated_buffers`. Within it, collectives name the axes of `mesh`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from autopar.ir import Layout, Mesh, State
+from autopar.schedules import Schedule
+
+
+class Signature(Protocol):
+    """How a user's call maps to the flat tensors of the program and back (`autopar.capture.Captured`)."""
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Flatten a call to its tensors, in the order of the program's inputs; InputError when the call doesn't fit."""
+        ...
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """Give the flat outputs the structure that the user's model returns."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One tensor that goes into or comes out of the program.
+
+    Attributes:
+        name: the user's name of the parameter, buffer, input or output.
+        layout: per mesh axis Shard or Replicate; what the program takes or gives.
+        shape: global sizes.
+        dtype: torch's name without the ``torch.`` prefix.
+        partial_axes: for a parameter, the axes over which its local gradient still has to be summed, once per step.
+        requires_grad: whether the tensor takes part in the backward.
+        groups: the pipeline's groups of ranks that use the parameter or make the output; the first owns it.
+    """
+
+    name: str
+    layout: Layout
+    shape: tuple[int, ...]
+    dtype: str
+    partial_axes: tuple[str, ...] = ()
+    requires_grad: bool = False
+    groups: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True, slots=True)
+class Boundary:
+    """A tensor that a stage receives for every micro-batch: a rank's part of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutput:
+    """One of the user's outputs, or a buffer's new value, as a stage makes it per micro-batch.
+
+    Attributes:
+        position: among the program's outputs, then its mutated buffers.
+        result: among the results of the stage's module.
+        state: what a micro-batch has of it: a part of a dim, all, or a part of a sum.
+    """
+
+    position: int
+    result: int
+    state: State
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageProgram:
+    """What the ranks of one stage run for every micro-batch.
+
+    Attributes:
+        module: takes parts of the parameters, buffers and inputs, what `prologue` made, and what is received from each stage before
+            in order of their numbers. Under the axis `autopar.ir.layout.MICRO` it takes a micro-batch's part of all this.
+        prologue: takes the buffers and inputs and gives what is computed once per step from the whole batch; None when nothing is.
+        parameters, buffers: positions in the program's slots; inputs are all taken.
+        receives: per stage before, what it sends; `sends`: per stage after, which results of the module it gets. The gradients of
+            those that have one come back.
+        outputs: the results that are the user's outputs or new values of buffers.
+    """
+
+    module: torch.nn.Module
+    prologue: torch.nn.Module | None
+    parameters: tuple[int, ...]
+    buffers: tuple[int, ...]
+    receives: Mapping[int, tuple[Boundary, ...]]
+    sends: Mapping[int, tuple[tuple[int, Boundary], ...]]
+    outputs: tuple[StageOutput, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PipelineProgram:
+    """The stages and the order in which they run.
+
+    Attributes:
+        stages: the programs of this rank's stages, or of all, by number.
+        schedule: of a training step, `inference`: of a forward without gradients; both with messages.
+        loss: position of the output that is the loss; None when the loss is computed outside.
+        trained: names of the parameters that get a gradient from the loss, or from any output; `reached`: from each output, by position.
+        written: buffers that ops of the stages write to, such as running statistics; others get new values from the outputs.
+        makers: group that makes each output and each new value of a buffer, by position.
+        random: whether some op draws random numbers.
+    """
+
+    stages: Mapping[int, StageProgram]
+    schedule: Schedule
+    inference: Schedule
+    loss: int | None
+    trained: frozenset[str]
+    reached: Mapping[int, frozenset[str]]
+    written: frozenset[str]
+    makers: Mapping[int, int]
+    random: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """What one rank runs for one signature of inputs.
+
+    Attributes:
+        module: the local program; takes parts of the parameters, buffers and inputs, in this order.
+        mesh: the axes that the program's collectives name.
+        parameters, buffers, inputs, outputs: what goes in and comes out.
+        captured: binds a user's call to the inputs, gives the outputs the user's structure.
+        mutated_buffers: names of the buffers whose new values follow the user's outputs.
+        regather: gathered parameters are gathered again in the backward instead of kept.
+        batch_axes: the axes that split the batch, in the order in which they number the parts.
+        pipeline: with stages or micro-batches, how they run; `module` then holds the modules of the stages.
+        bucket_nbytes: gradients that are summed over ranks together.
+    """
+
+    module: torch.nn.Module
+    mesh: Mesh
+    parameters: tuple[Slot, ...]
+    buffers: tuple[Slot, ...]
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+    captured: Signature
+    mutated_buffers: tuple[str, ...] = ()
+    regather: bool = False
+    batch_axes: tuple[str, ...] = ()
+    pipeline: PipelineProgram | None = None
+    bucket_nbytes: int = 0

@@ -1,0 +1,13 @@
+"""Programs behind the user's own training loop: process groups, stored parameters, gradients, schedules, failures.
+
+Comes in: the user's module and a `Program`. Goes out: a module with the same calls.
+
+Modules, in reading order: ``failures``, ``dtensor``, ``owned``, ``gradients``, ``executor``, ``pipeline``, ``world``, ``storage``,
+``pipeline_calls``, ``module``.
+"""
+
+from autopar.runtime.executor import Executor, StageTensors
+from autopar.runtime.module import ParallelModule
+from autopar.runtime.storage import Init
+
+__all__ = ["Executor", "Init", "ParallelModule", "StageTensors"]

@@ -1,0 +1,254 @@
+"""Between whole tensors, the parts that ranks store, and torch's DTensors.
+
+A stored tensor is split along the mesh axes from first to last, which is also how torch reads a DTensor's placements.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from autopar import torch_compat
+from autopar.ir import Layout, Mesh, StateKind, outer_when_cut
+from autopar.ops import Axis, GroupAxis, collectives
+from autopar.torch_compat import StridedShard, state_dict_utils
+
+Step = tuple[int, int, int]
+"""One split of a tensor: mesh axis, dim, and outer blocks of the dim in what the axes before it left over."""
+
+
+def split_steps(layout: Layout, mesh: Mesh) -> tuple[Step, ...]:
+    """The splits that make a rank's part of a whole tensor, first axis first. The layout must be of Shard and Replicate only.
+
+    A layout counts outer blocks in the whole tensor; an axis before that splits between such blocks leaves fewer of them.
+    """
+    steps: list[Step] = []
+    for position, state in enumerate(layout):
+        if state.kind is StateKind.REPLICATE:
+            continue
+        if state.kind is not StateKind.SHARD:
+            raise ValueError(f"a stored tensor is split or whole along every axis, not {state}")
+        steps.append((position, state.dim, outer_when_cut(layout, mesh, position)))
+    return tuple(steps)
+
+
+def take_local(x: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
+    """The part of the whole tensor `x` that `rank` stores; `x` itself where nothing is split."""
+    where = mesh.coordinates(rank)
+    for axis, dim, outer in split_steps(layout, mesh):
+        x = collectives.take_part(x, dim, outer, where[axis], mesh.sizes[axis])
+    return x
+
+
+def shard_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis], skipped: Sequence[str] = ()) -> Tensor:
+    """This rank's part of the whole tensor `x`, whose gradient is gathered; splits by the axes `skipped` were made before."""
+    for axis, dim, outer in split_steps(layout, mesh):
+        name = mesh.names[axis]
+        if name not in skipped and axes[name].size > 1:
+            x = collectives.shard_along(x, axes[name], dim, outer)
+    return x
+
+
+def gather_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis]) -> Tensor:
+    """The whole tensor of which every rank passes its part; every rank must call it."""
+    for axis, dim, outer in reversed(split_steps(layout, mesh)):
+        x = collectives.join_parts(axes[mesh.names[axis]].all_gather(x), dim, outer)
+    return x
+
+
+def placements_of(layout: Layout, mesh: Mesh) -> tuple[Placement, ...]:
+    """What torch calls the layout of a stored tensor."""
+    placements: list[Placement] = [Replicate()] * len(layout)
+    for axis, dim, outer in split_steps(layout, mesh):
+        placements[axis] = Shard(dim) if outer == 1 else StridedShard(dim, split_factor=outer)
+    return tuple(placements)
+
+
+def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
+    """The DTensor of global sizes `shape` whose part on this rank is `local`; no communication, differentiable.
+
+    Only a scalar with a placement that isn't torch's own is not differentiable.
+    """
+    if not shape and not all(placement.is_replicate() or placement.is_partial() for placement in placements):
+        # ``from_local`` takes the sizes of a scalar for none given, and would guess them from the part.
+        return torch_compat.make_dtensor(local, mesh, placements, (), ())
+    # The strides of a contiguous tensor of these sizes, without making one.
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+
+
+def placement_steps(placements: Sequence[Placement]) -> tuple[Step, ...]:
+    """The splits that a DTensor's placements stand for, first axis first."""
+    steps: list[Step] = []
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, StridedShard):
+            steps.append((axis, placement.dim, int(placement.split_factor)))
+        elif isinstance(placement, Shard):
+            steps.append((axis, placement.dim, 1))
+    return tuple(steps)
+
+
+# --- what torch's DTensor can't do with strided shards ----------------------------------------------------------------------
+#
+# A fused weight (three heads head_dim) under tensor parallelism and ZeRO is strided along one or two mesh axes. torch 2.13
+# then (a) refuses to checkpoint it, because it takes a rank's part for one box of the whole tensor ("overlapping chunks"),
+# (b) gathers it in a wrong order, silently, when two axes split one dim and both are strided, (c) can't go from a plain shard
+# to a strided one, and (d) loads a wrong part, silently, under ``StateDictOptions(broadcast_from_rank0=True)``. Optimizer
+# states and gradients are plain DTensors that reach these functions without passing through our module, so torch's own
+# functions learn the missing cases; every other DTensor keeps torch's answer.
+
+
+def _has_strided(placements: Sequence[Placement]) -> bool:
+    return any(isinstance(placement, StridedShard) for placement in placements)
+
+
+def _is_crossed(placements: Sequence[Placement]) -> bool:
+    """Whether two axes split one dim and one of them is strided."""
+    dims = [step[1] for step in placement_steps(placements)]
+    strided = {placement.dim for placement in placements if isinstance(placement, StridedShard)}
+    return any(dims.count(dim) > 1 for dim in strided)
+
+
+def _is_to_strided(placements: tuple[Placement, ...], target: tuple[Placement, ...]) -> bool:
+    return _has_strided(target) and target != placements
+
+
+def is_beyond_torch(placements: tuple[Placement, ...], target: tuple[Placement, ...]) -> bool:
+    """Whether `redistribute` must take these steps itself, because torch's would be refused or wrong."""
+    return _is_crossed(placements) or _is_to_strided(placements, target)
+
+
+TORCH_REDISTRIBUTE = DTensor.redistribute
+TORCH_FULL_TENSOR = DTensor.full_tensor
+_WRITE_ITEMS: Callable[..., Any] = DTensor.__create_write_items__
+_CHUNK_LIST: Callable[..., Any] = DTensor.__create_chunk_list__
+_TENSOR_SHARD: Callable[..., Any] = DTensor.__get_tensor_shard__
+
+
+def redistribute(
+    self: DTensor, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
+) -> DTensor:
+    """``DTensor.redistribute``, which knows strided shards."""
+    target = tuple(self.placements if placements is None else placements)
+    if not is_beyond_torch(self.placements, target) or device_mesh not in (None, self.device_mesh):
+        return TORCH_REDISTRIBUTE(self, device_mesh, placements, **options)
+    mesh, replicate = self.device_mesh, [Replicate()] * self.device_mesh.ndim
+    axes = [GroupAxis(str(axis), mesh.get_group(axis)) for axis in range(mesh.ndim)]
+    if _is_crossed(self.placements):
+        whole = self.to_local()
+        for axis, dim, outer in reversed(placement_steps(self.placements)):
+            whole = collectives.gather_along(whole, axes[axis], dim, outer)
+    else:
+        whole = TORCH_REDISTRIBUTE(self, mesh, replicate).to_local()
+    if _is_to_strided(self.placements, target):
+        for axis, dim, outer in placement_steps(target):
+            whole = collectives.shard_along(whole, axes[axis], dim, outer)
+        return as_dtensor(whole, mesh, target, self.shape)
+    return TORCH_REDISTRIBUTE(as_dtensor(whole, mesh, replicate, self.shape), mesh, target, **options)
+
+
+def full_tensor(self: DTensor, **options: Any) -> Tensor:
+    """``DTensor.full_tensor``, which knows strided shards."""
+    if _is_crossed(self.placements):
+        self = redistribute(self, placements=[Replicate()] * self.device_mesh.ndim)
+    return TORCH_FULL_TENSOR(self, **options)
+
+
+def _runs(size: int, ways: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """The runs (start, length, start in the part) of a dim left after splits (outer blocks, parts, own part), in order."""
+    left = torch.arange(size)
+    for outer, parts, part in ways:
+        left = left.view(outer, parts, -1)[:, part].flatten()
+    cuts = [0, *(torch.nonzero(left.diff() != 1).flatten() + 1).tolist(), left.numel()]
+    return [(int(left[start]), end - start, start) for start, end in itertools.pairwise(cuts)]
+
+
+def _boxes(x: DTensor) -> list[tuple[ChunkStorageMetadata, tuple[slice, ...]]] | None:
+    """Global boxes of this rank's part and where they are in it; None when nothing is strided: torch's one box is right."""
+    where = x.device_mesh.get_coordinate()
+    if where is None or not _has_strided(x.placements):
+        return None
+    ways: list[list[tuple[int, int, int]]] = [[] for _ in x.shape]
+    for axis, dim, outer in placement_steps(x.placements):
+        ways[dim].append((outer, x.device_mesh.size(axis), where[axis]))
+    boxes = []
+    for runs in itertools.product(*(_runs(size, splits) for size, splits in zip(x.shape, ways, strict=True))):
+        box = ChunkStorageMetadata(torch.Size(start for start, _, _ in runs), torch.Size(length for _, length, _ in runs))
+        boxes.append((box, tuple(slice(here, here + length) for _, length, here in runs)))
+    return boxes
+
+
+def create_write_items(self: DTensor, fqn: str, whole: Any) -> Any:
+    """``DTensor.__create_write_items__``: what a checkpoint writes of this rank's part."""
+    boxes = _boxes(self)
+    if boxes is None:
+        return _WRITE_ITEMS(self, fqn, whole)
+    properties = TensorProperties.create_from_tensor(self.to_local())
+    return [
+        WriteItem(MetadataIndex(fqn, box.offsets), WriteItemType.SHARD, tensor_data=TensorWriteData(box, properties, self.size()))
+        for box, _ in boxes
+    ]
+
+
+def create_chunk_list(self: DTensor) -> Any:
+    """``DTensor.__create_chunk_list__``: the boxes of the whole tensor that a checkpoint reads for this rank."""
+    boxes = _boxes(self)
+    return _CHUNK_LIST(self) if boxes is None else [box for box, _ in boxes]
+
+
+def get_tensor_shard(self: DTensor, index: MetadataIndex) -> Any:
+    """``DTensor.__get_tensor_shard__``: where in this rank's part a box lies."""
+    boxes = _boxes(self)
+    if boxes is None:
+        return _TENSOR_SHARD(self, index)
+    for box, here in boxes:
+        if box.offsets == index.offset:
+            return self.to_local()[here]
+    raise ValueError(f"{index.fqn} has no box at {index.offset} on this rank")
+
+
+_DISTRIBUTE_TENSORS: Callable[..., None] = state_dict_utils._distribute_tensors
+
+
+def distribute_tensors(states: dict[str, Any], keys: Sequence[str], *options: Any, **more_options: Any) -> None:
+    """Torch's function of the same name: each rank cuts its parts out of the whole tensors that it was sent."""
+    for key in keys:
+        state = states.get(key)
+        if state is None or isinstance(state, Tensor):
+            continue
+        # A pair (what to fill, whole value), until the value has been cut.
+        target, part = state
+        where = target.device_mesh.get_coordinate()
+        if where is None or not _has_strided(target.placements):
+            continue
+        for axis, dim, outer in placement_steps(target.placements):
+            part = collectives.take_part(part, dim, outer, where[axis], target.device_mesh.size(axis))
+        if target.is_meta:
+            target = as_dtensor(part, target.device_mesh, target.placements, target.shape)
+        else:
+            target.to_local().copy_(part)
+        states[key] = target
+    _DISTRIBUTE_TENSORS(states, keys, *options, **more_options)
+
+
+@functools.cache
+def teach_strided_shards() -> None:
+    """Let every DTensor with strided shards be gathered, redistributed and checkpointed; a second call changes nothing."""
+    for name, method in (
+        ("redistribute", redistribute),
+        ("full_tensor", full_tensor),
+        ("__create_write_items__", create_write_items),
+        ("__create_chunk_list__", create_chunk_list),
+        ("__get_tensor_shard__", get_tensor_shard),
+    ):
+        setattr(DTensor, name, method)
+    state_dict_utils._distribute_tensors = distribute_tensors  # type: ignore[assignment]

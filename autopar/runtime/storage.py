@@ -1,0 +1,292 @@
+"""Where the user's parameters and buffers are stored since the first plan, and how they get there.
+
+Comes in: the user's model and the programs that are made for it. Goes out: a `Home`, in which the first program's layouts are kept by
+all later ones. Before the first plan every rank has every parameter whole (`replicate`); captures see plain tensors of the global sizes
+(`plain_parameters`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate
+
+from autopar import torch_compat
+from autopar.errors import InputError, PlanError
+from autopar.ir import REPLICATE, Layout, Mesh, format_layout, local_shape, with_pipeline
+from autopar.ops import comm
+from autopar.rewrite import Program, Slot
+from autopar.runtime.dtensor import as_dtensor, placements_of, take_local
+from autopar.runtime.failures import Alarm
+from autopar.runtime.owned import Owned
+from autopar.runtime.world import axes_of, form_alarm, form_mesh, group_over, pipeline_axis
+
+Init = Callable[[str, Tensor], Tensor]
+"""Gives the whole value of a parameter or buffer that is on the meta device, from its name and the meta tensor."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Home:
+    """Where the parameters live since the first plan.
+
+    Attributes:
+        mesh: the axes that layouts name; `device_mesh` has the pipeline before them when there is one.
+        group: this rank's group along the pipeline, 0 without one; `groups` of them; `pipeline` is the axis between them.
+        alarm: stops all ranks of a pipeline when one fails.
+        layouts, owners: how, and in which group, each parameter is stored; an owner of None is every group.
+    """
+
+    mesh: Mesh
+    device_mesh: DeviceMesh | None
+    axes: Mapping[str, comm.Axis]
+    group: int
+    groups: int
+    pipeline: comm.Axis | None
+    alarm: Alarm
+    layouts: Mapping[str, Layout]
+    owners: Mapping[str, int | None]
+
+    @property
+    def place(self) -> int:
+        """This rank's number within its group."""
+        return dist.get_rank() % self.mesh.world_size if self.device_mesh is not None else 0
+
+    def placements_of(self, layout: Layout, owner: int | None) -> list[Placement]:
+        """What torch calls a stored tensor's layout on the device mesh."""
+        inner = placements_of(layout, self.mesh)
+        if self.groups == 1:
+            return list(inner)
+        return [Replicate() if owner is None else Owned(owner), *inner]
+
+
+class Storage:
+    """The parameters and buffers of one model on this rank.
+
+    Args:
+        model: the user's; its parameters are changed in place.
+        init: values of what is on the meta device; without it, these hold NaN until a state is loaded.
+        device: where parameters on the meta device go.
+
+    Attributes:
+        home: where the parameters live; None before the first plan.
+    """
+
+    def __init__(self, model: nn.Module, init: Init | None, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self.home: Home | None = None
+        self._init = init
+        self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        # Where each name's tensor is, so that a call needn't walk the modules; the tensors themselves may be replaced.
+        self._parameter_at = _find_places(model, "_parameters")
+        self._buffer_at = _find_places(model, "_buffers")
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter of this name, as it is stored now."""
+        found: nn.Parameter = _read(self._parameter_at[name])
+        return found
+
+    def buffers_of(self, program: Program) -> dict[str, Tensor]:
+        """The buffers that a program reads, by name."""
+        return {slot.name: _read(self._buffer_at[slot.name]) for slot in program.buffers}
+
+    def trained(self) -> tuple[bool, ...]:
+        """Which of the parameters need a gradient, in order."""
+        return tuple(_read(place).requires_grad for place in self._parameter_at.values())
+
+    def sum_group(self, slot: Slot) -> dist.ProcessGroup | None:
+        """The ranks over which the gradient of a program's parameter is summed; None when there is nothing to sum."""
+        return self._groups.get(slot.partial_axes)
+
+    def settle(self, program: Program) -> Program:
+        """Store the parameters as the first program wants them; check that a later one takes them so."""
+        groups = 1 if program.pipeline is None else program.pipeline.schedule.ranks
+        if self.home is None:
+            device_mesh = form_mesh(with_pipeline(program.mesh, groups), self.device.type)
+            along = pipeline_axis(device_mesh) if device_mesh is not None and groups > 1 else None
+            alarm = form_alarm(device_mesh, along) if device_mesh is not None and program.pipeline is not None else Alarm()
+            group = along.index if along else 0
+            home = Home(program.mesh, device_mesh, axes_of(program.mesh, device_mesh), group, groups, along, alarm, {}, {})
+            layouts, owners = self._exchange(program, home)
+            self.home = dataclasses.replace(home, layouts=layouts, owners=owners)
+        home = self.home
+        if groups != home.groups:
+            raise PlanError(f"the parameters are stored on {home.groups} groups of ranks, a later plan wants {groups}")
+        if program.mesh != home.mesh:
+            raise PlanError(f"the parameters are stored on the mesh {home.mesh}, a later plan wants {program.mesh}")
+        wrong = [slot for slot in program.parameters if home.layouts[slot.name] != slot.layout]
+        # A parameter that the first program didn't use may be wanted elsewhere: its owner lends it, as it does a shared one.
+        program = dataclasses.replace(program, parameters=tuple(_lend(slot, home.owners[slot.name]) for slot in program.parameters))
+        if wrong:
+            raise PlanError(
+                "a later plan wants parameters stored otherwise than the first: "
+                + ", ".join(f"{slot.name} {format_layout(slot.layout)}, not {format_layout(home.layouts[slot.name])}" for slot in wrong)
+            )
+        if home.device_mesh is not None:
+            # Forming groups is a collective: here every rank asks for the same ones in the same order.
+            for axes in sorted({slot.partial_axes for slot in program.parameters if slot.partial_axes} - set(self._groups)):
+                self._groups[axes] = group_over(home.device_mesh, axes)
+            home.alarm.watch(self._groups.values())
+        return program
+
+    def _exchange(self, program: Program, home: Home) -> tuple[dict[str, Layout], dict[str, int | None]]:
+        mesh, device_mesh = home.mesh, home.device_mesh
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        by_object = {id(named[slot.name]): slot for slot in program.parameters}
+        layouts: dict[str, Layout] = {}
+        owners: dict[str, int | None] = {}
+        exchanged: set[int] = set()
+        for name, parameter in named.items():
+            # What the program doesn't use is kept whole, on the same mesh, so that gradient clipping sees one mesh.
+            slot = by_object.get(id(parameter))
+            layout = layouts[name] = slot.layout if slot is not None else (REPLICATE,) * len(mesh.names)
+            owner = owners[name] = slot.groups[0] if slot is not None and home.groups > 1 else None
+            if id(parameter) in exchanged:
+                continue
+            exchanged.add(id(parameter))
+            whole = torch_compat.local_of(parameter)
+            is_here = owner in (None, home.group)
+            if not is_here:
+                local = empty_part(parameter.shape, layout, mesh, parameter.dtype, self.device)
+            elif whole.is_meta:
+                local = self._materialise(name, whole, layout, mesh, home.place)
+            elif device_mesh is None:
+                continue
+            else:
+                local = take_local(whole, layout, mesh, home.place)
+            if device_mesh is not None:
+                local = as_dtensor(local, device_mesh, home.placements_of(layout, owner), parameter.shape)
+            stored = nn.Parameter(local, requires_grad=parameter.requires_grad)
+            stored.__dict__.update(parameter.__dict__)
+            torch.utils.swap_tensors(parameter, stored)  # type: ignore[no-untyped-call]
+        for path, module in self.model.named_modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    full = f"{path}.{name}" if path else name
+                    module._buffers[name] = self._materialise(full, buffer, (REPLICATE,) * len(mesh.names), mesh, home.place)
+        return layouts, owners
+
+    def _materialise(self, name: str, meta: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
+        """This rank's part of a tensor on the meta device."""
+        if self._init is not None:
+            whole = self._init(name, meta).detach()
+            if whole.shape != meta.shape:
+                raise InputError(f"init gave {name} the shape {tuple(whole.shape)}, the model has {tuple(meta.shape)}")
+            return take_local(whole.to(meta.dtype), layout, mesh, rank).to(self.device)
+        local = torch.empty(local_shape(tuple(meta.shape), layout, mesh), dtype=meta.dtype, device=self.device)
+        return local.fill_(float("nan")) if local.is_floating_point() else local.zero_()
+
+
+def empty_part(shape: Sequence[int], layout: Layout, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a rank has of a tensor that another group owns: nothing along dim 0 (`autopar.runtime.owned`)."""
+    return torch.empty((0, *local_shape(tuple(shape), layout, mesh)[1:]), dtype=dtype, device=device)
+
+
+def stands_for(leaf: Tensor, parameter: nn.Parameter) -> bool:
+    """Whether a leaf still has the storage of a parameter."""
+    return leaf.data_ptr() == torch_compat.address_of(parameter) and leaf.requires_grad == parameter.requires_grad
+
+
+def lend_buffers(program: Program, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers for a run with a backward: of those that get a new value a copy, for the backward may want the old one."""
+    return {**buffers, **{name: buffers[name].clone() for name in program.mutated_buffers}}
+
+
+def as_stored(value: Any, parameter: nn.Parameter | None) -> Any:
+    """A whole tensor as a DTensor like the parameter's; a DTensor of another layout exchanged for one."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    if not isinstance(value, DTensor):
+        everywhere = [Replicate()] * parameter.device_mesh.ndim
+        whole = as_dtensor(value.to(parameter.device), parameter.device_mesh, everywhere, value.shape)
+        return whole.redistribute(placements=parameter.placements)
+    if value.device_mesh == parameter.device_mesh:
+        return value.redistribute(placements=parameter.placements)
+    return as_stored(value.full_tensor(), parameter)
+
+
+def replicate(model: nn.Module, device: torch.device) -> None:
+    """Make every parameter a DTensor that all ranks have whole, with the first rank's values, as DDP does."""
+    world = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("world",))
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or isinstance(parameter, DTensor):
+                continue
+            if id(parameter) not in made:
+                local = parameter.detach().contiguous()
+                if not local.is_meta:
+                    dist.broadcast(local, 0)
+                whole = as_dtensor(local, world, [Replicate()], parameter.shape)
+                made[id(parameter)] = _like(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+            module._parameters[name] = made[id(parameter)]
+    for buffer in model.buffers():
+        if not buffer.is_meta:
+            dist.broadcast(buffer, 0)
+
+
+@contextmanager
+def plain_parameters(model: nn.Module) -> Iterator[None]:
+    """Put plain tensors of the global sizes in the place of DTensors, so that a model can be captured."""
+    before = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None and isinstance(parameter, DTensor)
+    ]
+    plain: dict[int, nn.Parameter] = {}
+    for module, name, parameter in before:
+        if id(parameter) not in plain:
+            local = torch_compat.local_of(parameter)
+            if local.shape != parameter.shape:
+                # Capture reads sizes only, so what other ranks store needs no memory here.
+                local = torch.empty(parameter.shape, dtype=local.dtype, device=local.device)
+                local.untyped_storage().resize_(0)
+            plain[id(parameter)] = nn.Parameter(local, requires_grad=parameter.requires_grad)
+        module._parameters[name] = plain[id(parameter)]
+    try:
+        yield
+    finally:
+        for module, name, parameter in before:
+            module._parameters[name] = parameter
+
+
+def _like(parameter: nn.Parameter, stored: nn.Parameter) -> nn.Parameter:
+    """`stored` with the attributes and the hooks that the user has put on `parameter`."""
+    stored.__dict__.update(parameter.__dict__)
+    for hook in (parameter._backward_hooks or {}).values():
+        stored.register_hook(hook)  # type: ignore[no-untyped-call]
+    for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
+        stored.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return stored
+
+
+def _lend(slot: Slot, owner: int | None) -> Slot:
+    """The parameter as its owner lends it to the groups that use it."""
+    return slot if owner in (None, slot.groups[0]) else dataclasses.replace(slot, groups=tuple(dict.fromkeys((owner, *slot.groups))))
+
+
+Place = tuple[dict[str, Any], str]
+"""A module's dict of parameters or buffers and the name in it."""
+
+
+def _find_places(model: nn.Module, kind: Literal["_parameters", "_buffers"]) -> dict[str, Place]:
+    """Every place of a tensor, by its full name; a tied parameter has several."""
+    return {
+        f"{path}.{name}" if path else name: (module.__dict__[kind], name)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in module.__dict__[kind].items()
+        if tensor is not None
+    }
+
+
+def _read(place: Place) -> Any:
+    return place[0][place[1]]

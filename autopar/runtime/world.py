@@ -1,0 +1,162 @@
+"""The processes that ran together: joining them, and the process groups of a mesh's axes.
+
+A rank that dies leaves the others waiting in a collective. They give up after the process group's timeout, which is ten
+minutes unless the user's own ``init_process_group`` said otherwise; torchrun, which watches the processes, ends them sooner.
+All groups made here wait as long as the default one. The ranks of a pipeline tell each other of failures (`autopar.runtime.failures`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from autopar import torch_compat
+from autopar.errors import ERROR_TYPES, AutoparError, PlanError
+from autopar.ir import PIPELINE, Mesh
+from autopar.ops import comm
+from autopar.plans import Plan, from_json, to_json
+from autopar.runtime.failures import Alarm
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others. Longer than any step or checkpoint, short enough to free the machines of a dead job."""
+
+
+def join_world(device_type: str, timeout: timedelta = TIMEOUT) -> int:
+    """Form the default process group when torchrun started this process, and return the number of ranks; 1 without it.
+
+    A process group that exists already is taken as it is.
+    """
+    if not dist.is_available():
+        return 1
+    if not dist.is_initialized():
+        if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+            return 1
+        if device_type == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
+    return dist.get_world_size()
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def share_number(number: int, device: torch.device) -> int:
+    """The first rank's number, on every rank."""
+    shared = torch.tensor(number, device=device)
+    dist.broadcast(shared, 0)
+    return int(shared)
+
+
+def form_mesh(mesh: Mesh, device_type: str) -> DeviceMesh | None:
+    """The device mesh of a plan's mesh over all ranks; None for one process without a process group.
+
+    Raises PlanError when the plan was made for another number of ranks.
+    """
+    grouped = dist.is_available() and dist.is_initialized()
+    world_size = dist.get_world_size() if grouped else 1
+    if mesh.world_size != world_size:
+        raise PlanError(
+            f"the plan is for {mesh.world_size} ranks ({mesh}), {world_size} are running: "
+            f"start with `torchrun --nproc-per-node {mesh.world_size}` or plan for {world_size}"
+        )
+    if not grouped:
+        return None
+    device_mesh = init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
+    if len(mesh.names) > 1:
+        # With a group over all axes DTensor reduces once (a gradient norm) instead of axis by axis, about which it would warn.
+        torch_compat.group_over(device_mesh, mesh.names)
+    for name in mesh.names:
+        _limit_waits(device_mesh.get_group(name))
+    return device_mesh
+
+
+def group_over(device_mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessGroup:
+    """The process group of the ranks that differ along these axes only. All ranks must ask for the same ones in one order."""
+    group = torch_compat.group_over(device_mesh, names)
+    _limit_waits(group)
+    return group
+
+
+def _limit_waits(group: dist.ProcessGroup) -> None:
+    """Let a group of a device mesh give up as soon as the default group does; torch gives it half an hour."""
+    if group is not dist.group.WORLD:
+        torch_compat.set_timeout(group, _timeout())
+
+
+def _timeout() -> timedelta:
+    """How long the default process group waits."""
+    assert dist.group.WORLD is not None
+    return torch_compat.timeout_of(dist.group.WORLD)
+
+
+def axes_of(mesh: Mesh, device_mesh: DeviceMesh | None) -> dict[str, comm.Axis]:
+    """What a program's axis names stand for on this rank."""
+    if device_mesh is None:
+        return {name: comm.alone(name) for name in mesh.names}
+    return {name: comm.GroupAxis(name, device_mesh.get_group(name)) for name in mesh.names}
+
+
+def pipeline_axis(device_mesh: DeviceMesh) -> comm.GroupAxis:
+    """The axis along which this rank's stages have their neighbours; every rank must call it.
+
+    It has process groups of its own: they can be closed when a stage fails, and no message of the user's gets among its messages.
+    """
+    # Every rank makes the groups of all, in one order.
+    lines = device_mesh.mesh.flatten(1).T.tolist()
+    place = next(i for i, line in enumerate(lines) if dist.get_rank() in line)
+    ways = [[dist.new_group(line, timeout=_timeout()) for line in lines] for _ in range(1 if device_mesh.device_type == "cpu" else 2)]
+    return comm.GroupAxis(PIPELINE, ways[0][place], (ways[0][place], ways[-1][place]))
+
+
+def form_alarm(device_mesh: DeviceMesh, axis: comm.GroupAxis | None) -> Alarm:
+    """What stops the ranks of a pipeline when one fails; every rank must call it."""
+    alarm = Alarm(torch_compat.default_store(), dist.get_rank(), dist.get_world_size())
+    alarm.watch(axis.ways if axis is not None else ())
+    alarm.watch(map(device_mesh.get_group, device_mesh.mesh_dim_names or ()))
+    return alarm
+
+
+def agree(make: Callable[[], Plan], device: torch.device | None = None) -> Plan:
+    """The plan that the first rank makes, on every rank; without a process group just the plan.
+
+    Solvers stop at time limits, so ranks that plan by themselves could come to different plans. When the first rank can't make
+    one, every rank raises its error.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return make()
+    found: Plan | None = None
+    failure: AutoparError | None = None
+    text = ""
+    if dist.get_rank() == 0:
+        try:
+            found = make()
+            text = to_json(found)
+        except AutoparError as error:
+            failure = error
+            text = f"{type(error).__name__}:{error}"
+    text = _broadcast_text(text, device)
+    if failure is not None:
+        raise failure
+    if found is None:
+        name, separator, message = text.partition(":")
+        if separator and name in ERROR_TYPES:
+            raise ERROR_TYPES[name](f"on the first rank: {message}")
+        found = from_json(text)
+    return found
+
+
+def _broadcast_text(text: str, device: torch.device | None) -> str:
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    size = torch.tensor([data.numel()], device=device)
+    dist.broadcast(size, 0)
+    if dist.get_rank():
+        data = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(data, 0)
+    return bytes(data.tolist()).decode()

@@ -1,0 +1,30 @@
+"""Schedules of pipelines: lists of actions per rank; made by name, completed with messages, proven to run, simulated.
+
+Comes in: a family's name, numbers of ranks, stages and micro-batches, seconds of stages. Goes out: a `Schedule` that the executor runs,
+its time and what it hangs on.
+
+Modules, in reading order: ``actions``, ``families``, ``messages``, ``timeline``.
+"""
+
+from autopar.schedules.actions import SENDS, Kind, Schedule
+from autopar.schedules.families import SCHEDULES, check_schedule, forward_only, forwards_first, make_schedule, splits_backward
+from autopar.schedules.messages import Action, StageEdge, held, lower
+from autopar.schedules.timeline import StageTimes, simulate
+
+__all__ = [
+    "SCHEDULES",
+    "SENDS",
+    "Action",
+    "Kind",
+    "Schedule",
+    "StageEdge",
+    "StageTimes",
+    "check_schedule",
+    "forward_only",
+    "forwards_first",
+    "held",
+    "lower",
+    "make_schedule",
+    "simulate",
+    "splits_backward",
+]

@@ -1,0 +1,346 @@
+"""Pipeline schedules: lists of actions per pipeline rank, by name, with their messages, and proven to run to the end.
+
+A schedule of computing actions comes from `make_schedule` or `forward_only`, or from the user. With the edges of the stage graph, `lower`
+adds the messages, `validate` proves the lists, and `held` counts the micro-batches that each rank holds at once.
+
+The rules under which lists run: a send never blocks; a receive posts a buffer and doesn't block either; a computing action waits until the
+messages it needs have arrived; per ordered pair of ranks the k-th send meets the k-th receive. Stages of one rank exchange no messages: the
+order of the list must do.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from itertools import zip_longest
+
+from autopar.errors import InputError, ScheduleError
+from autopar.schedules.actions import COMPUTING, RECEIVES, SENDS, Action, Kind, Schedule, StageEdge, chain, draw_table, meet, parse_action
+from autopar.schedules.families import SCHEDULES, forward_only, make_schedule
+
+__all__ = [
+    "COMPUTING",
+    "SCHEDULES",
+    "Action",
+    "Held",
+    "Kind",
+    "Schedule",
+    "StageEdge",
+    "chain",
+    "draw_table",
+    "forward_only",
+    "held",
+    "lower",
+    "make_schedule",
+    "meet",
+    "parse_action",
+    "validate",
+]
+
+
+def lower(schedule: Schedule, edges: Sequence[StageEdge]) -> Schedule:
+    """The schedule with its messages.
+
+    A send stands right after the action that makes its content: F, or B or I for a gradient. A receive stands one computing action before
+    the one that needs it, so that the transfer runs beside that one, and no earlier, which bounds the buffers. Receives from a rank stand
+    in the order of its sends; where the needs come in another order, those sent before are posted too. Stages of one rank exchange no
+    messages.
+
+    A stage whose backwards gain nothing from two passes has them in one: W follows right after I each time, and nobody on another rank
+    waits for what I makes.
+
+    Raises InputError when the schedule has messages already, or an edge names a stage that isn't there.
+    """
+    if any(action.kind not in COMPUTING and action.kind is not Kind.REDUCE for actions in schedule.actions for action in actions):
+        raise InputError(f"schedule {schedule.name!r} has messages already; lower takes computing actions and reductions only")
+    routes = _Routes(schedule, edges)
+    schedule = _join_passes(schedule, routes)
+    sent: dict[tuple[int, int], list[Action]] = defaultdict(list)  # per ordered pair of ranks: its sends in order
+    for rank, actions in enumerate(schedule.actions):
+        for action in actions:
+            for send in routes.sends_after(action):
+                sent[rank, schedule.rank_of[send.peer]].append(send)
+    lowered = []
+    for rank, actions in enumerate(schedule.actions):
+        place = {
+            meet(send): (source, index) for (source, target), sends in sent.items() if target == rank for index, send in enumerate(sends)
+        }
+        posted: dict[int, int] = defaultdict(int)
+        before: dict[int, list[Action]] = defaultdict(list)  # per position in `actions`: the receives that stand before it
+        earlier = 0
+        for position, action in enumerate(actions):
+            if action.kind not in COMPUTING:
+                continue
+            for receive in routes.needs(action):
+                if receive not in place:
+                    continue  # nobody sends it, as `validate` tells
+                source, index = place[receive]
+                before[earlier] += [meet(send) for send in sent[source, rank][posted[source] : index + 1]]
+                posted[source] = max(posted[source], index + 1)
+            earlier = position
+        lists: list[Action] = []
+        for position, action in enumerate(actions):
+            lists += [*before[position], action, *routes.sends_after(action)]
+        lowered.append(tuple(lists))
+    return replace(schedule, actions=tuple(lowered))
+
+
+def _join_passes(schedule: Schedule, routes: _Routes) -> Schedule:
+    """The schedule with I and W as one B on the stages where nothing comes between them."""
+    apart = {stage for stage in range(schedule.stages) if routes.returning[stage]}
+    for actions in schedule.actions:
+        for action, following in zip_longest(actions, actions[1:]):
+            if action.kind is Kind.INPUT and following != replace(action, kind=Kind.WEIGHT):
+                apart.add(action.stage)
+    return replace(
+        schedule,
+        actions=tuple(
+            tuple(
+                replace(action, kind=Kind.BACKWARD) if action.kind is Kind.INPUT and action.stage not in apart else action
+                for action in actions
+                if action.kind is not Kind.WEIGHT or action.stage in apart
+            )
+            for actions in schedule.actions
+        ),
+    )
+
+
+Held = tuple[tuple[int, int], ...]
+"""What a rank holds at one moment: per stage of the rank, in order, the micro-batches between F and B or I, and those between I and W."""
+
+
+# A search looks at one schedule many times.
+@lru_cache(maxsize=32)
+def held(schedule: Schedule) -> tuple[tuple[Held, ...], ...]:
+    """Per rank, the most that it holds at once: every moment's numbers that no other moment's exceed.
+
+    A micro-batch counts as held while the action runs that ends it, which is its forward where there is no backward. A rank's peak
+    memory is the largest, over these combinations, of the numbers times the bytes of each stage.
+
+    >>> held(make_schedule("1f1b", 3, 8))
+    ((((3, 0),),), (((2, 0),),), (((1, 0),),))
+    """
+    trains = schedule.has_backward
+    peaks = []
+    for rank, actions in enumerate(schedule.actions):
+        counts = {stage: (0, 0) for stage, owner in enumerate(schedule.rank_of) if owner == rank}
+        moments: set[Held] = set()
+        for action in actions:
+            if action.kind not in COMPUTING:
+                continue
+            full, waiting = counts[action.stage]
+            if action.kind is Kind.FORWARD:
+                counts[action.stage] = (full + 1, waiting)
+                if not trains:
+                    moments.add(tuple(counts.values()))
+                    counts[action.stage] = (0, 0)
+                continue
+            # A backward follows each forward, so only a moment before something is let go can be a peak.
+            moments.add(tuple(counts.values()))
+            if action.kind is Kind.WEIGHT:
+                counts[action.stage] = (full, waiting - 1)
+            else:
+                counts[action.stage] = (full - 1, waiting + (action.kind is Kind.INPUT))
+        most: list[Held] = []
+        # From the largest sum down, so that whoever exceeds a moment stands before it.
+        for moment in sorted(moments, key=lambda moment: (-sum(map(sum, moment)), moment)):
+            if not any(all(a >= c and b >= d for (a, b), (c, d) in zip(other, moment, strict=True)) for other in most):
+                most.append(moment)
+        peaks.append(tuple(most))
+    return tuple(peaks)
+
+
+def validate(schedule: Schedule, edges: Sequence[StageEdge]) -> None:
+    """Check that all ranks run a lowered schedule to its end, each part of each micro-batch once and in an order that the data allow.
+
+    Raises ScheduleError with the ranks' actions around the step at fault; InputError when an edge names a stage that isn't there.
+    """
+    routes = _Routes(schedule, edges)
+    _check_places(schedule)
+    steps = {action: step for actions in schedule.actions for step, action in enumerate(actions)}
+    _check_computing(schedule, routes, steps)
+    _check_messages(schedule, routes, steps)
+    _check_progress(schedule, routes)
+
+
+def _check_places(schedule: Schedule) -> None:
+    """Every action is of a stage of its rank and of one of the micro-batches, and stands in the lists once."""
+    seen: dict[Action, int] = {}
+    for rank, actions in enumerate(schedule.actions):
+        for step, action in enumerate(actions):
+            here = [(rank, step)]
+            if not 0 <= action.stage < schedule.stages:
+                raise _fault(schedule, here, f"there is no stage {action.stage}, only 0 to {schedule.stages - 1}")
+            if schedule.rank_of[action.stage] != rank:
+                raise _fault(schedule, here, f"stage {action.stage} is on rank {schedule.rank_of[action.stage]}")
+            if action.kind is Kind.REDUCE and action.microbatch:
+                raise _fault(schedule, here, f"a stage's gradients are reduced once; write {action.stage}G0")
+            if not 0 <= action.microbatch < schedule.microbatches:
+                raise _fault(schedule, here, f"there is no micro-batch {action.microbatch}, only 0 to {schedule.microbatches - 1}")
+            if action in seen:
+                raise _fault(schedule, [(rank, seen[action]), *here], "it stands in the list twice")
+            seen[action] = step
+
+
+def _check_computing(schedule: Schedule, routes: _Routes, steps: Mapping[Action, int]) -> None:
+    """Every part of every micro-batch is computed, after what it needs of its own rank; gradients are reduced after the last backward."""
+    trains = schedule.has_backward
+    for stage, rank in enumerate(schedule.rank_of):
+        end = [(rank, len(schedule.actions[rank]))]
+        last = 0
+        for index in range(schedule.microbatches):
+            forward, backward, inputs, weight = (Action(stage, kind, index) for kind in _PARTS)
+            if forward not in steps:
+                raise _fault(schedule, end, f"{forward} is missing")
+            whole, split = backward in steps, (inputs in steps, weight in steps)
+            if whole and any(split):
+                raise _fault(schedule, [(rank, steps[backward])], f"the backward also runs as {inputs if split[0] else weight}")
+            if trains and not whole and not all(split):
+                missing = f"{inputs}" if split[1] else f"{weight}" if split[0] else f"{backward}, or {inputs} and {weight},"
+                raise _fault(schedule, end, f"{missing} is missing")
+            last = max(last, steps.get(backward, 0), steps.get(weight, 0))
+        reduce = Action(stage, Kind.REDUCE, 0)
+        if trains and reduce not in steps:
+            raise _fault(schedule, end, f"{reduce} is missing: stage {stage}'s gradients are never reduced")
+        if not trains and reduce in steps:
+            raise _fault(schedule, [(rank, steps[reduce])], "there is no backward, so no gradient to reduce")
+        if trains and steps[reduce] < last:
+            raise _fault(schedule, [(rank, steps[reduce]), (rank, last)], f"stage {stage}'s gradients aren't complete before step {last}")
+    for rank, actions in enumerate(schedule.actions):
+        for step, action in enumerate(actions):
+            for needed in routes.needs_here(action):
+                # A need may run as B or as I.
+                ran = next((steps[one] for one in needed if one in steps), -1)
+                if ran > step:
+                    raise _fault(schedule, [(rank, step), (rank, ran)], f"it needs {schedule.actions[rank][ran]}, which runs at step {ran}")
+
+
+def _check_messages(schedule: Schedule, routes: _Routes, steps: Mapping[Action, int]) -> None:
+    """Every edge's messages are there and no others: sent once made, awaited before they are needed, in one order at both ends."""
+    wanted: set[Action] = set()
+    sends: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    receives: dict[tuple[int, int], list[Action]] = defaultdict(list)
+    for rank, actions in enumerate(schedule.actions):
+        for step, action in enumerate(actions):
+            for send in routes.sends_after(action):
+                wanted.add(send)
+                if send not in steps:
+                    raise _fault(schedule, [(rank, step)], f"{send} is missing after it")
+                if steps[send] < step:
+                    raise _fault(schedule, [(rank, steps[send]), (rank, step)], f"its content is made by {action}, at step {step}")
+            for receive in routes.needs(action):
+                wanted.add(receive)
+                if receive not in steps:
+                    raise _fault(schedule, [(rank, step)], f"{receive} is missing before it")
+                if steps[receive] > step:
+                    raise _fault(
+                        schedule, [(rank, step), (rank, steps[receive])], f"it needs {receive}, which is posted at step {steps[receive]}"
+                    )
+    for rank, actions in enumerate(schedule.actions):
+        for step, action in enumerate(actions):
+            if action.kind in SENDS or action.kind in RECEIVES:
+                if action not in wanted:
+                    raise _fault(schedule, [(rank, step)], "no edge between stages asks for this message")
+                peer = schedule.rank_of[action.peer]
+                (sends[rank, peer] if action.kind in SENDS else receives[peer, rank]).append(action)
+    for (source, target), sent in sends.items():
+        for place, (send, receive) in enumerate(zip(sent, receives[source, target], strict=True)):
+            if receive != meet(send):
+                why = f"message {place} from rank {source} to rank {target} is {send} there, and {receive} here"
+                raise _fault(schedule, [(target, steps[receive]), (source, steps[send])], why)
+
+
+def _check_progress(schedule: Schedule, routes: _Routes) -> None:
+    """No ranks wait for each other in a circle: all lists run to their ends."""
+    at = [0] * schedule.ranks
+    sent: set[Action] = set()
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(schedule.actions):
+            while at[rank] < len(actions) and all(meet(receive) in sent for receive in routes.needs(actions[at[rank]])):
+                if actions[at[rank]].kind in SENDS:
+                    sent.add(actions[at[rank]])
+                at[rank] += 1
+                moved = True
+    stuck = [(rank, step) for rank, step in enumerate(at) if step < len(schedule.actions[rank])]
+    if stuck:
+        waits = []
+        for rank, step in stuck:
+            action = schedule.actions[rank][step]
+            send = next(meet(receive) for receive in routes.needs(action) if meet(receive) not in sent)
+            waits.append(f"{action} of rank {rank} waits for {send} of rank {schedule.rank_of[send.stage]}")
+        raise _fault(schedule, stuck, f"it never starts, since ranks wait for each other: {'; '.join(waits)}")
+
+
+_PARTS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT)
+
+
+def _fault(schedule: Schedule, marks: Sequence[tuple[int, int]], why: str) -> ScheduleError:
+    """The error about the action at the first of `marks` (rank, step); the table shows them all."""
+    rank, step = marks[0]
+    actions = schedule.actions[rank]
+    what = f"{actions[step]}: " if step < len(actions) else ""
+    where = f"rank {rank}, step {step}" if what else f"rank {rank}, at its end"
+    return ScheduleError(f"schedule {schedule.name!r} can't run. {where}: {what}{why}\n\n{draw_table(schedule, marks)}")
+
+
+class _Routes:
+    """What an action needs and which messages follow it, by the edges of a stage graph."""
+
+    def __init__(self, schedule: Schedule, edges: Sequence[StageEdge]) -> None:
+        self.readers: dict[int, list[int]] = defaultdict(list)  # per stage: the stages of other ranks that read what it makes
+        self.makers: dict[int, list[int]] = defaultdict(list)
+        self.returning: dict[int, list[int]] = defaultdict(list)  # per stage: the stages of other ranks that it sends gradients to
+        self.awaited: dict[int, list[int]] = defaultdict(list)
+        self.makers_here: dict[int, list[int]] = defaultdict(list)  # the same between stages of one rank
+        self.awaited_here: dict[int, list[int]] = defaultdict(list)
+        seen: set[tuple[int, int]] = set()
+        for edge in sorted(edges, key=lambda edge: (edge.producer, edge.consumer)):
+            ends = (edge.producer, edge.consumer)
+            if not 0 <= edge.producer < edge.consumer < schedule.stages:
+                raise InputError(f"edge {ends[0]} -> {ends[1]} isn't from an earlier to a later of the {schedule.stages} stages")
+            if ends in seen:
+                raise InputError(f"edge {ends[0]} -> {ends[1]} is there twice; all that crosses it travels in one message")
+            seen.add(ends)
+            here = schedule.rank_of[edge.producer] == schedule.rank_of[edge.consumer]
+            (self.makers_here if here else self.makers)[edge.consumer].append(edge.producer)
+            if not here:
+                self.readers[edge.producer].append(edge.consumer)
+            if edge.has_gradient:
+                (self.awaited_here if here else self.awaited)[edge.producer].append(edge.consumer)
+                if not here:
+                    self.returning[edge.consumer].append(edge.producer)
+
+    def sends_after(self, action: Action) -> Iterator[Action]:
+        """The sends that stand right after a computing action."""
+        if action.kind is Kind.FORWARD:
+            for peer in self.readers[action.stage]:
+                yield Action(action.stage, Kind.SEND_FORWARD, action.microbatch, peer)
+        elif action.kind in (Kind.BACKWARD, Kind.INPUT):
+            for peer in self.returning[action.stage]:
+                yield Action(action.stage, Kind.SEND_BACKWARD, action.microbatch, peer)
+
+    def needs(self, action: Action) -> Iterator[Action]:
+        """The receives that a computing action waits for."""
+        if action.kind is Kind.FORWARD:
+            for peer in self.makers[action.stage]:
+                yield Action(action.stage, Kind.RECEIVE_FORWARD, action.microbatch, peer)
+        elif action.kind in (Kind.BACKWARD, Kind.INPUT):
+            for peer in self.awaited[action.stage]:
+                yield Action(action.stage, Kind.RECEIVE_BACKWARD, action.microbatch, peer)
+
+    def needs_here(self, action: Action) -> Iterator[tuple[Action, ...]]:
+        """What must have run before on the same rank, each as a choice of actions of which one stands in the list."""
+        index = action.microbatch
+        if action.kind is Kind.FORWARD:
+            for stage in self.makers_here[action.stage]:
+                yield (Action(stage, Kind.FORWARD, index),)
+        elif action.kind in (Kind.BACKWARD, Kind.INPUT):
+            yield (Action(action.stage, Kind.FORWARD, index),)
+            for stage in self.awaited_here[action.stage]:
+                yield Action(stage, Kind.BACKWARD, index), Action(stage, Kind.INPUT, index)
+        elif action.kind is Kind.WEIGHT:
+            yield (Action(action.stage, Kind.INPUT, index),)

@@ -1,0 +1,229 @@
+"""Simulated time of a schedule: when each action runs, how long a step takes, and which times it hangs on.
+
+In comes a schedule of computing actions, the seconds of each stage's parts and of each transfer; out comes a `Timeline`. The rules are
+those by which lists run (`schedules`): a rank computes in the order of its list, one action after the other; a transfer starts when its
+content is made and the transfers before it between the same two ranks have arrived; computing goes on meanwhile; an action starts when its
+rank is free and all its messages are there.
+
+So a step's time is a longest path through a graph of actions and transfers, and `Timeline.critical` counts what lies on it. For a fixed
+schedule those counts bound the time from below under any other seconds: one simulation gives a search one cutting plane.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from types import MappingProxyType
+
+from autopar.errors import InputError, ScheduleError
+from autopar.schedules.actions import COMPUTING, Action, Kind, Schedule, StageEdge, chain
+
+Part = tuple[int, Kind] | tuple[int, int, Kind]
+"""A stage's F, B, I or W; or a transfer (producer, consumer, SEND_FORWARD or SEND_BACKWARD)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTimes:
+    """Seconds of one micro-batch on one stage; a whole backward takes `input` + `weight`."""
+
+    forward: float
+    input: float
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """An action and the seconds, from the start of the step, at which it starts and ends."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, eq=False)
+class Timeline:
+    """A simulated step.
+
+    Attributes:
+        seconds: from the first action's start to the last one's end.
+        idle: per rank the seconds in which it computes nothing.
+        critical: how often each part lies on the longest path; `seconds` is the sum of counts times seconds of the parts.
+    """
+
+    seconds: float
+    idle: tuple[float, ...]
+    critical: Mapping[Part, int]
+    _graph: _Graph
+    _ends: Sequence[float]
+
+    @cached_property
+    def spans(self) -> tuple[tuple[Span, ...], ...]:
+        """Per rank its computing actions in order, with their times."""
+        return tuple(
+            tuple(Span(action, max(self._ends[one] for one in self._graph.before[node]), self._ends[node]) for action, node in pairs)
+            for pairs in self._graph.nodes
+        )
+
+
+def simulate(
+    schedule: Schedule,
+    times: Sequence[StageTimes],
+    transfers: Mapping[tuple[int, int], tuple[float, float]] = MappingProxyType({}),
+    edges: Sequence[StageEdge] | None = None,
+) -> Timeline:
+    """Run a schedule under given times.
+
+    Args:
+        schedule: Computing actions; messages in its lists are left aside, since they are timed from the edges.
+        times: Per stage its seconds.
+        transfers: Per edge (producer, consumer) the seconds of a forward and of a backward message; 0 where none are given. Stages of one
+            rank exchange no messages, so their edges take no time.
+        edges: The stage graph; by default a chain.
+
+    Raises InputError when times or transfers don't fit the stages, ScheduleError when the ranks wait for each other.
+    """
+    if len(times) != schedule.stages:
+        raise InputError(f"schedule {schedule.name!r} has {schedule.stages} stages, and there are times for {len(times)}")
+    graph = _build_graph(schedule, chain(schedule.stages) if edges is None else tuple(edges))
+    unknown = [pair for pair in transfers if pair not in graph.pairs]
+    if unknown:
+        raise InputError(f"there are transfer times for {unknown[0][0]} -> {unknown[0][1]}, and no such edge between stages")
+    seconds = [_seconds_of(part, times, transfers) for part in graph.parts]
+    ends = [0.0]
+    append = ends.append
+    for part, (first, second, third) in zip(graph.part_of, graph.before[1:], strict=True):
+        start = ends[first]
+        if ends[second] > start:
+            start = ends[second]
+        if ends[third] > start:
+            start = ends[third]
+        append(start + seconds[part])
+    lasts = [pairs[-1][1] for pairs in graph.nodes if pairs]
+    node = max(lasts, key=lambda one: ends[one], default=0)
+    total = ends[node]
+    counts = [0] * len(graph.parts)
+    while node:
+        counts[graph.part_of[node - 1]] += 1
+        node = max(graph.before[node], key=lambda one: ends[one])
+    busy = [sum(count * seconds[part] for part, count in parts.items()) for parts in graph.work]
+    critical = {part: count for part, count in zip(graph.parts, counts, strict=True) if count and part is not None}
+    return Timeline(total, tuple(total - one for one in busy), critical, graph, ends)
+
+
+def bubble(timeline: Timeline) -> float:
+    """The share of all ranks' time that is idle, between 0 and 1.
+
+    >>> from autopar.schedules import make_schedule
+    >>> round(bubble(simulate(make_schedule("1f1b", 4, 12), [StageTimes(1.0, 1.0, 1.0)] * 4)), 3)
+    0.2
+    """
+    whole = timeline.seconds * len(timeline.idle)
+    return sum(timeline.idle) / whole if whole else 0.0
+
+
+def _seconds_of(part: Part | None, times: Sequence[StageTimes], transfers: Mapping[tuple[int, int], tuple[float, float]]) -> float:
+    match part:
+        case (producer, consumer, kind):
+            return transfers.get((producer, consumer), (0.0, 0.0))[kind is Kind.SEND_BACKWARD]
+        case (stage, Kind.FORWARD):
+            return times[stage].forward
+        case (stage, Kind.INPUT):
+            return times[stage].input
+        case (stage, Kind.WEIGHT):
+            return times[stage].weight
+        case (stage, _):
+            return times[stage].input + times[stage].weight
+    return 0.0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Graph:
+    """Actions and transfers as nodes 1, 2, ... in an order in which each comes after those it waits for; node 0 is the step's start.
+
+    Attributes:
+        parts: what nodes do; None, which takes no time, joins more than three others.
+        part_of: per node from 1 the index of what it does.
+        before: per node from 0 the three nodes that it waits for.
+        nodes: per rank its computing actions with their nodes, in order.
+        work: per rank how often it does each part.
+        pairs: the edges.
+    """
+
+    parts: Sequence[Part | None]
+    part_of: Sequence[int]
+    before: Sequence[tuple[int, int, int]]
+    nodes: Sequence[Sequence[tuple[Action, int]]]
+    work: Sequence[Mapping[int, int]]
+    pairs: frozenset[tuple[int, int]]
+
+
+_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT)
+
+
+def _part(stage: int, kind: Kind) -> int:
+    """The index of a stage's part among all parts; 0 is None's."""
+    return 1 + len(_KINDS) * stage + _KINDS.index(kind)
+
+
+# A search simulates the same few schedules under many times, and building the graph takes longer than walking it.
+@lru_cache(maxsize=16)
+def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
+    """The graph of a schedule: ranks run in turns, each as far as it gets."""
+    parts: list[Part | None] = [None, *((stage, kind) for stage in range(schedule.stages) for kind in _KINDS)]
+    needs: dict[int, list[int]] = defaultdict(list)  # per stage's part: the messages that it waits for
+    makes: dict[int, list[tuple[int, int]]] = defaultdict(list)  # per stage's part: the messages that it makes, and for which rank
+    for edge in edges:
+        if not 0 <= edge.producer < edge.consumer < schedule.stages:
+            raise InputError(f"edge {edge.producer} -> {edge.consumer} isn't from an earlier to a later of the {schedule.stages} stages")
+        ways: list[tuple[int, int, Kind, tuple[Kind, ...]]] = [(edge.producer, edge.consumer, Kind.SEND_FORWARD, (Kind.FORWARD,))]
+        if edge.has_gradient:
+            ways.append((edge.consumer, edge.producer, Kind.SEND_BACKWARD, (Kind.BACKWARD, Kind.INPUT)))
+        for source, target, send, kinds in ways:
+            for kind in kinds:
+                makes[_part(source, kind)].append((len(parts), schedule.rank_of[target]))
+                needs[_part(target, kind)].append(len(parts))
+            parts.append((edge.producer, edge.consumer, send))
+
+    part_of: list[int] = []
+    before = [(0, 0, 0)]
+    lists = [[action for action in actions if action.kind in COMPUTING] for actions in schedule.actions]
+    nodes: list[list[tuple[Action, int]]] = [[] for _ in lists]
+    work: list[dict[int, int]] = [defaultdict(int) for _ in lists]
+    arrived: dict[tuple[int, int], int] = {}  # per message and micro-batch: the node after which it is there
+    latest: dict[tuple[int, int], int] = defaultdict(int)  # per ordered pair of ranks: the node of the last transfer
+
+    def add(part: int, waits: Sequence[int]) -> int:
+        while len(waits) > 3:
+            waits = [*waits[3:], add(0, waits[:3])]
+        part_of.append(part)
+        before.append((waits[0], waits[1] if len(waits) > 1 else 0, waits[2] if len(waits) > 2 else 0))
+        return len(part_of)
+
+    def run_next(rank: int, action: Action) -> bool:
+        part, index = _part(action.stage, action.kind), action.microbatch
+        waits = [nodes[rank][-1][1] if nodes[rank] else 0]
+        for message in needs.get(part, ()):
+            if (message, index) not in arrived:
+                return False
+            waits.append(arrived[message, index])
+        node = add(part, waits)
+        nodes[rank].append((action, node))
+        work[rank][part] += 1
+        for message, target in makes.get(part, ()):
+            if target != rank:
+                latest[rank, target] = add(message, [node, latest[rank, target]])
+            arrived[message, index] = node if target == rank else latest[rank, target]
+        return True
+
+    moved = True
+    while moved:
+        moved = False
+        for rank, actions in enumerate(lists):
+            while len(nodes[rank]) < len(actions) and run_next(rank, actions[len(nodes[rank])]):
+                moved = True
+    stuck = [f"rank {rank} at {actions[len(nodes[rank])]}" for rank, actions in enumerate(lists) if len(nodes[rank]) < len(actions)]
+    if stuck:
+        raise ScheduleError(f"schedule {schedule.name!r} can't run: {', '.join(stuck)} wait for each other; `validate` shows why")
+    return _Graph(parts, part_of, before, nodes, work, frozenset((edge.producer, edge.consumer) for edge in edges))

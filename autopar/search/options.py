@@ -1,0 +1,190 @@
+"""What may be decided: the legal placements of every op and layouts of every stored tensor, under the user's constraints."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from fnmatch import fnmatchcase
+
+from autopar.errors import InputError
+from autopar.ir import (
+    MICRO,
+    PASS,
+    REPLICATE,
+    Layout,
+    Mesh,
+    Op,
+    Placement,
+    Space,
+    Split,
+    State,
+    StateKind,
+    Tensor,
+    Value,
+    fits,
+    is_legal,
+    shard,
+)
+from autopar.structure import Model, Role, first_rank_axis, role_of
+
+
+class AxisKind(Enum):
+    """What an axis may be used for: splits of the batch, features or the sequence, or any; TIME is that of micro-batches."""
+
+    TIME = "time"
+    FREE = "free"
+    DP = "dp"
+    TP = "tp"
+    CP = "cp"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraints:
+    """What the user, or a named baseline, asks of a mesh.
+
+    Attributes:
+        kinds: per axis what it may do.
+        fsdp: True stores every parameter split over the dp axes, False whole, None leaves it to the search.
+        vocabulary: True splits the vocabulary over the tp axes, False never does, None leaves it to the search.
+        modules: glob of module paths -> axis -> loop: placements that the user pins.
+        stored: layouts that parameters already have and keep (a second program over the same parameters).
+        accept: a baseline's own rule: (op, axis, part) -> allowed.
+        barred: kinds that free axes may not be: those that the user pinned to one rank.
+    """
+
+    kinds: tuple[AxisKind, ...]
+    fsdp: bool | None = None
+    vocabulary: bool | None = None
+    modules: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    stored: Mapping[str, Layout] = field(default_factory=dict)
+    accept: Callable[[Op, Placement], bool] | None = None
+    barred: frozenset[AxisKind] = frozenset()
+
+
+def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Placement]:
+    """The legal placements of a call, those that the constraints allow."""
+    first = first_rank_axis(mesh)
+    # What a micro-batch does isn't open: along time nothing can be exchanged, so one choice is as good as another.
+    time: Placement = () if model.micro is None else (model.micro.parts[op.name],)
+    replicated: Placement = (*time, *(None for _ in mesh.sizes[first:]))
+    space = model.spaces.get(op.name)
+    if space is None or op.name in model.tables:
+        return [replicated]
+    loops = model.factors.of_loops[op.name]
+    parts: list[Split | object | None] = [None]
+    splits = [(Split(loop.name, outer), role) for loop in space.splittable for outer, role in loops[loop.name].items()]
+    parts += [split for split, role in splits if role is not Role.INNER] or [split for split, _ in splits]
+    if space.linear:
+        parts.append(PASS)
+    options = [(*time, *option) for option in itertools.product(parts, repeat=len(mesh.sizes) - first)]
+    legal: list[Placement] = [option for option in options if is_legal(space, option, mesh)]  # type: ignore[misc, arg-type]
+    for axis in range(len(constraints.kinds)):
+        legal = _of_kind(legal, space, loops, axis, constraints)
+    if constraints.vocabulary is not None:
+        legal = _of_vocabulary(legal, op, space, constraints)
+    legal = _of_modules(legal, op, space, mesh, constraints)
+    if constraints.accept is not None:
+        accept = constraints.accept
+        legal = [option for option in legal if accept(op, option)] or legal
+    return legal
+
+
+_ROLES = {AxisKind.DP: Role.BATCH, AxisKind.CP: Role.SEQUENCE, AxisKind.TP: Role.FEATURE}
+
+
+def _of_kind(
+    options: list[Placement], space: Space, loops: Mapping[str, Mapping[int, Role]], axis: int, constraints: Constraints
+) -> list[Placement]:
+    """Keep what an axis of this kind may do; a kind is really used wherever it can be."""
+    kind = constraints.kinds[axis]
+    if kind is AxisKind.TIME:
+        return options
+
+    def role(option: Placement) -> Role | None:
+        part = option[axis]
+        return role_of(loops, part) if isinstance(part, Split) else None
+
+    if kind is AxisKind.FREE:
+        roles = {_ROLES[one] for one in constraints.barred}
+        return [option for option in options if role(option) not in roles] or options
+    if kind is AxisKind.TP:
+        allowed = [option for option in options if role(option) is not Role.BATCH]
+        if space.is_contraction:
+            # Between the blocks a tensor axis may split the sequence, as Megatron does; the work itself it splits by features.
+            allowed = [option for option in allowed if role(option) is not Role.SEQUENCE]
+            return [option for option in allowed if role(option) is Role.FEATURE] or allowed
+        return allowed
+    used = [option for option in options if role(option) is _ROLES[kind]]
+    return used or [option for option in options if role(option) is None]
+
+
+def _of_vocabulary(options: list[Placement], op: Op, space: Space, constraints: Constraints) -> list[Placement]:
+    """Split, or keep whole, the vocabulary of lookups and losses."""
+    if space.kernel not in ("embedding", "cross_entropy") or "v" not in space.loops:
+        return options
+
+    def splits(option: Placement) -> bool:
+        return any(isinstance(part, Split) and part.loop == "v" for part in option)
+
+    return [option for option in options if splits(option) == constraints.vocabulary] or options
+
+
+def _of_modules(options: list[Placement], op: Op, space: Space, mesh: Mesh, constraints: Constraints) -> list[Placement]:
+    """Keep the placements that the user pinned for the op's module; InputError where an op has the loop but can't be split so."""
+    for pattern, wanted in constraints.modules.items():
+        if not space.is_contraction or not is_inside(op.layer, pattern):
+            continue
+        for name, loop in wanted.items():
+            axis = mesh.names.index(name)
+            pinned = [option for option in options if isinstance(p := option[axis], Split) and p.loop == loop]
+            if not pinned and loop in space.loops:
+                raise InputError(
+                    f"pin {pattern!r} splits loop {loop} over {name}={mesh.sizes[axis]}, but {op.target} ({space}, {loop} has size "
+                    f"{space.loops[loop].size}) at {op.source or op.layer} can't be split so beside the other pins; "
+                    "pin a size that divides the loop, or another loop"
+                )
+            options = pinned or options
+    return options
+
+
+def is_inside(path: str, pattern: str) -> bool:
+    """Whether the module at `path` is one that the glob `pattern` names, or is inside of one."""
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
+
+
+def parameter_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Layout]:
+    """The layouts that a parameter may be stored in."""
+    if op.target in constraints.stored:
+        return [(*(REPLICATE,) * first_rank_axis(mesh), *constraints.stored[op.target])]
+    tensor = op.results[0]
+    states = [REPLICATE]
+    for dim, bounds in enumerate(model.factors.of_dims[Value(op.name)]):
+        states += [shard(dim, outer) for outer in bounds]
+    layouts = _fitting(tensor, states, mesh)
+    for axis, kind in enumerate(constraints.kinds):
+        if kind is AxisKind.DP and constraints.fsdp is not None:
+            split = [x for x in layouts if (x[axis].kind is StateKind.SHARD) == constraints.fsdp]
+            layouts = split or layouts
+        if kind is AxisKind.CP:
+            layouts = [x for x in layouts if x[axis] == REPLICATE]
+    return layouts
+
+
+def output_options(tensor: Tensor, mesh: Mesh, time: State = REPLICATE) -> list[Layout]:
+    """The layouts that an output may be handed over in: scalars whole, larger tensors as the search likes.
+
+    Where time is an axis, `time` is what a micro-batch has of it; ranks split no more than that.
+    """
+    states = [REPLICATE, *(shard(dim) for dim in range(len(tensor.shape)))]
+    options = _fitting(tensor, states, mesh)
+    if time.kind is not StateKind.SHARD:
+        return options
+    return [option for option in options if fits(tensor.shape, (time, *option[1:]), mesh)]
+
+
+def _fitting(tensor: Tensor, states: Sequence[State], mesh: Mesh) -> list[Layout]:
+    """Layouts of these states, the whole one first; an axis of one rank splits nothing."""
+    per_axis = [states if size > 1 and name != MICRO else [REPLICATE] for name, size in zip(mesh.names, mesh.sizes, strict=True)]
+    return [option for option in itertools.product(*per_axis) if fits(tensor.shape, option, mesh)]

@@ -1,0 +1,335 @@
+"""Menus of blocks, a schedule, a budget -> the assignment of blocks to stages and variants of least simulated time, with a bound.
+
+A step of a fixed schedule takes as long as the longest path through it: a maximum of linear functions of the stages' seconds, of which
+there are too many to write down. So the model (`assignment_model`, which states it) starts with few paths; its answer is simulated, the
+longest path joins the model, and so on, until the best answer's simulated time is the model's bound: the cutting planes of Kelley (1960).
+In this order:
+
+1. drafts (`drafts`), all that fit: something to return, and paths that matter;
+2. the relaxed model, where a round is cheap and most paths are found;
+3. the steps after this one on the model with those variants alone that the relaxed model or the best draft takes: quick answers;
+4. where ranks hold one stage each, the model with whole blocks per stage in fractions of variants: its bound is nearly that of the whole
+   model, at a fraction of the time; its stages, with whole variants, are an answer;
+5. where ranks hold several stages, the model with a guess: there the paths are so many that the model's own answers stay poor for long;
+6. the whole model.
+
+All paths are paths of the schedule, so every bound of the model with all variants holds; the guess of step 5 serves answers only.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from autopar.errors import InfeasibleError, SolverError
+from autopar.schedules import Schedule
+from autopar.search.pipeline.assignment_model import Master, Point, spell
+from autopar.search.pipeline.drafts import draft
+from autopar.search.pipeline.menus import (
+    PHASES,
+    BlockMenu,
+    Cut,
+    Floats,
+    Ints,
+    Problem,
+    Run,
+    Variant,
+    evaluate,
+    longest_path,
+    make_problem,
+    measure,
+)
+from autopar.units import format_bytes
+
+__all__ = ["Assignment", "BlockMenu", "Cut", "Variant", "assign", "evaluate"]
+
+# Rounds of the relaxed models at most, and the share of the gap asked for at which a round has gained nothing.
+RELAXED_ROUNDS = 40
+PLACED_ROUNDS = 8
+GAP_SHARE = 0.25
+# Beside an answer's own times, those with one rank this much slower are simulated: the paths that would matter next. That many actions
+# are walked at most.
+TILT = 0.03
+TILTED_ACTIONS = 300_000
+# Of the time that is left, for the model with few variants; and how many blocks of one the relaxed model must take.
+NARROW_SHARE = 0.6
+TRACE = 1e-3
+# Of the guided models: rounds, share of the time, and gap. A guess needs no proof.
+GUIDED_ROUNDS = 3
+GUIDED_SHARE = 0.2
+GUIDED_GAP = 0.003
+# Of the leanest assignment's bytes above the budgets.
+LEANEST_GAP = 1e-4
+# The search ends when neither the answer nor the bound has got better for so many rounds and seconds.
+PATIENT_ROUNDS = 3
+PATIENCE = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """A stage and a variant per block, and what is known about them.
+
+    Attributes:
+        stages: of each block; `variants`: of each block, as position in its menu.
+        objective: seconds by the paths that the model has; `simulated`: by the whole schedule; both with the longest `once` of a rank.
+        bound: no assignment within the budget takes less.
+        status: ``optimal`` when `simulated` is within the gap asked for of the bound, ``feasible`` when the time was over first,
+            ``beyond`` when nothing can be better than the cutoff.
+        iterations: models solved.
+        peak: bytes per rank.
+    """
+
+    stages: tuple[int, ...]
+    variants: tuple[int, ...]
+    objective: float
+    simulated: float
+    bound: float
+    status: str
+    iterations: int
+    peak: tuple[int, ...]
+
+
+def assign(
+    menus: Sequence[BlockMenu],
+    schedule: Schedule,
+    budget: int | Sequence[int],
+    *,
+    time_limit: float = 10.0,
+    gap: float = 1e-3,
+    cutoff: float = math.inf,
+) -> Assignment:
+    """The assignment of blocks to stages and variants that takes the least simulated time and fits the budget.
+
+    Args:
+        menus: of the blocks, in the order of the chain.
+        schedule: of computing actions; its stages stand in a chain.
+        budget: bytes of every rank, or of each.
+        time_limit: seconds; when they are over, the best assignment found is returned with the bound that was reached.
+        gap: relative distance of `simulated` from `bound` at which the search ends.
+        cutoff: seconds; the search ends as soon as nothing better than this can be found.
+
+    Raises InfeasibleError when nothing fits, with the bytes that the leanest assignment needs in its ``needed`` attribute, or when there
+    are fewer blocks than stages, or pins that can't be met; InputError for a pin or budgets that aren't of this schedule; SolverError
+    when the time was over, or nothing better than the cutoff was left, before any assignment was found.
+    """
+    problem = make_problem(menus, schedule, budget)
+    search = _Search(problem, Master(problem, problem.budgets), gap, cutoff, time.perf_counter() + time_limit)
+    try:
+        search.start()
+        search.relax()
+        search.narrow()
+        if schedule.chunks > 1:
+            search.guide(GUIDED_SHARE * time_limit)
+        else:
+            search.place()
+        search.finish()
+    except InfeasibleError:
+        # Where something was found, it is the model for a little less memory that nothing fits.
+        if search.best is None:
+            _settle(search, time_limit)
+    return search.result()
+
+
+@dataclass
+class _Search:
+    """One search on its way: the model with the paths so far, the best answer, the bound."""
+
+    problem: Problem
+    master: Master
+    gap: float
+    cutoff: float
+    deadline: float
+    best: Assignment | None = None
+    bound: float = 0.0
+    rounds: int = 0
+    slack: int = 0
+    taken: list[frozenset[int]] | None = None
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.deadline - time.perf_counter()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing is left to be gained, or no time."""
+        closed = self.best is not None and self.best.simulated <= self.bound * (1 + self.gap)
+        return closed or self.bound >= self.cutoff or self.left <= 0
+
+    def start(self) -> None:
+        """What can be made at once."""
+        for stages, variants in draft(self.problem):
+            self.offer(stages, variants)
+
+    def relax(self) -> None:
+        """Find paths with continuous counts, as long as the bound moves."""
+        before = 0.0
+        for _ in range(RELAXED_ROUNDS):
+            point = self.solve(self.master, self.left, free=self.master.integers)
+            if point is None or self.is_over:
+                return
+            self.taken = _taken(self.problem, point)
+            simulated = self.add_paths(point.columns) + point.once
+            if simulated <= point.bound * (1 + GAP_SHARE * self.gap) or point.bound <= before * (1 + GAP_SHARE * self.gap):
+                return
+            before = point.bound
+
+    def narrow(self) -> None:
+        """Answers of the model with those variants alone that the relaxed model or the best answer takes: most are of no use here."""
+        if self.best is None or self.taken is None or self.is_over:
+            return
+        runs = []
+        for run, taken in zip(self.problem.runs, self.taken, strict=True):
+            used = taken | set(self.best.variants[run.first : run.first + run.length])
+            runs.append(_only(run, [option in used for option in run.options]))
+        problem = replace(self.problem, runs=tuple(runs))
+        if sum(len(run.options) for run in runs) == sum(len(run.options) for run in self.problem.runs):
+            return
+        master = Master(problem, problem.budgets, self.master.paths)
+        inner = _Search(problem, master, self.gap, self.cutoff, time.perf_counter() + NARROW_SHARE * self.left, self.best)
+        try:
+            if self.problem.schedule.chunks == 1:
+                inner.place()
+            inner.finish()
+        except InfeasibleError:
+            pass  # beside what is there already
+        self.best, self.rounds = inner.best, self.rounds + inner.rounds
+        for path in inner.master.paths:
+            self.master.add_path(path)
+
+    def place(self) -> None:
+        """Find paths, and answers, with whole blocks per stage in fractions of variants."""
+        for _ in range(PLACED_ROUNDS):
+            if self.is_over:
+                return
+            point = self.solve(self.master, self.left, free=self.master.variants, gap=GAP_SHARE * self.gap)
+            if point is None:
+                return
+            simulated = self.add_paths(point.columns) + point.once
+            whole = self.master.solve(self.left, fixed=point, gap=GAP_SHARE * self.gap)
+            if whole is not None:
+                self.offer(*spell(self.problem, whole.counts))
+            if simulated <= point.bound * (1 + GAP_SHARE * self.gap):
+                return
+
+    def guide(self, seconds: float) -> None:
+        """Answers of models that guess what a schedule of several stages per rank takes."""
+        for _ in range(GUIDED_ROUNDS):
+            if self.is_over:
+                return
+            before = self.best
+            guided = Master(self.problem, self.problem.budgets, self.master.paths, is_guided=True)
+            point = self.solve(guided, min(seconds, self.left), gap=GUIDED_GAP)
+            if point is None:
+                return
+            self.offer(*spell(self.problem, point.counts))
+            if self.best is before:
+                return
+
+    def finish(self) -> None:
+        """Rounds of the model with integers."""
+        moved, since = time.perf_counter(), 0
+        while not self.is_over and (since < PATIENT_ROUNDS or time.perf_counter() - moved < PATIENCE):
+            best, bound = self.best, self.bound
+            point = self.solve(self.master, self.left, gap=GAP_SHARE * self.gap)
+            if point is None:
+                return
+            answer = spell(self.problem, point.counts)
+            since += 1
+            if not self.offer(*answer):
+                self.tighten(*answer)
+            elif self.best is not best or self.bound > bound * (1 + GAP_SHARE * self.gap):
+                moved, since = time.perf_counter(), 0
+
+    def solve(self, master: Master, seconds: float, *, free: Ints | None = None, gap: float = 0.0) -> Point | None:
+        """One round; its bound counts where the model is no guess."""
+        self.rounds += 1
+        point = master.solve(seconds, free=free, gap=gap)
+        if point is not None and not master.is_guided:
+            self.bound = max(self.bound, point.bound)
+        return point
+
+    def offer(self, stages: Sequence[int], variants: Sequence[int]) -> bool:
+        """Simulate an assignment, for its paths and for its time; False when it doesn't fit."""
+        measured = measure(self.problem, stages, variants)
+        if any(used > there for used, there in zip(measured.peak, self.problem.budgets, strict=True)):
+            return False
+        simulated = self.add_paths(measured.columns) + measured.once
+        if self.best is None or simulated < self.best.simulated:
+            objective = self.master.longest_known(measured.columns) + measured.once
+            self.best = Assignment(tuple(stages), tuple(variants), objective, simulated, 0.0, "", 0, measured.peak)
+        return True
+
+    def tighten(self, stages: Sequence[int], variants: Sequence[int]) -> None:
+        """Build the model again for a little less memory: the solver keeps a row only as far as its tolerances go."""
+        peak = measure(self.problem, stages, variants).peak
+        self.slack += max(used - there for used, there in zip(peak, self.problem.budgets, strict=True))
+        self.master = Master(self.problem, [there - self.slack for there in self.problem.budgets], self.master.paths)
+
+    def add_paths(self, columns: Floats) -> float:
+        """Seconds of the schedule; its longest path joins the model, and those with one rank a little slower."""
+        seconds, path = longest_path(self.problem, columns)
+        self.master.add_path(path)
+        stages, ranks = self.problem.schedule.stages, self.problem.schedule.ranks
+        actions = sum(len(one) for one in self.problem.schedule.actions)
+        for rank in np.linspace(0, ranks - 1, min(ranks, TILTED_ACTIONS // actions)).round().astype(int).tolist():
+            tilted = columns.copy()
+            for stage in self.problem.stages_of[rank]:
+                tilted[stage : PHASES * stages : stages] *= 1 + TILT
+            self.master.add_path(longest_path(self.problem, tilted)[1])
+        return seconds
+
+    def result(self) -> Assignment:
+        """The best answer, with what was proven."""
+        if self.best is None:
+            reason = "nothing takes less than the cutoff" if self.bound >= self.cutoff else "the time is over"
+            raise SolverError(f"no assignment of {len(self.problem.menus)} blocks to {self.problem.schedule.stages} stages: {reason}")
+        closed = self.best.simulated <= self.bound * (1 + self.gap)
+        status = "optimal" if closed else "beyond" if self.bound >= self.cutoff else "feasible"
+        return replace(self.best, bound=min(self.bound, self.best.simulated), status=status, iterations=self.rounds)
+
+
+def _taken(problem: Problem, point: Point) -> list[frozenset[int]]:
+    """Per run the options of which a point has more than a trace on any stage."""
+    taken: list[set[int]] = [set() for _ in problem.runs]
+    for (index, _), counts in point.counts.items():
+        taken[index].update(option for option, count in zip(problem.runs[index].options, counts.tolist(), strict=True) if count > TRACE)
+    return [frozenset(one) for one in taken]
+
+
+def _only(run: Run, kept: Sequence[bool]) -> Run:
+    """A run with these of its options alone."""
+    mask = np.array(kept)
+    return replace(
+        run,
+        options=tuple(option for option, keeps in zip(run.options, kept, strict=True) if keeps),
+        seconds=run.seconds[mask],
+        once=run.once[mask],
+        kept=run.kept[mask],
+        waiting=run.waiting[mask],
+        static=run.static[mask],
+        workspace=run.workspace[mask],
+    )
+
+
+def _settle(search: _Search, time_limit: float) -> None:
+    """Offer the leanest assignment; raises InfeasibleError, with what it needs, when it doesn't fit."""
+    problem = search.problem
+    where = f"{len(problem.menus)} blocks on {problem.schedule.stages} stages under schedule {problem.schedule.name!r}"
+    point = Master(problem, problem.budgets, is_leanest=True).solve(time_limit, gap=LEANEST_GAP)
+    if point is None:
+        raise InfeasibleError(f"{where} don't fit the memory")
+    leanest = spell(problem, point.counts)
+    if search.offer(*leanest):
+        return
+    peak = measure(problem, *leanest).peak
+    rank = int(np.argmax([used - there for used, there in zip(peak, problem.budgets, strict=True)]))
+    error = InfeasibleError(
+        f"{where} need {format_bytes(peak[rank])} on pipeline rank {rank} at the leanest, {format_bytes(problem.budgets[rank])} are there"
+    )
+    error.needed = peak[rank]
+    raise error

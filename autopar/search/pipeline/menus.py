@@ -1,0 +1,289 @@
+"""The ways to run each block of a chain, and what an assignment of blocks to stages comes to.
+
+Comes in: per block a menu of variants (seconds of one micro-batch, bytes), a schedule, budgets. Goes out: a `Problem` for the search, in
+which like blocks stand together, and for any assignment its seconds and its bytes per rank, which brute force can compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.errors import InfeasibleError, InputError
+from autopar.schedules import Kind, Schedule, StageTimes, held, simulate
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+PHASES = 3
+"""Forward, input gradients, weight gradients."""
+RECEIVES_AT_ONCE = 2
+"""Receive buffers that a rank has at once: of the message in use, and of the next one, posted one computing action ahead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One way to run a block; seconds are of one micro-batch.
+
+    Attributes:
+        name: what is run again; `answer`: number of the placements that it has, among those that blocks may mix.
+        forward, input, weight: seconds of the forward, the input gradients (with what is recomputed for them), the weight gradients.
+        once: seconds per step outside of the schedule: the optimizer's update, reductions that nothing hides.
+        kept: bytes per micro-batch from the forward to the backward; `waiting`: from the input to the weight gradients.
+        static: bytes of parameters, gradients, optimizer state and the model's outputs that the block makes.
+        workspace: bytes needed only while the block runs.
+    """
+
+    name: str
+    forward: float
+    input: float
+    weight: float
+    once: float
+    kept: int
+    waiting: int
+    static: int
+    workspace: int
+    answer: int = 0
+
+
+class Cut(NamedTuple):
+    """What it takes to end a stage after a block: seconds to move what crosses, forward and backward, and bytes of one receive buffer.
+
+    `kept` are the bytes per micro-batch that the next stage holds of values which a block before has read: the first block that reads a
+    value counts it, and this stage has a copy of its own.
+    """
+
+    forward: float
+    backward: float
+    nbytes: int
+    kept: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockMenu:
+    """A block of the chain, and the ways to run it; `stage` is the one that the user pinned it to."""
+
+    name: str
+    variants: tuple[Variant, ...]
+    cut: Cut
+    stage: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive blocks with equal menus.
+
+    Attributes:
+        first: position of the first block; `length`: number of blocks.
+        options: positions in the menu of the variants that are worth taking.
+        seconds: forward, input, weight of each, shape (options, 3); `once` of each, shape (options,).
+        kept, waiting, static, workspace: bytes of each, shape (options,).
+        cut: what a stage that ends after one of them takes; `stage`: pinned by the user.
+    """
+
+    first: int
+    length: int
+    options: tuple[int, ...]
+    seconds: Floats
+    once: Floats
+    kept: Ints
+    waiting: Ints
+    static: Ints
+    workspace: Ints
+    cut: Cut
+    stage: int | None
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be assigned.
+
+    *Columns* are the seconds that a schedule's time hangs on: forward, input gradients and weight gradients of each of S stages (3 S), then
+    the transfers from each stage to the next, then those of gradients back (S - 1 each).
+
+    Attributes:
+        budgets: bytes per rank.
+        stages_of: per rank its stages.
+        holdings: per rank, per combination that it holds at once and per stage of it, the micro-batches between forward and backward,
+            and those between input and weight gradients; shape (combinations, stages of the rank, 2).
+    """
+
+    menus: tuple[BlockMenu, ...]
+    runs: tuple[Run, ...]
+    schedule: Schedule
+    budgets: tuple[int, ...]
+    stages_of: tuple[tuple[int, ...], ...]
+    holdings: tuple[Ints, ...]
+
+    @cached_property
+    def has_backward(self) -> bool:
+        """Whether the schedule has backward passes."""
+        return self.schedule.has_backward
+
+    @cached_property
+    def messages_to(self) -> tuple[tuple[int, ...], ...]:
+        """Per rank the stages at whose end there is a cut that a message to the rank crosses."""
+        of, last = self.schedule.rank_of, self.schedule.stages - 1
+        found = []
+        for rank, own in enumerate(self.stages_of):
+            forward = [stage - 1 for stage in own if stage and of[stage - 1] != rank]
+            backward = [stage for stage in own if self.has_backward and stage < last and of[stage + 1] != rank]
+            found.append(tuple(sorted({*forward, *backward})))
+        return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """An assignment in numbers: its columns, shape (3 S + 2 (S - 1),), the longest `once` of a rank, bytes per rank."""
+
+    columns: Floats
+    once: float
+    peak: tuple[int, ...]
+
+
+def evaluate(
+    menus: Sequence[BlockMenu], schedule: Schedule, stages: Sequence[int], variants: Sequence[int]
+) -> tuple[float, tuple[int, ...]]:
+    """(seconds of a step, bytes of each rank at its peak) of an assignment, from the menus alone."""
+    problem = make_problem(menus, schedule, 0)
+    measured = measure(problem, stages, variants)
+    return longest_path(problem, measured.columns)[0] + measured.once, measured.peak
+
+
+def make_problem(menus: Sequence[BlockMenu], schedule: Schedule, budget: int | Sequence[int]) -> Problem:
+    """Menus under a schedule, like blocks together, without variants that aren't worth taking.
+
+    Raises InfeasibleError when stages would stay empty or pins can't be met, InputError when a pin or the budgets aren't of this schedule.
+    """
+    budgets = (budget,) * schedule.ranks if isinstance(budget, int) else tuple(budget)
+    if len(budgets) != schedule.ranks:
+        raise InputError(f"{len(budgets)} budgets of memory for {schedule.ranks} pipeline ranks; give one number, or one for each")
+    _check_pins(menus, schedule)
+    has_backward, splits_backward = schedule.has_backward, schedule.splits_backward
+    runs: list[Run] = []
+    for block, menu in enumerate(menus):
+        if block and menu == replace(menus[block - 1], name=menu.name):
+            runs[-1] = replace(runs[-1], length=runs[-1].length + 1)
+        else:
+            runs.append(_make_run(block, menu, has_backward, splits_backward))
+    stages_of = tuple(tuple(stage for stage, of in enumerate(schedule.rank_of) if of == rank) for rank in range(schedule.ranks))
+    holdings = tuple(np.array(combinations, dtype=np.int64).reshape(len(combinations), -1, 2) for combinations in held(schedule))
+    return Problem(tuple(menus), tuple(runs), schedule, budgets, stages_of, holdings)
+
+
+def measure(problem: Problem, stages: Sequence[int], variants: Sequence[int]) -> Measure:
+    """What an assignment comes to; `stages` and `variants` have one entry per block."""
+    count = problem.schedule.stages
+    seconds = np.zeros((PHASES, count))
+    cuts = np.zeros((2, count))
+    once = np.zeros(count)
+    kept, waiting, static, workspace, message, left = np.zeros((6, count), dtype=np.int64)
+    for menu, stage, variant in zip(problem.menus, stages, variants, strict=True):
+        one = menu.variants[variant]
+        seconds[:, stage] += (one.forward, one.input, one.weight)
+        once[stage] += one.once
+        kept[stage] += one.kept
+        waiting[stage] += one.waiting
+        static[stage] += one.static
+        workspace[stage] = max(workspace[stage], one.workspace)
+        cuts[:, stage], message[stage], left[stage] = menu.cut[:2], menu.cut.nbytes, menu.cut.kept
+    kept[1:] += left[:-1]
+    peak, longest = [], 0.0
+    for own, holdings, messages in zip(problem.stages_of, problem.holdings, problem.messages_to, strict=True):
+        at = list(own)
+        lived = holdings[:, :, 0] @ kept[at] + holdings[:, :, 1] @ waiting[at]
+        buffers = RECEIVES_AT_ONCE * max((int(message[stage]) for stage in messages), default=0)
+        peak.append(int(lived.max(initial=0)) + int(static[at].sum()) + int(workspace[at].max()) + buffers)
+        longest = max(longest, float(once[at].sum()))
+    return Measure(np.concatenate([seconds.ravel(), cuts[:, : count - 1].ravel()]), longest, tuple(peak))
+
+
+def longest_path(problem: Problem, columns: Floats) -> tuple[float, Floats]:
+    """(seconds of the schedule, how often each column lies on its longest path), shape of both as of `columns`."""
+    count = problem.schedule.stages
+    seconds = columns[: PHASES * count].reshape(PHASES, count)
+    cuts = columns[PHASES * count :].reshape(2, count - 1)
+    times = [StageTimes(*one) for one in seconds.T.tolist()]
+    of = problem.schedule.rank_of
+    transfers = {
+        (stage, stage + 1): (forward, backward) for stage, (forward, backward) in enumerate(cuts.T.tolist()) if of[stage] != of[stage + 1]
+    }
+    timeline = simulate(problem.schedule, times, transfers)
+    path = np.zeros_like(columns)
+    for part, often in timeline.critical.items():
+        match part:
+            case (producer, int(), kind):
+                path[PHASES * count + (count - 1) * (kind is Kind.SEND_BACKWARD) + producer] += often
+            case (stage, kind):
+                path[[phase * count + stage for phase in _PHASES_OF[kind]]] += often
+    return timeline.seconds, path
+
+
+_PHASES_OF = {Kind.FORWARD: (0,), Kind.INPUT: (1,), Kind.WEIGHT: (2,), Kind.BACKWARD: (1, 2)}
+
+
+def _check_pins(menus: Sequence[BlockMenu], schedule: Schedule) -> None:
+    stages = schedule.stages
+    if len(menus) < stages:
+        raise InfeasibleError(
+            f"{len(menus)} blocks can't fill the {stages} stages of schedule {schedule.name!r}: each stage needs one; take fewer stages"
+        )
+    pins = [(block, menu.stage) for block, menu in enumerate(menus) if menu.stage is not None]
+    for block, stage in pins:
+        if not 0 <= stage < stages:
+            raise InputError(f"block {menus[block].name!r} is pinned to stage {stage}; the stages are 0 to {stages - 1}")
+    # From a block to the next the stage stays or goes on by one: none is empty. The first block is on the first, the last on the last.
+    for (block, stage), (later, last) in pairwise([(-1, -1), *pins, (len(menus), stages)]):
+        if last < stage:
+            raise InfeasibleError(
+                f"block {menus[later].name!r} is pinned to stage {last}, block {menus[block].name!r} before it to stage {stage}; "
+                "stages are in order; move a pin"
+            )
+        if last - stage > later - block:
+            start = "the chain's start" if block < 0 else f"block {menus[block].name!r} pinned to stage {stage}"
+            end = "the chain's end" if later == len(menus) else f"block {menus[later].name!r} pinned to stage {last}"
+            raise InfeasibleError(
+                f"between {start} and {end} are {later - block - 1} blocks for {last - stage - 1} stages, and stages are in order, with a"
+                " block at least; move a pin"
+            )
+
+
+def _make_run(block: int, menu: BlockMenu, has_backward: bool, splits_backward: bool) -> Run:
+    """A run of one block, without the variants that another one beats in all that counts under this schedule."""
+    seconds = np.array([(one.forward, one.input, one.weight) for one in menu.variants])
+    once = np.array([one.once for one in menu.variants])
+    kept, waiting, static, workspace = np.array(
+        [(one.kept, one.waiting, one.static, one.workspace) for one in menu.variants], dtype=np.int64
+    ).T
+    merits = [seconds[:, 0], once, static, workspace]
+    if has_backward:
+        merits.append(kept)
+    if splits_backward:
+        merits += [seconds[:, 1], seconds[:, 2], waiting]
+    elif has_backward:
+        merits.append(seconds[:, 1] + seconds[:, 2])
+    merit = np.stack(merits, axis=1)
+    no_worse = (merit[:, None] <= merit[None]).all(axis=2)
+    # Of equal ones the first is left.
+    beaten = no_worse & (~no_worse.T | (np.arange(len(merit))[:, None] < np.arange(len(merit))[None]))
+    np.fill_diagonal(beaten, False)
+    left = np.flatnonzero(~beaten.any(axis=0))
+    return Run(
+        first=block,
+        length=1,
+        options=tuple(left.tolist()),
+        seconds=seconds[left],
+        once=once[left],
+        kept=kept[left],
+        waiting=waiting[left],
+        static=static[left],
+        workspace=workspace[left],
+        cut=menu.cut,
+        stage=menu.stage,
+    )

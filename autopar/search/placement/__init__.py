@@ -1,0 +1,11 @@
+"""Placements of ops and layouts of tensors on one mesh: tables of costs, exact elimination, LP or MIP, prices of memory.
+
+Comes in: a `Model`, a mesh, constraints. Goes out: a `Solution` with its bound.
+
+Modules, in reading order: ``problem``, ``eliminate``, ``solve``.
+"""
+
+from autopar.search.placement.problem import FORBIDDEN, Problem, build_problem, kept_nbytes, least_bytes, restrict
+from autopar.search.placement.solve import Search, Solution
+
+__all__ = ["FORBIDDEN", "Problem", "Search", "Solution", "build_problem", "kept_nbytes", "least_bytes", "restrict"]

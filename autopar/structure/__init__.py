@@ -1,0 +1,42 @@
+"""What is read off a graph before any mesh is known: repeated layers, roles of dims, blocks, micro-batches.
+
+Comes in: a `Graph` and the spaces of its calls. Goes out: a `Model` and a `Chain` of blocks.
+
+Modules, in reading order: ``repeats``, ``layers``, ``roles``, ``weights``, ``blocks``, ``attention_cores``, ``microbatches``, ``model``.
+"""
+
+from autopar.structure.attention_cores import find_cores
+from autopar.structure.blocks import Block, Chain, find_chain, relabel
+from autopar.structure.layers import Edge, Folded, fan_key, fold, fold_as_planned, regroup
+from autopar.structure.microbatches import MicroSplit, MicroSplitter, batch_size, split_microbatches, updates_in_place
+from autopar.structure.model import Model, find_tables, first_rank_axis, in_time, role_of
+from autopar.structure.roles import Role, find_factors
+from autopar.structure.weights import find_source, is_deferrable
+
+__all__ = [
+    "Block",
+    "Chain",
+    "Edge",
+    "Folded",
+    "MicroSplit",
+    "MicroSplitter",
+    "Model",
+    "Role",
+    "batch_size",
+    "fan_key",
+    "find_chain",
+    "find_cores",
+    "find_factors",
+    "find_source",
+    "find_tables",
+    "first_rank_axis",
+    "fold",
+    "fold_as_planned",
+    "in_time",
+    "is_deferrable",
+    "regroup",
+    "relabel",
+    "role_of",
+    "split_microbatches",
+    "updates_in_place",
+]
