@@ -25,7 +25,8 @@ from autopar.rules.table import find_spaces
 from autopar.schedules.families import SCHEDULES, make_schedule
 from autopar.search.meshes import find_trials
 from autopar.search.options import AxisKind, Constraints
-from autopar.search.placement.problem import FORBIDDEN, Problem, build_problem
+from autopar.search.pipeline.variants import choices_of
+from autopar.search.placement.problem import FORBIDDEN, DecisionKind, Problem, build_problem
 from autopar.search.placement.solve import solve
 from autopar.search.planner import make_plan
 from autopar.structure.blocks import Chain, find_chain
@@ -102,7 +103,7 @@ class Subject:
             if trial.baseline:
                 problem = build_problem(self.model, trial.mesh, Cluster.parse(cluster), trial.constraints)
                 chosen = solve(problem, 1 << 60).choice
-                choice = {i: chosen[node.key] for i, node in enumerate(problem.nodes)}
+                choice = {i: chosen[node.decision] for i, node in enumerate(problem.nodes)}
                 plans[f"{trial.name} {trial.mesh}"] = self._written(problem, choice)
         return plans
 
@@ -197,11 +198,13 @@ class Subject:
         if mesh not in self._bases:
             axes = dict(zip(mesh.names, mesh.sizes, strict=True))
             self._bases[mesh] = make_plan(self.graph, _cluster(mesh.sizes), mesh=axes)
-        chosen = {problem.nodes[i].key: problem.nodes[i].options[option] for i, option in choice.items()}
-        calls = {op.name for op in self.graph.of_kind(OpKind.CALL)}
-        placements = {key: option[first:] for key, option in chosen.items() if key in calls}
-        layouts = {key: option[first:] for key, option in chosen.items() if key not in calls}
-        return dataclasses.replace(self._bases[mesh], placements=placements, layouts=layouts)
+        choices = choices_of(problem, {problem.nodes[i].decision: option for i, option in choice.items()})
+        return dataclasses.replace(
+            self._bases[mesh],
+            placements={name: placement[first:] for name, placement in choices.placements.items()},
+            layouts={name: layout[first:] for name, layout in choices.layouts.items()},
+            outputs=tuple(layout[first:] for layout in choices.outputs),
+        )
 
     def uses(self, plan: Plan) -> frozenset[str]:
         """What each axis of `plan` really splits: work by role (``tp features``), and stored parameters (``dp storage``).
@@ -254,7 +257,7 @@ def draw(problem: Problem, generator: random.Random) -> dict[int, int]:
     around: dict[int, list[tuple[int, npt.NDArray[np.bool_]]]] = defaultdict(list)
     for arc in problem.arcs:
         for fan, other, cost in ((arc.a, arc.b, arc.cost), (arc.b, arc.a, arc.cost.T)):
-            if problem.nodes[fan].key.startswith("fan:"):
+            if problem.nodes[fan].decision.kind is DecisionKind.FAN_OUT:
                 around[fan].append((other, cost < FORBIDDEN))
     choice = {i: generator.randrange(len(node.options)) for i, node in enumerate(problem.nodes)}
     stuck = True

@@ -24,7 +24,7 @@ from autopar.search.placement.problem import build_problem, restrict
 from autopar.search.placement.solve import Search
 from autopar.search.planner import make_plan
 from autopar.structure.blocks import find_chain, relabel
-from autopar.structure.layers import fan_key, fold, fold_as_planned, regroup
+from autopar.structure.layers import fold, fold_as_planned, regroup
 from autopar.structure.microbatches import split_microbatches
 from autopar.structure.model import Model, find_tables, in_time
 from autopar.structure.roles import find_factors
@@ -71,7 +71,7 @@ class _Subject:
         allowed = find_shared(self.model, self.reading, problem, search.solution_at(0.0).choice)
         self.inner = restrict(problem, allowed)
         highest = 1000 * search.bound_ns / search.solution_at(0.0).nbytes
-        self.answers = [choices_of(self.model, self.inner, one) for one in Search(self.inner).frontier(highest, 5)]
+        self.answers = [choices_of(self.inner, one.choice) for one in Search(self.inner).frontier(highest, 5)]
 
     def menus(self, model: Model, choices: Choices, number: int = 0) -> Menus:
         chain = relabel(self.chain, model.folded)
@@ -109,10 +109,7 @@ def test_answers_agree_on_what_blocks_share(name: str) -> None:
                 assert answer.placements[name_of] == first.placements[name_of], op.name
             if op.kind is OpKind.PARAMETER and len(readers) > 1:
                 assert answer.layouts[name_of] == first.layouts[name_of], op.name
-            for index, value in enumerate(op.operands):
-                key = fan_key(folded.representative_of(value), op.target, index)
-                if home.get(op.name) != home.get(value.op):
-                    assert answer.layouts.get(key) == first.layouts.get(key), key
+            for value in op.operands:
                 # An output is the affair of the block that makes it.
                 if home.get(op.name) != home.get(value.op) and OpKind.OUTPUT is not op.kind and graph.by_name[value.op].kind is OpKind.CALL:
                     assert maker.made(value) == makers[0].made(value), str(value)

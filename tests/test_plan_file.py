@@ -77,6 +77,7 @@ def _plans(draw: st.DrawFn) -> Plan:
         pipeline=draw(_pipelines(len(names))),
         inputs=draw(st.dictionaries(_TEXT, _TEXT, max_size=2)),
         layouts=layouts,
+        outputs=tuple(layouts.values()),
         placements=placements,
         batch_axes=names[: draw(st.integers(0, len(names)))],
         bucket_nbytes=draw(st.integers(0, 2**40)),

@@ -19,7 +19,7 @@ from autopar.ir.layout import REPLICATE, Mesh, StateKind
 from autopar.plans.fits import fingerprint
 from autopar.rewrite.emit import rewrite
 from autopar.search.placement.eliminate import eliminate
-from autopar.search.placement.problem import Arc, Node, Problem
+from autopar.search.placement.problem import Arc, Decision, DecisionKind, Node, Problem
 from autopar.search.placement.solve import Search, evaluate
 from autopar.search.planner import make_plan
 from autopar.structure.layers import fold
@@ -224,7 +224,7 @@ def test_layers_that_keep_more_than_the_first_are_counted() -> None:
 
 
 def test_bounds_hold_when_bytes_have_a_price() -> None:
-    nodes = tuple(Node(f"n{i}", ((None,), (None,)), np.array([1, 1]), np.array([1, 1])) for i in range(40))
+    nodes = tuple(Node(Decision(DecisionKind.CALL, f"n{i}"), ((None,), (None,)), np.array([1, 1]), np.array([1, 1])) for i in range(40))
     problem = Problem(
         nodes,
         tuple(Arc(i, i + 1, np.ones((2, 2), np.int64), np.ones((2, 2), np.int64)) for i in range(39)),
@@ -244,7 +244,7 @@ import torch
 from torch import nn
 from autopar.capture import capture
 from autopar.cost_models import Cluster
-from autopar.planner import make_plan
+from autopar.search import make_plan
 from autopar.plans import to_json
 import dataclasses
 torch.manual_seed(0)

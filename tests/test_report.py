@@ -36,6 +36,7 @@ def _make_small_plan() -> Plan:
         batch_axes=(),
         bucket_nbytes=25_000_000,
         layouts={},
+        outputs=(),
         placements={},
         traffic=(),
         groups=(replace(plan.groups[0], axes={}),),
@@ -157,7 +158,7 @@ def test_stages_are_shown_on_the_ranks_that_run_them(schedule: str, chunks: int)
 
 
 def test_groups_of_one_rank() -> None:
-    plan = replace(make_pipelined_plan(), mesh=Mesh(("dp",), (1,)), batch_axes=("dp",), layouts={}, placements={})
+    plan = replace(make_pipelined_plan(), mesh=Mesh(("dp",), (1,)), batch_axes=("dp",), layouts={}, outputs=(), placements={})
     assert describe_pipeline(plan) == "4 on 2 ranks, 2 on each; schedule interleaved, 4 micro-batches"
     # The axis of a single rank splits nothing.
     assert describe_axes(plan) == {"pp": "layers"}

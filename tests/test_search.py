@@ -10,14 +10,19 @@ import pytest
 
 from autopar.errors import InfeasibleError
 from autopar.ir.layout import Mesh
-from autopar.search.placement.problem import FORBIDDEN, Arc, Node, Problem, restrict
+from autopar.search.placement.problem import FORBIDDEN, Arc, Decision, DecisionKind, Node, Problem, restrict
 from autopar.search.placement.solve import Search, evaluate, solve
 
 
 def random_problem(seed: int, nodes: int, options: int, arcs: int) -> Problem:
     rng = np.random.default_rng(seed)
     made = tuple(
-        Node(f"n{i}", tuple((None,) * 1 for _ in range(options)), rng.integers(1, 100, options), rng.integers(1, 100, options))
+        Node(
+            Decision(DecisionKind.CALL, f"n{i}"),
+            tuple((None,) * 1 for _ in range(options)),
+            rng.integers(1, 100, options),
+            rng.integers(1, 100, options),
+        )
         for i in range(nodes)
     )
     pairs = list(itertools.combinations(range(nodes), 2))
@@ -75,7 +80,7 @@ def test_infeasible_says_what_is_needed() -> None:
 
 
 def test_an_isolated_node_takes_its_cheapest_option() -> None:
-    node = Node("a", ((None,), (None,)), np.array([5, 3]), np.array([0, 0]))
+    node = Node(Decision(DecisionKind.CALL, "a"), ((None,), (None,)), np.array([5, 3]), np.array([0, 0]))
     problem = Problem((node, node), (), Mesh(("x",), (2,)), fixed_ns=0, fixed_bytes=0)
     assert solve(problem, 10).cost_ns == 6
 
@@ -104,7 +109,9 @@ def test_the_frontier_has_the_best_choice_at_every_price(seed: int) -> None:
 
 def test_a_short_frontier_fills_the_widest_gap_first() -> None:
     costs, nbytes = np.array([0, 1, 10, 31, 100]), np.array([100, 95, 60, 40, 0])
-    problem = Problem((Node("a", ((None,),) * 5, costs, nbytes),), (), Mesh(("x",), (2,)), fixed_ns=0, fixed_bytes=0)
+    problem = Problem(
+        (Node(Decision(DecisionKind.CALL, "a"), ((None,),) * 5, costs, nbytes),), (), Mesh(("x",), (2,)), fixed_ns=0, fixed_bytes=0
+    )
     search = Search(problem)
     assert [one.cost_ns for one in search.frontier(100.0, 2)] == [0, 100]
     assert [one.cost_ns for one in search.frontier(100.0, 3)] == [0, 10, 100]
@@ -124,9 +131,9 @@ def test_at_the_highest_price_the_leanest_possible_choice_is_best() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_restricted_problem_costs_what_the_whole_one_does(seed: int) -> None:
     problem = random_problem(seed, nodes=4, options=3, arcs=6)
-    allowed = {"n0": [2], "n2": [0, 2]}
+    allowed = {Decision(DecisionKind.CALL, "n0"): [2], Decision(DecisionKind.CALL, "n2"): [0, 2]}
     inner = restrict(problem, allowed)
-    positions = [allowed.get(node.key, [0, 1, 2]) for node in problem.nodes]
+    positions = [allowed.get(node.decision, [0, 1, 2]) for node in problem.nodes]
     for choice in itertools.product(*(range(len(one)) for one in positions)):
         whole = {at: positions[at][number] for at, number in enumerate(choice)}
         assert evaluate(inner, dict(enumerate(choice))) == evaluate(problem, whole)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopar.ops import attention as attention  # the import defines torch.ops.autopar.attention
+
 _NAME = "autopar"
 _MEANING = "_autopar_meaning"
 

@@ -235,11 +235,10 @@ def count_splits(plan: Plan) -> dict[str, int]:
         for axis, part in zip(plan.mesh.names, placement, strict=True):
             if isinstance(part, Split):
                 counts[f"{axis}:{part.loop}"] += 1
-    for name, layout in plan.layouts.items():
-        if not name.startswith(("fan:", "output:")):
-            for axis, state in zip(plan.mesh.names, layout, strict=True):
-                if state.kind is StateKind.SHARD:
-                    counts[f"{axis}:store"] += 1
+    for layout in plan.layouts.values():
+        for axis, state in zip(plan.mesh.names, layout, strict=True):
+            if state.kind is StateKind.SHARD:
+                counts[f"{axis}:store"] += 1
     return dict(counts)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from autopar.cost_models import Cluster, Device, Link, axis_link, collective_seconds, op_seconds
 from autopar.ir import (
@@ -30,7 +30,7 @@ from autopar.ir import (
     result_layout,
     route,
 )
-from autopar.structure import Model, first_rank_axis
+from autopar.structure import Model, RouteKey, first_rank_axis
 
 # AdamW keeps two moments of the parameter's own dtype (torch.optim.AdamW).
 OPTIMIZER_COPIES = 2
@@ -95,6 +95,7 @@ class CostTables:
         self.links: tuple[Link, ...] = (*links[: self.first], *links)  # the first stands for time too, over which nothing goes
         self._collectives: dict[tuple[str, int, int], float] = {}
         self._calls: dict[tuple[str, Placement], tuple[float, float]] = {}
+        self._legs: dict[RouteKey, list[tuple[Move, int]]] = {}
 
     def op_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
         """(forward, backward) seconds of one call under `placement`."""
@@ -146,23 +147,25 @@ class CostTables:
             self._collectives[key] = seconds
         return self._collectives[key]
 
-    def legs(self, tensor: Tensor, start: Layout, need: Layout) -> Iterator[tuple[Move, int]]:
+    def legs(self, tensor: Tensor, start: Layout, need: Layout) -> list[tuple[Move, int]]:
         """The moves of a tensor's journey, each with the bytes of the larger of a rank's parts before and after it."""
         # Along time nothing moves: a micro-batch takes its part of what is there. Ranks' parts lie inside of that, so that what ranks
         # have split of the whole batch they must bring together first.
         if not (self.first and start[0] == REPLICATE and need[0].kind is StateKind.SHARD):
             start = (*need[: self.first], *start[self.first :])
         # Whether blocks fit into one another on the way depends on the sizes; without blocks, all tensors go the same way.
-        has_blocks = any(state.outer > 1 for state in (*start, *need))
+        has_blocks = any(state.outer > 1 for state in start) or any(state.outer > 1 for state in need)
         key = (start, need, (tensor.shape, self.mesh.sizes) if has_blocks else None)
-        moves = self.model.routes.get(key)
-        if moves is None:
-            moves = self.model.routes[key] = route(tensor.shape, start, need, self.mesh)
-        for move in moves:
-            if move.axis < self.first:
-                continue
-            ways = min(self._ways(move.split_before), self._ways(move.split_after))
-            yield move, tensor.nbytes // ways
+        legs = self._legs.get(key)
+        if legs is None:
+            moves = self.model.routes.get(key)
+            if moves is None:
+                moves = self.model.routes[key] = route(tensor.shape, start, need, self.mesh)
+            legs = self._legs[key] = [
+                (move, min(self._ways(move.split_before), self._ways(move.split_after))) for move in moves if move.axis >= self.first
+            ]
+        nbytes = tensor.nbytes
+        return [(move, nbytes // ways) for move, ways in legs]
 
     def _ways(self, axes: tuple[int, ...]) -> int:
         return math.prod(self.mesh.sizes[axis] for axis in axes)

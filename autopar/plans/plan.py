@@ -192,7 +192,8 @@ class Plan:
         mesh: the chosen axes; under a pipeline, those of one group of ranks.
         pipeline: stages, schedule, micro-batches and recomputation.
         inputs: name -> text of its type, as captured.
-        layouts: stored layout of every parameter, buffer and input, and the layout of every output, by op name.
+        layouts: layout in which every parameter, buffer and input is stored, by op name.
+        outputs: layout of every output, by position; those of new values of buffers follow those that the user gets.
         placements: placement of every call, by op name.
         batch_axes: axes that split the batch, outermost first.
         bucket_nbytes: bytes of gradients that are summed over ranks together.
@@ -206,6 +207,7 @@ class Plan:
     pipeline: Pipeline
     inputs: Mapping[str, str]
     layouts: Mapping[str, Layout]
+    outputs: tuple[Layout, ...]
     placements: Mapping[str, Placement]
     batch_axes: tuple[str, ...]
     bucket_nbytes: int
@@ -254,6 +256,7 @@ def to_json(plan: Plan) -> str:
     data["mesh"] = {"names": list(plan.mesh.names), "sizes": list(plan.mesh.sizes)}
     data["pipeline"]["travel"] = {name: format_layout(layout) for name, layout in plan.pipeline.travel.items()}
     data["layouts"] = {name: format_layout(layout) for name, layout in plan.layouts.items()}
+    data["outputs"] = [format_layout(layout) for layout in plan.outputs]
     data["placements"] = {name: format_placement(placement) for name, placement in plan.placements.items()}
     return json.dumps({"format": FORMAT, "version": VERSION, "plan": data}, indent=1)
 
@@ -278,7 +281,8 @@ def from_json(text: str) -> Plan:
     assert isinstance(plan, Plan)
     if unknown := [axis for axis in plan.batch_axes if axis not in plan.mesh.names]:
         raise PlanError(f"plan.batch_axes names {', '.join(map(repr, unknown))}, the mesh has {plan.mesh}")
-    for name, layout in (*plan.layouts.items(), *plan.pipeline.travel.items()):
+    outputs = ((f"output {position}", layout) for position, layout in enumerate(plan.outputs))
+    for name, layout in (*plan.layouts.items(), *outputs, *plan.pipeline.travel.items()):
         _check_axes(name, len(layout), plan.mesh)
     for name, placement in plan.placements.items():
         _check_axes(name, len(placement), plan.mesh)
@@ -358,6 +362,13 @@ def _read_field(kind: str, value: Any, where: str) -> Any:
         return value
     if kind == "Mesh":
         return _read_mesh(value, where)
+    if kind == "Layout":
+        if not isinstance(value, str):
+            raise ValueError(f"{where}: the text of a layout is needed, not {type(value).__name__}")
+        try:
+            return parse_layout(value)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
     if kind in _NESTED:
         return _read(_NESTED[kind], value, where)
     if kind.startswith("tuple["):

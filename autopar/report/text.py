@@ -221,7 +221,7 @@ def _select_layouts(plan: Plan, layer: str) -> Iterable[tuple[str, str]]:
 
     Names of ops are module paths with ``_`` for every dot.
     """
-    stored = {name: format_layout(layout) for name, layout in plan.layouts.items() if not name.startswith("fan:")}
+    stored = {name: format_layout(layout) for name, layout in plan.layouts.items()}
     wanted = [layer, *(_generalize(layer, _path_of(group)) for group in select_groups(plan, layer))]
     for pattern in map(_match_names, wanted):
         if found := [(name, text) for name, text in stored.items() if pattern.search(name)]:

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from autopar.capture import Captured
 from autopar.errors import PlanError
-from autopar.ir import MICRO, PIPELINE, Graph, OpKind, Space, Split, Value, fits, is_legal
+from autopar.ir import MICRO, PIPELINE, Graph, OpKind, Space, Split, Tensor, Value, fits, is_legal
 from autopar.plans import Pipeline, Plan, check_fits
 from autopar.rewrite.outline import Region, outline
 from autopar.rewrite.program import PipelineProgram, Program, Slot, StageOutput, StageProgram
@@ -59,8 +59,7 @@ def _check_decisions(plan: Plan, folded: Folded, spaces: Mapping[str, Space]) ->
     mesh = plan.mesh
     if taken := {MICRO, PIPELINE} & set(mesh.names):
         raise PlanError(f"plan.mesh has an axis {taken.pop()!r}, which is no axis of a group of ranks; plan again")
-    (output,) = folded.graph.of_kind(OpKind.OUTPUT)
-    tensors = {f"output:{position}": folded.graph.tensor(value) for position, value in enumerate(output.operands)}
+    tensors: dict[str, Tensor] = {}
     for op in folded.ops:
         if op.kind is OpKind.CALL:
             placement, space = plan.placements.get(op.name), spaces.get(op.name)
@@ -81,6 +80,12 @@ def _check_decisions(plan: Plan, folded: Folded, spaces: Mapping[str, Space]) ->
             raise PlanError(f"plan.layouts has nothing for {name!r}; plan again")
         if len(layout) != len(mesh.sizes) or not fits(tensor.shape, layout, mesh):
             raise PlanError(f"plan.layouts[{name!r}] doesn't fit {tensor} on the mesh {mesh}; plan again")
+    operands = folded.graph.output.operands
+    if len(plan.outputs) != len(operands):
+        raise PlanError(f"plan.outputs has {len(plan.outputs)} layouts, the model has {len(operands)} outputs; plan again")
+    for position, (value, layout) in enumerate(zip(operands, plan.outputs, strict=True)):
+        if len(layout) != len(mesh.sizes) or not fits(folded.graph.tensor(value).shape, layout, mesh):
+            raise PlanError(f"plan.outputs[{position}] doesn't fit {folded.graph.tensor(value)} on the mesh {mesh}; plan again")
     for name, layout in plan.pipeline.travel.items():
         maker, _, index = name.partition(".")
         found = folded.graph.by_name.get(maker)

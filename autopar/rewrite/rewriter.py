@@ -47,7 +47,7 @@ from autopar.ops import DEFERRABLE, collectives, kernels, losses
 from autopar.plans import Plan
 from autopar.rewrite.program import Boundary, Program, Slot
 from autopar.rewrite.stages import Stage
-from autopar.structure import Folded, MicroSplit, fan_key, is_deferrable
+from autopar.structure import Folded, MicroSplit, is_deferrable
 
 GRADIENT_OF_GATHER = {Collective.REDUCE_SCATTER: "reduce_scatter", Collective.SLICE: "slice"}
 
@@ -198,7 +198,7 @@ class Rewriter:
 
     def output_layout(self, position: int) -> Layout:
         """The plan's layout of an output tensor; along time as it is made."""
-        inner = self.plan.layouts[f"output:{position}"]
+        inner = self.plan.outputs[position]
         if self.micro is None:
             return inner
         (output,) = self.graph.of_kind(OpKind.OUTPUT)
@@ -335,20 +335,12 @@ class Rewriter:
         )
 
     def _take(self, value: Value, need: Layout, op: Op, index: int) -> fx.Node:
-        """The node that holds `value` in layout `need`, by way of the fan-out when the plan has one."""
+        """The node that holds `value` in layout `need`; what several ops need alike is made once."""
         start = self.made(value)
         if self.micro is not None:
             if self._is_whole(value, need):
                 return self._journey(self.whole_nodes[Whole(value)], value, (need[0], *start[1:]), need, op)
             start = self._split_in_time(value, start, need[0], op)
-        representative = self.folded.representative
-        key = fan_key(Value(representative[value.op], value.index), op.target, index)
-        if key in self.plan.layouts:
-            between = (*need[: len(need) - len(self.plan.mesh.sizes)], *self.plan.layouts[key])
-            # A micro-batch may be too small for what other readers, who work on the whole batch, agreed on.
-            if between != need and fits(self.graph.tensor(value).shape, between, self.mesh):
-                self._move(value, start, between, op)
-                return self._move(value, between, need, op, base=self.moved.get((value, between)))
         return self._move(value, start, need, op)
 
     def _split_in_time(self, value: Value, start: Layout, need: State, op: Op) -> Layout:
@@ -378,8 +370,8 @@ class Rewriter:
         nests = fits(self.graph.tensor(value).shape, (time, *start[1:]), self.mesh) and all(state.outer != time.outer for state in along)
         return start if nests or not along else tuple(REPLICATE if state in along else state for state in start)
 
-    def _move(self, value: Value, start: Layout, need: Layout, op: Op, base: fx.Node | None = None) -> fx.Node:
-        source = base if base is not None else self.moved.get((value, start), self.nodes[value])
+    def _move(self, value: Value, start: Layout, need: Layout, op: Op) -> fx.Node:
+        source = self.moved.get((value, start), self.nodes[value])
         if start == need:
             return source
         if (value, need) in self.moved:

@@ -22,7 +22,7 @@ from autopar.ir import MICRO, PIPELINE, Collective, Layout, Mesh, Op, OpKind, Pl
 from autopar.plans import Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
 from autopar.search.pipeline import Assignment, BlockMenu, Choices, Variant
 from autopar.search.placement import Solution, kept_nbytes
-from autopar.structure import Block, Chain, Model, Role, fan_key, first_rank_axis, role_of
+from autopar.structure import Block, Chain, Model, Role, first_rank_axis, role_of
 
 KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp", Role.INNER: "tp"}
 
@@ -98,7 +98,7 @@ def assemble(
     placements, layouts = choices.placements, choices.layouts
     mesh = _name_axes(model, mesh, placements) if rename else mesh
     first = first_rank_axis(mesh)
-    moves = list(find_moves(model, placements, layouts))
+    moves = list(find_moves(model, choices))
     traffic = _traffic(model, mesh, tables, moves, pipeline, spread)
     step = solution.cost_ns / 1e9 if spread is None else spread.assignment.simulated
     bound = solution.bound_ns if spread is None else round(spread.assignment.bound * 1e9)
@@ -111,6 +111,7 @@ def assemble(
         pipeline=pipeline,
         inputs={op.target: str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},
         layouts={name: layout[first:] for name, layout in layouts.items()},
+        outputs=tuple(layout[first:] for layout in choices.outputs),
         placements={name: placement[first:] for name, placement in placements.items()},
         batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICRO),
         bucket_nbytes=BUCKET_NBYTES,
@@ -134,32 +135,32 @@ def assemble(
     )
 
 
-def find_moves(model: Model, placements: Mapping[str, Placement], layouts: Mapping[str, Layout]) -> Iterator[Move]:
-    """Every journey that the chosen layouts make necessary, shared ones once."""
-    by_value: dict[tuple[Value, str, int], list[tuple[str, Layout, int]]] = defaultdict(list)
-    graph = model.folded.graph
+def find_moves(model: Model, choices: Choices) -> Iterator[Move]:
+    """Every journey that the chosen layouts make necessary: of a parameter for each use, of other values once per needed layout."""
+    graph, output = model.folded.graph, model.folded.graph.output.name
 
     def made(value: Value) -> Layout:
         op = graph.by_name[value.op]
         if op.kind is not OpKind.CALL:
-            return layouts[value.op]
-        return result_layout_of(model, op, placements[value.op], value.index)
+            return choices.layouts[value.op]
+        return result_layout_of(model, op, choices.placements[value.op], value.index)
+
+    def needed(consumer: str, operand: int) -> Layout:
+        return operand_layout_of(model, graph.by_name[consumer], choices.placements[consumer], operand)
 
     for edge in model.folded.edges:
-        consumer = graph.by_name[edge.consumer]
-        if consumer.kind is OpKind.OUTPUT:
-            yield Move(edge.value, edge.consumer, made(edge.value), layouts[f"output:{edge.operand}"], edge.count, True)
-            continue
-        need = operand_layout_of(model, consumer, placements[edge.consumer], edge.operand)
-        by_value[edge.value, consumer.target, edge.operand].append((edge.consumer, need, edge.count))
-    for (value, target, operand), readers in by_value.items():
-        fan = fan_key(value, target, operand)
-        start = made(value)
-        if fan in layouts:
-            yield Move(value, readers[0][0], start, layouts[fan], model.folded.read[value, target, operand], False)
-            start = layouts[fan]
-        for consumer_name, need, count in readers:
-            yield Move(value, consumer_name, start, need, count, False)
+        if edge.consumer == output:
+            yield Move(edge.value, edge.consumer, made(edge.value), choices.outputs[edge.operand], edge.count, True)
+        elif graph.by_name[edge.value.op].kind is OpKind.PARAMETER:
+            yield Move(edge.value, edge.consumer, made(edge.value), needed(edge.consumer, edge.operand), edge.count, False)
+    for value, sets in model.folded.readers.items():
+        for readers, count in sets.items() if graph.by_name[value.op].kind is not OpKind.PARAMETER else ():
+            needs: dict[Layout, str] = {}
+            for consumer, operand in readers:
+                if consumer != output:
+                    needs.setdefault(needed(consumer, operand), consumer)
+            for need, consumer in needs.items():
+                yield Move(value, consumer, made(value), need, count, False)
 
 
 def workspace_bytes(model: Model, mesh: Mesh, choices: Choices) -> int:

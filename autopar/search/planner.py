@@ -179,7 +179,7 @@ def _spread(found: Pipelined, chain: Chain) -> Chosen:
 def _unspread(found: Found, model: Model, chain: Chain) -> Chosen:
     """An answer without a pipeline as what was chosen."""
     blocks = tuple(BlockChoice(block.name, 0, "none") for block in chain.blocks)
-    choices = choices_of(model, found.problem, found.solution)
+    choices = choices_of(found.problem, found.solution.choice)
     return Chosen(model, found.problem.mesh, choices, found.solution, found.workspace, Pipeline(1, "gpipe", 1, 1, blocks, {}), None)
 
 
@@ -248,13 +248,13 @@ def _try(
             break
         if solution is None:
             return None
-        needs = workspace_bytes(model, search.problem.mesh, choices_of(model, search.problem, solution))
+        needs = workspace_bytes(model, search.problem.mesh, choices_of(search.problem, solution.choice))
         if solution.nbytes + needs <= budget:
             return Found(trial, search.problem, solution, needs)
         workspace = max(needs, workspace + 1)
     # What was set aside is what faster choices need to run; a lean one may do with less.
     lean = [
-        Found(trial, search.problem, one, workspace_bytes(model, search.problem.mesh, choices_of(model, search.problem, one)))
+        Found(trial, search.problem, one, workspace_bytes(model, search.problem.mesh, choices_of(search.problem, one.choice)))
         for one in search.lean(budget)
     ]
     fitting = [one for one in lean if one.needed <= budget]

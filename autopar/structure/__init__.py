@@ -7,9 +7,9 @@ Modules, in reading order: ``repeats``, ``layers``, ``roles``, ``weights``, ``bl
 
 from autopar.structure.attention_cores import find_cores
 from autopar.structure.blocks import Block, Chain, find_chain, relabel
-from autopar.structure.layers import Edge, Folded, fan_key, fold, fold_as_planned, regroup
+from autopar.structure.layers import Edge, Folded, fold, fold_as_planned, regroup
 from autopar.structure.microbatches import MicroSplit, MicroSplitter, batch_size, split_microbatches, updates_in_place
-from autopar.structure.model import Model, find_tables, first_rank_axis, in_time, role_of
+from autopar.structure.model import Model, RouteKey, find_tables, first_rank_axis, in_time, role_of
 from autopar.structure.roles import Role, find_factors
 from autopar.structure.weights import find_source, is_deferrable
 
@@ -22,8 +22,8 @@ __all__ = [
     "MicroSplitter",
     "Model",
     "Role",
+    "RouteKey",
     "batch_size",
-    "fan_key",
     "find_chain",
     "find_cores",
     "find_factors",

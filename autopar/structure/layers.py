@@ -43,6 +43,10 @@ class Edge:
     count: int
 
 
+Readers = tuple[tuple[str, int], ...]
+"""Representatives that read one value, each with the operand's position; sorted."""
+
+
 @dataclass(frozen=True)
 class Folded:
     """A graph with like blocks folded into one.
@@ -52,7 +56,8 @@ class Folded:
         representative: op name -> name of the op that stands for it (itself outside of repeated blocks).
         count: representative -> how many ops it stands for.
         edges: between representatives, also those from one block to the next like one.
-        read: (value, consumer's target, operand) -> how many values like this one such ops read, each counted once.
+        readers: value -> the sets of (consumer, operand) that read some of the values that it stands for -> how many values each set
+            reads. A value that all layers read is one value with one reader; a layer's result may have other readers after the last.
     """
 
     graph: Graph
@@ -60,7 +65,7 @@ class Folded:
     representative: Mapping[str, str]
     count: Mapping[str, int]
     edges: tuple[Edge, ...]
-    read: Mapping[tuple[Value, str, int], int]
+    readers: Mapping[Value, Mapping[Readers, int]]
 
     def representative_of(self, value: Value) -> Value:
         """The value that stands for `value`."""
@@ -117,19 +122,22 @@ def _count(graph: Graph, classes: Sequence[LayerClass]) -> Folded:
             representative.update(zip(instance, layer.instances[0], strict=True))
     counts = Counter(representative.values())
     edges: Counter[tuple[Value, str, int]] = Counter()
-    read: dict[tuple[Value, str, int], set[str]] = defaultdict(set)
+    readers_of: dict[Value, dict[tuple[str, int], None]] = defaultdict(dict)
     for op in graph.ops:
         for index, value in enumerate(op.operands):
             alike = Value(representative[value.op], value.index)
             edges[alike, representative[op.name], index] += 1
-            read[alike, op.target, index].add(value.op)
+            readers_of[value][representative[op.name], index] = None
+    readers: dict[Value, Counter[Readers]] = defaultdict(Counter)
+    for value, names in readers_of.items():
+        readers[Value(representative[value.op], value.index)][tuple(sorted(names))] += 1
     return Folded(
         graph=graph,
         classes=tuple(classes),
         representative=representative,
         count=dict(counts),
         edges=tuple(Edge(value, consumer, operand, n) for (value, consumer, operand), n in edges.items()),
-        read={key: len(names) for key, names in read.items()},
+        readers=readers,
     )
 
 
@@ -220,8 +228,3 @@ def _common(paths: Iterable[str]) -> str:
 def _unused(name: str, used: Collection[str]) -> str:
     """The name, with a number when it is taken."""
     return next(one for number in count(1) if (one := name if number == 1 else f"{name}#{number}") not in used)
-
-
-def fan_key(value: Value, target: str, operand: int) -> str:
-    """The name, in problems and plans, of what `value` is turned into for all consumers that read it alike."""
-    return f"fan:{value}:{target}:{operand}"

@@ -181,7 +181,7 @@ class Placements:
         search = Search(problem)
         if search.bound_ns >= FORBIDDEN:
             return None
-        fastest = choices_of(model, problem, search.solution_at(0.0))
+        fastest = choices_of(problem, search.solution_at(0.0).choice)
         tables = CostTables(model, problem.mesh, self.cluster)
         return _Placed(shape, model, problem, search, once_seconds(model, tables, fastest), output_seconds(model, tables, fastest))
 
@@ -193,7 +193,7 @@ class Placements:
         for base in (0.0, highest):
             solution = search.solution_at(base)
             inner = restrict(problem, find_shared(model, self.reading, problem, solution.choice))
-            choices = tuple(choices_of(model, inner, one) for one in Search(inner).frontier(highest, ANSWERS))
+            choices = tuple(choices_of(inner, one.choice) for one in Search(inner).frontier(highest, ANSWERS))
             if choices not in (one.choices for one in found):
                 found.append(Answers(choices, solution))
         return found

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from autopar.cost_models import Link, collective_seconds
 from autopar.costs import (
@@ -31,29 +32,34 @@ from autopar.costs import (
 from autopar.ir import REPLICATE, Collective, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Tensor, Value, fits, shard
 from autopar.plans import RECOMPUTE
 from autopar.search.pipeline.assignment import BlockMenu, Cut, Variant
-from autopar.search.placement import Problem, Solution
-from autopar.structure import Block, Chain, Model, fan_key, find_cores, find_source, is_deferrable, regroup
+from autopar.search.placement import Decision, DecisionKind, Problem, output_decision
+from autopar.structure import Block, Chain, Model, find_cores, find_source, is_deferrable, regroup
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What one answer of the search decided: a placement per call and a layout per stored tensor, by representative."""
+    """What one solution of the placement problem decides.
+
+    Attributes:
+        placements: placement of each call, by representative.
+        layouts: layout of each parameter, buffer and input, by representative.
+        outputs: layout of each output, by position.
+    """
 
     placements: Mapping[str, Placement]
     layouts: Mapping[str, Layout]
+    outputs: tuple[Layout, ...]
 
 
-def choices_of(model: Model, problem: Problem, solution: Solution) -> Choices:
-    """The placements and layouts that a solution chose."""
-    placements, layouts = {}, {}
+def choices_of(problem: Problem, chosen_options: Mapping[Decision, int]) -> Choices:
+    """The placements and layouts that a solution of the problem chose, by decision the number of the option."""
+    chosen: dict[DecisionKind, dict[Decision, Any]] = {kind: {} for kind in DecisionKind}
     for node in problem.nodes:
-        option = node.options[solution.choice[node.key]]
-        op = model.folded.graph.by_name.get(node.key)
-        if op is not None and op.kind is OpKind.CALL:
-            placements[node.key] = option
-        else:
-            layouts[node.key] = option
-    return Choices(placements, layouts)  # type: ignore[arg-type]
+        chosen[node.decision.kind][node.decision] = node.options[chosen_options[node.decision]]
+    placements = {decision.op: option for decision, option in chosen[DecisionKind.CALL].items()}
+    layouts = {decision.op: option for decision, option in chosen[DecisionKind.STORED].items()}
+    outputs = chosen[DecisionKind.OUTPUT]
+    return Choices(placements, layouts, tuple(outputs[output_decision(position)] for position in range(len(outputs))))
 
 
 def once_seconds(model: Model, tables: CostTables, choices: Choices) -> float:
@@ -79,7 +85,7 @@ def output_seconds(model: Model, tables: CostTables, choices: Choices) -> float:
         producer = model.folded.graph.by_name[model.folded.representative[value.op]]
         if producer.kind is OpKind.CALL:
             start = result_layout_of(model, producer, choices.placements[producer.name], value.index)
-            need = choices.layouts[f"output:{position}"]
+            need = choices.outputs[position]
             total += tables.journey_seconds(model.folded.graph.tensor(value), start, need, backward=False)[0]
     return total
 
@@ -166,36 +172,35 @@ def read_chain(model: Model, chain: Chain) -> Reading:
     )
 
 
-def find_shared(model: Model, reading: Reading, problem: Problem, base: Mapping[str, int]) -> dict[str, list[int]]:
+def find_shared(model: Model, reading: Reading, problem: Problem, base: Mapping[Decision, int]) -> dict[Decision, list[int]]:
     """Which options of a problem agree with the choice `base` on what blocks share, for the nodes of which not all do.
 
     Blocks may mix answers that choose among these: each block's costs then depend on its own answer alone.
     """
     graph, representative = model.folded.graph, model.folded.representative
-    fixed: set[str] = {f"output:{position}" for op in graph.of_kind(OpKind.OUTPUT) for position in range(len(op.operands))}
+    fixed: set[str] = set()
     sent: dict[str, set[int]] = {}
     for op in graph.ops:
         if op.kind is OpKind.CALL and op.name not in reading.home:
             fixed.add(representative[op.name])
         if op.kind is OpKind.PARAMETER and len({reading.home.get(name) for name in reading.readers.get(Value(op.name), ())}) != 1:
             fixed.add(representative[op.name])
-        for index, value in enumerate(op.operands):
-            if reading.home.get(op.name) != reading.home.get(value.op, -1):
-                fixed.add(fan_key(model.folded.representative_of(value), op.target, index))
     for value in reading.first:
         sent.setdefault(representative[value.op], set()).add(value.index)
-    allowed: dict[str, list[int]] = {}
+    allowed: dict[Decision, list[int]] = {}
     for node in problem.nodes:
-        chosen = base[node.key]
-        if node.key in fixed:
-            allowed[node.key] = [chosen]
-        elif node.key in sent:
-            op = graph.by_name[node.key]
+        decision, chosen = node.decision, base[node.decision]
+        if decision.kind is DecisionKind.FAN_OUT:
+            continue  # follows from what its value's maker and readers take
+        if decision.kind is DecisionKind.OUTPUT or decision.op in fixed:
+            allowed[decision] = [chosen]
+        elif decision.op in sent:
+            op = graph.by_name[decision.op]
             made = [
-                [result_layout_of(model, op, option, index) for index in sorted(sent[node.key])]  # type: ignore[arg-type]
+                [result_layout_of(model, op, option, index) for index in sorted(sent[decision.op])]  # type: ignore[arg-type]
                 for option in node.options
             ]
-            allowed[node.key] = [number for number, layouts in enumerate(made) if layouts == made[chosen]]
+            allowed[decision] = [number for number, layouts in enumerate(made) if layouts == made[chosen]]
     return allowed
 
 
@@ -356,13 +361,7 @@ class Menus:
     def _find_journeys(self, op: Op) -> Iterator[tuple[Value, Layout, Layout, bool]]:
         representative = self.model.folded.representative
         for index, (value, need) in enumerate(zip(op.operands, self._needs(op), strict=True)):
-            start = self.made(value)
-            key = fan_key(Value(representative[value.op], value.index), op.target, index)
-            between = self.choices.layouts.get(key)
-            if between is not None:
-                yield value, start, between, True
-                start = between
-            yield value, start, need, keeps_operand(self.model, representative[op.name], index)
+            yield value, self.made(value), need, keeps_operand(self.model, representative[op.name], index)
 
     def _needs(self, op: Op) -> tuple[Layout, ...]:
         """The layouts in which an op reads its operands; like ops read alike."""
@@ -442,7 +441,7 @@ class Menus:
         """(bytes, seconds per micro-batch) of the user's outputs that a block makes: they are there, of the whole batch, at the end."""
         nbytes, seconds = 0, 0.0
         for position, value in self.outputs[number]:
-            tensor, layout = self.graph.tensor(value), self.choices.layouts[f"output:{position}"]
+            tensor, layout = self.graph.tensor(value), self.choices.outputs[position]
             nbytes += local_nbytes(tensor, layout, self.mesh)
             # Whether a gradient comes back depends on the user's loop; what is returned beside a loss gets none.
             seconds += self.tables.journey_seconds(tensor, self.made(value), layout, backward=False)[0]
@@ -511,7 +510,6 @@ class Menus:
         for name in block.ops:
             op = self.graph.by_name[name]
             if op.name in self.deferrable:
-                # Of a way by a layout between, the last leg ends where the op reads.
                 read = {value: need for value, _, need, _ in self._journeys(op) if self.graph.by_name[value.op].kind is OpKind.CALL}
                 total += sum(local_nbytes(self.graph.tensor(value), need, self.mesh) for value, need in read.items())
                 total += sum(local_nbytes(self.graph.tensor(value), self.made(value), self.mesh) for value in self._results(op))
@@ -523,7 +521,6 @@ class Menus:
         for name in block.ops:
             op = self.graph.by_name[name]
             total = sum(local_nbytes(self.graph.tensor(value), self.made(value), self.mesh) for value in self._results(op))
-            # Of a way by a layout between, what counts is where it ends.
             for value, need in dict.fromkeys(zip(op.operands, self._needs(op), strict=True)):
                 is_stored = self.graph.by_name[value.op].kind is OpKind.PARAMETER
                 if not is_stored or need[self.tables.first :] != self.made(value)[self.tables.first :]:
@@ -597,20 +594,14 @@ def mix(model: Model, reading: Reading, answers: Sequence[Choices], numbers: Seq
             group_of[op.name] = numbers[block]
     folded = regroup(model.folded, group_of)
     placements: dict[str, Placement] = {}
-    layouts = {key: layout for key, layout in answers[0].layouts.items() if key.startswith("output:")}
+    layouts: dict[str, Layout] = {}
     for op in folded.ops:
         answer = answers[group_of.get(op.name, 0)]
         if op.kind is OpKind.CALL:
             placements[op.name] = answer.placements[before[op.name]]
         elif op.kind is not OpKind.OUTPUT:
             layouts[op.name] = answer.layouts[before[op.name]]
-    for edge in folded.edges:
-        target = graph.by_name[edge.consumer].target
-        known = answers[group_of.get(edge.consumer, 0)].layouts
-        key = fan_key(Value(before[edge.value.op], edge.value.index), target, edge.operand)
-        if key in known:
-            layouts[fan_key(edge.value, target, edge.operand)] = known[key]
-    return replace(model, folded=folded), Choices(placements, layouts)
+    return replace(model, folded=folded), Choices(placements, layouts, answers[0].outputs)
 
 
 def _with(layout: Sequence[object], axis: int, dim: int) -> Layout:

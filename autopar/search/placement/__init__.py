@@ -5,7 +5,29 @@ Comes in: a `Model`, a mesh, constraints. Goes out: a `Solution` with its bound.
 Modules, in reading order: ``problem``, ``eliminate``, ``solve``.
 """
 
-from autopar.search.placement.problem import FORBIDDEN, Problem, build_problem, kept_nbytes, least_bytes, restrict
+from autopar.search.placement.problem import (
+    FORBIDDEN,
+    Decision,
+    DecisionKind,
+    Problem,
+    build_problem,
+    kept_nbytes,
+    least_bytes,
+    output_decision,
+    restrict,
+)
 from autopar.search.placement.solve import Search, Solution
 
-__all__ = ["FORBIDDEN", "Problem", "Search", "Solution", "build_problem", "kept_nbytes", "least_bytes", "restrict"]
+__all__ = [
+    "FORBIDDEN",
+    "Decision",
+    "DecisionKind",
+    "Problem",
+    "Search",
+    "Solution",
+    "build_problem",
+    "kept_nbytes",
+    "least_bytes",
+    "output_decision",
+    "restrict",
+]

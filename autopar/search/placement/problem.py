@@ -1,8 +1,9 @@
 """The search problem as plain tables: per node its options with their cost and bytes, per arc the cost of each pair of options.
 
-Comes in: a folded graph with the space of every op, a mesh and a cluster. Goes out: a `Problem` that ``search`` solves and brute force
-can check. Nodes are the representatives of ops, one per output tensor, and one *fan-out* per value that several like consumers
-read: what is gathered for the first of them serves the others.
+Comes in: a folded graph with the space of every op, a mesh and a cluster. Goes out: a `Problem` that ``solve`` solves and brute force
+can check. Decisions are the placements of ops, the layouts of stored tensors and of outputs, and one *fan-out* per value that several
+ops read: a second layout in which the value is made once for all who need it so. Beside that second layout, and the one in which it is
+made, every reader pays for its own; the program, which makes a value once per distinct layout, is then cheaper than the table says.
 
 Costs are integer nanoseconds of a whole training step, bytes are at one device's peak, both for all the ops that a node stands for.
 """
@@ -10,9 +11,10 @@ Costs are integer nanoseconds of a whole training step, bytes are at one device'
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +25,7 @@ from autopar.costs import (
     CostTables,
     Kept,
     count_kept,
+    count_uses,
     keeps_operand,
     layout_numbers,
     local_nbytes,
@@ -31,26 +34,70 @@ from autopar.costs import (
 )
 from autopar.ir import REPLICATE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Tensor, Value
 from autopar.search.options import Constraints, call_options, output_options, parameter_options
-from autopar.structure import Edge, Model, fan_key
+from autopar.structure import Edge, Model
 
 Table = npt.NDArray[np.int64]
+Option = Placement | Layout | tuple[Layout, Layout]
 
 FORBIDDEN = 1 << 50
 """Cost of a pair of options that no journey connects; far above any real cost in nanoseconds, far below overflow."""
 
 
-@dataclass(frozen=True)
-class Node:
-    """A decision.
+class DecisionKind(StrEnum):
+    """What is decided about the subject of a decision."""
+
+    CALL = "call"  # the placement of a call
+    STORED = "stored"  # the layout in which a parameter, buffer or input is
+    OUTPUT = "output"  # the layout in which an output is handed over
+    FAN_OUT = "fan-out"  # the layout in which a value is made once more for several of its readers
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What the search decides about: a kind and its subject.
 
     Attributes:
-        key: op name; for an output tensor ``output:<position>``, for a fan-out ``fan:<value>:<target>:<operand>``.
-        options: placements of a call; layouts of anything else.
+        kind: what is decided.
+        op: name of the call or of what is stored; of the op that makes the value for a fan-out; empty for an output.
+        number: position of the output; number of the fan-out's value among its op's results, and of its readers' set.
+    """
+
+    kind: DecisionKind
+    op: str = ""
+    number: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join([self.kind.value, *filter(None, [self.op]), *map(str, self.number)])
+
+
+def decision_of(op: Op) -> Decision:
+    """The decision about an op that isn't the output."""
+    return Decision(DecisionKind.CALL if op.kind is OpKind.CALL else DecisionKind.STORED, op.name)
+
+
+def output_decision(position: int) -> Decision:
+    """The decision about the output at `position`."""
+    return Decision(DecisionKind.OUTPUT, number=(position,))
+
+
+# Pairs of layouts that a fan-out may choose among, at most. Where there are more, as on several free axes, the linear model would grow too
+# large: only readers of one kind of op then share a copy, and others pay for theirs, which is never too little.
+FULL_FAN_OUT = 64
+
+
+@dataclass(frozen=True)
+class Node:
+    """A decision and its options.
+
+    Attributes:
+        decision: what is decided.
+        options: placements of a call; layouts of what is stored or handed over; of a fan-out pairs (made, copied) of layouts, alike where
+            there is no copy, or the layout of a copy that all of its readers take.
         cost: nanoseconds per option; `nbytes`: bytes per option; shape (options,).
     """
 
-    key: str
-    options: tuple[Placement | Layout, ...]
+    decision: Decision
+    options: tuple[Option, ...]
     cost: Table
     nbytes: Table
 
@@ -112,11 +159,11 @@ def least_bytes(model: Model, ranks: int) -> int:
     return -(-total // ranks)
 
 
-def restrict(problem: Problem, allowed: Mapping[str, Sequence[int]]) -> Problem:
-    """The problem with these options alone, by node key and position; nodes that aren't named keep all."""
-    rows = [np.array(allowed.get(node.key, range(len(node.options))), dtype=np.int64) for node in problem.nodes]
+def restrict(problem: Problem, allowed: Mapping[Decision, Sequence[int]]) -> Problem:
+    """The problem with these options alone, by decision and position; decisions that aren't named keep all."""
+    rows = [np.array(allowed.get(node.decision, range(len(node.options))), dtype=np.int64) for node in problem.nodes]
     nodes = tuple(
-        Node(node.key, tuple(node.options[i] for i in left.tolist()), node.cost[left], node.nbytes[left])
+        Node(node.decision, tuple(node.options[i] for i in left.tolist()), node.cost[left], node.nbytes[left])
         for node, left in zip(problem.nodes, rows, strict=True)
     )
     arcs = tuple(
@@ -137,13 +184,15 @@ class _Builder:
         self.whole: Layout = tuple(REPLICATE for _ in mesh.sizes)
         self.nodes: list[Node] = []
         self.arcs: dict[tuple[int, int], tuple[Table, Table]] = {}
-        self.index: dict[str, int] = {}
+        self.index: dict[Decision, int] = {}
         self.kept = count_kept(model)
         self.made: dict[Value, list[Layout]] = {}  # per value, per option of its op, the layout made
+        self.output = self.graph.output.name
+        self.uses = count_uses(model)
         self.first = tables.first
         self.times = mesh.sizes[0] if tables.first else 1
         self.pairs: dict[tuple[object, ...], Table] = {}  # per tensor type and layouts, the cost of one journey
-        self.needs: dict[tuple[str, int], list[Layout]] = {}  # per operand, per option of its op, the layout needed
+        self.needs: dict[tuple[Decision, int], list[Layout]] = {}  # per operand, per option of its op, the layout needed
 
     def build(self) -> Problem:
         for op in self.model.folded.ops:
@@ -153,19 +202,21 @@ class _Builder:
                 self._add_outputs(op)
             else:
                 self._add_stored(op)
-        by_value: dict[Value, list[Edge]] = defaultdict(list)
         for edge in self.model.folded.edges:
-            by_value[edge.value].append(edge)
-        for value, edges in by_value.items():
-            self._connect(value, edges)
+            if self.graph.by_name[edge.value.op].kind is OpKind.PARAMETER or edge.consumer == self.output:
+                self._add_arc(edge)
+        for value, sets in self.model.folded.readers.items():
+            if self.graph.by_name[value.op].kind is not OpKind.PARAMETER:
+                for number, (readers, count) in enumerate(sets.items()):
+                    self._connect(value, number, [reader for reader in readers if reader[0] != self.output], count)
         arcs = tuple(Arc(a, b, cost, nbytes) for (a, b), (cost, nbytes) in self.arcs.items())
         return Problem(tuple(self.nodes), arcs, self.mesh, fixed_ns=0, fixed_bytes=0)
 
-    def _add(self, key: str, options: Sequence[Placement | Layout], cost: Iterable[int], nbytes: Iterable[int]) -> None:
-        self.index[key] = len(self.nodes)
+    def _add(self, decision: Decision, options: Sequence[Option], cost: Iterable[int], nbytes: Iterable[int]) -> None:
+        self.index[decision] = len(self.nodes)
         self.nodes.append(
             Node(
-                key,
+                decision,
                 tuple(options),
                 np.fromiter(cost, dtype=np.int64, count=len(options)),
                 np.fromiter(nbytes, dtype=np.int64, count=len(options)),
@@ -176,11 +227,11 @@ class _Builder:
         count = self.model.folded.count[op.name]
         options = call_options(self.model, op, self.mesh, self.constraints)
         for i in range(len(op.operands)):
-            self.needs[op.name, i] = [operand_layout_of(self.model, op, option, i) for option in options]
+            self.needs[decision_of(op), i] = [operand_layout_of(self.model, op, option, i) for option in options]
         for i in range(len(op.results)):
             self.made[Value(op.name, i)] = [result_layout_of(self.model, op, option, i) for option in options]
         costs = [count * self.times * nanoseconds(sum(self.tables.op_seconds(op, option))) for option in options]
-        self._add(op.name, options, costs, [kept_nbytes(self.model, self.kept, op, option, self.mesh) for option in options])
+        self._add(decision_of(op), options, costs, [kept_nbytes(self.model, self.kept, op, option, self.mesh) for option in options])
 
     def _add_stored(self, op: Op) -> None:
         count = self.model.folded.count[op.name]
@@ -190,46 +241,85 @@ class _Builder:
         self.made[Value(op.name)] = list(options)
         copies = 2 + OPTIMIZER_COPIES if is_parameter and tensor.requires_grad else 1
         costs = [count * nanoseconds(self.tables.optimizer_seconds(tensor, layout)) for layout in options]
-        self._add(op.name, options, costs, [count * copies * local_nbytes(tensor, layout, self.mesh) for layout in options])
+        self._add(decision_of(op), options, costs, [count * copies * local_nbytes(tensor, layout, self.mesh) for layout in options])
 
     def _add_outputs(self, op: Op) -> None:
-        updates = len(op.operands) - len(op.kwargs.get("updates", ()))
+        returned = len(self.graph.returned)
         for position, value in enumerate(op.operands):
-            key = f"output:{position}"
+            decision = output_decision(position)
             # The new value of a buffer goes where the old one was, and buffers are whole on every rank.
             time = REPLICATE if self.model.micro is None else self.model.micro.states[value]
-            options = output_options(self.graph.tensor(value), self.mesh, time) if position < updates else [self.whole]
-            self.needs[key, 0] = list(options)
-            self._add(key, options, [0] * len(options), [0] * len(options))
+            options = output_options(self.graph.tensor(value), self.mesh, time) if position < returned else [self.whole]
+            self.needs[decision, 0] = list(options)
+            self._add(decision, options, [0] * len(options), [0] * len(options))
 
-    def _connect(self, value: Value, edges: Sequence[Edge]) -> None:
-        """Arcs from `value` to everything that reads it, like consumers through a fan-out."""
-        producer = self.graph.by_name[value.op]
-        alike: dict[tuple[str, int], list[Edge]] = defaultdict(list)
-        for edge in edges:
-            consumer = self.graph.by_name[edge.consumer]
-            alike[consumer.target, edge.operand].append(edge)
-        uses = sum(edge.count for edge in edges) // max(1, self.model.folded.count[producer.name])
-        for (target, operand), group in alike.items():
-            if len(group) == 1 or producer.kind is OpKind.PARAMETER or target == "output" or producer.name in self.model.tables:
-                for edge in group:
-                    key = f"output:{edge.operand}" if target == "output" else edge.consumer
-                    self._add_arc(value, key, 0 if target == "output" else operand, edge.count, max(1, uses))
-                continue
-            self._add_fan_out(value, target, operand, group)
+    def _connect(self, value: Value, number: int, readers: Sequence[tuple[str, int]], count: int) -> None:
+        """Arcs from `count` values like this one to those who read them all: straight to a single reader, to several by a fan-out."""
+        needs_of = [self.needs[decision_of(self.graph.by_name[consumer]), operand] for consumer, operand in readers]
+        asked = Counter(need for needs in needs_of for need in set(needs))
+        shared = sorted((need for need, times in asked.items() if times > 1), key=str)
+        is_full = len(set(self.made[value])) * len(shared) <= FULL_FAN_OUT
+        groups: dict[object, list[tuple[str, int]]] = defaultdict(list)
+        for consumer, operand in readers:
+            # Every rank makes a table and cuts its parts out of it, so that its readers have nothing to share.
+            alone = (consumer, operand) if value.op in self.model.tables else (self.graph.by_name[consumer].target, operand)
+            groups[None if is_full and value.op not in self.model.tables else alone].append((consumer, operand))
+        for part, group in enumerate(groups.values()):
+            decision = Decision(DecisionKind.FAN_OUT, value.op, (value.index, number, part))
+            if len(group) == 1:
+                self._connect_reader(value, *group[0], count)
+            elif is_full:
+                self._add_fan_out(decision, value, group, shared, count)
+            else:
+                self._add_hub(decision, value, group, count)
 
-    def _add_fan_out(self, value: Value, target: str, operand: int, group: Sequence[Edge]) -> None:
-        key = fan_key(value, target, operand)
-        options = sorted({need for edge in group for need in self.needs[edge.consumer, operand]}, key=str)
-        self.needs[key, 0] = options
-        self._add(key, options, [0] * len(options), [0] * len(options))
-        self._add_arc(value, key, 0, self.model.folded.read[value, target, operand], 1)
-        tensor = self.graph.tensor(value)
-        for edge in group:
-            needs = self.needs[edge.consumer, operand]
-            cost = self._pair_costs(tensor, options, needs, edge.count)
-            nbytes = self._copy_nbytes(value, options, needs, edge.count, is_kept=keeps_operand(self.model, edge.consumer, operand))
-            self._store(self.index[key], self.index[edge.consumer], cost, nbytes)
+    def _add_hub(self, decision: Decision, value: Value, readers: Sequence[tuple[str, int]], count: int) -> None:
+        """A node whose options are the one layout that a value is brought to for all of its readers."""
+        needs_of = [self.needs[decision_of(self.graph.by_name[consumer]), operand] for consumer, operand in readers]
+        options = sorted({need for needs in needs_of for need in needs}, key=str)
+        self._add(decision, options, [0] * len(options), [0] * len(options))
+        hub, tensor, made = self.index[decision], self.graph.tensor(value), self.made[value]
+        nbytes = self._copy_nbytes(value, made, options, count, is_kept=True)
+        self._store(self.index[decision_of(self.graph.by_name[value.op])], hub, self._pair_costs(tensor, made, options, count), nbytes)
+        for (consumer, operand), needs in zip(readers, needs_of, strict=True):
+            nbytes = self._copy_nbytes(value, options, needs, count, is_kept=keeps_operand(self.model, consumer, operand))
+            reader = self.index[decision_of(self.graph.by_name[consumer])]
+            self._store(hub, reader, self._pair_costs(tensor, options, needs, count), nbytes)
+
+    def _connect_reader(self, value: Value, consumer: str, operand: int, count: int) -> None:
+        reader = decision_of(self.graph.by_name[consumer])
+        starts, needs = self.made[value], self.needs[reader, operand]
+        cost = self._pair_costs(self.graph.tensor(value), starts, needs, count)
+        nbytes = self._copy_nbytes(value, starts, needs, count, is_kept=keeps_operand(self.model, consumer, operand))
+        self._store(self.index[decision_of(self.graph.by_name[value.op])], self.index[reader], cost, nbytes)
+
+    def _add_fan_out(
+        self, decision: Decision, value: Value, readers: Sequence[tuple[str, int]], shared: Sequence[Layout], count: int
+    ) -> None:
+        """A node whose options are the layout in which a value is made, and beside it one of `shared` that is made for several readers."""
+        tensor, (made, made_of) = self.graph.tensor(value), layout_numbers(self.made[value])
+        is_kept = any(keeps_operand(self.model, consumer, operand) for consumer, operand in readers)
+        prices = self._pair_costs(tensor, made, shared, count)
+        copies = self._copy_nbytes(value, made, shared, count, is_kept=is_kept)
+        # What costs nothing to make need not be shared.
+        priced = [(row, column) for row in range(len(made)) for column in range(len(shared)) if prices[row, column] > 0]
+        options = [(start, start) for start in made] + [(made[row], shared[column]) for row, column in priced]
+        none = [0] * len(made)
+        costs, nbytes = ([*none, *(int(table[pair]) for pair in priced)] for table in (prices, copies))
+        self._add(decision, options, costs, nbytes)
+        fan, starts = self.index[decision], [start for start, _ in options]
+        # The producer decides how the value is made.
+        rows = [*range(len(made)), *(row for row, _ in priced)]
+        differ = np.where(np.array(made_of)[:, None] == np.array(rows)[None], 0, FORBIDDEN)
+        self._store(self.index[decision_of(self.graph.by_name[value.op])], fan, differ, np.zeros(differ.shape, np.int64))
+        for consumer, operand in readers:
+            reader = decision_of(self.graph.by_name[consumer])
+            needs = self.needs[reader, operand]
+            own = self._pair_costs(tensor, starts, needs, count)
+            own_bytes = self._copy_nbytes(value, starts, needs, count, is_kept=keeps_operand(self.model, consumer, operand))
+            _, kind_of = layout_numbers([*needs, *(copy for _, copy in options)])
+            has = np.array(kind_of[len(needs) :])[:, None] == np.array(kind_of[: len(needs)])[None]  # the copy is what the reader needs
+            self._store(fan, self.index[reader], np.where(has, 0, own), np.where(has, 0, own_bytes))
 
     def _copy_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout], count: int, *, is_kept: bool) -> Table:
         """Bytes of the copies that a journey makes: a consumer that keeps its operand keeps the copy that was made for it."""
@@ -261,35 +351,36 @@ class _Builder:
         # Times the count, FORBIDDEN itself would overflow for the many thousand experts of a large model.
         return np.where(once >= FORBIDDEN, FORBIDDEN, np.minimum(once, FORBIDDEN // count) * count)
 
-    def _add_arc(self, value: Value, key: str, operand: int, count: int, uses: int) -> None:
+    def _add_arc(self, edge: Edge) -> None:
+        """The arc of a parameter that is read, or of a value that is returned."""
+        value, tensor = edge.value, self.graph.tensor(edge.value)
         producer = self.graph.by_name[value.op]
-        tensor = producer.results[value.index]
-        starts, needs = self.made[value], self.needs[key, operand]
-        is_output = key.startswith("output:")
+        is_output = edge.consumer == self.output
+        reader = output_decision(edge.operand) if is_output else decision_of(self.graph.by_name[edge.consumer])
+        starts, needs = self.made[value], self.needs[reader, 0 if is_output else edge.operand]
         if producer.kind is OpKind.PARAMETER:
+            uses = self.uses[producer.name]
 
             def parameter_cost(start: Layout, need: Layout) -> int:
                 if start == need:
                     return 0
                 gathered, deferred = self.tables.parameter_seconds(tensor, start, need, uses)
-                return count * nanoseconds(self.times * gathered + deferred)
+                return edge.count * nanoseconds(self.times * gathered + deferred)
 
             cost = _expand(starts, needs, parameter_cost)
-        elif is_output:
+        else:
 
             def output_cost(start: Layout, need: Layout) -> int:
                 # Whether a gradient comes back depends on the user's loop; what is returned beside a loss gets none.
-                return count * self.times * nanoseconds(self.tables.journey_seconds(tensor, start, need, backward=False)[0])
+                return edge.count * self.times * nanoseconds(self.tables.journey_seconds(tensor, start, need, backward=False)[0])
 
             cost = _expand(starts, needs, output_cost)
-        else:
-            cost = self._pair_costs(tensor, starts, needs, count)
         if is_output:
             nbytes = self._output_nbytes(value, starts, needs)
         else:
-            is_kept = key.startswith("fan:") or keeps_operand(self.model, key, operand)
-            nbytes = self._copy_nbytes(value, starts, needs, count, is_kept=is_kept)
-        self._store(self.index[value.op], self.index[key], cost, nbytes)
+            is_kept = keeps_operand(self.model, edge.consumer, edge.operand)
+            nbytes = self._copy_nbytes(value, starts, needs, edge.count, is_kept=is_kept)
+        self._store(self.index[decision_of(producer)], self.index[reader], cost, nbytes)
 
     def _output_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout]) -> Table:
         """Bytes of an output while the backward runs, where nobody else keeps them."""
@@ -304,7 +395,7 @@ class _Builder:
     def _store(self, a: int, b: int, cost: Table, nbytes: Table) -> None:
         if a == b:  # a layer that feeds the next like one: both ends are the same decision
             node = self.nodes[a]
-            self.nodes[a] = Node(node.key, node.options, node.cost + np.diagonal(cost), node.nbytes + np.diagonal(nbytes))
+            self.nodes[a] = Node(node.decision, node.options, node.cost + np.diagonal(cost), node.nbytes + np.diagonal(nbytes))
             return
         if a > b:
             a, b, cost, nbytes = b, a, cost.T, nbytes.T

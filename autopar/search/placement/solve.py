@@ -32,7 +32,7 @@ import numpy.typing as npt
 from autopar.errors import InfeasibleError, SolverError
 from autopar.search.linear_model import LinearModel
 from autopar.search.placement.eliminate import Core, Costs, eliminate
-from autopar.search.placement.problem import FORBIDDEN, Problem, Table
+from autopar.search.placement.problem import FORBIDDEN, Decision, Problem, Table
 
 # Prices of memory that are tried at most, and the relative gap at which the search for a better one ends; what gap is left is
 # reported.
@@ -50,16 +50,16 @@ TIGHTEN_SECONDS = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """The chosen options, by node key, and what is known about them.
+    """The chosen options, by decision, and what is known about them.
 
     Attributes:
-        choice: node key -> index of its option.
+        choice: decision -> index of its option.
         cost_ns, nbytes: of the choice; `bound_ns`: no choice within the memory costs less.
         status, method: how the solver ended, and whether the LP was integral.
         variables, constraints: of the largest model that was solved.
     """
 
-    choice: Mapping[str, int]
+    choice: Mapping[Decision, int]
     cost_ns: int
     nbytes: int
     bound_ns: int
@@ -155,7 +155,7 @@ class Search:
             if between.cost_ns + slope * between.nbytes < (fast.cost_ns + slope * fast.nbytes) * (1 - PRICE_GAP):
                 found.append(between)
                 gaps += [(fast, between), (between, lean)]
-        distinct = {tuple(sorted(one.choice.items())): one for one in found}
+        distinct = {frozenset(solution.choice.items()): solution for solution in found}
         return sorted(distinct.values(), key=lambda one: one.cost_ns)
 
     def _capped(self, price: float) -> float:
@@ -168,7 +168,7 @@ class Search:
     def _as_solution(self, answer: _Answer, bound: float) -> Solution:
         cost, nbytes = evaluate(self.problem, answer.choice)
         return Solution(
-            choice={self.problem.nodes[i].key: option for i, option in answer.choice.items()},
+            choice={self.problem.nodes[i].decision: option for i, option in answer.choice.items()},
             cost_ns=cost,
             nbytes=nbytes,
             bound_ns=min(cost, round(bound)),
