@@ -121,4 +121,4 @@ class Facts:
 
     def loops_of(self, meaning: Meaning) -> frozenset[str]:
         """The loops that run over `meaning` and are named in `meanings`."""
-        return frozenset(loop for loop, its in self.meanings.items() if its is meaning)
+        return frozenset(loop for loop, named in self.meanings.items() if named is meaning)
