@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from autopar.capture.export import capture
 from autopar.cost_models import Cluster, axis_link, collective_seconds, op_seconds
 from autopar.costs.tables import BUCKET_NBYTES, CostTables, local_nbytes
+from autopar.ir.facts import Exchange
 from autopar.ir.graph import Graph, Op, OpKind
 from autopar.ir.graph import Tensor as IrTensor
 from autopar.ir.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, Split, fits, format_layout, shard
@@ -151,6 +153,28 @@ def test_the_statistics_of_a_batch_norm_are_paid_for() -> None:
     link = axis_link(SHARED, (8,), 0)
     # Two statistics of 16 channels in float32, in each direction.
     assert batch_norm_exchange(8) == pytest.approx(4 * collective_seconds("all_reduce", 4 * 16, 8, link), rel=1e-3)
+
+
+def test_a_kernel_costs_what_its_rule_says_it_exchanges() -> None:
+    """A batch norm whose rule states other exchanges: an axis splits the batch in 4, one the channels in 2."""
+    norm_graph = capture(nn.BatchNorm2d(16), (torch.randn(8, 16, 4, 4),)).graph
+    (norm,) = (op for op in norm_graph.of_kind(OpKind.CALL) if "batch_norm" in op.target)
+    model, mesh, split = model_of(norm_graph), Mesh(("x", "y"), (4, 2)), frozenset("n")
+    space = model.spaces[norm.name]
+
+    def seconds(*exchanges: Exchange) -> tuple[float, float]:
+        stated = replace(space, facts=replace(space.facts, exchanges=exchanges))
+        tables = CostTables(replace(model, spaces={**model.spaces, norm.name: stated}), mesh, SHARED)
+        return tables.op_seconds(norm, (Split("n"), Split("c")))
+
+    ahead, back = seconds()
+    gathers = Exchange(split, "all_gather", ("n", "c"), forward=1, backward=2, itemsize=8)
+    sums = Exchange(split, "all_reduce", ("c", "x0"), forward=0, backward=1, itemsize=2)
+    link = axis_link(SHARED, (4, 2), 0)
+    # A rank's part is 2 rows of 8 channels, four ranks' parts are 8 rows; the sum is of 8 channels and 4 rows of the image.
+    expected = 3 * collective_seconds("all_gather", 8 * 8 * 8, 4, link) + collective_seconds("all_reduce", 2 * 8 * 4, 4, link)
+    assert seconds(gathers, sums) == (ahead, pytest.approx(back + expected, rel=1e-12))
+    assert seconds(Exchange(frozenset(["x0"]), "all_reduce", ("c",), forward=1, backward=1)) == (ahead, back)
 
 
 def plan_of(pins: dict[str, object]) -> Plan:

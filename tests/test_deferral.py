@@ -18,13 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from autopar import torch_compat
 from autopar.capture.export import capture
-from autopar.checks import threads
+from autopar.checks import oracle, threads
 from autopar.errors import AutoparError
 from autopar.ir.layout import Mesh
 from autopar.ops import collectives, comm, kernels, rng, weight_gradients
 from autopar.ops.recompute import Recomputed
 from autopar.ops.weight_gradients import DEFERRABLE, Deferred, deferring
-from autopar.structure.weights import PARAMETERS_AT
+from autopar.rules.table import facts_of, find_spaces, rule
 from autopar.torch_compat import StorageRef
 from tests.helpers import tree_allclose
 from tests.zoo import ZOO
@@ -110,7 +110,9 @@ def _check(name: str, shapes: tuple[Any, ...], keywords: Mapping[str, Any]) -> N
     z.backward(_seed_of(y))
     tree_allclose([z, *_gradients(at_once)], [y, *_gradients(expected)], rtol=1e-12) if y.numel() else None
     split = _arguments(shapes, name)
-    parameters = [split[at] for at in PARAMETERS_AT[name] if at < len(split) and split[at] is not None]
+    op, operands = oracle.trace(name, *split, **keywords)
+    parameters = [operands[index] for index in facts_of(op, rule(op, oracle.describe(operands))).weights]
+    assert parameters
     with deferring() as left:
         z = DEFERRABLE[name](*split, **keywords)
         z.backward(_seed_of(y))
@@ -129,7 +131,7 @@ def test_both_passes_give_what_the_operator_does(name: str, shapes: tuple[Any, .
 
 
 def test_every_function_is_tried() -> None:
-    assert {name for name, _, _ in CASES} == set(DEFERRABLE) == set(PARAMETERS_AT)
+    assert {name for name, _, _ in CASES} == set(DEFERRABLE)
 
 
 SIZE = st.integers(0, 3)
@@ -614,6 +616,7 @@ def test_captured_models(name: str) -> None:
     model, inputs = ZOO[name]()
     captured = capture(model, inputs)
     module = captured.fx
+    spaces, _ = find_spaces(captured.graph)
     named = dict(model.named_parameters())
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -624,8 +627,9 @@ def test_captured_models(name: str) -> None:
         is_moved = str(node.target) in ("aten.t.default", "aten.to.dtype") and node.args[0] in parameters
         if is_moved or (node.op == "placeholder" and node.name.startswith("p_")):
             parameters.add(node)
-        places = [node.args[at] for at in PARAMETERS_AT.get(str(node.target), ()) if at < len(node.args) and node.args[at] is not None]
-        if places and parameters.issuperset(places):
+        op = captured.graph.by_name.get(node.name)
+        weights = [] if op is None else [op.operands[index].op for index in facts_of(op, spaces.get(op.name)).weights]
+        if weights and {parameter.name for parameter in parameters}.issuperset(weights):
             env[node].target = DEFERRABLE[str(node.target)]
             replaced.append(str(node.target))
     assert len(replaced) >= 8

@@ -13,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import autopar
+from autopar.capture.export import capture
 from autopar.checks import threads
 from autopar.errors import InputError
 from autopar.ir.layout import Mesh
 from autopar.ops import collectives, comm, kernels, rng
 from autopar.ops.recompute import Recomputed
+from autopar.rewrite.emit import rewrite
 from autopar.rewrite.outline import check_repeatable, find_unrepeatable
 from autopar.torch_compat import StorageRef
 from tests.helpers import tree_allclose
@@ -284,10 +287,27 @@ def test_buffers_are_written_once() -> None:
         graph = fx.Graph()
         x, scale, shift, mean, variance = [graph.placeholder(f"x{at}") for at in range(5)]
         x = graph.call_function(aten.sin.default, (x,))
-        graph.output(graph.call_function(aten.batch_norm.default, (x, scale, shift, mean, variance, True, 0.1, 1e-5, False)))
+        norm = graph.call_function(aten.batch_norm.default, (x, scale, shift, mean, variance, True, 0.1, 1e-5, False))
+        norm.meta["writes"] = frozenset({3, 4})
+        graph.output(norm)
         return fx.GraphModule(nn.Module(), graph)
 
     assert tree_allclose(run(Recomputed(region())), run(region()), rtol=1e-14) == 5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_programs_say_which_buffers_a_region_writes_to(training: bool) -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(3))).train(training)
+    inputs = (torch.randn(4, 4, 2, 2, requires_grad=True),)
+    plan = autopar.plan(model, inputs, "2xcpu", pins={"dp": 2, "recompute": "full"})
+    program = rewrite(capture(model, inputs), plan)
+    regions = [module for module in program.module.modules() if isinstance(module, Recomputed)]
+    assert regions
+    for region in regions:
+        given = [node.name for node in region.module.graph.find_nodes(op="placeholder")]
+        written = {name for name in given if "running" in name}
+        assert {given[at] for at in region._written} == (written if training else set())
+        assert written
 
 
 def test_random_numbers_of_torch_itself_are_refused() -> None:

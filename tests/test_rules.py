@@ -1,23 +1,30 @@
 """Every rule against the oracle: the op in parts, joined, is the whole op, in values and gradients."""
 
+import inspect
 import itertools
+import operator
+import re
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from zoo import ZOO
 
-import autopar.ops.attention  # noqa: F401  defines autopar::attention
+import autopar.ops.attention  # defines autopar::attention
 from autopar.capture.export import capture
 from autopar.checks import threads
 from autopar.checks.oracle import check_rule, describe, trace
+from autopar.cost_models import collective
 from autopar.errors import VerificationError
-from autopar.ir.graph import Op, OpKind
+from autopar.ir.facts import Facts, Meaning, TargetMean
+from autopar.ir.graph import Op, Operand, OpKind
 from autopar.ir.layout import Mesh
-from autopar.ir.space import Loop, Space, parse
-from autopar.ops import kernels, rng
-from autopar.rules.table import RULES, rule
+from autopar.ir.space import Loop, LoopKind, Space, parse
+from autopar.ops import DEFERRABLE, kernels, rng
+from autopar.rules import contract
+from autopar.rules.table import RULES, facts_of, rule
 from autopar.rules.view import refine
 
 torch.set_num_threads(1)
@@ -612,6 +619,110 @@ def test_every_kernel_of_a_rule_exists() -> None:
     named = {found.kernel for case in [*ROWS, *DRAWN] if (found := space_of(case)[1]).kernel is not None}
     assert named
     assert all(callable(getattr(kernels, name)) for name in named)
+
+
+# Facts: what a rule states beside the loops, as far as running the op, or the tables of kernels, can tell.
+
+EVERY = [*ROWS, *DRAWN]
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.target)
+def test_ops_write_to_what_their_rules_say(case: Row) -> None:
+    op, found, operands = space_of(case)
+    function: Any = operator.attrgetter(case.target)(torch.ops)
+    given = [x.detach().clone() for x in operands]
+    arguments, named = (
+        torch.utils._pytree.tree_map(lambda x: given[x.index] if isinstance(x, Operand) else x, y) for y in (op.args, op.kwargs)
+    )
+    function(*arguments, **named)
+    changed = {index for index, (x, before) in enumerate(zip(given, operands, strict=True)) if not torch.equal(x, before)}
+    assert changed == found.facts.writes
+    # The operator's own schema says so of most that write; of a batch norm it says nothing.
+    for position, argument in enumerate(function._schema.arguments):
+        value = op.args[position] if position < len(op.args) else op.kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Operand):
+            assert value.index in found.facts.writes
+
+
+@pytest.mark.parametrize("case", EVERY, ids=lambda case: case.target)
+def test_facts_name_operands_and_loops_that_there_are(case: Row) -> None:
+    _, found, operands = space_of(case)
+    facts = found.facts
+    assert all(operands[index].is_floating_point() for index in facts.weights)
+    assert len(set(facts.weights)) == len(facts.weights) < max(2, len(operands))
+    kernel_loops = {loop.name for loop in found.loops.values() if loop.kind is LoopKind.KERNEL}
+    assert kernel_loops == {name for exchange in facts.exchanges for name in exchange.split}
+    assert facts.coupled <= found.kernel_loops - kernel_loops
+    for exchange in facts.exchanges:
+        assert exchange.collective in collective.KINDS
+        assert exchange.forward + exchange.backward > 0
+        assert exchange.itemsize > 0
+        # What stays whole is on every rank; nothing of it need be sent.
+        assert all(found.loops[name].kind is not LoopKind.WHOLE for name in (*exchange.split, *exchange.loops))
+    if (mean := facts.target_mean) is not None:
+        assert not operands[mean.target].is_floating_point()
+        assert mean.weight is None or operands[mean.weight].shape == (found.loops["v"].size,)
+        assert found.kernel is not None
+        assert "counted" in inspect.signature(getattr(kernels, found.kernel)).parameters
+
+
+def test_weights_are_named_where_their_gradients_can_wait() -> None:
+    named = {case.target for case in EVERY if space_of(case)[1].facts.weights}
+    assert named | set(contract.FACTS) == set(DEFERRABLE)
+    op, operands = trace("aten.conv1d.default", real(4, 7), real(6, 4, 3), real(6))
+    assert rule(op, describe(operands)) is None
+    assert facts_of(op, None).weights == (1, 2)
+
+
+def test_a_loss_that_counts_its_targets_says_so() -> None:
+    def mean_of(*args: Any) -> TargetMean | None:
+        return space_of(row("cross_entropy_loss.default", *args))[1].facts.target_mean
+
+    logits, target, weight = real(12, 8), whole(8, 12), unit(8, grad=False)
+    assert mean_of(logits, target) == TargetMean(1, None, -100)
+    assert mean_of(logits, target, weight, 1, 3) == TargetMean(1, 2, 3)
+    assert mean_of(logits, target, None, 2) is None  # a sum
+    assert mean_of(logits, unit(12, 8)) is None  # probabilities of classes: every token counts
+
+
+def test_softmaxes_add_up_to_one() -> None:
+    marked = [case for case in EVERY if space_of(case)[1].facts.softmax]
+    assert {case.target.split(".")[1].strip("_") for case in marked} == {"softmax", "log_softmax"}
+    for case in marked:
+        _, found, _ = space_of(case)
+        result = operator.attrgetter(case.target)(torch.ops)(*case.args)
+        along = [dim for dim, (name,) in enumerate(found.results[0]) if found.loops[name].kind is LoopKind.WHOLE]
+        total = (result.exp() if "log" in case.target else result).sum(along)
+        assert torch.allclose(total, torch.ones_like(total))
+
+
+def test_heads_and_vocabularies_are_named() -> None:
+    named: dict[str, set[str]] = {}
+    for case in EVERY:
+        for loop, meaning in space_of(case)[1].facts.meanings.items():
+            named.setdefault(f"{case.target.split('.')[1]} {meaning.value}", set()).add(loop)
+    assert named == {
+        "scaled_dot_product_attention heads": {"h", "g", "r"},
+        "attention heads": {"h", "g", "r"},
+        "embedding vocabulary": {"v"},
+        "cross_entropy_loss vocabulary": {"v"},
+        "nll_loss vocabulary": {"v"},
+        "nll_loss_nd vocabulary": {"v"},
+    }
+
+
+def test_packages_after_the_rules_know_no_op_by_name() -> None:
+    """What is decided by an op's name, or by its kernel's, is decided in its rule."""
+    root = Path(autopar.__file__).parent
+    for package in ("structure", "costs", "plans", "search", "report", "rewrite"):
+        for path in (root / package).rglob("*.py"):
+            named = re.findall(r".*\baten\b.*|.*\bkernel (?:==|!=|in|not in) .*", path.read_text(encoding="utf-8"))
+            assert not named, path
+
+
+def test_facts_about_loops_that_an_op_lacks_are_refused() -> None:
+    with pytest.raises(ValueError, match="facts name loops h, which the op doesn't have"):
+        parse("b s -> b s", [(2, 3)], [(2, 3)], facts=Facts(meanings={"h": Meaning.HEADS}))
 
 
 def drop_on(mesh: Mesh, splits: dict[str, tuple[str, ...]]) -> list[torch.Tensor]:

@@ -15,13 +15,14 @@ from autopar.ir import (
     ITEMSIZE,
     REPLICATE,
     Collective,
+    Exchange,
     Family,
     Layout,
-    LoopKind,
     Mesh,
     Move,
     Op,
     Placement,
+    Space,
     Split,
     StateKind,
     Tensor,
@@ -70,15 +71,13 @@ def call_seconds(model: Model, device: Device, op: Op, ways: int, nbytes: int) -
     """(forward, backward) seconds of one of `ways` parts of a call, which reads and writes so many bytes."""
     space = model.spaces.get(op.name)
     flops = space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
-    family = space.family.value if space is not None and space.family is not Family.LOOKUP else "pointwise"
+    family = Family.POINTWISE if space is None else space.family
     dtype = op.results[0].dtype if op.results else "float32"
     forward = op_seconds(device, flops=flops, nbytes=nbytes, dtype=dtype, family=family)
     needing = sum(tensor.requires_grad for tensor in model.folded.graph.operand_tensors(op))
     if not needing or not any(tensor.requires_grad for tensor in op.results):
         return forward, 0.0
-    # One product per operand that needs a gradient; a fused attention makes five products of two, for it recomputes the
-    # scores (Dao 2023, section 3.1); a pointwise op makes all gradients in one pass over half as many bytes again.
-    factor = {"matmul": float(min(needing, 2)), "attention": 2.5}.get(family, 1.5)
+    factor = family.backward_work(needing)
     return forward, op_seconds(device, flops=factor * flops, nbytes=int(factor * nbytes), dtype=dtype, family=family)
 
 
@@ -98,7 +97,7 @@ class CostTables:
         self._legs: dict[RouteKey, list[tuple[Move, int]]] = {}
 
     def op_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
-        """(forward, backward) seconds of one call under `placement`."""
+        """(forward, backward) seconds of one call under `placement`; the second has what a kernel exchanges in both directions."""
         key = op.name, placement
         if key not in self._calls:
             self._calls[key] = self._op_seconds(op, placement)
@@ -114,22 +113,31 @@ class CostTables:
         nbytes = sum(local_nbytes(*pair, self.mesh) for pair in zip((*operands, *op.results), (*needs, *made), strict=True))
         ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
         forward, backward = call_seconds(self.model, self.device, op, ways, nbytes)
-        return forward, backward + 2 * self._kernel_seconds(op, placement)
+        return forward, backward + self._exchange_seconds(op, placement)
 
-    def _kernel_seconds(self, op: Op, placement: Placement) -> float:
-        """Seconds of the small all-reduces inside a kernel, per direction."""
+    def _exchange_seconds(self, op: Op, placement: Placement) -> float:
+        """Seconds of the collectives inside the op's kernel, of both directions together, as its rule states them."""
         space = self.model.spaces.get(op.name)
-        if space is None:
-            return 0.0
         seconds = 0.0
-        for axis, part in enumerate(placement):
-            if axis >= self.first and isinstance(part, Split) and space.loops[part.loop].kind is LoopKind.KERNEL:
-                # One float32 statistic, twice, per point of the loops beside: the tokens of a loss, the channels of a batch norm.
-                beside = {name: loop.size for name, loop in space.loops.items() if loop.kind in (LoopKind.FREE, LoopKind.SUM)}
-                ways = math.prod(self.mesh.sizes[i] for i, p in enumerate(placement) if isinstance(p, Split) and p.loop in beside)
-                nbytes = 4 * math.prod(beside.values()) // ways
-                seconds += 2 * collective_seconds("all_reduce", nbytes, self.mesh.sizes[axis], self.links[axis])
+        if space is None:
+            return seconds
+        for exchange in space.facts.exchanges:
+            nbytes = self._exchanged_nbytes(space, exchange, placement)
+            for axis, part in enumerate(placement):
+                if axis >= self.first and isinstance(part, Split) and part.loop in exchange.split:
+                    size = self.mesh.sizes[axis]
+                    total = nbytes if exchange.collective == "all_reduce" else nbytes * size
+                    times = exchange.forward + exchange.backward
+                    seconds += times * collective_seconds(exchange.collective, total, size, self.links[axis])
         return seconds
+
+    def _exchanged_nbytes(self, space: Space, exchange: Exchange, placement: Placement) -> int:
+        """Bytes of a rank's part of the tensor that an op's kernel exchanges."""
+        points = math.prod(space.loops[name].size for name in exchange.loops)
+        ways = math.prod(
+            size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split) and part.loop in exchange.loops
+        )
+        return exchange.itemsize * points // ways
 
     def collective_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
         """Seconds of one step of a journey along `axis`; `nbytes` is the larger of a rank's parts before and after it."""

@@ -2,9 +2,10 @@
 
 Comes in: a captured program (`autopar.capture` builds the `Graph`). Goes out: the words that every other package speaks.
 
-Modules, in reading order: ``graph``, ``space``, ``layout``, ``reshard``.
+Modules, in reading order: ``graph``, ``facts``, ``space``, ``layout``, ``reshard``.
 """
 
+from autopar.ir.facts import Exchange, Facts, Family, Meaning, TargetMean, WholeBatch
 from autopar.ir.graph import ITEMSIZE, Graph, Op, Operand, OpKind, Tensor, Value, freeze
 from autopar.ir.layout import (
     BROADCAST,
@@ -35,7 +36,7 @@ from autopar.ir.layout import (
     with_pipeline,
 )
 from autopar.ir.reshard import Collective, Move, Route, Step, journey, route
-from autopar.ir.space import Dims, Family, LoopKind, Space, parse
+from autopar.ir.space import Dims, LoopKind, Space, parse
 
 __all__ = [
     "BROADCAST",
@@ -47,10 +48,13 @@ __all__ = [
     "REPLICATE",
     "Collective",
     "Dims",
+    "Exchange",
+    "Facts",
     "Family",
     "Graph",
     "Layout",
     "LoopKind",
+    "Meaning",
     "Mesh",
     "Move",
     "Op",
@@ -64,8 +68,10 @@ __all__ = [
     "State",
     "StateKind",
     "Step",
+    "TargetMean",
     "Tensor",
     "Value",
+    "WholeBatch",
     "fits",
     "format_layout",
     "format_placement",

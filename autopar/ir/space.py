@@ -18,7 +18,9 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum
+from enum import Enum
+
+from autopar.ir.facts import Facts, Family
 
 Dims = tuple[tuple[str, ...], ...]
 """Per dim the names of its loops, outermost first; an empty tuple is a dim of size one."""
@@ -31,15 +33,6 @@ class LoopKind(Enum):
     SUM = "sum"  # every part runs alone, the results are summed
     KERNEL = "kernel"  # the op's kernel communicates; results that lack the loop come out complete
     WHOLE = "whole"  # can't be split
-
-
-class Family(StrEnum):
-    """What an op is to the hardware; the values of the first three are the cost model's words."""
-
-    POINTWISE = "pointwise"
-    MATMUL = "matmul"
-    ATTENTION = "attention"
-    LOOKUP = "lookup"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +64,7 @@ class Space:
             can be split at the outermost boundary only, never inside blocks.
         random: the op draws random numbers; the kernel replaces it in every parallel program, split or not, so that replicas
             draw the same and shards draw differently.
+        facts: what must be known of the op beside its loops.
     """
 
     loops: Mapping[str, Loop]
@@ -86,6 +80,7 @@ class Space:
     view: bool = False
     positional: frozenset[str] = frozenset()
     random: bool = False
+    facts: Facts = field(default_factory=Facts)
     splittable: tuple[Loop, ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -97,6 +92,8 @@ class Space:
             raise ValueError("every KERNEL loop must be named in kernel_loops")
         if self.kernel_loops and self.kernel is None:
             raise ValueError("kernel_loops are given but no kernel")
+        if unknown := _loops_of(self.facts) - self.loops.keys():
+            raise ValueError(f"facts name loops {', '.join(sorted(unknown))}, which the op doesn't have")
         splittable = tuple(loop for loop in self.loops.values() if loop.kind is not LoopKind.WHOLE and loop.size > 1)
         object.__setattr__(self, "splittable", splittable)
 
@@ -104,6 +101,11 @@ class Space:
     def is_contraction(self) -> bool:
         """Whether the op is one of those that hold a model's work and its weights: products, attention, lookups."""
         return self.family is not Family.POINTWISE
+
+    @property
+    def is_product(self) -> bool:
+        """Whether the op is a product or an attention: one of those that compute most."""
+        return self.family in (Family.MATMUL, Family.ATTENTION)
 
     def points(self) -> int:
         """Iterations of the whole space."""
@@ -130,6 +132,12 @@ class Space:
         return text
 
 
+def _loops_of(facts: Facts) -> set[str]:
+    """All loops that `facts` name."""
+    exchanged = (name for exchange in facts.exchanges for name in (*exchange.split, *exchange.loops))
+    return {*facts.coupled, *facts.meanings, *exchanged}
+
+
 def format_dims(dims: Dims) -> str:
     """Text of a tensor's dims, ``b (h d) 1``."""
     return " ".join("1" if not dim else dim[0] if len(dim) == 1 else f"({' '.join(dim)})" for dim in dims)
@@ -154,6 +162,7 @@ def parse(
     view: bool = False,
     positional: Iterable[str] = (),
     random: bool = False,
+    facts: Facts | None = None,
 ) -> Space:
     """Build the space that `text` describes for tensors of these shapes.
 
@@ -202,6 +211,7 @@ def parse(
         view=view,
         positional=frozenset(positional),
         random=random,
+        facts=facts or Facts(),
     )
 
 

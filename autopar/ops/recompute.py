@@ -16,9 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from autopar.ops import comm, rng
 from autopar.ops.weight_gradients import inside_region
 
-# Operators that write to some of their arguments, by the name that the operator and our kernel share: running mean and variance.
-_WRITES = {"batch_norm": (3, 4)}
-
 
 class Recomputed(nn.Module):
     """A region that keeps its inputs only; the first use of anything else of it in a backward runs it again, as far as needed.
@@ -29,6 +26,7 @@ class Recomputed(nn.Module):
 
     Args:
         module: a graph module whose placeholders are all that it reads, and that draws its random numbers through `autopar.ops.rng`.
+            Nodes that write to what they read have the numbers of these operands in ``meta["writes"]``.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -74,10 +72,10 @@ class _Region:
 def _find_written(graph: fx.Graph) -> frozenset[int]:
     """Positions of the inputs that calls write to."""
     places = {node: at for at, node in enumerate(graph.find_nodes(op="placeholder"))}
-    found = set()
+    written: set[int] = set()
     for node in graph.nodes:
-        name = str(getattr(node.target, "__name__", "")).partition(".")[0]
-        for position in _WRITES.get(name, ()) if node.op == "call_function" else ():
-            if position < len(node.args) and node.args[position] in places:
-                found.add(places[node.args[position]])
-    return frozenset(found)
+        if numbers := node.meta.get("writes"):
+            operands: list[fx.Node] = []
+            fx.map_arg((node.args, node.kwargs), operands.append)
+            written.update(places[operands[number]] for number in numbers if operands[number] in places)
+    return frozenset(written)

@@ -547,4 +547,7 @@ DEFERRABLE: Mapping[str, Callable[..., Tensor]] = {
     "aten.conv_transpose3d.input": conv_transpose3d,
     "aten.embedding.default": embedding,
 }
-"""By an operator's name the function that replaces it where `autopar.structure.weights.is_deferrable` lets it."""
+"""By an operator's name the function that replaces it where its weight gradient can wait (`autopar.structure.weights.is_deferrable`).
+
+The rules of these operators, and of no others, say which operands are their weights (`autopar.ir.facts.Facts.weights`).
+"""

@@ -19,7 +19,7 @@ from autopar.rewrite.outline import Region, outline
 from autopar.rewrite.program import PipelineProgram, Program, Slot, StageOutput, StageProgram
 from autopar.rewrite.rewriter import Rewriter
 from autopar.rewrite.stages import Stage, edges_of, partition
-from autopar.rules import find_spaces
+from autopar.rules import facts_of, find_spaces
 from autopar.schedules import Kind, StageEdge, forward_only, lower, make_schedule
 from autopar.structure import (
     Chain,
@@ -31,7 +31,6 @@ from autopar.structure import (
     fold,
     fold_as_planned,
     split_microbatches,
-    updates_in_place,
 )
 
 
@@ -130,7 +129,7 @@ def _rewrite_stages(
     for number, stage in enumerate(stages):
         for name in stage.stored:
             users.setdefault(captured.graph.by_name[name].target, []).append(schedule.rank_of[number])
-    written = _find_written(captured.graph)
+    written = _find_written(captured.graph, spaces)
     for name in sorted(written):
         if len(groups := sorted(set(users.get(name, ())))) > 1:
             raise PlanError(
@@ -195,9 +194,9 @@ def _parameters_before(graph: Graph, value: Value) -> frozenset[str]:
     return frozenset(op.target for op in graph.of_kind(OpKind.PARAMETER) if op.name in reached)
 
 
-def _find_written(graph: Graph) -> frozenset[str]:
+def _find_written(graph: Graph, spaces: Mapping[str, Space]) -> frozenset[str]:
     """Buffers that ops write to: the running statistics of a batch norm that trains."""
-    names = {value.op for op in graph.of_kind(OpKind.CALL) if updates_in_place(op) for value in op.operands}
+    names = {op.operands[index].op for op in graph.of_kind(OpKind.CALL) for index in facts_of(op, spaces.get(op.name)).writes}
     return frozenset(op.target for op in graph.of_kind(OpKind.BUFFER) if op.name in names)
 
 

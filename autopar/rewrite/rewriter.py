@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from autopar.capture import Captured
+from autopar.capture import Captured, takes
 from autopar.errors import PlanError
 from autopar.ir import (
     MICRO,
@@ -25,7 +25,6 @@ from autopar.ir import (
     Layout,
     Mesh,
     Op,
-    Operand,
     OpKind,
     Placement,
     Space,
@@ -33,6 +32,7 @@ from autopar.ir import (
     State,
     StateKind,
     Step,
+    TargetMean,
     Tensor,
     Value,
     fits,
@@ -47,6 +47,7 @@ from autopar.ops import DEFERRABLE, collectives, kernels, losses
 from autopar.plans import Plan
 from autopar.rewrite.program import Boundary, Program, Slot
 from autopar.rewrite.stages import Stage
+from autopar.rules import facts_of
 from autopar.structure import Folded, MicroSplit, is_deferrable
 
 GRADIENT_OF_GATHER = {Collective.REDUCE_SCATTER: "reduce_scatter", Collective.SLICE: "slice"}
@@ -153,9 +154,12 @@ class Rewriter:
                 results.append(self.nodes[whole.value])
                 continue
             loss = graph.by_name[whole.loss]
-            index = loss.operands.index(whole.value)
-            target = self._take(whole.value, self.needed(loss, index), loss, index)
-            results.append(self.new.call_function(losses.count_targets, (target, self._weight_of(loss), _ignored(loss))))
+            mean = self._target_mean_of(whole.loss)
+            target, weight = (
+                None if index is None else self._take(loss.operands[index], self.needed(loss, index), loss, index)
+                for index in (mean.target, mean.weight)
+            )
+            results.append(self.new.call_function(losses.count_targets, (target, weight, mean.ignore_index)))
         self.new.output(tuple(results))
         return self._finish()
 
@@ -284,9 +288,10 @@ class Rewriter:
                 kwargs["counted"] = self.whole_nodes[Whole(self.micro.counted[op.name], op.name)]
         elif self.splits_backward and is_deferrable(self.graph, self.spaces, op):
             target = DEFERRABLE[op.target]
-        if _is_factory(op) and self.device is not None:
+        if self.device is not None and not op.operands and takes(captured.target, "device"):
             kwargs["device"] = self.device
         node = self.new.create_node("call_function", target, tuple(args), kwargs, name=op.name)
+        node.meta["writes"] = facts_of(op, space).writes  # for `Recomputed`
         self._mark(node, op)
         if not isinstance(captured.meta["val"], (list, tuple)):
             self.nodes[Value(op.name)] = node
@@ -295,13 +300,6 @@ class Rewriter:
                 item = self.new.call_function(operator.getitem, (node, index))
                 self._mark(item, op)
                 self.nodes[Value(op.name, index)] = item
-
-    def _weight_of(self, loss: Op) -> fx.Node | None:
-        """The class weights that a loss takes, where they are whole."""
-        weight = loss.args[2] if len(loss.args) > 2 else loss.kwargs.get("weight")
-        if not isinstance(weight, Operand):
-            return None
-        return self._take(loss.operands[weight.index], self.needed(loss, weight.index), loss, weight.index)
 
     def find_wholes(self, stage: Stage) -> tuple[Whole, ...]:
         """What this stage needs of the whole batch, each once."""
@@ -316,15 +314,22 @@ class Rewriter:
     def find_ancestors(self, wholes: Sequence[Whole]) -> set[str]:
         """Names of all ops that make these."""
         needed: set[str] = set()
-        # A loss's other operands beside its target: class weights.
         waiting = [whole.value.op for whole in wholes]
-        waiting += [value.op for whole in wholes if whole.loss for value in self.graph.by_name[whole.loss].operands[2:]]
+        for loss in (self.graph.by_name[whole.loss] for whole in wholes if whole.loss):
+            if (weight := self._target_mean_of(loss.name).weight) is not None:
+                waiting.append(loss.operands[weight].op)
         while waiting:
             name = waiting.pop()
             if name not in needed:
                 needed.add(name)
                 waiting += [value.op for value in self.graph.by_name[name].operands]
         return needed
+
+    def _target_mean_of(self, loss: str) -> TargetMean:
+        """How the mean over targets that the call `loss` is counts them."""
+        mean = self.spaces[loss].facts.target_mean
+        assert mean is not None
+        return mean
 
     def _is_whole(self, value: Value, need: Layout) -> bool:
         """Whether an op that works on a micro-batch needs this value of the whole batch."""
@@ -471,19 +476,5 @@ def _kernel_splits(space: Space | None, placement: Placement, mesh: Mesh) -> dic
     return splits
 
 
-def _ignored(loss: Op) -> int:
-    """The class of targets that a loss doesn't count."""
-    ignored = loss.args[4] if len(loss.args) > 4 else loss.kwargs.get("ignore_index", -100)
-    assert isinstance(ignored, int)
-    return ignored
-
-
 def _name_of(value: Value) -> str:
     return f"{value.op}_{value.index}" if value.index else value.op
-
-
-_FACTORIES = ("arange", "full", "zeros", "ones", "empty", "eye", "scalar_tensor", "rand", "randn", "linspace")
-
-
-def _is_factory(op: Op) -> bool:
-    return not op.operands and op.target.split(".")[1] in _FACTORIES

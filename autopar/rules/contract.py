@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from autopar.ir import Family, Op, Operand, Space, Tensor
+from autopar.ir import Facts, Family, Meaning, Op, Operand, Space, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, grouped, letters, named, operand, per_point, space
 
 _LEADING = {0: [], 1: ["n"], 2: ["b", "s"]}
+
+
+def weight_and_bias(op: Op) -> Facts:
+    """Facts of an op that reads an input, a weight and perhaps a bias."""
+    return Facts(weights=tuple(range(1, len(op.operands))))
 
 
 def linear(op: Op, operands: tuple[Tensor, ...]) -> Space:
@@ -17,13 +22,23 @@ def linear(op: Op, operands: tuple[Tensor, ...]) -> Space:
     leading = _LEADING.get(rank, letters(rank))
     inner, outer = ("i", "o") if rank < 3 else ("in", "out")  # letters may hold i and o
     left = [[*leading, inner], [outer, inner], [outer]][: len(operands)]
-    return space(op, operands, left, [[*leading, outer]], flops=2.0, family=Family.MATMUL, added=[2] if len(operands) == 3 else [])
+    return space(
+        op,
+        operands,
+        left,
+        [[*leading, outer]],
+        flops=2.0,
+        family=Family.MATMUL,
+        added=[2] if len(operands) == 3 else [],
+        facts=weight_and_bias(op),
+    )
 
 
 def addmm(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """``n, m k, k n -> m n``."""
     bias = broadcast(operands[0].shape, ["m", "n"], op.results[0].shape)
-    return space(op, operands, [bias, ["m", "k"], ["k", "n"]], [["m", "n"]], flops=2.0, family=Family.MATMUL, added=[0])
+    left = [bias, ["m", "k"], ["k", "n"]]
+    return space(op, operands, left, [["m", "n"]], flops=2.0, family=Family.MATMUL, added=[0], facts=Facts(weights=(2, 0)))
 
 
 def baddbmm(op: Op, operands: tuple[Tensor, ...]) -> Space:
@@ -33,8 +48,7 @@ def baddbmm(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return space(op, operands, [bias, ["b", "m", "k"], ["b", "k", "n"]], [result], flops=2.0, family=Family.MATMUL, added=[0])
 
 
-def matmul(op: Op, operands: tuple[Tensor, ...]) -> Space:
-    """``b m k, b k n -> b m n`` with broadcast leading dims; a vector lacks m or n. Also mm, bmm, mv and dot."""
+def _product(op: Op, operands: tuple[Tensor, ...], facts: Facts) -> Space:
     first, second = (tensor.shape for tensor in operands)
     rows = ["m"] if len(first) > 1 else []
     columns = ["n"] if len(second) > 1 else []
@@ -42,7 +56,17 @@ def matmul(op: Op, operands: tuple[Tensor, ...]) -> Space:
     batch = full[: len(full) - len(rows) - len(columns)]
     leading = [f"b{dim}" for dim in range(len(batch))] if len(batch) != 1 else ["b"]
     left = [[*broadcast(first[:-2], leading, batch), *rows, "k"], [*broadcast(second[:-2], leading, batch), "k", *columns]]
-    return space(op, operands, left, [[*leading, *rows, *columns]], flops=2.0, family=Family.MATMUL)
+    return space(op, operands, left, [[*leading, *rows, *columns]], flops=2.0, family=Family.MATMUL, facts=facts)
+
+
+def matmul(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``b m k, b k n -> b m n`` with broadcast leading dims; a vector lacks m or n. Also mm and bmm."""
+    return _product(op, operands, Facts(weights=(1,)))
+
+
+def vector_product(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``m k, k -> m`` and ``k, k ->``: mv and dot, whose weight gradients can't wait."""
+    return _product(op, operands, Facts())
 
 
 def einsum(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
@@ -114,6 +138,7 @@ def _attention(
         kernel_loops=loops if dropped else ["s"] if positioned else [],
         positional=["s"] if positioned else [],
         random=dropped,
+        facts=Facts(meanings=dict.fromkeys({"h", "g", "r"}.intersection(loops), Meaning.HEADS)),
     )
 
 
@@ -166,6 +191,7 @@ def convolution(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
         kernel="convolution" if groups > 1 else None,
         kernel_loops=["g"] if groups > 1 else [],
         added=[2] if len(operands) == 3 else [],
+        facts=weight_and_bias(op),
     )
 
 
@@ -211,10 +237,17 @@ RULES: dict[str, Rule] = {
     "aten.linear.default": linear,
     "aten.addmm.default": addmm,
     "aten.baddbmm.default": baddbmm,
-    **named("aten.matmul.default aten.mm.default aten.bmm.default aten.mv.default aten.dot.default", matmul),
+    **named("aten.matmul.default aten.mm.default aten.bmm.default", matmul),
+    **named("aten.mv.default aten.dot.default", vector_product),
     "aten.einsum.default": einsum,
     "aten.scaled_dot_product_attention.default": scaled_dot_product_attention,
     "autopar.attention.default": attention,
     **named("aten.conv1d.default aten.conv2d.default aten.conv3d.default", convolution),
     **named("aten.lstm.input aten.gru.input", recurrent),
 }
+
+_CONVOLUTIONS = """aten.convolution.default aten.conv1d.default aten.conv2d.default aten.conv3d.default
+    aten.conv_transpose1d.default aten.conv_transpose2d.input aten.conv_transpose3d.input"""
+
+FACTS: Mapping[str, Callable[[Op], Facts]] = dict.fromkeys(_CONVOLUTIONS.split(), weight_and_bias)
+"""Facts of calls without loops: of ops that have no rule, and of calls that a rule leaves out (a convolution without a batch dim)."""

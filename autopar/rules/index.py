@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from autopar.ir import Family, Op, Operand, Space, Tensor
-from autopar.rules.notation import Rule, argument, broadcast, floats, letters, named, normal, space
+from autopar.ir import Exchange, Facts, Family, Meaning, Op, Operand, Space, TargetMean, Tensor
+from autopar.rules.notation import Rule, argument, broadcast, floats, letters, named, normal, operand, space
 
 _MEAN, _SUM = 1, 2  # values of aten's `reduction` argument; 0 is none
 
@@ -29,6 +29,7 @@ def embedding(op: Op, operands: tuple[Tensor, ...]) -> Space:
         kernel_loops=loops,
         positional=loops,
         linear=floats(operands, 0),
+        facts=Facts(weights=(0,), meanings={"v": Meaning.VOCABULARY}),
     )
 
 
@@ -55,6 +56,7 @@ def embedding_bag(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
         kernel="embedding_bag",
         kernel_loops=["v", "o"],
         positional=["v", "o"],
+        facts=Facts(coupled=frozenset("o")),
     )
 
 
@@ -148,6 +150,10 @@ def diff(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return space(op, operands, left, [right], flops=1.0)
 
 
+def _mean_over_targets(op: Op) -> TargetMean:
+    return TargetMean(target=1, weight=operand(op, 2, "weight"), ignore_index=int(argument(op, 4, "ignore_index", -100)))
+
+
 def cross_entropy(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """``n v*, n ->``: a mean is over the tokens of the whole batch that count; vocabulary parts agree on maximum and sums."""
     logits, target = operands[:2]
@@ -170,6 +176,12 @@ def cross_entropy(op: Op, operands: tuple[Tensor, ...]) -> Space:
         kernel="cross_entropy" if split or mean else None,
         kernel_loops=[*(["v"] if split else []), *mean],
         positional=["v"] if split else [],
+        facts=Facts(
+            # Two statistics of each token's logits.
+            exchanges=(Exchange(frozenset("v"), "all_reduce", tuple(tokens), forward=2, backward=2),) if split else (),
+            meanings={"v": Meaning.VOCABULARY},
+            target_mean=_mean_over_targets(op) if mean and not by_class else None,
+        ),
     )
 
 
@@ -181,7 +193,16 @@ def nll_loss(op: Op, operands: tuple[Tensor, ...]) -> Space:
     left = [[*tokens[:1], "v!", *tokens[1:]], tokens, ["v!"]]
     mean = tokens if reduction == _MEAN else []
     right = tokens if reduction == 0 else []
-    return space(op, operands, left[: len(operands)], [right], flops=1.0, kernel="nll_loss" if mean else None, kernel_loops=mean)
+    return space(
+        op,
+        operands,
+        left[: len(operands)],
+        [right],
+        flops=1.0,
+        kernel="nll_loss" if mean else None,
+        kernel_loops=mean,
+        facts=Facts(meanings={"v": Meaning.VOCABULARY}, target_mean=_mean_over_targets(op) if mean else None),
+    )
 
 
 def elementwise_loss(op: Op, operands: tuple[Tensor, ...], position: int = 2) -> Space:

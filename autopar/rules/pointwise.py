@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autopar.ir import Op, Space, Tensor
+from autopar.ir import Exchange, Facts, Op, Space, Tensor, WholeBatch
 from autopar.rules.notation import Rule, argument, broadcast, floats, is_float, letters, named, normal, normals, operand, space
 
 
@@ -114,17 +114,17 @@ def vector_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return space(op, operands, [left], right, flops=2.0)
 
 
-def along(op: Op, operands: tuple[Tensor, ...], linear: tuple[int, ...] = (), flops: float = 1.0) -> Space:
+def along(op: Op, operands: tuple[Tensor, ...], linear: tuple[int, ...] = (), flops: float = 1.0, facts: Facts | None = None) -> Space:
     """An op that mixes the elements of one dim and keeps the shape: ``a b! -> a b!``."""
     rank = len(operands[0].shape)
     dim = normal(argument(op, 1, "dim"), rank) if rank else 0
     tokens = [name + "!" if position == dim else name for position, name in enumerate(letters(rank))]
-    return space(op, operands, [tokens], [tokens] * len(op.results), flops=flops, linear=linear)
+    return space(op, operands, [tokens], [tokens] * len(op.results), flops=flops, linear=linear, facts=facts)
 
 
 def softmax(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """``a b! -> a b!``: maximum, difference, exponential, sum and quotient over one dim."""
-    return along(op, operands, flops=5.0)
+    return along(op, operands, flops=5.0, facts=Facts(softmax=True))
 
 
 def cumsum(op: Op, operands: tuple[Tensor, ...]) -> Space:
@@ -157,25 +157,35 @@ def batch_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
     The running statistics are updated in place, so that a part of the channels needs them whole: the kernel updates all of them.
     In evaluation they are read like weights: ``n c x, c, c, c, c -> n c x``.
     """
-    training = bool(argument(op, 5, "training", False))
     reduced = ["n", *(f"x{dim}" for dim in range(len(operands[0].shape) - 2))]
-    mark = "*" if training else ""
-    tokens = [reduced[0] + mark, "c", *(name + mark for name in reduced[1:])]
+    if not argument(op, 5, "training", False):
+        tokens = [reduced[0], "c", *reduced[1:]]
+        return space(op, operands, [tokens, *([["c"]] * (len(operands) - 1))], [tokens], flops=8.0)
+    tokens = [f"{reduced[0]}*", "c", *(f"{name}*" for name in reduced[1:])]
     left = [tokens, *([["c"]] * (len(operands) - 1))]
-    if training:
-        for position, name in ((3, "running_mean"), (4, "running_var")):
-            index = operand(op, position, name)
-            if index is not None:
-                left[index] = ["r!"]
+    given = (operand(op, position, name) for position, name in ((3, "running_mean"), (4, "running_var")))
+    running = [index for index in given if index is not None]
+    for index in running:
+        left[index] = ["r!"]
     return space(
         op,
         operands,
         left,
         [tokens],
         flops=8.0,
-        kernel="batch_norm" if training else None,
-        kernel_loops=["c"] if training else [],
-        positional=["c"] if training else [],
+        kernel="batch_norm",
+        kernel_loops=["c"],
+        positional=["c"],
+        facts=Facts(
+            writes=frozenset(running),
+            # A mean and a variance per channel, and their gradients.
+            exchanges=(Exchange(frozenset(reduced), "all_reduce", ("c",), forward=2, backward=2),),
+            coupled=frozenset("c"),
+            whole_batch=WholeBatch(
+                "takes its statistics over the whole batch",
+                "use a norm that works on each sample (GroupNorm, LayerNorm), put this layer into eval mode",
+            ),
+        ),
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from autopar.ir import Graph, Op, OpKind, Space, Tensor, freeze
+from autopar.ir import Facts, Graph, Op, OpKind, Space, Tensor, freeze
 from autopar.rules import contract, index, pointwise, view
 from autopar.rules.notation import Rule as Rule
 
@@ -33,3 +34,19 @@ def find_spaces(graph: Graph) -> tuple[dict[str, Space], tuple[Op, ...]]:
         else:
             spaces[op.name] = space
     return spaces, tuple(unruled)
+
+
+def facts_of(op: Op, space: Space | None) -> Facts:
+    """What is known of a call beside its loops; some is known of calls without loops (`space` is None) too."""
+    if space is not None:
+        return space.facts
+    function = contract.FACTS.get(op.target)
+    return Facts() if function is None else function(op)
+
+
+_RANDOM = re.compile(r"rand|normal|dropout|bernoulli|multinomial|poisson|exponential|uniform|cauchy|geometric")
+
+
+def is_random(op: Op, space: Space | None) -> bool:
+    """Whether a call may draw random numbers; a call without loops is judged by its name."""
+    return _RANDOM.search(op.target) is not None if space is None else space.random

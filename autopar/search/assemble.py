@@ -436,10 +436,6 @@ def _note_splits(model: Model, mesh: Mesh, op: Op, placement: Placement, texts: 
             text = "batch"
         elif role is Role.SEQUENCE:
             text = "sequence"
-        elif part.loop == "v" and space.kernel in ("embedding", "cross_entropy"):
-            text = "vocabulary"
-        elif "attention" in op.target:
-            text = "heads"
         else:
-            text = "features"
+            text = space.facts.meaning_of(part.loop).value
         _append(texts[mesh.names[axis]], text)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
-from autopar.ir import MICRO, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split
+from autopar.ir import MICRO, PIPELINE, Family, Layout, Mesh, Op, OpKind, Placement, Split
 from autopar.search.options import AxisKind, Constraints, is_inside
 from autopar.structure import Model, Role, role_of
 
@@ -278,4 +278,4 @@ def _is_linear(model: Model, op: Op) -> bool:
     space = model.spaces.get(op.name)
     graph = model.folded.graph
     reads = any(graph.by_name[value.op].kind is OpKind.PARAMETER for value in op.operands)
-    return space is not None and space.is_contraction and space.kernel is None and reads
+    return space is not None and space.family is Family.MATMUL and space.kernel is None and reads

@@ -14,6 +14,7 @@ from autopar.ir import (
     PASS,
     REPLICATE,
     Layout,
+    Meaning,
     Mesh,
     Op,
     Placement,
@@ -83,7 +84,7 @@ def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> 
     for axis in range(len(constraints.kinds)):
         legal = _of_kind(legal, space, loops, axis, constraints)
     if constraints.vocabulary is not None:
-        legal = _of_vocabulary(legal, op, space, constraints)
+        legal = _of_vocabulary(legal, space, constraints)
     legal = _of_modules(legal, op, space, mesh, constraints)
     if constraints.accept is not None:
         accept = constraints.accept
@@ -120,13 +121,14 @@ def _of_kind(
     return used or [option for option in options if role(option) is None]
 
 
-def _of_vocabulary(options: list[Placement], op: Op, space: Space, constraints: Constraints) -> list[Placement]:
+def _of_vocabulary(options: list[Placement], space: Space, constraints: Constraints) -> list[Placement]:
     """Split, or keep whole, the vocabulary of lookups and losses."""
-    if space.kernel not in ("embedding", "cross_entropy") or "v" not in space.loops:
+    vocabulary = space.facts.loops_of(Meaning.VOCABULARY)
+    if not vocabulary:
         return options
 
     def splits(option: Placement) -> bool:
-        return any(isinstance(part, Split) and part.loop == "v" for part in option)
+        return any(isinstance(part, Split) and part.loop in vocabulary for part in option)
 
     return [option for option in options if splits(option) == constraints.vocabulary] or options
 

@@ -8,7 +8,7 @@ Modules, in reading order: ``repeats``, ``layers``, ``roles``, ``weights``, ``bl
 from autopar.structure.attention_cores import find_cores
 from autopar.structure.blocks import Block, Chain, find_chain, relabel
 from autopar.structure.layers import Edge, Folded, fold, fold_as_planned, regroup
-from autopar.structure.microbatches import MicroSplit, MicroSplitter, batch_size, split_microbatches, updates_in_place
+from autopar.structure.microbatches import MicroSplit, MicroSplitter, batch_size, split_microbatches
 from autopar.structure.model import Model, RouteKey, find_tables, first_rank_axis, in_time, role_of
 from autopar.structure.roles import Role, find_factors
 from autopar.structure.weights import find_source, is_deferrable
@@ -38,5 +38,4 @@ __all__ = [
     "relabel",
     "role_of",
     "split_microbatches",
-    "updates_in_place",
 ]

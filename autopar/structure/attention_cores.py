@@ -26,7 +26,7 @@ def find_cores(graph: Graph, spaces: Mapping[str, Space], names: Sequence[str]) 
             continue
         if space.family is Family.ATTENTION:
             core = {name}
-        elif "softmax" in graph.by_name[name].target:
+        elif space.facts.softmax:
             core = _around(graph, spaces, name, inside, readers)
         else:
             continue

@@ -477,7 +477,7 @@ def _name_of(graph: Graph, spaces: Mapping[str, Space], ops: Sequence[Op], calls
     work: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for op in ops:
         stored = [graph.by_name[value.op] for value in op.operands if graph.by_name[value.op].kind is OpKind.PARAMETER]
-        is_product = op.name in spaces and spaces[op.name].family in (Family.MATMUL, Family.ATTENTION)
+        is_product = op.name in spaces and spaces[op.name].is_product
         paths = [path for path in _modules_of(op) if here[path] == calls[path]]
         for path in paths or [op.layer or (stored[0].target if stored else op.name)]:
             work[path][0] += _flops_of(spaces, op) if is_product else 0.0

@@ -12,7 +12,6 @@ A split op then draws anew in each, because its stream counts the part, and one 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,13 +33,14 @@ from autopar.ir import (
     Split,
     State,
     StateKind,
+    TargetMean,
     Value,
     is_legal,
     operand_layout,
     result_layout,
     shard,
 )
-from autopar.rules import argument, operand
+from autopar.rules import facts_of, is_random
 from autopar.structure.roles import Factors, Role
 
 WHOLE_NBYTES = 1 << 28
@@ -241,8 +241,8 @@ class _Pass:
             choice = _Choice(None, frozenset(), 0)
         self.parts[op.name] = choice.part
         self.whole |= {op.operands[index] for index in choice.whole}
-        if _is_counted(op, space, choice.part):
-            self.counted[op.name] = op.operands[1]
+        if (mean := _find_counted(space, choice.part)) is not None:
+            self.counted[op.name] = op.operands[mean.target]
         self.splits_work |= choice.part is not None and not self.origins[op.name].free
         for index in range(len(op.results)):
             made = REPLICATE if space is None else result_layout(space, (choice.part,), index)[0]
@@ -279,11 +279,10 @@ class _Pass:
 
     def _origin(self, op: Op, space: Space | None) -> _Origin:
         before = [self.origins[value.op] for value in op.operands]
-        drawn = _RANDOM.search(op.target) is not None if space is None else space.random
         own = 0 if space is not None and space.view else sum(tensor.nbytes for tensor in op.results)
         return _Origin(
             free=all(one.free for one in before),
-            random=drawn or any(one.random for one in before),
+            random=is_random(op, space) or any(one.random for one in before),
             nbytes=max([own, *(one.nbytes for one in before)]),
         )
 
@@ -299,7 +298,7 @@ class _Pass:
 
     def _choose(self, op: Op, space: Space | None) -> _Choice | None:
         """The part that keeps most work split: a loop that an operand is split by, else Partial sums passed through, else nothing."""
-        if updates_in_place(op) and self.cut:
+        if facts_of(op, space).writes and self.cut:  # an op that changes what it reads must run once per step
             return None
         if all(self.states[value] == REPLICATE for value in op.operands):
             return _Choice(None, frozenset(), 0)
@@ -333,10 +332,10 @@ class _Pass:
             if need not in (REPLICATE, BROADCAST) or self._keeps_from_whole(value):
                 return None
             whole.add(value)
-        if _is_counted(op, space, part):
-            if any(self._keeps_from_whole(value) for value in op.operands[1:]):
+        if (mean := _find_counted(space, part)) is not None:
+            if any(self._keeps_from_whole(op.operands[index]) for index in (mean.target, mean.weight) if index is not None):
                 return None
-            whole.add(op.operands[1])
+            whole.add(op.operands[mean.target])
         return _Choice(part, frozenset(map(op.operands.index, whole)), sum(self.graph.tensor(value).nbytes for value in whole))
 
     def _keeps_from_whole(self, value: Value) -> str:
@@ -354,11 +353,8 @@ class _Pass:
         """Why no part of an op can be run per micro-batch."""
         where = f"{op.target} at {op.source or op.layer or op.name}"
         count = self.mesh.sizes[0]
-        if space is not None and space.kernel == "batch_norm":
-            return (
-                f"{where} takes its statistics over the whole batch, which no one of {count} micro-batches sees; "
-                "use a norm that works on each sample (GroupNorm, LayerNorm), put this layer into eval mode, or pin microbatches=1"
-            )
+        if (needs_all := facts_of(op, space).whole_batch) is not None:
+            return f"{where} {needs_all.reason}, which no one of {count} micro-batches sees; {needs_all.remedy}, or pin microbatches=1"
         blocked = []
         for value in dict.fromkeys(op.operands):
             state, why = self.states[value], self._keeps_from_whole(value)
@@ -385,10 +381,6 @@ class _Pass:
                 )
 
 
-# Ops without a rule that draw numbers; those with one say so themselves.
-_RANDOM = re.compile(r"rand|normal|dropout|bernoulli|multinomial|poisson|exponential|uniform|cauchy|geometric")
-
-
 def _split_at(space: Space, dims: Dims, state: State) -> Split | None:
     """The split of a loop of `dims` that needs a tensor in `state`; None when the boundary is inside no loop."""
     outer = 1
@@ -403,19 +395,12 @@ def _split_at(space: Space, dims: Dims, state: State) -> Split | None:
 
 def _exchanges(space: Space, loop: str) -> bool:
     """Whether the kernel that a split of `loop` needs talks to the other parts."""
-    return space.loops[loop].kind is LoopKind.KERNEL or space.kernel == "batch_norm" or (space.kernel, loop) == ("embedding_bag", "o")
+    return space.loops[loop].kind is LoopKind.KERNEL or loop in space.facts.coupled
 
 
-def _is_counted(op: Op, space: Space | None, part: Part) -> bool:
-    """Whether the op divides by the number of targets of the whole batch while it sees a part: a mean over tokens with classes."""
-    if space is None or space.kernel not in ("cross_entropy", "nll_loss") or not isinstance(part, Split):
-        return False
-    by_class = space.operands[0] == space.operands[1]  # targets are probabilities: every token counts
-    return part.loop in space.kernel_loops and space.loops[part.loop].kind is LoopKind.SUM and not by_class
-
-
-def updates_in_place(op: Op) -> bool:
-    """Whether the op itself changes its running statistics: once per run, which must be once per step."""
-    return (
-        op.target == "aten.batch_norm.default" and bool(argument(op, 5, "training", False)) and operand(op, 3, "running_mean") is not None
-    )
+def _find_counted(space: Space | None, part: Part) -> TargetMean | None:
+    """The mean over targets that an op is, if this part is one of its tokens: it divides by the number of targets of the whole batch."""
+    if space is None or not isinstance(part, Split):
+        return None
+    is_part_of_tokens = part.loop in space.kernel_loops and space.loops[part.loop].kind is LoopKind.SUM
+    return space.facts.target_mean if is_part_of_tokens else None

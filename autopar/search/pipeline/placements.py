@@ -14,7 +14,7 @@ from fractions import Fraction
 from autopar.cost_models import Cluster, axis_link
 from autopar.costs import CostTables, call_seconds
 from autopar.errors import AutoparError, InputError
-from autopar.ir import MICRO, Family, Mesh, Op, OpKind, Split, fits, with_pipeline
+from autopar.ir import MICRO, Mesh, Op, OpKind, Split, fits, with_pipeline
 from autopar.search.meshes import Trial
 from autopar.search.options import AxisKind, Constraints, call_options
 from autopar.search.pipeline.assignment import BlockMenu
@@ -88,9 +88,7 @@ class Placements:
         self.beside = sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in self.graph.of_kind(kind))
         self.budget = cluster.machine.device.usable_bytes - self.beside
         self._splitter = MicroSplitter(self.graph, model.spaces, model.factors)
-        self._products = [
-            op for op in model.folded.ops if op.name in model.spaces and model.spaces[op.name].family in (Family.MATMUL, Family.ATTENTION)
-        ]
+        self._products = [op for op in model.folded.ops if op.name in model.spaces and model.spaces[op.name].is_product]
         self._models: dict[int, Model | None] = {}
         self._splits: dict[tuple[object, ...], bool] = {}
         self._placed: dict[object, _Placed | None] = {}
