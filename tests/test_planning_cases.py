@@ -21,8 +21,8 @@ from autopar.rewrite.emit import rewrite
 from autopar.search.placement.eliminate import eliminate
 from autopar.search.placement.problem import Arc, Node, Problem
 from autopar.search.placement.solve import Search, evaluate
-from autopar.search.planner import make_plan
 from autopar.structure.layers import fold
+from tests.planning import make_plan
 
 
 class ReturnsItsWeight(nn.Module):
@@ -244,7 +244,7 @@ import torch
 from torch import nn
 from autopar.capture import capture
 from autopar.cost_models import Cluster
-from autopar.planner import make_plan
+from autopar.search.planner import make_plan
 from autopar.plans import to_json
 import dataclasses
 torch.manual_seed(0)
