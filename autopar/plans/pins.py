@@ -148,6 +148,9 @@ class Pins:
         for pattern, stage in self.stages.items():
             if isinstance(stage, bool) or not isinstance(stage, int) or stage < 0:
                 raise InputError(f"pin {pattern!r}: pp={stage!r} isn't the number of a stage, which is an integer from 0")
+        # Copies, so that what happens to the caller's dicts changes nothing here.
+        object.__setattr__(self, "placements", {pattern: dict(loops) for pattern, loops in self.placements.items() if loops})
+        object.__setattr__(self, "stages", dict(self.stages))
         _check_together(self)
 
     @classmethod
