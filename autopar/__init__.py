@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from autopar.api import plan as plan
     from autopar.api import verify as verify
     from autopar.cost_models import Cluster as Cluster
+    from autopar.plans import Pins as Pins
     from autopar.plans import Plan as Plan
     from autopar.report import summarize as summarize
 
@@ -20,6 +21,7 @@ _HOMES = {
     "plan": "autopar.api",
     "verify": "autopar.api",
     "Cluster": "autopar.cost_models",
+    "Pins": "autopar.plans",
     "Plan": "autopar.plans",
     "summarize": "autopar.report",
 }

@@ -13,11 +13,11 @@ from autopar.capture import Captured, ExampleInputs, capture, split_call
 from autopar.checks import Verification, verify_plan
 from autopar.cost_models import Cluster
 from autopar.errors import InputError, PlanError
-from autopar.ir import Layout, with_pipeline
-from autopar.plans import Plan
+from autopar.ir import Layout, Mesh, with_pipeline
+from autopar.plans import NO_PINS, Pins, Plan, reconcile
 from autopar.rewrite import Program, rewrite
 from autopar.runtime import Init, ParallelModule, world
-from autopar.search import check_pins, make_plan, read_pipeline
+from autopar.search import make_plan
 
 Progress = Callable[[str], None]
 
@@ -27,7 +27,7 @@ def plan(
     example_inputs: ExampleInputs,
     cluster: Cluster | str,
     *,
-    pins: Mapping[str, object] | None = None,
+    pins: Mapping[str, object] | Pins | None = None,
     mesh: Mapping[str, int] | None = None,
     strict: bool = False,
     progress: Progress | None = None,
@@ -38,9 +38,9 @@ def plan(
         model: on any device; the meta device is enough.
         example_inputs: one global batch; only shapes and dtypes count.
         cluster: such as ``"4x8xH100"``: 4 machines of 8 devices each.
-        pins: what must be so: axis sizes by kind (``{"dp": 2, "tp": 4}``), ``fsdp`` and ``vocabulary`` (true or false); of a
-            pipeline ``pp`` (groups of ranks), ``schedule`` (``"1f1b"``), ``microbatches``, ``chunks`` (stages on a group) and
-            ``recompute`` (``"none"``, ``"selective"``, ``"full"``); placements and stages of modules by glob
+        pins: what must be so, as a dict or `autopar.Pins`: axis sizes by kind (``{"dp": 2, "tp": 4}``), ``fsdp`` and ``vocabulary`` (true
+            or false); of a pipeline ``pp`` (groups of ranks), ``schedule`` (``"1f1b"``), ``microbatches``, ``chunks`` (stages on a group)
+            and ``recompute`` (``"none"``, ``"selective"``, ``"full"``); placements and stages of modules by glob
             (``{"layers.*.mlp": {"tp": "o"}, "layers.3": {"pp": 1}}``).
         mesh: axis sizes by name instead of a search over meshes; ``dp``, ``tp`` and ``cp`` are kinds, ``pp`` is the pipeline,
             other names are free. With a mesh there is a pipeline only if ``pp`` is in it or pinned.
@@ -54,6 +54,7 @@ def plan(
         UnknownOpError: under `strict`.
     """
     cluster = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
+    pins, group_mesh = reconcile(Pins.parse(pins), mesh)
     if progress is not None:
         progress("capture")
     captured = capture(model, example_inputs)
@@ -62,7 +63,7 @@ def plan(
         cluster,
         model_name=type(model).__name__,
         pins=pins,
-        mesh=mesh,
+        mesh=group_mesh,
         strict=strict,
         notes=captured.notes,
         progress=progress,
@@ -75,7 +76,7 @@ def verify(
     plan: Plan | None = None,
     *,
     cluster: Cluster | str | None = None,
-    pins: Mapping[str, object] | None = None,
+    pins: Mapping[str, object] | Pins | None = None,
     ranks: int | None = None,
     tolerance: float = 1e-9,
 ) -> Verification:
@@ -105,7 +106,7 @@ def verify(
     return verify_plan(model, example_inputs, plan, tolerance=tolerance)
 
 
-def _plan(model: nn.Module, example_inputs: ExampleInputs, cluster: Cluster | str, pins: Mapping[str, object] | None) -> Plan:
+def _plan(model: nn.Module, example_inputs: ExampleInputs, cluster: Cluster | str, pins: Mapping[str, object] | Pins | None) -> Plan:
     """`plan`, for a caller in which that name is taken by an argument."""
     return globals()["plan"](model, example_inputs, cluster, pins=pins)  # type: ignore[no-any-return]
 
@@ -136,7 +137,7 @@ def compile(
     *,
     cluster: Cluster | str | None = None,
     plan: Plan | None = None,
-    pins: Mapping[str, object] | None = None,
+    pins: Mapping[str, object] | Pins | None = None,
     mesh: Mapping[str, int] | None = None,
     strict: bool = False,
     inputs: Literal["global", "local"] = "global",
@@ -170,10 +171,10 @@ def compile(
         raise InputError(f"plan={plan!r} is no plan; read a file with autopar.Plan.load(path)")
     if plan is not None and (pins or mesh):
         raise InputError("a plan has been decided on already; leave out pins and mesh, or the plan")
-    check_pins(read_pipeline(pins or {}, mesh)[1])
+    pins, group_mesh = reconcile(Pins.parse(pins), mesh)
     if inputs == "local" and example_inputs is None:
         raise InputError('inputs="local" needs example_inputs of the global batch: how it is split is known only with a plan')
-    planner = _Planner(cluster, plan, pins, mesh, strict, progress)
+    planner = _Planner(cluster, plan, pins, group_mesh, strict, progress)
     module = CompiledModule(model, planner, inputs=inputs, init=init, device=device)
     planner.layouts = lambda: module.layouts
     if example_inputs is not None:
@@ -212,8 +213,8 @@ class _Planner:
         self,
         cluster: Cluster | str | None,
         plan: Plan | None,
-        pins: Mapping[str, object] | None,
-        mesh: Mapping[str, int] | None,
+        pins: Pins,
+        mesh: Mesh | None,
         strict: bool,
         progress: Progress | None,
     ) -> None:
@@ -246,8 +247,8 @@ class _Planner:
             captured.graph,
             cluster,
             model_name=type(model).__name__,
-            pins=self.pins if first is None else None,
-            mesh=self.mesh if first is None else dict(zip(first.mesh.names, first.mesh.sizes, strict=True)),
+            pins=self.pins if first is None else NO_PINS,
+            mesh=self.mesh if first is None else first.mesh,
             stored=self.layouts(),
             first=first,
             strict=self.strict,

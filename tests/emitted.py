@@ -20,6 +20,7 @@ from autopar.cost_models import Cluster
 from autopar.errors import InputError
 from autopar.ir.graph import Op, OpKind, Value
 from autopar.ir.layout import REPLICATE, Layout, Mesh, Placement, Split, StateKind, fits, shard
+from autopar.plans.pins import NO_PINS, Pins
 from autopar.plans.plan import RECOMPUTE, BlockChoice, Pipeline, Plan
 from autopar.rules.table import find_spaces
 from autopar.schedules.families import SCHEDULES, make_schedule
@@ -28,12 +29,12 @@ from autopar.search.options import AxisKind, Constraints
 from autopar.search.pipeline.variants import choices_of
 from autopar.search.placement.problem import FORBIDDEN, DecisionKind, Problem, build_problem
 from autopar.search.placement.solve import solve
-from autopar.search.planner import make_plan
 from autopar.structure.blocks import Chain, find_chain
 from autopar.structure.layers import fold, regroup
 from autopar.structure.microbatches import MicroSplit, split_microbatches
 from autopar.structure.model import Model, find_tables, in_time, role_of
 from autopar.structure.roles import Role, find_factors
+from tests.planning import make_plan
 from tests.zoo import DEEP, ZOO
 
 GROUPS = ((), (("dp", 2),), (("tp", 2),), (("cp", 2),), (("x", 2),), (("x", 2), ("y", 2)))
@@ -97,7 +98,7 @@ class Subject:
 
     def baselines(self, cluster: str = "4xcpu") -> dict[str, Plan]:
         """The layouts that people use today, by name."""
-        trials = find_trials(self.model, Cluster.parse(cluster), {}, None, {})
+        trials = find_trials(self.model, Cluster.parse(cluster), NO_PINS, None, {})
         plans = {}
         for trial in trials:
             if trial.baseline:
@@ -166,7 +167,7 @@ class Subject:
         key = (axes, microbatches, fsdp)
         if key not in self._timed or is_mixed:
             kinds = tuple(AxisKind(name) if name in ("dp", "tp", "cp") else AxisKind.FREE for name in mesh.names)
-            constraints = Constraints((AxisKind.TIME, *kinds), fsdp=fsdp)
+            constraints = Constraints((AxisKind.TIME, *kinds), Pins(fsdp=fsdp))
             folded = self.model.folded
             if is_mixed:
                 instances = [instance for layer in folded.classes for instance in layer.instances]

@@ -31,7 +31,7 @@ from autopar.rewrite.emit import rewrite
 from autopar.rewrite.program import Program
 from autopar.runtime import failures
 from autopar.runtime.module import ParallelModule
-from autopar.search.planner import make_plan
+from tests.planning import make_plan
 
 ROWS, WIDTH, VOCABULARY = 8, 16, 48
 LIMIT = 30.0

@@ -11,9 +11,9 @@ from pathlib import Path
 import click
 import pytest
 
-from autopar.cli import commands
-from autopar.cli.commands import main, parse_mesh, parse_pins
+from autopar.cli.commands import main
 from autopar.errors import InputError
+from autopar.plans.pins import PIN_NAMES, parse_mesh
 from autopar.plans.plan import (
     RECOMPUTE,
     VERSION,
@@ -30,8 +30,6 @@ from autopar.plans.plan import (
 )
 from autopar.report.text import to_data
 from autopar.schedules.families import SCHEDULES
-from autopar.search import pins
-from autopar.search.meshes import PIN_NAMES
 from tests.commands import refuse, run
 from tests.plans import make_pipelined_plan, make_plan
 
@@ -187,25 +185,7 @@ def test_pins_that_cannot_be_used(pin: str, message: str) -> None:
     assert message in refuse("verify", "m.py:f", "--pin", pin)
 
 
-def test_pins_are_read() -> None:
-    pins = parse_pins(["tp=2", " dp = 4", "fsdp=true", "vocabulary=False"])
-    assert pins == {"tp": 2, "dp": 4, "fsdp": True, "vocabulary": False}
-    assert parse_pins([]) == {}
-    pins = parse_pins(["pp=4", "schedule=zb-v", "microbatches=16", "chunks=2", "recompute=full"])
-    assert pins == {"pp": 4, "schedule": "zb-v", "microbatches": 16, "chunks": 2, "recompute": "full"}
-    assert parse_pins(["recompute=true"]) == {"recompute": True}
-    assert parse_pins(["model.layers.3 = pp:2", "layers.*.mlp=tp:o, pp: 0"]) == {
-        "model.layers.3": {"pp": 2},
-        "layers.*.mlp": {"tp": "o", "pp": 0},
-    }
-    with pytest.raises(InputError, match="pin 'tp' is given twice"):
-        parse_pins(["tp=2", "tp=4"])
-    with pytest.raises(InputError, match="an integer from 1"):
-        parse_pins([f"tp={'9' * 5000}"])
-
-
 def test_every_pin_is_in_the_help() -> None:
-    assert set(commands.PIPELINE_PINS) == set(pins.PINS)
     for command in ("plan", "verify"):
         text = run(command, "--help").stdout
         assert all(f"{name}=" in text for name in PIN_NAMES)

@@ -20,10 +20,10 @@ from autopar.ir.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, Split
 from autopar.ir.reshard import Collective, journey
 from autopar.plans.plan import Plan
 from autopar.rules.table import find_spaces
-from autopar.search.planner import make_plan
 from autopar.structure.layers import fold
 from autopar.structure.model import Model, find_tables
 from autopar.structure.roles import find_factors
+from tests.planning import make_plan
 
 BATCH, WIDTH, HIDDEN = 64, 256, 1024
 SHARED = Cluster.parse("8xH100")

@@ -22,12 +22,12 @@ from autopar.search.options import AxisKind, Constraints
 from autopar.search.pipeline.variants import Choices, Menus, choices_of, find_shared, join_menus, mix, read_chain
 from autopar.search.placement.problem import build_problem, restrict
 from autopar.search.placement.solve import Search
-from autopar.search.planner import make_plan
 from autopar.structure.blocks import find_chain, relabel
 from autopar.structure.layers import fold, fold_as_planned, regroup
 from autopar.structure.microbatches import split_microbatches
 from autopar.structure.model import Model, find_tables, in_time
 from autopar.structure.roles import find_factors
+from tests.planning import make_plan
 from tests.zoo import DEEP
 
 TINY: Mapping[str, object] = {"dp": 4, "recompute": "none"}

@@ -15,8 +15,8 @@ from autopar.cost_models import Cluster
 from autopar.costs.tables import OPTIMIZER_COPIES
 from autopar.ops import comm
 from autopar.runtime.executor import Executor
-from autopar.search.planner import make_plan
 from tests.emitted import subject
+from tests.planning import make_plan
 
 
 class _Living(TorchDispatchMode):

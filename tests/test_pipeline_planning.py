@@ -17,13 +17,14 @@ from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, InputError
 from autopar.ir.graph import Graph, OpKind
 from autopar.ir.layout import REPLICATE, StateKind, shard
+from autopar.plans.pins import NO_PINS
 from autopar.plans.plan import Plan
 from autopar.rules.table import find_spaces
 from autopar.schedules.families import SCHEDULES
-from autopar.search.pins import keep_pipeline
-from autopar.search.planner import make_plan
+from autopar.search.planner import keep_pipeline
 from autopar.structure.blocks import find_chain
 from autopar.structure.layers import fold
+from tests.planning import make_plan
 
 
 class Layers(nn.Module):
@@ -195,9 +196,9 @@ def test_a_later_batch_keeps_the_stages(layers: Graph) -> None:
     first = plan_for(layers, pp=2, microbatches=8, schedule="1f1b", dp=2)
     graph = capture(Layers(), (torch.randn(6, 32), torch.randint(0, 8, (6,)))).graph
     chain = find_chain(fold(graph), find_spaces(graph)[0])
-    wanted = keep_pipeline(first, chain, 6)
-    assert (wanted.groups, wanted.schedule, wanted.microbatches) == (2, "1f1b", 3)
-    assert wanted.stages == {block.name: block.stage for block in first.pipeline.blocks}
+    pins = keep_pipeline(NO_PINS, first, chain, 6)
+    assert (pins.pp, pins.schedule, pins.microbatches) == (2, "1f1b", 3)
+    assert pins.stages == {block.name: block.stage for block in first.pipeline.blocks}
 
 
 def test_what_the_planner_prefers_is_exact() -> None:

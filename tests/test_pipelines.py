@@ -32,10 +32,10 @@ from autopar.rewrite.program import Program
 from autopar.runtime.gradients import StashedGradients, Tracked
 from autopar.runtime.pipeline import StageRunner
 from autopar.schedules.families import SCHEDULES
-from autopar.search.planner import make_plan
 from tests.emitted import subject
 from tests.exactness import CASES, PIPELINED, Case, amiss, left_out, make_pipeline
 from tests.helpers import tree_allclose
+from tests.planning import make_plan
 from tests.zoo import DEEP, bert_deep, gpt2_deep, resnet
 
 

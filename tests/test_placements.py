@@ -15,10 +15,10 @@ from autopar.capture.export import capture
 from autopar.cost_models import Cluster
 from autopar.ir.graph import OpKind
 from autopar.ir.layout import StateKind, fits, is_legal
+from autopar.plans.pins import NO_PINS, Pins
 from autopar.rules.table import find_spaces
 from autopar.schedules.families import make_schedule, splits_backward
 from autopar.search.meshes import group_trials
-from autopar.search.pins import Wanted
 from autopar.search.pipeline.assignment import BlockMenu, Cut, Variant, evaluate
 from autopar.search.pipeline.configurations import ROUNDS, PipelineSearch, _least_seconds
 from autopar.search.pipeline.drafts import draft
@@ -58,7 +58,7 @@ class Shared(nn.Module):
 
 
 def make_search(
-    module: nn.Module, inputs: tuple[Any, ...], cluster: str, memory: int | None = None, wanted: Wanted | None = None
+    module: nn.Module, inputs: tuple[Any, ...], cluster: str, memory: int | None = None, wanted: Pins | None = None
 ) -> tuple[PipelineSearch, list[Shape]]:
     graph = capture(module, inputs).graph
     spaces, _ = find_spaces(graph)
@@ -67,8 +67,8 @@ def make_search(
     found = Cluster.parse(cluster)
     if memory is not None:
         found = found.with_memory(found.machine.device.reserved_bytes + memory)
-    search = PipelineSearch(model, find_chain(folded, spaces), found, wanted or Wanted(), True, lambda _: None)
-    return search, search.find_shapes(lambda groups: group_trials(model, found, groups, {}, None, {}), alone=True)
+    search = PipelineSearch(model, find_chain(folded, spaces), found, wanted or NO_PINS, True, lambda _: None)
+    return search, search.find_shapes(lambda groups: group_trials(model, found, groups, NO_PINS, None, {}), alone=True)
 
 
 def odd(cluster: str, rows: int = 48, layers: int = 8, **options: Any) -> tuple[PipelineSearch, list[Shape]]:
@@ -229,7 +229,7 @@ def test_stages_are_searched_with_the_placements_of_their_own_shape() -> None:
 
 
 def test_where_the_first_schedule_needs_too_much_the_leanest_ranks_a_shape() -> None:
-    large: dict[str, Any] = {"rows": 1024, "layers": 16, "wanted": Wanted(recompute="none")}
+    large: dict[str, Any] = {"rows": 1024, "layers": 16, "wanted": Pins(recompute="none")}
     search, shapes = odd("8xcpu", **large)
     shape = replace(next(one for one in shapes if one.groups == 8), microbatches=16)
     wide, lean = (search._draft(shape, family, chunks) for family, chunks in (("1f1b", 1), ("v-half", 2)))

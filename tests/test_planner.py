@@ -18,16 +18,17 @@ from autopar.errors import InfeasibleError, InputError, PlanError, UnknownOpErro
 from autopar.ir.graph import OpKind, Value
 from autopar.ir.layout import Mesh, Split, StateKind
 from autopar.plans.fits import check_fits, fingerprint
+from autopar.plans.pins import NO_PINS
 from autopar.plans.plan import Plan
 from autopar.rules.table import find_spaces
 from autopar.search.meshes import find_trials
 from autopar.search.options import AxisKind, Constraints
 from autopar.search.placement.problem import Problem, build_problem
 from autopar.search.placement.solve import evaluate, solve
-from autopar.search.planner import make_plan
 from autopar.structure.layers import fold
 from autopar.structure.model import Model, find_tables
 from autopar.structure.roles import Role, find_factors
+from tests.planning import make_plan
 
 
 @functools.cache
@@ -288,7 +289,7 @@ def test_stored_layouts_are_kept() -> None:
 
 
 def test_meshes_that_are_tried() -> None:
-    trials = find_trials(model_of(captured("gpt2")), Cluster.parse("8xcpu"), {}, None, {})
+    trials = find_trials(model_of(captured("gpt2")), Cluster.parse("8xcpu"), NO_PINS, None, {})
     assert [str(t.mesh) for t in trials if t.name == "search"] == ["x=8", "x=4 x y=2", "x=2 x y=4"]
     assert [str(t.mesh) for t in trials if t.baseline] == ["dp=8", "dp=8", "tp=8", "tp=8"]
 

@@ -21,8 +21,8 @@ from autopar.rewrite.emit import rewrite
 from autopar.search.placement.eliminate import eliminate
 from autopar.search.placement.problem import Arc, Decision, DecisionKind, Node, Problem
 from autopar.search.placement.solve import Search, evaluate
-from autopar.search.planner import make_plan
 from autopar.structure.layers import fold
+from tests.planning import make_plan
 
 
 class ReturnsItsWeight(nn.Module):

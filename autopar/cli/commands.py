@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,26 +26,23 @@ from rich.table import Table
 from rich.text import Text
 
 from autopar.errors import AutoparError, CommError, InfeasibleError, InputError, PlanError, SolverError, VerificationError
-from autopar.ir import PIPELINE, with_pipeline
-from autopar.schedules import SCHEDULES
-from autopar.search import LATER_PINS, PIN_NAMES, check_pins
+from autopar.ir import with_pipeline
+from autopar.plans import Pins, Plan, describe_pins, parse_mesh, to_json
 from autopar.units import format_bytes, format_seconds, parse_bytes
 
 # torch takes seconds to import: commands import what needs it when they run, so that help and mistakes are answered at once.
 if TYPE_CHECKING:
     from autopar.checks import Verification
     from autopar.cost_models import Cluster, Machine
-    from autopar.plans import Plan
 
 # Columns when the output is no terminal, such as a file: wide enough for a source line beside its op.
 _PIPED_WIDTH = 120
+# Columns of help below its headings: click writes 80 at most.
+_HELP_WIDTH = 74
 _VERIFY_RANKS = 4
 _VERIFY_TOLERANCE = 1e-9
 
 _TRAINED_DTYPES = ("bfloat16", "float16", "float32")
-# Read by `autopar.search.pins`, which takes long to import.
-PIPELINE_PINS = ("pp", "schedule", "microbatches", "chunks", "recompute")
-_SWITCHES = {"true": True, "false": False}
 
 _MODEL_HELP = """
     \b
@@ -53,22 +51,20 @@ _MODEL_HELP = """
       package.module:function  a function that returns (model, example_inputs)
       file.py:function         the same, in a file
 """
-_PIN_HELP = f"""
-    \b
-    Pins fix a choice and leave the rest to the search:
-      dp=N tp=N cp=N           ranks that split the batch, features, the sequence
-      pp=N                     groups of ranks that form a pipeline
-      microbatches=N chunks=N  parts of the batch, one after the other; stages on a group
-      schedule=NAME            {", ".join(list(SCHEDULES)[:3])},
-                               {", ".join(list(SCHEDULES)[3:])}
-      recompute=KIND           what the backward runs again: none, selective
-                               (attention cores) or full
-      fsdp=true|false          whether parameters are stored split over dp
-      vocabulary=true|false    whether lookups and losses are split by vocabulary
-      MODULE=pp:N              stage of a module: "model.layers.3=pp:2"
-      MODULE=AXIS:LOOP         loop of its ops: "model.layers.*.mlp.up_proj=tp:o"
-"""
 _EXIT_HELP = "Exit codes: 0 done, 1 no plan exists or the verification failed, 2 bad input."
+
+
+def _list_pins() -> str:
+    """Every pin with its meaning, a column of each, for the text of a command's help."""
+    width = max(len(form) for form, _ in describe_pins()) + 2
+    lines: list[str] = []
+    for form, meaning in describe_pins():
+        first, *rest = textwrap.wrap(meaning, _HELP_WIDTH - width, break_on_hyphens=False)
+        lines += [f"      {form:{width}}{first}", *(f"      {'':{width}}{line}" for line in rest)]
+    return "\n".join(["", "    \b", "    Pins fix a choice and leave the rest to the search:", *lines, ""])
+
+
+_PIN_HELP = _list_pins()
 
 
 class _Commands(click.Group):
@@ -115,7 +111,7 @@ def _add_model_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _add_pin_option(command: Callable[..., None]) -> Callable[..., None]:
-    text = "Fix a choice, such as tp=2 (the names are below). Repeatable."
+    text = "Fix a choice, such as tp=2, of those listed above. Repeatable."
     return click.option("--pin", "pins", multiple=True, metavar="NAME=VALUE", help=text)(command)
 
 
@@ -150,7 +146,7 @@ def plan(
     as_json: bool,
 ) -> None:
     """Run ``autopar plan``."""
-    parsed_pins = parse_pins(pins)
+    parsed_pins = Pins.parse_texts(pins)
     parsed_mesh = None if mesh is None else parse_mesh(mesh)
     devices = _parse_cluster(cluster, memory)
     # Told before the search, not after it.
@@ -162,7 +158,6 @@ def plan(
         progress("loading the model")
         from autopar import api
         from autopar.cli.models import load_model
-        from autopar.plans import to_json
         from autopar.report import summarize
 
         loaded = load_model(model, batch=batch, seq=seq, dtype=dtype)
@@ -170,7 +165,7 @@ def plan(
             loaded.model,
             loaded.example_inputs,
             devices,
-            pins=parsed_pins or None,
+            pins=parsed_pins,
             mesh=parsed_mesh,
             strict=strict,
             progress=progress,
@@ -199,7 +194,6 @@ def plan(
 @click.option("--json", "as_json", is_flag=True, help="Print data for programs: seconds and bytes, no units.")
 def explain(file: Path, layer: str | None, as_json: bool) -> None:
     """Run ``autopar explain``."""
-    from autopar.plans import Plan
     from autopar.report import text
 
     saved = Plan.load(file)
@@ -246,7 +240,7 @@ def verify(
     as_json: bool,
 ) -> None:
     """Run ``autopar verify``."""
-    parsed_pins = parse_pins(pins)
+    parsed_pins = Pins.parse_texts(pins)
     saved = None if plan_file is None else _load_checked_plan(plan_file, ranks, parsed_pins)
     with _show_progress() as progress:
         progress("loading the model")
@@ -259,7 +253,7 @@ def verify(
             loaded.model,
             loaded.example_inputs,
             saved,
-            pins=parsed_pins or None,
+            pins=parsed_pins,
             ranks=None if saved is not None else ranks or _VERIFY_RANKS,
             tolerance=tolerance,
         )
@@ -291,63 +285,6 @@ def machines(as_json: bool) -> None:
         _print_machines(found, _make_console(sys.stdout))
 
 
-def parse_pins(texts: Sequence[str]) -> dict[str, Any]:
-    """Read ``tp=2``, ``fsdp=true`` and ``model.layers.3=pp:2`` as pins by name.
-
-    Raises InputError for what isn't known, or is given twice.
-    """
-    pins: dict[str, Any] = {}
-    for text in texts:
-        name, _, value = (part.strip() for part in text.partition("="))
-        if name in pins:
-            raise InputError(f"pin {name!r} is given twice")
-        is_module = ":" in value and name not in (*PIN_NAMES, *LATER_PINS)
-        pins[name] = _parse_module_pin(text, value) if is_module else _parse_value(value)
-    check_pins(pins)
-    if any(name in PIPELINE_PINS or isinstance(value, dict) for name, value in pins.items()):
-        from autopar.search import read_pins
-
-        read_pins(pins)
-    return pins
-
-
-def _parse_value(text: str) -> int | bool | str:
-    return int(text) if _is_number(text) else _SWITCHES.get(text.lower(), text)
-
-
-def _is_number(text: str) -> bool:
-    """Whether a text is a whole number, of a length that Python reads; nothing here has more than 18 digits."""
-    return text.isascii() and text.isdigit() and len(text) <= 18
-
-
-def _parse_module_pin(text: str, value: str) -> dict[str, int | str]:
-    """Read ``pp:2,tp:o``: the stage of a module, and loops of its ops by axis."""
-    found: dict[str, Any] = {}
-    for part in value.split(","):
-        axis, colon, choice = (piece.strip() for piece in part.partition(":"))
-        if not (axis and colon and choice):
-            raise InputError(f"{part!r} in pin {text!r} is no choice for a module; write pp:STAGE or AXIS:LOOP, joined by commas")
-        if axis in found:
-            raise InputError(f"pin {text!r} names the axis {axis!r} twice")
-        found[axis] = _parse_value(choice) if axis == PIPELINE else choice
-    return found
-
-
-def parse_mesh(text: str) -> dict[str, int]:
-    """Read ``dp=4,tp=2`` as axis sizes by name, outermost first. Raises InputError when it isn't that."""
-    mesh: dict[str, int] = {}
-    for part in text.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (name.isidentifier() and equals):
-            raise InputError(f"{part!r} in mesh {text!r} is no axis; write axes as name=size, such as dp=4,tp=2")
-        if name in mesh:
-            raise InputError(f"mesh {text!r} names the axis {name!r} twice")
-        if not (_is_number(value) and int(value) >= 1):
-            raise InputError(f"mesh {text!r}: {name}={value} is no size of an axis; a whole number of ranks from 1 is needed")
-        mesh[name] = int(value)
-    return mesh
-
-
 def _parse_cluster(text: str, memory: str | None) -> Cluster:
     """Read the cluster; InputError when it isn't one, InfeasibleError when `memory` is less than the device itself takes."""
     from autopar.cost_models import Cluster, HardwareError
@@ -365,10 +302,8 @@ def _parse_cluster(text: str, memory: str | None) -> Cluster:
         raise InfeasibleError(str(error)) from error
 
 
-def _load_checked_plan(file: Path, ranks: int | None, pins: dict[str, Any]) -> Plan:
+def _load_checked_plan(file: Path, ranks: int | None, pins: Pins) -> Plan:
     """Load a plan; what would contradict it is refused, not ignored."""
-    from autopar.plans import Plan
-
     if pins:
         raise InputError("--pin has no say over a plan that is made already; leave out --pin or --plan")
     saved = Plan.load(file)

@@ -1,11 +1,13 @@
-"""The plan: every decision and its predicted cost, as data that can be saved, checked and compared.
+"""The plan, every decision and its predicted cost, and the pins that it is made under: data that can be saved, checked and compared.
 
-Comes in: what the search decided. Goes out: to the rewrite and the runtime, which carry it out, and to the report.
+Comes in: what the user pinned; what the search decided. Goes out: pins to the search, and plans to the rewrite and the runtime, which carry
+them out, and to the report.
 
-Modules, in reading order: ``plan``, ``fits``.
+Modules, in reading order: ``plan``, ``fits``, ``pins``.
 """
 
 from autopar.plans.fits import check_fits, fingerprint
+from autopar.plans.pins import NO_PINS, Pins, describe_pins, parse_mesh, reconcile
 from autopar.plans.plan import (
     RECOMPUTE,
     BlockChoice,
@@ -23,11 +25,13 @@ from autopar.plans.plan import (
 )
 
 __all__ = [
+    "NO_PINS",
     "RECOMPUTE",
     "BlockChoice",
     "Candidate",
     "Group",
     "Memory",
+    "Pins",
     "Pipeline",
     "Plan",
     "Proof",
@@ -35,7 +39,10 @@ __all__ = [
     "Traffic",
     "Unruled",
     "check_fits",
+    "describe_pins",
     "fingerprint",
     "from_json",
+    "parse_mesh",
+    "reconcile",
     "to_json",
 ]

@@ -2,11 +2,9 @@
 
 Comes in: a `Graph`, a cluster, pins. Goes out: a `Plan` with its proof.
 
-Modules, in reading order: ``linear_model``, ``options``, ``pins``, ``meshes``, ``placement``, ``pipeline``, ``assemble``, ``planner``.
+Modules, in reading order: ``linear_model``, ``options``, ``meshes``, ``placement``, ``pipeline``, ``assemble``, ``trials``, ``planner``.
 """
 
-from autopar.search.meshes import LATER_PINS, PIN_NAMES, check_pins
-from autopar.search.pins import read_pins, read_pipeline
 from autopar.search.planner import make_plan
 
-__all__ = ["LATER_PINS", "PIN_NAMES", "check_pins", "make_plan", "read_pins", "read_pipeline"]
+__all__ = ["make_plan"]

@@ -28,6 +28,7 @@ from autopar.ir import (
     is_legal,
     shard,
 )
+from autopar.plans import NO_PINS, Pins
 from autopar.structure import Model, Role, first_rank_axis, role_of
 
 
@@ -47,21 +48,20 @@ class Constraints:
 
     Attributes:
         kinds: per axis what it may do.
-        fsdp: True stores every parameter split over the dp axes, False whole, None leaves it to the search.
-        vocabulary: True splits the vocabulary over the tp axes, False never does, None leaves it to the search.
-        modules: glob of module paths -> axis -> loop: placements that the user pins.
+        pins: of which `fsdp`, `vocabulary`, `placements` and kinds of one rank are obeyed here; a baseline pins too.
         stored: layouts that parameters already have and keep (a second program over the same parameters).
         accept: a baseline's own rule: (op, axis, part) -> allowed.
-        barred: kinds that free axes may not be: those that the user pinned to one rank.
     """
 
     kinds: tuple[AxisKind, ...]
-    fsdp: bool | None = None
-    vocabulary: bool | None = None
-    modules: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    pins: Pins = NO_PINS
     stored: Mapping[str, Layout] = field(default_factory=dict)
     accept: Callable[[Op, Placement], bool] | None = None
-    barred: frozenset[AxisKind] = frozenset()
+
+    @property
+    def barred(self) -> frozenset[AxisKind]:
+        """Kinds that free axes may not be: a kind that is pinned to one rank is none at all, so what ranks are left over do is another."""
+        return frozenset(AxisKind(name) for name, size in self.pins.axis_sizes.items() if size == 1 and not self.stored)
 
 
 def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Placement]:
@@ -83,9 +83,9 @@ def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> 
     legal: list[Placement] = [option for option in options if is_legal(space, option, mesh)]  # type: ignore[misc, arg-type]
     for axis in range(len(constraints.kinds)):
         legal = _of_kind(legal, space, loops, axis, constraints)
-    if constraints.vocabulary is not None:
-        legal = _of_vocabulary(legal, space, constraints)
-    legal = _of_modules(legal, op, space, mesh, constraints)
+    if constraints.pins.vocabulary is not None:
+        legal = _of_vocabulary(legal, space, splits_vocabulary=constraints.pins.vocabulary)
+    legal = _of_modules(legal, op, space, mesh, constraints.pins.placements)
     if constraints.accept is not None:
         accept = constraints.accept
         legal = [option for option in legal if accept(op, option)] or legal
@@ -108,7 +108,7 @@ def _of_kind(
         return role_of(loops, part) if isinstance(part, Split) else None
 
     if kind is AxisKind.FREE:
-        roles = {_ROLES[one] for one in constraints.barred}
+        roles = {_ROLES[barred] for barred in constraints.barred}
         return [option for option in options if role(option) not in roles] or options
     if kind is AxisKind.TP:
         allowed = [option for option in options if role(option) is not Role.BATCH]
@@ -121,7 +121,7 @@ def _of_kind(
     return used or [option for option in options if role(option) is None]
 
 
-def _of_vocabulary(options: list[Placement], space: Space, constraints: Constraints) -> list[Placement]:
+def _of_vocabulary(options: list[Placement], space: Space, *, splits_vocabulary: bool) -> list[Placement]:
     """Split, or keep whole, the vocabulary of lookups and losses."""
     vocabulary = space.facts.loops_of(Meaning.VOCABULARY)
     if not vocabulary:
@@ -130,15 +130,15 @@ def _of_vocabulary(options: list[Placement], space: Space, constraints: Constrai
     def splits(option: Placement) -> bool:
         return any(isinstance(part, Split) and part.loop in vocabulary for part in option)
 
-    return [option for option in options if splits(option) == constraints.vocabulary] or options
+    return [option for option in options if splits(option) == splits_vocabulary] or options
 
 
-def _of_modules(options: list[Placement], op: Op, space: Space, mesh: Mesh, constraints: Constraints) -> list[Placement]:
+def _of_modules(options: list[Placement], op: Op, space: Space, mesh: Mesh, placements: Mapping[str, Mapping[str, str]]) -> list[Placement]:
     """Keep the placements that the user pinned for the op's module; InputError where an op has the loop but can't be split so."""
-    for pattern, wanted in constraints.modules.items():
+    for pattern, loops in placements.items():
         if not space.is_contraction or not is_inside(op.layer, pattern):
             continue
-        for name, loop in wanted.items():
+        for name, loop in loops.items():
             axis = mesh.names.index(name)
             pinned = [option for option in options if isinstance(p := option[axis], Split) and p.loop == loop]
             if not pinned and loop in space.loops:
@@ -166,8 +166,8 @@ def parameter_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints
         states += [shard(dim, outer) for outer in bounds]
     layouts = _fitting(tensor, states, mesh)
     for axis, kind in enumerate(constraints.kinds):
-        if kind is AxisKind.DP and constraints.fsdp is not None:
-            split = [x for x in layouts if (x[axis].kind is StateKind.SHARD) == constraints.fsdp]
+        if kind is AxisKind.DP and constraints.pins.fsdp is not None:
+            split = [x for x in layouts if (x[axis].kind is StateKind.SHARD) == constraints.pins.fsdp]
             layouts = split or layouts
         if kind is AxisKind.CP:
             layouts = [x for x in layouts if x[axis] == REPLICATE]

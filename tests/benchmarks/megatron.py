@@ -85,6 +85,7 @@ def measure(row: Row, free: bool) -> dict[str, object]:
 
     from autopar.cost_models import Cluster
     from autopar.errors import AutoparError
+    from autopar.plans import Pins
     from autopar.search.planner import make_plan
 
     torch.set_num_threads(1)
@@ -106,7 +107,7 @@ def measure(row: Row, free: bool) -> dict[str, object]:
         }
     result: dict[str, object] = {"capture_s": captured_at - start, "ops": len(captured.graph.ops)}
     try:
-        plan = make_plan(captured.graph, Cluster.parse(f"{row.gpus // 8}x8xa100-80gb"), pins=pins)
+        plan = make_plan(captured.graph, Cluster.parse(f"{row.gpus // 8}x8xa100-80gb"), pins=Pins.parse(pins))
     except AutoparError as error:
         return result | {"outcome": f"{type(error).__name__}: {error}", "plan_s": time.perf_counter() - captured_at}
     kinds = {block.recompute for block in plan.pipeline.blocks}

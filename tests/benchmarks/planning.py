@@ -39,6 +39,7 @@ def measure(config: str, cluster: str, batch: int, seq: int, groups: int | None)
     from autopar.cli.models import load_model
     from autopar.cost_models import Cluster
     from autopar.errors import InfeasibleError
+    from autopar.plans import Pins
     from autopar.search.planner import make_plan
 
     torch.set_num_threads(2)
@@ -59,7 +60,7 @@ def measure(config: str, cluster: str, batch: int, seq: int, groups: int | None)
     last = ["start"]
     try:
         pins = {} if groups is None else {"pp": groups, "schedule": "1f1b"}
-        plan = make_plan(captured.graph, Cluster.parse(cluster), pins=pins, progress=progress)
+        plan = make_plan(captured.graph, Cluster.parse(cluster), pins=Pins.parse(pins), progress=progress)
     except InfeasibleError as error:
         result |= {"outcome": str(error)}
     else:

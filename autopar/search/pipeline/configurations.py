@@ -17,11 +17,10 @@ from enum import IntEnum
 from autopar.cost_models import Cluster
 from autopar.errors import AutoparError, InfeasibleError, InputError, SolverError
 from autopar.ir import Layout, Mesh
-from autopar.plans import RECOMPUTE, BlockChoice, Candidate, Pipeline
+from autopar.plans import RECOMPUTE, BlockChoice, Candidate, Pins, Pipeline
 from autopar.schedules import Schedule, check_schedule, forwards_first, make_schedule, splits_backward
 from autopar.search.meshes import Trial
 from autopar.search.options import AxisKind, is_inside
-from autopar.search.pins import Wanted
 from autopar.search.pipeline.assignment import Assignment, BlockMenu, assign
 from autopar.search.pipeline.drafts import draft, find_leanest
 from autopar.search.pipeline.menus import PHASES, longest_path, make_problem, measure
@@ -109,7 +108,7 @@ class PipelineSearch:
         model: Model,
         chain: Chain,
         cluster: Cluster,
-        wanted: Wanted,
+        wanted: Pins,
         returns_loss: bool,
         tell: Callable[[str], None],
     ) -> None:
@@ -386,7 +385,7 @@ class PipelineSearch:
     def _read_stages(self) -> dict[str, int]:
         """Stages by block, from those that the user gave by module."""
         pinned: dict[str, int] = {}
-        for pattern, stage in (self.wanted.stages or {}).items():
+        for pattern, stage in self.wanted.stages.items():
             inside = [
                 block.name
                 for block in self.chain.blocks
@@ -405,7 +404,7 @@ class PipelineSearch:
         """
         wanted, world = self.wanted, self.cluster.world_size
         blocks = len(self.chain.blocks)
-        least = wanted.groups or 1
+        least = wanted.pp or 1
         if least * (wanted.chunks or 1) > blocks:
             raise InputError(
                 f"pins pp={least}, chunks={wanted.chunks or 1} make {least * (wanted.chunks or 1)} stages, but the model can be cut into "
@@ -413,11 +412,7 @@ class PipelineSearch:
             )
         batch = batch_size(self.graph, self.model.factors)
         shapes = []
-        sizes = (
-            [wanted.groups]
-            if wanted.groups is not None
-            else [n for n in range(1 if alone else 2, min(blocks, world) + 1) if world % n == 0]
-        )
+        sizes = [wanted.pp] if wanted.pp is not None else [n for n in range(1 if alone else 2, min(blocks, world) + 1) if world % n == 0]
         for groups in sizes:
             for trial in find_group_trials(groups):
                 shapes += [Shape(groups, trial, count) for count in self._counts(batch, groups, trial)]

@@ -1,0 +1,316 @@
+"""Pins: the choices that a user fixes before the search, which makes all others.
+
+`TABLE` lists what can be pinned by name. The parser, its messages, the command line's help and the list in ``docs/cli.md`` come from it.
+Pins are read and checked once, at the edge, and are `Pins` from there on:
+
+    >>> pins = Pins.parse({"tp": 8, "layers.*.mlp": {"tp": "o"}})
+    >>> pins == Pins.parse_texts(["tp=8", "layers.*.mlp=tp:o"])
+    True
+    >>> print(pins)
+    tp=8, layers.*.mlp=tp:o
+
+To add a pin, add a row to `TABLE` and a field of its name to `Pins`, and obey it in `autopar.search`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from autopar.errors import InputError
+from autopar.ir import MICRO, PIPELINE, Mesh
+from autopar.plans.plan import RECOMPUTE
+from autopar.schedules import SCHEDULES, check_schedule
+
+
+def _read_axis_size(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"pin {name}={value!r}: the size of an axis is needed, an integer from 1")
+    return value
+
+
+def _read_count(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"pin {name}={value!r}: an integer from 1 is needed")
+    return value
+
+
+def _read_switch(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"pin {name}={value!r}: true or false is needed")
+    return value
+
+
+def _read_schedule(name: str, value: object) -> str:
+    if not (isinstance(value, str) and value in SCHEDULES):
+        raise InputError(f"pin {name}={value!r} is unknown; there are {', '.join(SCHEDULES)}")
+    return value
+
+
+def _read_recompute(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return "full" if value else "none"
+    if not (isinstance(value, str) and value in RECOMPUTE):
+        raise InputError(f"pin {name}={value!r} is unknown; there are {', '.join(RECOMPUTE)}, true (full) and false (none)")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Something that can be pinned by name.
+
+    Attributes:
+        name: of the pin, and of the field of `Pins` that holds its value.
+        values: the values that it takes, as help writes them.
+        read: (name, value) to the field's value; raises InputError when the value can't be used. A pin that is given as text is
+            turned into an integer, a bool or else left a string before.
+        help: its meaning, in a line.
+        of_pipeline: whether only the search over pipelines obeys it; micro-batches and recomputation are a pipeline of one stage.
+    """
+
+    name: str
+    values: str
+    read: Callable[[str, object], Any]
+    help: str
+    of_pipeline: bool = False
+
+
+TABLE = (
+    Pin("dp", "N", _read_axis_size, "ranks that split the batch; 1 is none"),
+    Pin("tp", "N", _read_axis_size, "ranks that split features; 1 is none"),
+    Pin("cp", "N", _read_axis_size, "ranks that split the sequence; 1 is none"),
+    Pin("pp", "N", _read_count, "groups of ranks that form a pipeline; 1 is none", of_pipeline=True),
+    Pin("fsdp", "true|false", _read_switch, "whether parameters are stored split over dp; true needs such an axis in every group of ranks"),
+    Pin("vocabulary", "true|false", _read_switch, "whether lookups and losses are split by the vocabulary"),
+    Pin("schedule", "NAME", _read_schedule, f"the pipeline's schedule: {', '.join(SCHEDULES)}", of_pipeline=True),
+    Pin("microbatches", "N", _read_count, "parts of the batch that run one after the other; a divisor of the batch", of_pipeline=True),
+    Pin("chunks", "N", _read_count, "stages on each group of ranks", of_pipeline=True),
+    Pin(
+        "recompute",
+        "KIND",
+        _read_recompute,
+        "what of every block the backward runs again: none, selective (the attention core), full; true and false are full and none",
+        of_pipeline=True,
+    ),
+)
+"""Every pin that has a name; what is pinned of modules is given by their paths (`describe_pins` lists both)."""
+
+PIN_NAMES = tuple(pin.name for pin in TABLE)
+
+LATER_PINS = ("ep", "offload", "attention")
+"""Names that are refused today and will be pins of later versions."""
+
+
+def describe_pins() -> tuple[tuple[str, str], ...]:
+    """(how a pin is written, what it means) of everything that can be pinned, for help and documentation."""
+    return (
+        *((f"{pin.name}={pin.values}", pin.help) for pin in TABLE),
+        ("MODULE=pp:N", "the stage that a module is on, from 0; * in the module's path stands for any name"),
+        ("MODULE=AXIS:LOOP", "the loop that an axis splits in a module's ops; loops and stage are joined by commas"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Pins:
+    """What the user fixes; None and absent modules are left to the search.
+
+    `TABLE` tells the meaning of the fields, but for the last two. Every way to make `Pins` checks them: InputError for values that can't be
+    used or that contradict each other.
+
+    Attributes:
+        placements: glob of module paths -> axis of the mesh -> loop of the modules' ops that the axis splits.
+        stages: glob of module paths, or name of a block -> the stage that it is on, from 0. Where globs overlap, the last one counts.
+    """
+
+    dp: int | None = None
+    tp: int | None = None
+    cp: int | None = None
+    pp: int | None = None
+    fsdp: bool | None = None
+    vocabulary: bool | None = None
+    schedule: str | None = None
+    microbatches: int | None = None
+    chunks: int | None = None
+    recompute: str | None = None
+    placements: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    stages: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for pin in TABLE:
+            value = getattr(self, pin.name)
+            if value is not None:
+                object.__setattr__(self, pin.name, pin.read(pin.name, value))
+        for pattern, loops in self.placements.items():
+            for axis, loop in loops.items():
+                if not isinstance(loop, str):
+                    raise InputError(f"pin {pattern!r}: {axis}={loop!r} is no loop; write the name of a loop of its ops, such as 'o'")
+        for pattern, stage in self.stages.items():
+            if isinstance(stage, bool) or not isinstance(stage, int) or stage < 0:
+                raise InputError(f"pin {pattern!r}: pp={stage!r} isn't the number of a stage, which is an integer from 0")
+        # Copies, so that what happens to the caller's dicts changes nothing here.
+        object.__setattr__(self, "placements", {pattern: dict(loops) for pattern, loops in self.placements.items() if loops})
+        object.__setattr__(self, "stages", dict(self.stages))
+        _check_together(self)
+
+    @classmethod
+    def parse(cls, pins: Mapping[str, object] | Pins | None) -> Pins:
+        """Read pins as Python code gives them: ``{"tp": 8, "fsdp": True, "layers.*.mlp": {"tp": "o"}, "layers.3": {"pp": 1}}``.
+
+        Keys are names, or globs of module paths. None pins nothing, and leaves a name to the search.
+
+        Raises InputError for what isn't known, of the wrong type, or contradicts itself.
+        """
+        if pins is None or isinstance(pins, Pins):
+            return pins or NO_PINS
+        if not isinstance(pins, Mapping):
+            raise InputError(f"pins={pins!r}: a dict is needed, such as {{'dp': 4}}")
+        named: dict[str, Any] = {}
+        placements: dict[str, Mapping[str, str]] = {}
+        stages: dict[str, int] = {}
+        for name, value in pins.items():
+            if name in PIN_NAMES:
+                named[name] = value
+            elif name in LATER_PINS:
+                raise InputError(f"pin {name!r} is not supported yet; this version pins {', '.join(PIN_NAMES)} and modules")
+            elif not (isinstance(name, str) and isinstance(value, Mapping)):
+                raise InputError(f"unknown pin {name!r}; known are {', '.join(PIN_NAMES)} and globs of module paths")
+            else:
+                if loops := {axis: loop for axis, loop in value.items() if axis != PIPELINE}:
+                    placements[name] = loops
+                if PIPELINE in value:
+                    stages[name] = value[PIPELINE]
+        return cls(**named, placements=placements, stages=stages)
+
+    @classmethod
+    def parse_texts(cls, texts: Sequence[str]) -> Pins:
+        """Read pins as the command line gives them: ``tp=8``, ``fsdp=true``, ``layers.3=pp:1``, ``layers.*.mlp=tp:o,pp:0``.
+
+        Raises InputError as `parse` does, and for a pin that is given twice.
+        """
+        pins: dict[str, object] = {}
+        for text in texts:
+            name, _, value = (part.strip() for part in text.partition("="))
+            if name in pins:
+                raise InputError(f"pin {name!r} is given twice")
+            is_module = ":" in value and name not in (*PIN_NAMES, *LATER_PINS)
+            pins[name] = _parse_module(text, value) if is_module else _parse_value(value)
+        return cls.parse(pins)
+
+    def __str__(self) -> str:
+        """The pins as the command line takes them, separated by a comma and a blank; ``""`` when there are none."""
+        values = ((name, getattr(self, name)) for name in PIN_NAMES)
+        texts = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values if value is not None]
+        # Stages come first, since it is their order that counts.
+        for pattern in dict.fromkeys((*self.stages, *self.placements)):
+            choices = [f"{axis}:{loop}" for axis, loop in self.placements.get(pattern, {}).items()]
+            choices += [f"{PIPELINE}:{self.stages[pattern]}"] if pattern in self.stages else []
+            texts.append(f"{pattern}={','.join(choices)}")
+        return ", ".join(texts)
+
+    def __bool__(self) -> bool:
+        """Whether anything is pinned."""
+        return self != NO_PINS
+
+    @property
+    def axis_sizes(self) -> dict[str, int]:
+        """The pinned sizes of axes inside a group of ranks, by kind, outermost first."""
+        sizes = {"dp": self.dp, "cp": self.cp, "tp": self.tp}
+        return {kind: size for kind, size in sizes.items() if size is not None}
+
+    @property
+    def asks_for_pipeline(self) -> bool:
+        """Whether anything is pinned that only the search over pipelines obeys."""
+        return bool(self.stages) or any(getattr(self, pin.name) is not None for pin in TABLE if pin.of_pipeline)
+
+
+def _check_together(pins: Pins) -> None:
+    """Raise InputError for pins that contradict each other, whatever the model and the cluster are."""
+    if pins.fsdp and pins.dp == 1:
+        raise InputError("pin fsdp=True stores parameters split over a dp axis, but dp is pinned to 1; pin more, or leave fsdp out")
+    chunks = pins.chunks
+    if pins.schedule is not None:
+        try:
+            check_schedule(pins.schedule, pins.pp or 1, pins.microbatches or 1, chunks)
+        except InputError as error:
+            raise InputError(f"the pins schedule={pins.schedule}, chunks={chunks} can't be had: {error}") from error
+        chunks = chunks or SCHEDULES[pins.schedule].chunks
+    if pins.pp is None or chunks is None:
+        return
+    for pattern, stage in pins.stages.items():
+        if stage >= pins.pp * chunks:
+            raise InputError(
+                f"pin {pattern!r}: pp={stage} isn't the number of a stage; pins pp={pins.pp} and chunks={chunks} make stages 0 to "
+                f"{pins.pp * chunks - 1}"
+            )
+
+
+NO_PINS = Pins()
+"""Nothing is pinned."""
+
+
+def reconcile(pins: Pins, mesh: Mapping[str, int] | None) -> tuple[Pins, Mesh | None]:
+    """Bring together pins and the mesh that a user gives next to them, axis name -> size, outermost first.
+
+    Of ``{"pp": 2, "tp": 4}``, the mesh of all ranks, come the pin ``pp=2`` and the mesh ``tp=4`` of one group of ranks. A mesh without pp
+    is a single group, unless pp is pinned. Without a mesh the pins stay as they are.
+
+    Raises InputError for what is no mesh, and for a mesh that the pins contradict.
+    """
+    if mesh is None:
+        return pins, None
+    if not isinstance(mesh, Mapping):
+        raise InputError(f"mesh={mesh!r}: a dict is needed, such as {{'dp': 4}}")
+    if wrong := {name: size for name, size in mesh.items() if type(size) is not int or size < 1}:
+        raise InputError(f"mesh axes {wrong}: sizes are integers from 1")
+    if MICRO in mesh:
+        raise InputError(f"mesh axis {MICRO!r}: the name is taken, by micro-batches; call the axis something else")
+    groups = mesh.get(PIPELINE, pins.pp)
+    if pins.pp not in (None, groups):
+        raise InputError(f"the mesh has pp={groups} and pin pp={pins.pp} asks for another number; leave out one of them")
+    if others := [f"{kind}={size}" for kind, size in pins.axis_sizes.items() if size != mesh.get(kind, 1)]:
+        raise InputError(f"the mesh {dict(mesh)} and the pins {', '.join(others)} contradict each other; leave out one of them")
+    if groups is None and pins.asks_for_pipeline:
+        groups = 1
+    inner = {name: size for name, size in mesh.items() if name != PIPELINE} or {"free": 1}
+    return replace(pins, pp=groups), Mesh(tuple(inner), tuple(inner.values()))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Read ``dp=4,tp=2``, a mesh as the command line gives it, as axis sizes by name, outermost first.
+
+    Raises InputError when it isn't that.
+    """
+    mesh: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name.isidentifier() and equals):
+            raise InputError(f"{part!r} in mesh {text!r} is no axis; write axes as name=size, such as dp=4,tp=2")
+        if name in mesh:
+            raise InputError(f"mesh {text!r} names the axis {name!r} twice")
+        if not (_is_number(value) and int(value) >= 1):
+            raise InputError(f"mesh {text!r}: {name}={value} is no size of an axis; a whole number of ranks from 1 is needed")
+        mesh[name] = int(value)
+    return mesh
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a whole number, of a length that Python reads; nothing here has more than 18 digits."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
+
+
+def _parse_value(text: str) -> int | bool | str:
+    return int(text) if _is_number(text) else {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _parse_module(text: str, value: str) -> dict[str, object]:
+    """Read what a pin's `text` says of a module, such as ``pp:2,tp:o``: its stage, and loops of its ops by axis."""
+    choices: dict[str, object] = {}
+    for part in value.split(","):
+        axis, colon, choice = (piece.strip() for piece in part.partition(":"))
+        if not (axis and colon and choice):
+            raise InputError(f"{part!r} in pin {text!r} is no choice for a module; write pp:STAGE or AXIS:LOOP, joined by commas")
+        if axis in choices:
+            raise InputError(f"pin {text!r} names the axis {axis!r} twice")
+        choices[axis] = _parse_value(choice) if axis == PIPELINE else choice
+    return choices
