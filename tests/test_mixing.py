@@ -92,7 +92,7 @@ def test_what_a_block_costs_is_its_own_answers_whatever_its_neighbours_take(name
         alone = subject.menus(model, choices).make(recompute, True, {})
         for number, menu, own in zip(numbers, menus, alone, strict=True):
             assert menu.cut == own.cut
-            assert tuple(replace(one, answer=0) for one in menu.variants if one.answer == number) == own.variants, menu.name
+            assert tuple(replace(one, solution=0) for one in menu.options if one.solution == number) == own.options, menu.name
 
 
 @pytest.mark.parametrize("name", DEEP)

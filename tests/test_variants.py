@@ -16,7 +16,7 @@ from autopar.ir.graph import OpKind, Value
 from autopar.ir.layout import Mesh
 from autopar.rules.table import find_spaces
 from autopar.search.options import AxisKind, Constraints
-from autopar.search.pipeline.assignment import BlockMenu
+from autopar.search.pipeline.assignment import BlockOptions
 from autopar.search.pipeline.variants import Menus, choices_of, read_chain
 from autopar.search.placement.problem import build_problem, kept_nbytes, least_bytes
 from autopar.search.placement.solve import Search
@@ -104,10 +104,10 @@ def menus() -> Menus:
 
 
 @pytest.fixture(scope="module")
-def made(menus: Menus) -> dict[str, BlockMenu]:
+def made(menus: Menus) -> dict[str, BlockOptions]:
     made = {menu.name: menu for menu in menus.make(("none", "full"), True, {})}
     assert list(made) == ["table", "layers.0", "layers.1", "layers.2", "head"]
-    assert all([one.name for one in menu.variants] == ["none", "full"] for menu in made.values())
+    assert all([one.name for one in menu.options] == ["none", "full"] for menu in made.values())
     return made
 
 
@@ -116,15 +116,15 @@ def test_what_crosses_is_first_read_by_one_block(menus: Menus) -> None:
     assert [len(values) for values in menus.firsts] == [0, 2, 1, 1, 1]
 
 
-def test_a_value_is_kept_by_the_first_block_that_reads_it(made: dict[str, BlockMenu]) -> None:
+def test_a_value_is_kept_by_the_first_block_that_reads_it(made: dict[str, BlockOptions]) -> None:
     # The sine keeps the table's rows; a layer its input and its tanh, the first one the sines for all; the loss what it saves itself.
-    loss = made["head"].variants[0].kept - HIDDEN
+    loss = made["head"].options[0].kept - HIDDEN
     assert LOGITS <= loss < LOGITS + 16
-    assert [menu.variants[0].kept for menu in made.values()] == [HIDDEN, 3 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, HIDDEN + loss]
+    assert [menu.options[0].kept for menu in made.values()] == [HIDDEN, 3 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, HIDDEN + loss]
 
 
-def test_a_block_that_is_run_again_keeps_what_comes_in(made: dict[str, BlockMenu]) -> None:
-    assert [menu.variants[1].kept for menu in made.values()] == [0, 2 * HIDDEN, HIDDEN, HIDDEN, HIDDEN]
+def test_a_block_that_is_run_again_keeps_what_comes_in(made: dict[str, BlockOptions]) -> None:
+    assert [menu.options[1].kept for menu in made.values()] == [0, 2 * HIDDEN, HIDDEN, HIDDEN, HIDDEN]
 
 
 def test_a_region_that_is_run_again_keeps_what_comes_in_and_what_goes_out(menus: Menus) -> None:
@@ -137,48 +137,48 @@ def test_a_region_that_is_run_again_keeps_what_comes_in_and_what_goes_out(menus:
     assert menus._kept_bytes(1, block, ((linear, tanh, mul, add),)) == 2 * HIDDEN
 
 
-def test_a_stage_holds_what_a_block_before_has_read(made: dict[str, BlockMenu]) -> None:
+def test_a_stage_holds_what_a_block_before_has_read(made: dict[str, BlockOptions]) -> None:
     assert [menu.cut.nbytes for menu in made.values()] == [2 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, HIDDEN, 0]
     assert [menu.cut.kept for menu in made.values()] == [0, HIDDEN, HIDDEN, 0, 0]
 
 
-def test_inputs_and_gradients_of_results_wait(made: dict[str, BlockMenu]) -> None:
-    assert [made[name].variants[0].waiting for name in ("table", "layers.0")] == [HIDDEN, 2 * HIDDEN]
+def test_inputs_and_gradients_of_results_wait(made: dict[str, BlockOptions]) -> None:
+    assert [made[name].options[0].waiting for name in ("table", "layers.0")] == [HIDDEN, 2 * HIDDEN]
 
 
-def test_an_input_that_several_read_waits_once(made: dict[str, BlockMenu]) -> None:
-    assert [made[name].variants[0].waiting for name in ("layers.1", "head")] == [2 * HIDDEN, HIDDEN + LOGITS]
+def test_an_input_that_several_read_waits_once(made: dict[str, BlockOptions]) -> None:
+    assert [made[name].options[0].waiting for name in ("layers.1", "head")] == [2 * HIDDEN, HIDDEN + LOGITS]
 
 
-def test_stored_bytes_are_parameters_gradients_and_the_optimizers(made: dict[str, BlockMenu]) -> None:
+def test_stored_bytes_are_parameters_gradients_and_the_optimizers(made: dict[str, BlockOptions]) -> None:
     # The head has a copy of the table and its gradient, and makes the loss; the optimizer is where the table is read first.
-    stored = [made[name].variants[0].static for name in ("table", "layers.0", "layers.1", "head")]
+    stored = [made[name].options[0].static for name in ("table", "layers.0", "layers.1", "head")]
     assert stored == [TRAINED * TABLE, TRAINED * MATRIX, TRAINED * MATRIX, 2 * TABLE + 4]
-    assert [menu.variants[0].once > 0 for menu in made.values()] == [True, True, True, True, False]
+    assert [menu.options[0].once > 0 for menu in made.values()] == [True, True, True, True, False]
 
 
-def test_an_output_counts_where_it_is_made(made: dict[str, BlockMenu]) -> None:
-    assert made["layers.2"].variants[0].static == TRAINED * MATRIX + 4 * ROWS * WIDTH
+def test_an_output_counts_where_it_is_made(made: dict[str, BlockOptions]) -> None:
+    assert made["layers.2"].options[0].static == TRAINED * MATRIX + 4 * ROWS * WIDTH
 
 
-def test_running_again_takes_the_forward_and_room_for_what_it_saves(made: dict[str, BlockMenu]) -> None:
+def test_running_again_takes_the_forward_and_room_for_what_it_saves(made: dict[str, BlockOptions]) -> None:
     for menu in made.values():
-        none, full = menu.variants
+        none, full = menu.options
         assert full.input == pytest.approx(none.forward + none.input)
         assert (full.forward, full.weight, full.once, full.static) == (none.forward, none.weight, none.once, none.static)
-    saved = [menu.variants[1].workspace - menu.variants[0].workspace for menu in made.values()]
-    loss = made["head"].variants[0].kept - HIDDEN
+    saved = [menu.options[1].workspace - menu.options[0].workspace for menu in made.values()]
+    loss = made["head"].options[0].kept - HIDDEN
     assert saved == [2 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, loss]
 
 
-def test_weight_gradients_take_half_a_products_backward(menus: Menus, made: dict[str, BlockMenu]) -> None:
+def test_weight_gradients_take_half_a_products_backward(menus: Menus, made: dict[str, BlockOptions]) -> None:
     whole = menus.make(("none",), False, {})
     for menu, one in zip(made.values(), whole, strict=True):
-        none = menu.variants[0]
-        assert (one.variants[0].weight, one.variants[0].waiting) == (0.0, 0)
-        assert one.variants[0].input == pytest.approx(none.input + none.weight)
+        none = menu.options[0]
+        assert (one.options[0].weight, one.options[0].waiting) == (0.0, 0)
+        assert one.options[0].input == pytest.approx(none.input + none.weight)
     # Nothing needs the gradient of a row's number.
-    assert [menu.variants[0].weight > 0 for menu in made.values()] == [False, True, True, True, True]
+    assert [menu.options[0].weight > 0 for menu in made.values()] == [False, True, True, True, True]
 
 
 def test_the_least_bytes_of_all_ranks_are_those_of_one(menus: Menus) -> None:
@@ -207,7 +207,7 @@ def test_what_needs_no_gradient_sends_none_back() -> None:
     # The sines cross to all layers, and need none; neither do the table's rows.
     assert [menu.cut.forward for menu in menus] == pytest.approx([two, two, two, one, 0.0])
     assert [menu.cut.backward for menu in menus] == pytest.approx([0.0, one, one, one, 0.0])
-    assert menus[0].variants[0].static == TABLE
+    assert menus[0].options[0].static == TABLE
 
 
 def test_every_crossing_value_has_a_layout_to_travel_in(menus: Menus) -> None:
@@ -218,9 +218,9 @@ def test_copies_that_products_keep_are_kept_beside_the_parts() -> None:
     """On two ranks all is split but the input of a layer's product, which is gathered."""
     menus = make_tied(tensor_parallel=True).make(("none", "full"), True, {})
     part = HIDDEN // 2
-    assert [menu.variants[0].kept for menu in menus[:4]] == [part, 3 * part + HIDDEN, 2 * part + HIDDEN, 2 * part + HIDDEN]
-    assert [menu.variants[1].kept for menu in menus[:4]] == [0, 2 * part, part, part]
-    assert menus[1].variants[0].waiting == HIDDEN + part
+    assert [menu.options[0].kept for menu in menus[:4]] == [part, 3 * part + HIDDEN, 2 * part + HIDDEN, 2 * part + HIDDEN]
+    assert [menu.options[1].kept for menu in menus[:4]] == [0, 2 * part, part, part]
+    assert menus[1].options[0].waiting == HIDDEN + part
     assert [menu.cut.kept for menu in menus] == [0, part, part, 0, 0]
 
 

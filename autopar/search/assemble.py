@@ -20,7 +20,7 @@ from autopar.costs import (
 )
 from autopar.ir import MICRO, PIPELINE, Collective, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Value
 from autopar.plans import Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
-from autopar.search.pipeline import Assignment, BlockMenu, Choices, Variant
+from autopar.search.pipeline import Assignment, BlockOption, BlockOptions, Choices
 from autopar.search.placement import Solution, kept_nbytes
 from autopar.structure import Block, Chain, Model, Role, first_rank_axis, role_of
 
@@ -44,17 +44,15 @@ class Spread:
     """What came of spreading blocks over stages: the choice, and what it was made from."""
 
     assignment: Assignment
-    menus: tuple[BlockMenu, ...]
+    menus: tuple[BlockOptions, ...]
     chain: Chain
     rank_of: tuple[int, ...]
     recompute_seconds: float
 
-    def chosen(self) -> Iterator[tuple[Block, int, Variant]]:
+    def chosen(self) -> Iterator[tuple[Block, int, BlockOption]]:
         """Per block its rank and its variant."""
-        for block, menu, stage, variant in zip(
-            self.chain.blocks, self.menus, self.assignment.stages, self.assignment.variants, strict=True
-        ):
-            yield block, self.rank_of[stage], menu.variants[variant]
+        for block, menu, stage, variant in zip(self.chain.blocks, self.menus, self.assignment.stages, self.assignment.options, strict=True):
+            yield block, self.rank_of[stage], menu.options[variant]
 
 
 @dataclass(frozen=True)

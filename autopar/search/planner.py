@@ -20,7 +20,7 @@ from autopar.rules import find_spaces
 from autopar.schedules import make_schedule
 from autopar.search.assemble import Chosen, Spread, assemble
 from autopar.search.meshes import find_trials, group_trials
-from autopar.search.pipeline import Pipelined, PipelineSearch, Shape, choices_of
+from autopar.search.pipeline import Configuration, Pipelined, PipelineSearch, choices_of
 from autopar.search.trials import SolvedTrial, TrialResults, name_request, solve_trials
 from autopar.structure import Chain, Model, batch_size, find_chain, find_factors, find_tables, fold, regroup, relabel
 from autopar.units import format_bytes
@@ -115,7 +115,7 @@ def make_plan(
     pipelined, candidates = _search_pipelines(request, placed, tell)
     candidates = (*placed.candidates, *candidates)
     if pipelined is not None:
-        chosen, trial = _choose_pipelined(pipelined, chain), pipelined.shape.trial
+        chosen, trial = _choose_pipelined(pipelined, chain), pipelined.configuration.trial
     elif placed.best is not None:
         chosen, trial = _choose_placed(placed.best, model, chain), placed.best.trial
     else:
@@ -211,13 +211,13 @@ def _search_pipelines(request: _Request, placed: TrialResults, tell: Progress) -
     search = PipelineSearch(model, request.chain, request.cluster, pins, model.folded.graph.loss is not None, tell)
     # Without a pipeline, micro-batches and recomputation only save memory.
     is_tight = best is None or best.solution.status != "optimal"
-    shapes = search.find_shapes(
+    configurations = search.find_configurations(
         lambda groups: group_trials(model, request.cluster, groups, pins, request.mesh, request.stored),
         alone=pins.asks_for_pipeline or is_tight,
     )
     if is_tight:
-        shapes += [Shape(1, trial, 1) for trial in placed.promising[:RECOMPUTED]]
-    pipelined = search.run(shapes, math.inf if best is None else best.solution.cost_ns / 1e9)
+        configurations += [Configuration(1, trial, 1) for trial in placed.promising[:RECOMPUTED]]
+    pipelined = search.run(configurations, math.inf if best is None else best.solution.cost_ns / 1e9)
     candidates = tuple(search.candidates)
     is_refused = pipelined is None and all(candidate.memory_bytes is None for candidate in candidates)
     if is_refused and pins.asks_for_pipeline and search.refusals:
@@ -229,7 +229,7 @@ def _choose_pipelined(pipelined: Pipelined, chain: Chain) -> Chosen:
     """A pipeline as what was chosen."""
     pipeline = pipelined.pipeline
     rank_of = make_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks).rank_of
-    spread = Spread(pipelined.assignment, pipelined.menus, chain, rank_of, pipelined.recompute_seconds)
+    spread = Spread(pipelined.assignment, pipelined.blocks, chain, rank_of, pipelined.recompute_seconds)
     return Chosen(pipelined.model, pipelined.mesh, pipelined.choices, pipelined.solution, 0, pipeline, spread)
 
 

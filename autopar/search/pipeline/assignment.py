@@ -1,19 +1,20 @@
-"""Menus of blocks, a schedule, a budget -> the assignment of blocks to stages and variants of least simulated time, with a bound.
+"""Menus of blocks, a schedule, a budget -> the assignment of blocks to stages and options of least simulated time, with a bound.
 
 A step of a fixed schedule takes as long as the longest path through it: a maximum of linear functions of the stages' seconds, of which
-there are too many to write down. So the model (`assignment_model`, which states it) starts with few paths; its answer is simulated, the
-longest path joins the model, and so on, until the best answer's simulated time is the model's bound: the cutting planes of Kelley (1960).
+there are too many to write down. So the model (`assignment_model`, which states it) starts with few paths; its solution is simulated, the
+longest path joins the model, and so on, until the best assignment's simulated time is the model's bound: the cutting planes of
+Kelley (1960).
 In this order:
 
-1. drafts (`drafts`), all that fit: something to return, and paths that matter;
+1. greedy assignments (`greedy assignments`), all that fit: something to return, and paths that matter;
 2. the relaxed model, where a round is cheap and most paths are found;
-3. the steps after this one on the model with those variants alone that the relaxed model or the best draft takes: quick answers;
-4. where ranks hold one stage each, the model with whole blocks per stage in fractions of variants: its bound is nearly that of the whole
-   model, at a fraction of the time; its stages, with whole variants, are an answer;
-5. where ranks hold several stages, the model with a guess: there the paths are so many that the model's own answers stay poor for long;
+3. the steps after this one on the model with those options alone that the relaxed model or the best greedy assignment uses: quick;
+4. where ranks hold one stage each, the model with whole blocks per stage in fractions of options: its bound is nearly that of the whole
+   model, at a fraction of the time; its stages, with whole options, make an assignment;
+5. where ranks hold several stages, the model with a guess: there the paths are so many that the model's own solutions stay poor for long;
 6. the whole model.
 
-All paths are paths of the schedule, so every bound of the model with all variants holds; the guess of step 5 serves answers only.
+All paths are paths of the schedule, so every bound of the model with all options holds; the guess of step 5 only proposes assignments.
 """
 
 from __future__ import annotations
@@ -27,35 +28,35 @@ import numpy as np
 
 from autopar.errors import InfeasibleError, SolverError
 from autopar.schedules import Schedule
-from autopar.search.pipeline.assignment_model import Master, Point, spell
-from autopar.search.pipeline.drafts import draft
-from autopar.search.pipeline.menus import (
+from autopar.search.pipeline.assignment_model import AssignmentModel, Point, expand_counts
+from autopar.search.pipeline.assignment_problem import (
     PHASES,
-    BlockMenu,
+    AssignmentProblem,
+    BlockOption,
+    BlockOptions,
+    BlockRun,
     Cut,
     Floats,
     Ints,
-    Problem,
-    Run,
-    Variant,
+    compute_cost,
     evaluate,
     longest_path,
     make_problem,
-    measure,
 )
+from autopar.search.pipeline.greedy import assign_greedily
 from autopar.units import format_bytes
 
-__all__ = ["Assignment", "BlockMenu", "Cut", "Variant", "assign", "evaluate"]
+__all__ = ["Assignment", "BlockOption", "BlockOptions", "Cut", "assign", "evaluate"]
 
 # Rounds of the relaxed models at most, and the share of the gap asked for at which a round has gained nothing.
 RELAXED_ROUNDS = 40
 PLACED_ROUNDS = 8
 GAP_SHARE = 0.25
-# Beside an answer's own times, those with one rank this much slower are simulated: the paths that would matter next. That many actions
+# Beside an assignment's own times, those with one rank this much slower are simulated: the paths that would matter next. That many actions
 # are walked at most.
 TILT = 0.03
 TILTED_ACTIONS = 300_000
-# Of the time that is left, for the model with few variants; and how many blocks of one the relaxed model must take.
+# Of the time that is left, for the model with few options; and how many blocks of one the relaxed model must take.
 NARROW_SHARE = 0.6
 TRACE = 1e-3
 # Of the guided models: rounds, share of the time, and gap. A guess needs no proof.
@@ -64,17 +65,17 @@ GUIDED_SHARE = 0.2
 GUIDED_GAP = 0.003
 # Of the leanest assignment's bytes above the budgets.
 LEANEST_GAP = 1e-4
-# The search ends when neither the answer nor the bound has got better for so many rounds and seconds.
+# The search ends when neither the best assignment nor the bound has got better for so many rounds and seconds.
 PATIENT_ROUNDS = 3
 PATIENCE = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """A stage and a variant per block, and what is known about them.
+    """A stage and an option per block, and what is known about them.
 
     Attributes:
-        stages: of each block; `variants`: of each block, as position in its menu.
+        stages: of each block; `options`: of each block, as index into its options.
         objective: seconds by the paths that the model has; `simulated`: by the whole schedule; both with the longest `once` of a rank.
         bound: no assignment within the budget takes less.
         status: ``optimal`` when `simulated` is within the gap asked for of the bound, ``feasible`` when the time was over first,
@@ -84,7 +85,7 @@ class Assignment:
     """
 
     stages: tuple[int, ...]
-    variants: tuple[int, ...]
+    options: tuple[int, ...]
     objective: float
     simulated: float
     bound: float
@@ -94,7 +95,7 @@ class Assignment:
 
 
 def assign(
-    menus: Sequence[BlockMenu],
+    blocks: Sequence[BlockOptions],
     schedule: Schedule,
     budget: int | Sequence[int],
     *,
@@ -102,10 +103,10 @@ def assign(
     gap: float = 1e-3,
     cutoff: float = math.inf,
 ) -> Assignment:
-    """The assignment of blocks to stages and variants that takes the least simulated time and fits the budget.
+    """The assignment of blocks to stages and options that takes the least simulated time and fits the budget.
 
     Args:
-        menus: of the blocks, in the order of the chain.
+        blocks: of the blocks, in the order of the chain.
         schedule: of computing actions; its stages stand in a chain.
         budget: bytes of every rank, or of each.
         time_limit: seconds; when they are over, the best assignment found is returned with the bound that was reached.
@@ -116,8 +117,8 @@ def assign(
     are fewer blocks than stages, or pins that can't be met; InputError for a pin or budgets that aren't of this schedule; SolverError
     when the time was over, or nothing better than the cutoff was left, before any assignment was found.
     """
-    problem = make_problem(menus, schedule, budget)
-    search = _Search(problem, Master(problem, problem.budgets), gap, cutoff, time.perf_counter() + time_limit)
+    problem = make_problem(blocks, schedule, budget)
+    search = _AssignmentSearch(problem, AssignmentModel(problem, problem.budgets), gap, cutoff, time.perf_counter() + time_limit)
     try:
         search.start()
         search.relax()
@@ -135,11 +136,11 @@ def assign(
 
 
 @dataclass
-class _Search:
-    """One search on its way: the model with the paths so far, the best answer, the bound."""
+class _AssignmentSearch:
+    """One search on its way: the model with the paths so far, the best assignment, the bound."""
 
-    problem: Problem
-    master: Master
+    problem: AssignmentProblem
+    master: AssignmentModel
     gap: float
     cutoff: float
     deadline: float
@@ -162,8 +163,8 @@ class _Search:
 
     def start(self) -> None:
         """What can be made at once."""
-        for stages, variants in draft(self.problem):
-            self.offer(stages, variants)
+        for stages, options in assign_greedily(self.problem):
+            self.offer(stages, options)
 
     def relax(self) -> None:
         """Find paths with continuous counts, as long as the bound moves."""
@@ -179,18 +180,18 @@ class _Search:
             before = point.bound
 
     def narrow(self) -> None:
-        """Answers of the model with those variants alone that the relaxed model or the best answer takes: most are of no use here."""
+        """Solve the model with those options alone that the relaxed model or the best assignment uses: most are of no use here."""
         if self.best is None or self.taken is None or self.is_over:
             return
         runs = []
         for run, taken in zip(self.problem.runs, self.taken, strict=True):
-            used = taken | set(self.best.variants[run.first : run.first + run.length])
-            runs.append(_only(run, [option in used for option in run.options]))
+            used = taken | set(self.best.options[run.first : run.first + run.length])
+            runs.append(_only(run, [index in used for index in run.indices]))
         problem = replace(self.problem, runs=tuple(runs))
-        if sum(len(run.options) for run in runs) == sum(len(run.options) for run in self.problem.runs):
+        if sum(len(run.indices) for run in runs) == sum(len(run.indices) for run in self.problem.runs):
             return
-        master = Master(problem, problem.budgets, self.master.paths)
-        inner = _Search(problem, master, self.gap, self.cutoff, time.perf_counter() + NARROW_SHARE * self.left, self.best)
+        master = AssignmentModel(problem, problem.budgets, self.master.paths)
+        inner = _AssignmentSearch(problem, master, self.gap, self.cutoff, time.perf_counter() + NARROW_SHARE * self.left, self.best)
         try:
             if self.problem.schedule.chunks == 1:
                 inner.place()
@@ -202,31 +203,31 @@ class _Search:
             self.master.add_path(path)
 
     def place(self) -> None:
-        """Find paths, and answers, with whole blocks per stage in fractions of variants."""
+        """Find paths, and assignments, with whole blocks per stage in fractions of options."""
         for _ in range(PLACED_ROUNDS):
             if self.is_over:
                 return
-            point = self.solve(self.master, self.left, free=self.master.variants, gap=GAP_SHARE * self.gap)
+            point = self.solve(self.master, self.left, free=self.master.option_counts, gap=GAP_SHARE * self.gap)
             if point is None:
                 return
             simulated = self.add_paths(point.columns) + point.once
             whole = self.master.solve(self.left, fixed=point, gap=GAP_SHARE * self.gap)
             if whole is not None:
-                self.offer(*spell(self.problem, whole.counts))
+                self.offer(*expand_counts(self.problem, whole.counts))
             if simulated <= point.bound * (1 + GAP_SHARE * self.gap):
                 return
 
     def guide(self, seconds: float) -> None:
-        """Answers of models that guess what a schedule of several stages per rank takes."""
+        """Assignments from models that guess what a schedule of several stages per rank takes."""
         for _ in range(GUIDED_ROUNDS):
             if self.is_over:
                 return
             before = self.best
-            guided = Master(self.problem, self.problem.budgets, self.master.paths, is_guided=True)
+            guided = AssignmentModel(self.problem, self.problem.budgets, self.master.paths, is_guided=True)
             point = self.solve(guided, min(seconds, self.left), gap=GUIDED_GAP)
             if point is None:
                 return
-            self.offer(*spell(self.problem, point.counts))
+            self.offer(*expand_counts(self.problem, point.counts))
             if self.best is before:
                 return
 
@@ -238,14 +239,14 @@ class _Search:
             point = self.solve(self.master, self.left, gap=GAP_SHARE * self.gap)
             if point is None:
                 return
-            answer = spell(self.problem, point.counts)
+            expanded = expand_counts(self.problem, point.counts)
             since += 1
-            if not self.offer(*answer):
-                self.tighten(*answer)
+            if not self.offer(*expanded):
+                self.tighten(*expanded)
             elif self.best is not best or self.bound > bound * (1 + GAP_SHARE * self.gap):
                 moved, since = time.perf_counter(), 0
 
-    def solve(self, master: Master, seconds: float, *, free: Ints | None = None, gap: float = 0.0) -> Point | None:
+    def solve(self, master: AssignmentModel, seconds: float, *, free: Ints | None = None, gap: float = 0.0) -> Point | None:
         """One round; its bound counts where the model is no guess."""
         self.rounds += 1
         point = master.solve(seconds, free=free, gap=gap)
@@ -253,22 +254,22 @@ class _Search:
             self.bound = max(self.bound, point.bound)
         return point
 
-    def offer(self, stages: Sequence[int], variants: Sequence[int]) -> bool:
+    def offer(self, stages: Sequence[int], options: Sequence[int]) -> bool:
         """Simulate an assignment, for its paths and for its time; False when it doesn't fit."""
-        measured = measure(self.problem, stages, variants)
-        if any(used > there for used, there in zip(measured.peak, self.problem.budgets, strict=True)):
+        cost = compute_cost(self.problem, stages, options)
+        if any(used > there for used, there in zip(cost.peak, self.problem.budgets, strict=True)):
             return False
-        simulated = self.add_paths(measured.columns) + measured.once
+        simulated = self.add_paths(cost.columns) + cost.once
         if self.best is None or simulated < self.best.simulated:
-            objective = self.master.longest_known(measured.columns) + measured.once
-            self.best = Assignment(tuple(stages), tuple(variants), objective, simulated, 0.0, "", 0, measured.peak)
+            objective = self.master.longest_known(cost.columns) + cost.once
+            self.best = Assignment(tuple(stages), tuple(options), objective, simulated, 0.0, "", 0, cost.peak)
         return True
 
-    def tighten(self, stages: Sequence[int], variants: Sequence[int]) -> None:
+    def tighten(self, stages: Sequence[int], options: Sequence[int]) -> None:
         """Build the model again for a little less memory: the solver keeps a row only as far as its tolerances go."""
-        peak = measure(self.problem, stages, variants).peak
+        peak = compute_cost(self.problem, stages, options).peak
         self.slack += max(used - there for used, there in zip(peak, self.problem.budgets, strict=True))
-        self.master = Master(self.problem, [there - self.slack for there in self.problem.budgets], self.master.paths)
+        self.master = AssignmentModel(self.problem, [there - self.slack for there in self.problem.budgets], self.master.paths)
 
     def add_paths(self, columns: Floats) -> float:
         """Seconds of the schedule; its longest path joins the model, and those with one rank a little slower."""
@@ -284,29 +285,29 @@ class _Search:
         return seconds
 
     def result(self) -> Assignment:
-        """The best answer, with what was proven."""
+        """The best assignment, with what was proven."""
         if self.best is None:
             reason = "nothing takes less than the cutoff" if self.bound >= self.cutoff else "the time is over"
-            raise SolverError(f"no assignment of {len(self.problem.menus)} blocks to {self.problem.schedule.stages} stages: {reason}")
+            raise SolverError(f"no assignment of {len(self.problem.blocks)} blocks to {self.problem.schedule.stages} stages: {reason}")
         closed = self.best.simulated <= self.bound * (1 + self.gap)
         status = "optimal" if closed else "beyond" if self.bound >= self.cutoff else "feasible"
         return replace(self.best, bound=min(self.bound, self.best.simulated), status=status, iterations=self.rounds)
 
 
-def _taken(problem: Problem, point: Point) -> list[frozenset[int]]:
+def _taken(problem: AssignmentProblem, point: Point) -> list[frozenset[int]]:
     """Per run the options of which a point has more than a trace on any stage."""
     taken: list[set[int]] = [set() for _ in problem.runs]
     for (index, _), counts in point.counts.items():
-        taken[index].update(option for option, count in zip(problem.runs[index].options, counts.tolist(), strict=True) if count > TRACE)
+        taken[index].update(option for option, count in zip(problem.runs[index].indices, counts.tolist(), strict=True) if count > TRACE)
     return [frozenset(one) for one in taken]
 
 
-def _only(run: Run, kept: Sequence[bool]) -> Run:
+def _only(run: BlockRun, kept: Sequence[bool]) -> BlockRun:
     """A run with these of its options alone."""
     mask = np.array(kept)
     return replace(
         run,
-        options=tuple(option for option, keeps in zip(run.options, kept, strict=True) if keeps),
+        indices=tuple(index for index, keeps in zip(run.indices, kept, strict=True) if keeps),
         seconds=run.seconds[mask],
         once=run.once[mask],
         kept=run.kept[mask],
@@ -316,17 +317,17 @@ def _only(run: Run, kept: Sequence[bool]) -> Run:
     )
 
 
-def _settle(search: _Search, time_limit: float) -> None:
+def _settle(search: _AssignmentSearch, time_limit: float) -> None:
     """Offer the leanest assignment; raises InfeasibleError, with what it needs, when it doesn't fit."""
     problem = search.problem
-    where = f"{len(problem.menus)} blocks on {problem.schedule.stages} stages under schedule {problem.schedule.name!r}"
-    point = Master(problem, problem.budgets, is_leanest=True).solve(time_limit, gap=LEANEST_GAP)
+    where = f"{len(problem.blocks)} blocks on {problem.schedule.stages} stages under schedule {problem.schedule.name!r}"
+    point = AssignmentModel(problem, problem.budgets, is_leanest=True).solve(time_limit, gap=LEANEST_GAP)
     if point is None:
         raise InfeasibleError(f"{where} don't fit the memory")
-    leanest = spell(problem, point.counts)
+    leanest = expand_counts(problem, point.counts)
     if search.offer(*leanest):
         return
-    peak = measure(problem, *leanest).peak
+    peak = compute_cost(problem, *leanest).peak
     rank = int(np.argmax([used - there for used, there in zip(peak, problem.budgets, strict=True)]))
     error = InfeasibleError(
         f"{where} need {format_bytes(peak[rank])} on pipeline rank {rank} at the leanest, {format_bytes(problem.budgets[rank])} are there"

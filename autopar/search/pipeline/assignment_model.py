@@ -1,25 +1,25 @@
-r"""The mixed-integer model of an assignment of blocks to stages and variants; `assignment` gives it its paths.
+r"""The mixed-integer model of an assignment of blocks to stages and options; `assignment` gives it its paths.
 
-Data: blocks :math:`b` in a chain; consecutive blocks with equal menus form a run :math:`r` of length :math:`L_r`, and only how many of
-a run go where is decided. Stages :math:`s` on ranks :math:`k`; variants :math:`v`, those that another one beats in everything left out.
+Data: blocks :math:`b` in a chain; consecutive blocks with equal blocks form a run :math:`r` of length :math:`L_r`, and only how many of
+a run go where is decided. Stages :math:`s` on ranks :math:`k`; options :math:`o`, those that another one beats in everything left out.
 
-Variables: :math:`n_{r,s,v} \in \mathbb{N}`, blocks of run :math:`r` on stage :math:`s` in variant :math:`v`; :math:`P_{r,s}`, those on
+Variables: :math:`n_{r,s,o} \in \mathbb{N}`, blocks of run :math:`r` on stage :math:`s` in option :math:`o`; :math:`P_{r,s}`, those on
 stages up to :math:`s`; :math:`z_{r,s} \in \{0, 1\}`, some are; :math:`T` the schedule's seconds, :math:`U` those after it.
 
 .. math:: \min\; T + U
 
 (1) stages are runs of consecutive blocks in order, none empty:
-    :math:`P_{r,s} = P_{r,s-1} + \sum_v n_{r,s,v}`, :math:`z_{r,s} \le P_{r,s} \le L_r z_{r,s}`, :math:`L_r z_{r+1,s} \le P_{r,s}`,
-    :math:`\sum_{r,v} n_{r,s,v} \ge 1`
-(2) every block takes one variant:  :math:`P_{r,S-1} = L_r`
+    :math:`P_{r,s} = P_{r,s-1} + \sum_o n_{r,s,o}`, :math:`z_{r,s} \le P_{r,s} \le L_r z_{r,s}`, :math:`L_r z_{r+1,s} \le P_{r,s}`,
+    :math:`\sum_{r,o} n_{r,s,o} \ge 1`
+(2) every block takes one option:  :math:`P_{r,S-1} = L_r`
 (3) one rank's bytes, for every combination of micro-batches that it holds at once (:math:`h_s` from forward to backward, :math:`w_s`
-    from input to weight gradient): :math:`\sum_{s \in k} \sum_{r,v} n_{r,s,v} (\mathit{static} + h_s \mathit{kept} + w_s \mathit{waiting})
+    from input to weight gradient): :math:`\sum_{s \in k} \sum_{r,o} n_{r,s,o} (\mathit{static} + h_s \mathit{kept} + w_s \mathit{waiting})
     + \sum_{s \in k} h_s\, g_s + W_k + 2 R_k \le M_k`, with :math:`g_s` what the stage holds of values that blocks before have read, and
     :math:`W_k` no less than the workspace of any block on :math:`k`, :math:`R_k` than any message to it
 (4) no path through the schedule takes longer than the schedule: :math:`T \ge \sum_s c_s\, t_s + \sum_s d_s\, e_s`, with :math:`t_s` the
     sums of the blocks' seconds and :math:`e_s` the transfers, linear in :math:`n` and :math:`z`; :math:`c, d` count how often each
     lies on the path
-(5) every rank updates its parameters when the schedule is over: :math:`U \ge \sum_{s \in k} \sum_{r,v} n_{r,s,v} \mathit{once}`
+(5) every rank updates its parameters when the schedule is over: :math:`U \ge \sum_{s \in k} \sum_{r,o} n_{r,s,o} \mathit{once}`
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import numpy as np
 
 from autopar.errors import InfeasibleError
 from autopar.search.linear_model import LinearModel
-from autopar.search.pipeline.menus import PHASES, RECEIVES_AT_ONCE, Floats, Ints, Problem, Run
+from autopar.search.pipeline.assignment_problem import PHASES, RECEIVES_AT_ONCE, AssignmentProblem, BlockRun, Floats, Ints
 
 # The model's numbers: a step of about this many units of time, a budget of this many units of memory. Solvers keep absolute tolerances.
 TIME_UNITS = 1e4
@@ -43,11 +43,11 @@ LEAST_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """An answer of the model.
+    """A solution of the model, or of a relaxation of it.
 
     Attributes:
-        bound: no answer takes less; seconds.
-        columns: of the `Problem`; `once`: the longest of a rank.
+        bound: no solution takes less; seconds.
+        columns: of the `AssignmentProblem`; `once`: the longest of a rank.
         counts: per run and stage the blocks per option; `prefixes`: the model's, in its order.
     """
 
@@ -58,7 +58,7 @@ class Point:
     prefixes: Floats
 
 
-class Master:
+class AssignmentModel:
     """The model under construction, in units of its own.
 
     `is_leanest` leaves the time out and looks for the fewest bytes instead: of the rank that needs most, and above what each has.
@@ -66,7 +66,7 @@ class Master:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: AssignmentProblem,
         budgets: Sequence[int],
         paths: Sequence[Floats] = (),
         *,
@@ -102,12 +102,12 @@ class Master:
         return np.flatnonzero(self.model.integers())
 
     @property
-    def variants(self) -> Ints:
-        """The variables that say how many blocks take which variant."""
+    def option_counts(self) -> Ints:
+        """The variables that say how many blocks take which option."""
         return np.concatenate(list(self.counts.values()))
 
     def solve(self, seconds: float, *, free: Ints | None = None, fixed: Point | None = None, gap: float = 0.0) -> Point | None:
-        """The model's answer, up to a relative `gap`; None when the time was over first.
+        """The model's solution, up to a relative `gap`; None when the time was over first.
 
         Variables in `free` needn't be integers. With `fixed`, blocks stay on the stages of that point, and None may say that they can't.
         Raises InfeasibleError when nothing fits.
@@ -159,7 +159,7 @@ class Master:
                     parts.append((self.prefix[index, stage - 1], -1.0))
                 filled += parts
                 if run.stage is None or run.stage == stage:
-                    counts = self.model.add_variables(np.zeros(len(run.options)), upper=run.length, is_integer=True)
+                    counts = self.model.add_variables(np.zeros(len(run.indices)), upper=run.length, is_integer=True)
                     self.counts[index, stage] = counts
                     parts += [(column, -1.0) for column in counts.tolist()]
                 self._add_sum(parts, 0.0, 0.0)
@@ -209,7 +209,7 @@ class Master:
                     budgets[rank] - byte * least - sum(constant for constant, _ in received),
                 )
 
-    def _placed(self, stages: Sequence[int]) -> Iterator[tuple[tuple[int, int], Run, int]]:
+    def _placed(self, stages: Sequence[int]) -> Iterator[tuple[tuple[int, int], BlockRun, int]]:
         """(key in `counts`, run, position of the stage) of the runs that may be on these stages."""
         for position, stage in enumerate(stages):
             for index, run in enumerate(self.problem.runs):
@@ -235,7 +235,7 @@ class Master:
         return above
 
     def _add_columns(self) -> Ints:
-        """Variables for the columns of a `Problem`: seconds of stages and transfers."""
+        """Variables for the columns of a `AssignmentProblem`: seconds of stages and transfers."""
         runs, stages, tick = self.problem.runs, self.problem.schedule.stages, self.tick
         columns: list[int] = []
         for phase in range(PHASES):
@@ -277,13 +277,13 @@ class Master:
         self._add_sum(parts, 0.0, np.inf)
 
 
-def _rough_seconds(problem: Problem) -> float:
-    """About what a step takes: the fastest variants, evenly over the ranks."""
+def _rough_seconds(problem: AssignmentProblem) -> float:
+    """About what a step takes: the fastest options, evenly over the ranks."""
     work = sum(run.length * float((run.seconds.sum(axis=1)).min()) for run in problem.runs)
     return work * problem.schedule.microbatches / problem.schedule.ranks
 
 
-def _own_work(problem: Problem) -> list[Floats]:
+def _own_work(problem: AssignmentProblem) -> list[Floats]:
     """Each rank's computing, one action after the other: a path."""
     cuts = []
     for own in problem.stages_of:
@@ -296,14 +296,14 @@ def _own_work(problem: Problem) -> list[Floats]:
     return cuts
 
 
-def spell(problem: Problem, counts: dict[tuple[int, int], Floats]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(stage, variant) of every block, from the number of blocks per run, stage and option."""
+def expand_counts(problem: AssignmentProblem, counts: dict[tuple[int, int], Floats]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(stage, option) of every block, from the number of blocks per run, stage and option."""
     stages: list[int] = []
-    variants: list[int] = []
+    options: list[int] = []
     for index, run in enumerate(problem.runs):
         for stage in range(problem.schedule.stages):
-            for option, count in zip(run.options, np.rint(counts.get((index, stage), np.zeros(0))).astype(int).tolist(), strict=False):
+            for option, count in zip(run.indices, np.rint(counts.get((index, stage), np.zeros(0))).astype(int).tolist(), strict=False):
                 stages += [stage] * count
-                variants += [option] * count
+                options += [option] * count
         assert len(stages) == run.first + run.length, "the model lost a block"
-    return tuple(stages), tuple(variants)
+    return tuple(stages), tuple(options)

@@ -31,7 +31,7 @@ from autopar.costs import (
 )
 from autopar.ir import REPLICATE, Collective, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Tensor, Value, fits, shard
 from autopar.plans import RECOMPUTE
-from autopar.search.pipeline.assignment import BlockMenu, Cut, Variant
+from autopar.search.pipeline.assignment import BlockOption, BlockOptions, Cut
 from autopar.search.placement import Decision, DecisionKind, Problem, output_decision
 from autopar.structure import Block, Chain, Model, find_cores, find_source, is_deferrable, regroup
 
@@ -236,13 +236,13 @@ class Menus:
         self._ways: dict[str, tuple[tuple[Value, Layout, Layout, bool], ...]] = {}
         self._cuts: dict[tuple[object, ...], Cut] = {}
         self._blocks: list[tuple[object, Cut]] = []  # kind and cut of each, from when they are first asked for
-        self._known: dict[tuple[object, str], Variant] = {}
+        self._known: dict[tuple[object, str], BlockOption] = {}
 
-    def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockMenu, ...]:
+    def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockOptions, ...]:
         """The menu of every block, with the kinds of recomputation asked for; `pins` are stages by block name."""
         if not self._blocks:
             self._blocks = [(self._kind(number, block), self._cut(number, block)) for number, block in enumerate(self.chain.blocks)]
-        variants: dict[object, tuple[Variant, ...]] = {}
+        variants: dict[object, tuple[BlockOption, ...]] = {}
         for number, (block, (kind, _)) in enumerate(zip(self.chain.blocks, self._blocks, strict=True)):
             if kind in variants:
                 continue
@@ -252,7 +252,7 @@ class Menus:
             found = dict.fromkeys(self._known[kind, name] for name in RECOMPUTE if name in recompute)
             variants[kind] = tuple(found if splits_backward else map(_join_backward, found))
         return tuple(
-            BlockMenu(block.name, variants[kind], cut, pins.get(block.name))
+            BlockOptions(block.name, variants[kind], cut, pins.get(block.name))
             for block, (kind, cut) in zip(self.chain.blocks, self._blocks, strict=True)
         )
 
@@ -309,7 +309,7 @@ class Menus:
 
     # --- one block ---
 
-    def _variants(self, number: int, block: Block, recompute: Iterable[str]) -> Iterator[tuple[str, Variant]]:
+    def _variants(self, number: int, block: Block, recompute: Iterable[str]) -> Iterator[tuple[str, BlockOption]]:
         """The variants of a block that is run with these kinds of recomputation, with a backward in two passes."""
         cores = find_cores(self.graph, self.model.spaces, block.ops)
         regions: dict[str, Sequence[Sequence[str]]] = {"none": (), "selective": cores, "full": (block.ops,)}
@@ -327,9 +327,9 @@ class Menus:
             repeated = sum(costs[one].forward + moves[one].forward for group in groups for one in group)
             yield (
                 name,
-                Variant(
+                BlockOption(
                     name=name if groups else "none",
-                    answer=self.answer,
+                    solution=self.answer,
                     forward=forward,
                     input=inputs + repeated,
                     weight=weight,
@@ -574,14 +574,14 @@ class Menus:
         return Cut(seconds[0] + gathers / 2, seconds[1] + gathers / 2, ahead, kept)
 
 
-def _join_backward(variant: Variant) -> Variant:
+def _join_backward(variant: BlockOption) -> BlockOption:
     """The variant with its backward in one pass."""
     return replace(variant, input=variant.input + variant.weight, weight=0.0, waiting=0)
 
 
-def join_menus(answers: Sequence[Sequence[BlockMenu]]) -> tuple[BlockMenu, ...]:
+def join_menus(answers: Sequence[Sequence[BlockOptions]]) -> tuple[BlockOptions, ...]:
     """The menus of several answers that agree on what blocks share, as one: every block has the variants of all."""
-    return tuple(replace(menus[0], variants=tuple(one for menu in menus for one in menu.variants)) for menus in zip(*answers, strict=True))
+    return tuple(replace(menus[0], options=tuple(one for menu in menus for one in menu.options)) for menus in zip(*answers, strict=True))
 
 
 def mix(model: Model, reading: Reading, answers: Sequence[Choices], numbers: Sequence[int]) -> tuple[Model, Choices]:

@@ -1,7 +1,7 @@
 """The ways to run each block of a chain, and what an assignment of blocks to stages comes to.
 
-Comes in: per block a menu of variants (seconds of one micro-batch, bytes), a schedule, budgets. Goes out: a `Problem` for the search, in
-which like blocks stand together, and for any assignment its seconds and its bytes per rank, which brute force can compare.
+Comes in: the options of every block (seconds of one micro-batch, bytes), a schedule, budgets. Goes out: an `AssignmentProblem`, in which
+like blocks stand together, and for any assignment its seconds and its bytes per rank, which brute force can compare.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ RECEIVES_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class BlockOption:
     """One way to run a block; seconds are of one micro-batch.
 
     Attributes:
-        name: what is run again; `answer`: number of the placements that it has, among those that blocks may mix.
+        name: what is run again; `solution`: index of its placements in the set of solutions that blocks may mix.
         forward, input, weight: seconds of the forward, the input gradients (with what is recomputed for them), the weight gradients.
         once: seconds per step outside of the schedule: the optimizer's update, reductions that nothing hides.
         kept: bytes per micro-batch from the forward to the backward; `waiting`: from the input to the weight gradients.
@@ -49,7 +49,7 @@ class Variant:
     waiting: int
     static: int
     workspace: int
-    answer: int = 0
+    solution: int = 0
 
 
 class Cut(NamedTuple):
@@ -66,22 +66,22 @@ class Cut(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class BlockMenu:
+class BlockOptions:
     """A block of the chain, and the ways to run it; `stage` is the one that the user pinned it to."""
 
     name: str
-    variants: tuple[Variant, ...]
+    options: tuple[BlockOption, ...]
     cut: Cut
     stage: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Consecutive blocks with equal menus.
+class BlockRun:
+    """Consecutive blocks with equal blocks.
 
     Attributes:
         first: position of the first block; `length`: number of blocks.
-        options: positions in the menu of the variants that are worth taking.
+        indices: positions in `BlockOptions.options` of those that are worth taking, as many as `options` below.
         seconds: forward, input, weight of each, shape (options, 3); `once` of each, shape (options,).
         kept, waiting, static, workspace: bytes of each, shape (options,).
         cut: what a stage that ends after one of them takes; `stage`: pinned by the user.
@@ -89,7 +89,7 @@ class Run:
 
     first: int
     length: int
-    options: tuple[int, ...]
+    indices: tuple[int, ...]
     seconds: Floats
     once: Floats
     kept: Ints
@@ -101,7 +101,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Problem:
+class AssignmentProblem:
     """What is to be assigned.
 
     *Columns* are the seconds that a schedule's time hangs on: forward, input gradients and weight gradients of each of S stages (3 S), then
@@ -114,8 +114,8 @@ class Problem:
             and those between input and weight gradients; shape (combinations, stages of the rank, 2).
     """
 
-    menus: tuple[BlockMenu, ...]
-    runs: tuple[Run, ...]
+    blocks: tuple[BlockOptions, ...]
+    runs: tuple[BlockRun, ...]
     schedule: Schedule
     budgets: tuple[int, ...]
     stages_of: tuple[tuple[int, ...], ...]
@@ -139,7 +139,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class AssignmentCost:
     """An assignment in numbers: its columns, shape (3 S + 2 (S - 1),), the longest `once` of a rank, bytes per rank."""
 
     columns: Floats
@@ -148,52 +148,52 @@ class Measure:
 
 
 def evaluate(
-    menus: Sequence[BlockMenu], schedule: Schedule, stages: Sequence[int], variants: Sequence[int]
+    blocks: Sequence[BlockOptions], schedule: Schedule, stages: Sequence[int], options: Sequence[int]
 ) -> tuple[float, tuple[int, ...]]:
-    """(seconds of a step, bytes of each rank at its peak) of an assignment, from the menus alone."""
-    problem = make_problem(menus, schedule, 0)
-    measured = measure(problem, stages, variants)
-    return longest_path(problem, measured.columns)[0] + measured.once, measured.peak
+    """(seconds of a step, bytes of each rank at its peak) of an assignment, from the blocks' options alone."""
+    problem = make_problem(blocks, schedule, 0)
+    cost = compute_cost(problem, stages, options)
+    return longest_path(problem, cost.columns)[0] + cost.once, cost.peak
 
 
-def make_problem(menus: Sequence[BlockMenu], schedule: Schedule, budget: int | Sequence[int]) -> Problem:
-    """Menus under a schedule, like blocks together, without variants that aren't worth taking.
+def make_problem(blocks: Sequence[BlockOptions], schedule: Schedule, budget: int | Sequence[int]) -> AssignmentProblem:
+    """Menus under a schedule, like blocks together, without options that aren't worth taking.
 
     Raises InfeasibleError when stages would stay empty or pins can't be met, InputError when a pin or the budgets aren't of this schedule.
     """
     budgets = (budget,) * schedule.ranks if isinstance(budget, int) else tuple(budget)
     if len(budgets) != schedule.ranks:
         raise InputError(f"{len(budgets)} budgets of memory for {schedule.ranks} pipeline ranks; give one number, or one for each")
-    _check_pins(menus, schedule)
+    _check_pins(blocks, schedule)
     has_backward, splits_backward = schedule.has_backward, schedule.splits_backward
-    runs: list[Run] = []
-    for block, menu in enumerate(menus):
-        if block and menu == replace(menus[block - 1], name=menu.name):
+    runs: list[BlockRun] = []
+    for number, block in enumerate(blocks):
+        if number and block == replace(blocks[number - 1], name=block.name):
             runs[-1] = replace(runs[-1], length=runs[-1].length + 1)
         else:
-            runs.append(_make_run(block, menu, has_backward, splits_backward))
+            runs.append(_make_run(number, block, has_backward, splits_backward))
     stages_of = tuple(tuple(stage for stage, of in enumerate(schedule.rank_of) if of == rank) for rank in range(schedule.ranks))
     holdings = tuple(np.array(combinations, dtype=np.int64).reshape(len(combinations), -1, 2) for combinations in held(schedule))
-    return Problem(tuple(menus), tuple(runs), schedule, budgets, stages_of, holdings)
+    return AssignmentProblem(tuple(blocks), tuple(runs), schedule, budgets, stages_of, holdings)
 
 
-def measure(problem: Problem, stages: Sequence[int], variants: Sequence[int]) -> Measure:
-    """What an assignment comes to; `stages` and `variants` have one entry per block."""
+def compute_cost(problem: AssignmentProblem, stages: Sequence[int], options: Sequence[int]) -> AssignmentCost:
+    """What an assignment comes to; `stages` and `options` have one entry per block."""
     count = problem.schedule.stages
     seconds = np.zeros((PHASES, count))
     cuts = np.zeros((2, count))
     once = np.zeros(count)
-    kept, waiting, static, workspace, message, left = np.zeros((6, count), dtype=np.int64)
-    for menu, stage, variant in zip(problem.menus, stages, variants, strict=True):
-        one = menu.variants[variant]
-        seconds[:, stage] += (one.forward, one.input, one.weight)
-        once[stage] += one.once
-        kept[stage] += one.kept
-        waiting[stage] += one.waiting
-        static[stage] += one.static
-        workspace[stage] = max(workspace[stage], one.workspace)
-        cuts[:, stage], message[stage], left[stage] = menu.cut[:2], menu.cut.nbytes, menu.cut.kept
-    kept[1:] += left[:-1]
+    kept, waiting, static, workspace, message, read_before = np.zeros((6, count), dtype=np.int64)
+    for block, stage, index in zip(problem.blocks, stages, options, strict=True):
+        option = block.options[index]
+        seconds[:, stage] += (option.forward, option.input, option.weight)
+        once[stage] += option.once
+        kept[stage] += option.kept
+        waiting[stage] += option.waiting
+        static[stage] += option.static
+        workspace[stage] = max(workspace[stage], option.workspace)
+        cuts[:, stage], message[stage], read_before[stage] = block.cut[:2], block.cut.nbytes, block.cut.kept
+    kept[1:] += read_before[:-1]
     peak, longest = [], 0.0
     for own, holdings, messages in zip(problem.stages_of, problem.holdings, problem.messages_to, strict=True):
         at = list(own)
@@ -201,10 +201,10 @@ def measure(problem: Problem, stages: Sequence[int], variants: Sequence[int]) ->
         buffers = RECEIVES_AT_ONCE * max((int(message[stage]) for stage in messages), default=0)
         peak.append(int(lived.max(initial=0)) + int(static[at].sum()) + int(workspace[at].max()) + buffers)
         longest = max(longest, float(once[at].sum()))
-    return Measure(np.concatenate([seconds.ravel(), cuts[:, : count - 1].ravel()]), longest, tuple(peak))
+    return AssignmentCost(np.concatenate([seconds.ravel(), cuts[:, : count - 1].ravel()]), longest, tuple(peak))
 
 
-def longest_path(problem: Problem, columns: Floats) -> tuple[float, Floats]:
+def longest_path(problem: AssignmentProblem, columns: Floats) -> tuple[float, Floats]:
     """(seconds of the schedule, how often each column lies on its longest path), shape of both as of `columns`."""
     count = problem.schedule.stages
     seconds = columns[: PHASES * count].reshape(PHASES, count)
@@ -228,38 +228,38 @@ def longest_path(problem: Problem, columns: Floats) -> tuple[float, Floats]:
 _PHASES_OF = {Kind.FORWARD: (0,), Kind.INPUT: (1,), Kind.WEIGHT: (2,), Kind.BACKWARD: (1, 2)}
 
 
-def _check_pins(menus: Sequence[BlockMenu], schedule: Schedule) -> None:
+def _check_pins(blocks: Sequence[BlockOptions], schedule: Schedule) -> None:
     stages = schedule.stages
-    if len(menus) < stages:
+    if len(blocks) < stages:
         raise InfeasibleError(
-            f"{len(menus)} blocks can't fill the {stages} stages of schedule {schedule.name!r}: each stage needs one; take fewer stages"
+            f"{len(blocks)} blocks can't fill the {stages} stages of schedule {schedule.name!r}: each stage needs one; take fewer stages"
         )
-    pins = [(block, menu.stage) for block, menu in enumerate(menus) if menu.stage is not None]
+    pins = [(number, block.stage) for number, block in enumerate(blocks) if block.stage is not None]
     for block, stage in pins:
         if not 0 <= stage < stages:
-            raise InputError(f"block {menus[block].name!r} is pinned to stage {stage}; the stages are 0 to {stages - 1}")
+            raise InputError(f"block {blocks[block].name!r} is pinned to stage {stage}; the stages are 0 to {stages - 1}")
     # From a block to the next the stage stays or goes on by one: none is empty. The first block is on the first, the last on the last.
-    for (block, stage), (later, last) in pairwise([(-1, -1), *pins, (len(menus), stages)]):
+    for (block, stage), (later, last) in pairwise([(-1, -1), *pins, (len(blocks), stages)]):
         if last < stage:
             raise InfeasibleError(
-                f"block {menus[later].name!r} is pinned to stage {last}, block {menus[block].name!r} before it to stage {stage}; "
+                f"block {blocks[later].name!r} is pinned to stage {last}, block {blocks[block].name!r} before it to stage {stage}; "
                 "stages are in order; move a pin"
             )
         if last - stage > later - block:
-            start = "the chain's start" if block < 0 else f"block {menus[block].name!r} pinned to stage {stage}"
-            end = "the chain's end" if later == len(menus) else f"block {menus[later].name!r} pinned to stage {last}"
+            start = "the chain's start" if block < 0 else f"block {blocks[block].name!r} pinned to stage {stage}"
+            end = "the chain's end" if later == len(blocks) else f"block {blocks[later].name!r} pinned to stage {last}"
             raise InfeasibleError(
                 f"between {start} and {end} are {later - block - 1} blocks for {last - stage - 1} stages, and stages are in order, with a"
                 " block at least; move a pin"
             )
 
 
-def _make_run(block: int, menu: BlockMenu, has_backward: bool, splits_backward: bool) -> Run:
-    """A run of one block, without the variants that another one beats in all that counts under this schedule."""
-    seconds = np.array([(one.forward, one.input, one.weight) for one in menu.variants])
-    once = np.array([one.once for one in menu.variants])
+def _make_run(number: int, block: BlockOptions, has_backward: bool, splits_backward: bool) -> BlockRun:
+    """A run of one block, without the options that another one beats in all that counts under this schedule."""
+    seconds = np.array([(option.forward, option.input, option.weight) for option in block.options])
+    once = np.array([option.once for option in block.options])
     kept, waiting, static, workspace = np.array(
-        [(one.kept, one.waiting, one.static, one.workspace) for one in menu.variants], dtype=np.int64
+        [(option.kept, option.waiting, option.static, option.workspace) for option in block.options], dtype=np.int64
     ).T
     merits = [seconds[:, 0], once, static, workspace]
     if has_backward:
@@ -270,20 +270,20 @@ def _make_run(block: int, menu: BlockMenu, has_backward: bool, splits_backward: 
         merits.append(seconds[:, 1] + seconds[:, 2])
     merit = np.stack(merits, axis=1)
     no_worse = (merit[:, None] <= merit[None]).all(axis=2)
-    # Of equal ones the first is left.
+    # Of equal ones the first stays.
     beaten = no_worse & (~no_worse.T | (np.arange(len(merit))[:, None] < np.arange(len(merit))[None]))
     np.fill_diagonal(beaten, False)
-    left = np.flatnonzero(~beaten.any(axis=0))
-    return Run(
-        first=block,
+    worthwhile = np.flatnonzero(~beaten.any(axis=0))
+    return BlockRun(
+        first=number,
         length=1,
-        options=tuple(left.tolist()),
-        seconds=seconds[left],
-        once=once[left],
-        kept=kept[left],
-        waiting=waiting[left],
-        static=static[left],
-        workspace=workspace[left],
-        cut=menu.cut,
-        stage=menu.stage,
+        indices=tuple(worthwhile.tolist()),
+        seconds=seconds[worthwhile],
+        once=once[worthwhile],
+        kept=kept[worthwhile],
+        waiting=waiting[worthwhile],
+        static=static[worthwhile],
+        workspace=workspace[worthwhile],
+        cut=block.cut,
+        stage=block.stage,
     )

@@ -1,11 +1,11 @@
 """Assignments made at once, without a solver: the search starts from them, and pipelines are ranked by them.
 
-Comes in: a `Problem`. Goes out: stages and variants per block that fit the memory. Two greedy steps take turns:
+Comes in: an `AssignmentProblem`. Goes out: stages and options per block that fit the memory. Two greedy steps take turns:
 
-- Variants, given the stages (`_Draft.choose`): a rank begins with the fastest of every block and, while its bytes are too many, takes the
-  exchange that saves most bytes for its time, as in a knapsack. Ranks are independent of each other.
-- Stages, given each stage's share of its rank's bytes (`_Draft.split`): the least time that no stage exceeds, by bisection; for a given
-  time each stage takes as many blocks as it can.
+- Options, given the stages (`_GreedySearch.choose`): a rank begins with the fastest of every block and, while its bytes are too many, makes
+  the exchange that saves most bytes for its time, as in a knapsack. Ranks are independent of each other.
+- Stages, given each stage's share of its rank's bytes (`_GreedySearch.split`): the least time that no stage exceeds, by bisection; for
+  a given time each stage takes as many blocks as it can.
 
 Where ranks hold several stages, the first ones of all ranks get one weight, the second ones another: with eight layers for a rank of three
 stages, 3, 3 and 2 are better than any mixture of twos and threes, since a round takes about the sum of its slowest first, second and third
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from autopar.search.pipeline.menus import RECEIVES_AT_ONCE, Problem, Run
+from autopar.search.pipeline.assignment_problem import RECEIVES_AT_ONCE, AssignmentProblem, BlockRun
 
 # Halvings of the time that no stage exceeds, doublings to find one that can be kept, and turns of the two steps.
 BISECTIONS = 12
@@ -31,9 +31,9 @@ Ends = tuple[int, ...]
 """Per stage the number of blocks on it and on the stages before it."""
 
 
-def draft(problem: Problem) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(stages, variants) per block of assignments that fit the memory and the pins; none where none was found."""
-    maker = _Draft(problem)
+def assign_greedily(problem: AssignmentProblem) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(stages, options) per block of assignments that fit the memory and the pins; none where none was found."""
+    maker = _GreedySearch(problem)
     seen: set[Ends] = set()
     for weights, is_pooled in maker.find_weights():
         shares: Sequence[float] = [math.inf] * problem.schedule.stages
@@ -44,23 +44,23 @@ def draft(problem: Problem) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]
             if ends is None or ends in seen:
                 continue
             seen.add(ends)
-            variants = maker.choose(ends)
-            if variants is not None:
-                yield _stages_of(ends), variants
+            options = maker.choose(ends)
+            if options is not None:
+                yield _stages_of(ends), options
             if turn:
-                shares = maker.share(ends, variants)
+                shares = maker.share(ends, options)
 
 
-def find_leanest(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(stages, variants) of even numbers of blocks, each in the variant that needs least; they may not fit."""
-    maker = _Draft(problem)
+def find_leanest(problem: AssignmentProblem) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(stages, options) of even numbers of blocks, each in the option that needs least; they may not fit."""
+    maker = _GreedySearch(problem)
     stages = _stages_of(maker.clip([maker.blocks * (stage + 1) // maker.stages for stage in range(maker.stages)]))
-    variants = []
+    options = []
     for block, stage in enumerate(stages):
         run = problem.runs[maker.run_of[block]]
         full, waiting = maker.held[stage]
-        variants.append(run.options[int((run.static + full * run.kept + waiting * run.waiting + run.workspace).argmin())])
-    return stages, tuple(variants)
+        options.append(run.indices[int((run.static + full * run.kept + waiting * run.waiting + run.workspace).argmin())])
+    return stages, tuple(options)
 
 
 def _stages_of(ends: Sequence[int]) -> tuple[int, ...]:
@@ -69,8 +69,8 @@ def _stages_of(ends: Sequence[int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """An exchange of one variant for a leaner one, of every block of a run: seconds more and bytes less of each."""
+class _Exchange:
+    """An exchange of one option for a leaner one, of every block of a run: seconds more and bytes less of each."""
 
     slope: float
     seconds: float
@@ -78,24 +78,24 @@ class _Step:
 
 
 @dataclass(slots=True)
-class _Part:
-    """The blocks of one run on one stage: how many are in which variant."""
+class _RunOnStage:
+    """The blocks of one run on one stage: how many are in which option."""
 
     stage: int
     place: int  # of the stage on its rank
     first: int  # block
-    run: Run
+    run: BlockRun
     counts: list[int]
 
 
-class _Draft:
+class _GreedySearch:
     """The two steps on one problem."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: AssignmentProblem) -> None:
         self.problem = problem
         self.stages = problem.schedule.stages
         self.ranks = problem.schedule.ranks
-        self.blocks = len(problem.menus)
+        self.blocks = len(problem.blocks)
         self.run_of = [index for index, run in enumerate(problem.runs) for _ in range(run.length)]
         self.seconds = [float(run.seconds.sum(axis=1).min()) for run in problem.runs for _ in range(run.length)]
         self.least, self.most = _find_limits(problem)
@@ -109,7 +109,7 @@ class _Draft:
         self._begins = [run.first for run in problem.runs]
         self._behind = [run.length - place for run in problem.runs for place in range(run.length)]  # blocks of its run from each block on
         self._times: dict[tuple[object, ...], float] = {}
-        self._ways: dict[tuple[int, tuple[int, int]], tuple[float, int, tuple[_Step, ...]]] = {}
+        self._ways: dict[tuple[int, tuple[int, int]], tuple[float, int, tuple[_Exchange, ...]]] = {}
 
     # --- stages ---
 
@@ -189,7 +189,7 @@ class _Draft:
         return tuple(ends)
 
     def _time(self, stage: int, start: int, end: int, share: float) -> float:
-        """Seconds of a micro-batch on a stage of these blocks, in the variants that its bytes allow; infinite when none do."""
+        """Seconds of a micro-batch on a stage of these blocks, in the options that its bytes allow; infinite when none do."""
         first, last = self.run_of[start], self.run_of[end - 1]
         # Of the blocks it matters only how many of each run there are.
         counts = (self._behind[start], end - self._begins[last]) if first < last else (end - start,)
@@ -200,7 +200,7 @@ class _Draft:
 
     def _find_time(self, start: int, end: int, held: tuple[int, int], share: float) -> float:
         seconds, excess = 0.0, -share
-        steps: list[tuple[_Step, int]] = []
+        steps: list[tuple[_Exchange, int]] = []
         for index in range(self.run_of[start], self.run_of[end - 1] + 1):
             run = self.problem.runs[index]
             count = min(end, run.first + run.length) - max(start, run.first)
@@ -218,8 +218,8 @@ class _Draft:
                 return seconds
         return math.inf
 
-    def _find_ways(self, index: int, held: tuple[int, int]) -> tuple[float, int, tuple[_Step, ...]]:
-        """A run's fastest variant, and the exchanges for leaner ones worth making, cheapest first, where so many micro-batches are held."""
+    def _find_ways(self, index: int, held: tuple[int, int]) -> tuple[float, int, tuple[_Exchange, ...]]:
+        """A run's fastest option, and the exchanges for leaner ones worth making, cheapest first, where so many micro-batches are held."""
         key = index, held
         if key not in self._ways:
             run = self.problem.runs[index]
@@ -233,42 +233,42 @@ class _Draft:
                     break
                 slopes = (seconds[leaner] - seconds[at]) / (nbytes[at] - nbytes[leaner])
                 to = int(leaner[slopes.argmin()])
-                steps.append(_Step(float(slopes.min()), float(seconds[to] - seconds[at]), int(nbytes[at] - nbytes[to])))
+                steps.append(_Exchange(float(slopes.min()), float(seconds[to] - seconds[at]), int(nbytes[at] - nbytes[to])))
                 at = to
             self._ways[key] = float(seconds[fastest]), int(nbytes[fastest]), tuple(steps)
         return self._ways[key]
 
-    # --- variants ---
+    # --- options ---
 
     def choose(self, ends: Ends) -> tuple[int, ...] | None:
-        """A variant per block that lets every rank keep its budget; None when a rank can't."""
-        variants = [0] * self.blocks
+        """An option per block that lets every rank keep its budget; None when a rank can't."""
+        options = [0] * self.blocks
         for rank in range(self.ranks):
             parts = self._parts(rank, ends)
             if not self._fit(rank, ends, parts):
                 return None
             for part in parts:
-                chosen = [option for option, count in zip(part.run.options, part.counts, strict=True) for _ in range(count)]
-                variants[part.first : part.first + len(chosen)] = chosen
-        return tuple(variants)
+                chosen = [option for option, count in zip(part.run.indices, part.counts, strict=True) for _ in range(count)]
+                options[part.first : part.first + len(chosen)] = chosen
+        return tuple(options)
 
-    def _parts(self, rank: int, ends: Ends) -> list[_Part]:
+    def _parts(self, rank: int, ends: Ends) -> list[_RunOnStage]:
         parts = []
         for place, stage in enumerate(self.problem.stages_of[rank]):
             start = ends[stage - 1] if stage else 0
             for index in range(self.run_of[start], self.run_of[ends[stage] - 1] + 1):
                 run = self.problem.runs[index]
                 first = max(start, run.first)
-                counts = [0] * len(run.options)
+                counts = [0] * len(run.indices)
                 counts[int(run.seconds.sum(axis=1).argmin())] = min(ends[stage], run.first + run.length) - first
-                parts.append(_Part(stage, place, first, run, counts))
+                parts.append(_RunOnStage(stage, place, first, run, counts))
         return parts
 
-    def _fit(self, rank: int, ends: Ends, parts: Sequence[_Part]) -> bool:
-        """Exchange variants until the rank's bytes are within its budget."""
+    def _fit(self, rank: int, ends: Ends, parts: Sequence[_RunOnStage]) -> bool:
+        """Exchange options until the rank's bytes are within its budget."""
         holdings = self.problem.holdings[rank]
         moments = holdings if len(holdings) else np.zeros((1, len(self.problem.stages_of[rank]), 2), dtype=np.int64)
-        # Per part: bytes of each variant at each moment, shape (moments, variants).
+        # Per part: bytes of each option at each moment, shape (moments, options).
         nbytes = [
             part.run.static + moments[:, part.place, :1] * part.run.kept + moments[:, part.place, 1:] * part.run.waiting for part in parts
         ]
@@ -282,7 +282,7 @@ class _Draft:
             excess = int(used[moment]) + workspace - budget
             if excess <= 0:
                 return True
-            best: tuple[float, _Part, int, int, int] | None = None
+            best: tuple[float, _RunOnStage, int, int, int] | None = None
             for part, table, taking in zip(parts, nbytes, seconds, strict=True):
                 at = table[moment]
                 for option, count in enumerate(part.counts):
@@ -302,14 +302,14 @@ class _Draft:
         return False
 
     def _message_bytes(self, rank: int, ends: Ends) -> int:
-        cuts = (self.problem.menus[ends[stage] - 1].cut.nbytes for stage in self.problem.messages_to[rank])
+        cuts = (self.problem.blocks[ends[stage] - 1].cut.nbytes for stage in self.problem.messages_to[rank])
         return RECEIVES_AT_ONCE * max(cuts, default=0)
 
     def _received(self, stage: int, ends: Ends) -> int:
         """Bytes per micro-batch that a stage holds of values which a block before it has read."""
-        return self.problem.menus[ends[stage - 1] - 1].cut.kept if stage else 0
+        return self.problem.blocks[ends[stage - 1] - 1].cut.kept if stage else 0
 
-    def share(self, ends: Ends, variants: Sequence[int] | None) -> list[float]:
+    def share(self, ends: Ends, options: Sequence[int] | None) -> list[float]:
         """Bytes that each stage may take of its rank's: what it takes now, and an equal part of what is left."""
         shares = [0.0] * self.stages
         for rank, own in enumerate(self.problem.stages_of):
@@ -319,11 +319,11 @@ class _Draft:
                 received += full * self._received(stage, ends)
                 total = 0
                 for block in range(ends[stage - 1] if stage else 0, ends[stage]):
-                    menu = self.problem.menus[block].variants
-                    needs = [one.static + full * one.kept + waiting * one.waiting for one in menu]
-                    at = needs.index(min(needs)) if variants is None else variants[block]
+                    options_of = self.problem.blocks[block].options
+                    needs = [option.static + full * option.kept + waiting * option.waiting for option in options_of]
+                    at = needs.index(min(needs)) if options is None else options[block]
                     total += needs[at]
-                    workspace = max(workspace, menu[at].workspace)
+                    workspace = max(workspace, options_of[at].workspace)
                 used.append(total)
             left = self.problem.budgets[rank] - self._message_bytes(rank, ends) - workspace - received - sum(used)
             for stage, nbytes in zip(own, used, strict=True):
@@ -331,16 +331,16 @@ class _Draft:
         return shares
 
 
-def _find_limits(problem: Problem) -> tuple[list[int], list[int]]:
+def _find_limits(problem: AssignmentProblem) -> tuple[list[int], list[int]]:
     """Per stage the least and the most blocks that may be on it and the stages before: none is empty, pins are kept."""
-    stages, blocks = problem.schedule.stages, len(problem.menus)
+    stages, blocks = problem.schedule.stages, len(problem.blocks)
     least, most = list(range(1, stages + 1)), [blocks - (stages - 1 - stage) for stage in range(stages)]
     least[-1] = blocks
-    for block, menu in enumerate(problem.menus):
-        if menu.stage is not None:
-            least[menu.stage] = max(least[menu.stage], block + 1)
-            if menu.stage:
-                most[menu.stage - 1] = min(most[menu.stage - 1], block)
+    for number, block in enumerate(problem.blocks):
+        if block.stage is not None:
+            least[block.stage] = max(least[block.stage], number + 1)
+            if block.stage:
+                most[block.stage - 1] = min(most[block.stage - 1], number)
     for stage in range(stages - 2, -1, -1):
         most[stage] = min(most[stage], most[stage + 1] - 1)
     for stage in range(1, stages):

@@ -1,4 +1,4 @@
-"""What an assignment comes to, by hand, and which variants are worth taking."""
+"""What an assignment comes to, by hand, and which options are worth taking."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from autopar.schedules.messages import forward_only, make_schedule
-from autopar.search.pipeline.assignment import BlockMenu, Cut, Variant
-from autopar.search.pipeline.menus import PHASES, RECEIVES_AT_ONCE, longest_path, make_problem, measure
-from tests.menus import random_menus
+from autopar.search.pipeline.assignment import BlockOption, BlockOptions, Cut
+from autopar.search.pipeline.assignment_problem import PHASES, RECEIVES_AT_ONCE, compute_cost, longest_path, make_problem
+from tests.block_options import random_blocks
 
-PLAIN = Variant("plain", 1.0, 2.0, 3.0, 4.0, 10, 20, 100, 7)
+PLAIN = BlockOption("plain", 1.0, 2.0, 3.0, 4.0, 10, 20, 100, 7)
 
 
 def test_an_assignment_in_numbers() -> None:
     wide = replace(PLAIN, name="wide", workspace=9, once=8.0)
-    menus = [BlockMenu(f"b{i}", (PLAIN, wide), Cut(0.25 + i, 0.5 + i, 3 + i, 1000)) for i in range(4)]
-    problem = make_problem(menus, make_schedule("1f1b", 2, 5), 0)
-    measured = measure(problem, (0, 0, 0, 1), (0, 1, 0, 1))
+    blocks = [BlockOptions(f"b{i}", (PLAIN, wide), Cut(0.25 + i, 0.5 + i, 3 + i, 1000)) for i in range(4)]
+    problem = make_problem(blocks, make_schedule("1f1b", 2, 5), 0)
+    measured = compute_cost(problem, (0, 0, 0, 1), (0, 1, 0, 1))
     # Forwards, both backwards, and what crosses behind the third block.
     assert measured.columns.tolist() == [3.0, 1.0, 6.0, 2.0, 9.0, 3.0, 2.25, 2.5]
     assert measured.once == 4.0 + 8.0 + 4.0
@@ -29,9 +29,9 @@ def test_an_assignment_in_numbers() -> None:
 
 
 def test_ranks_of_two_stages_add_them_up() -> None:
-    menus = [BlockMenu(f"b{i}", (replace(PLAIN, once=float(1 + i), workspace=i),), Cut(0.0, 0.0, i)) for i in range(4)]
-    problem = make_problem(menus, make_schedule("zb-v", 2, 1), 0)
-    measured = measure(problem, (0, 1, 2, 3), (0, 0, 0, 0))
+    blocks = [BlockOptions(f"b{i}", (replace(PLAIN, once=float(1 + i), workspace=i),), Cut(0.0, 0.0, i)) for i in range(4)]
+    problem = make_problem(blocks, make_schedule("zb-v", 2, 1), 0)
+    measured = compute_cost(problem, (0, 1, 2, 3), (0, 0, 0, 0))
     assert measured.once == 1.0 + 4.0
     # Stages 0 and 3 on the first rank: two are held between forward and backward, or one that waits beside one that is.
     assert measured.peak[0] == max(20, 30) + 200 + (0 + 3) + RECEIVES_AT_ONCE * 2
@@ -39,20 +39,20 @@ def test_ranks_of_two_stages_add_them_up() -> None:
 
 def test_messages_to_a_rank_cross_its_stages_ends() -> None:
     schedule = make_schedule("1f1b", 3, 2)
-    menus = random_menus(0, blocks=4, variants=1, alike=False)
-    assert make_problem(menus, schedule, 0).messages_to == ((0,), (0, 1), (1,))
-    assert make_problem(menus, forward_only(schedule, 2), 0).messages_to == ((), (0,), (1,))
+    blocks = random_blocks(0, blocks=4, options=1, alike=False)
+    assert make_problem(blocks, schedule, 0).messages_to == ((0,), (0, 1), (1,))
+    assert make_problem(blocks, forward_only(schedule, 2), 0).messages_to == ((), (0,), (1,))
     # On a V the last stage follows one of the other rank; the two in the middle are on one.
-    assert make_problem(menus, make_schedule("zb-v", 2, 2), 0).messages_to == ((0, 2), (0, 2))
+    assert make_problem(blocks, make_schedule("zb-v", 2, 2), 0).messages_to == ((0, 2), (0, 2))
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("gpipe", 3), ("1f1b", 3), ("interleaved", 2), ("zb-v", 2)])
 def test_the_longest_paths_columns_add_up_to_its_seconds(name: str, ranks: int) -> None:
     for seed in range(3):
-        menus = random_menus(seed, blocks=6, variants=1, alike=False)
-        problem = make_problem([replace(menu, cut=Cut(0.5, 0.01, 1)) for menu in menus], make_schedule(name, ranks, 4), 0)
+        blocks = random_blocks(seed, blocks=6, options=1, alike=False)
+        problem = make_problem([replace(block, cut=Cut(0.5, 0.01, 1)) for block in blocks], make_schedule(name, ranks, 4), 0)
         stages = tuple(np.repeat(np.arange(problem.schedule.stages), 6)[:: problem.schedule.stages].tolist())
-        columns = measure(problem, stages, (0,) * 6).columns
+        columns = compute_cost(problem, stages, (0,) * 6).columns
         seconds, path = longest_path(problem, columns)
         assert path @ columns == pytest.approx(seconds)
         assert path[PHASES * problem.schedule.stages :].any()
@@ -75,11 +75,11 @@ def test_a_variant_is_left_where_it_is_better_in_what_counts(better: dict[str, f
     other = replace(PLAIN, **better, name="other", static=1000)  # type: ignore[arg-type]
     for schedule in (make_schedule("gpipe", 2, 2), make_schedule("zb-h1", 2, 2), forward_only((0, 1), 2)):
         name = "forward" if not schedule.has_backward else schedule.name
-        menus = [BlockMenu(f"b{i}", (PLAIN, other), Cut(0.0, 0.0, 0)) for i in range(2)]
+        blocks = [BlockOptions(f"b{i}", (PLAIN, other), Cut(0.0, 0.0, 0)) for i in range(2)]
         kept = (0, 1) if name in schedules else (0,)
-        assert make_problem(menus, schedule, 0).runs[0].options == kept, name
+        assert make_problem(blocks, schedule, 0).runs[0].indices == kept, name
 
 
 def test_of_variants_that_are_equal_one_is_left() -> None:
-    menus = [BlockMenu(f"b{i}", (PLAIN, replace(PLAIN, name="same"), PLAIN), Cut(0.0, 0.0, 0)) for i in range(2)]
-    assert make_problem(menus, make_schedule("1f1b", 2, 2), 0).runs[0].options == (0,)
+    blocks = [BlockOptions(f"b{i}", (PLAIN, replace(PLAIN, name="same"), PLAIN), Cut(0.0, 0.0, 0)) for i in range(2)]
+    assert make_problem(blocks, make_schedule("1f1b", 2, 2), 0).runs[0].indices == (0,)
