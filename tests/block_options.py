@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from autopar.schedules.actions import Schedule
-from autopar.search.pipeline.assignment import BlockOption, BlockOptions, Cut, evaluate
+from autopar.search.pipeline.assignment_problem import evaluate
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 
 
 def random_option(rng: np.random.Generator, name: str) -> BlockOption:

@@ -12,7 +12,9 @@ import pytest
 from autopar.errors import InfeasibleError, InputError
 from autopar.schedules.actions import Schedule
 from autopar.schedules.messages import forward_only, make_schedule
-from autopar.search.pipeline.assignment import Assignment, BlockOption, BlockOptions, Cut, assign, evaluate
+from autopar.search.pipeline.assignment import Assignment, assign
+from autopar.search.pipeline.assignment_problem import evaluate
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 from tests.block_options import measure_all, random_blocks, random_option
 
 FAMILIES = [

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from autopar.schedules.messages import forward_only, make_schedule
-from autopar.search.pipeline.assignment import BlockOption, BlockOptions, Cut
 from autopar.search.pipeline.assignment_problem import PHASES, RECEIVES_AT_ONCE, compute_cost, longest_path, make_problem
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 from tests.block_options import random_blocks
 
 PLAIN = BlockOption("plain", 1.0, 2.0, 3.0, 4.0, 10, 20, 100, 7)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from autopar.schedules.messages import make_schedule
-from autopar.search.pipeline.assignment import BlockOption, BlockOptions, Cut
 from autopar.search.pipeline.assignment_problem import PHASES, AssignmentProblem, compute_cost, longest_path, make_problem
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 from autopar.search.pipeline.greedy import _GreedySearch, assign_greedily, find_leanest
 from tests.block_options import all_assignments, measure_all, random_blocks
 
@@ -111,9 +111,9 @@ def test_a_stage_is_timed_with_the_cheapest_exchanges_that_its_bytes_ask_for() -
     fast = BlockOption("fast", 1.0, 1.0, 1.0, 0.0, 10, 0, 0, 0)
     cheap, dear = (BlockOption(name, 1.0, seconds, 1.0, 0.0, 1, 0, 0, 0) for name, seconds in (("cheap", 2.0), ("dear", 6.0)))
     blocks = [BlockOptions("first", (fast, dear), Cut(0.0, 0.0, 0)), BlockOptions("second", (fast, cheap), Cut(0.0, 0.0, 0))]
-    maker = _GreedySearch(make_problem(blocks, make_schedule("1f1b", 1, 1), PLENTY))
-    assert [maker._time(0, 0, 2, share) for share in (20, 19, 11, 10, 2)] == [6.0, 7.0, 7.0, 12.0, 12.0]
-    assert maker._time(0, 0, 2, 1) == np.inf
+    search = _GreedySearch(make_problem(blocks, make_schedule("1f1b", 1, 1), PLENTY))
+    assert [search._stage_seconds(0, 0, 2, share) for share in (20, 19, 11, 10, 2)] == [6.0, 7.0, 7.0, 12.0, 12.0]
+    assert search._stage_seconds(0, 0, 2, 1) == np.inf
 
 
 def test_workspace_counts_where_a_block_takes_the_variant_that_needs_it() -> None:

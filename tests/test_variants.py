@@ -16,7 +16,7 @@ from autopar.ir.graph import OpKind, Value
 from autopar.ir.layout import Mesh
 from autopar.rules.table import find_spaces
 from autopar.search.options import AxisKind, Constraints
-from autopar.search.pipeline.assignment import BlockOptions
+from autopar.search.pipeline.block_options import BlockOptions
 from autopar.search.pipeline.variants import Menus, choices_of, read_chain
 from autopar.search.placement.problem import build_problem, kept_nbytes, least_bytes
 from autopar.search.placement.solve import Search

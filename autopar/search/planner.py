@@ -20,7 +20,7 @@ from autopar.rules import find_spaces
 from autopar.schedules import make_schedule
 from autopar.search.assemble import Chosen, Spread, assemble
 from autopar.search.meshes import find_trials, group_trials
-from autopar.search.pipeline import Configuration, Pipelined, PipelineSearch, choices_of
+from autopar.search.pipeline import Configuration, Pipelined, choices_of, find_configurations, make_pipeline_problem, search_pipelines
 from autopar.search.trials import SolvedTrial, TrialResults, name_request, solve_trials
 from autopar.structure import Chain, Model, batch_size, find_chain, find_factors, find_tables, fold, regroup, relabel
 from autopar.units import format_bytes
@@ -208,21 +208,21 @@ def _search_pipelines(request: _Request, placed: TrialResults, tell: Progress) -
     model, pins, best = request.model, request.pins, placed.best
     if not (pins.asks_for_pipeline or request.is_open):
         return None, ()
-    search = PipelineSearch(model, request.chain, request.cluster, pins, model.folded.graph.loss is not None, tell)
+    problem = make_pipeline_problem(model, request.chain, request.cluster, pins, returns_loss=model.folded.graph.loss is not None)
     # Without a pipeline, micro-batches and recomputation only save memory.
     is_tight = best is None or best.solution.status != "optimal"
-    configurations = search.find_configurations(
-        lambda groups: group_trials(model, request.cluster, groups, pins, request.mesh, request.stored),
+    configurations = find_configurations(
+        problem,
+        lambda ranks: group_trials(model, request.cluster, ranks, pins, request.mesh, request.stored),
         alone=pins.asks_for_pipeline or is_tight,
     )
     if is_tight:
         configurations += [Configuration(1, trial, 1) for trial in placed.promising[:RECOMPUTED]]
-    pipelined = search.run(configurations, math.inf if best is None else best.solution.cost_ns / 1e9)
-    candidates = tuple(search.candidates)
-    is_refused = pipelined is None and all(candidate.memory_bytes is None for candidate in candidates)
-    if is_refused and pins.asks_for_pipeline and search.refusals:
-        raise type(search.refusals[0])(f"the pins {pins} can't be had: {search.refusals[0]}")
-    return pipelined, candidates
+    searched = search_pipelines(problem, configurations, math.inf if best is None else best.solution.cost_ns / 1e9, tell)
+    is_refused = searched.best is None and all(candidate.memory_bytes is None for candidate in searched.candidates)
+    if is_refused and pins.asks_for_pipeline and searched.refusals:
+        raise type(searched.refusals[0])(f"the pins {pins} can't be had: {searched.refusals[0]}")
+    return searched.best, searched.candidates
 
 
 def _choose_pipelined(pipelined: Pipelined, chain: Chain) -> Chosen:

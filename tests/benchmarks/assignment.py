@@ -10,7 +10,8 @@ import time
 from dataclasses import dataclass
 
 from autopar.schedules.messages import make_schedule
-from autopar.search.pipeline.assignment import Assignment, BlockOption, BlockOptions, Cut, assign
+from autopar.search.pipeline.assignment import Assignment, assign
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 
 LAYERS, RANKS, MICROBATCHES = 126, 16, 512
 # Schedule, chunks, options, bytes of a rank: plenty, and little.

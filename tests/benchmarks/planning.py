@@ -72,9 +72,9 @@ def measure(config: str, cluster: str, batch: int, seq: int, groups: int | None)
     progress("end")
     result |= {
         "capture_s": captured_at - start,
-        "costs_s": sum(steps.get(step, 0.0) for step in ("rules and costs", "costs", "bounds")),
+        "costs_s": sum(steps.get(step, 0.0) for step in ("rules and costs", "costs", "estimates")),
         "search_s": steps.get("search", 0.0) + steps.get("memory", 0.0),
-        "stages_s": sum(steps.get(step, 0.0) for step in ("drafts", "schedules", "stages")),
+        "stages_s": sum(steps.get(step, 0.0) for step in ("greedy", "schedules", "stages")),
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
     }
     return result

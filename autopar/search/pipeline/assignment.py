@@ -14,7 +14,9 @@ In this order:
 5. where ranks hold several stages, the model with a guess: there the paths are so many that the model's own solutions stay poor for long;
 6. the whole model.
 
-All paths are paths of the schedule, so every bound of the model with all options holds; the guess of step 5 only proposes assignments.
+All paths are paths of the schedule, so every bound of the model with all options holds, to the solver's tolerance; the guess of step 5 and
+the few options of step 3 only propose assignments. One exception: where the tolerance let a solution use a little more memory than there
+is, the model is built again for that much less (`_AssignmentSearch.tighten`), and later bounds are of assignments that fit that.
 """
 
 from __future__ import annotations
@@ -32,21 +34,16 @@ from autopar.search.pipeline.assignment_model import AssignmentModel, Point, exp
 from autopar.search.pipeline.assignment_problem import (
     PHASES,
     AssignmentProblem,
-    BlockOption,
-    BlockOptions,
     BlockRun,
-    Cut,
     Floats,
     Ints,
     compute_cost,
-    evaluate,
     longest_path,
     make_problem,
 )
+from autopar.search.pipeline.block_options import BlockOptions
 from autopar.search.pipeline.greedy import assign_greedily
 from autopar.units import format_bytes
-
-__all__ = ["Assignment", "BlockOption", "BlockOptions", "Cut", "assign", "evaluate"]
 
 # Rounds of the relaxed models at most, and the share of the gap asked for at which a round has gained nothing.
 RELAXED_ROUNDS = 40
@@ -56,7 +53,8 @@ GAP_SHARE = 0.25
 # are walked at most.
 TILT = 0.03
 TILTED_ACTIONS = 300_000
-# Of the time that is left, for the model with few options; and how many blocks of one the relaxed model must take.
+# Share of the time left for the model with few options; and how many blocks must use an option in the relaxed model to make it one of
+# them.
 NARROW_SHARE = 0.6
 TRACE = 1e-3
 # Of the guided models: rounds, share of the time, and gap. A guess needs no proof.
@@ -77,7 +75,7 @@ class Assignment:
     Attributes:
         stages: of each block; `options`: of each block, as index into its options.
         objective: seconds by the paths that the model has; `simulated`: by the whole schedule; both with the longest `once` of a rank.
-        bound: no assignment within the budget takes less.
+        bound: no assignment within the budget takes less; where the model was tightened, within the budget less the bytes of that.
         status: ``optimal`` when `simulated` is within the gap asked for of the bound, ``feasible`` when the time was over first,
             ``beyond`` when nothing can be better than the cutoff.
         iterations: models solved.
@@ -106,7 +104,7 @@ def assign(
     """The assignment of blocks to stages and options that takes the least simulated time and fits the budget.
 
     Args:
-        blocks: of the blocks, in the order of the chain.
+        blocks: the options of every block, in the order of the chain.
         schedule: of computing actions; its stages stand in a chain.
         budget: bytes of every rank, or of each.
         time_limit: seconds; when they are over, the best assignment found is returned with the bound that was reached.
@@ -140,7 +138,7 @@ class _AssignmentSearch:
     """One search on its way: the model with the paths so far, the best assignment, the bound."""
 
     problem: AssignmentProblem
-    master: AssignmentModel
+    model: AssignmentModel
     gap: float
     cutoff: float
     deadline: float
@@ -148,21 +146,21 @@ class _AssignmentSearch:
     bound: float = 0.0
     rounds: int = 0
     slack: int = 0
-    taken: list[frozenset[int]] | None = None
+    used: list[frozenset[int]] | None = None
 
     @property
-    def left(self) -> float:
-        """Seconds that are left."""
+    def seconds_left(self) -> float:
+        """Seconds until the deadline."""
         return self.deadline - time.perf_counter()
 
     @property
     def is_over(self) -> bool:
         """Whether nothing is left to be gained, or no time."""
         closed = self.best is not None and self.best.simulated <= self.bound * (1 + self.gap)
-        return closed or self.bound >= self.cutoff or self.left <= 0
+        return closed or self.bound >= self.cutoff or self.seconds_left <= 0
 
     def start(self) -> None:
-        """What can be made at once."""
+        """Offer the greedy assignments."""
         for stages, options in assign_greedily(self.problem):
             self.offer(stages, options)
 
@@ -170,10 +168,10 @@ class _AssignmentSearch:
         """Find paths with continuous counts, as long as the bound moves."""
         before = 0.0
         for _ in range(RELAXED_ROUNDS):
-            point = self.solve(self.master, self.left, free=self.master.integers)
+            point = self.solve(self.model, self.seconds_left, free=self.model.integers)
             if point is None or self.is_over:
                 return
-            self.taken = _taken(self.problem, point)
+            self.used = _used_options(self.problem, point)
             simulated = self.add_paths(point.columns) + point.once
             if simulated <= point.bound * (1 + GAP_SHARE * self.gap) or point.bound <= before * (1 + GAP_SHARE * self.gap):
                 return
@@ -181,17 +179,17 @@ class _AssignmentSearch:
 
     def narrow(self) -> None:
         """Solve the model with those options alone that the relaxed model or the best assignment uses: most are of no use here."""
-        if self.best is None or self.taken is None or self.is_over:
+        if self.best is None or self.used is None or self.is_over:
             return
         runs = []
-        for run, taken in zip(self.problem.runs, self.taken, strict=True):
-            used = taken | set(self.best.options[run.first : run.first + run.length])
+        for run, used_relaxed in zip(self.problem.runs, self.used, strict=True):
+            used = used_relaxed | set(self.best.options[run.first : run.first + run.length])
             runs.append(_only(run, [index in used for index in run.indices]))
         problem = replace(self.problem, runs=tuple(runs))
         if sum(len(run.indices) for run in runs) == sum(len(run.indices) for run in self.problem.runs):
             return
-        master = AssignmentModel(problem, problem.budgets, self.master.paths)
-        inner = _AssignmentSearch(problem, master, self.gap, self.cutoff, time.perf_counter() + NARROW_SHARE * self.left, self.best)
+        model = AssignmentModel(problem, problem.budgets, self.model.paths)
+        inner = _AssignmentSearch(problem, model, self.gap, self.cutoff, time.perf_counter() + NARROW_SHARE * self.seconds_left, self.best)
         try:
             if self.problem.schedule.chunks == 1:
                 inner.place()
@@ -199,19 +197,19 @@ class _AssignmentSearch:
         except InfeasibleError:
             pass  # beside what is there already
         self.best, self.rounds = inner.best, self.rounds + inner.rounds
-        for path in inner.master.paths:
-            self.master.add_path(path)
+        for path in inner.model.paths:
+            self.model.add_path(path)
 
     def place(self) -> None:
         """Find paths, and assignments, with whole blocks per stage in fractions of options."""
         for _ in range(PLACED_ROUNDS):
             if self.is_over:
                 return
-            point = self.solve(self.master, self.left, free=self.master.option_counts, gap=GAP_SHARE * self.gap)
+            point = self.solve(self.model, self.seconds_left, free=self.model.option_counts, gap=GAP_SHARE * self.gap)
             if point is None:
                 return
             simulated = self.add_paths(point.columns) + point.once
-            whole = self.master.solve(self.left, fixed=point, gap=GAP_SHARE * self.gap)
+            whole = self.model.solve(self.seconds_left, fixed=point, gap=GAP_SHARE * self.gap)
             if whole is not None:
                 self.offer(*expand_counts(self.problem, whole.counts))
             if simulated <= point.bound * (1 + GAP_SHARE * self.gap):
@@ -223,8 +221,8 @@ class _AssignmentSearch:
             if self.is_over:
                 return
             before = self.best
-            guided = AssignmentModel(self.problem, self.problem.budgets, self.master.paths, is_guided=True)
-            point = self.solve(guided, min(seconds, self.left), gap=GUIDED_GAP)
+            guided = AssignmentModel(self.problem, self.problem.budgets, self.model.paths, is_guided=True)
+            point = self.solve(guided, min(seconds, self.seconds_left), gap=GUIDED_GAP)
             if point is None:
                 return
             self.offer(*expand_counts(self.problem, point.counts))
@@ -236,7 +234,7 @@ class _AssignmentSearch:
         moved, since = time.perf_counter(), 0
         while not self.is_over and (since < PATIENT_ROUNDS or time.perf_counter() - moved < PATIENCE):
             best, bound = self.best, self.bound
-            point = self.solve(self.master, self.left, gap=GAP_SHARE * self.gap)
+            point = self.solve(self.model, self.seconds_left, gap=GAP_SHARE * self.gap)
             if point is None:
                 return
             expanded = expand_counts(self.problem, point.counts)
@@ -246,11 +244,11 @@ class _AssignmentSearch:
             elif self.best is not best or self.bound > bound * (1 + GAP_SHARE * self.gap):
                 moved, since = time.perf_counter(), 0
 
-    def solve(self, master: AssignmentModel, seconds: float, *, free: Ints | None = None, gap: float = 0.0) -> Point | None:
+    def solve(self, model: AssignmentModel, seconds: float, *, free: Ints | None = None, gap: float = 0.0) -> Point | None:
         """One round; its bound counts where the model is no guess."""
         self.rounds += 1
-        point = master.solve(seconds, free=free, gap=gap)
-        if point is not None and not master.is_guided:
+        point = model.solve(seconds, free=free, gap=gap)
+        if point is not None and not model.is_guided:
             self.bound = max(self.bound, point.bound)
         return point
 
@@ -261,27 +259,30 @@ class _AssignmentSearch:
             return False
         simulated = self.add_paths(cost.columns) + cost.once
         if self.best is None or simulated < self.best.simulated:
-            objective = self.master.longest_known(cost.columns) + cost.once
+            objective = max(float(path @ cost.columns) for path in self.model.paths) + cost.once
             self.best = Assignment(tuple(stages), tuple(options), objective, simulated, 0.0, "", 0, cost.peak)
         return True
 
     def tighten(self, stages: Sequence[int], options: Sequence[int]) -> None:
-        """Build the model again for a little less memory: the solver keeps a row only as far as its tolerances go."""
+        """Build the model again for a little less memory: the solver keeps a row only as far as its tolerances go.
+
+        Bounds from here on are of assignments that fit this memory.
+        """
         peak = compute_cost(self.problem, stages, options).peak
         self.slack += max(used - there for used, there in zip(peak, self.problem.budgets, strict=True))
-        self.master = AssignmentModel(self.problem, [there - self.slack for there in self.problem.budgets], self.master.paths)
+        self.model = AssignmentModel(self.problem, [there - self.slack for there in self.problem.budgets], self.model.paths)
 
     def add_paths(self, columns: Floats) -> float:
         """Seconds of the schedule; its longest path joins the model, and those with one rank a little slower."""
         seconds, path = longest_path(self.problem, columns)
-        self.master.add_path(path)
+        self.model.add_path(path)
         stages, ranks = self.problem.schedule.stages, self.problem.schedule.ranks
-        actions = sum(len(one) for one in self.problem.schedule.actions)
+        actions = sum(map(len, self.problem.schedule.actions))
         for rank in np.linspace(0, ranks - 1, min(ranks, TILTED_ACTIONS // actions)).round().astype(int).tolist():
             tilted = columns.copy()
             for stage in self.problem.stages_of[rank]:
                 tilted[stage : PHASES * stages : stages] *= 1 + TILT
-            self.master.add_path(longest_path(self.problem, tilted)[1])
+            self.model.add_path(longest_path(self.problem, tilted)[1])
         return seconds
 
     def result(self) -> Assignment:
@@ -294,12 +295,12 @@ class _AssignmentSearch:
         return replace(self.best, bound=min(self.bound, self.best.simulated), status=status, iterations=self.rounds)
 
 
-def _taken(problem: AssignmentProblem, point: Point) -> list[frozenset[int]]:
+def _used_options(problem: AssignmentProblem, point: Point) -> list[frozenset[int]]:
     """Per run the options of which a point has more than a trace on any stage."""
-    taken: list[set[int]] = [set() for _ in problem.runs]
+    used: list[set[int]] = [set() for _ in problem.runs]
     for (index, _), counts in point.counts.items():
-        taken[index].update(option for option, count in zip(problem.runs[index].indices, counts.tolist(), strict=True) if count > TRACE)
-    return [frozenset(one) for one in taken]
+        used[index].update(option for option, count in zip(problem.runs[index].indices, counts.tolist(), strict=True) if count > TRACE)
+    return [frozenset(options) for options in used]
 
 
 def _only(run: BlockRun, kept: Sequence[bool]) -> BlockRun:

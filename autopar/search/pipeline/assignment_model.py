@@ -86,12 +86,12 @@ class AssignmentModel:
         self.prefix: dict[tuple[int, int], int] = {}
         self.started: dict[tuple[int, int], int] = {}
         self._add_blocks()
-        self._add_memory([self.byte * there for there in budgets], self._add_one(0.0, np.inf, cost=1.0) if is_leanest else None)
+        self._add_memory([self.byte * there for there in budgets], self._add_variable(0.0, np.inf, cost=1.0) if is_leanest else None)
         if not is_leanest:
-            self.step, self.once = self._add_one(0.0, np.inf, cost=1.0), self._add_one(0.0, np.inf, cost=1.0)
+            self.step, self.once = self._add_variable(0.0, np.inf, cost=1.0), self._add_variable(0.0, np.inf, cost=1.0)
             self.columns = self._add_columns()
             self._add_once()
-            for path in paths or _own_work(problem):
+            for path in paths or _computing_paths(problem):
                 self.add_path(path)
         if is_guided:
             self._add_guide()
@@ -125,10 +125,6 @@ class AssignmentModel:
         columns = np.maximum(answer.values[self.columns], 0.0) / self.tick
         return Point(answer.bound / self.second, columns, float(answer.values[self.once]) / self.second, counts, answer.values[prefixes])
 
-    def longest_known(self, columns: Floats) -> float:
-        """Seconds of the longest of the paths that the model has."""
-        return max(float(path @ columns) for path in self.paths)
-
     def add_path(self, path: Floats) -> None:
         """Constraint (4) for one path: how often each column lies on it."""
         if path.tobytes() not in self.known:
@@ -137,7 +133,7 @@ class AssignmentModel:
             on = np.flatnonzero(path)
             self.model.add_row([self.step, *self.columns[on]], [1.0, *(-path[on] / self.problem.schedule.microbatches)], 0.0, np.inf)
 
-    def _add_one(self, lower: float, upper: float, *, cost: float = 0.0, is_integer: bool = False) -> int:
+    def _add_variable(self, lower: float, upper: float, *, cost: float = 0.0, is_integer: bool = False) -> int:
         return int(self.model.add_variables(np.array([cost]), lower=lower, upper=upper, is_integer=is_integer)[0])
 
     def _add_blocks(self) -> None:
@@ -152,8 +148,8 @@ class AssignmentModel:
             filled: list[tuple[int, float]] = []
             for index, run in enumerate(runs):
                 low, high = np.clip([least - run.first, most - run.first], 0, run.length).tolist()
-                prefix = self.prefix[index, stage] = self._add_one(low, high, is_integer=True)
-                self.started[index, stage] = prefix if run.length == 1 else self._add_one(low > 0, high > 0, is_integer=True)
+                prefix = self.prefix[index, stage] = self._add_variable(low, high, is_integer=True)
+                self.started[index, stage] = prefix if run.length == 1 else self._add_variable(low > 0, high > 0, is_integer=True)
                 parts = [(prefix, 1.0)]
                 if stage:
                     parts.append((self.prefix[index, stage - 1], -1.0))
@@ -185,7 +181,7 @@ class AssignmentModel:
         least = min(int(run.workspace.min()) for run in problem.runs)
         for rank, (own, holdings) in enumerate(zip(problem.stages_of, problem.holdings, strict=True)):
             above = self._add_workspace(own, least)
-            message = self._add_one(0.0, np.inf)
+            message = self._add_variable(0.0, np.inf)
             for stage in problem.messages_to[rank]:
                 constant, parts = self._end(stage, [byte * run.cut.nbytes for run in problem.runs])
                 self._add_sum([(message, 1.0), *((column, -factor) for column, factor in parts)], constant, np.inf)
@@ -218,7 +214,7 @@ class AssignmentModel:
 
     def _add_workspace(self, stages: Sequence[int], least: int) -> int:
         """A variable no less than the workspace above `least` of any block on these stages."""
-        above = self._add_one(0.0, np.inf)
+        above = self._add_variable(0.0, np.inf)
         for key, run, _ in self._placed(stages):
             counts, extra = self.counts[key], run.workspace - least
             if run.length == 1:
@@ -228,7 +224,7 @@ class AssignmentModel:
             parts = [(above, 1.0)]
             for below, step in pairwise(steps.tolist()):
                 # Whether any block needs this much.
-                needed = self._add_one(0.0, 1.0, is_integer=True)
+                needed = self._add_variable(0.0, 1.0, is_integer=True)
                 self._add_sum([*((column, 1.0) for column in counts[extra >= step].tolist()), (needed, -run.length)], -np.inf, 0.0)
                 parts.append((needed, -self.byte * (step - below)))
             self._add_sum(parts, 0.0, np.inf)
@@ -240,7 +236,7 @@ class AssignmentModel:
         columns: list[int] = []
         for phase in range(PHASES):
             for stage in range(stages):
-                column = self._add_one(0.0, np.inf)
+                column = self._add_variable(0.0, np.inf)
                 columns.append(column)
                 parts = [(column, 1.0)]
                 for key, run, _ in self._placed([stage]):
@@ -249,7 +245,7 @@ class AssignmentModel:
         for way in (0, 1):
             for stage in range(stages - 1):
                 constant, parts = self._end(stage, [tick * run.cut[way] for run in runs])
-                column = self._add_one(0.0, np.inf)
+                column = self._add_variable(0.0, np.inf)
                 columns.append(column)
                 self._add_sum([(column, 1.0), *((started, -step) for started, step in parts)], constant, constant)
         return np.array(columns)
@@ -268,7 +264,7 @@ class AssignmentModel:
         parts = [(self.step, 1.0)]
         for group in zip_longest(*self.problem.stages_of):
             for phases in ((0,), (1, 2)):
-                slowest = self._add_one(0.0, np.inf)
+                slowest = self._add_variable(0.0, np.inf)
                 parts.append((slowest, -1.0))
                 for stage in group:
                     if stage is not None:
@@ -283,7 +279,7 @@ def _rough_seconds(problem: AssignmentProblem) -> float:
     return work * problem.schedule.microbatches / problem.schedule.ranks
 
 
-def _own_work(problem: AssignmentProblem) -> list[Floats]:
+def _computing_paths(problem: AssignmentProblem) -> list[Floats]:
     """Each rank's computing, one action after the other: a path."""
     cuts = []
     for own in problem.stages_of:

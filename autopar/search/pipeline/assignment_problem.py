@@ -1,4 +1,4 @@
-"""The ways to run each block of a chain, and what an assignment of blocks to stages comes to.
+"""The problem of assigning blocks to stages and options, and what an assignment costs in seconds and bytes.
 
 Comes in: the options of every block (seconds of one micro-batch, bytes), a schedule, budgets. Goes out: an `AssignmentProblem`, in which
 like blocks stand together, and for any assignment its seconds and its bytes per rank, which brute force can compare.
@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from autopar.errors import InfeasibleError, InputError
 from autopar.schedules import Kind, Schedule, StageTimes, held, simulate
+from autopar.search.pipeline.block_options import BlockOptions, Cut
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -28,63 +28,15 @@ RECEIVES_AT_ONCE = 2
 
 
 @dataclass(frozen=True, slots=True)
-class BlockOption:
-    """One way to run a block; seconds are of one micro-batch.
-
-    Attributes:
-        name: what is run again; `solution`: index of its placements in the set of solutions that blocks may mix.
-        forward, input, weight: seconds of the forward, the input gradients (with what is recomputed for them), the weight gradients.
-        once: seconds per step outside of the schedule: the optimizer's update, reductions that nothing hides.
-        kept: bytes per micro-batch from the forward to the backward; `waiting`: from the input to the weight gradients.
-        static: bytes of parameters, gradients, optimizer state and the model's outputs that the block makes.
-        workspace: bytes needed only while the block runs.
-    """
-
-    name: str
-    forward: float
-    input: float
-    weight: float
-    once: float
-    kept: int
-    waiting: int
-    static: int
-    workspace: int
-    solution: int = 0
-
-
-class Cut(NamedTuple):
-    """What it takes to end a stage after a block: seconds to move what crosses, forward and backward, and bytes of one receive buffer.
-
-    `kept` are the bytes per micro-batch that the next stage holds of values which a block before has read: the first block that reads a
-    value counts it, and this stage has a copy of its own.
-    """
-
-    forward: float
-    backward: float
-    nbytes: int
-    kept: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class BlockOptions:
-    """A block of the chain, and the ways to run it; `stage` is the one that the user pinned it to."""
-
-    name: str
-    options: tuple[BlockOption, ...]
-    cut: Cut
-    stage: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class BlockRun:
-    """Consecutive blocks with equal blocks.
+    """Consecutive blocks with equal options, which a solver need not tell apart.
 
     Attributes:
-        first: position of the first block; `length`: number of blocks.
-        indices: positions in `BlockOptions.options` of those that are worth taking, as many as `options` below.
+        first: index of the first block; `length`: number of blocks.
+        indices: indices into `BlockOptions.options` of the options that are worth choosing; there are `options` of them.
         seconds: forward, input, weight of each, shape (options, 3); `once` of each, shape (options,).
         kept, waiting, static, workspace: bytes of each, shape (options,).
-        cut: what a stage that ends after one of them takes; `stage`: pinned by the user.
+        cut: what it takes to end a stage after one of the blocks; `stage`: the one that the user pinned them to.
     """
 
     first: int
@@ -102,10 +54,10 @@ class BlockRun:
 
 @dataclass(frozen=True)
 class AssignmentProblem:
-    """What is to be assigned.
+    """Blocks to assign to the stages of a schedule, each in one of its options.
 
-    *Columns* are the seconds that a schedule's time hangs on: forward, input gradients and weight gradients of each of S stages (3 S), then
-    the transfers from each stage to the next, then those of gradients back (S - 1 each).
+    *Columns* are the seconds that determine how long the schedule takes: forward, input gradients and weight gradients of each of S stages
+    (3 S), then the transfers from each stage to the next, then those of gradients back (S - 1 each).
 
     Attributes:
         budgets: bytes per rank.
@@ -130,12 +82,12 @@ class AssignmentProblem:
     def messages_to(self) -> tuple[tuple[int, ...], ...]:
         """Per rank the stages at whose end there is a cut that a message to the rank crosses."""
         of, last = self.schedule.rank_of, self.schedule.stages - 1
-        found = []
+        stages = []
         for rank, own in enumerate(self.stages_of):
             forward = [stage - 1 for stage in own if stage and of[stage - 1] != rank]
             backward = [stage for stage in own if self.has_backward and stage < last and of[stage + 1] != rank]
-            found.append(tuple(sorted({*forward, *backward})))
-        return tuple(found)
+            stages.append(tuple(sorted({*forward, *backward})))
+        return tuple(stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +109,7 @@ def evaluate(
 
 
 def make_problem(blocks: Sequence[BlockOptions], schedule: Schedule, budget: int | Sequence[int]) -> AssignmentProblem:
-    """Menus under a schedule, like blocks together, without options that aren't worth taking.
+    """The problem of these blocks under a schedule: like blocks are joined to runs, options that aren't worth choosing are dropped.
 
     Raises InfeasibleError when stages would stay empty or pins can't be met, InputError when a pin or the budgets aren't of this schedule.
     """
@@ -178,7 +130,7 @@ def make_problem(blocks: Sequence[BlockOptions], schedule: Schedule, budget: int
 
 
 def compute_cost(problem: AssignmentProblem, stages: Sequence[int], options: Sequence[int]) -> AssignmentCost:
-    """What an assignment comes to; `stages` and `options` have one entry per block."""
+    """The seconds and bytes of an assignment; `stages` and `options` have one entry per block, the latter indices into its options."""
     count = problem.schedule.stages
     seconds = np.zeros((PHASES, count))
     cuts = np.zeros((2, count))
@@ -209,7 +161,7 @@ def longest_path(problem: AssignmentProblem, columns: Floats) -> tuple[float, Fl
     count = problem.schedule.stages
     seconds = columns[: PHASES * count].reshape(PHASES, count)
     cuts = columns[PHASES * count :].reshape(2, count - 1)
-    times = [StageTimes(*one) for one in seconds.T.tolist()]
+    times = [StageTimes(*phases) for phases in seconds.T.tolist()]
     of = problem.schedule.rank_of
     transfers = {
         (stage, stage + 1): (forward, backward) for stage, (forward, backward) in enumerate(cuts.T.tolist()) if of[stage] != of[stage + 1]

@@ -1,4 +1,6 @@
-"""Assignments made at once, without a solver: the search starts from them, and pipelines are ranked by them.
+"""Greedy assignments of blocks to stages and options, made in milliseconds without a solver.
+
+The cutting planes of `assignment` start from them, and pipeline configurations are ranked by them.
 
 Comes in: an `AssignmentProblem`. Goes out: stages and options per block that fit the memory. Two greedy steps take turns:
 
@@ -9,7 +11,7 @@ Comes in: an `AssignmentProblem`. Goes out: stages and options per block that fi
 
 Where ranks hold several stages, the first ones of all ranks get one weight, the second ones another: with eight layers for a rank of three
 stages, 3, 3 and 2 are better than any mixture of twos and threes, since a round takes about the sum of its slowest first, second and third
-stages. On a V of stages the sums of ranks matter more: what its first stage leaves its last one may use (`is_pooled`).
+stages. On a V of stages the sums of ranks matter more: its last stage may use the seconds that its first doesn't (`is_pooled`).
 """
 
 from __future__ import annotations
@@ -32,33 +34,33 @@ Ends = tuple[int, ...]
 
 
 def assign_greedily(problem: AssignmentProblem) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(stages, options) per block of assignments that fit the memory and the pins; none where none was found."""
-    maker = _GreedySearch(problem)
+    """(stages, options) per block of assignments that fit the memory and the pins, if any; options are indices into a block's."""
+    search = _GreedySearch(problem)
     seen: set[Ends] = set()
-    for weights, is_pooled in maker.find_weights():
+    for weights, is_pooled in search.find_weights():
         shares: Sequence[float] = [math.inf] * problem.schedule.stages
-        ends: Ends | None = maker.split_evenly(weights)
+        ends: Ends | None = search.split_evenly(weights)
         for turn in range(TURNS + 1):
             if turn:
-                ends = maker.split(weights, shares, is_pooled)
+                ends = search.split(weights, shares, is_pooled)
             if ends is None or ends in seen:
                 continue
             seen.add(ends)
-            options = maker.choose(ends)
+            options = search.choose(ends)
             if options is not None:
                 yield _stages_of(ends), options
             if turn:
-                shares = maker.share(ends, options)
+                shares = search.share(ends, options)
 
 
 def find_leanest(problem: AssignmentProblem) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(stages, options) of even numbers of blocks, each in the option that needs least; they may not fit."""
-    maker = _GreedySearch(problem)
-    stages = _stages_of(maker.clip([maker.blocks * (stage + 1) // maker.stages for stage in range(maker.stages)]))
+    search = _GreedySearch(problem)
+    stages = _stages_of(search.clip([search.blocks * (stage + 1) // search.stages for stage in range(search.stages)]))
     options = []
     for block, stage in enumerate(stages):
-        run = problem.runs[maker.run_of[block]]
-        full, waiting = maker.held[stage]
+        run = problem.runs[search.run_of[block]]
+        full, waiting = search.held[stage]
         options.append(run.indices[int((run.static + full * run.kept + waiting * run.waiting + run.workspace).argmin())])
     return stages, tuple(options)
 
@@ -82,14 +84,14 @@ class _RunOnStage:
     """The blocks of one run on one stage: how many are in which option."""
 
     stage: int
-    place: int  # of the stage on its rank
+    position: int  # of the stage on its rank
     first: int  # block
     run: BlockRun
     counts: list[int]
 
 
 class _GreedySearch:
-    """The two steps on one problem."""
+    """The two steps on one problem, and what both need to know of it."""
 
     def __init__(self, problem: AssignmentProblem) -> None:
         self.problem = problem
@@ -107,14 +109,16 @@ class _GreedySearch:
                 for stage, (full, waiting) in zip(own, fullest.tolist(), strict=True):
                     self.held[stage] = (full, waiting)
         self._begins = [run.first for run in problem.runs]
-        self._behind = [run.length - place for run in problem.runs for place in range(run.length)]  # blocks of its run from each block on
-        self._times: dict[tuple[object, ...], float] = {}
-        self._ways: dict[tuple[int, tuple[int, int]], tuple[float, int, tuple[_Exchange, ...]]] = {}
+        self._behind = [
+            run.length - position for run in problem.runs for position in range(run.length)
+        ]  # blocks of its run from each block on
+        self._known_seconds: dict[tuple[object, ...], float] = {}
+        self._exchanges: dict[tuple[int, tuple[int, int]], tuple[float, int, tuple[_Exchange, ...]]] = {}
 
     # --- stages ---
 
     def find_weights(self) -> Iterator[tuple[tuple[int, ...], bool]]:
-        """Weights of a rank's first stage, second, and so on, and whether one may use what another leaves."""
+        """Weights of a rank's first stage, second, and so on, and whether the last may use the seconds that the others don't."""
         rounds = self.stages // self.ranks
         if rounds == 1:
             yield (1,), False
@@ -164,7 +168,7 @@ class _GreedySearch:
         return best
 
     def _fill(self, weights: Sequence[int], shares: Sequence[float], is_pooled: bool, seconds: float) -> Ends | None:
-        """Ends of stages that each take as many blocks as their part of a rank's seconds allows; None when blocks are left over."""
+        """Ends of stages that each hold as many blocks as their part of a rank's seconds allows; None when they don't hold all."""
         ends: list[int] = []
         used = [0.0] * self.ranks
         start = 0
@@ -174,69 +178,69 @@ class _GreedySearch:
             if is_pooled and number == len(weights) - 1:
                 limit = seconds - used[rank]
             least, most = max(start + 1, self.least[stage]), self.most[stage]
-            if least > most or self._time(stage, start, least, shares[stage]) > limit:
+            if least > most or self._stage_seconds(stage, start, least, shares[stage]) > limit:
                 return None
             while least < most:
                 middle = (least + most + 1) // 2
-                if self._time(stage, start, middle, shares[stage]) > limit:
+                if self._stage_seconds(stage, start, middle, shares[stage]) > limit:
                     most = middle - 1
                 else:
                     least = middle
             if is_pooled:
-                used[rank] += self._time(stage, start, least, shares[stage])
+                used[rank] += self._stage_seconds(stage, start, least, shares[stage])
             start = least
             ends.append(start)
         return tuple(ends)
 
-    def _time(self, stage: int, start: int, end: int, share: float) -> float:
+    def _stage_seconds(self, stage: int, start: int, end: int, share: float) -> float:
         """Seconds of a micro-batch on a stage of these blocks, in the options that its bytes allow; infinite when none do."""
         first, last = self.run_of[start], self.run_of[end - 1]
         # Of the blocks it matters only how many of each run there are.
         counts = (self._behind[start], end - self._begins[last]) if first < last else (end - start,)
         key = first, last, counts, self.held[stage], share
-        if key not in self._times:
-            self._times[key] = self._find_time(start, end, self.held[stage], share)
-        return self._times[key]
+        if key not in self._known_seconds:
+            self._known_seconds[key] = self._find_stage_seconds(start, end, self.held[stage], share)
+        return self._known_seconds[key]
 
-    def _find_time(self, start: int, end: int, held: tuple[int, int], share: float) -> float:
+    def _find_stage_seconds(self, start: int, end: int, held: tuple[int, int], share: float) -> float:
         seconds, excess = 0.0, -share
-        steps: list[tuple[_Exchange, int]] = []
+        exchanges: list[tuple[_Exchange, int]] = []
         for index in range(self.run_of[start], self.run_of[end - 1] + 1):
             run = self.problem.runs[index]
             count = min(end, run.first + run.length) - max(start, run.first)
-            fastest, nbytes, ways = self._find_ways(index, held)
+            fastest, nbytes, exchanges_of_run = self._find_exchanges(index, held)
             seconds += count * fastest
             excess += count * nbytes
-            steps += [(step, count) for step in ways]
+            exchanges += [(exchange, count) for exchange in exchanges_of_run]
         if excess <= 0:
             return seconds
-        for step, count in sorted(steps, key=lambda one: one[0].slope):
-            taken = min(count, math.ceil(excess / step.nbytes))
-            seconds += taken * step.seconds
-            excess -= taken * step.nbytes
+        for exchange, count in sorted(exchanges, key=lambda pair: pair[0].slope):
+            exchanged = min(count, math.ceil(excess / exchange.nbytes))
+            seconds += exchanged * exchange.seconds
+            excess -= exchanged * exchange.nbytes
             if excess <= 0:
                 return seconds
         return math.inf
 
-    def _find_ways(self, index: int, held: tuple[int, int]) -> tuple[float, int, tuple[_Exchange, ...]]:
+    def _find_exchanges(self, index: int, held: tuple[int, int]) -> tuple[float, int, tuple[_Exchange, ...]]:
         """A run's fastest option, and the exchanges for leaner ones worth making, cheapest first, where so many micro-batches are held."""
         key = index, held
-        if key not in self._ways:
+        if key not in self._exchanges:
             run = self.problem.runs[index]
             seconds = run.seconds.sum(axis=1)
             nbytes = run.static + held[0] * run.kept + held[1] * run.waiting
             at = int(np.lexsort((nbytes, seconds))[0])
-            fastest, steps = at, []
+            fastest, exchanges = at, []
             while True:
                 leaner = np.flatnonzero(nbytes < nbytes[at])
                 if not len(leaner):
                     break
                 slopes = (seconds[leaner] - seconds[at]) / (nbytes[at] - nbytes[leaner])
                 to = int(leaner[slopes.argmin()])
-                steps.append(_Exchange(float(slopes.min()), float(seconds[to] - seconds[at]), int(nbytes[at] - nbytes[to])))
+                exchanges.append(_Exchange(float(slopes.min()), float(seconds[to] - seconds[at]), int(nbytes[at] - nbytes[to])))
                 at = to
-            self._ways[key] = float(seconds[fastest]), int(nbytes[fastest]), tuple(steps)
-        return self._ways[key]
+            self._exchanges[key] = float(seconds[fastest]), int(nbytes[fastest]), tuple(exchanges)
+        return self._exchanges[key]
 
     # --- options ---
 
@@ -244,7 +248,7 @@ class _GreedySearch:
         """An option per block that lets every rank keep its budget; None when a rank can't."""
         options = [0] * self.blocks
         for rank in range(self.ranks):
-            parts = self._parts(rank, ends)
+            parts = self._runs_on(rank, ends)
             if not self._fit(rank, ends, parts):
                 return None
             for part in parts:
@@ -252,16 +256,16 @@ class _GreedySearch:
                 options[part.first : part.first + len(chosen)] = chosen
         return tuple(options)
 
-    def _parts(self, rank: int, ends: Ends) -> list[_RunOnStage]:
+    def _runs_on(self, rank: int, ends: Ends) -> list[_RunOnStage]:
         parts = []
-        for place, stage in enumerate(self.problem.stages_of[rank]):
+        for position, stage in enumerate(self.problem.stages_of[rank]):
             start = ends[stage - 1] if stage else 0
             for index in range(self.run_of[start], self.run_of[ends[stage] - 1] + 1):
                 run = self.problem.runs[index]
                 first = max(start, run.first)
                 counts = [0] * len(run.indices)
                 counts[int(run.seconds.sum(axis=1).argmin())] = min(ends[stage], run.first + run.length) - first
-                parts.append(_RunOnStage(stage, place, first, run, counts))
+                parts.append(_RunOnStage(stage, position, first, run, counts))
         return parts
 
     def _fit(self, rank: int, ends: Ends, parts: Sequence[_RunOnStage]) -> bool:
@@ -270,11 +274,12 @@ class _GreedySearch:
         moments = holdings if len(holdings) else np.zeros((1, len(self.problem.stages_of[rank]), 2), dtype=np.int64)
         # Per part: bytes of each option at each moment, shape (moments, options).
         nbytes = [
-            part.run.static + moments[:, part.place, :1] * part.run.kept + moments[:, part.place, 1:] * part.run.waiting for part in parts
+            part.run.static + moments[:, part.position, :1] * part.run.kept + moments[:, part.position, 1:] * part.run.waiting
+            for part in parts
         ]
         seconds = [part.run.seconds.sum(axis=1) for part in parts]
-        received = moments[:, :, 0] @ np.array([self._received(stage, ends) for stage in self.problem.stages_of[rank]])
-        budget = self.problem.budgets[rank] - self._message_bytes(rank, ends)
+        received = moments[:, :, 0] @ np.array([_received_bytes(self.problem, stage, ends) for stage in self.problem.stages_of[rank]])
+        budget = self.problem.budgets[rank] - _message_bytes(self.problem, rank, ends)
         for _ in range(sum(len(part.counts) for part in parts) * 4):
             used = received + np.sum([table @ np.array(part.counts) for table, part in zip(nbytes, parts, strict=True)], axis=0)
             workspace = max(int(part.run.workspace[option]) for part in parts for option, count in enumerate(part.counts) if count)
@@ -283,14 +288,14 @@ class _GreedySearch:
             if excess <= 0:
                 return True
             best: tuple[float, _RunOnStage, int, int, int] | None = None
-            for part, table, taking in zip(parts, nbytes, seconds, strict=True):
+            for part, table, seconds_of in zip(parts, nbytes, seconds, strict=True):
                 at = table[moment]
                 for option, count in enumerate(part.counts):
                     if not count:
                         continue
                     saved = at[option] - at
                     for leaner in np.flatnonzero(saved > 0).tolist():
-                        slope = float((taking[leaner] - taking[option]) / saved[leaner])
+                        slope = float((seconds_of[leaner] - seconds_of[option]) / saved[leaner])
                         if best is None or slope < best[0]:
                             best = slope, part, option, leaner, int(saved[leaner])
             if best is None:
@@ -301,22 +306,14 @@ class _GreedySearch:
             part.counts[leaner] += moved
         return False
 
-    def _message_bytes(self, rank: int, ends: Ends) -> int:
-        cuts = (self.problem.blocks[ends[stage] - 1].cut.nbytes for stage in self.problem.messages_to[rank])
-        return RECEIVES_AT_ONCE * max(cuts, default=0)
-
-    def _received(self, stage: int, ends: Ends) -> int:
-        """Bytes per micro-batch that a stage holds of values which a block before it has read."""
-        return self.problem.blocks[ends[stage - 1] - 1].cut.kept if stage else 0
-
     def share(self, ends: Ends, options: Sequence[int] | None) -> list[float]:
-        """Bytes that each stage may take of its rank's: what it takes now, and an equal part of what is left."""
+        """Bytes of its rank that each stage may use: what it uses now, and an equal part of what the rank has unused."""
         shares = [0.0] * self.stages
         for rank, own in enumerate(self.problem.stages_of):
             used, received, workspace = [], 0, 0
             for stage in own:
                 full, waiting = self.held[stage]
-                received += full * self._received(stage, ends)
+                received += full * _received_bytes(self.problem, stage, ends)
                 total = 0
                 for block in range(ends[stage - 1] if stage else 0, ends[stage]):
                     options_of = self.problem.blocks[block].options
@@ -325,10 +322,21 @@ class _GreedySearch:
                     total += needs[at]
                     workspace = max(workspace, options_of[at].workspace)
                 used.append(total)
-            left = self.problem.budgets[rank] - self._message_bytes(rank, ends) - workspace - received - sum(used)
+            unused = self.problem.budgets[rank] - _message_bytes(self.problem, rank, ends) - workspace - received - sum(used)
             for stage, nbytes in zip(own, used, strict=True):
-                shares[stage] = nbytes + left / len(own)
+                shares[stage] = nbytes + unused / len(own)
         return shares
+
+
+def _message_bytes(problem: AssignmentProblem, rank: int, ends: Ends) -> int:
+    """Bytes of a rank's receive buffers."""
+    cuts = (problem.blocks[ends[stage] - 1].cut.nbytes for stage in problem.messages_to[rank])
+    return RECEIVES_AT_ONCE * max(cuts, default=0)
+
+
+def _received_bytes(problem: AssignmentProblem, stage: int, ends: Ends) -> int:
+    """Bytes per micro-batch that a stage holds of values which a block before it has read."""
+    return problem.blocks[ends[stage - 1] - 1].cut.kept if stage else 0
 
 
 def _find_limits(problem: AssignmentProblem) -> tuple[list[int], list[int]]:

@@ -1,90 +1,91 @@
-"""Placements of one micro-batch for pipeline configurations: how fast any can be, which blocks may mix, and the block options they give.
+"""Solutions of the placement problem of one micro-batch for pipeline configurations, and the block options that they give.
 
-Comes in: configurations, one after another. Goes out: to ``configurations``, which ranks them by what is made of these options.
-Configurations whose ranks see the same share one search of their placements.
+Comes in: configurations, one after another. Goes out: bounds and estimates of their work, numbers (1) and (4) of `configurations`; sets of
+solutions that blocks may mix; block options for `assignment`. Configurations whose devices compute and exchange the same for a
+micro-batch have the same *key* and share one search of their placements.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import NamedTuple
 
-from autopar.cost_models import Cluster, axis_link
+from autopar.cost_models import axis_link
 from autopar.costs import CostTables, call_seconds
 from autopar.errors import AutoparError, InputError
 from autopar.ir import MICRO, Mesh, Op, OpKind, Split, fits, with_pipeline
-from autopar.search.meshes import Trial
 from autopar.search.options import AxisKind, Constraints, call_options
-from autopar.search.pipeline.assignment import BlockOptions
+from autopar.search.pipeline.block_options import BlockOptions
+from autopar.search.pipeline.configurations import Configuration, PipelineProblem
 from autopar.search.pipeline.variants import Choices, Menus, choices_of, find_shared, join_menus, once_seconds, output_seconds, read_chain
 from autopar.search.placement import FORBIDDEN, Problem, Search, Solution, build_problem, restrict
-from autopar.structure import Chain, MicroSplitter, Model, batch_size, in_time
+from autopar.structure import MicroSplitter, Model, batch_size, in_time
 
-# Placements of a micro-batch that blocks may mix, at most, and the highest price of memory at which they are searched, as a multiple of the
+# Solutions of a micro-batch that blocks may mix, at most, and the highest price of memory at which they are searched, as a multiple of the
 # step over the budget.
 SOLUTIONS = 6
 LEAN_PRICE = 128.0
 
 
 @dataclass(frozen=True, eq=False)
-class Configuration:
-    """A pipeline to look at: groups of ranks, the trial of each group, micro-batches."""
+class SolutionSet:
+    """Solutions of a placement problem that blocks may mix, from fast to lean: they agree on all that blocks share.
 
-    ranks: int
-    trial: Trial
-    microbatches: int
+    Attributes:
+        choices: placements and layouts of each solution.
+        base: the solution that decided on what blocks share.
+    """
 
-    def __str__(self) -> str:
-        return f"{with_pipeline(self.trial.mesh, self.ranks)}, {self.microbatches} micro-batches"
+    choices: tuple[Choices, ...]
+    base: Solution
+
+
+class WorkEstimate(NamedTuple):
+    """Mean seconds that a pipeline rank works: on each micro-batch, and once per step."""
+
+    microbatch_s: float
+    step_s: float
 
 
 @dataclass(frozen=True, eq=False)
 class _Placed:
-    """The placement problem of a configuration, with bytes of all groups together.
+    """The placement problem of a configuration, with the seconds and bytes of all its pipeline ranks together.
 
-    `once`: seconds of a step that micro-batches don't add to; `outputs`: those that a micro-batch takes to hand the outputs over.
+    Attributes:
+        search: what solves it.
+        once_s: seconds of a step that micro-batches don't add to, in the fastest solution.
+        outputs_s: seconds that a micro-batch takes there to bring the outputs to the layouts that the user gets.
     """
 
     configuration: Configuration
     model: Model
     problem: Problem
     search: Search
-    once: float
-    outputs: float
-
-
-@dataclass(frozen=True, eq=False)
-class SolutionSet:
-    """Placements of one micro-batch that blocks may mix, from fast to lean, and the proof of the one that decided on what all share."""
-
-    choices: tuple[Choices, ...]
-    solution: Solution
+    once_s: float
+    outputs_s: float
 
 
 class SolutionCache:
-    """Searches placements of one model on one cluster; what was found serves every configuration that sees the same."""
+    """Searches placements of a micro-batch; what was found serves every configuration with the same key.
 
-    def __init__(
-        self,
-        model: Model,
-        chain: Chain,
-        cluster: Cluster,
-        recompute: Sequence[str],
-        stages: Mapping[str, int],
-        refusals: list[AutoparError],
-    ) -> None:
-        """`recompute`: kinds of recomputation that blocks may take; `stages`: pinned ones, by block; `refusals` gets what can't be had."""
+    Attributes:
+        reading: who reads what in the chain of blocks.
+        beside: bytes of inputs and buffers, which every device has whole; `budget`: bytes of a device that they leave.
+    """
+
+    def __init__(self, pipelines: PipelineProblem, refusals: list[AutoparError]) -> None:
+        """`refusals` gets an InputError for each reason why the model can't be split into so many micro-batches."""
+        model, cluster = pipelines.model, pipelines.cluster
         self.model = model
         self.graph = model.folded.graph
-        self.chain = chain
-        self.reading = read_chain(model, chain)
+        self.chain = pipelines.chain
+        self.reading = read_chain(model, pipelines.chain)
         self.cluster = cluster
-        self.recompute = recompute
-        self.stages = stages
+        self.recompute = pipelines.recompute
+        self.stages = pipelines.stages
         self.refusals = refusals
-        # Bytes of inputs and buffers, which every rank has whole, and those of a rank that they leave.
         self.beside = sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in self.graph.of_kind(kind))
         self.budget = cluster.machine.device.usable_bytes - self.beside
         self._splitter = MicroSplitter(self.graph, model.spaces, model.factors)
@@ -92,35 +93,36 @@ class SolutionCache:
         self._models: dict[int, Model | None] = {}
         self._splits: dict[tuple[object, ...], bool] = {}
         self._placed: dict[object, _Placed | None] = {}
-        self._known: dict[object, list[SolutionSet]] = {}
-        self._costed: dict[tuple[Configuration, SolutionSet], list[Menus]] = {}
-        self._made: dict[tuple[Configuration, SolutionSet, bool], tuple[BlockOptions, ...]] = {}
+        self._sets: dict[object, list[SolutionSet]] = {}
+        self._makers: dict[tuple[Configuration, SolutionSet], list[Menus]] = {}
+        self._block_options: dict[tuple[Configuration, SolutionSet, bool], tuple[BlockOptions, ...]] = {}
 
     def model_in_time(self, count: int) -> Model | None:
-        """The model as `count` micro-batches see it; None, with the reasons noted, where it can't be split so."""
+        """The model split into `count` micro-batches; None, with the reasons in `refusals`, where it can't be split so."""
         if count not in self._models:
             micro = self._splitter.split(count)
             self.refusals += map(InputError, micro.reasons)
             self._models[count] = None if micro.reasons else replace(self.model, micro=micro)
         return self._models[count]
 
-    # --- bounds ---
+    # --- work of a configuration ---
 
-    def least_work(self, configuration: Configuration) -> float | None:
-        """Seconds that one group's share of a micro-batch takes at least, were products all there is; None where it can't be split so.
+    def work_lower_bound_s(self, configuration: Configuration) -> float | None:
+        """Lower bound (1): mean seconds of a pipeline rank for a micro-batch; None where the batch can't be split into so many.
 
-        Takes every axis for used by every product that it can split alone, so that no placement splits more.
+        Every axis is taken to split every product that it can split alone, so that no placement splits one further.
         """
         model = self.model_in_time(configuration.microbatches)
         if model is None:
             return None
         seconds = 0.0
         for op in self._products:
-            ways = self._most_ways(model, op, configuration)
+            ways = self._count_most_parts(model, op, configuration)
             seconds += model.folded.count[op.name] * sum(call_seconds(model, self.cluster.machine.device, op, ways, 0))
         return seconds / configuration.ranks
 
-    def _most_ways(self, model: Model, op: Op, configuration: Configuration) -> int:
+    def _count_most_parts(self, model: Model, op: Op, configuration: Configuration) -> int:
+        """Parts into which micro-batches and the axes of a configuration's mesh split an op at most."""
         assert model.micro is not None
         mesh = configuration.trial.mesh
         ways = configuration.microbatches if isinstance(model.micro.parts[op.name], Split) else 1
@@ -133,28 +135,25 @@ class SolutionCache:
             ways *= size if self._splits[key] else 1
         return ways
 
-    def fastest_work(self, configuration: Configuration) -> tuple[float, float] | None:
-        """Seconds that one group's share of a micro-batch takes in the fastest placements, with memory no matter, and those once per step.
-
-        None where some op has no placement.
-        """
-        placed = self._placed_like(configuration)
+    def estimate_work(self, configuration: Configuration) -> WorkEstimate | None:
+        """The work of estimate (4): that of the fastest placements without a limit of memory; None where some op has no placement."""
+        placed = self._place_alike(configuration)
         if placed is None:
             return None
-        work = (placed.search.bound_ns / 1e9 - placed.once) / placed.configuration.microbatches
+        work = (placed.search.bound_ns / 1e9 - placed.once_s) / placed.configuration.microbatches
         if placed.configuration.trial.mesh == configuration.trial.mesh:
-            return work / configuration.ranks, placed.once / configuration.ranks
-        # What ranks that split the batch do together at the ends of a step, or with its outputs, depends on how many they are.
-        return (work - placed.outputs) / configuration.ranks, 0.0
+            return WorkEstimate(work / configuration.ranks, placed.once_s / configuration.ranks)
+        # What devices that split the batch do together at the ends of a step, or with its outputs, depends on how many they are.
+        return WorkEstimate((work - placed.outputs_s) / configuration.ranks, 0.0)
 
     def _key(self, configuration: Configuration) -> object:
-        """Equal for configurations whose ranks see micro-batches of the same size on the same axes, but for ranks that split the batch.
+        """Equal for configurations whose devices see micro-batches of the same size on the same axes, but for those that split the batch.
 
-        What a rank computes and exchanges for a micro-batch is then the same, but for the parameters' storage.
+        What a device computes and exchanges for a micro-batch is then the same, but for the parameters' storage.
         """
         mesh = configuration.trial.mesh
         ways = math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name == AxisKind.DP.value)
-        # Ranks that can't split the batch have no whole number of rows each.
+        # Devices that can't split the batch have no whole number of rows each.
         rows = Fraction(batch_size(self.graph, self.model.factors), configuration.microbatches * ways)
         sizes = tuple(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name != AxisKind.DP.value)
         # One micro-batch splits no op.
@@ -162,7 +161,7 @@ class SolutionCache:
 
     # --- solutions ---
 
-    def _placed_like(self, configuration: Configuration) -> _Placed | None:
+    def _place_alike(self, configuration: Configuration) -> _Placed | None:
         """The problem of a configuration, or of another with the same key; None where some op has no placement."""
         key = self._key(configuration)
         if key not in self._placed:
@@ -170,7 +169,7 @@ class SolutionCache:
         return self._placed[key]
 
     def _place(self, configuration: Configuration) -> _Placed | None:
-        """The fastest placements of a micro-batch; None where some op has none."""
+        """The placement problem of this very configuration; None where some op has no placement."""
         model = self.model_in_time(configuration.microbatches)
         if model is None:
             return None
@@ -183,39 +182,40 @@ class SolutionCache:
         tables = CostTables(model, problem.mesh, self.cluster)
         return _Placed(configuration, model, problem, search, once_seconds(model, tables, fastest), output_seconds(model, tables, fastest))
 
-    def _answers(self, placed: _Placed) -> list[SolutionSet]:
-        """Placements of a micro-batch: sets of solutions that blocks may mix, those of the fastest boundaries first."""
-        found: list[SolutionSet] = []
+    def _find_sets(self, placed: _Placed) -> list[SolutionSet]:
+        """Sets of solutions that blocks may mix: those that share what the fastest solution decides, and what a lean one does."""
+        sets: list[SolutionSet] = []
         model, problem, search = placed.model, placed.problem, placed.search
         highest = LEAN_PRICE * search.bound_ns / (placed.configuration.ranks * self.cluster.machine.device.usable_bytes)
-        for base in (0.0, highest):
-            solution = search.solution_at(base)
-            inner = restrict(problem, find_shared(model, self.reading, problem, solution.choice))
-            choices = tuple(choices_of(inner, one.choice) for one in Search(inner).frontier(highest, SOLUTIONS))
-            if choices not in (one.choices for one in found):
-                found.append(SolutionSet(choices, solution))
-        return found
+        for price in (0.0, highest):
+            base = search.solution_at(price)
+            inner = restrict(problem, find_shared(model, self.reading, problem, base.choice))
+            choices = tuple(choices_of(inner, solution.choice) for solution in Search(inner).frontier(highest, SOLUTIONS))
+            if choices not in (known.choices for known in sets):
+                sets.append(SolutionSet(choices, base))
+        return sets
 
-    def solutions_of(self, configuration: Configuration) -> list[SolutionSet]:
-        """Placements for this very configuration."""
+    def solution_sets(self, configuration: Configuration) -> list[SolutionSet]:
+        """Sets of solutions for this very configuration."""
         placed = self._placed.get(self._key(configuration))
         if placed is not None and placed.configuration is configuration:
-            return self.solutions_like(configuration)  # those of its drafts are its own
+            return self.solution_sets_alike(configuration)  # its greedy assignments were made from its own
         placed = self._place(configuration)
-        return self._answers(placed) if placed is not None else []
+        return self._find_sets(placed) if placed is not None else []
 
-    def solutions_like(self, configuration: Configuration) -> list[SolutionSet]:
-        """Placements for a draft: those of another configuration with the same key, where they are legal here."""
+    def solution_sets_alike(self, configuration: Configuration) -> list[SolutionSet]:
+        """Sets of solutions for greedy assignments: those of another configuration with the same key, where they are legal here."""
         key = self._key(configuration)
-        model, placed = self.model_in_time(configuration.microbatches), self._placed_like(configuration)
+        model, placed = self.model_in_time(configuration.microbatches), self._place_alike(configuration)
         if model is None or placed is None:
             return []
-        if key not in self._known:
-            self._known[key] = self._answers(placed)
-        if not all(self._is_legal(one, model, configuration.trial.mesh) for solutions in self._known[key] for one in solutions.choices):
+        if key not in self._sets:
+            self._sets[key] = self._find_sets(placed)
+        known = [choices for solutions in self._sets[key] for choices in solutions.choices]
+        if not all(self._is_legal(choices, model, configuration.trial.mesh) for choices in known):
             placed = self._placed[key] = self._place(configuration)
-            self._known[key] = self._answers(placed) if placed is not None else []
-        return self._known[key]
+            self._sets[key] = self._find_sets(placed) if placed is not None else []
+        return self._sets[key]
 
     def _is_legal(self, choices: Choices, model: Model, mesh: Mesh) -> bool:
         """Whether micro-batches split every call so (one micro-batch splits none), and a mesh with these axes can store parameters so."""
@@ -229,25 +229,23 @@ class SolutionCache:
     # --- block options ---
 
     def block_options(self, configuration: Configuration, solutions: SolutionSet, splits_backward: bool) -> tuple[BlockOptions, ...]:
-        """Every block's options, each solution with each kind of recomputation, for whole backwards or for split ones."""
+        """Every block's options: each solution of the set with each kind of recomputation, for whole backwards or for split ones."""
         key = configuration, solutions, splits_backward
-        if key not in self._made:
+        if key not in self._block_options:
             makers = self.makers(configuration, solutions)
-            self._made[key] = join_menus([maker.make(self.recompute, splits_backward, self.stages) for maker in makers])
-        return self._made[key]
+            self._block_options[key] = join_menus([maker.make(self.recompute, splits_backward, self.stages) for maker in makers])
+        return self._block_options[key]
 
     def makers(self, configuration: Configuration, solutions: SolutionSet) -> list[Menus]:
-        """What makes the block options of each solution."""
-        if (configuration, solutions) not in self._costed:
+        """What makes the block options of each solution of a set."""
+        if (configuration, solutions) not in self._makers:
             model = self.model_in_time(configuration.microbatches)
             assert model is not None
-            tables = CostTables(model, in_time(configuration.trial.mesh, configuration.microbatches), self.cluster)
-            link = (
-                axis_link(self.cluster, with_pipeline(configuration.trial.mesh, configuration.ranks).sizes, 0)
-                if configuration.ranks > 1
-                else None
-            )
-            self._costed[configuration, solutions] = [
+            mesh, link = configuration.trial.mesh, None
+            if configuration.ranks > 1:
+                link = axis_link(self.cluster, with_pipeline(mesh, configuration.ranks).sizes, 0)
+            tables = CostTables(model, in_time(mesh, configuration.microbatches), self.cluster)
+            self._makers[configuration, solutions] = [
                 Menus(model, self.chain, self.reading, tables, choices, link, number) for number, choices in enumerate(solutions.choices)
             ]
-        return self._costed[configuration, solutions]
+        return self._makers[configuration, solutions]

@@ -31,7 +31,7 @@ from autopar.costs import (
 )
 from autopar.ir import REPLICATE, Collective, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Tensor, Value, fits, shard
 from autopar.plans import RECOMPUTE
-from autopar.search.pipeline.assignment import BlockOption, BlockOptions, Cut
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 from autopar.search.placement import Decision, DecisionKind, Problem, output_decision
 from autopar.structure import Block, Chain, Model, find_cores, find_source, is_deferrable, regroup
 

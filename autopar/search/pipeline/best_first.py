@@ -1,0 +1,447 @@
+"""Best-first search over pipeline configurations -> the fastest pipeline found, and how far every configuration came.
+
+Comes in: a `PipelineProblem`, configurations, the seconds to beat. Goes out: a `SearchedPipelines`. Numbers in parentheses are those of
+`configurations`, which says what they are and which of them are bounds. Configurations wait in a queue ordered by estimates, and the first
+one is refined by one level:
+
+1. from products (3) to the fastest placements (4);
+2. from placements to a greedy assignment (5) under the first schedule, which (7) then ranks;
+3. from there to greedy assignments under all schedules, for the first `EXPLORED` whose optimistic estimate (6) is below the best.
+
+A configuration whose estimate (3) or (4) is no better than the best greedy assignment isn't tried. The stages of the best greedy ones
+are then searched by cutting planes (8), whose bound is the only number of these that the plan's proof gives.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+
+from autopar.errors import AutoparError, InfeasibleError, InputError, SolverError
+from autopar.ir import Layout, Mesh
+from autopar.plans import BlockChoice, Candidate, Pipeline
+from autopar.schedules import Schedule, splits_backward
+from autopar.search.pipeline.assignment import Assignment, assign
+from autopar.search.pipeline.assignment_problem import PHASES, AssignmentProblem, Floats, compute_cost, longest_path, make_problem
+from autopar.search.pipeline.block_options import BlockOptions
+from autopar.search.pipeline.configurations import (
+    LEAN_FAMILY,
+    Configuration,
+    PipelineProblem,
+    ScheduleChoice,
+    build_schedule,
+    estimate_fastest_s,
+    estimate_finest_s,
+    find_schedules,
+)
+from autopar.search.pipeline.greedy import assign_greedily, find_leanest
+from autopar.search.pipeline.solutions import SolutionCache, SolutionSet
+from autopar.search.pipeline.variants import Choices, join_menus, mix
+from autopar.search.placement import Solution
+from autopar.structure import Model, in_time
+
+# Configurations that get greedy assignments under every schedule, at most.
+EXPLORED = 6
+# A step of very many micro-batches is simulated with this many for each pipeline rank, and one round less: from there on it grows evenly.
+SIMULATED_ROUNDS = 4
+# Greedy assignments whose stages are searched, at most: of those within this factor of the best. A search gains some percent.
+SEARCHED = 3
+SEARCHED_WITHIN = 1.05
+# Seconds for these searches together; what is found by then is returned with the bound that it has.
+SEARCH_SECONDS = 3.0
+ASSIGN_GAP = 5e-3
+
+
+@dataclass(frozen=True)
+class Pipelined:
+    """The pipeline that was chosen: its placements, and what its blocks do.
+
+    Attributes:
+        solution: the solution of the placement problem that decided on what blocks share.
+        model: folded as blocks are split; `choices`: of its representatives, the solutions of all blocks mixed.
+        blocks: the options that `assignment` chose from.
+        recompute_seconds: what all blocks together take more for a micro-batch than if they recomputed nothing.
+    """
+
+    configuration: Configuration
+    mesh: Mesh
+    solution: Solution
+    model: Model
+    choices: Choices
+    pipeline: Pipeline
+    assignment: Assignment
+    blocks: tuple[BlockOptions, ...]
+    recompute_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step, simulated."""
+        return self.assignment.simulated
+
+
+@dataclass(frozen=True)
+class SearchedPipelines:
+    """What came of a search: the fastest pipeline, None where none is fast enough; every configuration; reasons why some can't be had."""
+
+    best: Pipelined | None
+    candidates: tuple[Candidate, ...]
+    refusals: tuple[AutoparError, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class GreedyPipeline:
+    """The fastest greedy assignment found for a configuration under one schedule.
+
+    Attributes:
+        estimate_s: seconds of its step, number (5); `nbytes`: bytes of its fullest device.
+        optimistic_estimate_s: number (6), what another schedule may come to; at most `estimate_s`.
+        ranking_estimate_s: number (7), by which the queue is ordered; at most `estimate_s`.
+    """
+
+    configuration: Configuration
+    schedule: ScheduleChoice
+    estimate_s: float
+    optimistic_estimate_s: float
+    ranking_estimate_s: float
+    nbytes: int
+
+
+class Level(IntEnum):
+    """What an estimate was made from."""
+
+    PRODUCTS = 0
+    PLACEMENTS = 1
+    GREEDY = 2
+
+
+@dataclass(frozen=True, order=True)
+class QueuedConfiguration:
+    """A configuration in the queue, which is ordered by estimates; `greedy` is known at the last level."""
+
+    estimate_s: float
+    number: int
+    configuration: Configuration = field(compare=False)
+    level: Level = field(compare=False)
+    greedy: GreedyPipeline | None = field(default=None, compare=False)
+
+
+@dataclass
+class SearchState:
+    """What a search has found so far.
+
+    Attributes:
+        best_s: the seconds to beat, of the best greedy assignment or given; `greedy`: all greedy assignments.
+        explored: configurations that got greedy assignments under all schedules.
+        leanest_bytes: of configurations that no greedy assignment fits, what the leanest even stages need of a device.
+        candidates: what the plan says of each configuration; `refusals`: why schedules and micro-batches can't be had.
+    """
+
+    problem: PipelineProblem
+    tell: Callable[[str], None]
+    best_s: float
+    explored: int = 0
+    greedy: list[GreedyPipeline] = field(default_factory=list)
+    leanest_bytes: dict[Configuration, int] = field(default_factory=dict)
+    candidates: list[Candidate] = field(default_factory=list)
+    refusals: list[AutoparError] = field(default_factory=list)
+    schedules: dict[Configuration, list[ScheduleChoice]] = field(default_factory=dict)
+    solutions: SolutionCache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.solutions = SolutionCache(self.problem, self.refusals)
+
+
+def search_pipelines(
+    problem: PipelineProblem, configurations: Sequence[Configuration], cutoff_s: float, tell: Callable[[str], None]
+) -> SearchedPipelines:
+    """The fastest pipeline found that takes less than `cutoff_s` seconds; `tell` is told what is being tried."""
+    state = SearchState(problem, tell, cutoff_s)
+    rank_configurations(state, configurations)
+    greedy = sorted(state.greedy, key=lambda assignment: assignment.estimate_s)
+    if not greedy and state.leanest_bytes:
+        # The search of assignments may find what greedy ones don't, and knows what the leanest stages need. Nothing is estimated here.
+        configuration = min(state.leanest_bytes, key=state.leanest_bytes.__getitem__)
+        del state.leanest_bytes[configuration]
+        greedy = [GreedyPipeline(configuration, schedule, 0.0, 0.0, 0.0, 0) for schedule in schedules_of(state, configuration)]
+    fitting = {assignment.configuration for assignment in greedy}
+    for configuration, needed in state.leanest_bytes.items():
+        if configuration not in fitting:  # else it fits under some schedule
+            note(state, configuration, None, needed, "out of memory")
+    best = search_best(state, greedy, cutoff_s)
+    return SearchedPipelines(best, tuple(state.candidates), tuple(state.refusals))
+
+
+# --- best first ---
+
+
+def rank_configurations(state: SearchState, configurations: Sequence[Configuration]) -> None:
+    """Make greedy assignments of all configurations whose estimates are below the best of them."""
+    state.tell(f"estimates: {len(configurations)} pipeline configurations")
+    queue = [
+        QueuedConfiguration(estimate_from_products(state, configuration), number, configuration, Level.PRODUCTS)
+        for number, configuration in enumerate(configurations)
+    ]
+    heapq.heapify(queue)
+    unfit: list[QueuedConfiguration] = []
+    while queue:
+        queued = heapq.heappop(queue)
+        if queued.greedy is not None:
+            explore(state, queued.configuration, queued.greedy.optimistic_estimate_s, known=[queued.greedy.schedule])
+        elif queued.estimate_s >= state.best_s:
+            if math.isfinite(queued.estimate_s):
+                note(state, queued.configuration, queued.estimate_s, None, "not tried: estimated to take this at best")
+        elif (refined := refine(state, queued)) is not None:
+            heapq.heappush(queue, refined)
+        else:
+            unfit.append(queued)
+    # What fits under neither the first schedule nor the leanest may fit under another.
+    for queued in unfit:
+        explore(state, queued.configuration, queued.estimate_s, known=first_schedules(state, queued.configuration))
+
+
+def refine(state: SearchState, queued: QueuedConfiguration) -> QueuedConfiguration | None:
+    """The configuration with an estimate from the next level; None when no greedy assignment fits under the first schedules."""
+    configuration = queued.configuration
+    if queued.level is Level.PRODUCTS:
+        state.tell(f"costs: {configuration}")
+        estimate_s = max(queued.estimate_s, estimate_from_placements(state, configuration))
+        return replace(queued, estimate_s=estimate_s, level=Level.PLACEMENTS)
+    state.tell(f"greedy: {configuration}")
+    greedy = try_first_schedules(state, configuration)
+    if greedy is None:
+        return None
+    add_greedy(state, greedy)
+    return replace(queued, estimate_s=greedy.ranking_estimate_s, level=Level.GREEDY, greedy=greedy)
+
+
+def explore(state: SearchState, configuration: Configuration, estimate_s: float, known: Sequence[ScheduleChoice]) -> None:
+    """Make greedy assignments under all schedules but the known ones, if the estimate is below the best and few were explored."""
+    if estimate_s >= state.best_s or state.explored >= EXPLORED:
+        return
+    state.explored += 1
+    state.tell(f"schedules: {configuration}")
+    for schedule in schedules_of(state, configuration):
+        if schedule not in known and (greedy := try_schedule(state, configuration, schedule)) is not None:
+            add_greedy(state, greedy)
+
+
+def add_greedy(state: SearchState, greedy: GreedyPipeline) -> None:
+    """Keep a greedy assignment, whose estimate may be the one to beat."""
+    state.greedy.append(greedy)
+    state.best_s = min(state.best_s, greedy.estimate_s)
+
+
+def estimate_from_products(state: SearchState, configuration: Configuration) -> float:
+    """Estimate (3) in seconds; infinite where the batch can't be split so, or no schedule can be had."""
+    work_s = state.solutions.work_lower_bound_s(configuration)
+    return math.inf if work_s is None else estimate_fastest_s(configuration, schedules_of(state, configuration), work_s)
+
+
+def estimate_from_placements(state: SearchState, configuration: Configuration) -> float:
+    """Estimate (4) in seconds, without (3); infinite where some op has no placement."""
+    work = state.solutions.estimate_work(configuration)
+    if work is None:
+        return math.inf
+    return estimate_fastest_s(configuration, schedules_of(state, configuration), work.microbatch_s) + work.step_s
+
+
+def schedules_of(state: SearchState, configuration: Configuration) -> list[ScheduleChoice]:
+    """The schedules to try, the one that configurations are ranked by first; why a pinned one can't be had is noted once."""
+    if configuration not in state.schedules:
+        state.schedules[configuration], refusals = find_schedules(state.problem, configuration)
+        state.refusals += refusals
+    return state.schedules[configuration]
+
+
+def first_schedules(state: SearchState, configuration: Configuration) -> list[ScheduleChoice]:
+    """The schedule that configurations are ranked by, and the one that needs the least memory."""
+    schedules = schedules_of(state, configuration)
+    return [*schedules[:1], *(schedule for schedule in schedules[1:] if schedule.family == LEAN_FAMILY)]
+
+
+def note(state: SearchState, configuration: Configuration, seconds: float | None, nbytes: int | None, outcome: str) -> None:
+    """Add what came of a configuration to the plan's candidates."""
+    state.candidates.append(Candidate(configuration.kind, str(configuration), seconds, nbytes, outcome))
+
+
+# --- greedy assignments ---
+
+
+def try_first_schedules(state: SearchState, configuration: Configuration) -> GreedyPipeline | None:
+    """A greedy assignment under the first schedule, or where none fits under the leanest."""
+    for schedule in first_schedules(state, configuration):
+        greedy = try_schedule(state, configuration, schedule)
+        if greedy is not None:
+            state.leanest_bytes.pop(configuration, None)
+            return greedy
+    return None
+
+
+def try_schedule(state: SearchState, configuration: Configuration, schedule: ScheduleChoice) -> GreedyPipeline | None:
+    """The fastest greedy assignment of all sets of solutions; None where none fits."""
+    fastest: GreedyPipeline | None = None
+    for solutions in state.solutions.solution_sets_alike(configuration):
+        blocks = state.solutions.block_options(configuration, solutions, splits_backward(schedule.family))
+        greedy = try_blocks(state, configuration, schedule, blocks)
+        if greedy is not None and (fastest is None or greedy.estimate_s < fastest.estimate_s):
+            fastest = greedy
+    return fastest
+
+
+def try_blocks(
+    state: SearchState, configuration: Configuration, schedule: ScheduleChoice, blocks: tuple[BlockOptions, ...]
+) -> GreedyPipeline | None:
+    """The fastest greedy assignment of blocks with these options; None, with the reason in `state`, where none fits."""
+    simulated = find_simulated_schedules(state.problem, configuration, schedule)
+    try:
+        problem = make_problem(blocks, simulated[0], state.solutions.budget)
+    except (InfeasibleError, InputError) as error:
+        state.refusals.append(error)
+        return None
+    fastest: GreedyPipeline | None = None
+    for stages, options in assign_greedily(problem):
+        greedy = _estimate_greedy(state, configuration, schedule, problem, simulated, stages, options)
+        if fastest is None or greedy.estimate_s < fastest.estimate_s:
+            fastest = greedy
+    if fastest is None:
+        needed = max(compute_cost(problem, *find_leanest(problem)).peak) + state.solutions.beside
+        state.leanest_bytes[configuration] = min(state.leanest_bytes.get(configuration, needed), needed)
+    return fastest
+
+
+def _estimate_greedy(
+    state: SearchState,
+    configuration: Configuration,
+    schedule: ScheduleChoice,
+    problem: AssignmentProblem,
+    simulated: Sequence[Schedule],
+    stages: Sequence[int],
+    options: Sequence[int],
+) -> GreedyPipeline:
+    """A greedy assignment with numbers (5) to (7)."""
+    cost = compute_cost(problem, stages, options)
+    estimate_s = simulate_schedules_s(problem, simulated, cost.columns, configuration) + cost.once
+    work = cost.columns[: PHASES * problem.schedule.stages].reshape(PHASES, -1).sum(axis=0)
+    schedules = schedules_of(state, configuration)
+    optimistic_s = estimate_fastest_s(configuration, schedules, float(work.sum()) / configuration.ranks) + cost.once
+    ranking_s = estimate_finest_s(configuration, schedules, [float(work[list(own)].sum()) for own in problem.stages_of]) + cost.once
+    return GreedyPipeline(
+        configuration=configuration,
+        schedule=schedule,
+        estimate_s=estimate_s,
+        optimistic_estimate_s=min(optimistic_s, estimate_s),
+        ranking_estimate_s=min(ranking_s, estimate_s),
+        nbytes=max(cost.peak) + state.solutions.beside,
+    )
+
+
+def find_simulated_schedules(problem: PipelineProblem, configuration: Configuration, schedule: ScheduleChoice) -> list[Schedule]:
+    """The schedule itself; where it has very many micro-batches, two shorter ones, the longer first."""
+    ranks, counts = configuration.ranks, [configuration.microbatches]
+    # From some rounds on every further one takes as long as the one before. Where all forwards come first there are no rounds.
+    if schedule.family != "gpipe" and problem.returns_loss and configuration.microbatches > SIMULATED_ROUNDS * ranks:
+        counts = [SIMULATED_ROUNDS * ranks, (SIMULATED_ROUNDS - 1) * ranks]
+    return [build_schedule(problem, schedule, ranks, count) for count in counts]
+
+
+def simulate_schedules_s(problem: AssignmentProblem, schedules: Sequence[Schedule], columns: Floats, configuration: Configuration) -> float:
+    """Seconds of a configuration's schedule from those of `schedules`: simulated, or extrapolated at the pace of the last round."""
+    seconds = [longest_path(replace(problem, schedule=schedule), columns)[0] for schedule in schedules]
+    rounds_left = (configuration.microbatches - schedules[0].microbatches) / configuration.ranks
+    return seconds[0] + rounds_left * (seconds[0] - seconds[-1])
+
+
+# --- assignments by cutting planes ---
+
+
+def search_best(state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s: float) -> Pipelined | None:
+    """Search the stages of the best greedy assignments, and of all faster than what that found; each may use half of the time left."""
+    best: Pipelined | None = None
+    time_left_s = SEARCH_SECONDS
+    for number, assignment in enumerate(greedy):
+        limit_s = cutoff_s if best is None else min(cutoff_s, best.seconds)
+        if assignment.estimate_s >= (SEARCHED_WITHIN if number < SEARCHED else 1) * limit_s:
+            outcome = f"{assignment.schedule}: greedy assignment, not searched"
+            note(state, assignment.configuration, assignment.estimate_s, assignment.nbytes, outcome)
+            continue
+        state.tell(f"stages: {assignment.configuration}, {assignment.schedule}")
+        start = time.perf_counter()
+        is_last = assignment is greedy[-1]
+        best = search_stages(state, assignment, limit_s, time_left_s if is_last else time_left_s / 2) or best
+        time_left_s = max(0.0, time_left_s - (time.perf_counter() - start))
+    return best
+
+
+def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, time_limit_s: float) -> Pipelined | None:
+    """The best stages and options under a schedule, found in `time_limit_s`; None where none are found that take less than `limit_s`."""
+    configuration, choice = greedy.configuration, greedy.schedule
+    schedule = build_schedule(state.problem, choice, configuration.ranks, configuration.microbatches)
+    options = _choose_solutions(state, configuration, choice, schedule)
+    if options is None:
+        return None
+    solutions, blocks = options
+    beside = state.solutions.beside
+    try:
+        assignment = assign(blocks, schedule, state.solutions.budget, time_limit=time_limit_s, gap=ASSIGN_GAP, cutoff=limit_s)
+    except InfeasibleError as error:
+        if error.needed == 0:
+            raise
+        note(state, configuration, None, error.needed + beside, "out of memory")
+        return None
+    except SolverError:
+        note(state, configuration, None, None, f"{choice}: no better one found in {time_limit_s:.0f} s")
+        return None
+    outcome = "can't beat the best found" if assignment.status == "beyond" else assignment.status
+    note(state, configuration, assignment.simulated, max(assignment.peak) + beside, f"{choice}: {outcome}")
+    return _describe(state, greedy, solutions, blocks, assignment) if assignment.simulated < limit_s else None
+
+
+def _choose_solutions(
+    state: SearchState, configuration: Configuration, choice: ScheduleChoice, schedule: Schedule
+) -> tuple[SolutionSet, tuple[BlockOptions, ...]] | None:
+    """The configuration's own set of solutions whose greedy assignment is the fastest, and the block options that it gives."""
+    chosen: tuple[SolutionSet, tuple[BlockOptions, ...]] | None = None
+    fastest_s = math.inf
+    for solutions in state.solutions.solution_sets(configuration):
+        blocks = state.solutions.block_options(configuration, solutions, schedule.splits_backward)
+        greedy = try_blocks(state, configuration, choice, blocks)
+        estimate_s = greedy.estimate_s if greedy is not None else math.inf
+        if chosen is None or estimate_s < fastest_s:
+            chosen, fastest_s = (solutions, blocks), estimate_s
+    return chosen
+
+
+def _describe(
+    state: SearchState, greedy: GreedyPipeline, solutions: SolutionSet, blocks: tuple[BlockOptions, ...], assignment: Assignment
+) -> Pipelined:
+    """What an assignment means: placements of the blocks as they mix solutions, and what is recomputed."""
+    configuration, schedule = greedy.configuration, greedy.schedule
+    base = state.solutions.model_in_time(configuration.microbatches)
+    assert base is not None
+    options = [block.options[index] for block, index in zip(blocks, assignment.options, strict=True)]
+    model, choices = mix(base, state.solutions.reading, solutions.choices, [option.solution for option in options])
+    makers = state.solutions.makers(configuration, solutions)
+    # Each block's options without recomputation, one per solution.
+    plain = join_menus([maker.make(("none",), splits_backward(schedule.family), {}) for maker in makers])
+    travel: Mapping[str, Layout] = {}
+    if configuration.ranks * schedule.chunks > 1:
+        travel = {name: layout[1:] for name, layout in makers[0].travel().items()}
+    choices_of_blocks = tuple(
+        BlockChoice(block.name, stage, option.name)
+        for block, stage, option in zip(state.problem.chain.blocks, assignment.stages, options, strict=True)
+    )
+    return Pipelined(
+        configuration=configuration,
+        mesh=in_time(configuration.trial.mesh, configuration.microbatches),
+        solution=solutions.base,
+        model=model,
+        choices=choices,
+        pipeline=Pipeline(configuration.ranks, schedule.family, schedule.chunks, configuration.microbatches, choices_of_blocks, travel),
+        assignment=assignment,
+        blocks=blocks,
+        recompute_seconds=sum(option.input - block.options[option.solution].input for option, block in zip(options, plain, strict=True)),
+    )
