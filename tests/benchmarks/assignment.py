@@ -64,7 +64,7 @@ def measure(case: tuple[str, int | None, int, int], gap: float = 5e-3) -> Row:
 
 
 def main() -> int:
-    """BlockRun all cases and print the table."""
+    """Run all cases and print the table."""
     print("| schedule | chunks | options | memory | search | step | above the bound | rounds |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for case in CASES:

@@ -1,4 +1,4 @@
-"""Menus of blocks, a schedule, a budget -> the assignment of blocks to stages and options of least simulated time, with a bound.
+"""Block options, a schedule, a budget -> the assignment of blocks to stages and options of least simulated time, with a bound.
 
 A step of a fixed schedule takes as long as the longest path through it: a maximum of linear functions of the stages' seconds, of which
 there are too many to write down. So the model (`assignment_model`, which states it) starts with few paths; its solution is simulated, the

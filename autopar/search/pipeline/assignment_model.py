@@ -1,6 +1,6 @@
 r"""The mixed-integer model of an assignment of blocks to stages and options; `assignment` gives it its paths.
 
-Data: blocks :math:`b` in a chain; consecutive blocks with equal blocks form a run :math:`r` of length :math:`L_r`, and only how many of
+Data: blocks :math:`b` in a chain; consecutive blocks with equal options form a run :math:`r` of length :math:`L_r`, and only how many of
 a run go where is decided. Stages :math:`s` on ranks :math:`k`; options :math:`o`, those that another one beats in everything left out.
 
 Variables: :math:`n_{r,s,o} \in \mathbb{N}`, blocks of run :math:`r` on stage :math:`s` in option :math:`o`; :math:`P_{r,s}`, those on
@@ -231,7 +231,7 @@ class AssignmentModel:
         return above
 
     def _add_columns(self) -> Ints:
-        """Variables for the columns of a `AssignmentProblem`: seconds of stages and transfers."""
+        """Variables for the columns of an `AssignmentProblem`: seconds of stages and transfers."""
         runs, stages, tick = self.problem.runs, self.problem.schedule.stages, self.tick
         columns: list[int] = []
         for phase in range(PHASES):

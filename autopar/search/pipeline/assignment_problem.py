@@ -187,21 +187,21 @@ def _check_pins(blocks: Sequence[BlockOptions], schedule: Schedule) -> None:
             f"{len(blocks)} blocks can't fill the {stages} stages of schedule {schedule.name!r}: each stage needs one; take fewer stages"
         )
     pins = [(number, block.stage) for number, block in enumerate(blocks) if block.stage is not None]
-    for block, stage in pins:
+    for number, stage in pins:
         if not 0 <= stage < stages:
-            raise InputError(f"block {blocks[block].name!r} is pinned to stage {stage}; the stages are 0 to {stages - 1}")
+            raise InputError(f"block {blocks[number].name!r} is pinned to stage {stage}; the stages are 0 to {stages - 1}")
     # From a block to the next the stage stays or goes on by one: none is empty. The first block is on the first, the last on the last.
-    for (block, stage), (later, last) in pairwise([(-1, -1), *pins, (len(blocks), stages)]):
+    for (number, stage), (later, last) in pairwise([(-1, -1), *pins, (len(blocks), stages)]):
         if last < stage:
             raise InfeasibleError(
-                f"block {blocks[later].name!r} is pinned to stage {last}, block {blocks[block].name!r} before it to stage {stage}; "
+                f"block {blocks[later].name!r} is pinned to stage {last}, block {blocks[number].name!r} before it to stage {stage}; "
                 "stages are in order; move a pin"
             )
-        if last - stage > later - block:
-            start = "the chain's start" if block < 0 else f"block {blocks[block].name!r} pinned to stage {stage}"
+        if last - stage > later - number:
+            start = "the chain's start" if number < 0 else f"block {blocks[number].name!r} pinned to stage {stage}"
             end = "the chain's end" if later == len(blocks) else f"block {blocks[later].name!r} pinned to stage {last}"
             raise InfeasibleError(
-                f"between {start} and {end} are {later - block - 1} blocks for {last - stage - 1} stages, and stages are in order, with a"
+                f"between {start} and {end} are {later - number - 1} blocks for {last - stage - 1} stages, and stages are in order, with a"
                 " block at least; move a pin"
             )
 
