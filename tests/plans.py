@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from autopar.costs import CostRow, Phase, Purpose
 from autopar.ir.layout import Mesh, Split, parse_layout
-from autopar.plans.plan import BlockChoice, Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
+from autopar.plans.plan import BlockChoice, Candidate, Group, Memory, Pipeline, Plan, Proof, Unruled
 
 
 def make_plan() -> Plan:
@@ -27,7 +28,7 @@ def make_plan() -> Plan:
         placements={"addmm": (Split("b"), Split("o", 3)), "view": (None, Split("o"))},
         batch_axes=("dp",),
         bucket_nbytes=25_000_000,
-        seconds=Seconds(forward=0.003, backward=0.006, recompute=0.0, optimizer=0.0005, communication=0.0015, bubble=0.0),
+        costs=_make_rows(),
         memory=Memory(
             parameters=1_000_000_000,
             gradients=1_000_000_000,
@@ -38,13 +39,9 @@ def make_plan() -> Plan:
             reserved=1_000_000_000,
             budget=80_000_000_000,
         ),
-        traffic=(
-            Traffic("dp", "all_reduce", "gradients", 26, 512_000_000, 0.0004),
-            Traffic("tp", "all_reduce", "activations", 48, 4_096_000_000, 0.0011),
-        ),
         groups=(
-            Group("transformer.h.*", 12, {"dp": "batch", "tp": "heads, ffn"}, 0.008, 0.0014, 900_000_000, 12_000_000_000),
-            Group("outside of layers", 1, {"dp": "nothing", "tp": "vocabulary"}, 0.001, 0.0001, 100_000_000, 345_678_901),
+            Group("transformer.h.*", 12, {"dp": "batch", "tp": "heads, ffn"}, 900_000_000, 12_000_000_000),
+            Group("outside of layers", 1, {"dp": "nothing", "tp": "vocabulary"}, 100_000_000, 345_678_901),
         ),
         proof=Proof(
             objective_ns=11_000_000,
@@ -81,8 +78,13 @@ def make_pipelined_plan() -> Plan:
         plan,
         cluster="2x8xh100",
         pipeline=Pipeline(2, "interleaved", 2, 4, blocks, {"add_3": parse_layout("S0,R"), "add_7": parse_layout("S0,S2")}),
-        seconds=Seconds(forward=0.003, backward=0.006, recompute=0.00125, optimizer=0.0005, communication=0.0015, bubble=0.00275),
-        traffic=(*plan.traffic, Traffic("pp", "send", "between stages", 24, 96_000_000, 0.0021)),
+        costs=(
+            *plan.costs,
+            make_row("transformer.h.*", Phase.INPUT, Purpose.RECOMPUTE, 0.00125),
+            make_row("", Phase.FORWARD, Purpose.MESSAGES, 0.0, "pp", "send", 12, 48_000_000, hidden=0.0021),
+            make_row("", Phase.INPUT, Purpose.MESSAGES, 0.0, "pp", "send", 12, 48_000_000),
+            make_row("", Phase.STEP, Purpose.BUBBLE, 0.00275),
+        ),
         proof=replace(
             plan.proof,
             objective_ns=15_000_000,
@@ -96,6 +98,41 @@ def make_pipelined_plan() -> Plan:
                 Candidate("pipeline", "pp=2 x dp=8, 8 micro-batches", None, 96_000_000_000, "out of memory"),
             ),
         ),
+    )
+
+
+def make_row(
+    layer: str,
+    phase: str,
+    purpose: str,
+    seconds: float,
+    axis: str = "",
+    collective: str = "",
+    count: float = 1,
+    nbytes: float = 0,
+    hidden: float = 0.0,
+) -> CostRow:
+    return CostRow(layer, phase, purpose, axis, collective, count, nbytes, seconds, hidden)
+
+
+def set_seconds(plan: Plan, phase: str, purpose: str, seconds: float) -> Plan:
+    """The plan with so many seconds of one purpose and phase, outside of layers, in place of those that it has."""
+    rest = tuple(row for row in plan.costs if (row.phase, row.purpose) != (phase, purpose))
+    return replace(plan, costs=(*rest, make_row("", phase, purpose, seconds)))
+
+
+def _make_rows() -> tuple[CostRow, ...]:
+    layers = "transformer.h.*"
+    return (
+        make_row(layers, Phase.FORWARD, Purpose.COMPUTE, 0.0027),
+        make_row("", Phase.FORWARD, Purpose.COMPUTE, 0.0003),
+        make_row(layers, Phase.INPUT, Purpose.COMPUTE, 0.0028),
+        make_row(layers, Phase.WEIGHT, Purpose.COMPUTE, 0.0025),
+        make_row("", Phase.INPUT, Purpose.COMPUTE, 0.0007),
+        make_row("", Phase.STEP, Purpose.OPTIMIZER, 0.0005),
+        make_row(layers, Phase.STEP, Purpose.GRADIENTS, 0.0004, "dp", "all_reduce", 26, 512_000_000),
+        make_row(layers, Phase.FORWARD, Purpose.ACTIVATIONS, 0.001, "tp", "all_reduce", 44, 3_700_000_000),
+        make_row("", Phase.FORWARD, Purpose.ACTIVATIONS, 0.0001, "tp", "all_reduce", 4, 396_000_000),
     )
 
 

@@ -12,6 +12,7 @@ import torch
 from autopar.capture.export import capture
 from autopar.checks.verification import prepare_reference, verify_against
 from autopar.cost_models import Cluster
+from autopar.costs.solved import Choices, SolvedChain
 from autopar.costs.tables import CostTables
 from autopar.ir.graph import Graph, OpKind, Value
 from autopar.ir.layout import Mesh
@@ -19,10 +20,11 @@ from autopar.plans.plan import Plan, from_json, to_json
 from autopar.rewrite.emit import rewrite
 from autopar.rules.table import find_spaces
 from autopar.search.options import AxisKind, Constraints
-from autopar.search.pipeline.variants import Choices, Menus, choices_of, find_shared, join_menus, mix, read_chain
+from autopar.search.pipeline.variants import BlockOptionMaker, choices_of, find_shared, join_menus, mix
 from autopar.search.placement.problem import build_problem, restrict
 from autopar.search.placement.solve import Search
 from autopar.structure.blocks import find_chain, relabel
+from autopar.structure.chain_reads import read_chain
 from autopar.structure.layers import fold, fold_as_planned, regroup
 from autopar.structure.microbatches import split_microbatches
 from autopar.structure.model import Model, find_tables, in_time
@@ -65,18 +67,19 @@ class _Subject:
         self.model = Model(fold(graph), spaces, factors, find_tables(graph), micro)
         self.chain = find_chain(self.model.folded, spaces)
         self.mesh = in_time(Mesh(("dp", "tp"), (2, 2)), 2)
-        self.reading = read_chain(self.model, self.chain)
+        self.reads = read_chain(graph, spaces, self.chain)
         problem = build_problem(self.model, self.mesh, self.cluster, Constraints((AxisKind.TIME, AxisKind.DP, AxisKind.TP)))
         search = Search(problem)
-        allowed = find_shared(self.model, self.reading, problem, search.solution_at(0.0).choice)
+        allowed = find_shared(self.model, self.reads, problem, search.solution_at(0.0).choice)
         self.inner = restrict(problem, allowed)
         highest = 1000 * search.bound_ns / search.solution_at(0.0).nbytes
         self.answers = [choices_of(self.inner, one.choice) for one in Search(self.inner).frontier(highest, 5)]
 
-    def menus(self, model: Model, choices: Choices, number: int = 0) -> Menus:
+    def menus(self, model: Model, choices: Choices, number: int = 0) -> BlockOptionMaker:
         chain = relabel(self.chain, model.folded)
         tables = CostTables(model, self.mesh, self.cluster)
-        return Menus(model, chain, read_chain(model, chain), tables, choices, self.cluster.link_of(2, 1), number)
+        solved = SolvedChain(model, chain, self.reads, tables, choices, is_one_stage=False)
+        return BlockOptionMaker(solved, self.cluster.link_of(2, 1), number)
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -88,7 +91,7 @@ def test_what_a_block_costs_is_its_own_answers_whatever_its_neighbours_take(name
     generator = random.Random(name)
     for _ in range(3):
         numbers = [generator.randrange(len(subject.answers)) for _ in menus]
-        model, choices = mix(subject.model, subject.reading, subject.answers, numbers)
+        model, choices = mix(subject.model, subject.reads, subject.answers, numbers)
         alone = subject.menus(model, choices).make(recompute, True, {})
         for number, menu, own in zip(numbers, menus, alone, strict=True):
             assert menu.cut == own.cut
@@ -98,13 +101,13 @@ def test_what_a_block_costs_is_its_own_answers_whatever_its_neighbours_take(name
 @pytest.mark.parametrize("name", DEEP)
 def test_answers_agree_on_what_blocks_share(name: str) -> None:
     subject = _Subject(name)
-    graph, folded, home = subject.model.folded.graph, subject.model.folded, subject.reading.home
+    graph, folded, home = subject.model.folded.graph, subject.model.folded, subject.reads.block_of
     makers = [subject.menus(subject.model, one) for one in subject.answers]
     first = subject.answers[0]
     for answer, maker in zip(subject.answers, makers, strict=True):
         for op in graph.ops:
             name_of = folded.representative[op.name]
-            readers = {home.get(reader) for reader in subject.reading.readers.get(Value(op.name), ())}
+            readers = {home.get(reader) for reader in graph.readers.get(Value(op.name), ())}
             if op.kind is OpKind.CALL and op.name not in home:
                 assert answer.placements[name_of] == first.placements[name_of], op.name
             if op.kind is OpKind.PARAMETER and len(readers) > 1:
@@ -112,7 +115,7 @@ def test_answers_agree_on_what_blocks_share(name: str) -> None:
             for value in op.operands:
                 # An output is the affair of the block that makes it.
                 if home.get(op.name) != home.get(value.op) and OpKind.OUTPUT is not op.kind and graph.by_name[value.op].kind is OpKind.CALL:
-                    assert maker.made(value) == makers[0].made(value), str(value)
+                    assert maker.solved.made(value) == makers[0].solved.made(value), str(value)
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -153,7 +156,7 @@ def test_layers_that_differ_in_any_op_are_apart() -> None:
         ("bert_deep", TINY, 0.7),
         ("gpt2_deep", PIPELINE, 0.65),
         ("llama_tied", PIPELINE, 0.7),
-        ("t5_deep", PIPELINE, 0.7),
+        ("t5_deep", PIPELINE, 0.65),
     ],
 )
 def test_little_memory_mixes_placements_and_the_plan_is_exact(name: str, pins: Mapping[str, object], share: float) -> None:

@@ -176,14 +176,14 @@ def test_too_little_memory_says_how_much_is_missing(layers: Graph) -> None:
 
 def test_the_plans_seconds_are_the_simulators(layers: Graph) -> None:
     plan = plan_for(layers, pp=4, microbatches=8, schedule="1f1b")
-    assert plan.seconds.step == pytest.approx(plan.proof.objective_ns / 1e9, rel=0.02)
+    assert plan.seconds.step == pytest.approx(plan.proof.objective_ns / 1e9, rel=1e-9, abs=1e-9)
     assert plan.seconds.bubble > 0
 
 
 def test_what_layers_communicate_adds_up_over_micro_batches(layers: Graph) -> None:
     plan = plan_for(layers, dp=2, pp=2, microbatches=4, schedule="1f1b")
     inside = sum(one.seconds for one in plan.traffic if one.axis != "pp")
-    assert sum(group.communication_seconds for group in plan.groups) == pytest.approx(plan.pipeline.ranks * inside, rel=1e-6)
+    assert sum(plan.group_seconds(group)[1] for group in plan.groups) == pytest.approx(inside, rel=1e-9)
 
 
 def test_stages_of_one_rank_exchange_no_messages(layers: Graph) -> None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autopar.costs import CostRow
 from autopar.errors import PlanError
 from autopar.ir.layout import PASS, Layout, Mesh, Placement, Split, State, StateKind, shard
 from autopar.plans.plan import (
@@ -26,7 +27,6 @@ from autopar.plans.plan import (
     Plan,
     Proof,
     Seconds,
-    Traffic,
     Unruled,
     from_json,
     to_json,
@@ -67,7 +67,7 @@ def _plans(draw: st.DrawFn) -> Plan:
     layouts: dict[str, Layout] = draw(_make_tables(len(names), _STATE))
     placements: dict[str, Placement] = draw(_make_tables(len(names), _PART))
     candidate = st.builds(Candidate, _TEXT, _TEXT, st.none() | _TIME, st.none() | _COUNT, _TEXT)
-    group = st.builds(Group, _TEXT, _COUNT, st.dictionaries(_TEXT, _TEXT, max_size=2), _TIME, _TIME, _COUNT, _COUNT)
+    group = st.builds(Group, _TEXT, _COUNT, st.dictionaries(_TEXT, _TEXT, max_size=2), _COUNT, _COUNT)
     proof = st.builds(Proof, _COUNT, _COUNT, _TIME, _TEXT, _TEXT, _COUNT, _COUNT, _TIME, st.lists(candidate, max_size=2).map(tuple))
     return Plan(
         model=draw(_TEXT),
@@ -81,9 +81,8 @@ def _plans(draw: st.DrawFn) -> Plan:
         placements=placements,
         batch_axes=names[: draw(st.integers(0, len(names)))],
         bucket_nbytes=draw(st.integers(0, 2**40)),
-        seconds=draw(st.builds(Seconds, *[_TIME] * 6)),
+        costs=tuple(draw(st.lists(st.builds(CostRow, *[_TEXT] * 5, *[_TIME] * 4), max_size=3))),
         memory=draw(st.builds(Memory, *[_COUNT] * 8)),
-        traffic=tuple(draw(st.lists(st.builds(Traffic, _TEXT, _TEXT, _TEXT, _COUNT, _COUNT, _TIME), max_size=2))),
         groups=tuple(draw(st.lists(group, max_size=2))),
         proof=draw(proof),
         unruled=tuple(draw(st.lists(st.builds(Unruled, _TEXT, _TEXT, _TEXT), max_size=2))),
@@ -178,14 +177,15 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
     ("damage", "message"),
     [
         (_set("model", to=3), "plan.model: str is needed, not int"),
-        (_set("seconds", to=[]), "plan.seconds: an object is needed, not list"),
-        (_set("seconds", "forward", to="0.1"), "plan.seconds.forward: float is needed, not str"),
-        (_set("seconds", "forward", to=float("nan")), "plan.seconds.forward: a finite number is needed, not nan"),
+        (_set("costs", to={}), "plan.costs: a list is needed, not dict"),
+        (_set("costs", 0, to=[]), "plan.costs[0]: an object is needed, not list"),
+        (_set("costs", 0, "seconds", to="0.1"), "plan.costs[0].seconds: float is needed, not str"),
+        (_set("costs", 0, "seconds", to=float("nan")), "plan.costs[0].seconds: a finite number is needed, not nan"),
         (_set("memory", "budget", to=1.5), "plan.memory.budget: int is needed, not float"),
         (_set("memory", "budget", to=True), "plan.memory.budget: int is needed, not bool"),
         (_set("notes", to="text"), "plan.notes: a list is needed, not str"),
         (_set("notes", 0, to=None), "plan.notes[0]: str is needed, not NoneType"),
-        (_set("traffic", 1, "count", to=None), "plan.traffic[1].count: int is needed, not NoneType"),
+        (_set("costs", 1, "count", to=None), "plan.costs[1].count: float is needed, not NoneType"),
         (_set("proof", "candidates", 0, "outcome", to=1), "plan.proof.candidates[0].outcome: str is needed, not int"),
         (_set("groups", 0, "axes", to={"tp": 1}), "plan.groups[0].axes: an object of texts is needed"),
         (_set("layouts", to=[]), "plan.layouts: an object of texts is needed"),

@@ -66,14 +66,15 @@ def test_no_baseline_is_better(name: str, cluster: str) -> None:
     names = {candidate.name for candidate in plan.proof.candidates}
     assert {"search", "DDP", "FSDP", "Megatron", "Redco"} <= names
     for candidate in plan.proof.candidates:
-        assert candidate.step_seconds is None or plan.proof.objective_ns <= candidate.step_seconds * 1e9 + 1
+        # What was pruned has the bound of the search, which rounds every decision to a nanosecond.
+        assert candidate.step_seconds is None or plan.proof.objective_ns <= candidate.step_seconds * 1e9 * (1 + 1e-5) + 1
 
 
 def test_a_plan_adds_up() -> None:
     plan = make_plan(llama(2).graph, Cluster.parse("8xH100"))
     assert plan.seconds.step == pytest.approx(plan.proof.objective_ns / 1e9, rel=1e-6)
     assert sum(one.seconds for one in plan.traffic) == pytest.approx(plan.seconds.communication, rel=1e-3)
-    assert sum(g.communication_seconds for g in plan.groups) == pytest.approx(plan.seconds.communication, rel=1e-3)
+    assert sum(plan.group_seconds(group)[1] for group in plan.groups) == pytest.approx(plan.seconds.communication, rel=1e-3)
     assert plan.memory.total <= plan.memory.budget
     assert plan.proof.bound_ns <= plan.proof.objective_ns
 

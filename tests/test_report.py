@@ -10,13 +10,14 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from autopar.costs import Phase, Purpose
 from autopar.errors import InputError
 from autopar.ir.layout import Mesh
 from autopar.plans.plan import BlockChoice, Pipeline, Plan, Unruled
 from autopar.report.text import count_recompute, describe_axes, describe_pipeline, explain, select_groups, summarize, to_data
 from autopar.schedules.families import make_schedule
 from autopar.units import format_bytes, format_seconds, format_share, parse_bytes
-from tests.plans import make_pipelined_plan, make_plan
+from tests.plans import make_pipelined_plan, make_plan, make_row, set_seconds
 
 Golden = Callable[[str, str], None]
 
@@ -38,7 +39,7 @@ def _make_small_plan() -> Plan:
         layouts={},
         outputs=(),
         placements={},
-        traffic=(),
+        costs=tuple(row for row in plan.costs if not row.is_communication),
         groups=(replace(plan.groups[0], axes={}),),
         memory=replace(plan.memory, budget=0),
         proof=replace(plan.proof, bound_ns=plan.proof.objective_ns, gap=0.0, candidates=()),
@@ -109,7 +110,7 @@ def test_micro_batches_alone() -> None:
 def test_recomputation_alone() -> None:
     plan = make_plan()
     blocks = tuple(replace(block, recompute="full" if 4 <= number < 9 else "none") for number, block in enumerate(plan.pipeline.blocks))
-    plan = replace(_change_pipeline(plan, blocks=blocks), seconds=replace(plan.seconds, recompute=0.001))
+    plan = replace(_change_pipeline(plan, blocks=blocks), costs=(*plan.costs, make_row("", Phase.INPUT, Purpose.RECOMPUTE, 0.001)))
     assert count_recompute(plan) == {"none": 9, "full": 5}
     assert describe_pipeline(plan) == ""
     assert "compute 9.00 ms + recompute 1.00 ms (full in 5 of 14 blocks) + optimizer" in summarize(plan)
@@ -126,7 +127,7 @@ def test_recomputation_alone() -> None:
 
 def test_costs_of_a_pipeline_are_the_plans_own() -> None:
     plan = make_pipelined_plan()
-    changed = replace(plan, seconds=replace(plan.seconds, bubble=0.3456, recompute=0.789))
+    changed = set_seconds(set_seconds(plan, Phase.STEP, Purpose.BUBBLE, 0.3456), Phase.INPUT, Purpose.RECOMPUTE, 0.789)
     for text in (summarize(changed), _render(changed)):
         assert "346 ms" in text
         assert "789 ms" in text
@@ -137,7 +138,7 @@ def test_costs_of_a_pipeline_are_the_plans_own() -> None:
 
 def test_a_pipeline_without_a_bubble_says_so() -> None:
     plan = make_pipelined_plan()
-    plan = replace(plan, seconds=replace(plan.seconds, bubble=0.0))
+    plan = set_seconds(plan, Phase.STEP, Purpose.BUBBLE, 0.0)
     assert "+ bubble 0 s (0.0%)" in summarize(plan)
     assert ["bubble", "0", "s", "0.0%"] in [line.split() for line in _render(plan).splitlines()]
 
@@ -164,7 +165,7 @@ def test_groups_of_one_rank() -> None:
     assert describe_axes(plan) == {"pp": "layers"}
     assert "mesh pp=2 x dp=1 (2 ranks)" in summarize(plan)
     assert any(line.split()[:4] == ["1", "1", "1", "transformer.h.3"] for line in _render(plan).splitlines())
-    quiet = replace(plan, traffic=plan.traffic[-1:])
+    quiet = replace(plan, costs=tuple(row for row in plan.costs if row.axis in ("", "pp")))
     assert "Communication inside the groups: none\n\nMessages between stages, of all cuts together: 24 in a step" in _render(quiet)
 
 
@@ -215,10 +216,12 @@ def test_a_bound_of_a_pipeline_speaks_of_its_schedule() -> None:
 
 def test_costs_are_the_plans_own() -> None:
     plan = make_plan()
-    seconds = replace(plan.seconds, communication=0.777)
-    assert "777 ms" in _render(replace(plan, seconds=seconds))
-    assert "777 ms" in summarize(replace(plan, seconds=seconds))
-    assert to_data(replace(plan, seconds=seconds))["seconds"]["step"] == seconds.step
+    row = make_row("", Phase.INPUT, Purpose.ACTIVATIONS, 0.777 - plan.seconds.communication, "tp", "all_gather")
+    changed = replace(plan, costs=(*plan.costs, row))
+    assert changed.seconds.communication == pytest.approx(0.777)
+    assert "777 ms" in _render(changed)
+    assert "777 ms" in summarize(changed)
+    assert to_data(changed)["seconds"]["step"] == changed.seconds.step
     assert to_data(plan)["memory_bytes"]["total"] == plan.memory.total
 
 

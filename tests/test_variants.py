@@ -11,16 +11,22 @@ from torch import Tensor, nn
 
 from autopar.capture.export import capture
 from autopar.cost_models import Cluster, Link, collective_seconds
+from autopar.costs.blocks import cost_block
+from autopar.costs.cuts import cost_cut, travel_layout
+from autopar.costs.memory import find_memory, workspace_nbytes
+from autopar.costs.rows import Phase
+from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import OPTIMIZER_COPIES, CostTables, local_nbytes
 from autopar.ir.graph import OpKind, Value
 from autopar.ir.layout import Mesh
 from autopar.rules.table import find_spaces
 from autopar.search.options import AxisKind, Constraints
 from autopar.search.pipeline.block_options import BlockOptions
-from autopar.search.pipeline.variants import Menus, choices_of, read_chain
+from autopar.search.pipeline.variants import BlockOptionMaker, choices_of
 from autopar.search.placement.problem import build_problem, kept_nbytes, least_bytes
 from autopar.search.placement.solve import Search
 from autopar.structure.blocks import find_chain
+from autopar.structure.chain_reads import read_chain
 from autopar.structure.layers import fold
 from autopar.structure.microbatches import split_microbatches
 from autopar.structure.model import Model, find_tables, in_time
@@ -77,7 +83,9 @@ class Twice(nn.Module):
         return x.sum()
 
 
-def make_menus(module: nn.Module, *inputs: Tensor, tensor_parallel: bool = False, link: Link = LINK, whole: tuple[str, ...] = ()) -> Menus:
+def make_menus(
+    module: nn.Module, *inputs: Tensor, tensor_parallel: bool = False, link: Link = LINK, whole: tuple[str, ...] = ()
+) -> BlockOptionMaker:
     """On one rank or two, for two micro-batches, by the fastest answer; the results of the calls in `whole` are on both ranks."""
     graph = capture(module, inputs).graph
     spaces, _ = find_spaces(graph)
@@ -89,31 +97,38 @@ def make_menus(module: nn.Module, *inputs: Tensor, tensor_parallel: bool = False
     choices = choices_of(problem, Search(problem).solution_at(0.0).choice)
     placements = {name: (one[0], None) if name in whole else one for name, one in choices.placements.items()}
     choices = replace(choices, placements=placements)
-    return Menus(model, chain, read_chain(model, chain), CostTables(model, mesh, CLUSTER), choices, link)
+    reads = read_chain(graph, spaces, chain)
+    return BlockOptionMaker(SolvedChain(model, chain, reads, CostTables(model, mesh, CLUSTER), choices, is_one_stage=False), link)
 
 
-def make_tied(frozen: bool = False, **options: Any) -> Menus:
+def make_tied(frozen: bool = False, **options: Any) -> BlockOptionMaker:
     module = Tied()
     module.table.weight.requires_grad_(not frozen)
     return make_menus(module, torch.arange(ROWS), torch.arange(ROWS), **options)
 
 
 @pytest.fixture(scope="module")
-def menus() -> Menus:
+def menus() -> BlockOptionMaker:
     return make_tied()
 
 
 @pytest.fixture(scope="module")
-def made(menus: Menus) -> dict[str, BlockOptions]:
+def made(menus: BlockOptionMaker) -> dict[str, BlockOptions]:
     made = {menu.name: menu for menu in menus.make(("none", "full"), True, {})}
     assert list(made) == ["table", "layers.0", "layers.1", "layers.2", "head"]
     assert all([one.name for one in menu.options] == ["none", "full"] for menu in made.values())
     return made
 
 
-def test_what_crosses_is_first_read_by_one_block(menus: Menus) -> None:
-    assert {str(value): number for value, number in menus.first.items()} == {"embedding": 1, "sin": 1, "add": 2, "add_1": 3, "add_2": 4}
-    assert [len(values) for values in menus.firsts] == [0, 2, 1, 1, 1]
+def test_what_crosses_is_first_read_by_one_block(menus: BlockOptionMaker) -> None:
+    assert {str(value): number for value, number in menus.solved.reads.first_reader.items()} == {
+        "embedding": 1,
+        "sin": 1,
+        "add": 2,
+        "add_1": 3,
+        "add_2": 4,
+    }
+    assert [len(values) for values in menus.solved.reads.first_read] == [0, 2, 1, 1, 1]
 
 
 def test_a_value_is_kept_by_the_first_block_that_reads_it(made: dict[str, BlockOptions]) -> None:
@@ -127,14 +142,14 @@ def test_a_block_that_is_run_again_keeps_what_comes_in(made: dict[str, BlockOpti
     assert [menu.options[1].kept for menu in made.values()] == [0, 2 * HIDDEN, HIDDEN, HIDDEN, HIDDEN]
 
 
-def test_a_region_that_is_run_again_keeps_what_comes_in_and_what_goes_out(menus: Menus) -> None:
-    block = menus.chain.blocks[1]
+def test_a_region_that_is_run_again_keeps_what_comes_in_and_what_goes_out(menus: BlockOptionMaker) -> None:
+    block = menus.solved.chain.blocks[1]
     linear, tanh, mul, add = block.ops
     # The product reads the table's rows, the tanh is read by the product of both, which keeps it anyway, and the sum keeps nothing.
-    assert menus._kept_bytes(1, block, ((linear, tanh),)) == 3 * HIDDEN
-    assert menus._kept_bytes(1, block, ((tanh, mul),)) == 2 * HIDDEN + HIDDEN
-    assert menus._kept_bytes(1, block, ((tanh, mul, add),)) == 2 * HIDDEN + HIDDEN
-    assert menus._kept_bytes(1, block, ((linear, tanh, mul, add),)) == 2 * HIDDEN
+    assert find_memory(menus.solved, 1, ((linear, tanh),)).saved == 3 * HIDDEN
+    assert find_memory(menus.solved, 1, ((tanh, mul),)).saved == 2 * HIDDEN + HIDDEN
+    assert find_memory(menus.solved, 1, ((tanh, mul, add),)).saved == 2 * HIDDEN + HIDDEN
+    assert find_memory(menus.solved, 1, ((linear, tanh, mul, add),)).saved == 2 * HIDDEN
 
 
 def test_a_stage_holds_what_a_block_before_has_read(made: dict[str, BlockOptions]) -> None:
@@ -171,7 +186,7 @@ def test_running_again_takes_the_forward_and_room_for_what_it_saves(made: dict[s
     assert saved == [2 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, loss]
 
 
-def test_weight_gradients_take_half_a_products_backward(menus: Menus, made: dict[str, BlockOptions]) -> None:
+def test_weight_gradients_take_half_a_products_backward(menus: BlockOptionMaker, made: dict[str, BlockOptions]) -> None:
     whole = menus.make(("none",), False, {})
     for menu, one in zip(made.values(), whole, strict=True):
         none = menu.options[0]
@@ -181,22 +196,22 @@ def test_weight_gradients_take_half_a_products_backward(menus: Menus, made: dict
     assert [menu.options[0].weight > 0 for menu in made.values()] == [False, True, True, True, True]
 
 
-def test_the_least_bytes_of_all_ranks_are_those_of_one(menus: Menus) -> None:
+def test_the_least_bytes_of_all_ranks_are_those_of_one(menus: BlockOptionMaker) -> None:
     # Eight activations of the batch, what the loss saves of it, and all parameters.
-    loss = menus.graph.by_name["cross_entropy_loss"].saved_nbytes
+    loss = menus.solved.graph.by_name["cross_entropy_loss"].saved_nbytes
     least = 8 * 2 * HIDDEN + loss + TRAINED * (TABLE + 3 * MATRIX)
-    assert [least_bytes(menus.model, ranks) for ranks in (1, 4, 1000)] == [least, -(-least // 4), -(-least // 1000)]
+    assert [least_bytes(menus.solved.model, ranks) for ranks in (1, 4, 1000)] == [least, -(-least // 4), -(-least // 1000)]
     frozen = make_tied(frozen=True)
-    assert least_bytes(menus.model, 1) - least_bytes(frozen.model, 1) >= (TRAINED - 1) * TABLE
+    assert least_bytes(menus.solved.model, 1) - least_bytes(frozen.solved.model, 1) >= (TRAINED - 1) * TABLE
 
 
-def test_ops_that_stand_for_others_keep_for_all(menus: Menus) -> None:
+def test_ops_that_stand_for_others_keep_for_all(menus: BlockOptionMaker) -> None:
     kept = {
-        op.name: kept_nbytes(menus.model, menus.kept, op, menus.choices.placements[op.name], menus.mesh)
-        for op in menus.model.folded.ops
+        op.name: kept_nbytes(menus.solved.model, menus.solved.saved, op, menus.solved.choices.placements[op.name], menus.solved.mesh)
+        for op in menus.solved.model.folded.ops
         if op.kind is OpKind.CALL
     }
-    loss = menus.graph.by_name["cross_entropy_loss"].saved_nbytes // 2
+    loss = menus.solved.graph.by_name["cross_entropy_loss"].saved_nbytes // 2
     counts = {"embedding": HIDDEN, "sin": HIDDEN, "tanh": 3 * HIDDEN, "add": 3 * HIDDEN, "cross_entropy_loss": loss}
     assert {name: nbytes for name, nbytes in kept.items() if nbytes} == counts
 
@@ -210,8 +225,8 @@ def test_what_needs_no_gradient_sends_none_back() -> None:
     assert menus[0].options[0].static == TABLE
 
 
-def test_every_crossing_value_has_a_layout_to_travel_in(menus: Menus) -> None:
-    assert {Value(name) for name in menus.travel()} == set(menus.first)
+def test_every_crossing_value_has_a_layout_to_travel_in(menus: BlockOptionMaker) -> None:
+    assert {Value(name) for name in menus.travel()} == set(menus.solved.reads.first_reader)
 
 
 def test_copies_that_products_keep_are_kept_beside_the_parts() -> None:
@@ -224,31 +239,47 @@ def test_copies_that_products_keep_are_kept_beside_the_parts() -> None:
     assert [menu.cut.kept for menu in menus] == [0, part, part, 0, 0]
 
 
+def find_block(menus: BlockOptionMaker, call: str) -> int:
+    return menus.solved.reads.block_of[call]
+
+
 def test_what_two_products_need_alike_is_gathered_once() -> None:
     menus = make_menus(Twice(), torch.randn(ROWS, WIDTH), tensor_parallel=True)
-    (block,) = (one for one in menus.chain.blocks if "linear_2" in one.ops)
-    gathered = [name for name, cost in menus._move_costs(block.ops).items() if cost.forward > 0]
-    assert gathered == ["linear_2"]
+    ((_, cost),) = cost_block(menus.solved, find_block(menus, "linear_2"), ["none"])
+    gathers = [row for row in cost.rows if row.phase == Phase.FORWARD and row.collective == "all_gather"]
+    assert [row.count for row in gathers] == [1]
 
 
 def test_an_operand_that_is_gathered_for_two_takes_room_once() -> None:
     menus = make_menus(Twice(), torch.randn(ROWS, WIDTH), tensor_parallel=True)
-    (block,) = (one for one in menus.chain.blocks if "linear_2" in one.ops)
-    needs = {
-        need for name in ("linear_2", "linear_3") for value, _, need, _ in menus._journeys(menus.graph.by_name[name]) if value.op == "add"
-    }
-    assert len(needs) == 1
+    calls = [menus.solved.graph.by_name[name] for name in ("linear_2", "linear_3")]
+    assert len({journey.need for op in calls for journey in menus.solved.journeys(op) if journey.value.op == "add"}) == 1
     # A product has its input whole and its part of the result, the product of both products three parts; gradients as much.
-    assert menus._workspace(block) == 2 * (HIDDEN + HIDDEN // 2)
+    assert workspace_nbytes(menus.solved, find_block(menus, "linear_2")) == 2 * (HIDDEN + HIDDEN // 2)
+
+
+def test_rows_add_up_to_what_the_search_sums(made: dict[str, BlockOptions]) -> None:
+    for block in made.values():
+        for option in block.options:
+            assert option.cost is not None
+            seconds, memory = option.cost.seconds, option.cost.memory
+            assert (option.forward, option.input) == (seconds[Phase.FORWARD], seconds[Phase.INPUT])
+            assert (option.weight, option.once) == (seconds[Phase.WEIGHT], seconds[Phase.STEP])
+            assert sum(row.seconds for row in option.cost.rows) == pytest.approx(sum(seconds.values()))
+            assert option.static == memory.parameters + memory.gradients + memory.optimizer + memory.outputs
 
 
 def test_what_travels_in_parts_is_gathered_where_it_is_read() -> None:
     slow = replace(LINK, bandwidth_bytes_per_s=1000.0)
     menus = make_tied(tensor_parallel=True, link=slow, whole=("add",))
     value = Value("add_1")
-    tensor, made, travels = menus.graph.tensor(value), menus.made(value), menus._travels(value)
-    assert local_nbytes(tensor, travels, menus.mesh) == local_nbytes(tensor, made, menus.mesh) // 2 == HIDDEN // 2
-    cut = menus._cut(2, replace(menus.chain.blocks[2], crossing=(value,)))
-    there, back = (sum(menus.tables.journey_seconds(tensor, *way, backward=True)) for way in ((made, travels), (travels, made)))
+    tensor, made, travels = menus.solved.graph.tensor(value), menus.solved.made(value), travel_layout(menus.solved, value, slow)
+    assert local_nbytes(tensor, travels, menus.solved.mesh) == local_nbytes(tensor, made, menus.solved.mesh) // 2 == HIDDEN // 2
+    blocks = menus.solved.chain.blocks
+    chain = replace(menus.solved.chain, blocks=(*blocks[:2], replace(blocks[2], crossing=(value,)), *blocks[3:]))
+    solved = menus.solved
+    alone = SolvedChain(solved.model, chain, solved.reads, solved.tables, solved.choices, is_one_stage=False)
+    cut = cost_cut(alone, 2, slow)
+    there, back = (sum(menus.solved.tables.journey_seconds(tensor, *way, backward=True)) for way in ((made, travels), (travels, made)))
     assert there + back > 0
     assert cut.forward - collective_seconds("p2p", HIDDEN // 2, 2, slow) == pytest.approx((there + back) / 2, rel=1e-3)

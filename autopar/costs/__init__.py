@@ -1,14 +1,18 @@
-"""Seconds and bytes of decisions on one mesh, from machine profiles.
+"""Seconds and bytes of decisions on one mesh, from machine profiles: one table of costs that the search, the plan and the report share.
 
-Comes in: a `Model`, a mesh, a cluster. Goes out: numbers that the search, the plan and the report share.
+Comes in: a `Model`, a mesh, a cluster, and for whole blocks a solution of the placement problem. Goes out: prices of single decisions
+(`CostTables`), and per block of the chain its rows of seconds and its bytes (`BlockCost`).
 
-Modules, in reading order: ``saved``, ``tables``.
+Modules, in reading order: ``saved``, ``tables``, ``rows``, ``solved``, ``memory``, ``blocks``, ``cuts``.
 """
 
+from autopar.costs.blocks import BlockCost, block_kind, cost_block
+from autopar.costs.cuts import cost_cut, cut_kind, travel_layout
+from autopar.costs.rows import CostRow, Phase, Purpose, RowSums
 from autopar.costs.saved import Kept, count_kept, keeps_operand
+from autopar.costs.solved import Choices, SolvedChain
 from autopar.costs.tables import (
     BUCKET_NBYTES,
-    COLLECTIVE_KIND,
     OPTIMIZER_COPIES,
     CostTables,
     call_seconds,
@@ -21,16 +25,27 @@ from autopar.costs.tables import (
 
 __all__ = [
     "BUCKET_NBYTES",
-    "COLLECTIVE_KIND",
     "OPTIMIZER_COPIES",
+    "BlockCost",
+    "Choices",
+    "CostRow",
     "CostTables",
     "Kept",
+    "Phase",
+    "Purpose",
+    "RowSums",
+    "SolvedChain",
+    "block_kind",
     "call_seconds",
+    "cost_block",
+    "cost_cut",
     "count_kept",
     "count_uses",
+    "cut_kind",
     "keeps_operand",
     "layout_numbers",
     "local_nbytes",
     "operand_layout_of",
     "result_layout_of",
+    "travel_layout",
 ]

@@ -113,14 +113,17 @@ class CostTables:
         nbytes = sum(local_nbytes(*pair, self.mesh) for pair in zip((*operands, *op.results), (*needs, *made), strict=True))
         ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
         forward, backward = call_seconds(self.model, self.device, op, ways, nbytes)
-        return forward, backward + self._exchange_seconds(op, placement)
+        return forward, backward + sum(seconds for *_, seconds in self.exchanges(op, placement))
 
-    def _exchange_seconds(self, op: Op, placement: Placement) -> float:
-        """Seconds of the collectives inside the op's kernel, of both directions together, as its rule states them."""
+    def exchanges(self, op: Op, placement: Placement) -> list[tuple[int, str, int, float]]:
+        """The collectives inside of an op's kernel, of both directions together, as its rule states them.
+
+        As (axis, collective, bytes that all calls move together, seconds of all calls together).
+        """
         space = self.model.spaces.get(op.name)
-        seconds = 0.0
-        if space is None:
-            return seconds
+        if space is None or not space.facts.exchanges:
+            return []
+        made: list[tuple[int, str, int, float]] = []
         for exchange in space.facts.exchanges:
             nbytes = self._exchanged_nbytes(space, exchange, placement)
             for axis, part in enumerate(placement):
@@ -128,8 +131,9 @@ class CostTables:
                     size = self.mesh.sizes[axis]
                     total = nbytes if exchange.collective == "all_reduce" else nbytes * size
                     times = exchange.forward + exchange.backward
-                    seconds += times * collective_seconds(exchange.collective, total, size, self.links[axis])
-        return seconds
+                    seconds = times * collective_seconds(exchange.collective, total, size, self.links[axis])
+                    made.append((axis, exchange.collective, times * nbytes, seconds))
+        return made
 
     def _exchanged_nbytes(self, space: Space, exchange: Exchange, placement: Placement) -> int:
         """Bytes of a rank's part of the tensor that an op's kernel exchanges."""

@@ -9,6 +9,7 @@ Modules, in reading order: ``plan``, ``fits``, ``pins``.
 from autopar.plans.fits import check_fits, fingerprint
 from autopar.plans.pins import NO_PINS, Pins, describe_pins, parse_mesh, reconcile
 from autopar.plans.plan import (
+    OUTSIDE,
     RECOMPUTE,
     BlockChoice,
     Candidate,
@@ -17,8 +18,6 @@ from autopar.plans.plan import (
     Pipeline,
     Plan,
     Proof,
-    Seconds,
-    Traffic,
     Unruled,
     from_json,
     to_json,
@@ -27,6 +26,7 @@ from autopar.plans.plan import (
 __all__ = [
     "NO_PINS",
     "RECOMPUTE",
+    "OUTSIDE",
     "BlockChoice",
     "Candidate",
     "Group",
@@ -35,8 +35,6 @@ __all__ = [
     "Pipeline",
     "Plan",
     "Proof",
-    "Seconds",
-    "Traffic",
     "Unruled",
     "check_fits",
     "describe_pins",

@@ -10,9 +10,11 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from autopar.costs import CostRow, Phase, Purpose
 from autopar.errors import InputError, PlanError
 from autopar.ir import Layout, Mesh, Placement, format_layout, format_placement, parse_layout, parse_placement
 from autopar.schedules import check_schedule
@@ -42,7 +44,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Predicted seconds of one training step on one rank, the mean one of a pipeline.
+    """Predicted seconds of one training step on one rank, the mean one of a pipeline: sums of a plan's cost rows.
 
     `recompute` is what the backward runs again, `communication` what isn't hidden behind compute, `bubble` the time that the mean rank
     waits for others.
@@ -113,7 +115,10 @@ class Pipeline:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Communication of one kind on one axis in one step: exposed seconds, and bytes that a rank's parts amount to."""
+    """Communication of one kind on one axis in one step: sums of a plan's cost rows.
+
+    `seconds` are exposed, `hidden` go on behind other work; `nbytes` are what a rank's parts amount to.
+    """
 
     axis: str
     collective: str
@@ -121,20 +126,24 @@ class Traffic:
     count: int
     nbytes: int
     seconds: float
+    hidden: float
+
+
+OUTSIDE = "outside of layers"
+"""Name of the group of what is in no layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
     """One line of the report: like layers, or what is outside of all layers.
 
-    `axes` says per mesh axis what it does to the group's contractions, such as ``{"tp": "heads, ffn"}``.
+    `axes` says per mesh axis what it does to the group's contractions, such as ``{"tp": "heads, ffn"}``. Its cost rows are those whose
+    layer has its name (`Plan.rows_of`).
     """
 
     name: str
     count: int
     axes: Mapping[str, str]
-    compute_seconds: float
-    communication_seconds: float
     parameter_bytes: int
     activation_bytes: int
 
@@ -197,6 +206,8 @@ class Plan:
         placements: placement of every call, by op name.
         batch_axes: axes that split the batch, outermost first.
         bucket_nbytes: bytes of gradients that are summed over ranks together.
+        costs: what a step costs the mean rank, by layer, phase, purpose, axis and collective. Seconds of the step, communication and the
+            bubble are sums of these rows. Messages between stages are those of all stages together.
         notes: what capture dropped or changed, for the user to know.
     """
 
@@ -211,9 +222,8 @@ class Plan:
     placements: Mapping[str, Placement]
     batch_axes: tuple[str, ...]
     bucket_nbytes: int
-    seconds: Seconds
+    costs: tuple[CostRow, ...]
     memory: Memory
-    traffic: tuple[Traffic, ...]
     groups: tuple[Group, ...]
     proof: Proof
     unruled: tuple[Unruled, ...]
@@ -223,6 +233,45 @@ class Plan:
     def world_size(self) -> int:
         """Number of ranks."""
         return self.pipeline.ranks * self.mesh.world_size
+
+    @cached_property
+    def seconds(self) -> Seconds:
+        """What the step's seconds are made of."""
+        return Seconds(
+            forward=self._sum(Purpose.COMPUTE, Phase.FORWARD),
+            backward=self._sum(Purpose.COMPUTE, Phase.INPUT) + self._sum(Purpose.COMPUTE, Phase.WEIGHT),
+            recompute=self._sum(Purpose.RECOMPUTE),
+            optimizer=self._sum(Purpose.OPTIMIZER),
+            communication=sum((row.seconds for row in self.costs if row.is_communication), 0.0),
+            bubble=self._sum(Purpose.BUBBLE),
+        )
+
+    def _sum(self, purpose: str, phase: str | None = None) -> float:
+        return sum((row.seconds for row in self.costs if row.purpose == purpose and phase in (None, row.phase)), 0.0)
+
+    @cached_property
+    def traffic(self) -> tuple[Traffic, ...]:
+        """The communication of a step, by axis, collective and purpose."""
+        sums: dict[tuple[str, str, str], list[float]] = {}
+        for row in self.costs:
+            if row.is_communication:
+                entry = sums.setdefault((row.axis, row.collective, row.purpose), [0.0, 0.0, 0.0, 0.0])
+                for index, number in enumerate((row.count, row.nbytes, row.seconds, row.hidden)):
+                    entry[index] += number
+        return tuple(
+            Traffic(*key, round(count), round(nbytes), seconds, hidden) for key, (count, nbytes, seconds, hidden) in sorted(sums.items())
+        )
+
+    def rows_of(self, group: Group) -> tuple[CostRow, ...]:
+        """The cost rows of a group of layers, or of what is outside of all layers; waiting and messages between stages are no group's."""
+        layer = "" if group.name == OUTSIDE else group.name
+        return tuple(row for row in self.costs if row.layer == layer and row.purpose not in (Purpose.BUBBLE, Purpose.MESSAGES))
+
+    def group_seconds(self, group: Group) -> tuple[float, float]:
+        """(compute, exposed communication) seconds of a group."""
+        rows = self.rows_of(group)
+        compute = sum((row.seconds for row in rows if row.purpose == Purpose.COMPUTE), 0.0)
+        return compute, sum((row.seconds for row in rows if row.is_communication), 0.0)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; a file that is there is replaced only by a whole one."""
@@ -324,10 +373,9 @@ _READERS: Mapping[str, Any] = {
 _NESTED: Mapping[str, type] = {
     "Pipeline": Pipeline,
     "BlockChoice": BlockChoice,
-    "Seconds": Seconds,
+    "CostRow": CostRow,
     "Memory": Memory,
     "Proof": Proof,
-    "Traffic": Traffic,
     "Group": Group,
     "Candidate": Candidate,
     "Unruled": Unruled,

@@ -73,7 +73,7 @@ def describe_axes(plan: Plan) -> dict[str, str]:
         if is_pipelined and size == 1:
             continue
         found = ["batch"] if axis in plan.batch_axes else []
-        for group in sorted(plan.groups, key=lambda group: -group.compute_seconds):
+        for group in sorted(plan.groups, key=lambda group: -plan.group_seconds(group)[0]):
             found += [part.strip() for part in group.axes.get(axis, "").split(",")]
         roles[axis] = [role for role in dict.fromkeys(found) if role not in ("", "nothing")]
     return {axis: ", ".join(found) or "nothing" for axis, found in roles.items()}
@@ -127,7 +127,8 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
         "seconds": {**asdict(plan.seconds), "step": plan.seconds.step},
         "memory_bytes": {**asdict(plan.memory), "total": plan.memory.total},
         "traffic": [asdict(traffic) for traffic in plan.traffic],
-        "groups": [{**asdict(group), "axes": dict(group.axes)} for group in groups],
+        "groups": [_group_data(plan, group) for group in groups],
+        "costs": [asdict(row) for row in plan.costs],
         "proof": asdict(plan.proof),
         "unruled": [asdict(op) for op in plan.unruled],
         "notes": list(plan.notes),
@@ -400,9 +401,22 @@ def _word_messages(plan: Plan) -> str:
         return ""
     return (
         f"Messages between stages, of all cuts together: {sum(one.count for one in sent):,} in a step, forward and backward,"
-        f" {format_bytes(sum(one.nbytes for one in sent))} per rank of a group, {format_seconds(sum(one.seconds for one in sent))}"
+        f" {format_bytes(sum(one.nbytes for one in sent))} per rank of a group, {format_seconds(sum(one.hidden for one in sent))}"
         " on their way. What a stage waits for them is in the bubble."
     )
+
+
+def _group_data(plan: Plan, group: Group) -> dict[str, Any]:
+    compute, communication = plan.group_seconds(group)
+    return {
+        "name": group.name,
+        "count": group.count,
+        "axes": dict(group.axes),
+        "compute_seconds": compute,
+        "communication_seconds": communication,
+        "parameter_bytes": group.parameter_bytes,
+        "activation_bytes": group.activation_bytes,
+    }
 
 
 def _tabulate_memory(plan: Plan) -> Stack:
@@ -427,17 +441,15 @@ def _draw_bar(part: int, whole: int) -> str:
 
 
 def _tabulate_groups(plan: Plan, groups: Sequence[Group]) -> Stack:
-    pipeline = plan.pipeline
-    # Every group of ranks has its own part of these seconds.
-    step = pipeline.ranks * plan.seconds.step
-    ordered = sorted(groups, key=lambda group: -(group.compute_seconds + group.communication_seconds))
+    pipeline, step = plan.pipeline, plan.seconds.step
+    seconds = {group.name: plan.group_seconds(group) for group in groups}
+    ordered = sorted(groups, key=lambda group: -sum(seconds[group.name]))
     rows = [
         [
             group.name,
             str(group.count),
-            format_seconds(group.compute_seconds),
-            format_seconds(group.communication_seconds),
-            format_share(group.compute_seconds + group.communication_seconds, step),
+            *map(format_seconds, seconds[group.name]),
+            format_share(sum(seconds[group.name]), step),
             format_bytes(group.parameter_bytes),
             format_bytes(group.activation_bytes),
         ]

@@ -18,9 +18,9 @@ from autopar.ir import Graph, Layout, Mesh, Op, OpKind, Space
 from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
 from autopar.rules import find_spaces
 from autopar.schedules import make_schedule
-from autopar.search.assemble import Chosen, Spread, assemble
+from autopar.search.assemble import Chosen, assemble
 from autopar.search.meshes import find_trials, group_trials
-from autopar.search.pipeline import Configuration, Pipelined, choices_of, find_configurations, make_pipeline_problem, search_pipelines
+from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
 from autopar.search.trials import SolvedTrial, TrialResults, name_request, solve_trials
 from autopar.structure import Chain, Model, batch_size, find_chain, find_factors, find_tables, fold, regroup, relabel
 from autopar.units import format_bytes
@@ -115,7 +115,7 @@ def make_plan(
     pipelined, candidates = _search_pipelines(request, placed, tell)
     candidates = (*placed.candidates, *candidates)
     if pipelined is not None:
-        chosen, trial = _choose_pipelined(pipelined, chain), pipelined.configuration.trial
+        chosen, trial = _choose_pipelined(pipelined, model, chain), pipelined.configuration.trial
     elif placed.best is not None:
         chosen, trial = _choose_placed(placed.best, model, chain), placed.best.trial
     else:
@@ -197,7 +197,7 @@ def _search_placements(request: _Request, tell: Progress) -> TrialResults:
     trials = find_trials(request.model, cluster, pins, request.mesh, request.stored, groups)
     if pins.asks_for_pipeline:
         return TrialResults()
-    return solve_trials(request.model, trials, cluster, pins, tell, is_open=request.is_open)
+    return solve_trials(request.model, request.chain, trials, cluster, pins, tell, is_open=request.is_open)
 
 
 def _search_pipelines(request: _Request, placed: TrialResults, tell: Progress) -> tuple[Pipelined | None, tuple[Candidate, ...]]:
@@ -225,19 +225,48 @@ def _search_pipelines(request: _Request, placed: TrialResults, tell: Progress) -
     return searched.best, searched.candidates
 
 
-def _choose_pipelined(pipelined: Pipelined, chain: Chain) -> Chosen:
+def _choose_pipelined(pipelined: Pipelined, model: Model, chain: Chain) -> Chosen:
     """A pipeline as what was chosen."""
-    pipeline = pipelined.pipeline
-    rank_of = make_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks).rank_of
-    spread = Spread(pipelined.assignment, pipelined.blocks, chain, rank_of, pipelined.recompute_seconds)
-    return Chosen(pipelined.model, pipelined.mesh, pipelined.choices, pipelined.solution, 0, pipeline, spread)
+    pipeline, assignment, solution = pipelined.pipeline, pipelined.assignment, pipelined.solution
+    return Chosen(
+        model=pipelined.model,
+        mesh=pipelined.mesh,
+        choices=pipelined.choices,
+        base=model.folded,
+        solution=solution,
+        pipeline=pipeline,
+        chain=chain,
+        options=tuple(block.options[index] for block, index in zip(pipelined.blocks, assignment.options, strict=True)),
+        cuts=tuple(block.cut for block in pipelined.blocks),
+        rank_of=make_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks).rank_of,
+        cost=pipelined.cost,
+        step_seconds=assignment.simulated,
+        bound_seconds=assignment.bound,
+        status=assignment.status,
+        method=f"{solution.method}; cutting planes, {assignment.iterations} rounds",
+    )
 
 
 def _choose_placed(solved: SolvedTrial, model: Model, chain: Chain) -> Chosen:
     """A solution without a pipeline as what was chosen: all blocks on one stage."""
     blocks = tuple(BlockChoice(block.name, 0, "none") for block in chain.blocks)
-    choices = choices_of(solved.problem, solved.solution.choice)
-    return Chosen(model, solved.problem.mesh, choices, solved.solution, solved.workspace, Pipeline(1, "gpipe", 1, 1, blocks, {}), None)
+    return Chosen(
+        model=model,
+        mesh=solved.problem.mesh,
+        choices=solved.choices,
+        base=model.folded,
+        solution=solved.solution,
+        pipeline=Pipeline(1, "gpipe", 1, 1, blocks, {}),
+        chain=chain,
+        options=tuple(block.options[0] for block in solved.blocks),
+        cuts=tuple(block.cut for block in solved.blocks),
+        rank_of=(0,),
+        cost=solved.cost,
+        step_seconds=solved.step_seconds,
+        bound_seconds=solved.solution.bound_ns / 1e9,
+        status=solved.solution.status,
+        method=solved.solution.method,
+    )
 
 
 def _note_loss(graph: Graph, pipeline: Pipeline) -> tuple[str, ...]:

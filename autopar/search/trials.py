@@ -7,15 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 
 from autopar.cost_models import Cluster
+from autopar.costs import Choices, CostTables, SolvedChain
 from autopar.errors import InfeasibleError
+from autopar.ir import OpKind
 from autopar.plans import Candidate, Pins
-from autopar.search.assemble import workspace_bytes
+from autopar.schedules import make_schedule
 from autopar.search.meshes import Trial
-from autopar.search.pipeline import choices_of
+from autopar.search.pipeline import (
+    PHASES,
+    AssignmentCost,
+    BlockOptionMaker,
+    BlockOptions,
+    RankMemory,
+    choices_of,
+    compute_cost,
+    longest_path,
+    make_problem,
+)
 from autopar.search.placement import FORBIDDEN, Problem, Search, Solution, build_problem, least_bytes
-from autopar.structure import Model
+from autopar.structure import Chain, Model, read_chain
 from autopar.units import format_bytes
 
 Progress = Callable[[str], None]
@@ -23,17 +38,28 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class SolvedTrial:
-    """A trial with a solution that fits the memory, or comes closest to it; `workspace` is the bytes that its largest op needs to run."""
+    """A trial with a solution that fits the memory, or comes closest to it.
+
+    Attributes:
+        choices: what the solution decides.
+        blocks: every block's table of costs, as its only option.
+        cost: of all blocks on one stage; `step_seconds`: of a step.
+        beside: bytes of inputs and buffers, which every rank has whole.
+    """
 
     trial: Trial
     problem: Problem
     solution: Solution
-    workspace: int
+    choices: Choices
+    blocks: tuple[BlockOptions, ...]
+    cost: AssignmentCost
+    step_seconds: float
+    beside: int
 
     @property
     def needed(self) -> int:
         """Bytes at the peak."""
-        return self.solution.nbytes + self.workspace
+        return self.cost.peak[0] + self.beside
 
 
 @dataclass(frozen=True)
@@ -60,11 +86,13 @@ class TrialResults:
         return min(self.solved, key=rank, default=None)
 
 
-def solve_trials(model: Model, trials: Sequence[Trial], cluster: Cluster, pins: Pins, tell: Progress, *, is_open: bool) -> TrialResults:
+def solve_trials(
+    model: Model, chain: Chain, trials: Sequence[Trial], cluster: Cluster, pins: Pins, tell: Progress, *, is_open: bool
+) -> TrialResults:
     """Solve all trials in which every op has a placement; none when pipelines are open and no split at all can save enough memory.
 
     Args:
-        model: the model to place.
+        model: the model to place; `chain`: its blocks.
         trials: meshes and what is asked of each, all ranks one group.
         cluster: the devices and links.
         pins: for messages; the trials obey them already.
@@ -90,6 +118,13 @@ def solve_trials(model: Model, trials: Sequence[Trial], cluster: Cluster, pins: 
             f"{name_request(pins)} leave some op no placement that its neighbours' can be connected with, on any of "
             f"{len(trials)} meshes tried; pin fewer modules, or pin ops that read the same tensor alike"
         )
+    reads = read_chain(model.folded.graph, model.spaces, chain)
+
+    def measure(trial: Trial, problem: Problem, solution: Solution) -> SolvedTrial:
+        choices = choices_of(problem, solution.choice)
+        solved = SolvedChain(model, chain, reads, CostTables(model, problem.mesh, cluster), choices, is_one_stage=True)
+        return _measure(trial, problem, solution, solved)
+
     # The most promising first: what they reach prunes the others by their bounds.
     searches.sort(key=lambda pair: pair[1].bound_ns)
     solved: list[SolvedTrial] = []
@@ -97,35 +132,31 @@ def solve_trials(model: Model, trials: Sequence[Trial], cluster: Cluster, pins: 
     for trial, search in searches:
         tell(f"memory: {trial.name} on {trial.mesh}")
         cutoff = min((rival.solution.cost_ns for rival in solved), default=None)
-        answer = _solve_trial(model, trial, search, cluster, cutoff, tighten=not is_open)
+        answer = _solve_trial(partial(measure, trial, search.problem), search, cluster, cutoff, tighten=not is_open)
         if answer is None:
             candidates.append(Candidate(trial.name, str(trial.mesh), search.bound_in_memory_ns / 1e9, None, "pruned: costs at least this"))
         elif answer.needed > cluster.machine.device.usable_bytes:
             candidates.append(Candidate(trial.name, str(trial.mesh), None, answer.needed, "out of memory"))
         else:
             solved.append(answer)
-            seconds = answer.solution.cost_ns / 1e9
-            candidates.append(Candidate(trial.name, str(trial.mesh), seconds, answer.needed, answer.solution.status))
+            outcome = answer.solution.status
+            candidates.append(Candidate(trial.name, str(trial.mesh), answer.step_seconds, answer.needed, outcome))
     return TrialResults(solved, tuple(candidates), [trial for trial, _ in searches if not trial.baseline])
 
 
 def _solve_trial(
-    model: Model, trial: Trial, search: Search, cluster: Cluster, cutoff_ns: int | None, *, tighten: bool
+    measure: Callable[[Solution], SolvedTrial], search: Search, cluster: Cluster, cutoff_ns: int | None, *, tighten: bool
 ) -> SolvedTrial | None:
     """Solve one trial within the memory of a device, or None when it can't beat `cutoff_ns`; if nothing fits, what needs least memory.
 
-    The space that ops need while they run is known only with a solution, so it is found in rounds.
+    The placement problem adds up bytes of single decisions. What they come to in blocks, with the space that calls need while they run, is
+    known only with a solution (`measure`), so the difference is found in rounds.
     """
-
-    def measure(solution: Solution) -> SolvedTrial:
-        choices = choices_of(search.problem, solution.choice)
-        return SolvedTrial(trial, search.problem, solution, workspace_bytes(model, search.problem.mesh, choices))
-
     budget = cluster.machine.device.usable_bytes
-    workspace = 0
+    more = 0
     for _ in range(4):
         try:
-            solution = search.fit(budget - workspace, cutoff_ns, tighten=tighten)
+            solution = search.fit(budget - more, cutoff_ns, tighten=tighten)
         except InfeasibleError:
             break
         if solution is None:
@@ -133,13 +164,27 @@ def _solve_trial(
         solved = measure(solution)
         if solved.needed <= budget:
             return solved
-        workspace = max(solved.workspace, workspace + 1)
-    # What was set aside is what faster choices need to run; a lean one may do with less.
+        more = max(solved.needed - solution.nbytes, more + 1)
+    # What was set aside is what faster choices need; a lean one may do with less.
     lean = [measure(solution) for solution in search.lean(budget)]
     fitting = [solved for solved in lean if solved.needed <= budget]
     if fitting:
         return min(fitting, key=lambda solved: solved.solution.cost_ns)
     return min(lean, key=lambda solved: solved.needed)
+
+
+def _measure(trial: Trial, problem: Problem, solution: Solution, solved: SolvedChain) -> SolvedTrial:
+    """What a solution comes to with all blocks on one stage, by their tables of costs."""
+    graph = solved.graph
+    beside = sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in graph.of_kind(kind))
+    blocks = BlockOptionMaker(solved, None).make(("none",), False, {})
+    if not blocks:
+        nothing = AssignmentCost(np.zeros(PHASES), 0.0, (RankMemory(0, 0, 0, 0),))
+        return SolvedTrial(trial, problem, solution, solved.choices, blocks, nothing, 0.0, beside)
+    assignment = make_problem(blocks, make_schedule("gpipe", 1, 1, 1), 0)
+    cost = compute_cost(assignment, [0] * len(blocks), [0] * len(blocks))
+    step_seconds = longest_path(assignment, cost.columns)[0] + cost.once
+    return SolvedTrial(trial, problem, solution, solved.choices, blocks, cost, step_seconds, beside)
 
 
 def name_request(pins: Pins) -> str:

@@ -2,11 +2,13 @@
 
 Comes in: a `Graph` and the spaces of its calls. Goes out: a `Model` and a `Chain` of blocks.
 
-Modules, in reading order: ``repeats``, ``layers``, ``roles``, ``weights``, ``blocks``, ``attention_cores``, ``microbatches``, ``model``.
+Modules, in reading order: ``repeats``, ``layers``, ``roles``, ``weights``, ``blocks``, ``attention_cores``, ``chain_reads``,
+``microbatches``, ``model``.
 """
 
 from autopar.structure.attention_cores import find_cores
 from autopar.structure.blocks import Block, Chain, find_chain, relabel
+from autopar.structure.chain_reads import ChainReads, read_chain
 from autopar.structure.layers import Edge, Folded, fold, fold_as_planned, regroup
 from autopar.structure.microbatches import MicroSplit, MicroSplitter, batch_size, split_microbatches
 from autopar.structure.model import Model, RouteKey, find_tables, first_rank_axis, in_time, role_of
@@ -16,6 +18,7 @@ from autopar.structure.weights import find_source, is_deferrable
 __all__ = [
     "Block",
     "Chain",
+    "ChainReads",
     "Edge",
     "Folded",
     "MicroSplit",
@@ -34,6 +37,7 @@ __all__ = [
     "fold_as_planned",
     "in_time",
     "is_deferrable",
+    "read_chain",
     "regroup",
     "relabel",
     "role_of",

@@ -6,21 +6,27 @@ Modules, in reading order: ``block_options``, ``assignment_problem``, ``greedy``
 ``configurations`` (which states what is proven), ``solutions``, ``best_first``.
 """
 
-from autopar.search.pipeline.assignment import Assignment
+from autopar.search.pipeline.assignment_problem import PHASES, AssignmentCost, RankMemory, compute_cost, longest_path, make_problem
 from autopar.search.pipeline.best_first import Pipelined, search_pipelines
-from autopar.search.pipeline.block_options import BlockOption, BlockOptions
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 from autopar.search.pipeline.configurations import Configuration, find_configurations, make_pipeline_problem
-from autopar.search.pipeline.variants import Choices, choices_of
+from autopar.search.pipeline.variants import BlockOptionMaker, choices_of
 
 __all__ = [
-    "Assignment",
+    "PHASES",
+    "AssignmentCost",
     "BlockOption",
+    "BlockOptionMaker",
     "BlockOptions",
-    "Choices",
     "Configuration",
+    "Cut",
     "Pipelined",
+    "RankMemory",
     "choices_of",
+    "compute_cost",
     "find_configurations",
+    "longest_path",
     "make_pipeline_problem",
+    "make_problem",
     "search_pipelines",
 ]

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -90,13 +91,38 @@ class AssignmentProblem:
         return tuple(stages)
 
 
+class RankMemory(NamedTuple):
+    """Bytes of a rank at its peak: what is there all the time, what micro-batches hold, receive buffers, the largest block's workspace."""
+
+    static: int
+    held: int
+    messages: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
 @dataclass(frozen=True, slots=True)
 class AssignmentCost:
-    """An assignment in numbers: its columns, shape (3 S + 2 (S - 1),), the longest `once` of a rank, bytes per rank."""
+    """An assignment in numbers.
+
+    Attributes:
+        columns: as `AssignmentProblem` numbers them, shape (3 S + 2 (S - 1),).
+        once: the longest `once` of a rank.
+        memory: bytes of each rank at its peak, by kind.
+    """
 
     columns: Floats
     once: float
-    peak: tuple[int, ...]
+    memory: tuple[RankMemory, ...]
+
+    @property
+    def peak(self) -> tuple[int, ...]:
+        """Bytes of each rank at its peak."""
+        return tuple(rank.total for rank in self.memory)
 
 
 def evaluate(
@@ -146,14 +172,14 @@ def compute_cost(problem: AssignmentProblem, stages: Sequence[int], options: Seq
         workspace[stage] = max(workspace[stage], option.workspace)
         cuts[:, stage], message[stage], read_before[stage] = block.cut[:2], block.cut.nbytes, block.cut.kept
     kept[1:] += read_before[:-1]
-    peak, longest = [], 0.0
+    memory, longest = [], 0.0
     for own, holdings, messages in zip(problem.stages_of, problem.holdings, problem.messages_to, strict=True):
         at = list(own)
         lived = holdings[:, :, 0] @ kept[at] + holdings[:, :, 1] @ waiting[at]
         buffers = RECEIVES_AT_ONCE * max((int(message[stage]) for stage in messages), default=0)
-        peak.append(int(lived.max(initial=0)) + int(static[at].sum()) + int(workspace[at].max()) + buffers)
+        memory.append(RankMemory(int(static[at].sum()), int(lived.max(initial=0)), buffers, int(workspace[at].max())))
         longest = max(longest, float(once[at].sum()))
-    return AssignmentCost(np.concatenate([seconds.ravel(), cuts[:, : count - 1].ravel()]), longest, tuple(peak))
+    return AssignmentCost(np.concatenate([seconds.ravel(), cuts[:, : count - 1].ravel()]), longest, tuple(memory))
 
 
 def longest_path(problem: AssignmentProblem, columns: Floats) -> tuple[float, Floats]:

@@ -21,12 +21,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
+from autopar.costs import Choices
 from autopar.errors import AutoparError, InfeasibleError, InputError, SolverError
 from autopar.ir import Layout, Mesh
 from autopar.plans import BlockChoice, Candidate, Pipeline
 from autopar.schedules import Schedule, splits_backward
 from autopar.search.pipeline.assignment import Assignment, assign
-from autopar.search.pipeline.assignment_problem import PHASES, AssignmentProblem, Floats, compute_cost, longest_path, make_problem
+from autopar.search.pipeline.assignment_problem import (
+    PHASES,
+    AssignmentCost,
+    AssignmentProblem,
+    Floats,
+    compute_cost,
+    longest_path,
+    make_problem,
+)
 from autopar.search.pipeline.block_options import BlockOptions
 from autopar.search.pipeline.configurations import (
     LEAN_FAMILY,
@@ -40,7 +49,7 @@ from autopar.search.pipeline.configurations import (
 )
 from autopar.search.pipeline.greedy import assign_greedily, find_leanest
 from autopar.search.pipeline.solutions import SolutionCache, SolutionSet
-from autopar.search.pipeline.variants import Choices, join_menus, mix
+from autopar.search.pipeline.variants import mix
 from autopar.search.placement import Solution
 from autopar.structure import Model, in_time
 
@@ -64,7 +73,7 @@ class Pipelined:
         solution: the solution of the placement problem that decided on what blocks share.
         model: folded as blocks are split; `choices`: of its representatives, the solutions of all blocks mixed.
         blocks: the options that `assignment` chose from.
-        recompute_seconds: what all blocks together take more for a micro-batch than if they recomputed nothing.
+        cost: of the assignment, by rank.
     """
 
     configuration: Configuration
@@ -75,7 +84,7 @@ class Pipelined:
     pipeline: Pipeline
     assignment: Assignment
     blocks: tuple[BlockOptions, ...]
-    recompute_seconds: float
+    cost: AssignmentCost
 
     @property
     def seconds(self) -> float:
@@ -423,10 +432,9 @@ def _describe(
     base = state.solutions.model_in_time(configuration.microbatches)
     assert base is not None
     options = [block.options[index] for block, index in zip(blocks, assignment.options, strict=True)]
-    model, choices = mix(base, state.solutions.reading, solutions.choices, [option.solution for option in options])
+    model, choices = mix(base, state.solutions.reads, solutions.choices, [option.solution for option in options])
     makers = state.solutions.makers(configuration, solutions)
-    # Each block's options without recomputation, one per solution.
-    plain = join_menus([maker.make(("none",), splits_backward(schedule.family), {}) for maker in makers])
+    timeline = build_schedule(state.problem, schedule, configuration.ranks, configuration.microbatches)
     travel: Mapping[str, Layout] = {}
     if configuration.ranks * schedule.chunks > 1:
         travel = {name: layout[1:] for name, layout in makers[0].travel().items()}
@@ -443,5 +451,5 @@ def _describe(
         pipeline=Pipeline(configuration.ranks, schedule.family, schedule.chunks, configuration.microbatches, choices_of_blocks, travel),
         assignment=assignment,
         blocks=blocks,
-        recompute_seconds=sum(option.input - block.options[option.solution].input for option, block in zip(options, plain, strict=True)),
+        cost=compute_cost(make_problem(blocks, timeline, 0), assignment.stages, assignment.options),
     )

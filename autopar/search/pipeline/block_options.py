@@ -5,8 +5,10 @@ Comes in: what `variants` counts for every block. Goes out: to the assignment of
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
+
+from autopar.costs import BlockCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,7 @@ class BlockOption:
         kept: bytes per micro-batch from the forward to the backward; `waiting`: from the input to the weight gradients.
         static: bytes of parameters, gradients, optimizer state and the model's outputs that the block makes.
         workspace: bytes needed only while the block runs.
+        cost: the table that the seconds and bytes are sums of; None for options that are made up.
     """
 
     name: str
@@ -32,19 +35,21 @@ class BlockOption:
     static: int
     workspace: int
     solution: int = 0
+    cost: BlockCost | None = field(default=None, compare=False, repr=False)
 
 
 class Cut(NamedTuple):
     """What it takes to end a stage after a block: seconds to move what crosses, forward and backward, and bytes of one receive buffer.
 
     `kept` are the bytes per micro-batch that the next stage holds of values which a block before has read: the first block that reads a
-    value counts it, and this stage has a copy of its own.
+    value counts it, and this stage has a copy of its own. `backward_nbytes` are those of a message of gradients.
     """
 
     forward: float
     backward: float
     nbytes: int
     kept: int = 0
+    backward_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,22 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from autopar.cost_models import axis_link
-from autopar.costs import CostTables, call_seconds
+from autopar.costs import Choices, CostTables, SolvedChain, call_seconds
 from autopar.errors import AutoparError, InputError
 from autopar.ir import MICRO, Mesh, Op, OpKind, Split, fits, with_pipeline
 from autopar.search.options import AxisKind, Constraints, call_options
 from autopar.search.pipeline.block_options import BlockOptions
 from autopar.search.pipeline.configurations import Configuration, PipelineProblem
-from autopar.search.pipeline.variants import Choices, Menus, choices_of, find_shared, join_menus, once_seconds, output_seconds, read_chain
+from autopar.search.pipeline.variants import (
+    BlockOptionMaker,
+    choices_of,
+    find_shared,
+    join_menus,
+    once_seconds,
+    output_seconds,
+)
 from autopar.search.placement import FORBIDDEN, Problem, Search, Solution, build_problem, restrict
-from autopar.structure import MicroSplitter, Model, batch_size, in_time
+from autopar.structure import MicroSplitter, Model, batch_size, in_time, read_chain
 
 # Solutions of a micro-batch that blocks may mix, at most, and the highest price of memory at which they are searched, as a multiple of the
 # step over the budget.
@@ -71,7 +78,7 @@ class SolutionCache:
     """Searches placements of a micro-batch; what was found serves every configuration with the same key.
 
     Attributes:
-        reading: who reads what in the chain of blocks.
+        reads: who reads what in the chain of blocks.
         beside: bytes of inputs and buffers, which every device has whole; `budget`: bytes of a device that they leave.
     """
 
@@ -81,7 +88,7 @@ class SolutionCache:
         self.model = model
         self.graph = model.folded.graph
         self.chain = pipelines.chain
-        self.reading = read_chain(model, pipelines.chain)
+        self.reads = read_chain(model.folded.graph, model.spaces, pipelines.chain)
         self.cluster = cluster
         self.recompute = pipelines.recompute
         self.stages = pipelines.stages
@@ -94,7 +101,7 @@ class SolutionCache:
         self._splits: dict[tuple[object, ...], bool] = {}
         self._placed: dict[object, _Placed | None] = {}
         self._sets: dict[object, list[SolutionSet]] = {}
-        self._makers: dict[tuple[Configuration, SolutionSet], list[Menus]] = {}
+        self._makers: dict[tuple[Configuration, SolutionSet], list[BlockOptionMaker]] = {}
         self._block_options: dict[tuple[Configuration, SolutionSet, bool], tuple[BlockOptions, ...]] = {}
 
     def model_in_time(self, count: int) -> Model | None:
@@ -189,7 +196,7 @@ class SolutionCache:
         highest = LEAN_PRICE * search.bound_ns / (placed.configuration.ranks * self.cluster.machine.device.usable_bytes)
         for price in (0.0, highest):
             base = search.solution_at(price)
-            inner = restrict(problem, find_shared(model, self.reading, problem, base.choice))
+            inner = restrict(problem, find_shared(model, self.reads, problem, base.choice))
             choices = tuple(choices_of(inner, solution.choice) for solution in Search(inner).frontier(highest, SOLUTIONS))
             if choices not in (known.choices for known in sets):
                 sets.append(SolutionSet(choices, base))
@@ -236,7 +243,7 @@ class SolutionCache:
             self._block_options[key] = join_menus([maker.make(self.recompute, splits_backward, self.stages) for maker in makers])
         return self._block_options[key]
 
-    def makers(self, configuration: Configuration, solutions: SolutionSet) -> list[Menus]:
+    def makers(self, configuration: Configuration, solutions: SolutionSet) -> list[BlockOptionMaker]:
         """What makes the block options of each solution of a set."""
         if (configuration, solutions) not in self._makers:
             model = self.model_in_time(configuration.microbatches)
@@ -246,6 +253,7 @@ class SolutionCache:
                 link = axis_link(self.cluster, with_pipeline(mesh, configuration.ranks).sizes, 0)
             tables = CostTables(model, in_time(mesh, configuration.microbatches), self.cluster)
             self._makers[configuration, solutions] = [
-                Menus(model, self.chain, self.reading, tables, choices, link, number) for number, choices in enumerate(solutions.choices)
+                BlockOptionMaker(SolvedChain(model, self.chain, self.reads, tables, choices, is_one_stage=link is None), link, number)
+                for number, choices in enumerate(solutions.choices)
             ]
         return self._makers[configuration, solutions]

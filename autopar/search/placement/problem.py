@@ -230,7 +230,7 @@ class _Builder:
             self.needs[decision_of(op), i] = [operand_layout_of(self.model, op, option, i) for option in options]
         for i in range(len(op.results)):
             self.made[Value(op.name, i)] = [result_layout_of(self.model, op, option, i) for option in options]
-        costs = [count * self.times * nanoseconds(sum(self.tables.op_seconds(op, option))) for option in options]
+        costs = [nanoseconds(count * self.times * sum(self.tables.op_seconds(op, option))) for option in options]
         self._add(decision_of(op), options, costs, [kept_nbytes(self.model, self.kept, op, option, self.mesh) for option in options])
 
     def _add_stored(self, op: Op) -> None:
@@ -240,7 +240,7 @@ class _Builder:
         options = parameter_options(self.model, op, self.mesh, self.constraints) if is_parameter else [self.whole]
         self.made[Value(op.name)] = list(options)
         copies = 2 + OPTIMIZER_COPIES if is_parameter and tensor.requires_grad else 1
-        costs = [count * nanoseconds(self.tables.optimizer_seconds(tensor, layout)) for layout in options]
+        costs = [nanoseconds(count * self.tables.optimizer_seconds(tensor, layout)) for layout in options]
         self._add(decision_of(op), options, costs, [count * copies * local_nbytes(tensor, layout, self.mesh) for layout in options])
 
     def _add_outputs(self, op: Op) -> None:
@@ -340,16 +340,14 @@ class _Builder:
             if any(state.kind is StateKind.BROADCAST for state in start[self.first :]):
                 return FORBIDDEN  # what was gathered to work on in parts can't be handed on as a whole
             forward, backward = self.tables.journey_seconds(tensor, start, need, backward=tensor.requires_grad)
-            return self.times * nanoseconds(forward + backward)
+            return min(nanoseconds(count * self.times * (forward + backward)), FORBIDDEN)
 
         row_kinds, row_of = layout_numbers(starts)
         column_kinds, column_of = layout_numbers(needs)
-        key = (tensor, tuple(row_kinds), tuple(column_kinds))
+        key = (tensor, tuple(row_kinds), tuple(column_kinds), count)
         if key not in self.pairs:
             self.pairs[key] = _expand(row_kinds, column_kinds, cost)
-        once = self.pairs[key][np.ix_(row_of, column_of)]
-        # Times the count, FORBIDDEN itself would overflow for the many thousand experts of a large model.
-        return np.where(once >= FORBIDDEN, FORBIDDEN, np.minimum(once, FORBIDDEN // count) * count)
+        return self.pairs[key][np.ix_(row_of, column_of)]
 
     def _add_arc(self, edge: Edge) -> None:
         """The arc of a parameter that is read, or of a value that is returned."""
@@ -365,14 +363,14 @@ class _Builder:
                 if start == need:
                     return 0
                 gathered, deferred = self.tables.parameter_seconds(tensor, start, need, uses)
-                return edge.count * nanoseconds(self.times * gathered + deferred)
+                return nanoseconds(edge.count * (self.times * gathered + deferred))
 
             cost = _expand(starts, needs, parameter_cost)
         else:
 
             def output_cost(start: Layout, need: Layout) -> int:
                 # Whether a gradient comes back depends on the user's loop; what is returned beside a loss gets none.
-                return edge.count * self.times * nanoseconds(self.tables.journey_seconds(tensor, start, need, backward=False)[0])
+                return nanoseconds(edge.count * self.times * self.tables.journey_seconds(tensor, start, need, backward=False)[0])
 
             cost = _expand(starts, needs, output_cost)
         if is_output:

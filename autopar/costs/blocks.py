@@ -1,0 +1,242 @@
+"""The table of costs of a block: rows of seconds by phase, purpose and axis, and bytes by kind, for each kind of recomputation.
+
+Comes in: a chain of blocks under one solution of the placement problem (`SolvedChain`). Goes out: a `BlockCost` per block and kind of
+recomputation. The search sums its rows, the plan stores them, the report prints them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from autopar.costs.memory import BlockMemory, find_memory
+from autopar.costs.rows import CostRow, Phase, Purpose, RowSums, seconds_of
+from autopar.costs.solved import SolvedChain
+from autopar.costs.tables import COLLECTIVE_KIND
+from autopar.ir import Collective, Layout, Move, Op, OpKind, Tensor, Value
+from autopar.structure import find_cores
+
+LOCAL_COPY = "local copy"
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """What it takes to run a block for one micro-batch, and once per step (`Phase.STEP`).
+
+    Attributes:
+        rows: seconds of one micro-batch, those of phase STEP of one step.
+        memory: bytes by kind.
+    """
+
+    rows: tuple[CostRow, ...]
+    memory: BlockMemory
+
+    @cached_property
+    def seconds(self) -> Mapping[str, float]:
+        """Seconds of each phase."""
+        return {phase: seconds_of(self.rows, phase) for phase in Phase}
+
+
+def cost_block(solved: SolvedChain, number: int, recompute: Iterable[str]) -> Iterator[tuple[str, BlockCost]]:
+    """The costs of a block of the chain under kinds of recomputation: ``none``, ``selective`` (the attention cores), ``full``.
+
+    Where a kind finds nothing to run again, its cost is that of ``none``, and so is its name.
+    """
+    block = solved.chain.blocks[number]
+    regions: dict[str, Sequence[Sequence[str]]] = {
+        "none": (),
+        "selective": find_cores(solved.graph, solved.model.spaces, block.ops),
+        "full": (block.ops,),
+    }
+    forward = _forward_rows(solved, number)
+    base = RowSums()
+    for rows in forward.values():
+        for row in rows:
+            base.add_row(row)
+    _add_backward(solved, number, base)
+    _add_outputs(solved, number, base)
+    _add_step(solved, number, base)
+    plain = base.rows()
+    for kind in recompute:
+        groups = regions[kind]
+        again = RowSums()
+        for name in (name for group in groups for name in group):
+            for row in forward[name]:
+                again.add(
+                    Phase.INPUT,
+                    Purpose.RECOMPUTE,
+                    row.seconds,
+                    layer=row.layer,
+                    axis=row.axis,
+                    collective=row.collective,
+                    count=row.count,
+                    nbytes=row.nbytes,
+                )
+        yield kind if groups else "none", BlockCost((*plain, *again.rows()), find_memory(solved, number, groups))
+
+
+def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
+    """Equal for blocks of equal costs: of like ones the first may be the first to read what all read, and the last make an output."""
+    reads, graph = solved.reads, solved.graph
+    read = tuple((graph.tensor(value), solved.made(value), solved.is_saved(value)) for value in reads.first_read[number])
+    cheap = tuple(
+        solved.tables.op_seconds(solved.stand_in(op), solved.placement(op)) for op in map(graph.by_name.get, reads.cheap[number]) if op
+    )
+    shared = tuple(
+        solved.is_moved_before(number, graph.by_name[name].operands[index], solved.needs(graph.by_name[name])[index])
+        for name, index in reads.shared[number]
+        if solved.is_one_stage
+    )
+    outputs = tuple(
+        (graph.tensor(value), solved.made(value), solved.choices.outputs[position]) for position, value in reads.outputs[number]
+    )
+    block = solved.chain.blocks[number]
+    # Like blocks have like parameters, but other blocks may read them before, and the last block has those that none reads.
+    parameters = tuple((solved.stand_in(graph.by_name[name]).name, reads.owner[name] == number) for name in reads.parameters[number])
+    return block.like, read, cheap, shared, parameters, outputs
+
+
+def _forward_rows(solved: SolvedChain, number: int) -> dict[str, tuple[CostRow, ...]]:
+    """Per call of a block, and per cheap call that it is the first to need, what its forward takes."""
+    moved: set[tuple[Value, Layout]] = set()
+    rows: dict[str, tuple[CostRow, ...]] = {}
+    for name in (*solved.reads.cheap[number], *solved.chain.blocks[number].ops):
+        op, sums = solved.graph.by_name[name], RowSums()
+        layer = solved.layer_of.get(name, "")
+        sums.add(Phase.FORWARD, Purpose.COMPUTE, solved.tables.op_seconds(solved.stand_in(op), solved.placement(op))[0], layer=layer)
+        for tensor, is_parameter, move, nbytes in _moves(solved, number, op, moved):
+            if move.forward is not Collective.NONE:
+                purpose = Purpose.PARAMETERS if is_parameter else Purpose.ACTIVATIONS
+                _add_move(solved, sums, Phase.FORWARD, purpose, move.forward, move, nbytes, layer)
+        rows[name] = sums.rows()
+    return rows
+
+
+def _moves(solved: SolvedChain, number: int, op: Op, moved: set[tuple[Value, Layout]]) -> Iterator[tuple[Tensor, bool, Move, int]]:
+    """The moves of a call's operands, as (tensor, whether it is a parameter, move, bytes); what `moved` holds was moved for a call before.
+
+    A parameter is moved for each use: a gathered one isn't held between them.
+    """
+    for journey in solved.journeys(op):
+        producer = solved.graph.by_name[journey.value.op]
+        is_parameter = producer.kind is OpKind.PARAMETER
+        if not is_parameter:
+            key = journey.value, journey.need
+            if key in moved or solved.is_moved_before(number, *key):
+                continue
+            moved.add(key)
+        tensor = solved.graph.tensor(journey.value)
+        for move, nbytes in solved.tables.legs(tensor, journey.start, journey.need):
+            yield tensor, is_parameter, move, nbytes
+
+
+def _add_move(
+    solved: SolvedChain, sums: RowSums, phase: str, purpose: str, collective: Collective, move: Move, nbytes: int, layer: str
+) -> None:
+    sums.add(
+        phase,
+        purpose,
+        solved.tables.collective_seconds(collective, move.axis, nbytes),
+        layer=layer,
+        axis=solved.mesh.names[move.axis],
+        collective=COLLECTIVE_KIND.get(collective, LOCAL_COPY),
+        nbytes=nbytes,
+    )
+
+
+def _add_backward(solved: SolvedChain, number: int, sums: RowSums) -> None:
+    """The backward of a block: of its calls, of what their kernels exchange in either direction, and of the moves of their operands."""
+    moved: set[tuple[Value, Layout]] = set()
+    for name in solved.reads.cheap[number]:
+        list(_moves(solved, number, solved.graph.by_name[name], moved))  # these have no backward, but nothing of theirs is moved again
+    for name in solved.chain.blocks[number].ops:
+        op, layer = solved.graph.by_name[name], solved.layer_of.get(name, "")
+        stand_in, placement = solved.stand_in(op), solved.placement(op)
+        exchanged = 0.0
+        for axis, collective, nbytes, seconds in solved.tables.exchanges(stand_in, placement):
+            exchanged += seconds
+            sums.add(Phase.INPUT, Purpose.KERNEL, seconds, layer=layer, axis=solved.mesh.names[axis], collective=collective, nbytes=nbytes)
+        backward = solved.tables.op_seconds(stand_in, placement)[1] - exchanged
+        # Of a product with a weight, one of two products is the weight's gradient.
+        weight = backward / 2 if name in solved.reads.deferrable and _has_activation(solved, op) else 0.0
+        sums.add(Phase.INPUT, Purpose.COMPUTE, backward - weight, layer=layer)
+        if weight:
+            sums.add(Phase.WEIGHT, Purpose.COMPUTE, weight, layer=layer)
+        for tensor, is_parameter, move, nbytes in _moves(solved, number, op, moved):
+            if not tensor.requires_grad:
+                continue
+            if not is_parameter:
+                if move.backward is not Collective.NONE:
+                    _add_move(solved, sums, Phase.INPUT, Purpose.ACTIVATION_GRADIENTS, move.backward, move, nbytes, layer)
+            elif move.forward is not Collective.NONE:
+                # A gathered parameter isn't saved: it is gathered again (ZeRO-3, Rajbhandari et al. 2020).
+                if move.forward is Collective.ALL_GATHER:
+                    _add_move(solved, sums, Phase.INPUT, Purpose.PARAMETERS, move.forward, move, nbytes, layer)
+                if move.backward is not Collective.NONE:
+                    _add_move(solved, sums, Phase.INPUT, Purpose.GRADIENTS, move.backward, move, nbytes, layer)
+
+
+def _has_activation(solved: SolvedChain, op: Op) -> bool:
+    """Whether some operand of a call that is itself the result of a call needs a gradient."""
+    return any(solved.graph.by_name[value.op].kind is OpKind.CALL and solved.graph.tensor(value).requires_grad for value in op.operands)
+
+
+def _add_outputs(solved: SolvedChain, number: int, sums: RowSums) -> None:
+    """What it takes to hand over the outputs that a block makes.
+
+    Whether a gradient comes back depends on the user's loop; what is returned beside a loss gets none.
+    """
+    for position, value in solved.reads.outputs[number]:
+        layer = solved.layer_of.get(value.op, "")
+        for move, nbytes in solved.tables.legs(solved.graph.tensor(value), solved.made(value), solved.choices.outputs[position]):
+            if move.forward is not Collective.NONE:
+                _add_move(solved, sums, Phase.FORWARD, Purpose.ACTIVATIONS, move.forward, move, nbytes, layer)
+
+
+def _add_step(solved: SolvedChain, number: int, sums: RowSums) -> None:
+    """What a block's parameters take once per step: the optimizer's update, and sums of gradients over the ranks.
+
+    A parameter that several blocks read counts with the first of them. A sum is behind the backward as far as the device can.
+    """
+    for name in solved.reads.parameters[number]:
+        tensor, start = solved.graph.by_name[name].results[0], solved.made(Value(name))
+        if not tensor.requires_grad or solved.reads.owner[name] != number:
+            continue
+        layer = solved.layer_of.get(name, "")
+        sums.add(Phase.STEP, Purpose.OPTIMIZER, solved.tables.optimizer_seconds(tensor, start), layer=layer)
+        uses = [list(_reductions(solved, name, reader)) for reader in solved.graph.readers.get(Value(name), ())]
+        reductions = max(uses, key=_total_seconds, default=[])
+        overlap = solved.tables.device.overlap
+        for axis, collective, nbytes, seconds in reductions:
+            sums.add(
+                Phase.STEP,
+                Purpose.GRADIENTS,
+                seconds * (1 - overlap),
+                layer=layer,
+                axis=solved.mesh.names[axis],
+                collective=collective,
+                nbytes=nbytes,
+                hidden=seconds * overlap,
+            )
+
+
+Reduction = tuple[int, str, int, float]
+"""Axis, collective, bytes, seconds."""
+
+
+def _reductions(solved: SolvedChain, parameter: str, reader: str) -> Iterator[Reduction]:
+    """The sums over ranks that one use of a parameter leaves its gradient to, once per step."""
+    op = solved.graph.by_name[reader]
+    if op.kind is OpKind.OUTPUT:
+        return
+    value = Value(parameter)
+    tensor, need = solved.graph.tensor(value), solved.needs(op)[op.operands.index(value)]
+    for move, nbytes in solved.tables.legs(tensor, solved.made(value), need):
+        if move.forward is Collective.NONE and move.backward is not Collective.NONE:
+            seconds = solved.tables.bucket_seconds(move.backward, move.axis, nbytes)
+            yield move.axis, COLLECTIVE_KIND[move.backward], nbytes, seconds
+
+
+def _total_seconds(reductions: Sequence[Reduction]) -> float:
+    return sum(seconds for *_, seconds in reductions)

@@ -1,0 +1,92 @@
+"""What it takes to end a stage after a block: the layouts in which values cross, the seconds of their messages, their bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autopar.cost_models import Link, collective_seconds
+from autopar.costs.solved import SolvedChain
+from autopar.costs.tables import local_nbytes
+from autopar.ir import REPLICATE, Collective, Layout, State, StateKind, Value, fits, shard
+
+
+@dataclass(frozen=True, slots=True)
+class CutCost:
+    """What it takes to end a stage after a block, for one micro-batch.
+
+    Attributes:
+        forward, backward: seconds until what crosses, and its gradients, are there; no rank computes meanwhile for it.
+        nbytes: of one rank's message forward, and of one receive buffer.
+        backward_nbytes: of one rank's message of gradients.
+        saved: bytes that the next stage holds of values which a block before the cut has read: the first block that reads a value counts
+            it, and the next stage has a copy of its own.
+    """
+
+    forward: float
+    backward: float
+    nbytes: int
+    backward_nbytes: int
+    saved: int
+
+
+def travel_layout(solved: SolvedChain, value: Value, link: Link | None) -> Layout:
+    """The layout in which a value crosses to another stage over `link`.
+
+    Sums are added up before they travel; what all ranks of an axis have is sent in parts and gathered, where that is faster (the scatter
+    and gather of Narayanan et al. 2021, section 4.1).
+    """
+    tensor, mesh = solved.graph.tensor(value), solved.mesh
+    layout = list(solved.made(value))
+    for axis in range(solved.tables.first, len(layout)):
+        if layout[axis].kind is StateKind.SHARD:
+            continue
+        is_sum = layout[axis].kind is StateKind.PARTIAL
+        layout[axis] = REPLICATE
+        nbytes = local_nbytes(tensor, tuple(layout), mesh)
+        size = mesh.sizes[axis]
+        gather = solved.tables.collective_seconds(Collective.ALL_GATHER, axis, nbytes)
+        spared = (1 - 1 / size) * nbytes / link.rank_bytes_per_s if link is not None else 0.0
+        if size > 1 and (is_sum or spared > gather):
+            dims = range(len(tensor.shape))
+            split = next((dim for dim in dims if fits(tensor.shape, _with_shard(layout, axis, dim), mesh)), None)
+            if split is not None:
+                layout[axis] = shard(split)
+    return tuple(layout)
+
+
+def _with_shard(layout: list[State], axis: int, dim: int) -> Layout:
+    return (*layout[:axis], shard(dim), *layout[axis + 1 :])
+
+
+def cut_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
+    """Equal for blocks behind which a cut costs the same: behind like layers the same kinds of values cross."""
+    reads, graph = solved.reads, solved.graph
+    crossing = solved.chain.blocks[number].crossing
+    return (
+        tuple((graph.tensor(value), solved.made(value), reads.first_reader[value] <= number) for value in crossing),
+        tuple((graph.tensor(value), solved.made(value), solved.is_saved(value)) for value in reads.made_again[number]),
+    )
+
+
+def cost_cut(solved: SolvedChain, number: int, link: Link | None) -> CutCost:
+    """What it takes to end a stage after block `number`; without a `link` there are no other stages, and nothing takes time."""
+    forward_nbytes = backward_nbytes = 0
+    gathers = 0.0
+    crossing = solved.chain.blocks[number].crossing
+    for value in crossing:
+        tensor, made = solved.graph.tensor(value), solved.made(value)
+        layout = travel_layout(solved, value, link)
+        nbytes = solved.nbytes(value, layout)
+        forward_nbytes += nbytes
+        backward_nbytes += nbytes if tensor.requires_grad else 0
+        # Both ends pay for the way to the layout that travels and back, in both directions.
+        gathers += sum(solved.tables.journey_seconds(tensor, made, layout, backward=tensor.requires_grad))
+        if made != layout and all(state.kind is not StateKind.PARTIAL for state in made):
+            gathers += sum(solved.tables.journey_seconds(tensor, layout, made, backward=tensor.requires_grad))
+    held = [value for value in crossing if solved.reads.first_reader[value] <= number]
+    held += [value for value in solved.reads.made_again[number] if solved.is_saved(value)]
+    saved = sum(solved.nbytes(value) for value in held)
+    if link is None:
+        return CutCost(0.0, 0.0, forward_nbytes, backward_nbytes, saved)
+    forward, backward = (collective_seconds("p2p", nbytes, 2, link) if nbytes else 0.0 for nbytes in (forward_nbytes, backward_nbytes))
+    return CutCost(forward + gathers / 2, backward + gathers / 2, forward_nbytes, backward_nbytes, saved)

@@ -1,0 +1,134 @@
+"""A chain of blocks under one solution of the placement problem: in which layout each value is made, read, moved and saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from autopar.costs.saved import count_kept, keeps_operand
+from autopar.costs.tables import CostTables, local_nbytes, operand_layout_of, result_layout_of
+from autopar.ir import Graph, Layout, Mesh, Op, OpKind, Placement, Split, Value
+from autopar.structure import Chain, ChainReads, Model
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What one solution of the placement problem decides.
+
+    Attributes:
+        placements: placement of each call, by representative.
+        layouts: layout of each parameter, buffer and input, by representative.
+        outputs: layout of each output, by position.
+    """
+
+    placements: Mapping[str, Placement]
+    layouts: Mapping[str, Layout]
+    outputs: tuple[Layout, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Journey:
+    """A value on its way to an op: from the layout in which it is made to the one in which the op reads it.
+
+    `is_saved` says whether the op saves its operand for the backward, and so a copy that the journey makes.
+    """
+
+    value: Value
+    start: Layout
+    need: Layout
+    is_saved: bool
+
+
+class SolvedChain:
+    """A chain of blocks under one solution; what was asked for once is remembered."""
+
+    def __init__(self, model: Model, chain: Chain, reads: ChainReads, tables: CostTables, choices: Choices, *, is_one_stage: bool) -> None:
+        """With `is_one_stage` all blocks run on the same ranks, so that what several blocks need is moved and stored once."""
+        self.model = model
+        self.graph: Graph = model.folded.graph
+        self.chain = chain
+        self.reads = reads
+        self.tables = tables
+        self.mesh: Mesh = tables.mesh
+        self.choices = choices
+        self.is_one_stage = is_one_stage
+        self.saved = count_kept(model)
+        self.layer_of = {name: layer.name for layer in model.folded.classes for instance in layer.instances for name in instance}
+        self._made: dict[Value, Layout] = {}
+        self._needs: dict[str, tuple[Layout, ...]] = {}
+        self._journeys: dict[str, tuple[Journey, ...]] = {}
+
+    def stand_in(self, op: Op) -> Op:
+        """The op that decisions about `op` name."""
+        return self.graph.by_name[self.model.folded.representative[op.name]]
+
+    def placement(self, op: Op) -> Placement:
+        """The placement of a call."""
+        return self.choices.placements[self.model.folded.representative[op.name]]
+
+    def ways(self, op: Op) -> int:
+        """Into how many parts a call's work is split, over ranks and micro-batches."""
+        return math.prod(size for part, size in zip(self.placement(op), self.mesh.sizes, strict=True) if isinstance(part, Split))
+
+    def made(self, value: Value) -> Layout:
+        """The layout in which a value is made."""
+        if value not in self._made:
+            op = self.stand_in(self.graph.by_name[value.op])
+            if op.kind is OpKind.CALL:
+                self._made[value] = result_layout_of(self.model, op, self.choices.placements[op.name], value.index)
+            else:
+                self._made[value] = self.choices.layouts[op.name]
+        return self._made[value]
+
+    def needs(self, op: Op) -> tuple[Layout, ...]:
+        """The layouts in which a call reads its operands; like calls read alike."""
+        stand_in = self.stand_in(op)
+        if stand_in.name not in self._needs:
+            placement = self.choices.placements[stand_in.name]
+            self._needs[stand_in.name] = tuple(
+                operand_layout_of(self.model, stand_in, placement, index) for index in range(len(op.operands))
+            )
+        return self._needs[stand_in.name]
+
+    def journeys(self, op: Op) -> tuple[Journey, ...]:
+        """What a call's operands go through, in operand order."""
+        if op.name not in self._journeys:
+            stand_in = self.model.folded.representative[op.name]
+            self._journeys[op.name] = tuple(
+                Journey(value, self.made(value), need, keeps_operand(self.model, stand_in, index))
+                for index, (value, need) in enumerate(zip(op.operands, self.needs(op), strict=True))
+            )
+        return self._journeys[op.name]
+
+    def nbytes(self, value: Value, layout: Layout | None = None) -> int:
+        """Bytes of a rank's part of a value, for one micro-batch, in a layout or as it is made."""
+        return local_nbytes(self.graph.tensor(value), self.made(value) if layout is None else layout, self.mesh)
+
+    def is_saved(self, value: Value) -> bool:
+        """Whether autograd saves the value itself for the backward."""
+        return value.index in self.graph.by_name[value.op].saved
+
+    def saves_copy(self, journey: Journey) -> bool:
+        """Whether autograd saves the copy that a journey makes."""
+        first, kind = self.tables.first, self.graph.by_name[journey.value.op].kind
+        representative = self.model.folded.representative_of(journey.value)
+        return journey.is_saved and self.saved.is_copied(kind, representative, journey.start[first:], journey.need[first:])
+
+    @cached_property
+    def first_movers(self) -> Mapping[tuple[Value, Layout], int]:
+        """Values that several blocks read, each with a layout in which it is needed -> the first block that needs it so.
+
+        Empty unless all blocks run on the same ranks: a stage moves for itself whatever other stages have moved.
+        """
+        movers: dict[tuple[Value, Layout], int] = {}
+        for number, operands in enumerate(self.reads.shared if self.is_one_stage else ()):
+            for name, index in operands:
+                op = self.graph.by_name[name]
+                movers.setdefault((op.operands[index], self.needs(op)[index]), number)
+        return movers
+
+    def is_moved_before(self, number: int, value: Value, need: Layout) -> bool:
+        """Whether a block before this one has brought a value into this layout."""
+        return self.first_movers.get((value, need), number) < number
