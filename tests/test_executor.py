@@ -14,7 +14,7 @@ from autopar.rewrite.program import Boundary, PipelineProgram, StageOutput, Stag
 from autopar.runtime.executor import Executor, StageTensors, find_taken
 from autopar.schedules.actions import SENDS, StageEdge
 from autopar.schedules.messages import COMPUTING, Action, Kind, Schedule, chain, forward_only, lower, make_schedule
-from autopar.structure.microbatches import MICRO
+from autopar.structure.microbatches import MICROBATCH
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2), ("v-half", 2)]
 
@@ -122,7 +122,7 @@ class Scale(nn.Module):
         self.first, self.last = first, last
 
     def forward(self, weight: Tensor, x: Tensor, *received: Tensor) -> tuple[Tensor, ...]:
-        axis = comm.axis(MICRO)
+        axis = comm.axis(MICROBATCH)
         value = x.chunk(axis.size)[axis.index] if self.first else received[0]
         value = (value @ weight).tanh()
         return ((value.square().sum() if self.last else value),)
@@ -294,7 +294,7 @@ class Sum(nn.Module):
     """A stage of an inference that adds up what is received, or takes its micro-batch."""
 
     def forward(self, x: Tensor, *received: Tensor) -> tuple[Tensor, ...]:
-        axis = comm.axis(MICRO)
+        axis = comm.axis(MICROBATCH)
         return (torch.stack(received).sum(0) + 1 if received else x.chunk(axis.size)[axis.index],)
 
 

@@ -18,13 +18,13 @@ from autopar import ir
 from autopar.checks import threads
 from autopar.errors import VerificationError
 from autopar.ir import (
-    PASS,
+    PASS_PARTIAL,
     Layout,
     Mesh,
     Op,
     Operand,
     OpKind,
-    Pass,
+    PassPartial,
     Placement,
     Space,
     Split,
@@ -84,13 +84,13 @@ def placements(space: Space) -> Iterator[tuple[Mesh, Placement]]:
         for outer in (1, 2, 3):
             single += [(Mesh(("x",), (size,)), (Split(loop.name, outer),)) for size in (2, 3, 4)]
     if space.linear:
-        single.append((Mesh(("x",), (2,)), (PASS,)))
+        single.append((Mesh(("x",), (2,)), (PASS_PARTIAL,)))
     yield from ((mesh, placement) for mesh, placement in single if is_legal(space, placement, mesh))
     double = Mesh(("x", "y"), (2, 2))
-    parts: list[Split | Pass | None] = [
+    parts: list[Split | PassPartial | None] = [
         None,
         *(Split(loop.name) for loop in space.splittable),
-        *([PASS] if space.linear else []),
+        *([PASS_PARTIAL] if space.linear else []),
     ]
     for pair in itertools.product(parts, parts):
         if any(pair) and is_legal(space, pair, double):

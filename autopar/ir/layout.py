@@ -53,13 +53,19 @@ class Mesh:
 PIPELINE = "pp"
 """The axis along which groups of ranks form a pipeline; no placement names it."""
 
-MICRO = "micro"
+MICROBATCH = "micro"
 """The axis of micro-batches: it is walked in time, not over ranks, and stands before all others."""
 
 
-def with_pipeline(mesh: Mesh, groups: int) -> Mesh:
-    """The mesh of all ranks, of which each of `groups` groups runs `mesh`; the pipeline is its outermost axis."""
-    return Mesh((PIPELINE, *mesh.names), (groups, *mesh.sizes)) if groups > 1 else mesh
+def with_pipeline(mesh: Mesh, ranks: int) -> Mesh:
+    """The mesh of the whole world: `ranks` pipeline ranks along the outermost axis ``pp``, each of which is a `mesh` of devices.
+
+    A plan's mesh is the one that each pipeline rank runs; with a single pipeline rank that is the whole world.
+
+    >>> str(with_pipeline(Mesh(("dp", "tp"), (2, 4)), 3))
+    'pp=3 x dp=2 x tp=4'
+    """
+    return Mesh((PIPELINE, *mesh.names), (ranks, *mesh.sizes)) if ranks > 1 else mesh
 
 
 class StateKind(StrEnum):
@@ -103,14 +109,14 @@ _STATE = re.compile(r"^(?:S(\d+)(?:/(\d+))?|([RBP]))$")
 
 def parse_layout(text: str) -> Layout:
     """Read ``S0/3,R`` back. Raises ValueError on anything else."""
-    states = []
-    for part in text.split(",") if text else []:
-        match = _STATE.match(part.strip())
+    layout = []
+    for state_text in text.split(",") if text else []:
+        match = _STATE.match(state_text.strip())
         if match is None:
-            raise ValueError(f"{part!r} is no state of a layout (S<dim>, S<dim>/<outer>, R, B or P)")
+            raise ValueError(f"{state_text!r} is no state of a layout (S<dim>, S<dim>/<outer>, R, B or P)")
         dim, outer, kind = match.groups()
-        states.append(State(StateKind(kind)) if kind else shard(int(dim), int(outer or 1)))
-    return tuple(states)
+        layout.append(State(StateKind(kind)) if kind else shard(int(dim), int(outer or 1)))
+    return tuple(layout)
 
 
 def format_layout(layout: Layout) -> str:
@@ -130,22 +136,25 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class PassPartial:
     """An axis on which a linear op runs on Partial operands and gives Partial results."""
 
     def __str__(self) -> str:
         return "+"
 
 
-PASS = Pass()
+PASS_PARTIAL = PassPartial()
 
-Placement = tuple[Split | Pass | None, ...]
-"""Per mesh axis what it does to an op: split a loop, pass Partial sums through, or nothing (the op is replicated)."""
+AxisPlacement = Split | PassPartial | None
+"""What one mesh axis does to an op: split a loop, pass Partial sums through, or nothing (every rank of the axis runs all of it)."""
+
+Placement = tuple[AxisPlacement, ...]
+"""How an op is spread over the mesh: an entry per mesh axis, in the mesh's order."""
 
 
 def format_placement(placement: Placement) -> str:
     """Text of a placement, ``b,o/3``; ``-`` where the op is replicated."""
-    return ",".join("-" if part is None else str(part) for part in placement)
+    return ",".join("-" if entry is None else str(entry) for entry in placement)
 
 
 _SPLIT = re.compile(r"^([A-Za-z_]\w*)(?:/(\d+))?$")
@@ -153,52 +162,58 @@ _SPLIT = re.compile(r"^([A-Za-z_]\w*)(?:/(\d+))?$")
 
 def parse_placement(text: str) -> Placement:
     """Read ``b,o/3`` back. Raises ValueError on anything else."""
-    parts: list[Split | Pass | None] = []
-    for part in text.split(",") if text else []:
-        match = _SPLIT.match(part.strip())
-        if part.strip() == "-":
-            parts.append(None)
-        elif part.strip() == "+":
-            parts.append(PASS)
+    placement: list[AxisPlacement] = []
+    for entry in text.split(",") if text else []:
+        match = _SPLIT.match(entry.strip())
+        if entry.strip() == "-":
+            placement.append(None)
+        elif entry.strip() == "+":
+            placement.append(PASS_PARTIAL)
         elif match is not None:
-            parts.append(Split(match[1], int(match[2] or 1)))
+            placement.append(Split(match[1], int(match[2] or 1)))
         else:
-            raise ValueError(f"{part!r} is no part of a placement (a loop, loop/outer, + or -)")
-    return tuple(parts)
+            raise ValueError(f"{entry!r} is no part of a placement (a loop, loop/outer, + or -)")
+    return tuple(placement)
 
 
 def operand_layout(space: Space, placement: Placement, index: int) -> Layout:
     """What the op needs operand `index` to be."""
-    return tuple(_operand_state(space, part, index) for part in placement)
+    return tuple(_operand_state(space, axis_placement, index) for axis_placement in placement)
 
 
 def result_layout(space: Space, placement: Placement, index: int) -> Layout:
     """What the op makes of result `index`."""
-    return tuple(_result_state(space, part, space.results[index]) for part in placement)
+    return tuple(_result_state(space, axis_placement, space.results[index]) for axis_placement in placement)
 
 
-def _operand_state(space: Space, part: Split | Pass | None, index: int) -> State:
-    if part is None:
+def _operand_state(space: Space, axis_placement: AxisPlacement, index: int) -> State:
+    if axis_placement is None:
         return REPLICATE
-    if isinstance(part, Pass):
+    if isinstance(axis_placement, PassPartial):
         return PARTIAL if index in space.linear else BROADCAST
-    if index in space.added and space.loops[part.loop].kind is LoopKind.SUM:
+    if index in space.added and space.loops[axis_placement.loop].kind is LoopKind.SUM:
         return PARTIAL
-    found = space.find(space.operands[index], part.loop)
-    return BROADCAST if found is None else shard(found[0], found[1] * part.outer)
+    return _split_state(space, axis_placement, space.operands[index]) or BROADCAST
 
 
-def _result_state(space: Space, part: Split | Pass | None, dims: Dims) -> State:
-    if part is None:
+def _result_state(space: Space, axis_placement: AxisPlacement, dims: Dims) -> State:
+    if axis_placement is None:
         return REPLICATE
-    if isinstance(part, Pass):
+    if isinstance(axis_placement, PassPartial):
         return PARTIAL
-    found = space.find(dims, part.loop)
-    if found is not None:
-        return shard(found[0], found[1] * part.outer)
     # Results of ops with several results may lack a FREE loop (a statistic): such a result is a sum over the parts only
     # when the loop is a SUM loop; rules must not leave a FREE loop out of a result.
-    return PARTIAL if space.loops[part.loop].kind is LoopKind.SUM else REPLICATE
+    without_the_loop = PARTIAL if space.loops[axis_placement.loop].kind is LoopKind.SUM else REPLICATE
+    return _split_state(space, axis_placement, dims) or without_the_loop
+
+
+def _split_state(space: Space, split: Split, dims: Dims) -> State | None:
+    """The Shard state of a tensor with these dims when its op is split so; None when the tensor doesn't run over the loop."""
+    place = space.find(dims, split.loop)
+    if place is None:
+        return None
+    dim, outer = place
+    return shard(dim, outer * split.outer)
 
 
 def fits(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
@@ -207,13 +222,13 @@ def fits(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
     for state, _ in shards:
         if state.dim >= len(shape):
             return False
-        same = [(other, size) for other, size in shards if other.dim == state.dim]
+        same_dim = [(neighbour, size) for neighbour, size in shards if neighbour.dim == state.dim]
         # Everything split at this boundary must divide one block; coarser boundaries must be split on whole finer blocks.
-        ways = math.prod(size for other, size in same if other.outer == state.outer)
+        ways = math.prod(size for neighbour, size in same_dim if neighbour.outer == state.outer)
         if shape[state.dim] % state.outer or (shape[state.dim] // state.outer) % ways:
             return False
-        for other, _ in same:
-            if other.outer > state.outer and other.outer % (state.outer * ways):
+        for neighbour, _ in same_dim:
+            if neighbour.outer > state.outer and neighbour.outer % (state.outer * ways):
                 return False
     return True
 
@@ -231,8 +246,8 @@ def local_outer(layout: Layout, mesh: Mesh, axis: int) -> int:
     """Number of outer blocks that axis `axis` sees in a rank's part: those outside, less what other axes split off them."""
     state = layout[axis]
     outer = state.outer
-    for other, size in zip(layout, mesh.sizes, strict=True):
-        if other.kind is StateKind.SHARD and other.dim == state.dim and other.outer < state.outer:
+    for neighbour, size in zip(layout, mesh.sizes, strict=True):
+        if neighbour.kind is StateKind.SHARD and neighbour.dim == state.dim and neighbour.outer < state.outer:
             outer //= size
     return outer
 
@@ -244,23 +259,23 @@ def outer_when_cut(layout: Layout, mesh: Mesh, axis: int) -> int:
 
 def is_legal(space: Space, placement: Placement, mesh: Mesh) -> bool:
     """Whether every tensor of the op is split evenly and every loop is allowed to be split so."""
-    for part, size in zip(placement, mesh.sizes, strict=True):
-        if size == 1 and part is not None:
+    for axis_placement, size in zip(placement, mesh.sizes, strict=True):
+        if size == 1 and axis_placement is not None:
             return False
-        if isinstance(part, Pass) and not space.linear:
+        if isinstance(axis_placement, PassPartial) and not space.linear:
             return False
-        if isinstance(part, Split):
-            loop = space.loops[part.loop]
-            if loop.kind is LoopKind.WHOLE or loop.size % part.outer:
+        if isinstance(axis_placement, Split):
+            loop = space.loops[axis_placement.loop]
+            if loop.kind is LoopKind.WHOLE or loop.size % axis_placement.outer:
                 return False
-            if part.outer > 1 and part.loop in space.positional:
+            if axis_placement.outer > 1 and axis_placement.loop in space.positional:
                 return False
-    splits = [(part, size) for part, size in zip(placement, mesh.sizes, strict=True) if isinstance(part, Split)]
-    for part, _ in splits:
-        ways = math.prod(size for other, size in splits if other == part)
-        if (space.loops[part.loop].size // part.outer) % ways:
+    splits = [(entry, size) for entry, size in zip(placement, mesh.sizes, strict=True) if isinstance(entry, Split)]
+    for split, _ in splits:
+        ways = math.prod(size for other_split, size in splits if other_split == split)
+        if (space.loops[split.loop].size // split.outer) % ways:
             return False
     # SUM with Partial pass-through on another axis is fine; shapes decide the rest.
-    tensors = [(dims, operand_layout(space, placement, i)) for i, dims in enumerate(space.operands)]
-    tensors += [(dims, result_layout(space, placement, i)) for i, dims in enumerate(space.results)]
+    tensors = [(dims, operand_layout(space, placement, index)) for index, dims in enumerate(space.operands)]
+    tensors += [(dims, result_layout(space, placement, index)) for index, dims in enumerate(space.results)]
     return all(fits(space.shape(dims), layout, mesh) for dims, layout in tensors)

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from autopar.capture import Captured
 from autopar.errors import PlanError
-from autopar.ir import MICRO, PIPELINE, Graph, OpKind, Space, Split, Tensor, Value, fits, is_legal
+from autopar.ir import MICROBATCH, PIPELINE, Graph, OpKind, Space, Split, Tensor, Value, fits, is_legal
 from autopar.plans import Pipeline, Plan, check_fits
 from autopar.rewrite.outline import Region, outline
 from autopar.rewrite.program import PipelineProgram, Program, Slot, StageOutput, StageProgram
@@ -56,7 +56,7 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, 
 def _check_decisions(plan: Plan, folded: Folded, spaces: Mapping[str, Space]) -> None:
     """Raise PlanError where the plan, a file that anyone may have edited, decides too little or what can't be."""
     mesh = plan.mesh
-    if taken := {MICRO, PIPELINE} & set(mesh.names):
+    if taken := {MICROBATCH, PIPELINE} & set(mesh.names):
         raise PlanError(f"plan.mesh has an axis {taken.pop()!r}, which is no axis of a group of ranks; plan again")
     tensors: dict[str, Tensor] = {}
     for op in folded.ops:

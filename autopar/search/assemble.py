@@ -18,7 +18,7 @@ from autopar.costs import (
     operand_layout_of,
     result_layout_of,
 )
-from autopar.ir import MICRO, PIPELINE, Collective, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Value
+from autopar.ir import MICROBATCH, PIPELINE, Collective, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Value
 from autopar.plans import Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
 from autopar.search.pipeline import Assignment, BlockOption, BlockOptions, Choices
 from autopar.search.placement import Solution, kept_nbytes
@@ -111,7 +111,7 @@ def assemble(
         layouts={name: layout[first:] for name, layout in layouts.items()},
         outputs=tuple(layout[first:] for layout in choices.outputs),
         placements={name: placement[first:] for name, placement in placements.items()},
-        batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICRO),
+        batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICROBATCH),
         bucket_nbytes=BUCKET_NBYTES,
         seconds=_seconds(model, tables, placements, layouts, solution, pipeline, spread, step),
         memory=_memory(model, cluster, tables, layouts, solution, chosen.workspace, spread),
@@ -185,7 +185,7 @@ def _name_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) ->
     kinds = set(KIND_OF_ROLE.values())
     names: list[str] = []
     for axis, given in enumerate(mesh.names):
-        if given in kinds or given == MICRO:
+        if given in kinds or given == MICROBATCH:
             names.append(given)
             continue
         weight: Counter[str] = Counter()
@@ -389,7 +389,7 @@ def _groups(
         Group(
             name=name,
             count=sizes.get(name, 1),
-            axes={axis: ", ".join(texts) or "nothing" for axis, texts in axes[name].items() if axis != MICRO},
+            axes={axis: ", ".join(texts) or "nothing" for axis, texts in axes[name].items() if axis != MICROBATCH},
             compute_seconds=compute[name],
             communication_seconds=communication[name],
             parameter_bytes=parameters[name],
