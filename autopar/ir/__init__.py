@@ -1,6 +1,8 @@
-"""What a program, a mesh and a layout are. Plain frozen data and arithmetic on it; nothing of torch.
+"""What a program, a mesh and a layout are: frozen data, and arithmetic on it. Nothing of torch.
 
-Comes in: a captured program (`autopar.capture` builds the `Graph`). Goes out: the words that every other package speaks.
+Comes in: a captured program (`autopar.capture` builds the `Graph`) and the text of rules. Goes out: the types that every other package
+uses. The one idea: an op is a nest of named loops, splitting a loop over a mesh axis says what every tensor of the op must look like on
+that axis, and where two ops disagree about a tensor a table says which collective goes between them.
 
 Modules, in reading order: ``graph``, ``facts``, ``space``, ``layout``, ``reshard``.
 """

@@ -1,15 +1,21 @@
 """Meshes, placements and layouts: what splitting the loops of an op means for each of its tensors.
 
-*Axis* is of the mesh, *dim* of a tensor, *loop* of an op's iteration space. A `Placement` says per axis which loop of the op
-the axis splits; a `Layout` says per axis what that means for one tensor. Everything here is arithmetic on frozen data.
+An *axis* belongs to the mesh, a *dim* to a tensor, a *loop* to an op's iteration space. Comes in: an op's `Space` and a `Placement`, which
+says per mesh axis which loop of the op it splits. Goes out: a `Layout` of each of the op's tensors, which says per mesh axis what a rank
+has of it, and whether the sizes allow that.
 
-States of a tensor on one axis (text form in brackets):
+The states of a tensor on one axis, with their text forms:
 
-- Shard (``S1``, ``S0/3``): dim 1 is split; ``S0/3`` splits inside each of 3 equal outer blocks of dim 0, the strided shard that a
-  fused weight ``(three heads head_dim)`` needs. The gradient is sharded alike.
-- Replicate (``R``): every rank has all of it, and the gradient comes back whole.
-- Broadcast (``B``): only as a consumer's need: every rank has all of it but works on a part, so the gradient comes back Partial.
-- Partial (``P``): the tensor is the sum over the axis; the gradient comes back whole.
+- Shard (``S1``, ``S0/3``): ``S1`` splits dim 1 into equal parts; ``S0/3`` splits dim 0 inside each of its 3 equal outer blocks, the
+  strided shard that a fused weight ``(three heads head_dim)`` needs. The gradient is sharded alike. On two ranks, a dim of 12::
+
+      S0     rank 0: 0 1 2 3 4 5                     rank 1: 6 7 8 9 10 11
+      S0/3   rank 0: 0 1     4 5     8 9             rank 1: 2 3     6 7     10 11
+
+- Replicate (``R``): every rank has the whole tensor, and its gradient is whole on every rank.
+- Broadcast (``B``), only as what a consumer needs: every rank has the whole tensor but computes a part of what follows, so that its
+  gradient is Partial. This is what data parallelism needs of a weight.
+- Partial (``P``): every rank has a summand, the tensor is the sum over the axis. Its gradient is whole on every rank.
 """
 
 from __future__ import annotations
@@ -24,7 +30,10 @@ from autopar.ir.space import Dims, LoopKind, Space
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Named axes and their sizes, the slowest (outermost, across machines) first; rank = row-major index."""
+    """Named axes and their sizes. The first axis is the outermost, whose neighbours are farthest apart; ranks are row-major indices.
+
+    Raises ValueError on construction when names and sizes differ in number or a name is there twice.
+    """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -51,10 +60,11 @@ class Mesh:
 
 
 PIPELINE = "pp"
-"""The axis along which groups of ranks form a pipeline; no placement names it."""
+"""Name of the axis of pipeline ranks, each of which runs some stages on a mesh of its own; no placement splits anything over it."""
 
 MICROBATCH = "micro"
-"""The axis of micro-batches: it is walked in time, not over ranks, and stands before all others."""
+"""Name of the axis of micro-batches, the outermost of a mesh. Its parts are computed one after the other by the same ranks, so what is
+split over it can never be exchanged."""
 
 
 def with_pipeline(mesh: Mesh, ranks: int) -> Mesh:
@@ -69,7 +79,7 @@ def with_pipeline(mesh: Mesh, ranks: int) -> Mesh:
 
 
 class StateKind(StrEnum):
-    """What a rank holds of a tensor, along one axis."""
+    """What a rank has of a tensor, along one axis; the module's docstring says what each means for the gradient."""
 
     SHARD = "S"
     REPLICATE = "R"
@@ -79,7 +89,7 @@ class StateKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A tensor's state on one axis; `dim` and `outer` (number of outer blocks of the dim) matter for SHARD only."""
+    """What a rank has of a tensor along one axis; `dim` and `outer`, the number of equal outer blocks of the dim, matter for SHARD only."""
 
     kind: StateKind
     dim: int = -1
@@ -97,12 +107,12 @@ PARTIAL = State(StateKind.PARTIAL)
 
 
 def shard(dim: int, outer: int = 1) -> State:
-    """The state that splits `dim` inside each of its `outer` equal blocks."""
+    """The Shard state that splits `dim` inside each of its `outer` equal blocks."""
     return State(StateKind.SHARD, dim, outer)
 
 
 Layout = tuple[State, ...]
-"""A state per mesh axis."""
+"""What every rank has of a tensor: a state per mesh axis, in the mesh's order."""
 
 _STATE = re.compile(r"^(?:S(\d+)(?:/(\d+))?|([RBP]))$")
 
@@ -126,7 +136,7 @@ def format_layout(layout: Layout) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """An axis splits `loop` of the op, inside each of the loop's `outer` equal blocks."""
+    """One axis splits the op's loop called `loop`, inside each of the loop's `outer` equal blocks."""
 
     loop: str
     outer: int = 1
@@ -137,7 +147,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class PassPartial:
-    """An axis on which a linear op runs on Partial operands and gives Partial results."""
+    """One axis on which a linear op computes with Partial operands and gives Partial results, without communication."""
 
     def __str__(self) -> str:
         return "+"
@@ -177,12 +187,18 @@ def parse_placement(text: str) -> Placement:
 
 
 def operand_layout(space: Space, placement: Placement, index: int) -> Layout:
-    """What the op needs operand `index` to be."""
+    """The layout in which the op needs operand `index` when it is placed so.
+
+    >>> from autopar.ir.space import parse
+    >>> linear = parse("b i, o i -> b o", [(8, 4), (6, 4)], [(8, 6)])
+    >>> [format_layout(operand_layout(linear, parse_placement("b,i"), index)) for index in range(2)]
+    ['S0,S1', 'B,S1']
+    """
     return tuple(_operand_state(space, axis_placement, index) for axis_placement in placement)
 
 
 def result_layout(space: Space, placement: Placement, index: int) -> Layout:
-    """What the op makes of result `index`."""
+    """The layout in which the op makes result `index` when it is placed so; the linear layer above makes ``S0,P``."""
     return tuple(_result_state(space, axis_placement, space.results[index]) for axis_placement in placement)
 
 
@@ -217,7 +233,11 @@ def _split_state(space: Space, split: Split, dims: Dims) -> State | None:
 
 
 def fits(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
-    """Whether every split of `layout` is even: no padding, no rank without a part, no block cut by a foreign split."""
+    """Whether a tensor of sizes `shape` can be split by `layout` into parts of equal size.
+
+    No part is padded or empty, and where two axes split one dim at different numbers of outer blocks, neither cuts through the other's
+    blocks.
+    """
     shards = [(state, size) for state, size in zip(layout, mesh.sizes, strict=True) if state.kind is StateKind.SHARD]
     for state, _ in shards:
         if state.dim >= len(shape):
@@ -234,7 +254,7 @@ def fits(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
 
 
 def local_shape(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> tuple[int, ...]:
-    """Sizes of one rank's part of a tensor of sizes `shape`; all parts are alike (see `fits`)."""
+    """Sizes of a rank's part of a tensor of sizes `shape`; they are the same on every rank (see `fits`)."""
     local = list(shape)
     for state, size in zip(layout, mesh.sizes, strict=True):
         if state.kind is StateKind.SHARD:
@@ -243,7 +263,14 @@ def local_shape(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> tuple[int
 
 
 def local_outer(layout: Layout, mesh: Mesh, axis: int) -> int:
-    """Number of outer blocks that axis `axis` sees in a rank's part: those outside, less what other axes split off them."""
+    """Number of outer blocks inside which axis `axis` splits a rank's part of a tensor.
+
+    It is the state's own `outer`, divided by the sizes of the axes that split the same dim further out. Collectives work on a rank's part,
+    so this is the number that they are given.
+
+    >>> local_outer(parse_layout("S0,S0/4"), Mesh(("dp", "tp"), (2, 2)), 1)
+    2
+    """
     state = layout[axis]
     outer = state.outer
     for neighbour, size in zip(layout, mesh.sizes, strict=True):
@@ -253,12 +280,12 @@ def local_outer(layout: Layout, mesh: Mesh, axis: int) -> int:
 
 
 def outer_when_cut(layout: Layout, mesh: Mesh, axis: int) -> int:
-    """`local_outer` at the moment when a whole tensor is cut along `axis`, after the axes before it and before those after it."""
+    """The `local_outer` with which a whole tensor is cut along `axis` when axes are cut in the mesh's order, the later ones not yet."""
     return local_outer((*layout[: axis + 1], *(REPLICATE for _ in layout[axis + 1 :])), mesh, axis)
 
 
 def is_legal(space: Space, placement: Placement, mesh: Mesh) -> bool:
-    """Whether every tensor of the op is split evenly and every loop is allowed to be split so."""
+    """Whether an op can be placed so: every loop may be split in that way, and every operand and result splits evenly (see `fits`)."""
     for axis_placement, size in zip(placement, mesh.sizes, strict=True):
         if size == 1 and axis_placement is not None:
             return False

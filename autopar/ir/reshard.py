@@ -1,8 +1,11 @@
-"""How a producer's layout becomes a consumer's need: the one place where collectives are chosen, forward and backward.
+"""From the layout in which a tensor was made to the one in which it is needed: the one place where collectives are chosen.
 
-Every edge of the graph is a pair. The forward value makes a journey from the producer's state to the consumer's, and the gradient
-makes the dual one; `PAIRS` is the whole table. A journey over several axes is a list of `ReshardStep`s, each on one axis. Steps that
-shrink a rank's part come first and steps that grow it last, so that the bytes moved are the fewest.
+Comes in: the layout that an op makes and the layout that its consumer needs. Goes out: a *journey*, the list of `ReshardStep`s from one to
+the other. A step changes the state on one axis by one collective, and its backward does the dual for the gradient; `PAIRS` is the whole
+table. Steps that shrink a rank's part come first and steps that grow it last, so that the fewest bytes are moved::
+
+    S0,P -> S0,S1   reduce_scatter on axis 1                              (backward: all_gather)
+    P,S0 -> S1,R    reduce_scatter on axis 0, then all_gather on axis 1   (backward: shard on axis 1, all_gather on axis 0)
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from autopar.ir.layout import REPLICATE, Layout, Mesh, State, StateKind, fits, f
 
 
 class Collective(Enum):
-    """What a rank does with its part; the value is the name of the function in `autopar.ops.collectives`."""
+    """What the ranks of an axis do with their parts; the value is the name of the function in `autopar.ops.collectives`."""
 
     NONE = "none"
     ALL_GATHER = "all_gather"
@@ -48,20 +51,21 @@ PAIRS: Mapping[tuple[StateKind, StateKind], tuple[Collective, Collective]] = {
 }
 
 SHRINKS = frozenset({Collective.SLICE, Collective.REDUCE_SCATTER})
+"""Collectives after which a rank has less of the tensor than before."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReshardStep:
-    """One axis' part of a journey.
+    """A change of a tensor's state on one axis by one collective.
 
     Attributes:
         axis: index of the mesh axis.
-        forward, backward: what the value and its gradient do.
-        dim, outer: the dim that is gathered, scattered or (all-to-all) un-split, and its number of outer blocks as a rank sees
-            them (`layout.local_outer`).
-        to_dim, to_outer: the dim that an all-to-all splits.
+        forward, backward: the collective of the value, and that of its gradient on the way back.
+        dim, outer: the dim that is gathered, scattered or sliced, and the number of its outer blocks in a rank's part
+            (`layout.local_outer`); of an all-to-all the dim that becomes whole.
+        to_dim, to_outer: likewise the dim that an all-to-all splits; -1 and 1 for other collectives.
         after: the axis' state after the step.
-        shape_before, shape_after: a rank's sizes before and after the step.
+        shape_before, shape_after: sizes of a rank's part before and after the step.
     """
 
     axis: int
@@ -77,16 +81,26 @@ class ReshardStep:
 
 
 def journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> tuple[ReshardStep, ...]:
-    """The steps that turn a tensor of (global) sizes `shape` from layout `start` into `need`.
+    """The steps by which a tensor goes from one layout to another; empty when nothing has to change.
 
-    `start` holds Shard, Replicate and Partial states, `need` Broadcast ones too. Both must fit the shape (`layout.fits`).
+    Args:
+        shape: global sizes of the tensor.
+        start: the layout in which it was made: Shard, Replicate and Partial states.
+        need: the layout in which it is needed; may have Broadcast states too. Both layouts must fit the shape (`layout.fits`).
+        mesh: the mesh whose axes the layouts are of.
     """
     return _journey(shape, start, need, mesh)
 
 
 @dataclass(frozen=True, slots=True)
 class RouteStep:
-    """A step without sizes: the axes that split the tensor before and after it tell the size of a rank's part."""
+    """A `ReshardStep` without sizes. A rank's part is the tensor's bytes over the sizes of the axes that split it.
+
+    Attributes:
+        axis: index of the mesh axis.
+        forward, backward: the collective of the value, and that of its gradient on the way back.
+        split_before, split_after: indices of the mesh axes on which the tensor is a Shard before and after the step.
+    """
 
     axis: int
     forward: Collective
@@ -96,11 +110,11 @@ class RouteStep:
 
 
 Route = tuple[RouteStep, ...]
-"""A journey without sizes."""
+"""A journey without sizes, which can be priced for every tensor that makes it."""
 
 
 def route(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> Route:
-    """The journey of a tensor of sizes `shape`, in a form that serves tensors of other sizes and meshes of other sizes too."""
+    """The same as `journey` as a `Route`, which holds for other tensors and for meshes of other sizes whose journeys have the same steps."""
     current = list(start)
     steps = []
     for step in journey(shape, start, need, mesh):
