@@ -12,15 +12,16 @@ from autopar.ir.layout import PIPELINE, Mesh, State, StateKind
 from autopar.ops import comm
 from autopar.rewrite.program import Boundary, PipelineProgram, StageOutput, StageProgram
 from autopar.runtime.executor import Executor, StageTensors, find_taken
-from autopar.schedules.actions import SENDS, StageEdge
-from autopar.schedules.messages import COMPUTING, Action, Kind, Schedule, chain, forward_only, lower, make_schedule
+from autopar.schedules.actions import COMPUTING, SENDS, Action, Kind, Schedule, StageEdge, chain
+from autopar.schedules.families import forward_only, make_schedule
+from autopar.schedules.messages import add_messages
 from autopar.structure.microbatches import MICROBATCH
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2), ("v-half", 2)]
 
 
 def make(name: str, ranks: int, microbatches: int, chunks: int) -> Schedule:
-    return lower(make_schedule(name, ranks, microbatches, chunks), chain(ranks * chunks))
+    return add_messages(make_schedule(name, ranks, microbatches, chunks), chain(ranks * chunks))
 
 
 def test_sends_are_known_to_be_taken_when_an_answer_comes() -> None:
@@ -143,7 +144,7 @@ def make_pipeline(schedule: Schedule, rows: int) -> PipelineProgram:
         )
         for stage in range(schedule.stages)
     }
-    inference = lower(forward_only(schedule.rank_of, schedule.microbatches), ())
+    inference = add_messages(forward_only(schedule.rank_of, schedule.microbatches), ())
     return PipelineProgram(stages, schedule, inference, 0, frozenset(), {0: frozenset()}, frozenset(), {0: schedule.rank_of[last]}, False)
 
 
@@ -315,7 +316,7 @@ def test_an_inference_keeps_results_until_the_last_stage_that_reads_them_has_its
         )
         for stage in range(3)
     }
-    schedule = lower(forward_only((0, 1, 2), count), [StageEdge(source, to, False) for source, to in edges])
+    schedule = add_messages(forward_only((0, 1, 2), count), [StageEdge(source, to, False) for source, to in edges])
     pipeline = PipelineProgram(stages, schedule, schedule, 0, frozenset(), {0: frozenset()}, frozenset(), {0: 2}, False)
     x = torch.randn(rows * count, 3, dtype=torch.float64)
 

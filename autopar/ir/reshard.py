@@ -114,7 +114,7 @@ Route = tuple[RouteStep, ...]
 
 
 def route(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> Route:
-    """The same as `journey` as a `Route`, which holds for other tensors and for meshes of other sizes whose journeys have the same steps."""
+    """The steps of `journey` without sizes, for use as a key: tensors and meshes of other sizes may have the same route."""
     current = list(start)
     steps = []
     for step in journey(shape, start, need, mesh):

@@ -187,8 +187,18 @@ def parse(
         results: the shape of each result.
         sizes: loop name -> size, for loops that occur only inside groups such as ``(t h d)``, whose sizes the shapes don't tell. A name
             that no tensor has becomes a WHOLE loop, which counts in the op's work.
+        flops: floating-point operations per point, as in `Space`.
+        family: the kind of work.
+        kernel: name of the kernel that may replace the op.
+        kernel_loops: loops whose split needs the kernel, beside those marked ``*``.
+        added: indices of operands that are added once.
+        linear: indices of operands in which the op is jointly linear.
+        shape_arg: position of the result's sizes among the arguments.
+        view: whether the op copies nothing.
+        positional: loops whose kernel must know its part.
+        random: whether the op draws random numbers.
 
-    The other arguments are the attributes of `Space` that have their names. Raises ValueError when the text and the shapes disagree.
+    Raises ValueError when the text and the shapes disagree.
     """
     left, _, right = text.partition("->")
     marks: dict[str, LoopKind] = {}

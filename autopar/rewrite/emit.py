@@ -20,7 +20,7 @@ from autopar.rewrite.program import PipelineProgram, Program, Slot, StageOutput,
 from autopar.rewrite.rewriter import Rewriter
 from autopar.rewrite.stages import Stage, edges_of, partition
 from autopar.rules import facts_of, find_spaces
-from autopar.schedules import Kind, StageEdge, forward_only, lower, make_schedule
+from autopar.schedules import Kind, StageEdge, add_messages, forward_only, make_schedule
 from autopar.structure import (
     Chain,
     Folded,
@@ -116,7 +116,7 @@ def _rewrite_stages(
     if micro.reasons:
         raise PlanError(f"the plan has {pipeline.microbatches} micro-batches, but {'; '.join(micro.reasons)}")
     edges = edges_of(captured.graph, stages)
-    schedule = lower(make_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks), edges)
+    schedule = add_messages(make_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks), edges)
     split = {action.stage for actions in schedule.actions for action in actions if action.kind is Kind.INPUT}
     work = Rewriter(captured, plan, folded, spaces, device, micro)
     stages = tuple(_with_prologue(captured.graph, stage, work.find_ancestors(work.find_wholes(stage))) for stage in stages)
@@ -147,7 +147,7 @@ def _rewrite_stages(
         pipeline=PipelineProgram(
             stages=programs,
             schedule=schedule,
-            inference=lower(
+            inference=add_messages(
                 forward_only(schedule.rank_of, pipeline.microbatches), [StageEdge(edge.producer, edge.consumer, False) for edge in edges]
             ),
             loss=captured.graph.loss,

@@ -6,9 +6,9 @@ its time and what it hangs on.
 Modules, in reading order: ``actions``, ``families``, ``messages``, ``timeline``.
 """
 
-from autopar.schedules.actions import SENDS, Kind, Schedule
+from autopar.schedules.actions import SENDS, Action, Kind, Schedule, StageEdge
 from autopar.schedules.families import SCHEDULES, check_schedule, forward_only, forwards_first, make_schedule, splits_backward
-from autopar.schedules.messages import Action, StageEdge, held, lower
+from autopar.schedules.messages import add_messages, peaks_in_flight
 from autopar.schedules.timeline import StageTimes, simulate
 
 __all__ = [
@@ -19,12 +19,12 @@ __all__ = [
     "Schedule",
     "StageEdge",
     "StageTimes",
+    "add_messages",
     "check_schedule",
     "forward_only",
     "forwards_first",
-    "held",
-    "lower",
     "make_schedule",
+    "peaks_in_flight",
     "simulate",
     "splits_backward",
 ]

@@ -125,10 +125,10 @@ def chain(stages: int) -> tuple[StageEdge, ...]:
     return tuple(StageEdge(stage, stage + 1) for stage in range(stages - 1))
 
 
-def meet(action: Action) -> Action:
+def counterpart(action: Action) -> Action:
     """The receive that meets a send, or the send that meets a receive.
 
-    >>> str(meet(parse_action("2SF0>3")))
+    >>> str(counterpart(parse_action("2SF0>3")))
     '3RF0<2'
     """
     return Action(action.peer, SENDS.get(action.kind) or RECEIVES[action.kind], action.microbatch, action.stage)

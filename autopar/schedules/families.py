@@ -16,7 +16,7 @@ from itertools import pairwise
 from autopar.errors import InputError
 from autopar.schedules.actions import Action, Kind, Schedule
 
-Step = tuple[int, Kind]
+StagePass = tuple[int, Kind]
 """A stage and what is done for its next micro-batch."""
 
 
@@ -59,7 +59,7 @@ def check_schedule(name: str, ranks: int, microbatches: int, chunks: int | None 
     if chunks is None:
         chunks = family.chunks or 2
     if family.chunks is not None and chunks != family.chunks:
-        free = ", ".join(repr(other) for other, entry in SCHEDULES.items() if entry.chunks is None)
+        free = ", ".join(repr(free_name) for free_name, free_family in SCHEDULES.items() if free_family.chunks is None)
         raise InputError(f"schedule {name!r} has {family.chunks} stages per rank, not {chunks}; {free} takes any number from 2")
     if chunks < 1 or (family.chunks is None and chunks < 2):
         raise InputError(f"schedule {name!r} needs 2 or more stages per rank, not {chunks}; with one, '1f1b' is the same idea")
@@ -83,8 +83,8 @@ def forward_only(stages: Schedule | Sequence[int], microbatches: int) -> Schedul
     if not rank_of or microbatches < 1 or set(rank_of) != set(range(max(rank_of) + 1)):
         raise InputError(f"forwards need a stage on every rank and a micro-batch, not stages on ranks {rank_of} and {microbatches}")
     ranks = max(rank_of) + 1
-    steps = [[(stage, Kind.FORWARD) for stage in reversed(range(len(rank_of))) if rank_of[stage] == rank] for rank in range(ranks)]
-    return Schedule("forward", microbatches, rank_of, tuple(map(tuple, _run_ahead(rank_of, microbatches, [()] * ranks, steps))))
+    passes = [[(stage, Kind.FORWARD) for stage in reversed(range(len(rank_of))) if rank_of[stage] == rank] for rank in range(ranks)]
+    return Schedule("forward", microbatches, rank_of, tuple(map(tuple, _run_ahead(rank_of, microbatches, [()] * ranks, passes))))
 
 
 def forwards_first(schedule: Schedule) -> Schedule:
@@ -93,7 +93,8 @@ def forwards_first(schedule: Schedule) -> Schedule:
     >>> print(*forwards_first(make_schedule("1f1b", 2, 3)).actions[0])
     0F0 0F1 0F2 0B0 0B1 0B2 0G0
     """
-    return replace(schedule, actions=tuple(tuple(sorted(own, key=lambda one: one.kind is not Kind.FORWARD)) for own in schedule.actions))
+    lists = (sorted(actions, key=lambda action: action.kind is not Kind.FORWARD) for actions in schedule.actions)
+    return replace(schedule, actions=tuple(map(tuple, lists)))
 
 
 def _gpipe(ranks: int, microbatches: int, chunks: int) -> Schedule:
@@ -104,7 +105,7 @@ def _gpipe(ranks: int, microbatches: int, chunks: int) -> Schedule:
         0  F0 F1 F2             B0 B1 B2
         1     F0 F1 F2 B0 B1 B2
     """
-    lists = [[*_steps(rank, Kind.FORWARD, microbatches), *_steps(rank, Kind.BACKWARD, microbatches)] for rank in range(ranks)]
+    lists = [[*_repeat(rank, Kind.FORWARD, microbatches), *_repeat(rank, Kind.BACKWARD, microbatches)] for rank in range(ranks)]
     return _finish("gpipe", microbatches, range(ranks), lists)
 
 
@@ -118,7 +119,7 @@ def _one_forward_one_backward(ranks: int, microbatches: int, chunks: int) -> Sch
     """
     lists = []
     for rank in range(ranks):
-        forward, backward = _steps(rank, Kind.FORWARD, microbatches), _steps(rank, Kind.BACKWARD, microbatches)
+        forward, backward = _repeat(rank, Kind.FORWARD, microbatches), _repeat(rank, Kind.BACKWARD, microbatches)
         lists.append(_alternate(forward, backward, ranks - rank - 1))
     return _finish("1f1b", microbatches, range(ranks), lists)
 
@@ -132,7 +133,7 @@ def _interleaved(ranks: int, microbatches: int, chunks: int) -> Schedule:
     """
     rounds = max(1, microbatches // ranks)
     bounds = [-(-microbatches * number // rounds) for number in range(rounds + 1)]
-    order = [(chunk, index) for first, end in pairwise(bounds) for chunk in range(chunks) for index in range(first, end)]
+    order = [(chunk, index) for start, end in pairwise(bounds) for chunk in range(chunks) for index in range(start, end)]
     lists = []
     for rank in range(ranks):
         forward = [Action(chunk * ranks + rank, Kind.FORWARD, index) for chunk, index in order]
@@ -151,14 +152,14 @@ def _zero_bubble_h1(ranks: int, microbatches: int, chunks: int) -> Schedule:
     """
     lists = []
     for rank in range(ranks):
-        forward, inputs = _steps(rank, Kind.FORWARD, microbatches), _steps(rank, Kind.INPUT, microbatches)
-        waiting = deque(_steps(rank, Kind.WEIGHT, microbatches))
+        forward, inputs = _repeat(rank, Kind.FORWARD, microbatches), _repeat(rank, Kind.INPUT, microbatches)
+        pending_weights = deque(_repeat(rank, Kind.WEIGHT, microbatches))
         actions = []
         for action in _alternate(forward, inputs, ranks - rank - 1):
             actions.append(action)
             if action.kind is Kind.INPUT and action.microbatch >= rank:
-                actions.append(waiting.popleft())
-        lists.append([*actions, *waiting])
+                actions.append(pending_weights.popleft())
+        lists.append([*actions, *pending_weights])
     return _finish("zb-h1", microbatches, range(ranks), lists)
 
 
@@ -173,17 +174,17 @@ def _zero_bubble_v(ranks: int, microbatches: int, chunks: int) -> Schedule:
     for rank in range(ranks):
         down, up = rank, 2 * ranks - 1 - rank
         forward, inputs, weight = ([(stage, kind) for stage in (down, up)] for kind in (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT))
-        steps = [forward[0]] * (2 * (ranks - rank) - 1)
-        steps += [forward[1], forward[0]] * rank
-        steps += [forward[1], inputs[1], weight[1]] * (ranks - rank)
+        passes = [forward[0]] * (2 * (ranks - rank) - 1)
+        passes += [forward[1], forward[0]] * rank
+        passes += [forward[1], inputs[1], weight[1]] * (ranks - rank)
         for turn in range(full - ranks):
             # The first chunk runs out of forwards before the second does.
-            steps += [forward[0]] * (turn <= full - 2 * ranks + rank)
-            steps += [inputs[0], weight[0], forward[1], inputs[1], weight[1]]
-        steps += [inputs[0], inputs[1]] * rank
-        steps += [inputs[0], weight[0]] * (ranks - rank)
-        steps += [weight[1]] * rank + [weight[0]] * rank
-        lists.append([action for action in _number(steps) if action.microbatch < microbatches])
+            passes += [forward[0]] * (turn <= full - 2 * ranks + rank)
+            passes += [inputs[0], weight[0], forward[1], inputs[1], weight[1]]
+        passes += [inputs[0], inputs[1]] * rank
+        passes += [inputs[0], weight[0]] * (ranks - rank)
+        passes += [weight[1]] * rank + [weight[0]] * rank
+        lists.append([action for action in _number(passes) if action.microbatch < microbatches])
     return _finish("zb-v", microbatches, _v_shape(ranks), lists)
 
 
@@ -208,44 +209,47 @@ def _v_half(ranks: int, microbatches: int, chunks: int) -> Schedule:
     heads, rests = [], []
     for rank in range(ranks):
         down, up = rank, 2 * ranks - 1 - rank
-        offsets: dict[Step, int] = {
+        offsets: dict[StagePass, int] = {
             (down, Kind.FORWARD): 2 * rank,
             (up, Kind.FORWARD): 3 * ranks - 2 - rank,
             (up, Kind.INPUT): 3 * ranks - 1 + 2 * rank + x,
             (down, Kind.INPUT): 6 * ranks - 3 - rank + y,
         }
-        units = {6 * index + offset: step for step, offset in offsets.items() for index in range(microbatches)}
-        head: list[Step] = []
-        waiting: deque[Step] = deque()
+        units = {6 * index + offset: stage_pass for stage_pass, offset in offsets.items() for index in range(microbatches)}
+        head: list[StagePass] = []
+        pending_weights: deque[StagePass] = deque()
         for unit in range(6 * (microbatches - 1) + offsets[up, Kind.FORWARD] + 1):
             if unit in units:
                 stage, kind = units[unit]
                 head.append((stage, kind))
                 if kind is Kind.INPUT:
-                    waiting.append((stage, Kind.WEIGHT))
-            elif waiting:
-                head.append(waiting.popleft())
+                    pending_weights.append((stage, Kind.WEIGHT))
+            elif pending_weights:
+                head.append(pending_weights.popleft())
         heads.append(_number(head))
         rests.append([(stage, kind) for kind in (Kind.INPUT, Kind.WEIGHT) for stage in (down, up)])
     return _finish("v-half", microbatches, _v_shape(ranks), _run_ahead(_v_shape(ranks), microbatches, heads, rests))
 
 
 def _run_ahead(
-    rank_of: Sequence[int], microbatches: int, heads: Sequence[Sequence[Action]], rests: Sequence[Sequence[Step]]
+    rank_of: Sequence[int], microbatches: int, heads: Sequence[Sequence[Action]], rests: Sequence[Sequence[StagePass]]
 ) -> list[list[Action]]:
-    """Per rank its head as it stands, then at each unit of time the first of its rest whose next micro-batch is ready, all of equal length.
+    """Simulate ranks that choose their actions as they go, with passes that all take one unit of time; the list of each rank.
+
+    A rank runs its head in the given order, waiting where an action isn't ready. Then, in each unit of time, it runs the first pass of its
+    rest whose next micro-batch is ready, or idles.
 
     Args:
-        rank_of: Per stage its rank; stages form a chain.
-        microbatches: How often each step runs in all.
-        heads: Per rank the actions that come first, in this order.
-        rests: Per rank the steps to choose from after them, the most wanted first.
+        rank_of: per stage its rank; stages form a chain.
+        microbatches: how often each pass runs in all.
+        heads: per rank the actions that come first, in this order.
+        rests: per rank the passes to choose from after them, in the order of preference.
     """
     counts = [Counter((action.stage, action.kind) for action in head) for head in heads]
     lists: list[list[Action]] = [[] for _ in heads]
     done: set[tuple[int, Kind, int]] = set()
-    left = sum(len(head) for head in heads) + sum(
-        microbatches - count[step] for count, rest in zip(counts, rests, strict=True) for step in rest
+    pending = sum(len(head) for head in heads) + sum(
+        microbatches - count[stage_pass] for count, rest in zip(counts, rests, strict=True) for stage_pass in rest
     )
     last = len(rank_of) - 1
 
@@ -256,7 +260,7 @@ def _run_ahead(
             return ((stage, Kind.FORWARD, index) if stage == last else (stage + 1, kind, index)) in done
         return (stage, Kind.INPUT, index) in done
 
-    while left:
+    while pending:
         chosen = []
         for actions, head, count, rest in zip(lists, heads, counts, rests, strict=True):
             if len(actions) < len(head):
@@ -275,19 +279,20 @@ def _run_ahead(
                     break
         # Only now, so that nothing is used in the unit of time that makes it.
         done.update((action.stage, action.kind, action.microbatch) for action in chosen)
-        left -= len(chosen)
+        pending -= len(chosen)
     return lists
 
 
-def _steps(stage: int, kind: Kind, microbatches: int) -> list[Action]:
+def _repeat(stage: int, kind: Kind, microbatches: int) -> list[Action]:
+    """A pass of a stage for every micro-batch, in order."""
     return [Action(stage, kind, index) for index in range(microbatches)]
 
 
-def _number(steps: Iterable[Step]) -> list[Action]:
-    """Actions of steps: each takes the next micro-batch of its kind."""
-    counts: Counter[Step] = Counter()
+def _number(passes: Iterable[StagePass]) -> list[Action]:
+    """Actions of passes, of which each takes the next micro-batch of its stage and kind."""
+    counts: Counter[StagePass] = Counter()
     actions = []
-    for stage, kind in steps:
+    for stage, kind in passes:
         actions.append(Action(stage, kind, counts[stage, kind]))
         counts[stage, kind] += 1
     return actions
@@ -306,16 +311,16 @@ def _v_shape(ranks: int) -> list[int]:
 
 def _finish(name: str, microbatches: int, rank_of: Iterable[int], lists: Sequence[Sequence[Action]]) -> Schedule:
     """The schedule, with a REDUCE right after the last backward action of each stage."""
-    finished = []
+    finished_lists = []
     for actions in lists:
-        last = {action.stage: position for position, action in enumerate(actions)}
-        done: list[Action] = []
+        last_of_stage = {action.stage: position for position, action in enumerate(actions)}
+        finished: list[Action] = []
         for position, action in enumerate(actions):
-            done.append(action)
-            if last[action.stage] == position:
-                done.append(Action(action.stage, Kind.REDUCE, 0))
-        finished.append(tuple(done))
-    return Schedule(name, microbatches, tuple(rank_of), tuple(finished))
+            finished.append(action)
+            if last_of_stage[action.stage] == position:
+                finished.append(Action(action.stage, Kind.REDUCE, 0))
+        finished_lists.append(tuple(finished))
+    return Schedule(name, microbatches, tuple(rank_of), tuple(finished_lists))
 
 
 SCHEDULES: Mapping[str, Family] = {

@@ -20,7 +20,7 @@ from types import MappingProxyType
 from autopar.errors import InputError, ScheduleError
 from autopar.schedules.actions import COMPUTING, Action, Kind, Schedule, StageEdge, chain
 
-Part = tuple[int, Kind] | tuple[int, int, Kind]
+Activity = tuple[int, Kind] | tuple[int, int, Kind]
 """A stage's F, B, I or W; or a transfer (producer, consumer, SEND_FORWARD or SEND_BACKWARD)."""
 
 
@@ -54,7 +54,7 @@ class Timeline:
 
     seconds: float
     idle: tuple[float, ...]
-    critical: Mapping[Part, int]
+    critical: Mapping[Activity, int]
     _graph: _Graph
     _ends: Sequence[float]
 
@@ -62,7 +62,7 @@ class Timeline:
     def spans(self) -> tuple[tuple[Span, ...], ...]:
         """Per rank its computing actions in order, with their times."""
         return tuple(
-            tuple(Span(action, max(self._ends[one] for one in self._graph.before[node]), self._ends[node]) for action, node in pairs)
+            tuple(Span(action, max(self._ends[waited] for waited in self._graph.before[node]), self._ends[node]) for action, node in pairs)
             for pairs in self._graph.nodes
         )
 
@@ -90,26 +90,27 @@ def simulate(
     unknown = [pair for pair in transfers if pair not in graph.pairs]
     if unknown:
         raise InputError(f"there are transfer times for {unknown[0][0]} -> {unknown[0][1]}, and no such edge between stages")
-    seconds = [_seconds_of(part, times, transfers) for part in graph.parts]
+    seconds = [_seconds_of(activity, times, transfers) for activity in graph.activities]
     ends = [0.0]
     append = ends.append
-    for part, (first, second, third) in zip(graph.part_of, graph.before[1:], strict=True):
-        start = ends[first]
-        if ends[second] > start:
-            start = ends[second]
-        if ends[third] > start:
-            start = ends[third]
-        append(start + seconds[part])
+    # Written out, since a search comes here most of all.
+    for index, (node_a, node_b, node_c) in zip(graph.activity_of, graph.before[1:], strict=True):
+        start = ends[node_a]
+        if ends[node_b] > start:
+            start = ends[node_b]
+        if ends[node_c] > start:
+            start = ends[node_c]
+        append(start + seconds[index])
     lasts = [pairs[-1][1] for pairs in graph.nodes if pairs]
-    node = max(lasts, key=lambda one: ends[one], default=0)
+    node = max(lasts, key=ends.__getitem__, default=0)
     total = ends[node]
-    counts = [0] * len(graph.parts)
+    counts = [0] * len(graph.activities)
     while node:
-        counts[graph.part_of[node - 1]] += 1
-        node = max(graph.before[node], key=lambda one: ends[one])
-    busy = [sum(count * seconds[part] for part, count in parts.items()) for parts in graph.work]
-    critical = {part: count for part, count in zip(graph.parts, counts, strict=True) if count and part is not None}
-    return Timeline(total, tuple(total - one for one in busy), critical, graph, ends)
+        counts[graph.activity_of[node - 1]] += 1
+        node = max(graph.before[node], key=ends.__getitem__)
+    busy = [sum(count * seconds[index] for index, count in work.items()) for work in graph.work]
+    critical = {activity: count for activity, count in zip(graph.activities, counts, strict=True) if count and activity is not None}
+    return Timeline(total, tuple(total - rank_busy for rank_busy in busy), critical, graph, ends)
 
 
 def bubble(timeline: Timeline) -> float:
@@ -123,8 +124,8 @@ def bubble(timeline: Timeline) -> float:
     return sum(timeline.idle) / whole if whole else 0.0
 
 
-def _seconds_of(part: Part | None, times: Sequence[StageTimes], transfers: Mapping[tuple[int, int], tuple[float, float]]) -> float:
-    match part:
+def _seconds_of(activity: Activity | None, times: Sequence[StageTimes], transfers: Mapping[tuple[int, int], tuple[float, float]]) -> float:
+    match activity:
         case (producer, consumer, kind):
             return transfers.get((producer, consumer), (0.0, 0.0))[kind is Kind.SEND_BACKWARD]
         case (stage, Kind.FORWARD):
@@ -143,16 +144,16 @@ class _Graph:
     """Actions and transfers as nodes 1, 2, ... in an order in which each comes after those it waits for; node 0 is the step's start.
 
     Attributes:
-        parts: what nodes do; None, which takes no time, joins more than three others.
-        part_of: per node from 1 the index of what it does.
-        before: per node from 0 the three nodes that it waits for.
+        activities: what nodes do; None, which takes no time, is what nodes do that only join others, where more than three are waited for.
+        activity_of: per node from 1 the index of its activity.
+        before: per node from 0 the three nodes that it waits for; the start stands for those that aren't needed.
         nodes: per rank its computing actions with their nodes, in order.
-        work: per rank how often it does each part.
+        work: per rank the index of each activity that it computes -> how often it does.
         pairs: the edges.
     """
 
-    parts: Sequence[Part | None]
-    part_of: Sequence[int]
+    activities: Sequence[Activity | None]
+    activity_of: Sequence[int]
     before: Sequence[tuple[int, int, int]]
     nodes: Sequence[Sequence[tuple[Action, int]]]
     work: Sequence[Mapping[int, int]]
@@ -162,8 +163,8 @@ class _Graph:
 _KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT)
 
 
-def _part(stage: int, kind: Kind) -> int:
-    """The index of a stage's part among all parts; 0 is None's."""
+def _index_of(stage: int, kind: Kind) -> int:
+    """The index of a stage's pass among all activities; 0 is None's."""
     return 1 + len(_KINDS) * stage + _KINDS.index(kind)
 
 
@@ -171,9 +172,9 @@ def _part(stage: int, kind: Kind) -> int:
 @lru_cache(maxsize=16)
 def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
     """The graph of a schedule: ranks run in turns, each as far as it gets."""
-    parts: list[Part | None] = [None, *((stage, kind) for stage in range(schedule.stages) for kind in _KINDS)]
-    needs: dict[int, list[int]] = defaultdict(list)  # per stage's part: the messages that it waits for
-    makes: dict[int, list[tuple[int, int]]] = defaultdict(list)  # per stage's part: the messages that it makes, and for which rank
+    activities: list[Activity | None] = [None, *((stage, kind) for stage in range(schedule.stages) for kind in _KINDS)]
+    needs: dict[int, list[int]] = defaultdict(list)  # per pass of a stage: the messages that it waits for
+    makes: dict[int, list[tuple[int, int]]] = defaultdict(list)  # per pass of a stage: the messages that it makes, and for which rank
     for edge in edges:
         if not 0 <= edge.producer < edge.consumer < schedule.stages:
             raise InputError(f"edge {edge.producer} -> {edge.consumer} isn't from an earlier to a later of the {schedule.stages} stages")
@@ -182,11 +183,11 @@ def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
             ways.append((edge.consumer, edge.producer, Kind.SEND_BACKWARD, (Kind.BACKWARD, Kind.INPUT)))
         for source, target, send, kinds in ways:
             for kind in kinds:
-                makes[_part(source, kind)].append((len(parts), schedule.rank_of[target]))
-                needs[_part(target, kind)].append(len(parts))
-            parts.append((edge.producer, edge.consumer, send))
+                makes[_index_of(source, kind)].append((len(activities), schedule.rank_of[target]))
+                needs[_index_of(target, kind)].append(len(activities))
+            activities.append((edge.producer, edge.consumer, send))
 
-    part_of: list[int] = []
+    activity_of: list[int] = []
     before = [(0, 0, 0)]
     lists = [[action for action in actions if action.kind in COMPUTING] for actions in schedule.actions]
     nodes: list[list[tuple[Action, int]]] = [[] for _ in lists]
@@ -194,36 +195,36 @@ def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
     arrived: dict[tuple[int, int], int] = {}  # per message and micro-batch: the node after which it is there
     latest: dict[tuple[int, int], int] = defaultdict(int)  # per ordered pair of ranks: the node of the last transfer
 
-    def add(part: int, waits: Sequence[int]) -> int:
+    def add(activity: int, waits: Sequence[int]) -> int:
         while len(waits) > 3:
             waits = [*waits[3:], add(0, waits[:3])]
-        part_of.append(part)
+        activity_of.append(activity)
         before.append((waits[0], waits[1] if len(waits) > 1 else 0, waits[2] if len(waits) > 2 else 0))
-        return len(part_of)
+        return len(activity_of)
 
     def run_next(rank: int, action: Action) -> bool:
-        part, index = _part(action.stage, action.kind), action.microbatch
+        activity, microbatch = _index_of(action.stage, action.kind), action.microbatch
         waits = [nodes[rank][-1][1] if nodes[rank] else 0]
-        for message in needs.get(part, ()):
-            if (message, index) not in arrived:
+        for message in needs.get(activity, ()):
+            if (message, microbatch) not in arrived:
                 return False
-            waits.append(arrived[message, index])
-        node = add(part, waits)
+            waits.append(arrived[message, microbatch])
+        node = add(activity, waits)
         nodes[rank].append((action, node))
-        work[rank][part] += 1
-        for message, target in makes.get(part, ()):
+        work[rank][activity] += 1
+        for message, target in makes.get(activity, ()):
             if target != rank:
                 latest[rank, target] = add(message, [node, latest[rank, target]])
-            arrived[message, index] = node if target == rank else latest[rank, target]
+            arrived[message, microbatch] = node if target == rank else latest[rank, target]
         return True
 
-    moved = True
-    while moved:
-        moved = False
+    progressed = True
+    while progressed:
+        progressed = False
         for rank, actions in enumerate(lists):
             while len(nodes[rank]) < len(actions) and run_next(rank, actions[len(nodes[rank])]):
-                moved = True
+                progressed = True
     stuck = [f"rank {rank} at {actions[len(nodes[rank])]}" for rank, actions in enumerate(lists) if len(nodes[rank]) < len(actions)]
     if stuck:
         raise ScheduleError(f"schedule {schedule.name!r} can't run: {', '.join(stuck)} wait for each other; `validate` shows why")
-    return _Graph(parts, part_of, before, nodes, work, frozenset((edge.producer, edge.consumer) for edge in edges))
+    return _Graph(activities, activity_of, before, nodes, work, frozenset((edge.producer, edge.consumer) for edge in edges))
