@@ -32,17 +32,25 @@ from autopar.schedules.actions import (
 
 
 def add_messages(schedule: Schedule, edges: Sequence[StageEdge]) -> Schedule:
-    """The schedule with its messages.
+    """The schedule with the messages that its edges need.
 
-    A send stands right after the action that makes its content: F, or B or I for a gradient. A receive stands one computing action before
-    the one that needs it, so that the transfer runs beside that one, and no earlier, which bounds the buffers. Receives from a rank stand
-    in the order of its sends; where the needs come in another order, those sent before are posted too. Stages of one rank exchange no
-    messages.
+    >>> from autopar.schedules import make_schedule
+    >>> print(*add_messages(make_schedule("1f1b", 2, 2), [StageEdge(0, 1)]).actions[1])
+    1RF0<0 1F0 1RF1<0 1B0 1SB0>0 1F1 1B1 1SB1>0 1G0
 
-    A stage whose backwards gain nothing from two passes has them in one: W follows right after I each time, and nobody on another rank
-    waits for what I makes.
+    A send follows the action that makes its content: F, or for a gradient B or I. A receive stands one computing action before the one
+    that needs it: so the transfer runs while that one computes, and no buffer is posted earlier than that. Receives from a rank are in the
+    order of its sends; where they are needed in another order, the receives of what was sent before are posted too. Stages of one rank
+    exchange no messages.
 
-    Raises InputError when the schedule has messages already, or an edge names a stage that isn't there.
+    I and W of a stage are joined into one B where splitting them gains nothing: each W follows right after its I, and no other rank waits
+    for what I makes.
+
+    Args:
+        schedule: computing actions and reductions only.
+        edges: which stages read what other stages compute.
+
+    Raises InputError when the schedule has messages already, or an edge isn't from an earlier to a later stage.
     """
     if any(action.kind not in COMPUTING and action.kind is not Kind.REDUCE for actions in schedule.actions for action in actions):
         raise InputError(f"schedule {schedule.name!r} has messages already; add_messages takes computing actions and reductions only")
@@ -82,7 +90,7 @@ def add_messages(schedule: Schedule, edges: Sequence[StageEdge]) -> Schedule:
 
 
 def _join_passes(schedule: Schedule, links: _StageLinks) -> Schedule:
-    """The schedule with I and W as one B on the stages where nothing comes between them."""
+    """The schedule with I and W joined into B on the stages where nothing comes between them and no other rank waits for I."""
     apart = {stage for stage in range(schedule.stages) if links.returning[stage]}
     for actions in schedule.actions:
         for action, following in zip_longest(actions, actions[1:]):
@@ -102,16 +110,18 @@ def _join_passes(schedule: Schedule, links: _StageLinks) -> Schedule:
 
 
 InFlight = tuple[tuple[int, int], ...]
-"""What a rank holds at one moment: per stage of the rank, in order, the micro-batches between F and B or I, and those between I and W."""
+"""Micro-batches in flight on a rank at one moment. Per stage of the rank, in order, a pair: those between F and B or I, whose activations
+are saved, and those between I and W, of which only what the weight gradients need is saved."""
 
 
 # A search looks at one schedule many times.
 @lru_cache(maxsize=32)
 def peaks_in_flight(schedule: Schedule) -> tuple[tuple[InFlight, ...], ...]:
-    """Per rank, the most that it holds at once: every moment's numbers that no other moment's exceed.
+    """Per pipeline rank the moments with the most micro-batches in flight: those that no other moment exceeds in every number.
 
-    A micro-batch counts as held while the action runs that ends it, which is its forward where there is no backward. A rank's peak
-    memory is the largest, over these combinations, of the numbers times the bytes of each stage.
+    A rank's peak memory is the largest, over its moments, of the sum of numbers times bytes of a micro-batch on each stage. Which of the
+    moments it is depends on those bytes. A micro-batch still counts while the action runs that ends it, which is its forward where there
+    is no backward.
 
     >>> from autopar.schedules import make_schedule
     >>> peaks_in_flight(make_schedule("1f1b", 3, 8))
@@ -153,9 +163,13 @@ def _exceeds(peak: InFlight, moment: InFlight) -> bool:
 
 
 def validate(schedule: Schedule, edges: Sequence[StageEdge]) -> None:
-    """Check that all ranks run a lowered schedule to its end, each part of each micro-batch once and in an order that the data allow.
+    """Prove that a schedule with messages runs to its end.
 
-    Raises ScheduleError with the ranks' actions around the step at fault; InputError when an edge names a stage that isn't there.
+    Every stage runs every pass for every micro-batch once, after what it needs; messages match at both ends; no ranks wait for each other
+    in a circle.
+
+    Raises ScheduleError with a table of the ranks' actions around the step at fault, and InputError when an edge isn't from an earlier to a
+    later stage.
     """
     links = _StageLinks(schedule, edges)
     _check_places(schedule)
@@ -288,7 +302,7 @@ def _fault(schedule: Schedule, marks: Sequence[tuple[int, int]], why: str) -> Sc
 
 
 class _StageLinks:
-    """What an action needs and which messages follow it, by the edges of a stage graph."""
+    """The edges of a stage graph, by stage: which messages an action waits for, and which follow it."""
 
     def __init__(self, schedule: Schedule, edges: Sequence[StageEdge]) -> None:
         self.readers: dict[int, list[int]] = defaultdict(list)  # per stage: the stages of other ranks that read what it makes
@@ -333,7 +347,7 @@ class _StageLinks:
                 yield Action(action.stage, Kind.RECEIVE_BACKWARD, action.microbatch, peer)
 
     def needs_here(self, action: Action) -> Iterator[tuple[Action, ...]]:
-        """What must have run before on the same rank, each as a choice of actions of which one stands in the list."""
+        """What must have run before on the same rank: alternatives, such as B or I, of which the rank's list has one."""
         index = action.microbatch
         if action.kind is Kind.FORWARD:
             for stage in self.makers_here[action.stage]:

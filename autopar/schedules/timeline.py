@@ -1,12 +1,13 @@
-"""Simulated time of a schedule: when each action runs, how long a step takes, and which times it hangs on.
+"""Simulated time of a schedule: when each action runs, how long a step takes, and which seconds it depends on.
 
-In comes a schedule of computing actions, the seconds of each stage's parts and of each transfer; out comes a `Timeline`. The rules are
-those by which lists run (`schedules`): a rank computes in the order of its list, one action after the other; a transfer starts when its
-content is made and the transfers before it between the same two ranks have arrived; computing goes on meanwhile; an action starts when its
-rank is free and all its messages are there.
+Comes in: a schedule of computing actions, the seconds of each stage's passes and of each transfer between stages. Goes out: a `Timeline`.
+The rules are those by which the executor runs lists: a rank computes in the order of its list, one action after the other; a transfer
+starts when its content is made and the earlier transfers between the same two ranks, in the same direction, have arrived; computing goes on
+meanwhile; an action starts when its rank is free and all its messages are there.
 
-So a step's time is a longest path through a graph of actions and transfers, and `Timeline.critical` counts what lies on it. For a fixed
-schedule those counts bound the time from below under any other seconds: one simulation gives a search one cutting plane.
+So a step's time is the longest path through a graph of passes and transfers, and `Timeline.critical` counts what lies on that path. The
+same path exists whatever the seconds, so for a fixed schedule ``sum(count * seconds)`` over it is a lower bound of the step's time under
+any other seconds: a simulation gives a search one linear constraint, a cutting plane.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from autopar.errors import InputError, ScheduleError
 from autopar.schedules.actions import COMPUTING, Action, Kind, Schedule, StageEdge, chain
 
 Activity = tuple[int, Kind] | tuple[int, int, Kind]
-"""A stage's F, B, I or W; or a transfer (producer, consumer, SEND_FORWARD or SEND_BACKWARD)."""
+"""What takes time: a pass (stage, F, B, I or W), or a transfer (producer, consumer, SEND_FORWARD or SEND_BACKWARD)."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """Seconds of one micro-batch on one stage; a whole backward takes `input` + `weight`."""
+    """Seconds of one micro-batch on one stage: of its forward, its input gradients and its weight gradients.
+
+    A whole backward takes ``input + weight``.
+    """
 
     forward: float
     input: float
@@ -35,7 +39,7 @@ class StageTimes:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """An action and the seconds, from the start of the step, at which it starts and ends."""
+    """An action, and when it starts and ends in seconds since the start of the step."""
 
     action: Action
     start: float
@@ -47,9 +51,9 @@ class Timeline:
     """A simulated step.
 
     Attributes:
-        seconds: from the first action's start to the last one's end.
+        seconds: from the start of the first action to the end of the last.
         idle: per rank the seconds in which it computes nothing.
-        critical: how often each part lies on the longest path; `seconds` is the sum of counts times seconds of the parts.
+        critical: activity -> how often it lies on the longest path; `seconds` is the sum of these counts times the activities' seconds.
     """
 
     seconds: float
@@ -60,7 +64,7 @@ class Timeline:
 
     @cached_property
     def spans(self) -> tuple[tuple[Span, ...], ...]:
-        """Per rank its computing actions in order, with their times."""
+        """Per rank its computing actions in order, with the times at which they start and end."""
         return tuple(
             tuple(Span(action, max(self._ends[waited] for waited in self._graph.before[node]), self._ends[node]) for action, node in pairs)
             for pairs in self._graph.nodes
@@ -73,14 +77,18 @@ def simulate(
     transfers: Mapping[tuple[int, int], tuple[float, float]] = MappingProxyType({}),
     edges: Sequence[StageEdge] | None = None,
 ) -> Timeline:
-    """Run a schedule under given times.
+    """Simulate one step of a schedule.
+
+    >>> from autopar.schedules import make_schedule
+    >>> simulate(make_schedule("gpipe", 2, 3), [StageTimes(1.0, 1.0, 1.0)] * 2).seconds
+    12.0
 
     Args:
-        schedule: Computing actions; messages in its lists are left aside, since they are timed from the edges.
-        times: Per stage its seconds.
-        transfers: Per edge (producer, consumer) the seconds of a forward and of a backward message; 0 where none are given. Stages of one
+        schedule: computing actions; messages in its lists are ignored, since transfers are timed from the edges.
+        times: per stage the seconds of its passes.
+        transfers: edge (producer, consumer) -> seconds of a forward and of a backward message; 0 where an edge isn't given. Stages of one
             rank exchange no messages, so their edges take no time.
-        edges: The stage graph; by default a chain.
+        edges: the stage graph; by default a chain.
 
     Raises InputError when times or transfers don't fit the stages, ScheduleError when the ranks wait for each other.
     """
@@ -141,7 +149,7 @@ def _seconds_of(activity: Activity | None, times: Sequence[StageTimes], transfer
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Graph:
-    """Actions and transfers as nodes 1, 2, ... in an order in which each comes after those it waits for; node 0 is the step's start.
+    """Actions and transfers as numbered nodes, each after the nodes that it waits for; node 0 is the start of the step.
 
     Attributes:
         activities: what nodes do; None, which takes no time, is what nodes do that only join others, where more than three are waited for.
@@ -171,7 +179,7 @@ def _index_of(stage: int, kind: Kind) -> int:
 # A search simulates the same few schedules under many times, and building the graph takes longer than walking it.
 @lru_cache(maxsize=16)
 def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
-    """The graph of a schedule: ranks run in turns, each as far as it gets."""
+    """The graph of a schedule, found by running the ranks in turns, each as far as it gets."""
     activities: list[Activity | None] = [None, *((stage, kind) for stage in range(schedule.stages) for kind in _KINDS)]
     needs: dict[int, list[int]] = defaultdict(list)  # per pass of a stage: the messages that it waits for
     makes: dict[int, list[tuple[int, int]]] = defaultdict(list)  # per pass of a stage: the messages that it makes, and for which rank
