@@ -246,7 +246,7 @@ def test_gathered_weights_are_forgotten_and_gathered_once_more(monkeypatch: pyte
         seen: list[StorageRef] = []
 
         def layer(x: Tensor, part: Tensor) -> Tensor:
-            weight = collectives.all_gather(part, "dp", 0, keep=False)
+            weight = collectives.all_gather(part, "dp", 0, save=False)
             seen.append(StorageRef(weight))
             return F.gelu(x @ weight.T) @ weight
 

@@ -2,13 +2,15 @@
 
 Comes in: tensors of one rank. Goes out: tensors of one rank, with autograd through the communication.
 
-Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``losses``, ``kernels``, ``weight_gradients``, ``recompute``, ``attention``.
+Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``losses``, ``kernels``, ``weight_gradients``, ``deferrable``,
+``recompute``, ``attention``.
 """
 
 from autopar.ops.collectives import gather_along, join_parts, regather, take_part
-from autopar.ops.comm import Axis, GroupAxis, Message, TimeAxis
+from autopar.ops.comm import Axis, GroupAxis, Message, MicrobatchAxis
+from autopar.ops.deferrable import DEFERRABLE
 from autopar.ops.recompute import Recomputed
-from autopar.ops.weight_gradients import DEFERRABLE, Deferred, deferring
+from autopar.ops.weight_gradients import Deferred, deferring
 
 __all__ = [
     "DEFERRABLE",
@@ -16,8 +18,8 @@ __all__ = [
     "Deferred",
     "GroupAxis",
     "Message",
+    "MicrobatchAxis",
     "Recomputed",
-    "TimeAxis",
     "deferring",
     "gather_along",
     "join_parts",

@@ -58,12 +58,12 @@ def _join(stack: Tensor, dim: int, outer: int) -> Tensor:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: comm.Axis, dim: int, outer: int, grad: str, keep: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: comm.Axis, dim: int, outer: int, grad: str, save: bool) -> Tensor:
         ctx.step = (axis, dim, outer, grad)
         recipe = _Recipe(x.detach(), axis, dim, outer)
         full = recipe.gather()
-        if not keep:
-            _forget_after_forward(full, recipe)
+        if not save:
+            _free_after_forward(full, recipe)
         return full
 
     @staticmethod
@@ -153,57 +153,57 @@ def all_gather(
     dim: int,
     outer: int = 1,
     grad: Literal["reduce_scatter", "slice"] = "reduce_scatter",
-    keep: bool = True,
+    save: bool = True,
 ) -> Tensor:
     """Shard -> Replicate: every rank's parts joined along `dim`.
 
     The gradient is summed over the ranks and split (``reduce_scatter``), or is whole on every rank already and only split
-    (``slice``). With ``keep=False``, inside `regather`, what autograd saves of the result is the part `x` only.
+    (``slice``). With ``save=False``, inside `regather`, what autograd saves of the result is the part `x` only.
     """
-    found = comm.axis(axis)
-    return x.contiguous() if found.size == 1 else _apply(_AllGather, x, found, dim, outer, grad, keep)
+    mesh_axis = comm.axis(axis)
+    return x.contiguous() if mesh_axis.size == 1 else _apply(_AllGather, x, mesh_axis, dim, outer, grad, save)
 
 
 def reduce_scatter(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
     """Partial -> Shard: this rank's part of the sum over the ranks; the gradient is gathered."""
-    found = comm.axis(axis)
-    return x.contiguous() if found.size == 1 else _apply(_ReduceScatter, x, found, dim, outer)
+    mesh_axis = comm.axis(axis)
+    return x.contiguous() if mesh_axis.size == 1 else _apply(_ReduceScatter, x, mesh_axis, dim, outer)
 
 
 def all_reduce(x: Tensor, axis: str, grad: Literal["identity", "all_reduce"] = "identity") -> Tensor:
     """Partial -> Replicate: the sum over the ranks; the gradient is whole on every rank (``identity``) or Partial too."""
-    found = comm.axis(axis)
-    return x.contiguous() if found.size == 1 else _apply(_AllReduce, x, found, grad)
+    mesh_axis = comm.axis(axis)
+    return x.contiguous() if mesh_axis.size == 1 else _apply(_AllReduce, x, mesh_axis, grad)
 
 
 def shard(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
     """Replicate -> Shard: this rank's part; the gradient is gathered."""
-    found = comm.axis(axis)
-    return x.contiguous() if found.size == 1 else _apply(_Shard, x, found, dim, outer)
+    mesh_axis = comm.axis(axis)
+    return x.contiguous() if mesh_axis.size == 1 else _apply(_Shard, x, mesh_axis, dim, outer)
 
 
 def broadcast(x: Tensor, axis: str) -> Tensor:
     """Replicate -> Broadcast: `x` itself; its gradient, of which every rank has a part of the sum, is summed (Megatron's f)."""
-    found = comm.axis(axis)
-    return x if found.size == 1 else _apply(_Broadcast, x, found)
+    mesh_axis = comm.axis(axis)
+    return x if mesh_axis.size == 1 else _apply(_Broadcast, x, mesh_axis)
 
 
 def keep_first(x: Tensor, axis: str) -> Tensor:
     """Replicate -> Partial: `x` on the first rank of the axis, zeros on the others; the gradient passes as it is."""
-    found = comm.axis(axis)
-    return x if found.size == 1 else _apply(_KeepFirst, x, found)
+    mesh_axis = comm.axis(axis)
+    return x if mesh_axis.size == 1 else _apply(_KeepFirst, x, mesh_axis)
 
 
-def take_in_time(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
+def take_microbatch(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
     """Replicate -> Shard along time: this micro-batch's part; the gradients of all micro-batches add up where they arrive."""
-    found = comm.axis(axis)
+    mesh_axis = comm.axis(axis)
     if outer == 1:
-        size = x.shape[dim] // found.size
-        return x.narrow(dim, found.index * size, size)
-    return _blocks(x, dim, outer, found.size).select(dim + 1, found.index).flatten(dim, dim + 1)
+        size = x.shape[dim] // mesh_axis.size
+        return x.narrow(dim, mesh_axis.index * size, size)
+    return _blocks(x, dim, outer, mesh_axis.size).select(dim + 1, mesh_axis.index).flatten(dim, dim + 1)
 
 
-def first_in_time(x: Tensor, axis: str) -> Tensor:
+def keep_in_first_microbatch(x: Tensor, axis: str) -> Tensor:
     """Replicate -> Partial along time: `x` in the first micro-batch, zeros in the others."""
     return x if comm.axis(axis).index == 0 else torch.zeros_like(x)
 
@@ -215,8 +215,8 @@ def all_to_all(x: Tensor, axis: str, from_dim: int, to_dim: int, from_outer: int
     """
     if from_dim == to_dim:
         raise InputError(f"an all-to-all goes between two dims of a tensor, both are {to_dim}: gather and shard instead")
-    found = comm.axis(axis)
-    return x.contiguous() if found.size == 1 else _apply(_AllToAll, x, found, from_dim, to_dim, from_outer, to_outer)
+    mesh_axis = comm.axis(axis)
+    return x.contiguous() if mesh_axis.size == 1 else _apply(_AllToAll, x, mesh_axis, from_dim, to_dim, from_outer, to_outer)
 
 
 def gather_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
@@ -282,7 +282,7 @@ class _Gathered(threading.local):
 _GATHERED = _Gathered()
 
 
-def _forget_after_forward(full: Tensor, recipe: _Recipe) -> None:
+def _free_after_forward(full: Tensor, recipe: _Recipe) -> None:
     if _GATHERED.recipes is None:
         return
     for key in [key for key, (ref, _) in _GATHERED.recipes.items() if ref.expired()]:
@@ -292,11 +292,12 @@ def _forget_after_forward(full: Tensor, recipe: _Recipe) -> None:
 
 
 def _pack(x: Tensor) -> Tensor | _View:
-    found = (_GATHERED.recipes or {}).get(StorageRef.key_of(x))
-    if found is None or x.dtype != found[1].part.dtype:
+    entry = (_GATHERED.recipes or {}).get(StorageRef.key_of(x))
+    if entry is None or x.dtype != entry[1].part.dtype:
         return x
-    found[1].note_save()
-    return _View(found[1], tuple(x.shape), x.stride(), int(x.storage_offset()))
+    _, recipe = entry
+    recipe.note_save()
+    return _View(recipe, tuple(x.shape), x.stride(), int(x.storage_offset()))
 
 
 def _unpack(saved: Tensor | _View) -> Tensor:
@@ -307,7 +308,7 @@ def _unpack(saved: Tensor | _View) -> Tensor:
 
 @contextmanager
 def regather() -> Iterator[None]:
-    """Run a forward in which the results of ``all_gather(..., keep=False)`` aren't kept for the backward.
+    """Run a forward in which the results of ``all_gather(..., save=False)`` aren't kept for the backward.
 
     Autograd keeps this rank's part instead, and the backward gathers it again.
     """

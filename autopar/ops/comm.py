@@ -2,7 +2,7 @@
 
 An `Axis` is one mesh axis as a rank sees it. It has two forms: `GroupAxis` talks over a torch.distributed process group,
 `ThreadAxis` over shared memory between threads of one process, which is how tests and ``verify`` run all ranks without a
-process group. A third, `TimeAxis`, numbers the micro-batches of a step, between which nothing can be exchanged. An emitted
+process group. A third, `MicrobatchAxis`, numbers the micro-batches of a step, between which nothing can be exchanged. An emitted
 program names axes by text; `active` says which objects the names stand for on this thread.
 """
 
@@ -375,7 +375,7 @@ def _combine_into(total: Tensor, x: Tensor, op: Reduction) -> Tensor:
 
 
 @final
-class TimeAxis(Axis):
+class MicrobatchAxis(Axis):
     """An axis whose positions are the micro-batches of a step, one after the other: size and index are known, nothing can be exchanged."""
 
     def __init__(self, name: str, size: int, index: int) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.ops import comm, rng
-from autopar.ops.losses import Splits, all_axes, reduce_over, share_of, wider
+from autopar.ops.losses import Splits, all_axes, count_parts, reduce_over, wider
 from autopar.ops.losses import binary_cross_entropy as binary_cross_entropy
 from autopar.ops.losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from autopar.ops.losses import cross_entropy as cross_entropy
@@ -349,9 +349,9 @@ def gru(*args: Any, splits: Splits) -> tuple[Tensor, ...]:
 
 def slice_dim(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1, *, splits: Splits) -> Tensor:
     """The same part of every block that a slice takes."""
-    whole = x.shape[dim] * share_of(splits)
+    whole = x.shape[dim] * count_parts(splits)
     first, last, _ = slice(start, end).indices(whole)
-    return x.narrow(dim, first // share_of(splits), (last - first) // share_of(splits))
+    return x.narrow(dim, first // count_parts(splits), (last - first) // count_parts(splits))
 
 
 def narrow(x: Tensor, dim: int, start: int, length: int, *, splits: Splits) -> Tensor:
@@ -361,7 +361,7 @@ def narrow(x: Tensor, dim: int, start: int, length: int, *, splits: Splits) -> T
 
 def split(x: Tensor, sizes: int | Sequence[int], dim: int = 0, *, splits: Splits) -> list[Tensor]:
     """The same part of every piece."""
-    share = share_of(splits)
+    share = count_parts(splits)
     local = sizes // share if isinstance(sizes, int) else [size // share for size in sizes]
     return list(x.split(local, dim))  # type: ignore[no-untyped-call]
 
@@ -386,5 +386,5 @@ def convolution(
 ) -> Tensor:
     """A part of the groups of a convolution over one, two or three dims."""
     function: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
-    result: Tensor = function(x, weight, bias, stride, padding, dilation, groups // share_of(splits))
+    result: Tensor = function(x, weight, bias, stride, padding, dilation, groups // count_parts(splits))
     return result

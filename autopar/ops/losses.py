@@ -34,7 +34,7 @@ def reduce_over(x: Tensor, axes: Sequence[str], op: Reduction = "sum") -> Tensor
     return x
 
 
-def share_of(splits: Splits) -> int:
+def count_parts(splits: Splits) -> int:
     """How many times larger the whole is than a part."""
     return comm.count(all_axes(splits))
 
@@ -46,43 +46,43 @@ def wider(dtype: torch.dtype) -> torch.dtype:
 
 def mean(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
     """A part of a mean: the local mean over the number of equal parts."""
-    return torch.mean(*args, **kwargs) / share_of(splits)
+    return torch.mean(*args, **kwargs) / count_parts(splits)
 
 
 def mse_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
     """A part of a mean of squared differences."""
     loss: Tensor = aten.mse_loss.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def l1_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
     """A part of a mean of absolute differences."""
     loss: Tensor = aten.l1_loss.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def smooth_l1_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
     """A part of a mean smooth L1 loss."""
     loss: Tensor = aten.smooth_l1_loss.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def huber_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
     """A part of a mean Huber loss."""
     loss: Tensor = aten.huber_loss.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def binary_cross_entropy(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
     """A part of a mean binary cross entropy of probabilities."""
     loss: Tensor = aten.binary_cross_entropy.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def binary_cross_entropy_with_logits(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
     """A part of a mean binary cross entropy of logits."""
     loss: Tensor = aten.binary_cross_entropy_with_logits.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def count_targets(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
@@ -102,7 +102,7 @@ def _count_all(target: Tensor, weight: Tensor | None, ignore_index: int, axes: S
     """`count_targets` over the whole batch; `counted` is that of all micro-batches, which time can't sum."""
     if counted is None:
         return reduce_over(count_targets(target, weight, ignore_index), axes)
-    return reduce_over(counted, [axis for axis in axes if not isinstance(comm.axis(axis), comm.TimeAxis)])
+    return reduce_over(counted, [axis for axis in axes if not isinstance(comm.axis(axis), comm.MicrobatchAxis)])
 
 
 def nll_loss(

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from autopar.ops import comm, rng
-from autopar.ops.weight_gradients import inside_region
+from autopar.ops.weight_gradients import in_recomputed_region
 
 
 class Recomputed(nn.Module):
@@ -59,10 +59,10 @@ class _Region:
         # Without the module's own __call__: fx's takes the traceback of every exception apart, and that's how torch ends a
         # recomputation that has made enough.
         if self._drawn is None:
-            with rng.recorded() as self._drawn, inside_region():
+            with rng.recorded() as self._drawn, in_recomputed_region():
                 return self._module.forward(*self._fill(inputs, self._written))
         throwaway = {at: buffer.clone() for at, buffer in self._written.items()}
-        with comm.active(self._axes), rng.replayed(self._drawn), inside_region():
+        with comm.active(self._axes), rng.replayed(self._drawn), in_recomputed_region():
             return self._module.forward(*self._fill(inputs, throwaway))
 
     def _fill(self, inputs: tuple[Any, ...], written: dict[int, Tensor]) -> list[Any]:

@@ -240,7 +240,7 @@ def _stage_program(
 
 def _gathers(module: nn.Module) -> bool:
     graphs = [one.graph for one in module.modules() if isinstance(one, fx.GraphModule)]
-    return any(node.kwargs.get("keep") is False for graph in graphs for node in graph.nodes)
+    return any(node.kwargs.get("save") is False for graph in graphs for node in graph.nodes)
 
 
 def _layers_of(folded: Folded) -> dict[str, Region]:

@@ -362,10 +362,10 @@ class Rewriter:
                 return after
             node = self._move(value, start, whole, op)
             outer = local_outer(after, self.mesh, 0)
-            node = self.new.call_function(collectives.take_in_time, (node, MICROBATCH, need.dim, outer))
+            node = self.new.call_function(collectives.take_microbatch, (node, MICROBATCH, need.dim, outer))
             self._mark(node, op)
         elif need.kind is StateKind.PARTIAL:
-            node = self.new.call_function(collectives.first_in_time, (node, MICROBATCH))
+            node = self.new.call_function(collectives.keep_in_first_microbatch, (node, MICROBATCH))
             self._mark(node, op)
         self.moved[value, after] = node
         return after
@@ -429,7 +429,7 @@ class Rewriter:
             if step.forward is Collective.ALL_GATHER:
                 kwargs["grad"] = GRADIENT_OF_GATHER[step.backward]
                 if producer.kind is OpKind.PARAMETER and tensor.requires_grad:
-                    kwargs["keep"] = False
+                    kwargs["save"] = False
                     self.regather = True
         node = self.new.call_function(function, args, kwargs)
         self._mark(node, consumer)

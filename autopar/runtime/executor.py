@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from autopar.errors import AutoparError, CommError, PipelineError
 from autopar.ir import MICROBATCH, PIPELINE, StateKind
-from autopar.ops import Axis, Deferred, Message, TimeAxis, comm, deferring, join_parts, regather, rng, take_part
+from autopar.ops import Axis, Deferred, Message, MicrobatchAxis, comm, deferring, join_parts, regather, rng, take_part
 from autopar.rewrite import PipelineProgram, StageOutput, StageProgram
 from autopar.schedules import SENDS, Action, Kind, Schedule
 
@@ -133,7 +133,7 @@ class Executor:
         self.trains = schedule.has_backward
         self.count = schedule.microbatches
         self.parts: dict[int, dict[int, Tensor]] = {}
-        self._times = [{**axes, MICROBATCH: TimeAxis(MICROBATCH, self.count, i)} for i in range(self.count)]
+        self._times = [{**axes, MICROBATCH: MicrobatchAxis(MICROBATCH, self.count, i)} for i in range(self.count)]
         self._wholes: dict[int, tuple[Tensor, ...]] = {}
         self._flows: dict[Key, _Flow] = {}
         self._coming: dict[tuple[Kind, int, int, int], list[Message]] = {}  # kind, stage, peer, micro-batch
