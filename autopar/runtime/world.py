@@ -111,14 +111,14 @@ def pipeline_axis(device_mesh: DeviceMesh) -> comm.GroupAxis:
     # Every rank makes the groups of all, in one order.
     lines = device_mesh.mesh.flatten(1).T.tolist()
     place = next(i for i, line in enumerate(lines) if dist.get_rank() in line)
-    ways = [[dist.new_group(line, timeout=_timeout()) for line in lines] for _ in range(1 if device_mesh.device_type == "cpu" else 2)]
-    return comm.GroupAxis(PIPELINE, ways[0][place], (ways[0][place], ways[-1][place]))
+    directions = [[dist.new_group(line, timeout=_timeout()) for line in lines] for _ in range(1 if device_mesh.device_type == "cpu" else 2)]
+    return comm.GroupAxis(PIPELINE, directions[0][place], (directions[0][place], directions[-1][place]))
 
 
 def form_alarm(device_mesh: DeviceMesh, axis: comm.GroupAxis | None) -> Alarm:
     """What stops the ranks of a pipeline when one fails; every rank must call it."""
     alarm = Alarm(torch_compat.default_store(), dist.get_rank(), dist.get_world_size())
-    alarm.watch(axis.ways if axis is not None else ())
+    alarm.watch(axis.directions if axis is not None else ())
     alarm.watch(map(device_mesh.get_group, device_mesh.mesh_dim_names or ()))
     return alarm
 
