@@ -1,6 +1,7 @@
-"""What emitted programs call: collectives over named axes, kernels for split loops, random streams, regions that run again.
+"""What emitted programs call: collectives over named axes, kernels for split loops, random streams, recomputed regions.
 
-Comes in: tensors of one rank. Goes out: tensors of one rank, with autograd through the communication.
+Comes in: a rank's parts of tensors. Goes out: a rank's parts of tensors, with autograd through the communication. The one idea: a program
+is the same for all ranks, names the axes of the mesh by text, and asks them at run time which part is this rank's.
 
 Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``losses``, ``kernels``, ``weight_gradients``, ``deferrable``,
 ``recompute``, ``attention``.
