@@ -1,8 +1,8 @@
 """Regions of a program whose activations aren't saved: the backward runs them again (activation checkpointing).
 
 Comes in: a submodule of an emitted program, whose inputs are all that it reads. Goes out: a module that computes the same, of which
-autograd saves only those inputs. `torch.utils.checkpoint` does the work; added is what it can't know of a program: which axes the names in a region
-stand for, which numbers seeded its random masks, and which buffers it updates.
+autograd saves only those inputs. `torch.utils.checkpoint` does the work; added is what it can't know of a program: which axes the names in
+a region stand for, which numbers seeded its random masks, and which buffers it updates.
 """
 
 from __future__ import annotations
