@@ -365,17 +365,17 @@ def _run_stages(
         for stage, one in pipeline.stages.items()
         if pipeline.schedule.rank_of[stage] == group
     }
-    seeds = {
+    output_gradients = {
         i: cut(w, slot.layout, mesh, place).contiguous()
         for i, (w, slot) in enumerate(zip(weights, program.outputs, strict=True))
         if w is not None
     }
-    executor = Executor(pipeline, pipeline.schedule, group, axis, axes, mine, seeds=seeds, regathers=True)
+    executor = Executor(pipeline, pipeline.schedule, group, axis, axes, mine, output_gradients=output_gradients, regathers=True)
     executor.run()
     assert executor.is_idle, "a schedule ended with micro-batches still under way"
     outputs = {i: executor.join(i) for i, slot in enumerate(program.outputs) if slot.groups[0] == group}
     updates = dict(enumerate(program.mutated_buffers, len(program.outputs)))
-    buffers.update({updates[i]: executor.join(i) for i in [*executor.parts] if i in updates})
+    buffers.update({updates[i]: executor.join(i) for i in [*executor.output_parts] if i in updates})
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return _Parts(outputs, gradients, buffers)
 

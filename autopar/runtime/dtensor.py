@@ -22,16 +22,16 @@ from autopar.ir import Layout, Mesh, StateKind, outer_when_cut
 from autopar.ops import Axis, GroupAxis, collectives
 from autopar.torch_compat import StridedShard, state_dict_utils
 
-Step = tuple[int, int, int]
+AxisSplit = tuple[int, int, int]
 """One split of a tensor: mesh axis, dim, and outer blocks of the dim in what the axes before it left over."""
 
 
-def split_steps(layout: Layout, mesh: Mesh) -> tuple[Step, ...]:
+def split_steps(layout: Layout, mesh: Mesh) -> tuple[AxisSplit, ...]:
     """The splits that make a rank's part of a whole tensor, first axis first. The layout must be of Shard and Replicate only.
 
     A layout counts outer blocks in the whole tensor; an axis before that splits between such blocks leaves fewer of them.
     """
-    steps: list[Step] = []
+    steps: list[AxisSplit] = []
     for position, state in enumerate(layout):
         if state.kind is StateKind.REPLICATE:
             continue
@@ -86,9 +86,9 @@ def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement],
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def placement_steps(placements: Sequence[Placement]) -> tuple[Step, ...]:
+def placement_steps(placements: Sequence[Placement]) -> tuple[AxisSplit, ...]:
     """The splits that a DTensor's placements stand for, first axis first."""
-    steps: list[Step] = []
+    steps: list[AxisSplit] = []
     for axis, placement in enumerate(placements):
         if isinstance(placement, StridedShard):
             steps.append((axis, placement.dim, int(placement.split_factor)))

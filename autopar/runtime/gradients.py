@@ -19,7 +19,7 @@ from autopar import torch_compat
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tracked:
+class TrackedParameter:
     """A parameter and the leaf that stands for it in a program.
 
     Attributes:
@@ -39,15 +39,15 @@ class Tracked:
 class _Bucket:
     """Parameters whose gradients travel together; `ready` counts those that this backward has computed."""
 
-    members: tuple[Tracked, ...]
+    members: tuple[TrackedParameter, ...]
     ready: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Flight:
+class _PendingSum:
     """A sum under way: the members' gradients lie in `flat`, one after the other."""
 
-    members: tuple[Tracked, ...]
+    members: tuple[TrackedParameter, ...]
     flat: Tensor
     work: dist.Work
 
@@ -56,7 +56,7 @@ class _Flight:
 class _Program:
     """The buckets of one program's leaves, and how many of them have been sent in this backward."""
 
-    tracked: tuple[Tracked, ...]
+    tracked: tuple[TrackedParameter, ...]
     buckets: tuple[_Bucket, ...]
     sent: int = 0
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
@@ -70,7 +70,7 @@ class GradientReducer:
 
     def __init__(self) -> None:
         self._programs: list[_Program] = []
-        self._flights: list[_Flight] = []
+        self._pending_sums: list[_PendingSum] = []
         self._stashes: list[StashedGradients] = []
         self._backward = -1
         self._synced = True
@@ -80,7 +80,7 @@ class GradientReducer:
         """Whether backwards sum over the ranks, not only on this one (`no_sync`)."""
         return self._synced
 
-    def track(self, tracked: Sequence[Tracked], bucket_nbytes: int) -> None:
+    def track(self, tracked: Sequence[TrackedParameter], bucket_nbytes: int) -> None:
         """Watch these leaves and sum their gradients so many bytes at a time; leaves that need no gradient are left out."""
         trainable = tuple(each for each in tracked if each.leaf.requires_grad)
         buckets = _fill_buckets(trainable, bucket_nbytes)
@@ -90,7 +90,7 @@ class GradientReducer:
             bucket = bucket_of.get(id(each.leaf))
 
             def on_gradient(_: Tensor, program: _Program = program, bucket: _Bucket | None = bucket) -> None:
-                self._note(program, bucket)
+                self._on_gradient(program, bucket)
 
             handle = each.leaf.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
             program.handles.append(handle)
@@ -113,11 +113,11 @@ class GradientReducer:
         for stash in self._stashes:
             stash.zero()
 
-    def join(self, stash: StashedGradients) -> None:
+    def add_stash(self, stash: StashedGradients) -> None:
         """Let a pipeline's gradients that wait under `no_sync` be summed with all others."""
         self._stashes.append(stash)
 
-    def part(self, stash: StashedGradients) -> None:
+    def remove_stash(self, stash: StashedGradients) -> None:
         """Forget a stash, and drop what waits in it."""
         self._stashes.remove(stash)
 
@@ -134,12 +134,12 @@ class GradientReducer:
         finally:
             self._synced = before
 
-    def _note(self, program: _Program, bucket: _Bucket | None) -> None:
+    def _on_gradient(self, program: _Program, bucket: _Bucket | None) -> None:
         """A leaf got its gradient: send the buckets that are full, in the same order on every rank."""
         this_backward = torch_compat.backward_id()
         if this_backward != self._backward:
             self._backward = this_backward
-            self._flights.clear()
+            self._pending_sums.clear()
             for each in self._programs:
                 each.sent = 0
                 for other in each.buckets:
@@ -156,7 +156,7 @@ class GradientReducer:
         """Before a forward: what a backward that failed half-way left in the leaves must not count in the next one."""
         if self._backward != -1 and torch_compat.backward_id() == -1:
             self._backward = -1
-            self._flights.clear()
+            self._pending_sums.clear()
             for program in self._programs:
                 for each in program.tracked:
                     each.leaf.grad = None
@@ -164,11 +164,11 @@ class GradientReducer:
     def _end(self) -> None:
         self._backward = -1
 
-    def _send(self, members: Sequence[Tracked]) -> None:
+    def _send(self, members: Sequence[TrackedParameter]) -> None:
         """Start the sum of these members' gradients, all of one group and dtype, and take them from the leaves."""
-        flight = _start_sum(members)
-        if flight is not None:
-            self._flights.append(flight)
+        pending_sum = _start_sum(members)
+        if pending_sum is not None:
+            self._pending_sums.append(pending_sum)
 
     def _finish(self) -> None:
         """At the end of a backward: send what is left, wait for all sums, and give every parameter its gradient."""
@@ -176,14 +176,14 @@ class GradientReducer:
             # Buckets with a parameter that this backward didn't reach, and gradients left from `no_sync` by other programs.
             for bucket in program.buckets:
                 self._send(bucket.members)
-        for flight in self._flights:
-            for each, part in _end_sum(flight):
-                _give(each.parameter, part)
-        self._flights.clear()
+        for pending_sum in self._pending_sums:
+            for each, part in _end_sum(pending_sum):
+                _add_to_grad(each.parameter, part)
+        self._pending_sums.clear()
         for program in self._programs:
             for each in program.tracked:
                 if each.leaf.grad is not None:
-                    _give(each.parameter, each.leaf.grad.detach())
+                    _add_to_grad(each.parameter, each.leaf.grad.detach())
                     each.leaf.grad = None
         for stash in self._stashes:
             stash.settle()
@@ -199,39 +199,39 @@ class StashedGradients:
         bucket_nbytes: gradients that are summed together.
     """
 
-    def __init__(self, tracked: Sequence[Tracked], bucket_nbytes: int, reducer: GradientReducer | None = None) -> None:
+    def __init__(self, tracked: Sequence[TrackedParameter], bucket_nbytes: int, reducer: GradientReducer | None = None) -> None:
         self._reducer = reducer or GradientReducer()
-        self._reducer.join(self)
+        self._reducer.add_stash(self)
         self._tracked = {each.name: each for each in tracked if each.leaf.requires_grad}
         self._bucket_nbytes = bucket_nbytes
         # Under `no_sync`: what earlier backwards left, on this rank only.
-        self._waiting: dict[str, Tensor] = {}
-        self._flights: list[_Flight] = []
+        self._unsynced: dict[str, Tensor] = {}
+        self._pending_sums: list[_PendingSum] = []
 
     def begin(self) -> None:
         """Before a schedule: gradients of one that failed, or whose backward never came, count no longer."""
-        self._flights.clear()
+        self._pending_sums.clear()
         for each in self._tracked.values():
             each.leaf.grad = None
 
     def zero(self) -> None:
         """Drop the gradients that wait under `no_sync`."""
-        self._waiting.clear()
+        self._unsynced.clear()
 
     def start(self, names: Sequence[str]) -> None:
         """Begin to sum these gradients over the ranks that have parts of them; every rank of a stage starts the same ones."""
         members = [self._tracked[name] for name in names if name in self._tracked]
         for bucket in _fill_buckets(members, self._bucket_nbytes):
-            flight = _start_sum(bucket.members)
-            if flight is not None:
-                self._flights.append(flight)
+            pending_sum = _start_sum(bucket.members)
+            if pending_sum is not None:
+                self._pending_sums.append(pending_sum)
 
     def collect(self) -> dict[str, Tensor]:
         """The gradients, those that were started summed; the leaves are empty again."""
         found: dict[str, Tensor] = {}
-        for flight in self._flights:
-            found.update({each.name: part for each, part in _end_sum(flight)})
-        self._flights.clear()
+        for pending_sum in self._pending_sums:
+            found.update({each.name: part for each, part in _end_sum(pending_sum)})
+        self._pending_sums.clear()
         for each in self._tracked.values():
             if each.leaf.grad is not None:
                 found[each.name] = each.leaf.grad.detach()
@@ -242,36 +242,36 @@ class StashedGradients:
         """A gradient of nothing for a parameter, of the size of this rank's part."""
         return torch.zeros_like(self._tracked[name].leaf)
 
-    def keep(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
+    def accumulate(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
         """Under `no_sync`: add to what waits on this rank."""
         for name, gradient in gradients.items():
             scaled = gradient * scale
-            self._waiting[name] = self._waiting[name] + scaled if name in self._waiting else scaled
+            self._unsynced[name] = self._unsynced[name] + scaled if name in self._unsynced else scaled
 
     def settle(self) -> None:
         """Sum over the ranks what waited, and add it to the parameters' own."""
-        if not self._waiting:
+        if not self._unsynced:
             return
-        for name, gradient in self._waiting.items():
+        for name, gradient in self._unsynced.items():
             self._tracked[name].leaf.grad = gradient
-        self._waiting = {}
+        self._unsynced = {}
         self.start(list(self._tracked))
         for name, gradient in self.collect().items():
-            _give(self._tracked[name].parameter, gradient)
+            _add_to_grad(self._tracked[name].parameter, gradient)
 
     @property
     def is_synced(self) -> bool:
         """Whether gradients are summed now: not under `no_sync`."""
         return self._reducer.is_synced
 
-    def give(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
+    def apply(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
         """Add summed gradients, scaled, and all that waited in any program, to the parameters' own."""
         self._reducer.settle()
         for name, gradient in gradients.items():
-            _give(self._tracked[name].parameter, gradient.mul_(scale))
+            _add_to_grad(self._tracked[name].parameter, gradient.mul_(scale))
 
 
-def _start_sum(members: Sequence[Tracked]) -> _Flight | None:
+def _start_sum(members: Sequence[TrackedParameter]) -> _PendingSum | None:
     """Start the sum of these members' gradients, all of one group and dtype, and take them from the leaves."""
     present = tuple(each for each in members if each.leaf.grad is not None)
     if not present:
@@ -283,14 +283,14 @@ def _start_sum(members: Sequence[Tracked]) -> _Flight | None:
         each.leaf.grad = None
     work = dist.all_reduce(flat, group=present[0].group, async_op=True)
     assert work is not None
-    return _Flight(present, flat, work)
+    return _PendingSum(present, flat, work)
 
 
-def _end_sum(flight: _Flight) -> Iterator[tuple[Tracked, Tensor]]:
+def _end_sum(pending_sum: _PendingSum) -> Iterator[tuple[TrackedParameter, Tensor]]:
     """Wait for a sum; the members with their gradients."""
-    flight.work.wait()
-    parts = torch.split(flight.flat, [each.leaf.numel() for each in flight.members])
-    for each, part in zip(flight.members, parts, strict=True):
+    pending_sum.work.wait()
+    parts = torch.split(pending_sum.flat, [each.leaf.numel() for each in pending_sum.members])
+    for each, part in zip(pending_sum.members, parts, strict=True):
         yield each, part.view(each.leaf.shape)
 
 
@@ -298,9 +298,9 @@ def _is_full(bucket: _Bucket) -> bool:
     return bucket.ready >= len(bucket.members)
 
 
-def _fill_buckets(tracked: Sequence[Tracked], limit: int) -> tuple[_Bucket, ...]:
+def _fill_buckets(tracked: Sequence[TrackedParameter], limit: int) -> tuple[_Bucket, ...]:
     """Group parameters with Partial gradients by group and dtype, last parameter first: about the backward's order."""
-    filling: dict[tuple[int, torch.dtype], list[Tracked]] = {}
+    filling: dict[tuple[int, torch.dtype], list[TrackedParameter]] = {}
     full: list[_Bucket] = []
     for each in reversed(tracked):
         if each.group is None:
@@ -313,7 +313,7 @@ def _fill_buckets(tracked: Sequence[Tracked], limit: int) -> tuple[_Bucket, ...]
     return (*full, *(_Bucket(tuple(members)) for members in filling.values() if members))
 
 
-def _give(parameter: nn.Parameter, gradient: Tensor) -> None:
+def _add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
     """Add a complete local gradient to the parameter's, and call the parameter's hooks as a backward through it would."""
     if isinstance(parameter, DTensor):
         gradient = torch_compat.make_like(gradient, parameter)

@@ -23,9 +23,9 @@ from autopar.ir import REPLICATE, Layout, shard
 from autopar.ops import comm, gather_along, regather, rng
 from autopar.rewrite import Program, Slot
 from autopar.runtime.dtensor import as_dtensor, gather_whole, placements_of, shard_whole, split_steps, take_local, teach_strided_shards
-from autopar.runtime.gradients import GradientReducer, Tracked
+from autopar.runtime.gradients import GradientReducer, TrackedParameter
 from autopar.runtime.pipeline_calls import PipelineCalls, refuse_gradients
-from autopar.runtime.storage import Home, Init, Storage, as_stored, lend_buffers, plain_parameters, replicate, stands_for
+from autopar.runtime.storage import Deployment, Init, Storage, as_stored, lend_buffers, plain_parameters, replicate, stands_for
 from autopar.runtime.world import join_world, share_number
 
 Planner = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Program]
@@ -106,19 +106,19 @@ class ParallelModule(nn.Module):
     @property
     def layouts(self) -> Mapping[str, Layout]:
         """How each parameter is stored, by name; empty before the first plan. Later programs must take them so."""
-        return {} if self._storage.home is None else self._storage.home.layouts
+        return {} if self._storage.deployment is None else self._storage.deployment.layouts
 
     @property
     def owners(self) -> Mapping[str, int | None]:
         """The pipeline's group that stores each parameter, by name; None when every group does. Later programs must take them so."""
-        return {} if self._storage.home is None else self._storage.home.owners
+        return {} if self._storage.deployment is None else self._storage.deployment.owners
 
     @property
     def data_shard(self) -> tuple[int, int]:
         """Which part of the batch this rank works on: (index, count). PlanError before the first plan."""
-        if self._storage.home is None or self._last is None:
+        if self._storage.deployment is None or self._last is None:
             raise PlanError("there is no plan yet that says how the batch is split: compile with example inputs, or call once")
-        with comm.active(self._storage.home.axes):
+        with comm.active(self._storage.deployment.axes):
             return comm.index(self._last.batch_axes), comm.count(self._last.batch_axes)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Program:
@@ -142,53 +142,53 @@ class ParallelModule(nn.Module):
     @torch_compat.uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program of this call's signature, planning it first when there is none."""
-        if self._storage.home is not None:
-            self._storage.home.alarm.check()
+        if self._storage.deployment is not None:
+            self._storage.deployment.alarm.check()
         refuse_autocast(self._device)
         self._reducer.recover()
         local_tensors: dict[int, Tensor] = {}
         if self._inputs == "local":
             args, kwargs, local_tensors = self._as_global(args, kwargs)
         program = self._find_program(args, kwargs)
-        home = self._storage.home
-        assert home is not None
+        deployment = self._storage.deployment
+        assert deployment is not None
         tensors = program.captured.bind(args, kwargs)
         if program.pipeline is not None:
             refuse_gradients([local_tensors.get(id(x), x) for x in tensors])
             if self._pipelines is None:
-                self._pipelines = PipelineCalls(self._storage, home, self._reducer)
+                self._pipelines = PipelineCalls(self._storage, deployment, self._reducer)
             with torch.inference_mode(False):
                 runner = self._pipelines.find_runner(program)
-            with home.alarm.guard(runner.where):
-                whole = [self._find_global(x, local_tensors, home, program) for x in tensors]
+            with deployment.alarm.guard(runner.where):
+                whole = [self._find_global(x, local_tensors, deployment, program) for x in tensors]
                 return program.captured.unflatten(self._pipelines.run(program, runner, whole))
         parts = []
         for slot, x in zip(program.inputs, tensors, strict=True):
             here = local_tensors.get(id(x))
             if here is None:
-                parts.append(shard_whole(x, slot.layout, home.mesh, home.axes))
+                parts.append(shard_whole(x, slot.layout, deployment.mesh, deployment.axes))
             else:
-                parts.append(_reshard_local(here, slot.layout, home, program.batch_axes))
+                parts.append(_reshard_local(here, slot.layout, deployment, program.batch_axes))
         buffers = self._storage.buffers_of(program)
         with torch.inference_mode(False):
             leaves = self._find_leaves(program)
         lent = lend_buffers(program, buffers) if torch.is_grad_enabled() else buffers
-        held = [take_local(lent[slot.name], slot.layout, home.mesh, home.place) for slot in program.buffers]
-        one_seed = rng.agreed(lambda number: share_number(number, self._device)) if home.device_mesh is not None else nullcontext()
-        with comm.active(home.axes), one_seed, regather() if program.regather else nullcontext():
+        held = [take_local(lent[slot.name], slot.layout, deployment.mesh, deployment.place) for slot in program.buffers]
+        one_seed = rng.agreed(lambda number: share_number(number, self._device)) if deployment.device_mesh is not None else nullcontext()
+        with comm.active(deployment.axes), one_seed, regather() if program.regather else nullcontext():
             results = program.module(*leaves, *held, *parts)
         results = tuple(results) if isinstance(results, tuple | list) else (results,)
         with torch.no_grad():
             layouts = {slot.name: slot.layout for slot in program.buffers}
             for name, value in zip(program.mutated_buffers, results[len(program.outputs) :], strict=True):
-                buffers[name].copy_(gather_whole(value, layouts[name], home.mesh, home.axes))
-        outputs = [_as_output(x, slot, home) for x, slot in zip(results, program.outputs, strict=False)]
+                buffers[name].copy_(gather_whole(value, layouts[name], deployment.mesh, deployment.axes))
+        outputs = [_as_output(x, slot, deployment) for x, slot in zip(results, program.outputs, strict=False)]
         return program.captured.unflatten(outputs)
 
-    def _find_global(self, x: Tensor, local_tensors: Mapping[int, Tensor], home: Home, program: Program) -> Tensor:
+    def _find_global(self, x: Tensor, local_tensors: Mapping[int, Tensor], deployment: Deployment, program: Program) -> Tensor:
         """The whole batch; what every rank passed of it is gathered."""
         here = local_tensors.get(id(x))
-        return x if here is None else _reshard_local(here, tuple(REPLICATE for _ in home.mesh.names), home, program.batch_axes)
+        return x if here is None else _reshard_local(here, tuple(REPLICATE for _ in deployment.mesh.names), deployment, program.batch_axes)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole tensors or DTensors of any layout; of whole tensors every rank keeps its part."""
@@ -226,7 +226,7 @@ class ParallelModule(nn.Module):
         leaves = [torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad) for parameter in parameters]
         self._reducer.track(
             [
-                Tracked(slot.name, parameter, leaf, self._storage.sum_group(slot))
+                TrackedParameter(slot.name, parameter, leaf, self._storage.sum_group(slot))
                 for slot, parameter, leaf in zip(program.parameters, parameters, leaves, strict=True)
             ],
             program.bucket_nbytes,
@@ -264,20 +264,20 @@ _SHARED = (
 )
 
 
-def _reshard_local(x: Tensor, layout: Layout, home: Home, batch_axes: Sequence[str]) -> Tensor:
+def _reshard_local(x: Tensor, layout: Layout, deployment: Deployment, batch_axes: Sequence[str]) -> Tensor:
     """What the program takes of a batch of which this rank has the rows that the batch axes number; other rows are fetched."""
-    if all(layout[home.mesh.names.index(name)] == shard(0) for name in batch_axes):
-        return shard_whole(x, layout, home.mesh, home.axes, batch_axes)
+    if all(layout[deployment.mesh.names.index(name)] == shard(0) for name in batch_axes):
+        return shard_whole(x, layout, deployment.mesh, deployment.axes, batch_axes)
     for name in reversed(batch_axes):
-        if home.axes[name].size > 1:
-            x = gather_along(x, home.axes[name], 0, 1)
-    return shard_whole(x, layout, home.mesh, home.axes)
+        if deployment.axes[name].size > 1:
+            x = gather_along(x, deployment.axes[name], 0, 1)
+    return shard_whole(x, layout, deployment.mesh, deployment.axes)
 
 
-def _as_output(x: Any, slot: Slot, home: Home) -> Any:
-    if home.device_mesh is None or not isinstance(x, Tensor) or not split_steps(slot.layout, home.mesh):
+def _as_output(x: Any, slot: Slot, deployment: Deployment) -> Any:
+    if deployment.device_mesh is None or not isinstance(x, Tensor) or not split_steps(slot.layout, deployment.mesh):
         return x
-    return as_dtensor(x, home.device_mesh, placements_of(slot.layout, home.mesh), slot.shape)
+    return as_dtensor(x, deployment.device_mesh, placements_of(slot.layout, deployment.mesh), slot.shape)
 
 
 def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:

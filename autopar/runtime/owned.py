@@ -36,7 +36,7 @@ class Owned(Placement):
     def __init__(self, index: int) -> None:
         super().__init__()
         self._index = index
-        _teach()
+        _register()
 
     @property
     def index(self) -> int:
@@ -59,7 +59,7 @@ class Owned(Placement):
         return Owned, (self.index,)
 
 
-Home = tuple[int, Owned]
+AxisOwner = tuple[int, Owned]
 """A mesh axis and the owner along it."""
 
 
@@ -83,9 +83,9 @@ def as_owned(
         raise InputError(f"index {k} of the first axis and {len(inner_placements)} inner placements don't fit the mesh {device_mesh}")
     where = device_mesh.get_coordinate()
     if where is None or where[0] != k:
-        local = _nothing(shape, device_mesh, placements, dtype, device)
+        local = _empty_part(shape, device_mesh, placements, dtype, device)
     else:
-        sizes = torch_compat.local_sizes(shape, device_mesh, _plain(placements))
+        sizes = torch_compat.local_sizes(shape, device_mesh, _replicated(placements))
         if local is None or tuple(local.shape) != sizes or local.dtype != dtype:
             given = "nothing" if local is None else f"{tuple(local.shape)} of {local.dtype}"
             raise InputError(f"the owner's part of a tensor {tuple(shape)} as {placements} is {sizes} of {dtype}: {given} was passed")
@@ -94,44 +94,44 @@ def as_owned(
 
 def owner_of(x: Tensor) -> int | None:
     """The index along its axis of the owner of a DTensor; None for a tensor that isn't owned."""
-    home = _home(x.placements) if isinstance(x, DTensor) else None
-    return None if home is None else home[1].index
+    axis_owner = _find_owner(x.placements) if isinstance(x, DTensor) else None
+    return None if axis_owner is None else axis_owner[1].index
 
 
-def _home(placements: Sequence[Placement]) -> Home | None:
-    homes = [(axis, placement) for axis, placement in enumerate(placements) if isinstance(placement, Owned)]
-    if len(homes) > 1:
+def _find_owner(placements: Sequence[Placement]) -> AxisOwner | None:
+    owners = [(axis, placement) for axis, placement in enumerate(placements) if isinstance(placement, Owned)]
+    if len(owners) > 1:
         raise InputError(f"a tensor has one owner, along one mesh axis: {tuple(placements)}")
-    return homes[0] if homes else None
+    return owners[0] if owners else None
 
 
-def _plain(placements: Sequence[Placement]) -> tuple[Placement, ...]:
+def _replicated(placements: Sequence[Placement]) -> tuple[Placement, ...]:
     """What the placements say about the owner's part: there is nothing to split along that axis."""
     return tuple(Replicate() if isinstance(placement, Owned) else placement for placement in placements)
 
 
-def _placed(spec: DTensorSpec, axis: int, placement: Placement) -> DTensorSpec:
+def _with_placement(spec: DTensorSpec, axis: int, placement: Placement) -> DTensorSpec:
     return with_placements(spec, (*spec.placements[:axis], placement, *spec.placements[axis + 1 :]))
 
 
-def _is_here(home: Home, mesh: DeviceMesh) -> bool:
+def _is_owner(axis_owner: AxisOwner, mesh: DeviceMesh) -> bool:
     where = mesh.get_coordinate()
-    return where is not None and where[home[0]] == home[1].index
+    return where is not None and where[axis_owner[0]] == axis_owner[1].index
 
 
-def _nothing(
+def _empty_part(
     shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
     """The part of a rank that has none: as the owner's, but with nothing along dim 0."""
-    return torch.empty((0, *torch_compat.local_sizes(shape, mesh, _plain(placements))[1:]), dtype=dtype, device=device)
+    return torch.empty((0, *torch_compat.local_sizes(shape, mesh, _replicated(placements))[1:]), dtype=dtype, device=device)
 
 
 # --- what ops do --------------------------------------------------------------------------------------------------------------
 #
-# An op is asked about as if the owner's part were replicated over the axis, and torch's rules settle the other axes. Then the
+# An op is requested about as if the owner's part were replicated over the axis, and torch's rules settle the other axes. Then the
 # owner is put back, wherever the op keeps each element in its place.
 
-_KEEPS_PLACES = {
+_ELEMENTWISE = {
     *("alias", "detach", "clone", "_to_copy", "copy", "zero", "fill", "abs", "masked_fill"),
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("normal", "uniform", "bernoulli", "exponential", "random"),
@@ -145,29 +145,29 @@ _NORMS = {
 }
 """Norms, with the kind of norm that they are when nothing is said."""
 
-Slot = tuple[int, int]
+ArgumentPosition = tuple[int, int]
 """A tensor among an op's arguments: the argument, and the place in it if it is a list, else -1."""
 
 Rule = Callable[[OpSchema], OutputSharding]
 
 
-def _propagate(torchs: Rule, schema: OpSchema) -> OutputSharding:
+def _propagate(torch_rule: Rule, schema: OpSchema) -> OutputSharding:
     """Torch's answer for an op; where an argument is owned, ours."""
-    slots = _slots(schema)
+    specs = _find_tensors(schema)
     options = {name: value for name, value in schema.kwargs_schema.items() if isinstance(value, DTensorSpec)}
-    if not any(_home(spec.placements) for spec in (*slots.values(), *options.values())):
-        return torchs(schema)
-    plain = {name: with_placements(spec, _plain(spec.placements)) for name, spec in options.items()}
+    if not any(_find_owner(spec.placements) for spec in (*specs.values(), *options.values())):
+        return torch_rule(schema)
+    plain = {name: with_placements(spec, _replicated(spec.placements)) for name, spec in options.items()}
     schema = OpSchema(schema.op, schema.args_schema, {**schema.kwargs_schema, **plain}, schema_info=schema.schema_info)
     out = options.get("out")
     if schema.op in _NORMS and (len(schema.args_schema) < 3 or schema.args_schema[2] is None):
-        answer = _reduce(torchs, schema, slots, _norm_type(schema))
+        answer = _propagate_reduction(torch_rule, schema, specs, _norm_type(schema))
     elif schema.op is torch.ops.aten.sum.default:
-        answer = _reduce(torchs, schema, slots, None)
-    elif _keeps_places(schema.op):
-        answer = _keep(torchs, schema, slots, out)
+        answer = _propagate_reduction(torch_rule, schema, specs, None)
+    elif _is_elementwise(schema.op):
+        answer = _propagate_elementwise(torch_rule, schema, specs, out)
     else:
-        answer = _gather(torchs, schema, slots)
+        answer = _propagate_gathered(torch_rule, schema, specs)
     result: Any = answer.output_spec
     for name, spec in options.items():
         # Keyword arguments are used as they are, and ``out`` is written as it is.
@@ -176,15 +176,15 @@ def _propagate(torchs: Rule, schema: OpSchema) -> OutputSharding:
     return answer
 
 
-def _slots(schema: OpSchema) -> dict[Slot, DTensorSpec]:
-    found: dict[Slot, DTensorSpec] = {}
+def _find_tensors(schema: OpSchema) -> dict[ArgumentPosition, DTensorSpec]:
+    found: dict[ArgumentPosition, DTensorSpec] = {}
     for position, argument in enumerate(schema.args_schema):
         items = enumerate(argument) if isinstance(argument, (list, tuple)) else [(-1, argument)]
         found.update({(position, index): item for index, item in items if isinstance(item, DTensorSpec)})
     return found
 
 
-def _with_specs(schema: OpSchema, specs: Mapping[Slot, DTensorSpec]) -> OpSchema:
+def _with_specs(schema: OpSchema, specs: Mapping[ArgumentPosition, DTensorSpec]) -> OpSchema:
     arguments: list[object] = []
     for position, argument in enumerate(schema.args_schema):
         if isinstance(argument, (list, tuple)):
@@ -194,16 +194,18 @@ def _with_specs(schema: OpSchema, specs: Mapping[Slot, DTensorSpec]) -> OpSchema
     return OpSchema(schema.op, tuple(arguments), schema.kwargs_schema, schema_info=schema.schema_info)
 
 
-def _keeps_places(op: Any) -> bool:
+def _is_elementwise(op: Any) -> bool:
     name = op._schema.name.partition("::")[2]
-    return torch.Tag.pointwise in op.tags or name.rstrip("_") in _KEEPS_PLACES or name.startswith(("_foreach_", "_fused_"))
+    return torch.Tag.pointwise in op.tags or name.rstrip("_") in _ELEMENTWISE or name.startswith(("_foreach_", "_fused_"))
 
 
-def _ask(torchs: Rule, schema: OpSchema, asked: Mapping[Slot, DTensorSpec]) -> tuple[dict[Slot, DTensorSpec], Any]:
-    """Torch's answer for an op, were its arguments as asked: how it wants them, and what comes out."""
+def _apply_torch_rule(
+    torch_rule: Rule, schema: OpSchema, requested: Mapping[ArgumentPosition, DTensorSpec]
+) -> tuple[dict[ArgumentPosition, DTensorSpec], Any]:
+    """Torch's answer for an op, were its arguments as requested: how it wants them, and what comes out."""
     # Ops on lists treat each place alike. A model has few kinds of parameters, and torch takes seconds for hundreds of them.
     columns: dict[int, list[DTensorSpec]] = {}
-    for (_, place), spec in asked.items():
+    for (_, place), spec in requested.items():
         if place >= 0:
             columns.setdefault(place, []).append(spec)
     first: dict[tuple[DTensorSpec, ...], int] = {}
@@ -213,86 +215,90 @@ def _ask(torchs: Rule, schema: OpSchema, asked: Mapping[Slot, DTensorSpec]) -> t
     stand_in = {-1: -1} | {place: number[first[tuple(column)]] for place, column in columns.items()}
     arguments = tuple(
         [argument[place] for place in number] if columns and isinstance(argument, (list, tuple)) and argument else argument
-        for argument in _with_specs(schema, asked).args_schema
+        for argument in _with_specs(schema, requested).args_schema
     )
     short = OpSchema(schema.op, arguments, schema.kwargs_schema, schema_info=schema.schema_info)
-    answer = torchs(short)
-    wanted = _slots(short)
+    answer = torch_rule(short)
+    required = _find_tensors(short)
     if answer.redistribute_schema is not None:
         leaves = tree_leaves(answer.redistribute_schema.args_schema)
-        wanted = dict(zip(wanted, (leaf for leaf in leaves if isinstance(leaf, DTensorSpec)), strict=True))
+        required = dict(zip(required, (leaf for leaf in leaves if isinstance(leaf, DTensorSpec)), strict=True))
     output: Any = answer.output_spec
     if columns and output is not None:
         output = [output[stand_in[place]] for place in columns]
-    return {(position, place): wanted[position, stand_in[place]] for position, place in asked}, output
+    return {(position, place): required[position, stand_in[place]] for position, place in requested}, output
 
 
-def _answer(schema: OpSchema, slots: Mapping[Slot, DTensorSpec], wanted: Mapping[Slot, DTensorSpec], output: Any) -> OutputSharding:
-    moved = {slot for slot, spec in slots.items() if spec.placements != wanted[slot].placements}
-    _refuse_lost_writes(schema, slots, moved)
-    return OutputSharding(output, _with_specs(schema, wanted) if moved else None, needs_redistribute=bool(moved))
+def _make_sharding(
+    schema: OpSchema, specs: Mapping[ArgumentPosition, DTensorSpec], required: Mapping[ArgumentPosition, DTensorSpec], output: Any
+) -> OutputSharding:
+    moved = {position for position, spec in specs.items() if spec.placements != required[position].placements}
+    _refuse_lost_writes(schema, specs, moved)
+    return OutputSharding(output, _with_specs(schema, required) if moved else None, needs_redistribute=bool(moved))
 
 
-def _refuse_lost_writes(schema: OpSchema, slots: Mapping[Slot, DTensorSpec], moved: set[Slot]) -> None:
-    for slot in moved:
-        alias = schema.op._schema.arguments[slot[0]].alias_info
+def _refuse_lost_writes(schema: OpSchema, specs: Mapping[ArgumentPosition, DTensorSpec], moved: set[ArgumentPosition]) -> None:
+    for position in moved:
+        alias = schema.op._schema.arguments[position[0]].alias_info
         if alias is not None:
             raise InputError(
-                f"{schema.op} would see or change a copy of a tensor placed as {slots[slot].placements}, not the tensor: "
+                f"{schema.op} would see or change a copy of a tensor placed as {specs[position].placements}, not the tensor: "
                 "read the whole of it with full_tensor(), or write the owner's to_local()"
             )
 
 
-def _gather(torchs: Rule, schema: OpSchema, slots: Mapping[Slot, DTensorSpec]) -> OutputSharding:
+def _propagate_gathered(torch_rule: Rule, schema: OpSchema, specs: Mapping[ArgumentPosition, DTensorSpec]) -> OutputSharding:
     """Any op: every rank gets what the owners have."""
-    asked = {slot: with_placements(spec, _plain(spec.placements)) for slot, spec in slots.items()}
-    moved = {slot for slot, spec in slots.items() if _home(spec.placements)}
-    _refuse_lost_writes(schema, slots, moved)
-    answer = torchs(_with_specs(schema, asked))
-    wanted = answer.redistribute_schema if answer.needs_redistribute else _with_specs(schema, asked)
-    return OutputSharding(answer.output_spec, wanted, True, answer.use_val_from_redistribute_schema)
+    requested = {position: with_placements(spec, _replicated(spec.placements)) for position, spec in specs.items()}
+    moved = {position for position, spec in specs.items() if _find_owner(spec.placements)}
+    _refuse_lost_writes(schema, specs, moved)
+    answer = torch_rule(_with_specs(schema, requested))
+    required = answer.redistribute_schema if answer.needs_redistribute else _with_specs(schema, requested)
+    return OutputSharding(answer.output_spec, required, True, answer.use_val_from_redistribute_schema)
 
 
-def _keep(torchs: Rule, schema: OpSchema, slots: Mapping[Slot, DTensorSpec], out: DTensorSpec | None) -> OutputSharding:
+def _propagate_elementwise(
+    torch_rule: Rule, schema: OpSchema, specs: Mapping[ArgumentPosition, DTensorSpec], out: DTensorSpec | None
+) -> OutputSharding:
     """An op whose result has every element where its arguments have it: the result has their owner."""
     # Ops on lists do the same for each place in the lists; a tensor that isn't in a list meets all of them.
-    alone = [(slot, spec) for slot, spec in slots.items() if slot[1] < 0]
-    columns: dict[int, list[tuple[Slot, DTensorSpec]]] = {}
-    for slot, spec in slots.items():
-        if slot[1] >= 0:
-            columns.setdefault(slot[1], []).append((slot, spec))
-    homes: dict[int, Home] = {}
-    asked = {slot: with_placements(spec, _plain(spec.placements)) for slot, spec in slots.items()}
-    kept: dict[Slot, Home] = {}
+    alone = [(position, spec) for position, spec in specs.items() if position[1] < 0]
+    columns: dict[int, list[tuple[ArgumentPosition, DTensorSpec]]] = {}
+    for position, spec in specs.items():
+        if position[1] >= 0:
+            columns.setdefault(position[1], []).append((position, spec))
+    owners: dict[int, AxisOwner] = {}
+    requested = {position: with_placements(spec, _replicated(spec.placements)) for position, spec in specs.items()}
+    owner_restored: dict[ArgumentPosition, AxisOwner] = {}
     for place, column in (columns or {-1: alone}).items():
-        specs = [spec for _, spec in column] + [spec for _, spec in alone if columns]
+        column_specs = [spec for _, spec in column] + [spec for _, spec in alone if columns]
         # What is written decides, else the first that has the sizes of the result.
-        leading = [out] if out is not None else specs[:1] if schema.op._schema.is_mutable else specs
+        leading = [out] if out is not None else column_specs[:1] if schema.op._schema.is_mutable else column_specs
         sizes = _broadcast_sizes(spec.shape for spec in leading)
-        home = _home_of_result(leading, sizes)
-        if home is None:
+        axis_owner = _owner_of_result(leading, sizes)
+        if axis_owner is None:
             continue
-        homes[place] = home
-        for slot, spec in column + alone if columns else column:
-            asked[slot] = _placed(asked[slot], home[0], Replicate())
-            if slot[1] == place and _is_cut(spec, sizes):
-                kept[slot] = home
-    wanted, output = _ask(torchs, schema, asked)
-    for slot, (axis, owner) in kept.items():
-        wanted[slot] = _placed(wanted[slot], axis, owner)
+        owners[place] = axis_owner
+        for position, spec in column + alone if columns else column:
+            requested[position] = _with_placement(requested[position], axis_owner[0], Replicate())
+            if position[1] == place and _is_cut(spec, sizes):
+                owner_restored[position] = axis_owner
+    required, output = _apply_torch_rule(torch_rule, schema, requested)
+    for position, (axis, owner) in owner_restored.items():
+        required[position] = _with_placement(required[position], axis, owner)
     if isinstance(output, (list, tuple)):
         of_output = list(columns) or [-1] * len(output)
         pairs = zip(output, of_output, strict=True)
-        output = tuple(spec if spec is None or place not in homes else _placed(spec, *homes[place]) for spec, place in pairs)
-    elif output is not None and -1 in homes:
-        output = _placed(output, *homes[-1])
-    return _answer(schema, slots, wanted, output)
+        output = tuple(spec if spec is None or place not in owners else _with_placement(spec, *owners[place]) for spec, place in pairs)
+    elif output is not None and -1 in owners:
+        output = _with_placement(output, *owners[-1])
+    return _make_sharding(schema, specs, required, output)
 
 
-def _home_of_result(specs: Sequence[DTensorSpec], sizes: torch.Size) -> Home | None:
+def _owner_of_result(specs: Sequence[DTensorSpec], sizes: torch.Size) -> AxisOwner | None:
     """The owner of the first argument that has the sizes of the result."""
-    homes = (_home(spec.placements) for spec in specs if spec.shape == sizes)
-    return next((home for home in homes if home is not None), None)
+    owners = (_find_owner(spec.placements) for spec in specs if spec.shape == sizes)
+    return next((axis_owner for axis_owner in owners if axis_owner is not None), None)
 
 
 def _broadcast_sizes(shapes: Iterable[torch.Size]) -> torch.Size:
@@ -304,7 +310,7 @@ def _is_cut(spec: DTensorSpec, shape: torch.Size) -> bool:
     """Whether ranks without a part need none of an argument either, in an op whose result has sizes `shape`."""
     if not shape:
         # Scalars from elsewhere, such as a clipping factor, broadcast to nothing too.
-        return _home(spec.placements) is not None
+        return _find_owner(spec.placements) is not None
     return len(spec.shape) == len(shape) and spec.shape[0] == shape[0]
 
 
@@ -313,22 +319,24 @@ def _norm_type(schema: OpSchema) -> float:
     return float(given)  # type: ignore[arg-type]
 
 
-def _reduce(torchs: Rule, schema: OpSchema, slots: Mapping[Slot, DTensorSpec], norm_type: float | None) -> OutputSharding:
+def _propagate_reduction(
+    torch_rule: Rule, schema: OpSchema, specs: Mapping[ArgumentPosition, DTensorSpec], norm_type: float | None
+) -> OutputSharding:
     """Norms (or sums, without a norm type) of whole tensors: the owner has the result, the others what adds nothing to it."""
-    asked = {slot: with_placements(spec, _plain(spec.placements)) for slot, spec in slots.items()}
-    wanted, output = _ask(torchs, schema, asked)
+    requested = {position: with_placements(spec, _replicated(spec.placements)) for position, spec in specs.items()}
+    required, output = _apply_torch_rule(torch_rule, schema, requested)
     outputs = list(output) if isinstance(output, (list, tuple)) else [output]
     partial = Partial("sum") if norm_type is None else torch_compat.partial_norm(norm_type)
-    for number, slot in enumerate(slots):
-        home = _home(slots[slot].placements)
-        if home is not None:
-            wanted[slot] = _placed(wanted[slot], *home)
-            outputs[number] = _placed(outputs[number], home[0], partial)
-    found = _answer(schema, slots, wanted, tuple(outputs) if isinstance(output, (list, tuple)) else outputs[0])
+    for number, position in enumerate(specs):
+        axis_owner = _find_owner(specs[position].placements)
+        if axis_owner is not None:
+            required[position] = _with_placement(required[position], *axis_owner)
+            outputs[number] = _with_placement(outputs[number], axis_owner[0], partial)
+    found = _make_sharding(schema, specs, required, tuple(outputs) if isinstance(output, (list, tuple)) else outputs[0])
     if norm_type in (float("inf"), -float("inf")):
         # The largest of no elements isn't defined, so such parts get one that is never the largest.
         run: Any = functools.partial(_extreme_norm, schema.op, 0.0 if norm_type == float("inf") else float("inf"))
-        found.redistribute_schema = _with_specs(schema, wanted)
+        found.redistribute_schema = _with_specs(schema, required)
         found.redistribute_schema.op = run
         found.needs_redistribute = True
     return found
@@ -346,29 +354,29 @@ def _extreme_norm(op: Any, neutral: float, parts: Any, *arguments: Any, **option
 
 def _redistribute_part(local: Tensor, current_spec: DTensorSpec, target_spec: DTensorSpec, **options: Any) -> Tensor:
     """This rank's part under other placements."""
-    here, there = _home(current_spec.placements), _home(target_spec.placements)
+    here, there = _find_owner(current_spec.placements), _find_owner(target_spec.placements)
     if here is None and there is None:
         return torch_compat.redistribute_part(local, current_spec, target_spec, **options)
     mesh, shape = current_spec.mesh, current_spec.shape
     if mesh.get_coordinate() is None:
         return local
-    inner, target = (with_placements(spec, _plain(spec.placements)) for spec in (current_spec, target_spec))
-    if here == there and here is not None and not _is_here(here, mesh):
+    inner, target = (with_placements(spec, _replicated(spec.placements)) for spec in (current_spec, target_spec))
+    if here == there and here is not None and not _is_owner(here, mesh):
         # The groups of all other axes lie among ranks that have nothing.
-        return _nothing(shape, mesh, target.placements, local.dtype, local.device)
+        return _empty_part(shape, mesh, target.placements, local.dtype, local.device)
     if here != there and here is not None:
         local = _broadcast(local, here, inner)
     moved = _redistribute_inner(local, inner, target, options)
     if there is None or here == there:
         return moved
-    if not _is_here(there, mesh):
-        return _nothing(shape, mesh, target.placements, local.dtype, local.device)
+    if not _is_owner(there, mesh):
+        return _empty_part(shape, mesh, target.placements, local.dtype, local.device)
     return moved.clone() if moved is local else moved
 
 
-def _broadcast(local: Tensor, home: Home, inner: DTensorSpec) -> Tensor:
-    axis, owner = home
-    if _is_here(home, inner.mesh):
+def _broadcast(local: Tensor, axis_owner: AxisOwner, inner: DTensorSpec) -> Tensor:
+    axis, owner = axis_owner
+    if _is_owner(axis_owner, inner.mesh):
         # A copy: what comes of it must not share memory with the tensor on one rank only.
         whole = local.detach().clone(memory_format=torch.contiguous_format)
     else:
@@ -388,58 +396,58 @@ def _redistribute_inner(local: Tensor, current: DTensorSpec, target: DTensorSpec
 def _redistribute(
     self: DTensor, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
 ) -> DTensor:
-    owned = _home(self.placements) or _home(placements or ())
+    owned = _find_owner(self.placements) or _find_owner(placements or ())
     return (dtensor.TORCH_REDISTRIBUTE if owned else dtensor.redistribute)(self, device_mesh, placements, **options)
 
 
 def _full_tensor(self: DTensor, **options: Any) -> Tensor:
-    return (dtensor.TORCH_FULL_TENSOR if _home(self.placements) else dtensor.full_tensor)(self, **options)
+    return (dtensor.TORCH_FULL_TENSOR if _find_owner(self.placements) else dtensor.full_tensor)(self, **options)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------------
 
 
-def _held(x: DTensor) -> DTensor | None:
+def _owned_part(x: DTensor) -> DTensor | None:
     """The tensor as only its owners have it; None on the other ranks."""
-    home = _home(x.placements)
-    if home is None:
+    axis_owner = _find_owner(x.placements)
+    if axis_owner is None:
         return x
-    if not _is_here(home, x.device_mesh):
+    if not _is_owner(axis_owner, x.device_mesh):
         return None
-    return dtensor.as_dtensor(torch_compat.local_of(x), x.device_mesh, _plain(x.placements), x.shape)
+    return dtensor.as_dtensor(torch_compat.local_of(x), x.device_mesh, _replicated(x.placements), x.shape)
 
 
 def _create_write_items(self: DTensor, fqn: str, whole: Any) -> Any:
-    held = _held(self)
-    return [] if held is None else dtensor.create_write_items(held, fqn, held)
+    owned_part = _owned_part(self)
+    return [] if owned_part is None else dtensor.create_write_items(owned_part, fqn, owned_part)
 
 
 def _create_chunk_list(self: DTensor) -> Any:
-    held = _held(self)
-    return [] if held is None else dtensor.create_chunk_list(held)
+    owned_part = _owned_part(self)
+    return [] if owned_part is None else dtensor.create_chunk_list(owned_part)
 
 
 def _get_tensor_shard(self: DTensor, index: MetadataIndex) -> Any:
-    held = _held(self)
-    if held is None:
+    owned_part = _owned_part(self)
+    if owned_part is None:
         raise ValueError(f"{index.fqn} has no part on this rank")
-    return dtensor.get_tensor_shard(held, index)
+    return dtensor.get_tensor_shard(owned_part, index)
 
 
 def _distribute_tensors(states: dict[str, Any], keys: Sequence[str], *options: Any, **more_options: Any) -> None:
     for key in keys:
         state = states.get(key)
-        if state is None or isinstance(state, Tensor) or _home(state[0].placements) is None:
+        if state is None or isinstance(state, Tensor) or _find_owner(state[0].placements) is None:
             continue
         # A pair (what to fill, whole value), until the value has been cut.
         target, whole = state
-        held = _held(target)
-        if held is not None:
-            part: dict[str, Any] = {key: (held, whole)}
+        owned_part = _owned_part(target)
+        if owned_part is not None:
+            part: dict[str, Any] = {key: (owned_part, whole)}
             dtensor.distribute_tensors(part, [key], *options, **more_options)
             local = torch_compat.local_of(part[key])
         else:
-            local = _nothing(target.shape, target.device_mesh, target.placements, whole.dtype, whole.device)
+            local = _empty_part(target.shape, target.device_mesh, target.placements, whole.dtype, whole.device)
         # Only a target on the meta device has no part to fill.
         states[key] = dtensor.as_dtensor(local, target.device_mesh, target.placements, target.shape) if target.is_meta else target
     dtensor.distribute_tensors(states, keys, *options, **more_options)
@@ -449,17 +457,17 @@ _DISTRIBUTE_TENSOR: Callable[..., DTensor] = state_dict_utils.distribute_tensor 
 
 
 def _distribute_tensor(tensor: Tensor, device_mesh: DeviceMesh, placements: Sequence[Placement], **options: Any) -> DTensor:
-    if _home(placements) is None:
+    if _find_owner(placements) is None:
         return _DISTRIBUTE_TENSOR(tensor, device_mesh, placements, **options)
     return _DISTRIBUTE_TENSOR(tensor, device_mesh, [Replicate()] * len(placements), **options).redistribute(placements=placements)
 
 
-def _keep_scalars(torchs: Callable[..., None]) -> Callable[..., None]:
+def _keep_scalars(torch_rule: Callable[..., None]) -> Callable[..., None]:
     """Wrap how whole states reach the ranks' own: torch leaves scalars of an optimizer's state plain, apart from their parameters."""
 
     def load(whole: dict[str, Any], states: dict[str, Any], *options: Any, **more_options: Any) -> None:
         owned = {key: x for key, x in states.items() if isinstance(x, DTensor) and not x.shape and owner_of(x) is not None}
-        torchs(whole, states, *options, **more_options)
+        torch_rule(whole, states, *options, **more_options)
         for key, x in owned.items():
             if key in states and not isinstance(states[key], DTensor):
                 with torch.no_grad():
@@ -469,7 +477,7 @@ def _keep_scalars(torchs: Callable[..., None]) -> Callable[..., None]:
 
 
 @functools.cache
-def _teach() -> None:
+def _register() -> None:
     """Let torch's DTensor have owners."""
     dtensor.teach_strided_shards()
     for name, method in (
@@ -485,4 +493,4 @@ def _teach() -> None:
     for name in ("_distribute_state_dict", "_broadcast_state_dict"):
         setattr(checkpoint_state, name, _keep_scalars(getattr(checkpoint_state, name)))
     torch_compat.replace_redistribution(_redistribute_part)
-    torch_compat.replace_propagation(lambda torchs: functools.partial(_propagate, torchs))
+    torch_compat.replace_propagation(lambda torch_rule: functools.partial(_propagate, torch_rule))

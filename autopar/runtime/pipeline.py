@@ -20,9 +20,10 @@ from autopar.errors import CommError, InputError, PipelineError
 from autopar.ir import local_shape
 from autopar.ops import Axis, Message
 from autopar.rewrite import PipelineProgram, Program, Slot
-from autopar.runtime.executor import Executor, StageTensors, find_taken
+from autopar.runtime.executor import Executor, StageTensors, device_of
 from autopar.runtime.failures import Alarm
 from autopar.runtime.gradients import StashedGradients
+from autopar.runtime.mailbox import find_finished_sends
 from autopar.schedules import Kind
 
 SECOND_BACKWARD = "this pipelined step has had its backward already: call the model again before the next backward()"
@@ -47,7 +48,7 @@ class StageRunner:
     def __init__(
         self,
         program: Program,
-        group: int,
+        pipeline_rank: int,
         axis: Axis | None,
         axes: Mapping[str, Axis],
         leaves: Mapping[str, Tensor],
@@ -57,31 +58,34 @@ class StageRunner:
         assert program.pipeline is not None
         self.program = program
         self.pipeline: PipelineProgram = program.pipeline
-        self.group = group
+        self.pipeline_rank = pipeline_rank
         self.axis = axis
         self.axes = axes
         self.leaves = leaves
         self.stash = stash
         self.alarm = alarm or Alarm()
-        self._shared = [slot for slot in program.parameters if len(slot.groups) > 1 and group in slot.groups]
-        mine = {number: stage for number, stage in self.pipeline.stages.items() if self.pipeline.schedule.rank_of[number] == group}
+        self._shared = [slot for slot in program.parameters if len(slot.groups) > 1 and pipeline_rank in slot.groups]
+        mine = {number: stage for number, stage in self.pipeline.stages.items() if self.pipeline.schedule.rank_of[number] == pipeline_rank}
         self._stages = mine
         stages = ("stages " if len(mine) > 1 else "stage ") + ", ".join(map(str, mine))
-        self.where = f"{stages} (group {group} of the pipeline)"
+        self.where = f"{stages} (group {pipeline_rank} of the pipeline)"
         # A parameter may be summed over the ranks when the last stage of this rank that uses it is done.
-        self._users: dict[int, set[int]] = {}
+        self._stages_using: dict[int, set[int]] = {}
         for number, stage in mine.items():
             for i in stage.parameters:
                 if len(program.parameters[i].groups) == 1:
-                    self._users.setdefault(i, set()).add(number)
-        self._taken = find_taken(self.pipeline.schedule, group), find_taken(self.pipeline.inference, group)
+                    self._stages_using.setdefault(i, set()).add(number)
+        self._finished_sends = (
+            find_finished_sends(self.pipeline.schedule, pipeline_rank),
+            find_finished_sends(self.pipeline.inference, pipeline_rank),
+        )
         # What the last loss was scaled by before its backward. The backward of the next has run before that is known of it.
         halves = any(slot.dtype == "float16" for slot in program.parameters)
         loss = self.pipeline.loss
         is_scaled = halves and loss is not None and program.outputs[loss].dtype != "float16"
         self.scale = torch.tensor(FIRST_HALF_SCALE if is_scaled else 1.0)
 
-    def run(self, buffers: Mapping[str, Tensor], inputs: Sequence[Tensor], *, number: int, trains: bool, syncs: bool) -> PipelineRun:
+    def run(self, buffers: Mapping[str, Tensor], inputs: Sequence[Tensor], *, random_seed: int, trains: bool, syncs: bool) -> PipelineRun:
         """Run the schedule (its forwards, when the loss is computed outside) on this rank's parts of the buffers and inputs.
 
         The backward begins with the scale that the last loss had: gradients of float16 would vanish without it.
@@ -91,22 +95,21 @@ class StageRunner:
                 "a model in pipeline stages can't be run inside of a backward, as torch.utils.checkpoint around it does; "
                 "pin recompute='full' instead"
             )
-        self._refresh()
-        slots = self.program
+        self._update_shared_values()
         tensors = {
             stage: StageTensors(
-                [self.leaves[slots.parameters[i].name] for i in one.parameters],
-                [buffers[slots.buffers[i].name] for i in one.buffers],
+                [self.leaves[self.program.parameters[position].name] for position in program.parameters],
+                [buffers[self.program.buffers[position].name] for position in program.buffers],
                 inputs,
             )
-            for stage, one in self._stages.items()
+            for stage, program in self._stages.items()
         }
         loss = self.pipeline.loss
-        seeds = {}
+        output_gradients = {}
         if trains and loss is not None:
-            slot = slots.outputs[loss]
+            slot = self.program.outputs[loss]
             self.scale = self.scale.to(_device_of(tensors), getattr(torch, slot.dtype))
-            seeds[loss] = self.scale.expand(slot.shape)
+            output_gradients[loss] = self.scale.expand(slot.shape)
         done: set[int] = set()
 
         def reduce(stage: int) -> None:
@@ -117,15 +120,15 @@ class StageRunner:
         executor = Executor(
             self.pipeline,
             self.pipeline.schedule if trains else self.pipeline.inference,
-            self.group,
+            self.pipeline_rank,
             self.axis,
             self.axes,
             tensors,
-            seeds=seeds,
-            number=number,
+            output_gradients=output_gradients,
+            random_seed=random_seed,
             regathers=self.program.regather,
             reduce=reduce,
-            taken=self._taken[0 if trains else 1],
+            finished_sends=self._finished_sends[0 if trains else 1],
         )
         run = PipelineRun(self, executor, syncs)
         if trains:
@@ -139,7 +142,7 @@ class StageRunner:
         return run
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
+    def step_context(self, what: str) -> Iterator[None]:
         """Say of an error inside in which stages it came, and at `what`, which is none of the schedule's actions."""
         try:
             yield
@@ -151,9 +154,9 @@ class StageRunner:
     def _ready(self, stage: int, done: set[int]) -> list[str]:
         """Parameters of a stage whose gradients are complete on this group, and on no other."""
         parameters = self.program.parameters
-        return [parameters[i].name for i in self._stages[stage].parameters if i in self._users and self._users[i] <= done]
+        return [parameters[i].name for i in self._stages[stage].parameters if i in self._stages_using and self._stages_using[i] <= done]
 
-    def _refresh(self) -> None:
+    def _update_shared_values(self) -> None:
         """Bring the values of shared parameters from their owners."""
         if self.axis is None:
             return
@@ -161,19 +164,19 @@ class StageRunner:
         messages = []
         for slot in self._shared:
             leaf, owner = self.leaves[slot.name].detach(), slot.groups[0]
-            with self.doing(f"before micro-batch 0, the value of the shared parameter {slot.name} from group {owner}"):
-                if owner == self.group:
+            with self.step_context(f"before micro-batch 0, the value of the shared parameter {slot.name} from group {owner}"):
+                if owner == self.pipeline_rank:
                     messages += [axis.send(leaf, user) for user in slot.groups[1:]]
                 else:
                     value = _wait(axis.receive(owner, leaf.shape, leaf.dtype, leaf.device), owner)
                     # A backward that is still to come may have saved it, and minds a write even of the same value.
                     if not torch.equal(leaf, value):
                         leaf.copy_(value)
-        with self.doing("before micro-batch 0, the values of shared parameters to other groups"):
+        with self.step_context("before micro-batch 0, the values of shared parameters to other groups"):
             for message in messages:
                 message.wait()
 
-    def bring_home(self) -> None:
+    def sum_shared_gradients(self) -> None:
         """Add the gradients of shared parameters up where their owner is."""
         if self.axis is None:
             return
@@ -181,35 +184,37 @@ class StageRunner:
         messages = []
         for slot in self._shared:
             leaf, owner = self.leaves[slot.name], slot.groups[0]
-            if owner != self.group and leaf.requires_grad:
-                with self.doing(f"after the last micro-batch, the gradient of the shared parameter {slot.name} to group {owner}"):
+            if owner != self.pipeline_rank and leaf.requires_grad:
+                with self.step_context(f"after the last micro-batch, the gradient of the shared parameter {slot.name} to group {owner}"):
                     messages.append(axis.send(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf), owner))
                 leaf.grad = None
         for slot in self._shared:
             leaf = self.leaves[slot.name]
-            if slot.groups[0] == self.group and leaf.requires_grad:
+            if slot.groups[0] == self.pipeline_rank and leaf.requires_grad:
                 for user in slot.groups[1:]:
-                    with self.doing(f"after the last micro-batch, the gradient of the shared parameter {slot.name} from group {user}"):
+                    with self.step_context(
+                        f"after the last micro-batch, the gradient of the shared parameter {slot.name} from group {user}"
+                    ):
                         gradient = _wait(axis.receive(user, leaf.shape, leaf.dtype, leaf.device), user)
                         leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        with self.doing("after the last micro-batch, the gradients of shared parameters to other groups"):
+        with self.step_context("after the last micro-batch, the gradients of shared parameters to other groups"):
             for message in messages:
                 message.wait()
 
-    def meet(self, device: torch.device) -> None:
+    def wait_for_all_ranks(self, device: torch.device) -> None:
         """Wait until every group has come through the step, so that all of them go on to their optimizers or none."""
         if self.axis is not None:
-            with self.doing("after the last micro-batch, waiting for the other groups to end the step"):
+            with self.step_context("after the last micro-batch, waiting for the other groups to end the step"):
                 self.axis.all_reduce(torch.zeros(1, device=device))
 
-    def share(self, x: Tensor | None, slot: Slot, device: torch.device) -> Tensor:
+    def broadcast(self, x: Tensor | None, slot: Slot, device: torch.device) -> Tensor:
         """This rank's part of an output, or of a buffer's new value, on every group: its maker passes it."""
         maker = slot.groups[0]
         if self.axis is None:
             assert x is not None
             return x
-        with self.doing(f"after the last micro-batch, {slot.name} from group {maker} to all others"):
-            if maker != self.group:
+        with self.step_context(f"after the last micro-batch, {slot.name} from group {maker} to all others"):
+            if maker != self.pipeline_rank:
                 shape = local_shape(slot.shape, slot.layout, self.program.mesh)
                 return _wait(self.axis.receive(maker, shape, getattr(torch, slot.dtype), device), maker)
             assert x is not None
@@ -227,10 +232,7 @@ def _wait(message: Message, group: int) -> Tensor:
 
 
 def _device_of(tensors: Mapping[int, StageTensors]) -> torch.device:
-    for one in tensors.values():
-        for x in (*one.parameters, *one.inputs, *one.buffers):
-            return x.device
-    return torch.device("cpu")
+    return device_of(next(iter(tensors.values())))
 
 
 class PipelineRun:
@@ -241,24 +243,24 @@ class PipelineRun:
         self.executor = executor
         self.syncs = syncs
         self.gradients: dict[str, Tensor] | None = None
-        self.is_over = False
+        self.had_backward = False
         self.trained = runner.pipeline.trained
         self.scale = runner.scale
 
     def finish(self) -> None:
         """After the last backward: gradients of shared parameters go home, and all are summed over the ranks."""
         runner = self.runner
-        runner.bring_home()
-        with runner.doing("after the last micro-batch, the sum of gradients over the ranks of the group"):
+        runner.sum_shared_gradients()
+        with runner.step_context("after the last micro-batch, the sum of gradients over the ranks of the group"):
             if self.syncs:
-                runner.stash.start([slot.name for slot in runner._shared if slot.groups[0] == runner.group])
+                runner.stash.start([slot.name for slot in runner._shared if slot.groups[0] == runner.pipeline_rank])
             # What the loss doesn't reach may have come by zeros that another group sent back; like on one device it gets none.
             self.gradients = {name: x for name, x in runner.stash.collect().items() if name in self.trained}
         for slot in runner.program.parameters:
             if slot.name in self.trained and slot.name not in self.gradients:
                 # Every rank must have the same gradients, of size zero where the parameter isn't: sums of norms meet in collectives.
                 self.gradients[slot.name] = runner.stash.zeros(slot.name)
-        runner.meet(_device_of(self.executor.tensors))
+        runner.wait_for_all_ranks(_device_of(self.executor.tensors))
 
     def hand_over(self, scale: Tensor) -> None:
         """Give the parameters their gradients. Raises InputError the second time, PipelineError when the pipeline has failed."""
@@ -272,24 +274,24 @@ class PipelineRun:
             scale = scale.to(exact) / self.scale.to(exact)
         with (
             self.runner.alarm.guard(self.runner.where),
-            self.runner.doing("after the last micro-batch, handing gradients to the parameters"),
+            self.runner.step_context("after the last micro-batch, handing gradients to the parameters"),
         ):
             if self.syncs:
-                self.runner.stash.give(gradients, scale)
+                self.runner.stash.apply(gradients, scale)
             else:
-                self.runner.stash.keep(gradients, scale)
+                self.runner.stash.accumulate(gradients, scale)
                 if self.runner.stash.is_synced:
                     self.runner.stash.settle()  # the forward was under no_sync, the backward isn't
 
-    def go_back(self, gradients: Mapping[int, Tensor]) -> None:
+    def run_backwards(self, gradients: Mapping[int, Tensor]) -> None:
         """Run the backwards, with these gradients of outputs that were given to a loss outside, and give the parameters theirs."""
         self.runner.alarm.check()
-        if self.is_over:
+        if self.had_backward:
             raise InputError(SECOND_BACKWARD)
-        self.is_over = True
-        with self.runner.alarm.guard(self.runner.where), self.runner.doing("between the forwards and the backwards"):
+        self.had_backward = True
+        with self.runner.alarm.guard(self.runner.where), self.runner.step_context("between the forwards and the backwards"):
             self.trained = frozenset().union(*(self.runner.pipeline.reached[i] for i in gradients))
-            self.executor.seeds = dict(gradients)
+            self.executor.output_gradients = dict(gradients)
             self.executor.run([action for action in self.executor.actions if action.kind not in FORWARD_KINDS])
             self.finish()
         self.hand_over(torch.ones((), device=next(iter(gradients.values())).device))
@@ -309,11 +311,11 @@ def refuse_backward(x: Tensor) -> Tensor:
     return result
 
 
-def go_back_on_backward(outputs: Mapping[int, Tensor], run: PipelineRun) -> dict[int, Tensor]:
+def run_backwards_on_backward(outputs: Mapping[int, Tensor], run: PipelineRun) -> dict[int, Tensor]:
     """The outputs, whose backward runs that of the pipeline."""
     positions = tuple(outputs)
     anchor = torch.zeros((), device=outputs[positions[0]].device, requires_grad=True)
-    results: Any = _GoBack.apply(anchor, run, positions, *outputs.values())  # type: ignore[no-untyped-call]
+    results: Any = _RunBackwards.apply(anchor, run, positions, *outputs.values())  # type: ignore[no-untyped-call]
     return dict(zip(positions, results, strict=True))
 
 
@@ -342,7 +344,7 @@ class _Refuse(torch.autograd.Function):
         )
 
 
-class _GoBack(torch.autograd.Function):
+class _RunBackwards(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, run: PipelineRun, positions: tuple[int, ...], *outputs: Tensor) -> tuple[Tensor, ...]:
         ctx.run, ctx.positions = run, positions
@@ -352,5 +354,5 @@ class _GoBack(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         given = {i: gradient for i, gradient in zip(ctx.positions, grads, strict=True) if gradient is not None}
-        ctx.run.go_back(given)
+        ctx.run.run_backwards(given)
         return (torch.zeros((), device=next(iter(given.values())).device), None, None, *(None for _ in grads))

@@ -19,46 +19,48 @@ from autopar.errors import InputError
 from autopar.ir import local_shape
 from autopar.rewrite import Program
 from autopar.runtime.dtensor import as_dtensor, gather_whole, split_steps
-from autopar.runtime.gradients import GradientReducer, StashedGradients, Tracked
-from autopar.runtime.pipeline import PipelineRun, StageRunner, go_back_on_backward, hand_over_on_backward, refuse_backward
-from autopar.runtime.storage import Home, Storage, empty_part, lend_buffers, stands_for
+from autopar.runtime.gradients import GradientReducer, StashedGradients, TrackedParameter
+from autopar.runtime.pipeline import PipelineRun, StageRunner, hand_over_on_backward, refuse_backward, run_backwards_on_backward
+from autopar.runtime.storage import Deployment, Storage, empty_part, lend_buffers, stands_for
 from autopar.runtime.world import share_number
 
 
 class PipelineCalls:
     """What the pipelined programs of one model share on this rank."""
 
-    def __init__(self, storage: Storage, home: Home, reducer: GradientReducer) -> None:
+    def __init__(self, storage: Storage, deployment: Deployment, reducer: GradientReducer) -> None:
         self._storage = storage
-        self._home = home
+        self._deployment = deployment
         self._reducer = reducer
         self._runners: dict[int, tuple[list[Tensor], StageRunner]] = {}
         # Copies of parameters that this group uses and another owns, by name.
-        self._guests: dict[str, Tensor] = {}
+        self._borrowed: dict[str, Tensor] = {}
 
     def find_runner(self, program: Program) -> StageRunner:
         """The runner of a program, with leaves that stand for the parameters as they are stored now."""
-        home = self._home
-        mine = [slot for slot in program.parameters if home.group in slot.groups]
+        deployment = self._deployment
+        mine = [slot for slot in program.parameters if deployment.pipeline_rank in slot.groups]
         parameters = {slot.name: self._storage.parameter(slot.name) for slot in program.parameters}
-        stored = [slot.name for slot in mine if home.owners[slot.name] in (home.group, None)]
+        stored = [slot.name for slot in mine if deployment.owners[slot.name] in (deployment.pipeline_rank, None)]
         if id(program) in self._runners:
             leaves, runner = self._runners[id(program)]
             if all(stands_for(leaf, parameters[name]) for name, leaf in zip(stored, leaves, strict=True)):
                 return runner
-            self._reducer.part(runner.stash)
+            self._reducer.remove_stash(runner.stash)
         own = {name: torch_compat.local_of(one).requires_grad_(one.requires_grad) for name, one in parameters.items()}
-        tracked = [Tracked(one.name, parameters[one.name], own[one.name], self._storage.sum_group(one)) for one in program.parameters]
+        tracked = [
+            TrackedParameter(one.name, parameters[one.name], own[one.name], self._storage.sum_group(one)) for one in program.parameters
+        ]
         leaves = [own[name] for name in stored]
         named = dict(zip(stored, leaves, strict=True))
         for slot in mine:
             if slot.name not in named:
-                if slot.name not in self._guests:
-                    shape = local_shape(slot.shape, slot.layout, home.mesh)
-                    self._guests[slot.name] = torch.empty(shape, dtype=parameters[slot.name].dtype, device=self._storage.device)
-                named[slot.name] = self._guests[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
+                if slot.name not in self._borrowed:
+                    shape = local_shape(slot.shape, slot.layout, deployment.mesh)
+                    self._borrowed[slot.name] = torch.empty(shape, dtype=parameters[slot.name].dtype, device=self._storage.device)
+                named[slot.name] = self._borrowed[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
         stash = StashedGradients(tracked, program.bucket_nbytes, self._reducer)
-        runner = StageRunner(program, home.group, home.pipeline, home.axes, named, stash, home.alarm)
+        runner = StageRunner(program, deployment.pipeline_rank, deployment.pipeline, deployment.axes, named, stash, deployment.alarm)
         self._runners[id(program)] = leaves, runner
         return runner
 
@@ -67,15 +69,15 @@ class PipelineCalls:
         pipeline = program.pipeline
         assert pipeline is not None
         buffers = self._storage.buffers_of(program)
-        number = 0
+        random_seed = 0
         if pipeline.random:
-            number = self._agree(int(torch.randint(2**62, ())))
+            random_seed = self._agree(int(torch.randint(2**62, ())))
         trains = torch.is_grad_enabled() and bool(pipeline.trained)
         lent = lend_buffers(program, buffers) if trains else buffers
-        run = runner.run(lent, inputs, number=number, trains=trains, syncs=self._reducer.is_synced)
+        run = runner.run(lent, inputs, random_seed=random_seed, trains=trains, syncs=self._reducer.is_synced)
         executor = run.executor
         makes = {out.position for stage in executor.tensors for out in pipeline.stages[stage].outputs}
-        parts = {i: executor.join(i) for i in makes}
+        parts = {position: executor.join(position) for position in makes}
         if not trains or pipeline.loss is not None:
             executor.close()
         with torch.no_grad():
@@ -88,27 +90,29 @@ class PipelineCalls:
         assert pipeline is not None
         outside = trains and pipeline.loss is None
         shared: dict[int, Tensor] = {}
-        for i, slot in enumerate(program.outputs):
+        for position, slot in enumerate(program.outputs):
             if outside or math.prod(slot.shape) == 1:
-                shared[i] = runner.share(parts.get(i), slot, self._storage.device)
-        differentiable = [i for i, slot in enumerate(program.outputs) if slot.requires_grad]
+                shared[position] = runner.broadcast(parts.get(position), slot, self._storage.device)
+        differentiable = [position for position, slot in enumerate(program.outputs) if slot.requires_grad]
         if outside:
-            shared.update(go_back_on_backward({i: shared[i] for i in differentiable}, run))
+            shared.update(run_backwards_on_backward({position: shared[position] for position in differentiable}, run))
         results: list[Any] = []
-        for i, slot in enumerate(program.outputs):
-            if trains and i == pipeline.loss:
-                results.append(hand_over_on_backward(shared[i], run))
+        for position, slot in enumerate(program.outputs):
+            if trains and position == pipeline.loss:
+                results.append(hand_over_on_backward(shared[position], run))
                 continue
-            refused = trains and not outside and i in differentiable
-            owner = None if i in shared else slot.groups[0]
-            local = shared.get(i, parts.get(i))
+            refused = trains and not outside and position in differentiable
+            owner = None if position in shared else slot.groups[0]
+            local = shared.get(position, parts.get(position))
             if local is None:
-                local = empty_part(slot.shape, slot.layout, self._home.mesh, getattr(torch, slot.dtype), self._storage.device)
+                local = empty_part(slot.shape, slot.layout, self._deployment.mesh, getattr(torch, slot.dtype), self._storage.device)
             local = refuse_backward(local) if refused else local
-            if self._home.device_mesh is None or not (split_steps(slot.layout, self._home.mesh) or owner is not None):
+            if self._deployment.device_mesh is None or not (split_steps(slot.layout, self._deployment.mesh) or owner is not None):
                 results.append(local)
             else:
-                results.append(as_dtensor(local, self._home.device_mesh, self._home.placements_of(slot.layout, owner), slot.shape))
+                results.append(
+                    as_dtensor(local, self._deployment.device_mesh, self._deployment.placements_of(slot.layout, owner), slot.shape)
+                )
         return results
 
     def _update_buffers(self, program: Program, runner: StageRunner, buffers: Mapping[str, Tensor], parts: Mapping[int, Tensor]) -> None:
@@ -118,19 +122,19 @@ class PipelineCalls:
         slots = {slot.name: slot for slot in program.buffers}
         for position, name in enumerate(program.mutated_buffers, len(program.outputs)):
             maker = dataclasses.replace(slots[name], groups=(pipeline.makers[position],))
-            value = runner.share(parts.get(position), maker, self._storage.device)
-            buffers[name].copy_(gather_whole(value, slots[name].layout, self._home.mesh, self._home.axes))
+            value = runner.broadcast(parts.get(position), maker, self._storage.device)
+            buffers[name].copy_(gather_whole(value, slots[name].layout, self._deployment.mesh, self._deployment.axes))
         for name in sorted(pipeline.written):
-            value = runner.share(buffers[name], slots[name], self._storage.device)
+            value = runner.broadcast(buffers[name], slots[name], self._storage.device)
             if value is not buffers[name]:
                 buffers[name].copy_(value)
 
     def _agree(self, number: int) -> int:
         """The first rank's number, on every rank, over groups that a failure closes."""
-        if self._home.pipeline is None:
-            return share_number(number, self._storage.device) if self._home.device_mesh is not None else number
+        if self._deployment.pipeline is None:
+            return share_number(number, self._storage.device) if self._deployment.device_mesh is not None else number
         x = torch.tensor(number, device=self._storage.device)
-        for axis in (self._home.pipeline, *self._home.axes.values()):
+        for axis in (self._deployment.pipeline, *self._deployment.axes.values()):
             x = axis.gather_stack(x)[0]
         return int(x)
 

@@ -1,6 +1,6 @@
 """Where the user's parameters and buffers are stored since the first plan, and how they get there.
 
-Comes in: the user's model and the programs that are made for it. Goes out: a `Home`, in which the first program's layouts are kept by
+Comes in: the user's model and the programs that are made for it. Goes out: a `Deployment`, in which the first program's layouts are kept by
 all later ones. Before the first plan every rank has every parameter whole (`replicate`); captures see plain tensors of the global sizes
 (`plain_parameters`).
 """
@@ -34,21 +34,27 @@ Init = Callable[[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Home:
-    """Where the parameters live since the first plan.
+class Deployment:
+    """What the first plan decides for all later programs: meshes, process groups, and how parameters are stored.
 
     Attributes:
-        mesh: the axes that layouts name; `device_mesh` has the pipeline before them when there is one.
-        group: this rank's group along the pipeline, 0 without one; `groups` of them; `pipeline` is the axis between them.
+        mesh: the mesh that every pipeline rank runs; its axes are those that layouts name.
+        device_mesh: torch's mesh of all ranks, whose first axis is the pipeline's where there are several pipeline ranks; None for a single
+            process without process groups.
+        axes: what a program's names of axes stand for on this rank.
+        pipeline_rank: this rank's position along the pipeline; 0 without one.
+        pipeline_ranks: number of pipeline ranks; 1 without a pipeline.
+        pipeline: the axis between them; None without a pipeline.
         alarm: stops all ranks of a pipeline when one fails.
-        layouts, owners: how, and in which group, each parameter is stored; an owner of None is every group.
+        layouts: by name, the layout on `mesh` in which a parameter is stored.
+        owners: by name, the pipeline rank that stores a parameter; None where every pipeline rank does.
     """
 
     mesh: Mesh
     device_mesh: DeviceMesh | None
     axes: Mapping[str, comm.Axis]
-    group: int
-    groups: int
+    pipeline_rank: int
+    pipeline_ranks: int
     pipeline: comm.Axis | None
     alarm: Alarm
     layouts: Mapping[str, Layout]
@@ -56,13 +62,13 @@ class Home:
 
     @property
     def place(self) -> int:
-        """This rank's number within its group."""
+        """This device's rank in the mesh of its pipeline rank."""
         return dist.get_rank() % self.mesh.world_size if self.device_mesh is not None else 0
 
     def placements_of(self, layout: Layout, owner: int | None) -> list[Placement]:
-        """What torch calls a stored tensor's layout on the device mesh."""
+        """DTensor placements on the device mesh of a tensor with this layout, which pipeline rank `owner` (None: every one) stores."""
         inner = placements_of(layout, self.mesh)
-        if self.groups == 1:
+        if self.pipeline_ranks == 1:
             return list(inner)
         return [Replicate() if owner is None else Owned(owner), *inner]
 
@@ -76,13 +82,13 @@ class Storage:
         device: where parameters on the meta device go.
 
     Attributes:
-        home: where the parameters live; None before the first plan.
+        deployment: where the parameters live; None before the first plan.
     """
 
     def __init__(self, model: nn.Module, init: Init | None, device: torch.device) -> None:
         self.model = model
         self.device = device
-        self.home: Home | None = None
+        self.deployment: Deployment | None = None
         self._init = init
         self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
         # Where each name's tensor is, so that a call needn't walk the modules; the tensors themselves may be replaced.
@@ -108,37 +114,50 @@ class Storage:
 
     def settle(self, program: Program) -> Program:
         """Store the parameters as the first program wants them; check that a later one takes them so."""
-        groups = 1 if program.pipeline is None else program.pipeline.schedule.ranks
-        if self.home is None:
-            device_mesh = form_mesh(with_pipeline(program.mesh, groups), self.device.type)
-            along = pipeline_axis(device_mesh) if device_mesh is not None and groups > 1 else None
-            alarm = form_alarm(device_mesh, along) if device_mesh is not None and program.pipeline is not None else Alarm()
-            group = along.index if along else 0
-            home = Home(program.mesh, device_mesh, axes_of(program.mesh, device_mesh), group, groups, along, alarm, {}, {})
-            layouts, owners = self._exchange(program, home)
-            self.home = dataclasses.replace(home, layouts=layouts, owners=owners)
-        home = self.home
-        if groups != home.groups:
-            raise PlanError(f"the parameters are stored on {home.groups} groups of ranks, a later plan wants {groups}")
-        if program.mesh != home.mesh:
-            raise PlanError(f"the parameters are stored on the mesh {home.mesh}, a later plan wants {program.mesh}")
-        wrong = [slot for slot in program.parameters if home.layouts[slot.name] != slot.layout]
+        pipeline_ranks = 1 if program.pipeline is None else program.pipeline.schedule.ranks
+        if self.deployment is None:
+            device_mesh = form_mesh(with_pipeline(program.mesh, pipeline_ranks), self.device.type)
+            axis = pipeline_axis(device_mesh) if device_mesh is not None and pipeline_ranks > 1 else None
+            alarm = form_alarm(device_mesh, axis) if device_mesh is not None and program.pipeline is not None else Alarm()
+            deployment = Deployment(
+                mesh=program.mesh,
+                device_mesh=device_mesh,
+                axes=axes_of(program.mesh, device_mesh),
+                pipeline_rank=axis.index if axis is not None else 0,
+                pipeline_ranks=pipeline_ranks,
+                pipeline=axis,
+                alarm=alarm,
+                layouts={},
+                owners={},
+            )
+            layouts, owners = self._exchange(program, deployment)
+            self.deployment = dataclasses.replace(deployment, layouts=layouts, owners=owners)
+        deployment = self.deployment
+        if pipeline_ranks != deployment.pipeline_ranks:
+            raise PlanError(
+                f"the parameters are stored on {deployment.pipeline_ranks} groups of ranks, a later plan wants {pipeline_ranks}"
+            )
+        if program.mesh != deployment.mesh:
+            raise PlanError(f"the parameters are stored on the mesh {deployment.mesh}, a later plan wants {program.mesh}")
+        wrong = [slot for slot in program.parameters if deployment.layouts[slot.name] != slot.layout]
         # A parameter that the first program didn't use may be wanted elsewhere: its owner lends it, as it does a shared one.
-        program = dataclasses.replace(program, parameters=tuple(_lend(slot, home.owners[slot.name]) for slot in program.parameters))
+        program = dataclasses.replace(program, parameters=tuple(_lend(slot, deployment.owners[slot.name]) for slot in program.parameters))
         if wrong:
             raise PlanError(
                 "a later plan wants parameters stored otherwise than the first: "
-                + ", ".join(f"{slot.name} {format_layout(slot.layout)}, not {format_layout(home.layouts[slot.name])}" for slot in wrong)
+                + ", ".join(
+                    f"{slot.name} {format_layout(slot.layout)}, not {format_layout(deployment.layouts[slot.name])}" for slot in wrong
+                )
             )
-        if home.device_mesh is not None:
+        if deployment.device_mesh is not None:
             # Forming groups is a collective: here every rank asks for the same ones in the same order.
             for axes in sorted({slot.partial_axes for slot in program.parameters if slot.partial_axes} - set(self._groups)):
-                self._groups[axes] = group_over(home.device_mesh, axes)
-            home.alarm.watch(self._groups.values())
+                self._groups[axes] = group_over(deployment.device_mesh, axes)
+            deployment.alarm.watch(self._groups.values())
         return program
 
-    def _exchange(self, program: Program, home: Home) -> tuple[dict[str, Layout], dict[str, int | None]]:
-        mesh, device_mesh = home.mesh, home.device_mesh
+    def _exchange(self, program: Program, deployment: Deployment) -> tuple[dict[str, Layout], dict[str, int | None]]:
+        mesh, device_mesh = deployment.mesh, deployment.device_mesh
         named = dict(self.model.named_parameters(remove_duplicate=False))
         by_object = {id(named[slot.name]): slot for slot in program.parameters}
         layouts: dict[str, Layout] = {}
@@ -148,22 +167,22 @@ class Storage:
             # What the program doesn't use is kept whole, on the same mesh, so that gradient clipping sees one mesh.
             slot = by_object.get(id(parameter))
             layout = layouts[name] = slot.layout if slot is not None else (REPLICATE,) * len(mesh.names)
-            owner = owners[name] = slot.groups[0] if slot is not None and home.groups > 1 else None
+            owner = owners[name] = slot.groups[0] if slot is not None and deployment.pipeline_ranks > 1 else None
             if id(parameter) in exchanged:
                 continue
             exchanged.add(id(parameter))
             whole = torch_compat.local_of(parameter)
-            is_here = owner in (None, home.group)
+            is_here = owner in (None, deployment.pipeline_rank)
             if not is_here:
                 local = empty_part(parameter.shape, layout, mesh, parameter.dtype, self.device)
             elif whole.is_meta:
-                local = self._materialise(name, whole, layout, mesh, home.place)
+                local = self._materialise(name, whole, layout, mesh, deployment.place)
             elif device_mesh is None:
                 continue
             else:
-                local = take_local(whole, layout, mesh, home.place)
+                local = take_local(whole, layout, mesh, deployment.place)
             if device_mesh is not None:
-                local = as_dtensor(local, device_mesh, home.placements_of(layout, owner), parameter.shape)
+                local = as_dtensor(local, device_mesh, deployment.placements_of(layout, owner), parameter.shape)
             stored = nn.Parameter(local, requires_grad=parameter.requires_grad)
             stored.__dict__.update(parameter.__dict__)
             torch.utils.swap_tensors(parameter, stored)  # type: ignore[no-untyped-call]
@@ -171,7 +190,7 @@ class Storage:
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     full = f"{path}.{name}" if path else name
-                    module._buffers[name] = self._materialise(full, buffer, (REPLICATE,) * len(mesh.names), mesh, home.place)
+                    module._buffers[name] = self._materialise(full, buffer, (REPLICATE,) * len(mesh.names), mesh, deployment.place)
         return layouts, owners
 
     def _materialise(self, name: str, meta: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
