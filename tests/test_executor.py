@@ -165,7 +165,7 @@ class Unasked:
 
     def wait(self) -> Tensor:
         if not self.late:
-            assert not self.exchange.has(*self.where), f"message {self.where} isn't taken yet"
+            assert not self.exchange.has_arrived(*self.where), f"message {self.where} isn't taken yet"
         return self.x
 
 

@@ -1,12 +1,14 @@
-"""A placement for what lives on one rank of a mesh axis: there all of it, as the other axes split it, elsewhere nothing.
+"""A DTensor placement for what lives on one rank of a mesh axis: that rank has all of it, the others have parts of size zero.
 
-In come DTensors with `Owned` among their placements, out come torch's own answers about them: to every rank they are whole
-tensors of one shape, so that optimizers, gradient clipping and checkpoints work unchanged. Ranks without a part hold one whose
-dim 0 has size zero; of a scalar they hold one of shape (0,).
+Comes in: DTensors with `Owned` among their placements. Goes out: torch's own results for them, since to every rank they are whole tensors
+of one global shape: optimizers, gradient clipping and checkpoints work unchanged. A rank that isn't the owner has a part whose dim 0 has
+size zero, and of a scalar one of shape (0,)::
 
-Torch refuses ops on placements that it doesn't know. The first `Owned` teaches it this one: how ops that treat every element
-alike and norms keep it, that all other ops run on gathered copies, how values move to and from it, and what of them a
-checkpoint holds. Tensors without it keep torch's answers.
+    Owned(1) of a (4, 8) weight on three ranks:   rank 0: (0, 8)   rank 1: (4, 8)   rank 2: (0, 8)
+
+Torch refuses ops on placements that it doesn't know. The first `Owned` registers how it behaves: elementwise ops and norms keep the owner,
+all other ops run on gathered copies; how values move to and from it; and what of them a checkpoint holds. Tensors without it get torch's
+own results.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from autopar.torch_compat import DTensorSpec, OpSchema, OutputSharding, state_di
 
 
 class Owned(Placement):
-    """The rank at `index` of a mesh axis holds all that the axis holds, every other rank of it a part of size zero."""
+    """A tensor that lives on one rank of a mesh axis: the one at `index` has all of it, every other rank a part of size zero."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class Owned(Placement):
 
     @property
     def index(self) -> int:
-        """The owner's place along the axis."""
+        """The owner's position along the axis."""
         return self._index
 
     def __eq__(self, other: object) -> bool:
@@ -60,7 +62,7 @@ class Owned(Placement):
 
 
 AxisOwner = tuple[int, Owned]
-"""A mesh axis and the owner along it."""
+"""A mesh axis, and the placement that names the owner along it."""
 
 
 def as_owned(
@@ -72,17 +74,24 @@ def as_owned(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> DTensor:
-    """The DTensor of global sizes `shape` that index `k` of the first mesh axis owns; no communication.
+    """The DTensor that the ranks at position `k` of the first mesh axis own, without communication.
 
-    The owners pass their part, as `inner_placements` over the other axes split it; what the others pass isn't read.
+    Args:
+        local: on the owners, their part, as `inner_placements` split it over the other axes; on other ranks it isn't read.
+        device_mesh: the mesh of all ranks.
+        k: the owners' position along the first axis.
+        inner_placements: a placement per other axis.
+        shape: global sizes.
+        dtype: of all parts.
+        device: where a rank that isn't an owner makes its part of size zero.
 
-    Raises InputError when an owner's part is missing or not what was announced, or when there is no such owner.
+    Raises InputError when an owner's part is missing or has other sizes or another dtype, or when there is no such owner.
     """
     placements = (Owned(k), *inner_placements)
     if len(placements) != device_mesh.ndim or not 0 <= k < device_mesh.size(0):
         raise InputError(f"index {k} of the first axis and {len(inner_placements)} inner placements don't fit the mesh {device_mesh}")
-    where = device_mesh.get_coordinate()
-    if where is None or where[0] != k:
+    coordinate = device_mesh.get_coordinate()
+    if coordinate is None or coordinate[0] != k:
         local = _empty_part(shape, device_mesh, placements, dtype, device)
     else:
         sizes = torch_compat.local_sizes(shape, device_mesh, _replicated(placements))
@@ -93,7 +102,7 @@ def as_owned(
 
 
 def owner_of(x: Tensor) -> int | None:
-    """The index along its axis of the owner of a DTensor; None for a tensor that isn't owned."""
+    """The owner's position along its axis; None for a tensor that isn't owned."""
     axis_owner = _find_owner(x.placements) if isinstance(x, DTensor) else None
     return None if axis_owner is None else axis_owner[1].index
 
@@ -106,7 +115,7 @@ def _find_owner(placements: Sequence[Placement]) -> AxisOwner | None:
 
 
 def _replicated(placements: Sequence[Placement]) -> tuple[Placement, ...]:
-    """What the placements say about the owner's part: there is nothing to split along that axis."""
+    """The placements with Replicate for `Owned`: how the owner's part is split over the other axes."""
     return tuple(Replicate() if isinstance(placement, Owned) else placement for placement in placements)
 
 
@@ -115,44 +124,45 @@ def _with_placement(spec: DTensorSpec, axis: int, placement: Placement) -> DTens
 
 
 def _is_owner(axis_owner: AxisOwner, mesh: DeviceMesh) -> bool:
-    where = mesh.get_coordinate()
-    return where is not None and where[axis_owner[0]] == axis_owner[1].index
+    coordinate = mesh.get_coordinate()
+    return coordinate is not None and coordinate[axis_owner[0]] == axis_owner[1].index
 
 
 def _empty_part(
     shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
-    """The part of a rank that has none: as the owner's, but with nothing along dim 0."""
+    """The part of a rank that isn't the owner: as the owner's, but of size 0 along dim 0."""
     return torch.empty((0, *torch_compat.local_sizes(shape, mesh, _replicated(placements))[1:]), dtype=dtype, device=device)
 
 
 # --- what ops do --------------------------------------------------------------------------------------------------------------
 #
-# An op is requested about as if the owner's part were replicated over the axis, and torch's rules settle the other axes. Then the
-# owner is put back, wherever the op keeps each element in its place.
+# Torch's rule is applied as if the owner's part were replicated over the owner's axis, which settles the other axes. Then `Owned` is put
+# back where the op computes each element of its result from the elements in the same place.
+
 
 _ELEMENTWISE = {
     *("alias", "detach", "clone", "_to_copy", "copy", "zero", "fill", "abs", "masked_fill"),
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
     *("normal", "uniform", "bernoulli", "exponential", "random"),
 }
-"""Ops that treat each element by itself, beside those that torch tags as pointwise and those on lists of tensors."""
+"""Elementwise ops, beside those that torch tags as pointwise and those on lists of tensors."""
 
 _NORMS = {
     torch.ops.aten.linalg_vector_norm.default: 2.0,
     torch.ops.aten.norm.Scalar: 2.0,
     torch.ops.aten._foreach_norm.Scalar: 2.0,
 }
-"""Norms, with the kind of norm that they are when nothing is said."""
+"""Norms, and the kind of norm that each is by default."""
 
 ArgumentPosition = tuple[int, int]
-"""A tensor among an op's arguments: the argument, and the place in it if it is a list, else -1."""
+"""A tensor among an op's arguments: (index of the argument, index in it if it is a list of tensors, else -1)."""
 
 Rule = Callable[[OpSchema], OutputSharding]
 
 
 def _propagate(torch_rule: Rule, schema: OpSchema) -> OutputSharding:
-    """Torch's answer for an op; where an argument is owned, ours."""
+    """The placements of an op's results: by torch's rule, or, where an argument is owned, by the rules below."""
     specs = _find_tensors(schema)
     options = {name: value for name, value in schema.kwargs_schema.items() if isinstance(value, DTensorSpec)}
     if not any(_find_owner(spec.placements) for spec in (*specs.values(), *options.values())):
@@ -202,19 +212,20 @@ def _is_elementwise(op: Any) -> bool:
 def _apply_torch_rule(
     torch_rule: Rule, schema: OpSchema, requested: Mapping[ArgumentPosition, DTensorSpec]
 ) -> tuple[dict[ArgumentPosition, DTensorSpec], Any]:
-    """Torch's answer for an op, were its arguments as requested: how it wants them, and what comes out."""
-    # Ops on lists treat each place alike. A model has few kinds of parameters, and torch takes seconds for hundreds of them.
+    """Torch's rule for an op whose arguments are placed as requested: how it requires them, and the specs of its results."""
+    # Ops on lists compute the same at every place of the lists. A model has few kinds of parameters, and torch takes seconds for hundreds of
+    # tensors, so its rule gets one place of each kind.
     columns: dict[int, list[DTensorSpec]] = {}
     for (_, place), spec in requested.items():
         if place >= 0:
             columns.setdefault(place, []).append(spec)
-    first: dict[tuple[DTensorSpec, ...], int] = {}
+    place_of_kind: dict[tuple[DTensorSpec, ...], int] = {}
     for place, column in columns.items():
-        first.setdefault(tuple(column), place)
-    number = {place: index for index, place in enumerate(first.values())}
-    stand_in = {-1: -1} | {place: number[first[tuple(column)]] for place, column in columns.items()}
+        place_of_kind.setdefault(tuple(column), place)
+    kinds = {place: index for index, place in enumerate(place_of_kind.values())}
+    kind_of = {-1: -1} | {place: kinds[place_of_kind[tuple(column)]] for place, column in columns.items()}
     arguments = tuple(
-        [argument[place] for place in number] if columns and isinstance(argument, (list, tuple)) and argument else argument
+        [argument[place] for place in kinds] if columns and isinstance(argument, (list, tuple)) and argument else argument
         for argument in _with_specs(schema, requested).args_schema
     )
     short = OpSchema(schema.op, arguments, schema.kwargs_schema, schema_info=schema.schema_info)
@@ -225,8 +236,8 @@ def _apply_torch_rule(
         required = dict(zip(required, (leaf for leaf in leaves if isinstance(leaf, DTensorSpec)), strict=True))
     output: Any = answer.output_spec
     if columns and output is not None:
-        output = [output[stand_in[place]] for place in columns]
-    return {(position, place): required[position, stand_in[place]] for position, place in requested}, output
+        output = [output[kind_of[place]] for place in columns]
+    return {(position, place): required[position, kind_of[place]] for position, place in requested}, output
 
 
 def _make_sharding(
@@ -248,7 +259,7 @@ def _refuse_lost_writes(schema: OpSchema, specs: Mapping[ArgumentPosition, DTens
 
 
 def _propagate_gathered(torch_rule: Rule, schema: OpSchema, specs: Mapping[ArgumentPosition, DTensorSpec]) -> OutputSharding:
-    """Any op: every rank gets what the owners have."""
+    """Any op: every rank gets a copy of what the owners have, and computes the same."""
     requested = {position: with_placements(spec, _replicated(spec.placements)) for position, spec in specs.items()}
     moved = {position for position, spec in specs.items() if _find_owner(spec.placements)}
     _refuse_lost_writes(schema, specs, moved)
@@ -260,7 +271,7 @@ def _propagate_gathered(torch_rule: Rule, schema: OpSchema, specs: Mapping[Argum
 def _propagate_elementwise(
     torch_rule: Rule, schema: OpSchema, specs: Mapping[ArgumentPosition, DTensorSpec], out: DTensorSpec | None
 ) -> OutputSharding:
-    """An op whose result has every element where its arguments have it: the result has their owner."""
+    """An elementwise op: its result has the owner of its arguments, which computes alone."""
     # Ops on lists do the same for each place in the lists; a tensor that isn't in a list meets all of them.
     alone = [(position, spec) for position, spec in specs.items() if position[1] < 0]
     columns: dict[int, list[tuple[ArgumentPosition, DTensorSpec]]] = {}
@@ -307,7 +318,7 @@ def _broadcast_sizes(shapes: Iterable[torch.Size]) -> torch.Size:
 
 
 def _is_cut(spec: DTensorSpec, shape: torch.Size) -> bool:
-    """Whether ranks without a part need none of an argument either, in an op whose result has sizes `shape`."""
+    """Whether an argument, too, has a part of size zero on ranks that aren't owners, in an op whose result has sizes `shape`."""
     if not shape:
         # Scalars from elsewhere, such as a clipping factor, broadcast to nothing too.
         return _find_owner(spec.placements) is not None
@@ -322,7 +333,7 @@ def _norm_type(schema: OpSchema) -> float:
 def _propagate_reduction(
     torch_rule: Rule, schema: OpSchema, specs: Mapping[ArgumentPosition, DTensorSpec], norm_type: float | None
 ) -> OutputSharding:
-    """Norms (or sums, without a norm type) of whole tensors: the owner has the result, the others what adds nothing to it."""
+    """A norm (or a sum, without a norm type) of whole tensors: Partial over the owner's axis, where other ranks add nothing."""
     requested = {position: with_placements(spec, _replicated(spec.placements)) for position, spec in specs.items()}
     required, output = _apply_torch_rule(torch_rule, schema, requested)
     outputs = list(output) if isinstance(output, (list, tuple)) else [output]
@@ -334,7 +345,7 @@ def _propagate_reduction(
             outputs[number] = _with_placement(outputs[number], axis_owner[0], partial)
     found = _make_sharding(schema, specs, required, tuple(outputs) if isinstance(output, (list, tuple)) else outputs[0])
     if norm_type in (float("inf"), -float("inf")):
-        # The largest of no elements isn't defined, so such parts get one that is never the largest.
+        # The maximum of no elements isn't defined, so parts of size zero get an element that is never the maximum.
         run: Any = functools.partial(_extreme_norm, schema.op, 0.0 if norm_type == float("inf") else float("inf"))
         found.redistribute_schema = _with_specs(schema, required)
         found.redistribute_schema.op = run
@@ -353,23 +364,23 @@ def _extreme_norm(op: Any, neutral: float, parts: Any, *arguments: Any, **option
 
 
 def _redistribute_part(local: Tensor, current_spec: DTensorSpec, target_spec: DTensorSpec, **options: Any) -> Tensor:
-    """This rank's part under other placements."""
-    here, there = _find_owner(current_spec.placements), _find_owner(target_spec.placements)
-    if here is None and there is None:
+    """This rank's part when a DTensor goes from one spec to another; replaces torch's function."""
+    current_owner, target_owner = _find_owner(current_spec.placements), _find_owner(target_spec.placements)
+    if current_owner is None and target_owner is None:
         return torch_compat.redistribute_part(local, current_spec, target_spec, **options)
     mesh, shape = current_spec.mesh, current_spec.shape
     if mesh.get_coordinate() is None:
         return local
     inner, target = (with_placements(spec, _replicated(spec.placements)) for spec in (current_spec, target_spec))
-    if here == there and here is not None and not _is_owner(here, mesh):
-        # The groups of all other axes lie among ranks that have nothing.
+    if current_owner == target_owner and current_owner is not None and not _is_owner(current_owner, mesh):
+        # The process groups of all other axes consist of ranks that aren't owners, so target_owner is nothing to exchange.
         return _empty_part(shape, mesh, target.placements, local.dtype, local.device)
-    if here != there and here is not None:
-        local = _broadcast(local, here, inner)
+    if current_owner != target_owner and current_owner is not None:
+        local = _broadcast(local, current_owner, inner)
     moved = _redistribute_inner(local, inner, target, options)
-    if there is None or here == there:
+    if target_owner is None or current_owner == target_owner:
         return moved
-    if not _is_owner(there, mesh):
+    if not _is_owner(target_owner, mesh):
         return _empty_part(shape, mesh, target.placements, local.dtype, local.device)
     return moved.clone() if moved is local else moved
 
@@ -408,7 +419,7 @@ def _full_tensor(self: DTensor, **options: Any) -> Tensor:
 
 
 def _owned_part(x: DTensor) -> DTensor | None:
-    """The tensor as only its owners have it; None on the other ranks."""
+    """On owners, the tensor as a DTensor without `Owned`, for torch's functions; None on the other ranks."""
     axis_owner = _find_owner(x.placements)
     if axis_owner is None:
         return x
@@ -463,7 +474,7 @@ def _distribute_tensor(tensor: Tensor, device_mesh: DeviceMesh, placements: Sequ
 
 
 def _keep_scalars(torch_rule: Callable[..., None]) -> Callable[..., None]:
-    """Wrap how whole states reach the ranks' own: torch leaves scalars of an optimizer's state plain, apart from their parameters."""
+    """Wrap torch's loading of whole states, which makes plain tensors of an optimizer's scalars, so that owned scalars stay owned."""
 
     def load(whole: dict[str, Any], states: dict[str, Any], *options: Any, **more_options: Any) -> None:
         owned = {key: x for key, x in states.items() if isinstance(x, DTensor) and not x.shape and owner_of(x) is not None}
@@ -478,7 +489,7 @@ def _keep_scalars(torch_rule: Callable[..., None]) -> Callable[..., None]:
 
 @functools.cache
 def _register() -> None:
-    """Let torch's DTensor have owners."""
+    """Replace the functions and methods of torch's DTensor that must know `Owned`; a second call changes nothing."""
     dtensor.teach_strided_shards()
     for name, method in (
         ("redistribute", _redistribute),

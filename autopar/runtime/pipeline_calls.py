@@ -1,7 +1,7 @@
-"""Calls of pipelined programs: this rank's stages, the leaves that stand for its parameters, buffers, and what the user gets.
+"""Calls of pipelined programs, between the user's call and the runs of a schedule.
 
-Comes in: a program with a pipeline and the whole batch. Goes out: the outputs, behind which the user's backward hands the gradients over
-(`autopar.runtime.pipeline`).
+Comes in: a program with a pipeline, and the whole batch. Goes out: the outputs as the user gets them, behind which the user's backward adds
+the gradients to the parameters (`autopar.runtime.pipeline`).
 """
 
 from __future__ import annotations
@@ -21,51 +21,54 @@ from autopar.rewrite import Program
 from autopar.runtime.dtensor import as_dtensor, gather_whole, split_steps
 from autopar.runtime.gradients import GradientReducer, StashedGradients, TrackedParameter
 from autopar.runtime.pipeline import PipelineRun, StageRunner, hand_over_on_backward, refuse_backward, run_backwards_on_backward
-from autopar.runtime.storage import Deployment, Storage, empty_part, lend_buffers, stands_for
+from autopar.runtime.storage import Deployment, Storage, copy_updated_buffers, empty_part, stands_for
 from autopar.runtime.world import share_number
 
 
 class PipelineCalls:
-    """What the pipelined programs of one model share on this rank."""
+    """The pipelined programs of one model on this rank: their runners, and copies of parameters that other pipeline ranks own."""
 
     def __init__(self, storage: Storage, deployment: Deployment, reducer: GradientReducer) -> None:
         self._storage = storage
         self._deployment = deployment
         self._reducer = reducer
         self._runners: dict[int, tuple[list[Tensor], StageRunner]] = {}
-        # Copies of parameters that this group uses and another owns, by name.
+        # Name -> copy of a parameter that this pipeline rank uses and another one owns.
         self._borrowed: dict[str, Tensor] = {}
 
     def find_runner(self, program: Program) -> StageRunner:
-        """The runner of a program, with leaves that stand for the parameters as they are stored now."""
+        """The runner of a program, whose leaves share the storage that the parameters have now."""
         deployment = self._deployment
-        mine = [slot for slot in program.parameters if deployment.pipeline_rank in slot.groups]
+        used = [slot for slot in program.parameters if deployment.pipeline_rank in slot.groups]
         parameters = {slot.name: self._storage.parameter(slot.name) for slot in program.parameters}
-        stored = [slot.name for slot in mine if deployment.owners[slot.name] in (deployment.pipeline_rank, None)]
+        stored = [slot.name for slot in used if deployment.owners[slot.name] in (deployment.pipeline_rank, None)]
         if id(program) in self._runners:
             leaves, runner = self._runners[id(program)]
             if all(stands_for(leaf, parameters[name]) for name, leaf in zip(stored, leaves, strict=True)):
                 return runner
             self._reducer.remove_stash(runner.stash)
-        own = {name: torch_compat.local_of(one).requires_grad_(one.requires_grad) for name, one in parameters.items()}
+        local_leaves = {
+            name: torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad) for name, parameter in parameters.items()
+        }
         tracked = [
-            TrackedParameter(one.name, parameters[one.name], own[one.name], self._storage.sum_group(one)) for one in program.parameters
+            TrackedParameter(slot.name, parameters[slot.name], local_leaves[slot.name], self._storage.sum_group(slot))
+            for slot in program.parameters
         ]
-        leaves = [own[name] for name in stored]
-        named = dict(zip(stored, leaves, strict=True))
-        for slot in mine:
-            if slot.name not in named:
+        leaves = [local_leaves[name] for name in stored]
+        leaf_of = dict(zip(stored, leaves, strict=True))
+        for slot in used:
+            if slot.name not in leaf_of:
                 if slot.name not in self._borrowed:
                     shape = local_shape(slot.shape, slot.layout, deployment.mesh)
                     self._borrowed[slot.name] = torch.empty(shape, dtype=parameters[slot.name].dtype, device=self._storage.device)
-                named[slot.name] = self._borrowed[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
+                leaf_of[slot.name] = self._borrowed[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
         stash = StashedGradients(tracked, program.bucket_nbytes, self._reducer)
-        runner = StageRunner(program, deployment.pipeline_rank, deployment.pipeline, deployment.axes, named, stash, deployment.alarm)
+        runner = StageRunner(program, deployment.pipeline_rank, deployment.pipeline, deployment.axes, leaf_of, stash, deployment.alarm)
         self._runners[id(program)] = leaves, runner
         return runner
 
     def run(self, program: Program, runner: StageRunner, inputs: Sequence[Tensor]) -> list[Any]:
-        """Run the stages of this rank, and return what the user gets of each output."""
+        """Run the stages of this rank; returns what the user gets of each output."""
         pipeline = program.pipeline
         assert pipeline is not None
         buffers = self._storage.buffers_of(program)
@@ -73,11 +76,11 @@ class PipelineCalls:
         if pipeline.random:
             random_seed = self._agree(int(torch.randint(2**62, ())))
         trains = torch.is_grad_enabled() and bool(pipeline.trained)
-        lent = lend_buffers(program, buffers) if trains else buffers
-        run = runner.run(lent, inputs, random_seed=random_seed, trains=trains, syncs=self._reducer.is_synced)
+        read_buffers = copy_updated_buffers(program, buffers) if trains else buffers
+        run = runner.run(read_buffers, inputs, random_seed=random_seed, trains=trains, syncs=self._reducer.is_synced)
         executor = run.executor
-        makes = {out.position for stage in executor.tensors for out in pipeline.stages[stage].outputs}
-        parts = {position: executor.join(position) for position in makes}
+        made_here = {out.position for stage in executor.tensors for out in pipeline.stages[stage].outputs}
+        parts = {position: executor.join(position) for position in made_here}
         if not trains or pipeline.loss is not None:
             executor.close()
         with torch.no_grad():
@@ -88,25 +91,25 @@ class PipelineCalls:
         """What the user gets of each output: the loss and other scalars on every rank, larger tensors as DTensors."""
         pipeline = program.pipeline
         assert pipeline is not None
-        outside = trains and pipeline.loss is None
+        has_outside_loss = trains and pipeline.loss is None
         shared: dict[int, Tensor] = {}
         for position, slot in enumerate(program.outputs):
-            if outside or math.prod(slot.shape) == 1:
+            if has_outside_loss or math.prod(slot.shape) == 1:
                 shared[position] = runner.broadcast(parts.get(position), slot, self._storage.device)
         differentiable = [position for position, slot in enumerate(program.outputs) if slot.requires_grad]
-        if outside:
+        if has_outside_loss:
             shared.update(run_backwards_on_backward({position: shared[position] for position in differentiable}, run))
         results: list[Any] = []
         for position, slot in enumerate(program.outputs):
             if trains and position == pipeline.loss:
                 results.append(hand_over_on_backward(shared[position], run))
                 continue
-            refused = trains and not outside and position in differentiable
+            is_refused = trains and not has_outside_loss and position in differentiable
             owner = None if position in shared else slot.groups[0]
             local = shared.get(position, parts.get(position))
             if local is None:
                 local = empty_part(slot.shape, slot.layout, self._deployment.mesh, getattr(torch, slot.dtype), self._storage.device)
-            local = refuse_backward(local) if refused else local
+            local = refuse_backward(local) if is_refused else local
             if self._deployment.device_mesh is None or not (split_steps(slot.layout, self._deployment.mesh) or owner is not None):
                 results.append(local)
             else:
@@ -116,7 +119,7 @@ class PipelineCalls:
         return results
 
     def _update_buffers(self, program: Program, runner: StageRunner, buffers: Mapping[str, Tensor], parts: Mapping[int, Tensor]) -> None:
-        """Give buffers their new values on every rank, those too that other groups made or wrote to."""
+        """Give buffers their new values on every rank, also of those that other pipeline ranks made or updated in place."""
         pipeline = program.pipeline
         assert pipeline is not None
         slots = {slot.name: slot for slot in program.buffers}
@@ -130,7 +133,7 @@ class PipelineCalls:
                 buffers[name].copy_(value)
 
     def _agree(self, number: int) -> int:
-        """The first rank's number, on every rank, over groups that a failure closes."""
+        """The first rank's number, on every rank, over process groups that are closed when the pipeline fails."""
         if self._deployment.pipeline is None:
             return share_number(number, self._storage.device) if self._deployment.device_mesh is not None else number
         x = torch.tensor(number, device=self._storage.device)
