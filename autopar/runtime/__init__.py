@@ -3,8 +3,8 @@
 Comes in: the user's module and a `Program`. Goes out: a module with the same calls. The one idea: to the user, parameters are DTensors of
 the global sizes and calls mean what they mean on one device; inside, programs compute with plain tensors that share their storage.
 
-Modules, in reading order: ``failures``, ``dtensor``, ``owned``, ``gradients``, ``mailbox``, ``executor``, ``pipeline``, ``world``,
-``storage``, ``pipeline_calls``, ``module``.
+Modules, in reading order: ``failures``, ``dtensor``, ``owned``, ``owned_rules``, ``gradients``, ``mailbox``, ``executor``, ``pipeline``,
+``world``, ``storage``, ``pipeline_calls``, ``module``.
 """
 
 from autopar.runtime.executor import Executor, StageTensors
