@@ -1,8 +1,8 @@
 """What ops do with owned tensors: the placements of their results, beside torch's own rules.
 
 Comes in: an op and the specs of its arguments, of which some are owned (`autopar.runtime.owned`). Goes out: the specs of its results, and
-how its arguments must be redistributed before. Elementwise ops and ops on lists of tensors run where the owner is; norms and sums give Partial
-results over the owner's axis; for any other op every rank gets a copy of what the owner has.
+how its arguments must be redistributed before. Elementwise ops and ops on lists of tensors run where the owner is; norms and sums give
+Partial results over the owner's axis; for any other op every rank gets a copy of what the owner has.
 """
 
 from __future__ import annotations
