@@ -21,6 +21,7 @@ from autopar.ir import (
     Mesh,
     Op,
     Placement,
+    RouteStep,
     Space,
     Split,
     StateKind,

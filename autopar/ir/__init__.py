@@ -38,7 +38,7 @@ from autopar.ir.layout import (
     shard,
     with_pipeline,
 )
-from autopar.ir.reshard import Collective, Move, Route, Step, journey, route
+from autopar.ir.reshard import Collective, ReshardStep, Route, RouteStep, journey, route
 from autopar.ir.space import Dims, LoopKind, Space, parse
 
 __all__ = [
@@ -72,7 +72,6 @@ __all__ = [
     "Split",
     "State",
     "StateKind",
-    "Step",
     "TargetMean",
     "Tensor",
     "Value",

@@ -197,6 +197,7 @@ def parse(
         view: whether the op copies nothing.
         positional: loops whose kernel must know its part.
         random: whether the op draws random numbers.
+        facts: what must be known of the op beside its loops.
 
     Raises ValueError when the text and the shapes disagree.
     """

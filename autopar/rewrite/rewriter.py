@@ -32,7 +32,6 @@ from autopar.ir import (
     Split,
     State,
     StateKind,
-    ReshardStep,
     TargetMean,
     Tensor,
     Value,
