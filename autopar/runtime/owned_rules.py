@@ -71,11 +71,11 @@ def propagate(torch_rule: Rule, schema: OpSchema) -> OutputSharding:
 
 
 def _find_tensors(schema: OpSchema) -> dict[ArgumentPosition, DTensorSpec]:
-    found: dict[ArgumentPosition, DTensorSpec] = {}
+    specs: dict[ArgumentPosition, DTensorSpec] = {}
     for position, argument in enumerate(schema.args_schema):
         items = enumerate(argument) if isinstance(argument, (list, tuple)) else [(-1, argument)]
-        found.update({(position, index): item for index, item in items if isinstance(item, DTensorSpec)})
-    return found
+        specs.update({(position, index): item for index, item in items if isinstance(item, DTensorSpec)})
+    return specs
 
 
 def _with_specs(schema: OpSchema, specs: Mapping[ArgumentPosition, DTensorSpec]) -> OpSchema:
@@ -227,14 +227,14 @@ def _propagate_reduction(
         if axis_owner is not None:
             required[position] = with_placement(required[position], *axis_owner)
             outputs[number] = with_placement(outputs[number], axis_owner[0], partial)
-    found = _make_sharding(schema, specs, required, tuple(outputs) if isinstance(output, (list, tuple)) else outputs[0])
+    sharding = _make_sharding(schema, specs, required, tuple(outputs) if isinstance(output, (list, tuple)) else outputs[0])
     if norm_type in (float("inf"), -float("inf")):
         # The maximum of no elements isn't defined, so parts of size zero get an element that is never the maximum.
         run: Any = functools.partial(_extreme_norm, schema.op, 0.0 if norm_type == float("inf") else float("inf"))
-        found.redistribute_schema = _with_specs(schema, required)
-        found.redistribute_schema.op = run
-        found.needs_redistribute = True
-    return found
+        sharding.redistribute_schema = _with_specs(schema, required)
+        sharding.redistribute_schema.op = run
+        sharding.needs_redistribute = True
+    return sharding
 
 
 def _extreme_norm(op: Any, neutral: float, parts: Any, *arguments: Any, **options: Any) -> Any:
