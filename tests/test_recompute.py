@@ -306,7 +306,7 @@ def test_programs_say_which_buffers_a_region_writes_to(training: bool) -> None:
     for region in regions:
         given = [node.name for node in region.module.graph.find_nodes(op="placeholder")]
         written = {name for name in given if "running" in name}
-        assert {given[at] for at in region._written} == (written if training else set())
+        assert {given[at] for at in region._updated} == (written if training else set())
         assert written
 
 
