@@ -217,14 +217,7 @@ def parse(
         for dim, size in zip(dims, shape, strict=True):
             if math.prod(known[name] for name in dim) != size:
                 raise ValueError(f"{text!r}: {format_dims((dim,))!r} doesn't have size {size} (loops: {known})")
-    in_results = {name for dims in result_dims for dim in dims for name in dim}
-    in_tensors = in_results | {name for dims in operand_dims for dim in dims for name in dim}
-    loops = {}
-    for name, size in known.items():
-        default = LoopKind.FREE if name in in_results else LoopKind.SUM
-        if name not in in_tensors:
-            default = LoopKind.WHOLE  # named for its size only
-        loops[name] = Loop(name, size, marks.get(name, default))
+    loops = _make_loops(known, marks, operand_dims, result_dims)
     marked_for_kernel = {name for name, loop in loops.items() if loop.kind is LoopKind.KERNEL}
     return Space(
         loops=loops,
@@ -242,6 +235,20 @@ def parse(
         random=random,
         facts=facts or Facts(),
     )
+
+
+def _make_loops(
+    sizes: Mapping[str, int], marks: Mapping[str, LoopKind], operands: Sequence[Dims], results: Sequence[Dims]
+) -> dict[str, Loop]:
+    """The loops by name; a loop without a mark is FREE if a result has it, SUM if only operands do, and WHOLE if no tensor does."""
+    in_results = {name for dims in results for dim in dims for name in dim}
+    in_operands = {name for dims in operands for dim in dims for name in dim}
+
+    def kind_of(name: str) -> LoopKind:
+        default = LoopKind.FREE if name in in_results else LoopKind.SUM if name in in_operands else LoopKind.WHOLE
+        return marks.get(name, default)
+
+    return {name: Loop(name, size, kind_of(name)) for name, size in sizes.items()}
 
 
 def _tensors(text: str, count: int) -> list[str]:

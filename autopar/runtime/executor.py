@@ -111,14 +111,14 @@ class Executor:
             try:
                 self._run_action(action)
             except Exception as error:
-                raise self._explain(action, error) from error
+                raise _explain(self.schedule, self.pipeline_rank, action, error) from error
         for action, messages in self.mailbox.pending_sends.items():
             try:
                 for message in messages:
                     message.wait()
             except Exception as error:
                 lost = CommError(f"stage {action.peer} (group {self.schedule.rank_of[action.peer]}) never took it: {error}")
-                raise self._explain(action, lost) from error
+                raise _explain(self.schedule, self.pipeline_rank, action, lost) from error
         self.mailbox.pending_sends.clear()
 
     @property
@@ -162,7 +162,7 @@ class Executor:
         received_values = [x for peer in sorted(received) for x in received[peer]]
         with (
             comm.active(self._microbatch_axes[action.microbatch]),
-            self._random_streams(action),
+            _random_streams(self.random_seed, action.stage) if self.pipeline.random else nullcontext(),
             regather() if self.regathers else nullcontext(),
             torch.set_grad_enabled(self.trains),
         ):
@@ -190,12 +190,6 @@ class Executor:
             with comm.active(self.axes), torch.no_grad():
                 self._whole_values[stage] = program.prologue(*tensors.buffers, *tensors.inputs)
         return self._whole_values[stage]
-
-    def _random_streams(self, action: Action) -> AbstractContextManager[None]:
-        """Random streams that are the same for all micro-batches of a stage, in which each draws the part of its own rows."""
-        if not self.pipeline.random:
-            return nullcontext()
-        return rng.isolated(rng.derive(self.random_seed, action.stage))
 
     def _backward(self, action: Action) -> None:
         in_stage = self._in_stages.pop((action.stage, action.microbatch))
@@ -250,23 +244,6 @@ class Executor:
             boundaries = tuple(boundary for _, boundary in program.sends[action.peer] if boundary.requires_grad)
         self.mailbox.receive(action, boundaries, device_of(self.tensors[action.stage]))
 
-    def _explain(self, action: Action, error: Exception) -> AutoparError:
-        words = {
-            Kind.FORWARD: "forward",
-            Kind.BACKWARD: "backward",
-            Kind.INPUT: "backward of inputs",
-            Kind.WEIGHT: "backward of weights",
-            Kind.SEND_FORWARD: "send",
-            Kind.SEND_BACKWARD: "send of gradients",
-            Kind.RECEIVE_FORWARD: "receive",
-            Kind.RECEIVE_BACKWARD: "receive of gradients",
-            Kind.REDUCE: "sum of gradients",
-        }
-        return PipelineError(
-            f"stage {action.stage} of {self.schedule.stages}, {words[action.kind]} of micro-batch {action.microbatch} ({action}, group "
-            f"{self.pipeline_rank} of the pipeline): {type(error).__name__}: {error}{OUT_OF_MEMORY if _is_out_of_memory(error) else ''}"
-        )
-
 
 # By name: bound methods stored in an executor would be a reference cycle, and all its tensors would stay until garbage is collected.
 _METHODS = {
@@ -287,6 +264,25 @@ OUT_OF_MEMORY = (
 )
 
 
+def _explain(schedule: Schedule, pipeline_rank: int, action: Action, error: Exception) -> AutoparError:
+    """The error to raise for one that an action of a rank met: it names the stage, the action and the micro-batch."""
+    words = {
+        Kind.FORWARD: "forward",
+        Kind.BACKWARD: "backward",
+        Kind.INPUT: "backward of inputs",
+        Kind.WEIGHT: "backward of weights",
+        Kind.SEND_FORWARD: "send",
+        Kind.SEND_BACKWARD: "send of gradients",
+        Kind.RECEIVE_FORWARD: "receive",
+        Kind.RECEIVE_BACKWARD: "receive of gradients",
+        Kind.REDUCE: "sum of gradients",
+    }
+    return PipelineError(
+        f"stage {action.stage} of {schedule.stages}, {words[action.kind]} of micro-batch {action.microbatch} ({action}, group "
+        f"{pipeline_rank} of the pipeline): {type(error).__name__}: {error}{OUT_OF_MEMORY if _is_out_of_memory(error) else ''}"
+    )
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     # For memory of the host torch has no error of its own.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
@@ -295,6 +291,11 @@ def _is_out_of_memory(error: Exception) -> bool:
 def device_of(tensors: StageTensors) -> torch.device:
     """Where a stage computes."""
     return next((x.device for x in (*tensors.parameters, *tensors.buffers, *tensors.inputs)), torch.device("cpu"))
+
+
+def _random_streams(random_seed: int, stage: int) -> AbstractContextManager[None]:
+    """Random streams that are the same for all micro-batches of a stage, in which each draws the part of its own rows."""
+    return rng.isolated(rng.derive(random_seed, stage))
 
 
 def _cut_gradient(gradient: Tensor, state: State, microbatch: int, microbatches: int) -> Tensor:
