@@ -1,4 +1,8 @@
-"""What users call: `compile`, `plan`, `verify`. Each is the chain of stages in order, short enough to read as its documentation."""
+"""What users call: `compile`, `plan` and `verify`.
+
+Comes in: a model, an example batch, and a cluster. Goes out: a `Plan`, a `Verification`, or a module that trains in parallel. Each function
+is the chain of capture, search, rewrite and runtime in order, short enough to be read.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +36,27 @@ def plan(
     strict: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
-    """Find the fastest plan for `model` on `cluster` without running anything.
+    """Find the fastest plan for a model on a cluster, without running anything.
 
     Args:
-        model: on any device; the meta device is enough.
-        example_inputs: one global batch; only shapes and dtypes count.
+        model: a model on any device; the meta device is enough.
+        example_inputs: one global batch, as a mapping of keyword arguments, a tuple of positional ones, or a pair of both. Only shapes and
+            dtypes of tensors are read.
         cluster: such as ``"4x8xH100"``: 4 machines of 8 devices each.
-        pins: what must be so, as a dict or `autopar.Pins`: axis sizes by kind (``{"dp": 2, "tp": 4}``), ``fsdp`` and ``vocabulary`` (true
-            or false); of a pipeline ``pp`` (groups of ranks), ``schedule`` (``"1f1b"``), ``microbatches``, ``chunks`` (stages on a group)
-            and ``recompute`` (``"none"``, ``"selective"``, ``"full"``); placements and stages of modules by glob
+        pins: what the plan must have, as a dict or `autopar.Pins`: axis sizes by kind (``{"dp": 2, "tp": 4}``), ``fsdp`` and ``vocabulary``
+            (true or false); of a pipeline ``pp`` (pipeline ranks), ``schedule`` (``"1f1b"``), ``microbatches``, ``chunks`` (stages per
+            pipeline rank) and ``recompute`` (``"none"``, ``"selective"``, ``"full"``); placements and stages of modules by glob
             (``{"layers.*.mlp": {"tp": "o"}, "layers.3": {"pp": 1}}``).
-        mesh: axis sizes by name instead of a search over meshes; ``dp``, ``tp`` and ``cp`` are kinds, ``pp`` is the pipeline,
-            other names are free. With a mesh there is a pipeline only if ``pp`` is in it or pinned.
-        strict: an op without a rule is an error instead of running replicated.
-        progress: told what is being done, in a few words.
+        mesh: axis sizes by name, instead of a search over meshes. ``dp``, ``tp`` and ``cp`` are kinds, ``pp`` is the pipeline, other names
+            are free. With a mesh there is a pipeline only if ``pp`` is in it or pinned.
+        strict: whether an op without a rule is an error; by default it runs replicated.
+        progress: called with a few words on what is being done.
 
     Raises:
         CaptureError: the model can't be one graph.
         InputError: pins, mesh or inputs that can't be used.
-        InfeasibleError: nothing fits the memory; says by how much it would have to grow.
-        UnknownOpError: under `strict`.
+        InfeasibleError: no plan fits the memory; the message says how much is needed.
+        UnknownOpError: under `strict`, an op has no rule.
     """
     cluster = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
     pins, group_mesh = reconcile(Pins.parse(pins), mesh)
@@ -80,16 +85,16 @@ def verify(
     ranks: int | None = None,
     tolerance: float = 1e-9,
 ) -> Verification:
-    """Run all ranks of a plan in one process and compare outputs, every gradient and updated buffers with the model.
+    """Run all ranks of a plan in one process, and compare outputs, every gradient and updated buffers with the model.
 
     Args:
-        model: with real parameters and without randomness (dropout 0, or in evaluation mode).
+        model: a model with real parameters and without randomness (dropout 0, or in evaluation mode).
         example_inputs: one global batch, with values.
-        plan: what to check; without one, a plan is made for `cluster`, or for `ranks` CPU processes.
-        cluster: where to plan for when no plan is given.
-        pins: as in `plan`, when no plan is given.
-        ranks: number of CPU processes to plan for when neither a plan nor a cluster is given (4).
-        tolerance: accepted relative error, in float64.
+        plan: the plan to check; without one, a plan is made for `cluster`, or for `ranks` CPU processes.
+        cluster: the cluster to plan for when no plan is given.
+        pins: as in `autopar.plan`, when no plan is given.
+        ranks: number of CPU processes to plan for when neither a plan nor a cluster is given; 4 by default.
+        tolerance: the relative error that is accepted in float64.
 
     Raises InputError for arguments that contradict each other, PlanError for a plan of another model or number of ranks.
     """
@@ -107,26 +112,26 @@ def verify(
 
 
 def _plan(model: nn.Module, example_inputs: ExampleInputs, cluster: Cluster | str, pins: Mapping[str, object] | Pins | None) -> Plan:
-    """`plan`, for a caller in which that name is taken by an argument."""
+    """`plan`, for a function that has an argument of that name."""
     return globals()["plan"](model, example_inputs, cluster, pins=pins)  # type: ignore[no-any-return]
 
 
 def detect_cluster(device_type: str | None = None) -> Cluster:
-    """The cluster that this process group spans: as many devices of this machine's kind, with its memory, as there are ranks.
+    """The cluster of this process group: as many devices as there are ranks, of this machine's kind and memory.
 
-    Raises InputError for a GPU that no machine profile describes, with what to do.
+    Raises InputError for a GPU without a machine profile.
     """
     device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     ranks = world.join_world(device_type)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    ranks_per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
     if device_type == "cpu":
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // ranks_per_machine
         return Cluster.parse(f"{ranks}xcpu").with_memory(memory)
     name, memory = torch.cuda.get_device_name(), torch.cuda.get_device_properties().total_memory
     a100 = "a100-80gb" if memory > 60e9 else "a100-40gb"
     for machine, mark in (("h200", "H200"), ("h100", "H100"), (a100, "A100"), ("v100", "V100")):
         if mark in name:
-            shape = f"{ranks // here}x{here}x{machine}" if here < ranks else f"{ranks}x{machine}"
+            shape = f"{ranks // ranks_per_machine}x{ranks_per_machine}x{machine}" if ranks_per_machine < ranks else f"{ranks}x{machine}"
             return Cluster.parse(shape).with_memory(memory)
     raise InputError(f"no machine profile is known for {name!r}; give `cluster=` a known machine or the path of a profile")
 
@@ -147,23 +152,27 @@ def compile(
 ) -> CompiledModule:
     """Make a model run in parallel over the ranks of this process group; the training loop stays as it is.
 
-    Every rank passes the same global batch and gets the loss that one device would. Without `example_inputs` the first call plans.
-    Make optimizers after this call, from the returned module's parameters.
+    Every rank passes the same global batch and gets the loss that one device would. Without `example_inputs` the first call makes the plan.
+    Make optimizers after this call, from the returned module's parameters::
+
+        model = autopar.compile(model, {"x": x, "labels": labels})
+        optimizer = torch.optim.AdamW(model.parameters())
 
     Args:
         model: the user's model; its parameters become DTensors.
-        example_inputs: plan at once for this call instead of at the first one.
-        cluster: the devices; found out when not given.
-        plan: a plan made before, instead of a search.
+        example_inputs: a call to plan for at once, instead of at the first call.
+        cluster: the devices; by default those of this process group.
+        plan: a plan that was made before, instead of a search.
         pins: as in `autopar.plan`.
         mesh: as in `autopar.plan`.
         strict: as in `autopar.plan`.
-        inputs: ``local`` when every rank passes its own part of the batch (see `CompiledModule.data_shard`); needs an example.
-        init: values of parameters that are on the meta device.
-        device: where those go.
-        progress: told what is being done.
+        inputs: ``local`` when every rank passes its own part of the batch (see `CompiledModule.data_shard`); needs `example_inputs`.
+        init: from name and meta tensor to the value of a parameter or buffer on the meta device.
+        device: where these are stored.
+        progress: called with a few words on what is being done.
 
-    Raises InputError for arguments that can't be used or contradict each other; what `autopar.plan` raises comes with the first call.
+    Raises InputError for arguments that can't be used or contradict each other. The errors of `autopar.plan` are raised when planning: here
+    with `example_inputs`, else by the first call.
     """
     if inputs not in ("global", "local"):
         raise InputError(f'inputs={inputs!r}: "global" or "local" is needed')
@@ -184,19 +193,19 @@ def compile(
 
 
 class CompiledModule(ParallelModule):
-    """A `ParallelModule` that knows its plan."""
+    """The module that `compile` returns: a `ParallelModule` with its plan."""
 
     @property
     def plan(self) -> Plan:
-        """The first plan; later programs (other shapes, evaluation) keep its mesh and its parameters' layouts."""
-        found = self._planner.first  # type: ignore[attr-defined]
-        if found is None:
+        """The first plan, whose mesh and stored layouts later programs (other shapes, evaluation) use. Raises PlanError before it."""
+        plan = self._planner.first_plan  # type: ignore[attr-defined]
+        if plan is None:
             raise PlanError("there is no plan yet: compile with example inputs, or call the module once")
-        assert isinstance(found, Plan)
-        return found
+        assert isinstance(plan, Plan)
+        return plan
 
     def print_program(self) -> str:
-        """The local program that ran last, as readable code."""
+        """The code of the program that ran last on this rank. Raises PlanError before the first plan."""
         if self._last is None:
             raise PlanError("there is no program yet: compile with example inputs, or call the module once")
         module = self._last.module
@@ -207,7 +216,7 @@ class CompiledModule(ParallelModule):
 
 
 class _Planner:
-    """Makes the programs of one compiled module; the first plan decides where parameters live."""
+    """Makes the programs of one compiled module; the first plan decides how parameters are stored."""
 
     def __init__(
         self,
@@ -219,30 +228,29 @@ class _Planner:
         progress: Progress | None,
     ) -> None:
         self.cluster = cluster
-        self.given = plan
+        self.given_plan = plan
         self.pins = pins
         self.mesh = mesh
         self.strict = strict
         self.progress = progress
-        self.first: Plan | None = None
+        self.first_plan: Plan | None = None
         self.layouts: Callable[[], Mapping[str, Layout]] = dict
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Program:
         device = next((p.device for p in model.parameters() if not p.is_meta), None)
         captured = capture(model, (args, kwargs))
-        found = self.first
-        if found is None and self.given is not None:
-            found = self.given
+        if self.first_plan is None and self.given_plan is not None:
+            plan = self.given_plan
         else:
             cluster = self._cluster(device)
-            found = world.agree(lambda: self._search(model, captured, cluster), device)
-        if self.first is None:
-            self.first = found
-        return rewrite(captured, found, device, world.rank() // found.mesh.world_size)
+            plan = world.agree(lambda: self._search(model, captured, cluster), device)
+        if self.first_plan is None:
+            self.first_plan = plan
+        return rewrite(captured, plan, device, world.rank() // plan.mesh.world_size)
 
     def _search(self, model: nn.Module, captured: Captured, cluster: Cluster) -> Plan:
-        """A plan for this graph; a later one keeps the first one's mesh and stored parameters."""
-        first = self.first
+        """A plan for this graph; later plans have the first one's mesh, and read parameters as they are stored."""
+        first = self.first_plan
         return make_plan(
             captured.graph,
             cluster,

@@ -2,7 +2,7 @@
 
 AutoparError
 ├── CaptureError        the model can't be turned into a graph (names the user's source line)
-├── UnknownOpError      an op has no rule and ``strict=True`` was asked for
+├── UnknownOpError      an op has no rule, under ``strict=True``
 ├── InputError          an argument, a machine name, a pin or a mesh that can't be used
 ├── PlanError           a plan file that is damaged, of another version, or made for another model or world
 ├── InfeasibleError     no placement satisfies the constraints (says which budget would have to grow)
@@ -12,7 +12,7 @@ AutoparError
 ├── CommError           ranks run different collectives, or one is gone
 └── VerificationError   a parallel run that disagrees with the single device's
 
-Inner code states the fact; one outer place adds the op, the source line and the remedy.
+Inner code states the fact; an outer place adds the op, the user's source line and what to do.
 """
 
 from collections.abc import Mapping
@@ -27,42 +27,46 @@ class CaptureError(AutoparError):
 
 
 class UnknownOpError(AutoparError):
-    """An op without a rule was met under ``strict=True``."""
+    """The model has an op without a rule, and ``strict=True`` forbids to run it replicated."""
 
 
 class InputError(AutoparError, ValueError):
-    """An argument that can't be used: a machine, a pin, a mesh, a batch."""
+    """An argument of the user that can't be used: a machine, a pin, a mesh, a batch. Also a ValueError."""
 
 
 class PlanError(AutoparError, ValueError):
-    """A plan that can't be loaded, or that was made for something else."""
+    """A plan file that can't be loaded, or a plan that was made for another model or another number of ranks. Also a ValueError."""
 
 
 class InfeasibleError(AutoparError):
-    """No plan satisfies the constraints; `needed` is the bytes that the leanest plan needs, 0 when memory isn't the reason."""
+    """No plan satisfies the constraints.
+
+    Attributes:
+        needed: bytes per device that the plan with the least memory needs; 0 when memory isn't the reason.
+    """
 
     needed: int = 0
 
 
 class ScheduleError(AutoparError):
-    """A pipeline schedule whose ranks can't all finish, or that computes something twice or never."""
+    """A pipeline schedule whose ranks would wait for each other forever, or that computes something twice or never."""
 
 
 class PipelineError(AutoparError):
-    """A stage of a pipeline failed, or what it waited for never came."""
+    """A stage of a pipeline failed while a schedule ran, or waited for a message that never came."""
 
 
 class SolverError(AutoparError):
-    """The solver ended without a usable answer."""
+    """The solver ended without a usable solution."""
 
 
 class VerificationError(AutoparError):
-    """The parallel program disagrees with the single-device program."""
+    """The parallel program's outputs, gradients or buffers differ from the single device's."""
 
 
 class CommError(AutoparError):
-    """Ranks disagree about the collective that they run, or a rank is gone."""
+    """Ranks run different collectives at the same time, or a rank has ended."""
 
 
 ERROR_TYPES: Mapping[str, type[AutoparError]] = {kind.__name__: kind for kind in AutoparError.__subclasses__()}
-"""Every kind of error by name, for raising on one rank what another met."""
+"""Name of an error -> its type, for raising on one rank what was raised on another."""

@@ -1,4 +1,8 @@
-"""The only place that touches private parts of torch, or parts whose names differ between its versions 2.11 to 2.13."""
+"""The only module that touches private parts of torch, or parts whose names differ between its versions 2.11 to 2.13.
+
+Each function wraps one such part under a name that says what autopar uses it for. A new version of torch is supported by changing this
+module alone.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +73,7 @@ all_to_all_single: Callable[..., Any] = dist.all_to_all_single
 
 
 class StorageRef:
-    """Recognises the storage of a tensor without keeping it alive; `key` isn't used again while this object lives."""
+    """A weak reference to the storage of a tensor. `key` identifies the storage, and no other gets that key while this object lives."""
 
     def __init__(self, x: Tensor) -> None:
         self._ref = StorageWeakRef(x.untyped_storage())  # type: ignore[no-untyped-call]
@@ -77,7 +81,7 @@ class StorageRef:
 
     @staticmethod
     def key_of(x: Tensor) -> int:
-        """What two tensors on one storage have in common."""
+        """A number that is the same for all tensors on one storage."""
         return int(x.untyped_storage()._cdata)
 
     def expired(self) -> bool:
@@ -91,7 +95,7 @@ def after_backward(callback: Callable[[], None]) -> None:
 
 
 def backward_id() -> int:
-    """A number that tells the backward that runs now from every other; only to be called from within a backward."""
+    """A number that identifies the backward that runs now; only to be called from within a backward."""
     return int(torch._C._current_graph_task_id())
 
 
@@ -99,17 +103,17 @@ T = TypeVar("T")
 
 
 def read_in_backward(variable: ContextVar[T]) -> T | None:
-    """What a context variable was where the backward that runs now was called, which may be on another thread."""
+    """The value of a context variable where the backward that runs now was called, which may have been on another thread."""
     if torch._C._is_key_in_tls("context"):
-        found: T | None = torch._C._get_obj_in_tls("context").get(variable)
-        return found
+        value: T | None = torch._C._get_obj_in_tls("context").get(variable)
+        return value
     return variable.get(None)
 
 
 def storage_users(x: Tensor) -> int:
-    """How many tensors share the memory of `x`, itself included; what only looks at it here doesn't count."""
+    """How many tensors use the storage of `x`, itself included."""
     storage = x.untyped_storage()
-    # The object just made is one more user.
+    # The storage object made here is one more user.
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1
 
 
@@ -119,7 +123,7 @@ uncompiled: Callable[..., Any] = _disable_dynamo
 
 
 def has_hooks(parameter: Tensor) -> bool:
-    """Whether somebody has asked to see a leaf's gradient, before or after it is added to ``grad``."""
+    """Whether a leaf has hooks on its gradient, before or after it is added to ``grad``."""
     return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
@@ -139,61 +143,61 @@ def run_post_accumulate_hooks(parameter: Tensor) -> None:
 
 
 def local_of(x: Tensor) -> Tensor:
-    """The rank's own part of a DTensor, sharing its storage and unknown to autograd; a plain tensor as it is."""
+    """This rank's part of a DTensor, or a plain tensor itself, detached and on the same storage."""
     return x._local_tensor.detach() if isinstance(x, DTensor) else x.detach()
 
 
 def address_of(x: Tensor) -> int:
-    """Where the rank's own part of a tensor lies in memory."""
+    """The address of this rank's part of a tensor."""
     return int((x._local_tensor if isinstance(x, DTensor) else x).data_ptr())
 
 
 def group_over(mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessGroup:
-    """The process group of the ranks that differ along these axes only. All ranks must ask for the same ones in one order."""
+    """The process group of the ranks that differ along these axes only. All ranks must ask for the same groups in the same order."""
     if len(names) == 1:
         return mesh.get_group(names[0])
     return mesh[names]._flatten("_".join(names)).get_group()
 
 
 def default_store() -> Store:
-    """Where the ranks of the default process group find each other: keys and values that all of them can read and write."""
+    """The key-value store of the default process group, which all of its ranks can read and write."""
     return dist.distributed_c10d._get_default_store()
 
 
 def timeout_of(group: dist.ProcessGroup) -> timedelta:
-    """How long a process group waits for its ranks."""
+    """How long the collectives of a process group wait before they fail."""
     waits: list[timedelta] = [backend.options._timeout for backend in _backends_of(group)]
     return max(waits)
 
 
 def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Let the collectives of a group wait so long. Messages over gloo wait as long as was said when the group was made."""
+    """Set how long the collectives of a group wait. Messages over gloo keep the timeout with which the group was made."""
     for backend in _backends_of(group):
         backend._set_default_timeout(timeout)
 
 
 def close_group(group: dist.ProcessGroup) -> None:
-    """Close this rank's connections of a group, for good: a rank that waits for this one fails at once, or later when it begins to."""
+    """Close this rank's connections of a group for good: ranks that wait for this rank, now or later, fail."""
     for backend in _backends_of(group):
         with suppress(Exception):
             if backend.name() != "gloo":
                 backend.abort()
             elif group.size() > 1:
-                # Gloo has no call for it, but a wait that runs out of time closes all connections; nobody sends what this one waits for.
+                # Gloo has no call for it, but a wait that times out closes all connections. This waits for a message that is never sent.
                 backend.recv([torch.empty(1)], (group.rank() + 1) % group.size(), _NEVER_SENT).wait(timedelta(milliseconds=1))
 
 
 _NEVER_SENT = 2**31 - 1
-"""A message's tag that nobody sends with."""
+"""A message tag that no send uses."""
 
 
 def _backends_of(group: dist.ProcessGroup) -> list[Any]:
-    """What carries the tensors of a group, each once however many kinds of devices it serves."""
+    """The backends of a group, each once even if it serves several kinds of devices."""
     return list({id(backend): backend for backend in map(group._get_backend, group._device_types)}.values())
 
 
 def make_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int], stride: Sequence[int]) -> DTensor:
-    """The DTensor with just these sizes, placements and part; unlike ``DTensor.from_local`` it believes a scalar's sizes."""
+    """The DTensor with this part and these global sizes, also of a scalar, for which ``DTensor.from_local`` ignores the given sizes."""
     meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
     new: Callable[..., DTensor] = DTensor
     return new(local.detach(), DTensorSpec(mesh, tuple(placements), meta), requires_grad=False)
@@ -206,7 +210,7 @@ def make_like(local: Tensor, x: DTensor) -> DTensor:
 
 
 def with_placements(spec: DTensorSpec, placements: Sequence[Placement]) -> DTensorSpec:
-    """What DTensor knows of a tensor, with other placements."""
+    """The spec of a DTensor with other placements."""
     options: dict[str, Any] = {}
     if any(isinstance(placement, StridedShard) for placement in placements) and hasattr(spec, "use_strided_shard_as_shard_order"):
         options = {"use_strided_shard_as_shard_order": spec.use_strided_shard_as_shard_order}
@@ -214,12 +218,12 @@ def with_placements(spec: DTensorSpec, placements: Sequence[Placement]) -> DTens
 
 
 def local_sizes(shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement]) -> tuple[int, ...]:
-    """The sizes of this rank's part of a tensor of the global sizes `shape`."""
+    """Sizes of this rank's part of a tensor of global sizes `shape`."""
     return compute_local_shape_and_global_offset(tuple(shape), mesh, placements)[0]
 
 
 def partial_norm(norm_type: float) -> Partial:
-    """The placement of norms of parts, which together are the norm of the whole."""
+    """The placement of a tensor of which each rank has the norm of its part, and the whole is the norm of all."""
     if norm_type == 0:
         return Partial("sum")
     if norm_type in (float("inf"), -float("inf")):
@@ -231,13 +235,13 @@ redistribute_part: Callable[..., Tensor] = dtensor_redistribute.redistribute_loc
 
 
 def replace_redistribution(function: Callable[..., Tensor]) -> None:
-    """Let every DTensor go from placements to placements by `function`, which has the parameters of `redistribute_part`."""
+    """Make every DTensor redistribute by `function`, which has the parameters of `redistribute_part`."""
     for module in (dtensor_redistribute, dtensor_dispatch, dtensor_api):
         module.redistribute_local_tensor = function  # type: ignore[attr-defined]
 
 
 def replace_propagation(wrap: Callable[[Callable[[OpSchema], OutputSharding]], Callable[[OpSchema], OutputSharding]]) -> None:
-    """Wrap how DTensor finds the placements of an op's results; answers are remembered as before."""
+    """Wrap the function by which DTensor finds the placements of an op's results; its results are cached as before."""
     propagator: Any = DTensor._op_dispatcher.sharding_propagator
     function = wrap(propagator.propagate_op_sharding_non_cached)
     propagator.propagate_op_sharding_non_cached = function

@@ -1,7 +1,8 @@
-"""Bytes and seconds between the program's plain numbers and the text that people read and write.
+"""Bytes and seconds as text and back.
 
-Inside, bytes are ints and seconds are floats; only the command line and the report come here. Prefixes are decimal, as on
-datasheets (80 GB is 80e9 bytes); ``KiB``, ``MiB`` ... are binary and understood on input.
+Comes in: a number of bytes (int) or seconds (float), or the text of a size. Goes out: text with three digits and a unit, or the number.
+Everything inside autopar computes with plain numbers; only what users read and write has units. Prefixes are decimal, as on datasheets (80
+GB is 80e9 bytes); the binary ``KiB``, ``MiB`` and so on are understood on input.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ _SIZE = re.compile(rf"^(\d+(?:\.\d*)?|\.\d+)\s*([{_PREFIXES}]?)(i?)B?$", re.IGNO
 
 
 def format_bytes(nbytes: int) -> str:
-    """Text of a number of bytes, three digits.
+    """Text of a number of bytes, with three digits.
 
     >>> format_bytes(1_230_000_000), format_bytes(17)
     ('1.23 GB', '17 B')
@@ -32,12 +33,12 @@ def format_bytes(nbytes: int) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Text of a time, three digits, in s, ms, µs or ns.
+    """Text of a time in seconds, with three digits, in s, ms, µs or ns.
 
     >>> format_seconds(0.01234), format_seconds(75.0)
     ('12.3 ms', '75.0 s')
     """
-    if abs(seconds) < 0.5e-9:  # costs are whole nanoseconds; what is left below is rounding
+    if abs(seconds) < 0.5e-9:  # costs are whole nanoseconds; anything below is rounding
         return "0 s"
     value = seconds * 1e9
     for unit in ("ns", "µs", "ms"):
@@ -57,7 +58,7 @@ def format_share(part: float, whole: float) -> str:
 
 
 def parse_bytes(text: str) -> int:
-    """Read a size such as ``80GB``, ``512MiB``, ``1.5 GB`` or ``1000``. Raises InputError when it isn't one, or under a byte.
+    """Bytes of a size such as ``80GB``, ``512MiB``, ``1.5 GB`` or ``1000``. Raises InputError for other text, and for less than a byte.
 
     >>> parse_bytes("80GB"), parse_bytes("512MiB")
     (80000000000, 536870912)

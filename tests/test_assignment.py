@@ -11,7 +11,7 @@ import pytest
 
 from autopar.errors import InfeasibleError, InputError
 from autopar.schedules.actions import Schedule
-from autopar.schedules.messages import forward_only, make_schedule
+from autopar.schedules.families import forward_only, make_schedule
 from autopar.search.pipeline.assignment import Assignment, assign
 from autopar.search.pipeline.assignment_problem import evaluate
 from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut

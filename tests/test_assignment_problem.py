@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autopar.schedules.messages import forward_only, make_schedule
+from autopar.schedules.families import forward_only, make_schedule
 from autopar.search.pipeline.assignment_problem import PHASES, RECEIVES_AT_ONCE, compute_cost, longest_path, make_problem
 from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 from tests.block_options import random_blocks

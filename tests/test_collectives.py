@@ -161,8 +161,8 @@ def test_uneven_splits_and_one_dim_twice_are_refused() -> None:
         c.all_to_all(torch.zeros(2, 4), "x", 1, 1, 1, 2)
 
 
-def _loss(x: Tensor, part: Tensor, keep: bool, seen: list[StorageRef]) -> Tensor:
-    weight = c.all_gather(part, "x", 0, 2, keep=keep)
+def _loss(x: Tensor, part: Tensor, save: bool, seen: list[StorageRef]) -> Tensor:
+    weight = c.all_gather(part, "x", 0, 2, save=save)
     seen.append(StorageRef(weight))
     hidden = F.linear(x, weight).tanh()
     return (hidden @ weight).square().mean() + (weight[1] * weight[2:4]).sum()
@@ -173,10 +173,10 @@ def _check_forgetting() -> None:
     x, whole = _values(1, (3, 6), 5)[0], _values(1, (8, 6), 6)[0]
     part = c.take_part(whole, 0, 2, axis.index, axis.size)
     held, gradients = [], []
-    for keep in (True, False):
+    for save in (True, False):
         leaf, seen = part.clone().requires_grad_(), list[StorageRef]()
         with c.regather():
-            loss = _loss(x, leaf, keep, seen)
+            loss = _loss(x, leaf, save, seen)
         gc.collect()
         held.append(not seen[0].expired())
         loss.backward()

@@ -11,25 +11,30 @@ from autopar.errors import CommError, PipelineError
 from autopar.ir.layout import PIPELINE, Mesh, State, StateKind
 from autopar.ops import comm
 from autopar.rewrite.program import Boundary, PipelineProgram, StageOutput, StageProgram
-from autopar.runtime.executor import Executor, StageTensors, find_taken
-from autopar.schedules.actions import SENDS, StageEdge
-from autopar.schedules.messages import COMPUTING, Action, Kind, Schedule, chain, forward_only, lower, make_schedule
-from autopar.structure.microbatches import MICRO
+from autopar.runtime.executor import Executor, StageTensors
+from autopar.runtime.mailbox import find_finished_sends
+from autopar.schedules.actions import COMPUTING, SENDS, Action, Kind, Schedule, StageEdge, chain
+from autopar.schedules.families import forward_only, make_schedule
+from autopar.schedules.messages import add_messages
+from autopar.structure.microbatches import MICROBATCH
 
 SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2), ("v-half", 2)]
 
 
 def make(name: str, ranks: int, microbatches: int, chunks: int) -> Schedule:
-    return lower(make_schedule(name, ranks, microbatches, chunks), chain(ranks * chunks))
+    return add_messages(make_schedule(name, ranks, microbatches, chunks), chain(ranks * chunks))
 
 
 def test_sends_are_known_to_be_taken_when_an_answer_comes() -> None:
     # Rank 0: 0F0 0F1 0B0 0F2 0B1 0B2; rank 1: 1F0 1B0 1F1 1B1 1F2 1B2. The gradients of micro-batch i are sent after 1Fi.
     schedule = make("1f1b", 2, 3, 1)
-    assert {str(Action(step.stage, Kind.FORWARD if step.is_forward else Kind.BACKWARD, step.microbatch)): [*map(str, sends)]
-            for step, sends in find_taken(schedule, 0).items()} == {"0B0": ["0SF0>1"], "0B1": ["0SF1>1"], "0B2": ["0SF2>1"]}  # fmt: skip
+    finished = {
+        str(Action(awaited.stage, Kind.FORWARD if awaited.is_forward else Kind.BACKWARD, awaited.microbatch)): [*map(str, sends)]
+        for awaited, sends in find_finished_sends(schedule, 0).items()
+    }
+    assert finished == {"0B0": ["0SF0>1"], "0B1": ["0SF1>1"], "0B2": ["0SF2>1"]}
     # Rank 0 sends 0F1 before 0B0 and 0F2 after it; nothing comes after 0B1 and 0B2.
-    assert {str(step.microbatch): [*map(str, sends)] for step, sends in find_taken(schedule, 1).items()} == {"2": ["1SB0>0"]}
+    assert {str(step.microbatch): [*map(str, sends)] for step, sends in find_finished_sends(schedule, 1).items()} == {"2": ["1SB0>0"]}
 
 
 def run_to(schedule: Schedule, group: int, end: int) -> list[int]:
@@ -72,7 +77,7 @@ def test_what_is_known_to_be_taken_is_taken_even_by_the_slowest_ranks(name: str,
     schedule = make(name, ranks, 6, chunks)
     checked = 0
     for group in range(ranks):
-        for step, sends in find_taken(schedule, group).items():
+        for step, sends in find_finished_sends(schedule, group).items():
             kinds = (Kind.FORWARD,) if step.is_forward else (Kind.BACKWARD, Kind.INPUT)
             here = next(
                 i
@@ -96,7 +101,7 @@ def test_sends_held_do_not_grow_with_the_micro_batches(name: str, chunks: int) -
 
 
 def most_held(schedule: Schedule, group: int) -> int:
-    taken = find_taken(schedule, group)
+    taken = find_finished_sends(schedule, group)
     going: set[Action] = set()
     most = 0
     for action in schedule.actions[group]:
@@ -122,7 +127,7 @@ class Scale(nn.Module):
         self.first, self.last = first, last
 
     def forward(self, weight: Tensor, x: Tensor, *received: Tensor) -> tuple[Tensor, ...]:
-        axis = comm.axis(MICRO)
+        axis = comm.axis(MICROBATCH)
         value = x.chunk(axis.size)[axis.index] if self.first else received[0]
         value = (value @ weight).tanh()
         return ((value.square().sum() if self.last else value),)
@@ -143,7 +148,7 @@ def make_pipeline(schedule: Schedule, rows: int) -> PipelineProgram:
         )
         for stage in range(schedule.stages)
     }
-    inference = lower(forward_only(schedule.rank_of, schedule.microbatches), ())
+    inference = add_messages(forward_only(schedule.rank_of, schedule.microbatches), ())
     return PipelineProgram(stages, schedule, inference, 0, frozenset(), {0: frozenset()}, frozenset(), {0: schedule.rank_of[last]}, False)
 
 
@@ -160,7 +165,7 @@ class Unasked:
 
     def wait(self) -> Tensor:
         if not self.late:
-            assert not self.exchange.has(*self.where), f"message {self.where} isn't taken yet"
+            assert not self.exchange.has_arrived(*self.where), f"message {self.where} isn't taken yet"
         return self.x
 
 
@@ -185,12 +190,21 @@ def test_sends_are_let_go_while_the_schedule_runs(name: str, chunks: int, monkey
         leaves = {i: w.clone().requires_grad_() for i, w in enumerate(weights) if schedule.rank_of[i] == rank}
         tensors = {i: StageTensors([leaf], [], [x]) for i, leaf in leaves.items()}
         axis = comm.current()[PIPELINE]
-        seeds = {0: torch.ones((), dtype=torch.float64)}
-        executor = Executor(pipeline, schedule, rank, axis, {}, tensors, seeds=seeds, taken=find_taken(schedule, rank))
+        output_gradients = {0: torch.ones((), dtype=torch.float64)}
+        executor = Executor(
+            pipeline,
+            schedule,
+            rank,
+            axis,
+            {},
+            tensors,
+            output_gradients=output_gradients,
+            finished_sends=find_finished_sends(schedule, rank),
+        )
         most = 0
         for action in schedule.actions[rank]:
-            executor._act(action)
-            most = max(most, len(executor._going))
+            executor._run_action(action)
+            most = max(most, len(executor.mailbox.pending_sends))
         return {i: leaf.grad for i, leaf in leaves.items()}, most
 
     results = threads.run(Mesh((PIPELINE,), (ranks,)), work)
@@ -242,16 +256,25 @@ def make_executor(
     x = torch.ones(8, 3, dtype=torch.float64)
     tensors = {rank: StageTensors([torch.eye(3, dtype=torch.float64).requires_grad_()], [], [x])}
     axis = comm.ThreadAxis(PIPELINE, rank, comm.Exchange(2))
-    seeds = {0: torch.ones((), dtype=torch.float64)}
-    return Executor(pipeline, schedule, rank, axis, {}, tensors, seeds=seeds, taken=find_taken(schedule, rank) if untaken is None else None)
+    output_gradients = {0: torch.ones((), dtype=torch.float64)}
+    return Executor(
+        pipeline,
+        schedule,
+        rank,
+        axis,
+        {},
+        tensors,
+        output_gradients=output_gradients,
+        finished_sends=find_finished_sends(schedule, rank) if untaken is None else None,
+    )
 
 
 def test_every_send_is_waited_for_before_it_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Scripted] = []
     executor = make_executor(monkeypatch, 0, sent)
     for action in executor.actions:
-        executor._act(action)
-        going = [message for messages in executor._going.values() for message in messages]
+        executor._run_action(action)
+        going = [message for messages in executor.mailbox.pending_sends.values() for message in messages]
         assert all(message.waits == 1 for message in sent if not any(message is one for one in going))
     assert len(sent) == 4
     assert all(message.waits == 1 for message in sent)
@@ -261,13 +284,13 @@ def test_a_send_is_kept_until_all_its_tensors_are_taken(monkeypatch: pytest.Monk
     sent: list[Scripted] = []
     executor = make_executor(monkeypatch, 0, sent)
     first, second, third = (Action(0, Kind.SEND_FORWARD, index, 1) for index in range(3))
-    executor._send(first, [torch.zeros(1), torch.zeros(1)])
+    executor.mailbox.send(first, [torch.zeros(1), torch.zeros(1)])
     sent[0].is_over = True
-    executor._send(second, [torch.zeros(1)])
-    assert list(executor._going) == [first, second]
+    executor.mailbox.send(second, [torch.zeros(1)])
+    assert list(executor.mailbox.pending_sends) == [first, second]
     sent[1].is_over = True
-    executor._send(third, [torch.zeros(1)])
-    assert list(executor._going) == [second, third]
+    executor.mailbox.send(third, [torch.zeros(1)])
+    assert list(executor.mailbox.pending_sends) == [second, third]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +317,7 @@ class Sum(nn.Module):
     """A stage of an inference that adds up what is received, or takes its micro-batch."""
 
     def forward(self, x: Tensor, *received: Tensor) -> tuple[Tensor, ...]:
-        axis = comm.axis(MICRO)
+        axis = comm.axis(MICROBATCH)
         return (torch.stack(received).sum(0) + 1 if received else x.chunk(axis.size)[axis.index],)
 
 
@@ -315,7 +338,7 @@ def test_an_inference_keeps_results_until_the_last_stage_that_reads_them_has_its
         )
         for stage in range(3)
     }
-    schedule = lower(forward_only((0, 1, 2), count), [StageEdge(source, to, False) for source, to in edges])
+    schedule = add_messages(forward_only((0, 1, 2), count), [StageEdge(source, to, False) for source, to in edges])
     pipeline = PipelineProgram(stages, schedule, schedule, 0, frozenset(), {0: frozenset()}, frozenset(), {0: 2}, False)
     x = torch.randn(rows * count, 3, dtype=torch.float64)
 
@@ -323,7 +346,7 @@ def test_an_inference_keeps_results_until_the_last_stage_that_reads_them_has_its
         executor = Executor(pipeline, schedule, rank, comm.current()[PIPELINE], {}, {rank: StageTensors([], [], [x])})
         executor.run()
         assert executor.is_idle
-        assert not executor._flows
+        assert not executor._in_stages
         return executor.join(0) if rank == 2 else None
 
     torch.testing.assert_close(threads.run(Mesh((PIPELINE,), (3,)), work)[2], 2 * x + 2)

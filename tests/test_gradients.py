@@ -15,14 +15,14 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from autopar import torch_compat
 from autopar.costs.tables import BUCKET_NBYTES
 from autopar.runtime.dtensor import as_dtensor
-from autopar.runtime.gradients import GradientReducer, Tracked, _fill_buckets
+from autopar.runtime.gradients import GradientReducer, TrackedParameter, _fill_buckets
 from tests.helpers import tree_allclose
 from tests.processes import spawn
 
 SHAPES = {"first": (4, 3), "second": (5,), "third": (6, 2), "unused": (3,)}
 
 
-def _make(group: dist.ProcessGroup | None) -> dict[str, Tracked]:
+def _make(group: dist.ProcessGroup | None) -> dict[str, TrackedParameter]:
     """Parameters on two ranks: `third` is stored Shard and needs no sum, the others are whole and Partial."""
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("x",))
     tracked = {}
@@ -32,17 +32,17 @@ def _make(group: dist.ProcessGroup | None) -> dict[str, Tracked]:
         local = whole.chunk(2)[dist.get_rank()].clone() if split else whole
         parameter = nn.Parameter(as_dtensor(local, mesh, [Shard(0) if split else Replicate()], shape))
         leaf = torch_compat.local_of(parameter).requires_grad_()
-        tracked[name] = Tracked(name, parameter, leaf, None if split else group)
+        tracked[name] = TrackedParameter(name, parameter, leaf, None if split else group)
     return tracked
 
 
-def _loss(tracked: dict[str, Tracked], rank: int, scale: float = 1.0) -> Tensor:
+def _loss(tracked: dict[str, TrackedParameter], rank: int, scale: float = 1.0) -> Tensor:
     """Differs between the ranks, so that a gradient that isn't summed is seen."""
     first, second, third = (tracked[name].leaf for name in ("first", "second", "third"))
     return scale * ((rank + 1) * first.square().sum() + (rank + 2) * (second**3).sum() + third.square().sum())
 
 
-def _expected(tracked: dict[str, Tracked], scale: float = 1.0) -> dict[str, Tensor]:
+def _expected(tracked: dict[str, TrackedParameter], scale: float = 1.0) -> dict[str, Tensor]:
     """The sum over both ranks, by hand."""
     return {
         "first": scale * 3 * 2 * tracked["first"].leaf.detach(),
@@ -51,7 +51,7 @@ def _expected(tracked: dict[str, Tracked], scale: float = 1.0) -> dict[str, Tens
     }
 
 
-def _held(tracked: dict[str, Tracked]) -> dict[str, Tensor]:
+def _held(tracked: dict[str, TrackedParameter]) -> dict[str, Tensor]:
     assert tracked["unused"].parameter.grad is None
     assert all(each.leaf.grad is None for each in tracked.values())
     held = {}
@@ -143,7 +143,7 @@ def test_gradients_are_summed_once_and_optimizers_work(tmp_path: Path) -> None:
 def test_buckets_hold_the_last_parameters_first_and_split_by_dtype() -> None:
     group = object()
     tracked = [
-        Tracked(str(index), nn.Parameter(torch.zeros(10)), torch.zeros(10, dtype=dtype), group if index != 2 else None)
+        TrackedParameter(str(index), nn.Parameter(torch.zeros(10)), torch.zeros(10, dtype=dtype), group if index != 2 else None)
         for index, dtype in enumerate([torch.float32, torch.float64, torch.float32, torch.float32, torch.float32])
     ]
     names = [[member.name for member in bucket.members] for bucket in _fill_buckets(tracked, 80)]
@@ -154,7 +154,7 @@ def test_without_a_group_gradients_pass_to_plain_parameters() -> None:
     parameter = nn.Parameter(torch.ones(3))
     leaf = torch_compat.local_of(parameter).requires_grad_()
     reducer = GradientReducer()
-    reducer.track([Tracked("weight", parameter, leaf, None)], BUCKET_NBYTES)
+    reducer.track([TrackedParameter("weight", parameter, leaf, None)], BUCKET_NBYTES)
     leaf.sum().backward()
     leaf.sum().backward()
     assert parameter.grad is not None

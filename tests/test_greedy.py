@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from autopar.schedules.messages import make_schedule
+from autopar.schedules.families import make_schedule
 from autopar.search.pipeline.assignment_problem import PHASES, AssignmentProblem, compute_cost, longest_path, make_problem
 from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 from autopar.search.pipeline.greedy import _GreedySearch, assign_greedily, find_leanest

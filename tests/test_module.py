@@ -95,8 +95,8 @@ def _plan(kind: Kind, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
     up, up_bias, down, down_bias, calls, x, y = map(graph.placeholder, ("up", "up_bias", "down", "down_bias", "calls", "x", "y"))
     call = graph.call_function
     if kind.name == "zero":
-        up = call(collectives.all_gather, (up, axis, 0, 2), {"keep": False})
-        down = call(collectives.all_gather, (down, axis, 0), {"keep": False})
+        up = call(collectives.all_gather, (up, axis, 0, 2), {"save": False})
+        down = call(collectives.all_gather, (down, axis, 0), {"save": False})
     if kind.name == "tp":
         x = call(collectives.broadcast, (x, axis))
     halves = call(torch.chunk, (call(F.linear, (x, up, up_bias)), 2, -1))

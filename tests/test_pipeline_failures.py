@@ -286,8 +286,8 @@ def test_an_interrupt_of_one_process_passes_through(monkeypatch: pytest.MonkeyPa
 def test_a_backward_after_the_pipeline_has_stopped_computes_nothing(monkeypatch: pytest.MonkeyPatch, loss: bool) -> None:
     model = autopar.compile(Tied(), make_batch(loss), cluster="1xcpu", pins={"microbatches": 4})
     out = model(**make_batch(loss))
-    assert model._storage.home is not None
-    model._storage.home.alarm._failure = "rank 1: it broke"
+    assert model._storage.deployment is not None
+    model._storage.deployment.alarm._failure = "rank 1: it broke"
     monkeypatch.setattr(Executor, "run", lambda *_: pytest.fail("the backward runs"))
     with pytest.raises(PipelineError, match=r"stopped in an earlier call[\s\S]*It stopped because of this: rank 1: it broke"):
         (out if loss else out.square().mean()).backward()

@@ -29,7 +29,7 @@ from autopar.ops.recompute import Recomputed
 from autopar.plans.plan import RECOMPUTE, Plan
 from autopar.rewrite.emit import rewrite
 from autopar.rewrite.program import Program
-from autopar.runtime.gradients import StashedGradients, Tracked
+from autopar.runtime.gradients import StashedGradients, TrackedParameter
 from autopar.runtime.pipeline import StageRunner
 from autopar.schedules.families import SCHEDULES
 from tests.emitted import subject
@@ -200,7 +200,7 @@ def _step(model: nn.Module, captured: Captured, plan: Plan, inputs: Mapping[str,
             local = cut(named[slot.name].detach(), slot.layout, mesh, place).clone() if owns else torch.zeros(0, dtype=torch.float64)
             parameters[slot.name] = nn.Parameter(local)
             leaf = parameters[slot.name].detach().requires_grad_()
-            tracked.append(Tracked(slot.name, parameters[slot.name], leaf, None))
+            tracked.append(TrackedParameter(slot.name, parameters[slot.name], leaf, None))
             if uses and not owns:
                 leaf = torch.full(local_shape(slot.shape, slot.layout, mesh), float("nan"), dtype=torch.float64, requires_grad=True)
             if uses:
@@ -208,7 +208,7 @@ def _step(model: nn.Module, captured: Captured, plan: Plan, inputs: Mapping[str,
         runner = StageRunner(program, group, axis, axes, leaves, StashedGradients(tracked, program.bucket_nbytes))
         held = {slot.name: cut(buffers[slot.name], slot.layout, mesh, place).clone() for slot in program.buffers}
         parts = [cut(x, slot.layout, mesh, place) for x, slot in zip(captured.bind((), inputs), program.inputs, strict=True)]
-        run = runner.run(held, parts, number=number, trains=True, syncs=True)
+        run = runner.run(held, parts, random_seed=number, trains=True, syncs=True)
         run.hand_over(torch.tensor(1.0, dtype=torch.float64))
         loss = run.executor.join(0) if program.outputs[0].groups[0] == group else None
         return loss, {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
@@ -223,7 +223,7 @@ def _shared(program: Program) -> list[str]:
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])
 @pytest.mark.parametrize("name", ["llama_tied", "t5_deep"])
-def test_values_of_shared_parameters_travel_and_gradients_come_home(name: str, schedule: str) -> None:
+def test_values_of_shared_parameters_are_sent_and_their_gradients_summed(name: str, schedule: str) -> None:
     model, inputs = DEEP[name]()
     captured = capture(model, inputs)
     plan = _plan(captured, 4, pp=4, microbatches=4, schedule=schedule)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from autopar.costs import CostRow
 from autopar.errors import PlanError
-from autopar.ir.layout import PASS, Layout, Mesh, Placement, Split, State, StateKind, shard
+from autopar.ir.layout import PASS_PARTIAL, Layout, Mesh, Placement, Split, State, StateKind, shard
 from autopar.plans.plan import (
     RECOMPUTE,
     VERSION,
@@ -41,7 +41,7 @@ _STATE = st.one_of(
     st.builds(shard, st.integers(0, 9), st.integers(1, 9)),
     st.sampled_from([State(kind) for kind in StateKind if kind is not StateKind.SHARD]),
 )
-_PART = st.one_of(st.none(), st.just(PASS), st.builds(Split, st.sampled_from(["b", "o", "head_dim"]), st.integers(1, 9)))
+_PART = st.one_of(st.none(), st.just(PASS_PARTIAL), st.builds(Split, st.sampled_from(["b", "o", "head_dim"]), st.integers(1, 9)))
 
 
 def _make_tables(axes: int, state: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:

@@ -246,7 +246,7 @@ def test_gathered_weights_are_forgotten_and_gathered_once_more(monkeypatch: pyte
         seen: list[StorageRef] = []
 
         def layer(x: Tensor, part: Tensor) -> Tensor:
-            weight = collectives.all_gather(part, "dp", 0, keep=False)
+            weight = collectives.all_gather(part, "dp", 0, save=False)
             seen.append(StorageRef(weight))
             return F.gelu(x @ weight.T) @ weight
 
@@ -306,7 +306,7 @@ def test_programs_say_which_buffers_a_region_writes_to(training: bool) -> None:
     for region in regions:
         given = [node.name for node in region.module.graph.find_nodes(op="placeholder")]
         written = {name for name in given if "running" in name}
-        assert {given[at] for at in region._written} == (written if training else set())
+        assert {given[at] for at in region._updated} == (written if training else set())
         assert written
 
 

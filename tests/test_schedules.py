@@ -15,25 +15,21 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as theirs
 
 from autopar.errors import InputError, ScheduleError
-from autopar.schedules.messages import (
+from autopar.schedules.actions import (
     COMPUTING,
     RECEIVES,
-    SCHEDULES,
     SENDS,
     Action,
     Kind,
     Schedule,
     StageEdge,
     chain,
+    counterpart,
     draw_table,
-    forward_only,
-    held,
-    lower,
-    make_schedule,
-    meet,
     parse_action,
-    validate,
 )
+from autopar.schedules.families import SCHEDULES, forward_only, make_schedule
+from autopar.schedules.messages import add_messages, peaks_in_flight, validate
 from autopar.schedules.timeline import StageTimes, simulate
 
 RANKS = range(1, 9)
@@ -149,15 +145,15 @@ def test_orders_of_several_stages_are_those_of_torch(name: str, kind: Any, ranks
 
 def most(schedule: Schedule, rank: int) -> int:
     """The most micro-batches times stages that a rank holds, before F's or I's part of them is let go."""
-    return max(sum(map(sum, moment)) for moment in held(schedule)[rank])
+    return max(sum(map(sum, moment)) for moment in peaks_in_flight(schedule)[rank])
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_micro_batches_in_flight_are_as_published(ranks: int) -> None:
     for microbatches, _ in sizes("1f1b", ranks):
         for rank in range(ranks):
-            assert held(make_schedule("gpipe", ranks, microbatches))[rank] == (((microbatches, 0),),)
-            assert held(make_schedule("1f1b", ranks, microbatches))[rank] == (((min(ranks - rank, microbatches), 0),),)
+            assert peaks_in_flight(make_schedule("gpipe", ranks, microbatches))[rank] == (((microbatches, 0),),)
+            assert peaks_in_flight(make_schedule("1f1b", ranks, microbatches))[rank] == (((min(ranks - rank, microbatches), 0),),)
             # Delayed W fill every rank up to what the first one holds (arXiv 2401.10241, section 3.1).
             assert most(make_schedule("zb-h1", ranks, microbatches), rank) == min(ranks, microbatches)
             # As much as 1F1B's first rank: `ranks` micro-batches of two half stages (section 6).
@@ -181,20 +177,20 @@ def test_interleaved_holds_its_warm_up_and_one_more(ranks: int) -> None:
 def test_held_keeps_the_moments_that_none_exceeds() -> None:
     # Two whole ones, or one whole and two waiting: neither is more than the other. One whole and one waiting is less.
     schedule = read("0F0 0F1 0I0 0W0 0F2 0I1 0I2 0F3 0W1 0W2 0B3 0G0", microbatches=4)
-    assert held(schedule) == ((((1, 2),), ((2, 0),)),)
+    assert peaks_in_flight(schedule) == ((((1, 2),), ((2, 0),)),)
     # Stages of a rank are counted apart, and a forward of one beside the other's backward.
     schedule = read("0F0 0F1 1F0 1B0 0B0 1F1 1B1 0B1 0G0 1G0", microbatches=2, rank_of=(0, 0))
-    assert held(schedule) == ((((2, 0), (1, 0)),),)
+    assert peaks_in_flight(schedule) == ((((2, 0), (1, 0)),),)
 
 
 def test_without_a_backward_nothing_is_held_but_what_runs() -> None:
-    assert held(forward_only((0, 1, 0), 5)) == ((((0, 0), (1, 0)), ((1, 0), (0, 0))), (((1, 0),),))
+    assert peaks_in_flight(forward_only((0, 1, 0), 5)) == ((((0, 0), (1, 0)), ((1, 0), (0, 0))), (((1, 0),),))
 
 
 def test_held_is_the_largest_sum_at_any_moment() -> None:
     for name in SCHEDULES:
         schedule = make_schedule(name, 4, 8)
-        for rank, moments in enumerate(held(schedule)):
+        for rank, moments in enumerate(peaks_in_flight(schedule)):
             stages = [stage for stage in range(schedule.stages) if schedule.rank_of[stage] == rank]
             for nbytes in ([5, 1], [1, 5], [3, 7]):
                 full = {stage: nbytes[place] for place, stage in enumerate(stages)}
@@ -230,7 +226,7 @@ def test_every_schedule_runs_over_a_chain_and_over_skips(name: str, ranks: int) 
         assert schedule.splits_backward == (name in ("zb-h1", "zb-v", "v-half"))
         for edges in (chain(schedule.stages), skips(schedule.stages)):
             for one in (schedule, forward_only(schedule, microbatches)):
-                validate(lower(one, edges), edges)
+                validate(add_messages(one, edges), edges)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 6, 7, 8, 11, 16])
@@ -283,7 +279,7 @@ def test_actions_round_trip_and_others_are_refused() -> None:
 
 
 def test_messages_follow_what_makes_them_and_lead_what_needs_them_by_one() -> None:
-    assert write(lower(make_schedule("1f1b", 2, 3), chain(2))) == [
+    assert write(add_messages(make_schedule("1f1b", 2, 3), chain(2))) == [
         "0F0 0SF0>1 0RB0<1 0F1 0SF1>1 0B0 0RB1<1 0F2 0SF2>1 0RB2<1 0B1 0B2 0G0",
         "1RF0<0 1F0 1RF1<0 1B0 1SB0>0 1F1 1RF2<0 1B1 1SB1>0 1F2 1B2 1SB2>0 1G0",
     ]
@@ -291,7 +287,7 @@ def test_messages_follow_what_makes_them_and_lead_what_needs_them_by_one() -> No
 
 def test_stages_of_one_rank_exchange_nothing_and_skips_travel_directly() -> None:
     edges = [StageEdge(0, 1), StageEdge(1, 2), StageEdge(2, 3), StageEdge(0, 3), StageEdge(0, 2, False)]
-    assert write(lower(make_schedule("zb-v", 2, 1), edges)) == [
+    assert write(add_messages(make_schedule("zb-v", 2, 1), edges)) == [
         "3RF0<2 0F0 0SF0>1 0SF0>2 3F0 3I0 3SB0>2 0RB0<1 3W0 3G0 0B0 0G0",
         "1RF0<0 2RF0<0 1F0 2RB0<3 2F0 2SF0>3 2B0 2G0 1I0 1SB0>0 1W0 1G0",
     ]
@@ -299,16 +295,16 @@ def test_stages_of_one_rank_exchange_nothing_and_skips_travel_directly() -> None
 
 def test_passes_that_nothing_parts_are_one() -> None:
     """Rank 0's first stage sends no gradient; rank 1's second hands its own over, but ends with inputs alone. The others send."""
-    lowered = lower(make_schedule("zb-v", 2, 8), chain(4))
+    lowered = add_messages(make_schedule("zb-v", 2, 8), chain(4))
     kinds = {
         stage: {action.kind for actions in lowered.actions for action in actions if action.stage == stage} & COMPUTING for stage in range(4)
     }
     split = {Kind.FORWARD, Kind.INPUT, Kind.WEIGHT}
     assert kinds == {0: {Kind.FORWARD, Kind.BACKWARD}, 1: split, 2: split, 3: split}
     validate(lowered, chain(4))
-    # No more is held, and the time is the same.
+    # No more is peaks_in_flight, and the time is the same.
     joined = replace(lowered, actions=tuple(tuple(action for action in actions if action.kind in COMPUTING) for actions in lowered.actions))
-    for found, before in zip(held(joined), held(make_schedule("zb-v", 2, 8)), strict=True):
+    for found, before in zip(peaks_in_flight(joined), peaks_in_flight(make_schedule("zb-v", 2, 8)), strict=True):
         assert set(found) <= set(before)
     times = [StageTimes(1.0, 2.0 + stage, 1.5) for stage in range(4)]
     assert simulate(joined, times).seconds == simulate(make_schedule("zb-v", 2, 8), times).seconds
@@ -316,14 +312,14 @@ def test_passes_that_nothing_parts_are_one() -> None:
 
 def test_passes_with_another_stages_between_them_stay_two() -> None:
     schedule = read("0F0 1F0 1I0 0I0 1W0 0W0 0G0 1G0", rank_of=(0, 0))
-    assert lower(schedule, chain(2)) == schedule
+    assert add_messages(schedule, chain(2)) == schedule
 
 
 def test_receives_stand_in_the_order_of_the_sends() -> None:
     # Rank 1 needs stage 2's message of micro-batch 0 first, which leaves after that of micro-batch 1 to stage 1.
     schedule = read("0F1 0F0", "1F0 2F0 1F1 2F1", microbatches=2, rank_of=(0, 1, 1))
     edges = [StageEdge(0, 1)]
-    lowered = lower(schedule, edges)
+    lowered = add_messages(schedule, edges)
     assert write(lowered) == ["0F1 0SF1>1 0F0 0SF0>1", "1RF1<0 1RF0<0 1F0 2F0 1F1 2F1"]
     validate(lowered, edges)
 
@@ -333,7 +329,7 @@ def test_few_receives_are_posted_at_once(name: str) -> None:
     # One for what runs next and one for what runs after it. In ZB-V forwards are sent long before gradients of the same two ranks
     # and needed after them, which takes one more.
     schedule = make_schedule(name, 4, 16)
-    for actions in lower(schedule, chain(schedule.stages)).actions:
+    for actions in add_messages(schedule, chain(schedule.stages)).actions:
         posted = peak = 0
         for step, action in enumerate(actions):
             posted += action.kind in RECEIVES
@@ -347,11 +343,11 @@ def test_few_receives_are_posted_at_once(name: str) -> None:
 
 
 def test_lowering_refuses_messages_and_odd_edges() -> None:
-    lowered = lower(make_schedule("1f1b", 2, 2), chain(2))
+    lowered = add_messages(make_schedule("1f1b", 2, 2), chain(2))
     with pytest.raises(InputError, match="has messages already"):
-        lower(lowered, chain(2))
+        add_messages(lowered, chain(2))
     with pytest.raises(InputError, match=r"1 -> 0 isn't from an earlier to a later of the 2 stages"):
-        lower(make_schedule("1f1b", 2, 2), [StageEdge(1, 0)])
+        add_messages(make_schedule("1f1b", 2, 2), [StageEdge(1, 0)])
     with pytest.raises(InputError, match="0 -> 1 is there twice"):
         validate(lowered, [StageEdge(0, 1), StageEdge(0, 1, False)])
 
@@ -406,7 +402,7 @@ def test_a_backward_before_that_of_the_next_stage_on_its_rank_is_named() -> None
 def test_one_message_of_two_is_not_enough() -> None:
     # Stage 3 has what stage 0 sends, but stage 2 waits for what stage 3's rank runs after it.
     edges = [StageEdge(0, 1), StageEdge(1, 2), StageEdge(2, 3), StageEdge(0, 3)]
-    lowered = lower(read("0F0", "3F0 1F0", "2F0", rank_of=(0, 1, 2, 1)), edges)
+    lowered = add_messages(read("0F0", "3F0 1F0", "2F0", rank_of=(0, 1, 2, 1)), edges)
     with pytest.raises(ScheduleError, match="3F0 of rank 1 waits for 2SF0>3 of rank 2; 2F0 of rank 2 waits for 1SF0>2 of rank 1"):
         validate(lowered, edges)
 
@@ -421,10 +417,10 @@ def test_a_circle_of_waits_is_named_and_drawn() -> None:
     # Each rank runs the later micro-batch's half first.
     schedule = read("0F0 3F0 0F1 3F1", "2F0 1F0 1F1 2F1", microbatches=2, rank_of=(0, 1, 1, 0))
     edges = [StageEdge(0, 1), StageEdge(0, 2), StageEdge(1, 3), StageEdge(2, 3)]
-    validate(lower(schedule, edges), edges)
+    validate(add_messages(schedule, edges), edges)
     broken = read("0F0 3F0 0F1 3F1", "1F1 1F0 2F1 2F0", microbatches=2, rank_of=(0, 1, 1, 0))
     with pytest.raises(ScheduleError) as caught:
-        validate(lower(broken, edges), edges)
+        validate(add_messages(broken, edges), edges)
     assert str(caught.value) == (
         "schedule 'test' can't run. rank 0, step 7: 3F0: it never starts, since ranks wait for each other: "
         "3F0 of rank 0 waits for 1SF0>3 of rank 1; 1F1 of rank 1 waits for 0SF1>1 of rank 0\n"
@@ -586,7 +582,7 @@ def schedules(draw: st.DrawFn) -> tuple[Schedule, list[StageEdge]]:
         for producer in range(consumer)
         if consumer == producer + 1 or draw(st.integers(0, 3)) == 0
     ]
-    lists = [list(actions) for actions in lower(schedule, edges).actions]
+    lists = [list(actions) for actions in add_messages(schedule, edges).actions]
     for _ in range(draw(st.integers(0, 3))):
         actions = draw(st.sampled_from([one for one in lists if one] or [[Action(0, Kind.FORWARD, 0)]]))
         step = draw(st.integers(0, len(actions) - 1))
@@ -622,8 +618,8 @@ def test_the_validator_accepts_what_threads_finish(case: tuple[Schedule, list[St
             validate(schedule, edges)
 
 
-def test_meet_is_its_own_inverse() -> None:
+def test_counterpart_is_its_own_inverse() -> None:
     for text in ("2SF0>3", "3SB1>0"):
         send = parse_action(text)
-        assert meet(send).kind in RECEIVES
-        assert meet(meet(send)) == send
+        assert counterpart(send).kind in RECEIVES
+        assert counterpart(counterpart(send)) == send

@@ -13,19 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autopar.errors import InputError, ScheduleError
-from autopar.schedules.messages import (
-    COMPUTING,
-    SCHEDULES,
-    SENDS,
-    Action,
-    Kind,
-    Schedule,
-    StageEdge,
-    chain,
-    forward_only,
-    lower,
-    make_schedule,
-)
+from autopar.schedules.actions import COMPUTING, SENDS, Action, Kind, Schedule, StageEdge, chain
+from autopar.schedules.families import SCHEDULES, forward_only, make_schedule
+from autopar.schedules.messages import add_messages
 from autopar.schedules.timeline import StageTimes, Timeline, bubble, simulate
 
 Transfers = Mapping[tuple[int, int], tuple[float, float]]
@@ -113,7 +103,7 @@ def draw_times(schedule: Schedule, edges: Sequence[StageEdge], dice: random.Rand
 def test_times_are_those_of_a_naive_simulation(case: tuple[Schedule, list[StageEdge], random.Random]) -> None:
     schedule, edges, dice = case
     times, transfers = draw_times(schedule, edges, dice)
-    lowered = lower(schedule, edges)
+    lowered = add_messages(schedule, edges)
     timeline = simulate(lowered, times, transfers, edges)
     assert timeline.seconds == simulate(schedule, times, transfers, edges).seconds
     expected = naive(lowered, times, transfers, edges)
@@ -220,7 +210,7 @@ def test_an_action_may_wait_for_many() -> None:
 def test_messages_in_the_lists_change_nothing() -> None:
     schedule = make_schedule("1f1b", 3, 4)
     times = [StageTimes(1, 2, 3)] * 3
-    assert simulate(lower(schedule, chain(3)), times).spans == simulate(schedule, times).spans
+    assert simulate(add_messages(schedule, chain(3)), times).spans == simulate(schedule, times).spans
 
 
 def test_nothing_takes_no_time() -> None:

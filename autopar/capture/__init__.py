@@ -1,6 +1,8 @@
 """A user's module and an example call to one flat graph, twice: of torch.fx, to be rewritten, and of `autopar.ir.graph`, to be planned.
 
-Comes in: an `nn.Module` and example inputs. Goes out: `Captured`.
+Comes in: an `nn.Module` and example inputs. Goes out: `Captured`. The one idea: the module is exported with fake tensors, so nothing is
+computed and a model on the meta device is captured like any other; a visible list of passes then makes one flat graph without submodules,
+in-place ops and devices.
 
 Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``transformers``, ``functionalize``, ``record``, ``masks``, ``normalize``,
 ``graph_of``, ``export``.

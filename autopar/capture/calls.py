@@ -1,6 +1,7 @@
 """Calls of a module as flat lists of tensors, and flat lists of results as the user's own structure.
 
-Comes in from ``capture``, which reads the example call; goes out to every call of a captured model.
+Comes in: an example call, and later calls. Goes out: a `CallSpec`, which turns a call into its flat tensors and refuses calls that differ
+from the captured one, and a `ResultSpec`, which puts flat outputs into the containers that the model returns.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from autopar.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class TensorLeaf:
-    """A tensor among the arguments of a call: what a later call must agree with."""
+    """Shape and dtype of a tensor among the arguments, with which later calls must agree."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -30,12 +31,12 @@ class TensorLeaf:
 
 @dataclass(frozen=True, slots=True)
 class CallSpec:
-    """The structure of a call: of the one that was captured, and of every later one.
+    """The structure of the captured call, which every later call must have too.
 
     Attributes:
-        signature: of the module's forward.
-        in_spec: structure of (positional, keyword arguments) in canonical form.
-        names: a name per leaf, ``input_ids`` or ``batch.images``.
+        signature: the signature of the module's forward.
+        in_spec: the structure of (positional, keyword arguments) in canonical form, see `canonical`.
+        names: per leaf its name, such as ``input_ids`` or ``batch.images``.
         leaves: per leaf a `TensorLeaf`, or the value itself where it isn't a tensor.
     """
 
@@ -50,26 +51,26 @@ class CallSpec:
         return tuple(name for name, leaf in zip(self.names, self.leaves, strict=True) if isinstance(leaf, TensorLeaf))
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The tensors of a call, flat.
+        """The tensors of a call, flat, in the order of `inputs`.
 
-        Raises InputError that names every argument which differs from the captured call: in structure, in a value that
-        isn't a tensor, in dtype or in shape.
+        Raises InputError that names every argument which differs from the captured call, in structure, in shape or dtype, or in value where
+        it isn't a tensor.
         """
-        found, spec = pytree.tree_flatten(canonical(self.signature, args, kwargs))
+        values, spec = pytree.tree_flatten(canonical(self.signature, args, kwargs))
         if spec != self.in_spec:
             raise InputError(self._structure_error(args, kwargs))
-        wrong = []
-        for name, leaf, value in zip(self.names, self.leaves, found, strict=True):
+        differences = []
+        for name, leaf, value in zip(self.names, self.leaves, values, strict=True):
             if isinstance(leaf, TensorLeaf):
                 given = TensorLeaf(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
                 if given != leaf:
-                    wrong.append(f"{name} is {given}, captured with {leaf}")
+                    differences.append(f"{name} is {given}, captured with {leaf}")
             elif isinstance(value, Tensor) or value != leaf:
                 shown = TensorLeaf(tuple(value.shape), value.dtype) if isinstance(value, Tensor) else repr(value)
-                wrong.append(f"{name} is {shown}, captured with {leaf!r}")
-        if wrong:
-            raise InputError(f"the call differs from the captured one: {'; '.join(wrong)}. Capture again to change these")
-        return [value for leaf, value in zip(self.leaves, found, strict=True) if isinstance(leaf, TensorLeaf)]
+                differences.append(f"{name} is {shown}, captured with {leaf!r}")
+        if differences:
+            raise InputError(f"the call differs from the captured one: {'; '.join(differences)}. Capture again to change these")
+        return [value for leaf, value in zip(self.leaves, values, strict=True) if isinstance(leaf, TensorLeaf)]
 
     def _structure_error(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         names = leaf_names(canonical(self.signature, args, kwargs))
@@ -81,7 +82,7 @@ class CallSpec:
         return f"the call is built differently from the captured one: {'; '.join(parts) or 'other containers'}"
 
     def _default(self, name: str) -> str:
-        """What an argument is when a call leaves it out."""
+        """The default of an argument, as text."""
         parameter = self.signature.parameters.get(name)
         return "missing" if parameter is None or parameter.default is inspect.Parameter.empty else repr(parameter.default)
 
@@ -91,7 +92,7 @@ ExampleInputs = Mapping[str, Any] | tuple[Any, ...]
 
 
 def split_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """The positional and the keyword arguments of an example call; InputError for anything that is none."""
+    """The positional and the keyword arguments of an example call. Raises InputError for anything else than `ExampleInputs`."""
     if isinstance(example_inputs, Mapping):
         return (), example_inputs
     if not isinstance(example_inputs, tuple):
@@ -102,11 +103,13 @@ def split_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], Mapping[
 
 
 def read_call(forward: Callable[..., Any], example_inputs: ExampleInputs) -> tuple[CallSpec, list[Any]]:
-    """The structure of an example call, and its flat leaves.
+    """The structure of an example call, and its leaves, which are its tensors and other values.
 
     Args:
         forward: the module's forward.
-        example_inputs: a mapping is keyword arguments, a tuple positional ones; a pair of a tuple and a mapping is both.
+        example_inputs: the call, see `ExampleInputs`.
+
+    Raises InputError for arguments that the forward doesn't take.
     """
     args, kwargs = split_call(example_inputs)
     signature = inspect.signature(forward)
@@ -117,7 +120,7 @@ def read_call(forward: Callable[..., Any], example_inputs: ExampleInputs) -> tup
 
 
 def canonical(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with every argument by keyword that can be, in the order of the signature, defaults left out."""
+    """The same call with arguments by keyword where possible, in the signature's order, without those that are defaults."""
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -138,12 +141,12 @@ def canonical(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping
 
 
 def leaf_names(call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[str, ...]:
-    """A name per leaf: the argument's, then keys and positions inside it, joined by dots."""
+    """Per leaf its name: the argument's, then the keys and indices that lead to it, joined by dots."""
     paths, _ = pytree.tree_flatten_with_path(call)
-    return tuple(".".join(_part(key) for key in path[1:]) for path, _ in paths)
+    return tuple(".".join(_key_text(key) for key in path[1:]) for path, _ in paths)
 
 
-def _part(key: Any) -> str:
+def _key_text(key: Any) -> str:
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -155,15 +158,15 @@ class ResultSpec:
     """The structure of what a module returns.
 
     Attributes:
-        out_spec: the user's containers.
-        constants: per leaf (True, value) where it isn't a tensor, else (False, None): the next tensor goes there.
+        out_spec: the structure of the user's containers.
+        constants: per leaf (True, value) where it isn't a tensor, and (False, None) where it is the next output tensor.
     """
 
     out_spec: pytree.TreeSpec
     constants: tuple[tuple[bool, Any], ...]
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
-        """Put flat output tensors, and what was constant, into the user's containers."""
+        """The model's result: flat output tensors, and the values that were constant, in the user's containers."""
         tensors = iter(outputs)
-        leaves = [value if constant else next(tensors) for constant, value in self.constants]
+        leaves = [value if is_constant else next(tensors) for is_constant, value in self.constants]
         return pytree.tree_unflatten(leaves, self.out_spec)

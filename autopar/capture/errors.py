@@ -1,6 +1,6 @@
-"""A failed export told in the user's words: their line, the reason, what to change.
+"""The error of a failed export in the user's words: their line, the reason, what to change.
 
-Comes in from ``capture``.
+Comes in: an exception of `torch.export`. Goes out: a CaptureError whose cause it is.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _READS_DATA = frozenset(
 
 
 def explain(error: Exception) -> CaptureError:
-    """The error to raise instead of `error`, which becomes its cause."""
+    """The CaptureError to raise for an exception of the export."""
     source = _users_line(error)
     where = f"at `{source}`: " if source else ""
     reason, remedy = _reason(error)
@@ -26,7 +26,8 @@ def explain(error: Exception) -> CaptureError:
 
 
 def _reason(error: Exception) -> tuple[str, str]:
-    names = {type(part).__name__ for part in _chain(error)}
+    """Why the export failed, and what the user can change."""
+    names = {type(link).__name__ for link in _chain(error)}
     text = str(error)
     if names & _READS_DATA or "data-dependent" in text.lower():
         return (
@@ -39,11 +40,12 @@ def _reason(error: Exception) -> tuple[str, str]:
             "the model returns an object whose contents torch doesn't know",
             "Return tensors in tuples, lists or dicts, or register the class: torch.export.register_dataclass for a dataclass",
         )
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return f"{type(error).__name__}: {first.rstrip('.')}", "Check that model(**example_inputs) runs with these inputs"
+    summary = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return f"{type(error).__name__}: {summary.rstrip('.')}", "Check that model(**example_inputs) runs with these inputs"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An exception, its cause, the cause's cause, and so on."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -54,8 +56,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _users_line(error: Exception) -> str:
     """``file.py:12: code`` of the innermost frame that is the user's."""
-    for part in _chain(error):
-        frames = [frame for frame in traceback.extract_tb(part.__traceback__) if is_users(frame.filename)]
+    for link in _chain(error):
+        frames = [frame for frame in traceback.extract_tb(link.__traceback__) if is_users(frame.filename)]
         if frames:
             frame = frames[-1]
             code = frame.line or linecache.getline(frame.filename, frame.lineno or 0)

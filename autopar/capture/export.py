@@ -1,8 +1,7 @@
-"""From a module and example inputs to one flat graph, twice: as fx graph to run, as `ir.Graph` to plan with.
+"""From a module and example inputs to one flat graph, twice: as an fx graph to rewrite, and as an `ir.Graph` to plan with.
 
-Comes in from ``api``; goes out to everything after. The module is exported with fake tensors in place of its parameters,
-buffers and inputs: nothing is computed, a module on the meta device is captured like any other, and afterwards the
-module is as it was.
+Comes in: a user's module and an example call. Goes out: `Captured`. The module is exported with fake tensors in place of its parameters,
+buffers and inputs: nothing is computed, a module on the meta device is captured like any other, and afterwards the module is as it was.
 """
 
 from __future__ import annotations
@@ -42,18 +41,18 @@ class Captured:
     """A model as one graph.
 
     Attributes:
-        fx: its placeholders are the parameters, the buffers, then the tensors of the call; its output is a flat tuple of
-            the tensors that the model returns, then the new values of `mutated_buffers`. A factory call (``aten.zeros``)
-            names no device: whoever runs it elsewhere than on the CPU adds one.
-        graph: the same for planning; ops have the names of the fx nodes.
-        parameters, buffers: names in the model, in placeholder order; tied ones occur once.
-        aliases: other name of a tied parameter or buffer -> the name that is kept.
-        constants: tensors that the forward makes from numbers or finds as plain attributes; they are among `buffers`.
-        mutated_buffers: buffers whose new values follow the user's outputs. The running statistics of a batch norm aren't
-            among them: its operator updates them.
-        notes: what was dropped or changed, for the plan's report.
-        call: structure of the call.
-        results: structure of what the model returns.
+        fx: the fx graph. Its placeholders are the parameters, the buffers, then the tensors of the call; its output is a flat tuple of
+            the tensors that the model returns, then the new values of `mutated_buffers`. Factory calls (``aten.zeros``) name no device;
+            to run them elsewhere than on the CPU, one must be added.
+        graph: the same graph for planning; its ops have the names of the fx nodes.
+        parameters, buffers: names in the model, in the order of placeholders; a tied tensor occurs under one name.
+        aliases: other name of a tied parameter or buffer -> the name under which it occurs.
+        constants: name -> value of tensors that the forward makes from numbers or reads as plain attributes; they are among `buffers`.
+        mutated_buffers: names of the buffers whose new values follow the user's outputs. The running statistics of a batch norm aren't
+            among them, as its operator updates them.
+        notes: lines on what was dropped or changed, for the plan's report.
+        call: the structure of the call.
+        results: the structure of what the model returns.
     """
 
     fx: fx.GraphModule
@@ -78,16 +77,16 @@ class Captured:
         return self.call.in_spec
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The flat tensor inputs of a call; raises InputError that says which argument differs from the captured call."""
+        """The flat tensor inputs of a call. Raises InputError that names every argument which differs from the captured call."""
         return self.call.bind(args, kwargs)
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
-        """What the model would return, from the flat outputs (those of `mutated_buffers` may follow and are ignored)."""
+        """What the model would return, from the flat outputs; values of `mutated_buffers` after them are ignored."""
         return self.results.unflatten(outputs)
 
 
 def refuse_autocast(device: torch.device) -> None:
-    """Raises CaptureError under autocast: programs and the messages between stages have the dtypes of the capture."""
+    """Raises CaptureError under autocast: programs, and messages between stages, have the dtypes of the captured graph."""
     if torch.is_autocast_enabled(device.type):
         raise CaptureError(
             "autocast is on; which operators it casts isn't part of a graph. Give the model the dtype that it shall compute"
@@ -99,14 +98,14 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
     """Capture a module for the sizes of an example call.
 
     Args:
-        model: on any device, meta included; isn't changed.
-        example_inputs: as given to the model: a mapping is keyword arguments, a tuple positional ones, a pair of a tuple
-            and a mapping is both. Only shapes and dtypes of tensors matter.
-        training: capture the training or the evaluation behaviour; as the model is set by default.
+        model: a model on any device, also the meta device; it isn't changed.
+        example_inputs: a call of the model: a mapping of keyword arguments, a tuple of positional ones, or a pair of both. Of tensors only
+            shapes and dtypes are read.
+        training: whether to capture the training or the evaluation behaviour; by default the model's current mode.
 
     Raises:
-        CaptureError: with the line that can't be part of a graph.
-        InputError: for arguments that the module's forward doesn't take.
+        CaptureError: for a model that can't be one graph, with the line at fault.
+        InputError: for arguments that the model's forward doesn't take.
     """
     spec, leaves = read_call(model.forward, example_inputs)
     device = _device(model)
@@ -122,7 +121,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Where the model computes; a model on the meta device is captured as if it were on the CPU."""
+    """The model's device; a model on the meta device is captured as if it were on the CPU."""
     for tensor in (*model.parameters(), *model.buffers()):
         return torch.device("cpu") if tensor.is_meta else tensor.device
     return torch.device("cpu")
@@ -148,7 +147,7 @@ def _set_training(model: nn.Module, training: bool | None) -> Iterator[None]:
 
 @contextmanager
 def _faked(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
-    """Put fake tensors in place of parameters and buffers; tied ones stay tied."""
+    """Inside, the model has fake tensors in place of parameters and buffers; tied ones stay tied."""
     made: dict[int, Tensor] = {}
     before: list[tuple[nn.Module, str, Tensor]] = []
     try:
@@ -161,7 +160,7 @@ def _faked(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iter
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
                 before.append((module, name, tensor))
-                # Not through the dict: recurrent modules keep a second list of their weights that this renews.
+                # By setattr, not through the dict: recurrent modules have a second list of their weights, which this updates.
                 setattr(module, name, made[id(tensor)])
         yield
     finally:
@@ -171,7 +170,7 @@ def _faked(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iter
 
 @contextmanager
 def _without_looking_at_masks() -> Iterator[None]:
-    """Keep torch's transformer modules from comparing a mask with a causal one, which needs values; `prove_masks` does it."""
+    """Inside, torch's transformer modules don't compare masks with a causal one, which needs values; `prove_masks` does so later."""
     modules = torch.nn.modules.transformer
     before = modules._detect_is_causal_mask
 
@@ -186,7 +185,7 @@ def _without_looking_at_masks() -> Iterator[None]:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    """Export; what torch prints and logs about a failure is dropped, `explain` tells it."""
+    """Export the model; what torch prints and logs about a failure is dropped, since `explain` raises it."""
     names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
@@ -215,7 +214,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Originals:
-    """The model's own tensors by name, and which names mean the same tensor."""
+    """The model's own tensors by name; and other names of tied tensors -> the name that each has in the graph."""
 
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
@@ -223,69 +222,69 @@ class _Originals:
 
     @staticmethod
     def of(model: nn.Module) -> _Originals:
-        kept: dict[int, str] = {}
+        first_names: dict[int, str] = {}
         aliases: dict[str, str] = {}
         for name, tensor in [
             *model.named_parameters(remove_duplicate=False),
             *model.named_buffers(remove_duplicate=False),
         ]:
-            if kept.setdefault(id(tensor), name) != name:
-                aliases[name] = kept[id(tensor)]
+            if first_names.setdefault(id(tensor), name) != name:
+                aliases[name] = first_names[id(tensor)]
         return _Originals(dict(model.named_parameters()), dict(model.named_buffers()), aliases)
 
 
 @dataclass(slots=True)
-class _Inputs:
-    """The placeholders of an exported program, sorted: user's name per placeholder, in the order of the captured graph."""
+class _Placeholders:
+    """The placeholders of an exported program by kind: placeholder -> the user's name, in the order of the captured graph."""
 
     parameters: dict[str, str] = field(default_factory=dict)
     buffers: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
-    constants: dict[str, Tensor] = field(default_factory=dict)  # by placeholder; among the buffers
-    scalars: dict[str, Tensor] = field(default_factory=dict)  # become calls
-    merged: dict[str, str] = field(default_factory=dict)  # placeholder of a tied tensor -> the one that is kept
+    constants: dict[str, Tensor] = field(default_factory=dict)  # placeholder -> value; they are among the buffers
+    scalars: dict[str, Tensor] = field(default_factory=dict)  # placeholder -> value of constants that become calls
+    merged: dict[str, str] = field(default_factory=dict)  # placeholder of a tied tensor -> the one that stands for it
 
 
-def _read_inputs(graph: fx.Graph, program: ExportedProgram, originals: _Originals, spec: CallSpec) -> _Inputs:
+def _read_placeholders(graph: fx.Graph, program: ExportedProgram, originals: _Originals, spec: CallSpec) -> _Placeholders:
     """Sort the placeholders of `graph`, which are those of the program in order."""
-    found = _Inputs()
+    placeholders = _Placeholders()
     names = iter(spec.inputs)
-    first: dict[str, str] = {}
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for node, given in zip(placeholders, program.graph_signature.input_specs, strict=True):
+    placeholder_of: dict[str, str] = {}
+    nodes = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, given in zip(nodes, program.graph_signature.input_specs, strict=True):
         target = str(given.target)
         if given.kind in (InputKind.PARAMETER, InputKind.BUFFER):
             name = originals.aliases.get(target, target)
-            if name in first:
-                found.merged[node.name] = first[name]
+            if name in placeholder_of:
+                placeholders.merged[node.name] = placeholder_of[name]
                 continue
-            first[name] = node.name
-            (found.parameters if given.kind is InputKind.PARAMETER else found.buffers)[node.name] = name
+            placeholder_of[name] = node.name
+            (placeholders.parameters if given.kind is InputKind.PARAMETER else placeholders.buffers)[node.name] = name
         elif given.kind is InputKind.CONSTANT_TENSOR:
             value = program.constants[target]
             if value.ndim == 0 and not value.is_meta:
-                found.scalars[node.name] = value
+                placeholders.scalars[node.name] = value
             else:
-                found.buffers[node.name] = target
-                found.constants[node.name] = value
+                placeholders.buffers[node.name] = target
+                placeholders.constants[node.name] = value
         elif given.kind is InputKind.USER_INPUT and not isinstance(given.arg, ConstantArgument):
-            found.inputs[node.name] = next(names)
+            placeholders.inputs[node.name] = next(names)
         elif given.kind is not InputKind.USER_INPUT:
             kind = given.kind.name.lower().replace("_", " ")
             raise CaptureError(f"the forward uses {given.target!r}, a {kind}, which can't be part of a graph")
-    return found
+    return placeholders
 
 
-def order_placeholders(graph: fx.Graph, found: _Inputs) -> fx.Graph:
-    """Parameters first, then buffers, then inputs; tied ones once; constant scalars as calls; unused constants gone."""
+def order_placeholders(graph: fx.Graph, placeholders: _Placeholders) -> fx.Graph:
+    """The graph with parameters first, then buffers, then inputs; tied tensors once, and constant scalars as calls."""
     new = fx.Graph()
     old = {node.name: node for node in graph.nodes if node.op == "placeholder"}
     env: dict[fx.Node, fx.Node] = {}
-    for name in (*found.parameters, *found.buffers, *found.inputs):
+    for name in (*placeholders.parameters, *placeholders.buffers, *placeholders.inputs):
         env[old[name]] = new.node_copy(old[name])
-    for name, kept in found.merged.items():
-        env[old[name]] = env[old[kept]]
-    for name, value in found.scalars.items():
+    for name, target in placeholders.merged.items():
+        env[old[name]] = env[old[target]]
+    for name, value in placeholders.scalars.items():
         made = new.call_function(aten.full.default, ([], value.item()), {"dtype": value.dtype})
         made.meta["val"] = old[name].meta["val"]
         env[old[name]] = made
@@ -296,7 +295,7 @@ def order_placeholders(graph: fx.Graph, found: _Inputs) -> fx.Graph:
 
 
 def _read_results(graph: fx.Graph, program: ExportedProgram) -> tuple[list[fx.Node], ResultSpec]:
-    """The output nodes that are tensors, and the structure that they and the constants among them make up."""
+    """The output nodes that are tensors, and the structure of tensors and constants that the model returns."""
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     tensors: list[fx.Node] = []
     constants: list[tuple[bool, Any]] = []
@@ -319,45 +318,46 @@ def _assemble(
     device: torch.device,
     notes: list[str],
 ) -> Captured:
+    """Run the passes over an exported program, in order, and put the results together."""
     graph = inline_regions(program.graph_module)
-    found = _read_inputs(graph, program, originals, spec)
-    graph = order_placeholders(graph, found)
-    graph, written = functionalize(graph, {*found.buffers, *found.inputs})
+    placeholders = _read_placeholders(graph, program, originals, spec)
+    graph = order_placeholders(graph, placeholders)
+    graph, written = functionalize(graph, {*placeholders.buffers, *placeholders.inputs})
     tensors, results = _read_results(graph, program)
-    mutated = [name for name in found.buffers if name in written]
+    mutated = [name for name in placeholders.buffers if name in written]
     notes.extend(
-        f"the forward writes to the input {found.inputs[name]}: the caller's tensor stays as it was"
-        for name in found.inputs
+        f"the forward writes to the input {placeholders.inputs[name]}: the caller's tensor stays as it was"
+        for name in placeholders.inputs
         if name in written
     )
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     output.args = ((*tensors, *(written[name] for name in mutated)),)
-    graph = slice_constant_indices(simplify(graph, device), found.constants)
-    graph = prove_masks(graph, _known_values(found, originals, written), notes)
-    graph = drop_unused(graph, found.constants)
-    left = {node.name for node in graph.nodes if node.op == "placeholder"}
-    buffers = {name: target for name, target in found.buffers.items() if name in left}
-    parameters = {name: originals.parameters[target] for name, target in found.parameters.items()}
+    graph = slice_constant_indices(simplify(graph, device), placeholders.constants)
+    graph = prove_masks(graph, _known_values(placeholders, originals, written), notes)
+    graph = drop_unused(graph, placeholders.constants)
+    remaining = {node.name for node in graph.nodes if node.op == "placeholder"}
+    buffers = {name: target for name, target in placeholders.buffers.items() if name in remaining}
+    parameters = {name: originals.parameters[target] for name, target in placeholders.parameters.items()}
     tensor_leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     differentiable = {name for name, tensor in parameters.items() if tensor.requires_grad}
-    differentiable |= {name for name, leaf in zip(found.inputs, tensor_leaves, strict=True) if leaf.requires_grad}
+    differentiable |= {name for name, leaf in zip(placeholders.inputs, tensor_leaves, strict=True) if leaf.requires_grad}
     recorded = record(graph, mode, device, frozenset(differentiable))
     graph = drop_detach(graph, recorded)
     kinds = {
-        **dict.fromkeys(found.parameters, ir.OpKind.PARAMETER),
+        **dict.fromkeys(placeholders.parameters, ir.OpKind.PARAMETER),
         **dict.fromkeys(buffers, ir.OpKind.BUFFER),
-        **dict.fromkeys(found.inputs, ir.OpKind.INPUT),
+        **dict.fromkeys(placeholders.inputs, ir.OpKind.INPUT),
     }
-    names = {**found.parameters, **buffers, **found.inputs}
-    updates = tuple(found.buffers[name] for name in mutated)
+    names = {**placeholders.parameters, **buffers, **placeholders.inputs}
+    updates = tuple(placeholders.buffers[name] for name in mutated)
     module = fx.GraphModule(nn.Module(), graph)
     return Captured(
         fx=module,
         graph=graph_of(module.graph, recorded, kinds, names, updates),
-        parameters=tuple(found.parameters.values()),
+        parameters=tuple(placeholders.parameters.values()),
         buffers=tuple(buffers.values()),
         aliases=originals.aliases,
-        constants={buffers[name]: value for name, value in found.constants.items() if name in buffers},
+        constants={buffers[name]: value for name, value in placeholders.constants.items() if name in buffers},
         mutated_buffers=updates,
         notes=tuple(dict.fromkeys(notes)),
         call=spec,
@@ -365,10 +365,10 @@ def _assemble(
     )
 
 
-def _known_values(found: _Inputs, originals: _Originals, written: Mapping[str, fx.Node]) -> dict[str, Tensor]:
-    """Placeholders whose values can't change: constants, and buffers of booleans or scores that nothing writes to."""
-    known = dict(found.constants)
-    for name, target in found.buffers.items():
+def _known_values(placeholders: _Placeholders, originals: _Originals, written: Mapping[str, fx.Node]) -> dict[str, Tensor]:
+    """Placeholder -> value, of those that can't change: constants, and buffers that the forward doesn't write to."""
+    known = dict(placeholders.constants)
+    for name, target in placeholders.buffers.items():
         if name not in written and target in originals.buffers:
             known[name] = originals.buffers[target]
     return {name: value.detach().cpu() for name, value in known.items() if not value.is_meta}

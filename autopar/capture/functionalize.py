@@ -1,8 +1,10 @@
-"""In-place operators out of a flat graph: what they wrote becomes a value, and everyone who would see it reads that.
+"""In-place operators out of a flat graph: each becomes an operator that makes a new value, which later readers read.
 
-Comes in from ``normalize.inline_regions``; goes out to ``normalize.simplify``. A write through a view is carried to the
-tensor it looks at, and other views of that tensor are made anew when they are next read. What a buffer holds at the end
-becomes an output after the user's own.
+Comes in: the graph of `normalize.inline_regions`. Goes out: a graph without in-place operators, and the last value of each buffer or input
+that was written to, which becomes an output. A write through a view becomes a new value of the tensor that is viewed, and other views of
+that tensor are made again when they are next read::
+
+    y = x[0]; y.add_(1); z = x * 2   ->   y1 = x[0] + 1; x1 = select_scatter(x, y1, 0, 0); z = x1 * 2
 """
 
 from __future__ import annotations
@@ -20,28 +22,29 @@ aten = torch.ops.aten
 
 
 def functionalize(graph: fx.Graph, writable: Collection[str]) -> tuple[fx.Graph, dict[str, fx.Node]]:
-    """Replace in-place operators; returns the new graph and, per placeholder written to, the node of its last value.
+    """Replace in-place operators; returns the new graph, and name of a placeholder that was written to -> node of its last value.
 
     Args:
-        graph: flat; its placeholders keep their names.
-        writable: names of the placeholders that may be written to: buffers and inputs. Writing to another one, a
-            parameter, raises CaptureError, as does a write through a view that can't be carried back.
+        graph: a flat graph; its placeholders have the same names in the new one.
+        writable: names of the placeholders that may be written to: buffers and inputs.
+
+    Raises CaptureError for a write to another placeholder, a parameter, and for a write through a view whose inverse isn't known.
     """
     return _Functionalizer(graph, frozenset(writable)).run()
 
 
 class _Functionalizer:
-    """The state of one pass: per old node its present value, what it is a view of, and whether that has moved on."""
+    """The state of one pass: per old node its current value, what it is a view of, and whether it must be made again."""
 
     def __init__(self, graph: fx.Graph, writable: frozenset[str]) -> None:
         self.old = graph
         self.new = fx.Graph()
         self.writable = writable
         self.env: dict[fx.Node, Any] = {}
-        self.same: dict[fx.Node, fx.Node] = {}  # an in-place call is its first operand
-        self.parent: dict[fx.Node, fx.Node] = {}
-        self.views: dict[fx.Node, list[fx.Node]] = {}  # of a tensor that is no view itself
-        self.stale: set[fx.Node] = set()
+        self.same: dict[fx.Node, fx.Node] = {}  # in-place call -> the node that it writes to, whose value it is
+        self.parent: dict[fx.Node, fx.Node] = {}  # view -> what it views
+        self.views: dict[fx.Node, list[fx.Node]] = {}  # tensor that is no view -> all views of it, also of views
+        self.stale: set[fx.Node] = set()  # views to make again, since what they view has another value
         self.written: dict[str, fx.Node] = {}
 
     def run(self) -> tuple[fx.Graph, dict[str, fx.Node]]:
@@ -90,7 +93,7 @@ class _Functionalizer:
         value = _call_functional(self.new, node, args, kwargs)
         self.same[node] = written
         chain = {written}
-        # Every tensor that this one is a view of gets the value written into it, the innermost first.
+        # Every tensor that this one is a view of gets a new value, the innermost first.
         while written in self.parent:
             parent = self.parent[written]
             before = self._read(parent)
@@ -132,8 +135,8 @@ def _is_view(node: fx.Node) -> bool:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not node.args or not isinstance(node.args[0], fx.Node):
         return is_getitem(node) and _is_view(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else False
-    first = target._schema.arguments[0].alias_info
-    if first is None or first.is_write or not target._schema.returns or target._schema.returns[0].alias_info is None:
+    alias = target._schema.arguments[0].alias_info
+    if alias is None or alias.is_write or not target._schema.returns or target._schema.returns[0].alias_info is None:
         return False
     before, after = node.args[0].meta.get("val"), node.meta.get("val")
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
@@ -154,7 +157,7 @@ def _can_view(tensor: Tensor, shape: torch.Size) -> bool:
 
 
 def _call_functional(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-    """Emit the operator that makes the value which the in-place operator `node` writes; same dtype and sizes."""
+    """Emit the operator that makes the value which an in-place operator writes, with the dtype and sizes of what is written to."""
     before = value_of(node)
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
@@ -191,21 +194,21 @@ _RENAMED: dict[str, Callable[..., Any]] = {
 
 
 def _functional(target: torch._ops.OpOverload[..., Any], name: str, node: fx.Node) -> Callable[..., Any]:
-    known = _RENAMED.get(f"{name}.{target._overloadname}")
-    if known is not None:
-        return known
+    renamed = _RENAMED.get(f"{name}.{target._overloadname}")
+    if renamed is not None:
+        return renamed
     packet = getattr(getattr(torch.ops, target.namespace), name.rstrip("_"), None)
-    found = getattr(packet, target._overloadname, None)
-    if found is None or found._schema.is_mutable:
+    functional = getattr(packet, target._overloadname, None)
+    if functional is None or functional._schema.is_mutable:
         raise CaptureError(
             f"{target} works in place and has no twin that doesn't ({source_of(node) or node.name});"
             " write the line without the in-place operator"
         )
-    return found  # type: ignore[no-any-return]
+    return functional  # type: ignore[no-any-return]
 
 
 def _write_back(graph: fx.Graph, view: fx.Node, before: fx.Node, value: fx.Node, writer: fx.Node) -> fx.Node:
-    """Emit the tensor `before` with `value` in the part that `view` shows of it."""
+    """Emit the tensor `before` with `value` in the place of what `view` views of it."""
     target, rest = view.target, view.args[1:]
     like = view.args[0]
     assert isinstance(like, fx.Node)

@@ -1,6 +1,6 @@
-"""Small helpers over fx graphs: emit a node like another, read a node's tensor, name a device-free operator call.
+"""Small helpers over fx graphs: emit a node like another, read a node's tensor, name the user's line and layer.
 
-Comes in from torch; used by every module that reads or writes an fx graph.
+Comes in: nodes of an fx graph. Goes out: what every module that reads or writes an fx graph asks of them.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-# What a node keeps of the export's metadata: its value, the modules it was called in, the user's lines.
-_KEPT = ("val", "nn_module_stack", "stack_trace")
+# The metadata of the export that is copied to new nodes: the value, the modules around the call, the user's lines.
+_COPIED = ("val", "nn_module_stack", "stack_trace")
 
 
 def emit(graph: fx.Graph, target: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], like: fx.Node) -> fx.Node:
-    """Append a call that takes its name and its place in the user's program from the node `like`."""
+    """Append a call to a graph; its name, value and source are those of the node `like`."""
     node = graph.create_node("call_function", target, args, dict(kwargs), name=like.name)
-    node.meta = {key: like.meta[key] for key in _KEPT if key in like.meta}
+    node.meta = {key: like.meta[key] for key in _COPIED if key in like.meta}
     return node
 
 
 def value_of(node: fx.Node) -> Tensor:
-    """The (fake) tensor that a node makes; the node must make one."""
+    """The fake tensor that a node makes; the node must make a single tensor."""
     value = node.meta["val"]
     assert isinstance(value, Tensor), f"{node.name} makes {type(value).__name__}, not a tensor"
     return value
 
 
 def is_getitem(node: fx.Node) -> bool:
-    """Whether a node picks one result of a call that has several."""
+    """Whether a node selects one of the results of a call that has several."""
     return node.op == "call_function" and node.target is operator.getitem
 
 
@@ -44,7 +44,7 @@ def takes(target: Any, name: str) -> bool:
 
 
 def on_device(node: fx.Node, device: torch.device) -> dict[str, Any]:
-    """Keyword arguments to call `node` with on `device`: a call that reads no tensor must be told where to put its result."""
+    """Keyword arguments to call a node's target with on `device`: a call that reads no tensor gets the device of its result."""
     kwargs = dict(node.kwargs)
     if not node.all_input_nodes and "device" not in kwargs and takes(node.target, "device"):
         kwargs["device"] = device
@@ -57,12 +57,12 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n +([^\n]+))?')
 
 
 def is_users(filename: str) -> bool:
-    """Whether a file is neither torch's nor ours."""
+    """Whether a file is the user's, neither torch's nor autopar's."""
     return not filename.startswith((_TORCH, _OURS, "<"))
 
 
 def short_path(filename: str) -> str:
-    """A file's path below site-packages or the working directory, else its last part."""
+    """A file's path below site-packages or the working directory, else its name alone."""
     _, packages, below = filename.rpartition("site-packages" + os.sep)
     if packages:
         return below

@@ -1,7 +1,7 @@
-"""From a normalised fx graph to the `ir.Graph` that planning sees: same names, same order, nothing of torch in it.
+"""From a normalised fx graph to the `ir.Graph` that planning sees: the same names and order, nothing of torch.
 
-Comes in from ``normalize`` and ``record``; goes out to ``rules`` and everything after. Nodes that pick one of several
-results vanish; who read them reads ``Value(op, index)``.
+Comes in: a flat fx graph, and a `Record` of a run on fake tensors. Goes out: an `ir.Graph`. Nodes that select one of several results have
+no op of their own; their readers read ``Value(op, index)``.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def graph_of(
     names: Mapping[str, str],
     updates: tuple[str, ...] = (),
 ) -> ir.Graph:
-    """Describe an fx graph.
+    """The `ir.Graph` of an fx graph.
 
     Args:
-        graph: flat and functional.
-        record: what a run on fake tensors found out about its nodes.
-        kinds: parameter, buffer or input, per placeholder.
-        names: the user's name per placeholder.
-        updates: the buffers whose new values the graph returns last.
+        graph: a flat, functional graph.
+        record: values and saved tensors of its nodes, from a run on fake tensors.
+        kinds: placeholder -> parameter, buffer or input.
+        names: placeholder -> the user's name.
+        updates: names of the buffers whose new values are the last outputs.
     """
     values: dict[fx.Node, ir.Value] = {}
     ops = []
@@ -80,21 +80,21 @@ def _op(
 
 def _tensor(value: Any) -> ir.Tensor:
     if isinstance(value, torch.Tensor):
-        return ir.Tensor(tuple(value.shape), _word(value.dtype), value.requires_grad)
-    return ir.Tensor((0,), "uint8")  # a result that isn't there keeps its index
+        return ir.Tensor(tuple(value.shape), _text(value.dtype), value.requires_grad)
+    return ir.Tensor((0,), "uint8")  # stands for a result that isn't a tensor, so that later ones have their index
 
 
 def _plain(arg: Any, values: Mapping[fx.Node, ir.Value], operands: list[ir.Value]) -> Any:
-    """An argument without torch: tensors become operands, dtypes and devices words."""
+    """An argument without anything of torch: tensors become operands, dtypes and devices text."""
     if isinstance(arg, fx.Node):
         operands.append(values[arg])
         return ir.Operand(len(operands) - 1)
     if isinstance(arg, (list, tuple)):
-        return tuple(_plain(part, values, operands) for part in arg)
+        return tuple(_plain(item, values, operands) for item in arg)
     if isinstance(arg, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
-        return _word(arg)
+        return _text(arg)
     return arg
 
 
-def _word(value: Any) -> str:
+def _text(value: Any) -> str:
     return str(value).removeprefix("torch.")

@@ -1,7 +1,7 @@
-"""Proofs about attention masks: a mask that no input reaches is evaluated, and left out when it says causal or nothing.
+"""Proofs about attention masks: a mask that depends on no input is evaluated, and replaced where it is causal or hides nothing.
 
-Comes in from ``normalize``; goes out to ``record``. A causal mask of its own costs the square of the sequence, and the
-kernels that do without it.
+Comes in: a flat graph, and the values of its constants. Goes out: the graph with ``is_causal`` or no mask in the place of proven masks. A
+mask tensor takes memory of the square of the sequence length, and keeps attention from running by its fastest kernels.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from autopar.capture.fx_nodes import on_device, source_of, value_of
 aten = torch.ops.aten
 
 MAX_ELEMENTS = 2**28
-"""Largest tensor that a proof may make."""
+"""Elements of the largest tensor that a proof may compute."""
 
 _CPU = torch.device("cpu")
 
 
 def prove_masks(graph: fx.Graph, known: Mapping[str, Tensor], notes: list[str]) -> fx.Graph:
-    """Replace proven masks of ``scaled_dot_product_attention`` by ``is_causal``, or by nothing.
+    """Replace proven masks of ``scaled_dot_product_attention`` by ``is_causal``, or by no mask.
 
     Args:
-        graph: flat and functional.
-        known: values of placeholders that are constant: buffers that nothing writes, tensors made in the forward.
-        notes: one line per mask that was replaced is appended.
+        graph: a flat, functional graph.
+        known: placeholder -> its value, where that is constant: buffers that nothing updates, tensors made in the forward.
+        notes: gets a line per mask that is replaced.
     """
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -54,7 +54,7 @@ def prove_masks(graph: fx.Graph, known: Mapping[str, Tensor], notes: list[str]) 
 
 
 def _prove(mask: fx.Node, known: Mapping[str, Tensor], values: dict[fx.Node, Any]) -> str:
-    """``causal``, ``all true``, or empty when neither is shown."""
+    """``causal``, ``all true``, or the empty text when neither is proven."""
     if value_of(mask).ndim < 2 or not _evaluate(mask, known, values):
         return ""
     tensor = values[mask]
@@ -70,7 +70,7 @@ def _prove(mask: fx.Node, known: Mapping[str, Tensor], values: dict[fx.Node, Any
 
 
 def _evaluate(mask: fx.Node, known: Mapping[str, Tensor], values: dict[fx.Node, Any]) -> bool:
-    """Compute `mask` and what it is made of into `values`; False when data, chance or size forbid it."""
+    """Compute a mask, and all that it is made of, into `values`; False when it depends on inputs or random numbers, or is too large."""
     order: list[fx.Node] = []
     pending = [mask]
     seen = set(values)

@@ -1,8 +1,7 @@
-"""From an exported program to one flat graph without noise: a visible list of passes, each from a graph to a new graph.
+"""From an exported program to one flat graph without noise: a list of passes, each from a graph to a new graph.
 
-Comes in from ``capture``; goes out to ``record`` and ``graph_of``. After these passes a graph has no submodules, spells
-every size, names no device, and holds only calls that compute something. In-place operators are the business of
-``functionalize``, which runs between `inline_regions` and `simplify`.
+Comes in: the fx graph of `torch.export`. Goes out: a graph without submodules that states every size, names no device, and has only calls
+that compute something. In-place operators are replaced by `functionalize`, which runs between `inline_regions` and `simplify`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Call = tuple[Target, tuple[Any, ...], dict[str, Any]]
 
 @dataclass(slots=True)
 class _Inlining:
-    """What `inline_regions` knows while it copies: nodes made under ``no_grad``, and one detachment per node read there."""
+    """The state of `inline_regions`: the new graph, its nodes made under ``no_grad``, and the detached version of each node read there."""
 
     graph: fx.Graph
     without_grad: set[fx.Node] = field(default_factory=set)
@@ -35,10 +34,10 @@ class _Inlining:
 
 
 def inline_regions(module: fx.GraphModule) -> fx.Graph:
-    """Put the bodies of ``no_grad`` and ``autocast(enabled=False)`` regions in line.
+    """Replace ``no_grad`` and ``autocast(enabled=False)`` regions, which are submodules of the export, by their bodies.
 
-    What a ``no_grad`` region reads from outside is detached, so that nothing in it is differentiated; `drop_detach`
-    removes the detachments of what needs no gradient anyway. Raises CaptureError for autocast that is switched on.
+    What a ``no_grad`` region reads from outside is detached, so that nothing in it is differentiated; `drop_detach` later removes those
+    detach calls whose operand needs no gradient. Raises CaptureError for a region with autocast switched on.
     """
     state = _Inlining(fx.Graph())
     placeholders = [state.graph.node_copy(node) for node in module.graph.nodes if node.op == "placeholder"]
@@ -71,7 +70,7 @@ def _inline(module: fx.GraphModule, inputs: list[Any], grad: bool, state: _Inlin
 
 
 def _region(node: fx.Node) -> tuple[fx.Node, bool | None, tuple[Any, ...]] | None:
-    """(body, gradients on or off or as outside, arguments) of a call on a submodule; None for any other node."""
+    """(body, whether gradients are on or None for as outside, arguments) of a region; None for any other node."""
     name = getattr(node.target, "__name__", "")
     if name == "wrap_with_set_grad_enabled":
         return node.args[1], node.args[0], node.args[2:]  # type: ignore[return-value]
@@ -86,7 +85,7 @@ def _region(node: fx.Node) -> tuple[fx.Node, bool | None, tuple[Any, ...]] | Non
 
 
 def _read(value: Any, grad: bool, state: _Inlining) -> Any:
-    """The value as a call reads it: detached when it comes from outside the ``no_grad`` region of the call."""
+    """The value as a call reads it: detached if the call is in a ``no_grad`` region and the value comes from outside."""
     if grad or not isinstance(value, fx.Node) or value in state.without_grad:
         return value
     tensor = value.meta.get("val")
@@ -99,11 +98,11 @@ def _read(value: Any, grad: bool, state: _Inlining) -> Any:
 
 
 def simplify(graph: fx.Graph, device: torch.device) -> fx.Graph:
-    """Apply `RULES` to every call, in order of the program, and drop what nothing reads.
+    """Apply `RULES` to every call, in program order, and drop calls whose results nothing reads.
 
     Args:
-        graph: flat and functional.
-        device: where the model is; arguments that name it are left out, whoever runs the graph says where.
+        graph: a flat, functional graph.
+        device: the model's device. Arguments that name it are removed, since programs may run on another one.
     """
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -131,7 +130,7 @@ def simplify(graph: fx.Graph, device: torch.device) -> fx.Graph:
 
 
 def to_positional(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Give by position whatever the operator's schema lets be given by position."""
+    """The call with its arguments by position, except those that the operator's schema has by keyword only."""
     if not kwargs:
         return target, args, kwargs
     schema = target._schema.arguments  # type: ignore[attr-defined]
@@ -149,7 +148,7 @@ def to_positional(target: Target, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def forget_device(call: Call, node: fx.Node, device: torch.device) -> Call:
-    """Leave out the model's device, and spell the dtype that a factory would take from torch's default."""
+    """The call without the model's device, and with the dtype that a factory would take from torch's default."""
     target, args, kwargs = call
     if "device" in kwargs and (kwargs["device"] is None or torch.device(kwargs["device"]) == device):
         del kwargs["device"]
@@ -165,19 +164,19 @@ def forget_device(call: Call, node: fx.Node, device: torch.device) -> Call:
 
 
 def skip(call: Call, node: fx.Node) -> Call | fx.Node:
-    """An operator that only renames its operand."""
+    """Replace an operator that only renames its operand by the operand."""
     return call[1][0]  # type: ignore[no-any-return]
 
 
 def skip_same_tensor(call: Call, node: fx.Node) -> Call | fx.Node:
-    """A view, expansion or slice of everything: the operand itself, when sizes and dtype agree."""
+    """Replace a view, expansion or slice that changes neither sizes nor dtype by its operand."""
     source = call[1][0]
     before, after = value_of(source), value_of(node)
     return source if before.shape == after.shape and before.dtype == after.dtype else call
 
 
 def skip_conversion(call: Call, node: fx.Node) -> Call | fx.Node:
-    """A conversion to the dtype and device that the operand has goes; others become ``aten.to.dtype`` where that's all."""
+    """Replace a conversion to the operand's own dtype and device by the operand, and one of the dtype alone by ``aten.to.dtype``."""
     source = call[1][0]
     before, after = value_of(source), value_of(node)
     if before.device != after.device:
@@ -186,27 +185,27 @@ def skip_conversion(call: Call, node: fx.Node) -> Call | fx.Node:
 
 
 def skip_inactive_dropout(call: Call, node: fx.Node) -> Call | fx.Node:
-    """Dropout with probability zero, or outside training."""
+    """Replace dropout with probability zero, or outside training, by its operand."""
     source, probability, training = call[1]
     return source if probability == 0 or not training else call
 
 
 def skip_copy(call: Call, node: fx.Node) -> Call | fx.Node:
-    """A copy that keeps its memory order: nothing is written in place here, so nobody can tell."""
-    wanted = call[2].get("memory_format")
-    return call[1][0] if wanted in (None, torch.preserve_format) else call
+    """Replace a copy in the operand's memory order by the operand: nothing is updated in place here, so they can't differ."""
+    memory_format = call[2].get("memory_format")
+    return call[1][0] if memory_format in (None, torch.preserve_format) else call
 
 
 def skip_adding_zero(call: Call, node: fx.Node) -> Call | fx.Node:
-    """``x + 0`` of integers, which offset arithmetic leaves behind."""
-    source, other = call[1][:2]
-    if isinstance(source, fx.Node) and other == 0 and not isinstance(other, fx.Node) and not value_of(node).is_floating_point():
+    """Replace ``x + 0`` of integers, which comes from arithmetic on offsets, by its operand."""
+    source, addend = call[1][:2]
+    if isinstance(source, fx.Node) and addend == 0 and not isinstance(addend, fx.Node) and not value_of(node).is_floating_point():
         return skip_same_tensor(call, node)
     return call
 
 
 def spell_shape(call: Call, node: fx.Node) -> Call | fx.Node:
-    """A reshape or expansion says every size; ``view`` becomes ``reshape``, as the parts of a tensor may have other strides."""
+    """Make a reshape or expansion state every size; ``view`` becomes ``reshape``, since a rank's part may have other strides."""
     source = call[1][0]
     shape = list(value_of(node).shape)
     target = aten.expand.default if call[0] in _EXPANSIONS else aten.reshape.default
@@ -214,7 +213,7 @@ def spell_shape(call: Call, node: fx.Node) -> Call | fx.Node:
 
 
 def spell_slice(call: Call, node: fx.Node) -> Call | fx.Node:
-    """A slice says its dim, start and end as they are counted from the front."""
+    """Make a slice state its dim, start and end, counted from the front."""
     source, *rest = call[1]
     given = dict(zip(("dim", "start", "end", "step"), rest, strict=False))
     dim, step = given.get("dim", 0), given.get("step", 1)
@@ -225,7 +224,7 @@ def spell_slice(call: Call, node: fx.Node) -> Call | fx.Node:
 
 
 def spell_transpose(call: Call, node: fx.Node) -> Call | fx.Node:
-    """``x.T`` and ``x.mT`` by the dims that they exchange."""
+    """Replace ``x.T`` and ``x.mT`` by the operator that names the dims."""
     source = call[1][0]
     if value_of(source).ndim < 2:
         return source  # type: ignore[no-any-return]
@@ -235,14 +234,14 @@ def spell_transpose(call: Call, node: fx.Node) -> Call | fx.Node:
 
 
 def spell_factory(call: Call, node: fx.Node) -> Call | fx.Node:
-    """``x.new_zeros`` and the like take nothing but their type from a tensor that would have to be whole for it: they name the type."""
+    """Replace ``x.new_zeros`` and the like, which read nothing but the dtype of `x`, by factories that name the dtype."""
     if "device" in call[2]:
         return call
     return _FACTORIES[call[0]], call[1][1:], {"dtype": value_of(node).dtype}
 
 
 def spell_broadcast(call: Call, node: fx.Node) -> Call | fx.Node:
-    """A result of ``broadcast_tensors``, which losses call, is an expansion of one operand: of none where sizes agree already."""
+    """Replace a result of ``broadcast_tensors``, which losses call, by the expansion of its operand, or by the operand itself."""
     source, index = call[1]
     if source.target is not aten.broadcast_tensors.default:
         return call
@@ -250,7 +249,7 @@ def spell_broadcast(call: Call, node: fx.Node) -> Call | fx.Node:
 
 
 def rename(target: Target) -> Callable[[Call, fx.Node], Call | fx.Node]:
-    """The same operator under its usual name."""
+    """A rule that calls the same operator under its usual name."""
 
     def rule(call: Call, node: fx.Node) -> Call | fx.Node:
         return target, call[1], call[2]
@@ -267,7 +266,7 @@ NO_EFFECT: frozenset[Any] = frozenset(
         aten.sym_constrain_range_for_size.default,
     }
 )
-"""Calls that check something and make nothing; what they check is fixed once the graph is."""
+"""Calls that check something and make nothing; what they check can't change for a captured graph."""
 
 _EXPANSIONS = frozenset({aten.expand.default, aten.expand_as.default, aten.broadcast_to.default})
 
@@ -320,30 +319,30 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     aten.__or__.Tensor: (rename(aten.bitwise_or.Tensor),),
     aten.__xor__.Tensor: (rename(aten.bitwise_xor.Tensor),),
 }
-"""Per operator the rules that apply to it, in order; the first that gives a node replaces the call by it."""
+"""Operator -> the rules that are applied to its calls, in order. A rule returns a changed call, or a node that replaces the call."""
 
 
 def slice_constant_indices(graph: fx.Graph, constants: Mapping[str, Tensor]) -> fx.Graph:
-    """Turn ``x[..., [4, 5]]`` into the slice that it is: indices are constant, in one dim, and follow each other.
+    """Replace ``x[..., [4, 5]]``, whose indices are constant and consecutive in one dim, by a slice.
 
     Args:
-        graph: flat and functional.
-        constants: values of the placeholders that are constant.
+        graph: a flat, functional graph.
+        constants: placeholder -> its value, where that is constant.
     """
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        found = _constant_range(node, constants)
-        if found is None:
+        dim_range = _constant_range(node, constants)
+        if dim_range is None:
             env[node] = new.node_copy(node, env.__getitem__)
         else:
-            env[node] = emit(new, aten.slice.Tensor, (env[node.args[0]], *found), {}, node)
+            env[node] = emit(new, aten.slice.Tensor, (env[node.args[0]], *dim_range), {}, node)
     new.eliminate_dead_code()
     return new
 
 
 def _constant_range(node: fx.Node, constants: Mapping[str, Tensor]) -> tuple[int, int, int] | None:
-    """(dim, start, end) of an index operator that picks a constant range; None for any other node."""
+    """(dim, start, end) of an index operator that selects a constant range; None for any other node."""
     if node.target is not aten.index.Tensor:
         return None
     source, indices = node.args
@@ -361,7 +360,7 @@ def _constant_range(node: fx.Node, constants: Mapping[str, Tensor]) -> tuple[int
 
 
 def drop_unused(graph: fx.Graph, names: Collection[str]) -> fx.Graph:
-    """Leave out those of the placeholders called `names` that nothing reads."""
+    """The graph without those of the placeholders `names` that nothing reads."""
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -371,7 +370,7 @@ def drop_unused(graph: fx.Graph, names: Collection[str]) -> fx.Graph:
 
 
 def drop_detach(graph: fx.Graph, record: Record) -> fx.Graph:
-    """Leave out the detachments of what needs no gradient."""
+    """The graph without the detach calls whose operand needs no gradient."""
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

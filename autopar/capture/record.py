@@ -1,7 +1,7 @@
-"""What autograd does with a graph: which results need gradients, and what is kept for the backward.
+"""What autograd does with a graph: which results need gradients, and what it saves for the backward.
 
-Comes in from ``normalize``; goes out to ``graph_of``. The graph runs once on fake tensors, which compute nothing, under
-hooks that see every tensor autograd saves.
+Comes in: a flat, functional graph with fake tensors. Goes out: a `Record`. The graph runs once on the fake tensors, which compute nothing,
+under hooks that see every tensor that autograd saves.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ aten = torch.ops.aten
 
 @dataclass(slots=True)
 class Record:
-    """What one run found out, by name of the fx node.
+    """One run of a graph, by name of the fx node.
 
     Attributes:
-        values: the fake result, with `requires_grad` as autograd sees it.
-        saved: indices of the results that autograd keeps.
-        saved_nbytes: bytes kept for a node that are neither an operand nor a result of any.
+        values: the fake result (or results), with ``requires_grad`` as autograd set it.
+        saved: indices of the results that autograd saves.
+        saved_nbytes: bytes that autograd saves for a node beyond operands and results of any node.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -39,9 +39,9 @@ class Record:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Saves what every fused attention kernel does: operands, result and one float32 statistic per query.
+    """Stands for fused attention: saves what every fused kernel saves, the operands, the result and a float32 statistic per query.
 
-    Which kernel runs is decided on the device, with the plan's shapes; the decision for a fake tensor would be another.
+    Which kernel runs is decided on the device, with the plan's shapes; for a fake tensor torch would decide otherwise.
     """
 
     @staticmethod
@@ -57,38 +57,38 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def record(graph: fx.Graph, mode: FakeTensorMode, device: torch.device, needs_grad: frozenset[str]) -> Record:
-    """Run a flat functional graph on fake tensors; also renews every node's ``meta["val"]``.
+    """Run a flat, functional graph on fake tensors; sets every node's ``meta["val"]`` to its new value.
 
     Args:
-        graph: placeholders carry their fake tensor in ``meta["val"]``.
+        graph: the graph; its placeholders have their fake tensors in ``meta["val"]``.
         mode: the mode of those fake tensors.
         device: where factories put their results.
-        needs_grad: names of the placeholders that need gradients.
+        needs_grad: names of the placeholders that require gradients.
     """
     result = Record()
-    owner: dict[int, tuple[str, int] | None] = {}
-    keep: list[Any] = []  # a storage's address names it only while it lives
+    makers: dict[int, tuple[str, int] | None] = {}  # storage -> the node and the index of the result that made it
+    alive: list[Any] = []  # a storage's address identifies it only while it lives
     current = ""
-    fresh: list[int] = []
+    unclaimed: list[int] = []
     values: dict[fx.Node, Any] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in owner:
-            owner[key] = None
-            keep.append(storage)
+        if key not in makers:
+            makers[key] = None
+            alive.append(storage)
             result.saved_nbytes[current] = result.saved_nbytes.get(current, 0) + storage.nbytes()
-            fresh.append(key)
-        elif (made_by := owner[key]) is not None:
-            result.saved.setdefault(made_by[0], set()).add(made_by[1])
+            unclaimed.append(key)
+        elif (maker := makers[key]) is not None:
+            result.saved.setdefault(maker[0], set()).add(maker[1])
         return tensor
 
     with mode, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         for node in graph.nodes:
             if node.op == "output":
                 continue
-            current, fresh = node.name, []
+            current, unclaimed = node.name, []
             if node.op == "placeholder":
                 value: Any = _placeholder(node, node.name in needs_grad)
             else:
@@ -96,8 +96,8 @@ def record(graph: fx.Graph, mode: FakeTensorMode, device: torch.device, needs_gr
                 kwargs = fx.node.map_arg(on_device(node, device), values.__getitem__)
                 value = _run(node, args, kwargs)
             values[node] = result.values[node.name] = value
-            _own(result, owner, node, value, fresh)
-            keep.append(value)
+            _claim(result, makers, node, value, unclaimed)
+            alive.append(value)
             node.meta["val"] = value
     return result
 
@@ -115,18 +115,18 @@ def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
     return target(*args, **kwargs)  # type: ignore[operator]
 
 
-def _own(result: Record, owner: dict[int, tuple[str, int] | None], node: fx.Node, value: Any, fresh: list[int]) -> None:
-    """Note which storages `node` made; one that was saved while it ran turns out to be a result."""
+def _claim(result: Record, makers: dict[int, tuple[str, int] | None], node: fx.Node, value: Any, unclaimed: list[int]) -> None:
+    """Record which storages a node made. Those that were saved while it ran, and are among its results, are saved results."""
     values = value if isinstance(value, (list, tuple)) else [value]
     for index, tensor in enumerate(values):
         if not isinstance(tensor, Tensor):
             continue
         storage = tensor.untyped_storage()
-        if storage._cdata in fresh:
+        if storage._cdata in unclaimed:
             result.saved.setdefault(node.name, set()).add(index)
             result.saved_nbytes[node.name] -= storage.nbytes()
-            fresh.remove(storage._cdata)
-            owner[storage._cdata] = (node.name, index)
-        elif storage._cdata not in owner:
-            # What a placeholder holds is kept by the program anyway and counts as nobody's activation.
-            owner[storage._cdata] = None if node.op == "placeholder" else (node.name, index)
+            unclaimed.remove(storage._cdata)
+            makers[storage._cdata] = (node.name, index)
+        elif storage._cdata not in makers:
+            # A placeholder's tensor is there anyway, so that saving it is no activation.
+            makers[storage._cdata] = None if node.op == "placeholder" else (node.name, index)

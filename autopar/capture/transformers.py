@@ -1,11 +1,12 @@
-"""Hugging Face transformers under capture: caches off, attention as one operator, masks by their meaning.
+"""Hugging Face transformers under capture: caches off, attention as one operator, masks by what they mean.
 
-Comes in from ``capture``, which wraps the export in `adapted`; everything is put back afterwards. transformers is never
-imported here: a model of its classes can only exist when it is imported already.
+Comes in: a model, and the keyword arguments of a call. Goes out: within `adapted`, a model that can be exported, and the arguments to
+export it with; afterwards the model is as it was. transformers is never imported here, since a model of its classes exists only where it is
+imported already.
 
-A mask function of ours builds the same tensor as ``sdpa`` does and hangs what it means on it. When the tensor reaches
-our attention function as it was made, the meaning is used and the tensor becomes dead code; when the model changed it
-on the way, the meaning is gone and the tensor is used as it is.
+autopar registers a mask function with transformers that builds the same tensor as the library's ``sdpa`` and attaches its `Meaning` to it.
+When that tensor reaches autopar's attention function unchanged, the meaning is used and the tensor becomes dead code. When the model has
+changed it, the new tensor has no meaning attached and is used as a mask.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _MEANING = "_autopar_meaning"
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What an attention mask says: the arguments of `autopar.ops.attention.attention` of the same names."""
+    """What an attention mask means, as arguments of `autopar.ops.attention.attention`."""
 
     causal: bool = False
     window: int | None = None
@@ -40,9 +41,9 @@ def adapted(model: nn.Module, inputs: Mapping[str, Any], notes: list[str]) -> It
     """Prepare the transformers modules inside `model` for an export; yields the keyword arguments to export with.
 
     Args:
-        model: any module; without transformers in it nothing happens.
+        model: any module; one without models of transformers is left alone.
         inputs: the keyword arguments of the call.
-        notes: what was changed is appended, for the plan's report.
+        notes: gets a line per change, for the plan's report.
     """
     models = _transformers_models(model)
     if not models:
@@ -58,8 +59,8 @@ def adapted(model: nn.Module, inputs: Mapping[str, Any], notes: list[str]) -> It
         for module in recomputing:
             undo.enter_context(_changed(module, "gradient_checkpointing", False))
         # As the model would decide: an argument over the configuration, and no cache where layers are recomputed.
-        wanted = bool(cached) if kwargs.get("use_cache") is None else bool(kwargs["use_cache"])
-        caching = wanted and not (recomputing and model.training)
+        asks_for_cache = bool(cached) if kwargs.get("use_cache") is None else bool(kwargs["use_cache"])
+        caching = asks_for_cache and not (recomputing and model.training)
         if kwargs.get("use_cache"):
             kwargs["use_cache"] = False
         if caching:
@@ -84,25 +85,25 @@ def _transformers_models(model: nn.Module) -> list[Any]:
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """Every distinct configuration object in the model, nested ones included."""
+    """Every configuration object in the model once, also nested ones."""
     base = sys.modules["transformers.configuration_utils"].PreTrainedConfig
-    found: dict[int, Any] = {}
+    configs: dict[int, Any] = {}
     pending = [getattr(module, "config", None) for module in model.modules()]
     while pending:
         config = pending.pop()
-        if isinstance(config, base) and id(config) not in found:
-            found[id(config)] = config
+        if isinstance(config, base) and id(config) not in configs:
+            configs[id(config)] = config
             pending.extend(getattr(config, name, None) for name in config.sub_configs)
-    return list(found.values())
+    return list(configs.values())
 
 
 def _switchable(models: list[Any]) -> list[Any]:
-    """Configurations whose attention goes through transformers' registry in every module that reads them."""
+    """Configurations whose attention implementation can be set, in every module that has them."""
     able: dict[int, bool] = {}
     configs = {id(module.config): module.config for module in models}
     for module in models:
-        wanted = type(module)._can_set_attn_implementation() and not module.config.output_attentions
-        able[id(module.config)] = able.get(id(module.config), True) and wanted
+        is_able = type(module)._can_set_attn_implementation() and not module.config.output_attentions
+        able[id(module.config)] = able.get(id(module.config), True) and is_able
     return [config for key, config in configs.items() if able[key]]
 
 
@@ -118,7 +119,7 @@ def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextmanager
 def _registered(packed: bool, notes: list[str]) -> Iterator[None]:
-    """Register our attention and mask functions, and let the library's mask functions leave out packing."""
+    """Inside, autopar's attention and mask functions are registered, and the library's mask functions ignore packed sequences."""
     attentions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
     library = sys.modules["transformers.masking_utils"]
     masks = library.ALL_MASK_ATTENTION_FUNCTIONS
@@ -198,22 +199,22 @@ def _read_meaning(function: Callable[..., Any], given: Mapping[str, Any], notes:
 
 
 def _parts(function: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """The functions whose conjunction `function` is."""
+    """The mask functions of which `function` is the conjunction."""
     if not function.__qualname__.startswith("and_masks."):
         return [function]
     return [part for inner in _closure(function)["mask_functions"] for part in _parts(inner)]
 
 
 def _without_packing(function: Callable[..., Any], library: Any) -> Callable[..., Any]:
-    """Leave out what keeps packed sequences apart: it is there because an export can't rule packing out, and we can."""
-    kept = []
+    """The mask function without what separates packed sequences, which transformers adds because an export can't exclude packing."""
+    functions = []
     for part in _parts(function):
         name = part.__qualname__.split(".")[0]
         if name == "remap_positions_for_packed_sequence":
-            kept.append(_without_packing(_closure(part)["mask_function"], library))
+            functions.append(_without_packing(_closure(part)["mask_function"], library))
         elif name != "packed_sequence_mask_function":
-            kept.append(part)
-    return kept[0] if len(kept) == 1 else library.and_masks(*kept)
+            functions.append(part)
+    return functions[0] if len(functions) == 1 else library.and_masks(*functions)
 
 
 def _closure(function: Callable[..., Any]) -> dict[str, Any]:
@@ -241,10 +242,10 @@ def attention_forward(
     notes: list[str],
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' interface wants it, as one operator; keys and values aren't repeated.
+    """An attention function of transformers' interface that calls one operator, without repeating keys and values.
 
-    Shapes: query (batch, heads, queries, size), key and value (batch, key/value heads, keys, size); the result is
-    (batch, queries, heads, size).
+    Shapes: query (batch, heads, queries, head size), key and value (batch, key/value heads, keys, head size). Returns the result, (batch,
+    queries, heads, head size), and None for attention weights.
     """
     if s_aux is not None:
         return _eager(module, query, key, value, attention_mask, dropout, scaling, s_aux, kwargs), None
@@ -253,8 +254,8 @@ def attention_forward(
     bias = attention_mask
     if attention_mask is None:
         # The rule of transformers' sdpa attention: a missing mask means what the module says.
-        wanted = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        meaning = Meaning(causal=bool(wanted) and query.shape[2] > 1)
+        module_is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        meaning = Meaning(causal=bool(module_is_causal) and query.shape[2] > 1)
     if meaning is not None:
         bias = None
     else:
@@ -302,7 +303,7 @@ def _eager(
     s_aux: Tensor,
     kwargs: Mapping[str, Any],
 ) -> Tensor:
-    """The model's own eager attention: attention sinks change the normalisation, which no fused operator here knows."""
+    """The model's own eager attention, for attention sinks, which change the normalisation and have no fused operator here."""
     function = sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
     if mask is not None and mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min

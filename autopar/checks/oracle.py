@@ -1,7 +1,7 @@
-"""One check for all rules: split each loop, run the op on every part, join, and compare with the whole op and its gradients.
+"""One check for all rules: split each loop of an op, run the op on every part, join the results, and compare with the whole op.
 
-Comes in: an op, the space that its rule gave, and tensors; goes out: the placements that were compared. A wrong rule raises
-`VerificationError` with the placement, the tensor and the largest difference.
+Comes in: an op, the space that its rule gave, and tensors. Goes out: the placements that were compared, each in values and gradients. A
+wrong rule raises VerificationError with the placement, the tensor and the largest difference.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from autopar import ir
 from autopar.checks import threads
 from autopar.errors import VerificationError
 from autopar.ir import (
-    PASS,
+    PASS_PARTIAL,
+    AxisPlacement,
     Layout,
     Mesh,
     Op,
     Operand,
     OpKind,
-    Pass,
     Placement,
     Space,
     Split,
@@ -46,7 +46,7 @@ _TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """What came of one run on one rank: results, gradients of the operands, operands afterwards."""
+    """One run on one rank: results, gradients of the operands, and the operands afterwards, which the op may have updated."""
 
     results: list[Tensor]
     gradients: list[Tensor | None]
@@ -54,45 +54,44 @@ class _Run:
 
 
 def trace(target: str, *args: Any, **kwargs: Any) -> tuple[Op, list[Tensor]]:
-    """Call `target` once on real tensors; returns the op as capture would give it, and the tensors it reads."""
+    """Call an operator once on real tensors; returns the `Op` that capture would make of the call, and the tensors that it reads."""
     tensors: list[Tensor] = []
 
-    def take(value: Any) -> Any:
+    def as_operand(value: Any) -> Any:
         if isinstance(value, Tensor):
             tensors.append(value)
             return Operand(len(tensors) - 1)
-        return type(value)(take(item) for item in value) if isinstance(value, (list, tuple)) else value
+        return type(value)(as_operand(item) for item in value) if isinstance(value, (list, tuple)) else value
 
-    taken = tuple(take(value) for value in args)
-    taken_by_name = {name: take(value) for name, value in kwargs.items()}
+    op_args = tuple(as_operand(value) for value in args)
+    op_kwargs = {name: as_operand(value) for name, value in kwargs.items()}
     operands = _copies(tensors)
-    results = _results(_function(target)(*_give(taken, operands), **_give_by_name(taken_by_name, operands)))
-    names = tuple(Value(f"x{index}") for index in range(len(tensors)))
-    made = tuple(_describe(result) for result in results)
-    return Op("op", OpKind.CALL, target, names, made, taken, taken_by_name), tensors
+    results = _results(_function(target)(*_fill(op_args, operands), **_fill_by_name(op_kwargs, operands)))
+    values = tuple(Value(f"x{index}") for index in range(len(tensors)))
+    return Op("op", OpKind.CALL, target, values, tuple(map(_describe, results)), op_args, op_kwargs), tensors
 
 
 def describe(tensors: Sequence[Tensor]) -> tuple[ir.Tensor, ...]:
-    """What a rule sees of tensors."""
+    """The tensors as a rule sees them."""
     return tuple(_describe(tensor) for tensor in tensors)
 
 
 def placements(space: Space) -> Iterator[tuple[Mesh, Placement]]:
-    """Every way that the oracle splits: each loop in 2, 3 and 4, also inside blocks; Partial sums; pairs on two axes."""
+    """The placements that are compared: each loop split 2, 3 and 4 ways, also inside 2 and 3 blocks; Partial sums; pairs on two axes."""
     single: list[tuple[Mesh, Placement]] = []
     for loop in space.splittable:
         for outer in (1, 2, 3):
             single += [(Mesh(("x",), (size,)), (Split(loop.name, outer),)) for size in (2, 3, 4)]
     if space.linear:
-        single.append((Mesh(("x",), (2,)), (PASS,)))
+        single.append((Mesh(("x",), (2,)), (PASS_PARTIAL,)))
     yield from ((mesh, placement) for mesh, placement in single if is_legal(space, placement, mesh))
     double = Mesh(("x", "y"), (2, 2))
-    parts: list[Split | Pass | None] = [
+    per_axis: list[AxisPlacement] = [
         None,
         *(Split(loop.name) for loop in space.splittable),
-        *([PASS] if space.linear else []),
+        *([PASS_PARTIAL] if space.linear else []),
     ]
-    for pair in itertools.product(parts, parts):
+    for pair in itertools.product(per_axis, per_axis):
         if any(pair) and is_legal(space, pair, double):
             yield double, pair
 
@@ -104,14 +103,14 @@ def check_rule(
     function: Callable[..., Any] | None = None,
     unused: Collection[int] = (),
 ) -> tuple[str, ...]:
-    """Compare `op` split in every way that `space` allows with the whole op, values and gradients.
+    """Compare an op that is split in every way that its space allows with the whole op, in values and gradients.
 
     Args:
-        op: with the arguments of the call.
-        space: what its rule gave.
+        op: the op, with the arguments of the call.
+        space: the space that its rule gave.
         tensors: the op's operands; float64 ones that require a gradient are differentiated.
         function: the op, when `op.target` isn't one of torch's.
-        unused: results that are bookkeeping for the op's own backward, which a kernel needn't make.
+        unused: indices of results that only the op's own backward reads, and which a kernel needn't make.
 
     Returns the placements compared, as text. Raises VerificationError at the first difference.
     """
@@ -153,24 +152,24 @@ def _run_split(
     result_layouts = [result_layout(space, placement, index) for index in range(len(cotangents))]
     parts = [_scatter(tensor, layout, mesh, generator) for tensor, layout in zip(tensors, operand_layouts, strict=True)]
     # A Partial result's gradient is whole on every rank, as a Replicate one's.
-    slopes = [
-        [None if whole is None else _take(whole, layout, mesh, rank) for whole, layout in zip(cotangents, result_layouts, strict=True)]
+    rank_cotangents = [
+        [None if whole is None else _cut(whole, layout, mesh, rank) for whole, layout in zip(cotangents, result_layouts, strict=True)]
         for rank in range(mesh.world_size)
     ]
     kwargs = {**op.kwargs, "splits": splits} if splits or space.random else op.kwargs
 
     def run(rank: int) -> _Run:
-        return _run(function, args, kwargs, [part[rank] for part in parts], slopes[rank])
+        return _run(function, args, kwargs, [part[rank] for part in parts], rank_cotangents[rank])
 
     return threads.run(mesh, run) if splits or space.random else [run(rank) for rank in range(mesh.world_size)]
 
 
 def splits_of(space: Space, mesh: Mesh, placement: Placement) -> dict[str, tuple[str, ...]]:
-    """The ``splits`` argument of a kernel: per split loop that needs it the axes, outermost first."""
+    """The ``splits`` argument of a kernel: split loop that needs it -> the axes that split it, outermost first."""
     splits: dict[str, tuple[str, ...]] = {}
-    for part, axis in zip(placement, mesh.names, strict=True):
-        if isinstance(part, Split) and part.loop in space.kernel_loops:
-            splits[part.loop] = (*splits.get(part.loop, ()), axis)
+    for axis_placement, axis in zip(placement, mesh.names, strict=True):
+        if isinstance(axis_placement, Split) and axis_placement.loop in space.kernel_loops:
+            splits[axis_placement.loop] = (*splits.get(axis_placement.loop, ()), axis)
     return splits
 
 
@@ -183,12 +182,12 @@ def _compare(space: Space, mesh: Mesh, placement: Placement, whole: _Run, runs: 
         _expect(joined, expected, f"{text}: result {index}")
     for index, expected in enumerate(whole.operands):
         layout = operand_layout(space, placement, index)
-        slope = whole.gradients[index]
-        if slope is not None:
-            found = [run.gradients[index] for run in runs]
-            pieces = [torch.zeros_like(run.operands[index]) if piece is None else piece for piece, run in zip(found, runs, strict=True)]
+        gradient = whole.gradients[index]
+        if gradient is not None:
+            rank_gradients = [(run.gradients[index], run.operands[index]) for run in runs]
+            pieces = [torch.zeros_like(operand) if piece is None else piece for piece, operand in rank_gradients]
             dual = tuple(_DUAL.get(state.kind, state) for state in layout)
-            _expect(_join(pieces, dual, mesh, slope, f"{text}: gradient {index}"), slope, f"{text}: gradient of operand {index}")
+            _expect(_join(pieces, dual, mesh, gradient, f"{text}: gradient {index}"), gradient, f"{text}: gradient of operand {index}")
         elif not any(state.kind is StateKind.PARTIAL for state in layout):
             # Buffers that the op updates in place; a Broadcast operand is whole on every rank.
             same = tuple(State(StateKind.REPLICATE) if state.kind is StateKind.BROADCAST else state for state in layout)
@@ -196,24 +195,24 @@ def _compare(space: Space, mesh: Mesh, placement: Placement, whole: _Run, runs: 
             _expect(_join(pieces, same, mesh, expected, f"{text}: operand {index}"), expected, f"{text}: operand {index} afterwards")
 
 
-# In which state the gradient of an operand comes back; Shard and Replicate as they are.
+# State of an operand -> state of its gradient, where these differ.
 _DUAL: Mapping[StateKind, State] = {
     StateKind.BROADCAST: State(StateKind.PARTIAL),
     StateKind.PARTIAL: State(StateKind.REPLICATE),
 }
 
 
-def _expect(found: Tensor, expected: Tensor, text: str) -> None:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        raise VerificationError(f"{text} is {found.dtype}{list(found.shape)}, expected {expected.dtype}{list(expected.shape)}")
+def _expect(actual: Tensor, expected: Tensor, text: str) -> None:
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        raise VerificationError(f"{text} is {actual.dtype}{list(actual.shape)}, expected {expected.dtype}{list(expected.shape)}")
     tolerance = _TOLERANCE.get(expected.dtype, 0.0)
-    if not torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
-        largest = (found.double() - expected.double()).abs().max()
+    if not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
+        largest = (actual.double() - expected.double()).abs().max()
         raise VerificationError(f"{text} differs by up to {float(largest):.3g}, tolerance {tolerance}")
 
 
-def _take(whole: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
-    """A rank's part of a tensor; whole where the layout doesn't split."""
+def _cut(whole: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
+    """A rank's part of a tensor, which is whole on axes that don't split it."""
     axes = [axis for axis, state in enumerate(layout) if state.kind is StateKind.SHARD]
     for axis in sorted(axes, key=lambda axis: layout[axis].outer):  # coarse blocks first, as `local_outer` counts
         position = mesh.coordinates(rank)[axis]
@@ -222,39 +221,39 @@ def _take(whole: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
 
 
 def _scatter(whole: Tensor, layout: Layout, mesh: Mesh, generator: torch.Generator) -> list[Tensor]:
-    """Every rank's part; a Partial tensor becomes random summands of it."""
+    """Every rank's part of a tensor; on Partial axes it becomes random summands."""
     values: dict[tuple[int, ...], Tensor] = {(): whole}
     for state, size in zip(layout, mesh.sizes, strict=True):
         finer: dict[tuple[int, ...], Tensor] = {}
-        for where, value in values.items():
+        for coordinates, value in values.items():
             shares = [value] * size
             if state.kind is StateKind.PARTIAL:
                 shares = [_random(value, generator) for _ in range(size - 1)]
                 shares.append(value.detach() - sum(shares))
                 shares = [share.requires_grad_(value.requires_grad) for share in shares]
-            finer |= {(*where, position): share for position, share in enumerate(shares)}
+            finer |= {(*coordinates, position): share for position, share in enumerate(shares)}
         values = finer
-    return [_take(values[mesh.coordinates(rank)], layout, mesh, rank) for rank in range(mesh.world_size)]
+    return [_cut(values[mesh.coordinates(rank)], layout, mesh, rank) for rank in range(mesh.world_size)]
 
 
 def _join(pieces: Sequence[Tensor], layout: Layout, mesh: Mesh, like: Tensor, text: str) -> Tensor:
-    """The whole of the ranks' parts: sums over Partial axes, equality over Replicate axes, concatenation over Shard axes."""
+    """The whole tensor from the ranks' parts: summed over Partial axes, equal over Replicate axes, joined over Shard axes."""
     places = torch.arange(like.numel()).view(like.shape)
     merged: dict[tuple[int, ...], Tensor] = {}
     for rank, piece in enumerate(pieces):
-        where = mesh.coordinates(rank)
-        key = tuple(place if state.kind is not StateKind.PARTIAL else 0 for place, state in zip(where, layout, strict=True))
+        coordinates = mesh.coordinates(rank)
+        key = tuple(index if state.kind is not StateKind.PARTIAL else 0 for index, state in zip(coordinates, layout, strict=True))
         merged[key] = piece if key not in merged else merged[key] + piece
     joined = torch.zeros_like(like, memory_format=torch.contiguous_format)
-    first: dict[tuple[int, ...], Tensor] = {}
-    for where, piece in merged.items():
-        rank = sum(place * stride for place, stride in zip(where, _strides(mesh), strict=True))
-        taken = _take(places, layout, mesh, rank)
-        if piece.shape != taken.shape:
-            raise VerificationError(f"{text} has sizes {tuple(piece.shape)} on rank {rank}, expected {tuple(taken.shape)}")
-        shards = tuple(place for place, state in zip(where, layout, strict=True) if state.kind is StateKind.SHARD)
-        _expect(piece, first.setdefault(shards, piece), f"{text} isn't the same on replicas: rank {rank}")
-        joined.view(-1)[taken.reshape(-1)] = piece.reshape(-1).to(joined.dtype)
+    replica_of: dict[tuple[int, ...], Tensor] = {}
+    for coordinates, piece in merged.items():
+        rank = sum(index * stride for index, stride in zip(coordinates, _strides(mesh), strict=True))
+        rank_places = _cut(places, layout, mesh, rank)
+        if piece.shape != rank_places.shape:
+            raise VerificationError(f"{text} has sizes {tuple(piece.shape)} on rank {rank}, expected {tuple(rank_places.shape)}")
+        shards = tuple(index for index, state in zip(coordinates, layout, strict=True) if state.kind is StateKind.SHARD)
+        _expect(piece, replica_of.setdefault(shards, piece), f"{text} isn't the same on replicas: rank {rank}")
+        joined.view(-1)[rank_places.reshape(-1)] = piece.reshape(-1).to(joined.dtype)
     return joined
 
 
@@ -273,14 +272,16 @@ def _run(
     cotangents: Sequence[Tensor | None] | None,
 ) -> _Run:
     operands = _copies(tensors)
-    results = _results(function(*_give(args, operands), **_give_by_name(kwargs, operands)))
+    results = _results(function(*_fill(args, operands), **_fill_by_name(kwargs, operands)))
     gradients: list[Tensor | None] = [None] * len(operands)
     pairs = [(y, g) for y, g in zip(results, cotangents or [], strict=False) if g is not None and y.requires_grad]
-    wanted = [index for index, operand in enumerate(operands) if operand.requires_grad]
-    if pairs and wanted:
-        found = torch.autograd.grad([y for y, _ in pairs], [operands[index] for index in wanted], [g for _, g in pairs], allow_unused=True)
-        for index, slope in zip(wanted, found, strict=True):
-            gradients[index] = slope
+    trained = [index for index, operand in enumerate(operands) if operand.requires_grad]
+    if pairs and trained:
+        computed = torch.autograd.grad(
+            [y for y, _ in pairs], [operands[index] for index in trained], [g for _, g in pairs], allow_unused=True
+        )
+        for index, gradient in zip(trained, computed, strict=True):
+            gradients[index] = gradient
     return _Run([y.detach() for y in results], gradients, [operand.detach() for operand in operands])
 
 
@@ -288,14 +289,14 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.detach().clone().requires_grad_(tensor.requires_grad) for tensor in tensors]
 
 
-def _give(args: Any, operands: Sequence[Tensor]) -> Any:
+def _fill(args: Any, operands: Sequence[Tensor]) -> Any:
     if isinstance(args, Operand):
         return operands[args.index]
-    return type(args)(_give(item, operands) for item in args) if isinstance(args, (list, tuple)) else args
+    return type(args)(_fill(item, operands) for item in args) if isinstance(args, (list, tuple)) else args
 
 
-def _give_by_name(kwargs: Mapping[str, Any], operands: Sequence[Tensor]) -> dict[str, Any]:
-    return {name: value if name == "splits" else _give(value, operands) for name, value in kwargs.items()}
+def _fill_by_name(kwargs: Mapping[str, Any], operands: Sequence[Tensor]) -> dict[str, Any]:
+    return {name: value if name == "splits" else _fill(value, operands) for name, value in kwargs.items()}
 
 
 def _function(target: str) -> Callable[..., Any]:

@@ -1,4 +1,8 @@
-"""Whole tensors to parts and back, by layout: how a rank's part is cut out, and how parts of all ranks make the whole again."""
+"""Whole tensors to parts and back, by layout.
+
+Comes in: a whole tensor, or the parts of all ranks. Goes out: a rank's part (`cut`), or the whole tensor and by how much replicas differ
+(`join`). Nothing is communicated: all parts are in one process.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from autopar.ops import join_parts, take_part
 
 
 def cut(whole: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
-    """The part of `whole` that `rank` holds; a Partial state leaves the value on the axis' first rank and zeros elsewhere."""
+    """The part of `whole` that `rank` has; on an axis with a Partial state the first rank has the value and the others zeros."""
     part = whole
     for axis, (state, index) in enumerate(zip(layout, mesh.coordinates(rank), strict=True)):
         if state.kind is StateKind.SHARD:
@@ -25,19 +29,19 @@ def cut(whole: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A whole tensor, and the largest difference between ranks that should hold the same."""
+    """A whole tensor, and the largest difference between replicas of a part."""
 
     whole: Tensor
     disagreement: float
 
 
 def join(parts: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Joined:
-    """The whole tensor from every rank's part, in rank order."""
+    """The whole tensor from the parts of all ranks, in rank order."""
     pieces = list(parts)
     disagreement = 0.0
     for axis in reversed(range(len(layout))):
         state, size = layout[axis], mesh.sizes[axis]
-        groups = [pieces[i : i + size] for i in range(0, len(pieces), size)]
+        groups = [pieces[start : start + size] for start in range(0, len(pieces), size)]
         if state.kind is StateKind.SHARD:
             outer = outer_when_cut(layout, mesh, axis)
             pieces = [join_parts(group, state.dim, outer) for group in groups]
@@ -45,7 +49,7 @@ def join(parts: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Joined:
             pieces = [torch.stack(list(group)).sum(0) for group in groups]
         else:
             for group in groups:
-                disagreement = max(disagreement, *(_difference(group[0], other) for other in group))
+                disagreement = max(disagreement, *(_difference(group[0], replica) for replica in group))
             pieces = [group[0] for group in groups]
     return Joined(pieces[0], disagreement)
 

@@ -1,6 +1,7 @@
-"""Runs all ranks of a mesh in one process, a thread each, so that a parallel program can be checked without a process group.
+"""Runs all ranks of a mesh in one process, one thread per rank, so that a parallel program can be checked without a process group.
 
-CPU autograd runs a backward in the thread that called it, so the ranks' functions may call ``backward()``.
+Comes in: a mesh, and a function of a rank. Goes out: the results of all ranks, or the first error with its rank. CPU autograd runs a
+backward in the thread that called it, so the function may call ``backward()``.
 """
 
 from __future__ import annotations
@@ -17,30 +18,30 @@ T = TypeVar("T")
 
 
 def axes_by_rank(mesh: Mesh) -> list[dict[str, comm.ThreadAxis]]:
-    """Per rank its axes: ranks that differ along one axis only share that axis' exchange."""
+    """Per rank its axes by name; ranks that differ along one axis only share the `Exchange` of that axis."""
     exchanges: dict[tuple[int, tuple[int, ...]], comm.Exchange] = {}
     ranks: list[dict[str, comm.ThreadAxis]] = []
     for rank in range(mesh.world_size):
-        where = mesh.coordinates(rank)
+        coordinates = mesh.coordinates(rank)
         axes: dict[str, comm.ThreadAxis] = {}
         for position, (name, size) in enumerate(zip(mesh.names, mesh.sizes, strict=True)):
-            others = (position, where[:position] + where[position + 1 :])
-            exchange = exchanges.setdefault(others, comm.Exchange(size))
-            axes[name] = comm.ThreadAxis(name, where[position], exchange)
+            line = (position, coordinates[:position] + coordinates[position + 1 :])
+            exchange = exchanges.setdefault(line, comm.Exchange(size))
+            axes[name] = comm.ThreadAxis(name, coordinates[position], exchange)
         ranks.append(axes)
     return ranks
 
 
 def run(mesh: Mesh, fn: Callable[[int], T]) -> list[T]:
-    """Call ``fn(rank)`` for every rank of `mesh` at once, its axes active, and return the results in rank order.
+    """Call ``fn(rank)`` for every rank of `mesh` at once, with its axes active; returns the results in rank order.
 
-    The first error of any rank ends all of them and is raised again with a note that names the rank. A rank that returns while
-    another still waits for it counts as an error of the one that waits.
+    The first error of any rank ends all of them and is raised with a note that names the rank. When a rank returns while another waits
+    for it, the one that waits fails.
     """
     ranks = axes_by_rank(mesh)
     results: dict[int, T] = {}
     errors: list[tuple[int, BaseException]] = []
-    # Ranks that waited for a failed one fail too; only what came first is worth telling.
+    # Ranks that wait for a failed one fail too; only the first error is of interest.
     lock = threading.Lock()
 
     def work(rank: int) -> None:

@@ -1,4 +1,9 @@
-"""Run a plan on all ranks in one process and compare it with the model itself: outputs, every gradient, updated buffers."""
+"""Runs a plan on all ranks in one process and compares it with the model itself: outputs, every gradient, updated buffers.
+
+Comes in: a model, an example batch, and a plan. Goes out: a `Verification`, the largest relative error of each tensor. Two comparisons are
+made: the captured graph with the model in the model's own dtype, and the ranks' program with the captured graph in float64, where rounding
+can't hide a mistake.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +28,20 @@ from autopar.plans import Plan
 from autopar.rewrite import Boundary, Program, Slot, rewrite
 from autopar.runtime import Executor, StageTensors
 
-# A gradient that is zero in exact arithmetic (a key bias under softmax) is compared on the scale of the others.
 ZERO_SCALE = 1e-6
+"""Gradients smaller than the largest one by this factor are compared on its scale: some are zero but for rounding (a key's bias)."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared and how far it was off.
+    """What was compared, and by how much it differed.
 
     Attributes:
-        errors: largest relative error per output, gradient and updated buffer, by name, in float64.
-        capture_error: largest relative difference between the captured graph and the model, in the model's own dtype, and
-            `rounding`, what is accepted of it.
-        tolerance: what is accepted of `errors`.
-        splits: how often each (axis, loop) occurs in the plan's placements, so that nobody is fooled by a plan that
-            only replicates.
+        errors: name of an output, gradient or updated buffer -> its largest relative error, in float64.
+        capture_error: largest relative difference between the captured graph and the model, in the model's own dtype.
+        rounding: the `capture_error` that is accepted.
+        tolerance: the largest of `errors` that is accepted.
+        splits: ``axis:loop`` -> how many placements of the plan split that loop over that axis, so that a plan that splits nothing shows.
         plan: the plan that was run.
     """
 
@@ -50,7 +54,7 @@ class Verification:
 
     @property
     def worst(self) -> float:
-        """Largest relative error of all."""
+        """The largest of `errors`."""
         return max(self.errors.values())
 
     @property
@@ -59,15 +63,15 @@ class Verification:
         return bool(self.errors) and self.worst <= self.tolerance and self.capture_error <= self.rounding
 
     def check(self) -> None:
-        """Raise VerificationError naming what disagrees."""
+        """Raises VerificationError that names what disagrees, the largest errors first."""
         if self.capture_error > self.rounding:
             raise VerificationError(
                 f"the captured graph disagrees with the model: relative error {self.capture_error:.2e}, {self.rounding:.0e} accepted. "
                 "If the model draws random numbers, set dropout to 0 or call eval()"
             )
         if not self.ok:
-            off = sorted(((e, n) for n, e in self.errors.items() if not e <= self.tolerance), reverse=True)[:8]
-            lines = "\n".join(f"  {name}: relative error {error:.2e}" for error, name in off)
+            largest = sorted(((error, name) for name, error in self.errors.items() if not error <= self.tolerance), reverse=True)[:8]
+            lines = "\n".join(f"  {name}: relative error {error:.2e}" for error, name in largest)
             mesh = with_pipeline(self.plan.mesh, self.plan.pipeline.ranks)
             raise VerificationError(f"plan on {mesh} disagrees with the model (tolerance {self.tolerance:g}):\n{lines}")
 
@@ -83,12 +87,14 @@ class _Run:
 
 @dataclass(frozen=True)
 class Reference:
-    """What plans of one model and batch are compared with; see `prepare_reference`.
+    """What plans of one model and batch are compared with; made by `prepare_reference`.
 
     Attributes:
-        captured: the program that plans are made for; `wide` is the same in float64.
-        tensors: parameters, buffers and constants by name, in float64; `inputs` the batch, flat.
-        run: what the wide program computes on one device.
+        captured: the graph that plans are made for.
+        wide: the same graph in float64.
+        tensors: parameters, buffers and constants by name, in float64.
+        inputs: the flat tensors of the batch, in float64.
+        run: what the wide graph computes on one device.
         capture_error, rounding: as in `Verification`.
     """
 
@@ -102,12 +108,17 @@ class Reference:
 
 
 def verify_plan(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, tolerance: float = 1e-9) -> Verification:
-    """Compare `plan` with `model` on these inputs; see `Verification`.
+    """Run all ranks of a plan, and compare them with the model.
 
-    Two comparisons. In the model's own dtype, the captured graph against the model: this is where rounding is the model's. Then in
-    float64, with every cast to a narrower float raised, the ranks' program against the captured graph: nothing but the order of
-    sums may differ there. Every output is weighted with fixed random numbers, so that all outputs and gradients count. The model
-    must have real parameters, and compute the same twice (no dropout).
+    First the captured graph is compared with the model, in the model's own dtype and up to its rounding. Then the ranks' program is
+    compared with the captured graph in float64, with every cast to a narrower float raised to float64: only the order of sums may differ.
+    The backward starts from fixed random gradients of all outputs, so that each of them counts.
+
+    Args:
+        model: a model with real parameters that computes the same twice (no dropout).
+        example_inputs: one global batch, with values.
+        plan: the plan to check.
+        tolerance: the relative error that is accepted in float64.
 
     Raises PlanError when the plan was made for another graph, InputError for a model on the meta device.
     """
@@ -116,7 +127,7 @@ def verify_plan(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, 
 
 
 def prepare_reference(model: nn.Module, example_inputs: ExampleInputs, captured: Captured) -> Reference:
-    """Run the model and its captured graph on one device, once for any number of plans.
+    """Run the model and its captured graph on one device, which serves any number of plans.
 
     Raises InputError for a model on the meta device.
     """
@@ -128,14 +139,14 @@ def prepare_reference(model: nn.Module, example_inputs: ExampleInputs, captured:
     capture_error = _capture_error(model, captured, example_inputs, tensors, inputs)
     wide = widen(captured)
     inputs = [_wide(x) for x in inputs]
-    # Copies: what the model's owner does with it later is no part of the reference.
+    # Copies, since the caller may change the model later.
     tensors = {name: _wide(tensor).clone() for name, tensor in tensors.items()}
     run = _run_graph(wide, tensors, inputs)
     return Reference(captured, wide, tensors, inputs, run, capture_error, _rounding(tensors_of=model))
 
 
 def verify_against(reference: Reference, plan: Plan, *, tolerance: float = 1e-9) -> Verification:
-    """`verify_plan`, for a model of which the reference is there already. Raises PlanError for a plan of another graph."""
+    """`verify_plan` with a reference that was prepared before. Raises PlanError for a plan of another graph."""
     program = _widen_messages(rewrite(reference.wide, plan))
     actual, disagreements = _run_program(program, reference.tensors, reference.inputs, reference.run)
     errors = _compare(reference.run, actual)
@@ -145,7 +156,7 @@ def verify_against(reference: Reference, plan: Plan, *, tolerance: float = 1e-9)
 
 
 def widen(captured: Captured) -> Captured:
-    """The same graph with every dtype that it names raised to float64; names of ops stay, so that plans fit."""
+    """The graph with every float dtype that it names raised to float64; ops have the same names, so that the same plans fit."""
     module = copy.deepcopy(captured.fx)
 
     def raised(value: Any) -> Any:
@@ -161,7 +172,7 @@ def widen(captured: Captured) -> Captured:
 
 
 def _widen_messages(program: Program) -> Program:
-    """A pipeline whose stages expect float64 wherever they expect a narrower float."""
+    """The program, with messages between stages of float64 in the place of narrower floats."""
     if program.pipeline is None:
         return program
 
@@ -184,7 +195,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _rounding(tensors_of: nn.Module) -> float:
-    """What a different order of operations may do to a result in the model's own dtype, relative to its size."""
+    """By how much another order of operations may change a result in the model's own dtype, relative to its size."""
     narrowest = max((torch.finfo(p.dtype).eps for p in tensors_of.parameters() if p.is_floating_point()), default=2**-52)
     # Transformers compute norms and losses in float32 whatever the model's dtype.
     return 1000 * max(narrowest, torch.finfo(torch.float32).eps)
@@ -204,8 +215,8 @@ def _capture_error(
     _weighted_backward(outputs)
     gradients = {name: p.grad.detach() for name, p in twin.named_parameters() if p.grad is not None}
     buffers = {name: buffer.detach() for name, buffer in twin.named_buffers()}
-    found = _run_graph(captured, tensors, inputs)
-    return max(_compare(_Run(outputs, gradients, buffers), found).values(), default=0.0)
+    actual = _run_graph(captured, tensors, inputs)
+    return max(_compare(_Run(outputs, gradients, buffers), actual).values(), default=0.0)
 
 
 def _weighted_backward(outputs: Sequence[Tensor]) -> None:
@@ -215,7 +226,7 @@ def _weighted_backward(outputs: Sequence[Tensor]) -> None:
 
 
 def _run_graph(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> _Run:
-    """The captured graph on one device."""
+    """Forward and backward of the captured graph on one device."""
     trained = {op.target for op in captured.graph.of_kind(OpKind.PARAMETER) if op.results[0].requires_grad}
     parameters = [tensors[name].detach().clone().requires_grad_(name in trained) for name in captured.parameters]
     buffers = [tensors[name].detach().clone() for name in captured.buffers]
@@ -229,12 +240,12 @@ def _run_graph(captured: Captured, tensors: Mapping[str, Tensor], inputs: Sequen
 
 
 def count_splits(plan: Plan) -> dict[str, int]:
-    """How many placements split which loop over which axis, and how many parameters are stored split: ``tp:o``, ``dp:store``."""
+    """How many placements split a loop over an axis, by ``tp:o``, and how many tensors are stored split over it, by ``dp:store``."""
     counts: Counter[str] = Counter()
     for placement in plan.placements.values():
-        for axis, part in zip(plan.mesh.names, placement, strict=True):
-            if isinstance(part, Split):
-                counts[f"{axis}:{part.loop}"] += 1
+        for axis, axis_placement in zip(plan.mesh.names, placement, strict=True):
+            if isinstance(axis_placement, Split):
+                counts[f"{axis}:{axis_placement.loop}"] += 1
     for layout in plan.layouts.values():
         for axis, state in zip(plan.mesh.names, layout, strict=True):
             if state.kind is StateKind.SHARD:
@@ -243,6 +254,7 @@ def count_splits(plan: Plan) -> dict[str, int]:
 
 
 def _weights(tensor: Tensor, position: int) -> Tensor | None:
+    """Fixed random numbers as the gradient of an output; None for an output without one."""
     if not tensor.is_floating_point() or not tensor.requires_grad:
         return None
     generator = torch.Generator().manual_seed(position)
@@ -257,13 +269,13 @@ class _Position:
 
 
 def _outputs(captured: Captured, returned: Any) -> list[Tensor]:
-    """The model's own outputs in the order of the captured ones; what capture dropped (a cache) is passed over."""
-    number = sum(not constant for constant, _ in captured.results.constants)
-    found: dict[int, Tensor] = {}
+    """The model's own outputs in the order of the captured ones; what capture dropped (a cache) is left out."""
+    count = sum(not constant for constant, _ in captured.results.constants)
+    outputs: dict[int, Tensor] = {}
 
     def walk(template: Any, value: Any) -> None:
         if isinstance(template, _Position):
-            found[template.index] = value
+            outputs[template.index] = value
         elif isinstance(template, Mapping):
             for key, item in template.items():
                 walk(item, value[key])
@@ -271,13 +283,13 @@ def _outputs(captured: Captured, returned: Any) -> list[Tensor]:
             for item, inner in zip(template, value, strict=False):
                 walk(item, inner)
 
-    walk(captured.unflatten([_Position(index) for index in range(number)]), returned)
-    return [found[index] for index in range(number)]
+    walk(captured.unflatten([_Position(index) for index in range(count)]), returned)
+    return [outputs[index] for index in range(count)]
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """What one rank has in the end: its parts of outputs by position, of gradients and of updated buffers by name."""
+    """What one rank has at the end: its parts of outputs by position, of gradients and of updated buffers by name."""
 
     outputs: Mapping[int, Tensor]
     gradients: Mapping[str, Tensor]
@@ -287,13 +299,13 @@ class _Parts:
 def _run_program(
     program: Program, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], reference: _Run
 ) -> tuple[_Run, dict[str, float]]:
-    """The program's outputs and gradients, joined from all ranks, and how far replicas differ, relative to their size."""
+    """The program's outputs, gradients and buffers, joined from all ranks; and by name the relative difference between replicas."""
     mesh = program.mesh
     weights = [_weights(tensor, position) for position, tensor in enumerate(reference.outputs)]
     work = _run_whole if program.pipeline is None else _run_stages
-    groups = 1 if program.pipeline is None else program.pipeline.schedule.ranks
-    ranks = threads.run(with_pipeline(mesh, groups), lambda rank: work(program, tensors, inputs, weights, rank))
-    by_group = [ranks[group * mesh.world_size : (group + 1) * mesh.world_size] for group in range(groups)]
+    pipeline_ranks = 1 if program.pipeline is None else program.pipeline.schedule.ranks
+    ranks = threads.run(with_pipeline(mesh, pipeline_ranks), lambda rank: work(program, tensors, inputs, weights, rank))
+    by_pipeline_rank = [ranks[start : start + mesh.world_size] for start in range(0, len(ranks), mesh.world_size)]
     disagreements: dict[str, float] = {}
 
     def whole(name: str, parts: list[Tensor], layout: Layout) -> Tensor:
@@ -303,19 +315,20 @@ def _run_program(
         return joined.whole
 
     outputs = [
-        whole(slot.name, [rank.outputs[i] for rank in by_group[slot.groups[0]]], slot.layout) for i, slot in enumerate(program.outputs)
+        whole(slot.name, [rank.outputs[i] for rank in by_pipeline_rank[slot.groups[0]]], slot.layout)
+        for i, slot in enumerate(program.outputs)
     ]
     gradients = {}
     for slot in program.parameters:
         layout = tuple(PARTIAL if name in slot.partial_axes else state for name, state in zip(mesh.names, slot.layout, strict=True))
-        users = [by_group[group] for group in slot.groups if slot.name in by_group[group][0].gradients]
+        users = [by_pipeline_rank[group] for group in slot.groups if slot.name in by_pipeline_rank[group][0].gradients]
         if users:
             summed = [
                 sum((group[i].gradients[slot.name] for group in users[1:]), users[0][i].gradients[slot.name])
                 for i in range(mesh.world_size)
             ]
             gradients[slot.name] = whole(f"gradient of {slot.name}", summed, layout)
-    buffers = {s.name: whole(s.name, [rank.buffers[s.name] for rank in by_group[s.groups[0]]], s.layout) for s in program.buffers}
+    buffers = {s.name: whole(s.name, [rank.buffers[s.name] for rank in by_pipeline_rank[s.groups[0]]], s.layout) for s in program.buffers}
     return _Run(outputs, gradients, buffers), disagreements
 
 
@@ -335,10 +348,10 @@ def _run_whole(
     with collectives.regather():
         results = list(program.module(*parameters, *buffers, *given))
     outputs = results[: len(program.outputs)]
-    wanted = [(i, w) for i, w in enumerate(weights) if w is not None]
+    weighted = [(position, weight) for position, weight in enumerate(weights) if weight is not None]
     torch.autograd.backward(
-        [outputs[i] for i, _ in wanted],
-        [cut(w, program.outputs[i].layout, mesh, rank).contiguous() for i, w in wanted],
+        [outputs[position] for position, _ in weighted],
+        [cut(weight, program.outputs[position].layout, mesh, rank).contiguous() for position, weight in weighted],
     )
     gradients = {s.name: p.grad for s, p in zip(program.parameters, parameters, strict=True) if p.grad is not None}
     updated = {s.name: b for s, b in zip(program.buffers, buffers, strict=True)}
@@ -349,41 +362,45 @@ def _run_whole(
 def _run_stages(
     program: Program, tensors: Mapping[str, Tensor], inputs: Sequence[Tensor], weights: Sequence[Tensor | None], rank: int
 ) -> _Parts:
-    """One rank of a pipeline: its stages, over all micro-batches."""
+    """One rank of a pipeline: its stages, on all micro-batches."""
     mesh, pipeline = program.mesh, program.pipeline
     assert pipeline is not None
-    group, place = divmod(rank, mesh.world_size)
+    pipeline_rank, mesh_rank = divmod(rank, mesh.world_size)
     axes = dict(comm.current())
     axis = axes.pop(PIPELINE, comm.alone(PIPELINE))
-    given = [cut(x, slot.layout, mesh, place) for x, slot in zip(inputs, program.inputs, strict=True)]
-    leaves = {slot.name: _part(slot, tensors, mesh, place) for slot in program.parameters if group in slot.groups}
-    buffers = {slot.name: _part(slot, tensors, mesh, place) for slot in program.buffers if group in slot.groups}
-    mine = {
+    input_parts = [cut(x, slot.layout, mesh, mesh_rank) for x, slot in zip(inputs, program.inputs, strict=True)]
+    leaves = {slot.name: _part(slot, tensors, mesh, mesh_rank) for slot in program.parameters if pipeline_rank in slot.groups}
+    buffers = {slot.name: _part(slot, tensors, mesh, mesh_rank) for slot in program.buffers if pipeline_rank in slot.groups}
+    stage_tensors = {
         stage: StageTensors(
-            [leaves[program.parameters[i].name] for i in one.parameters], [buffers[program.buffers[i].name] for i in one.buffers], given
+            [leaves[program.parameters[position].name] for position in stage_program.parameters],
+            [buffers[program.buffers[position].name] for position in stage_program.buffers],
+            input_parts,
         )
-        for stage, one in pipeline.stages.items()
-        if pipeline.schedule.rank_of[stage] == group
+        for stage, stage_program in pipeline.stages.items()
+        if pipeline.schedule.rank_of[stage] == pipeline_rank
     }
-    seeds = {
-        i: cut(w, slot.layout, mesh, place).contiguous()
+    output_gradients = {
+        i: cut(w, slot.layout, mesh, mesh_rank).contiguous()
         for i, (w, slot) in enumerate(zip(weights, program.outputs, strict=True))
         if w is not None
     }
-    executor = Executor(pipeline, pipeline.schedule, group, axis, axes, mine, seeds=seeds, regathers=True)
+    executor = Executor(
+        pipeline, pipeline.schedule, pipeline_rank, axis, axes, stage_tensors, output_gradients=output_gradients, regathers=True
+    )
     executor.run()
     assert executor.is_idle, "a schedule ended with micro-batches still under way"
-    outputs = {i: executor.join(i) for i, slot in enumerate(program.outputs) if slot.groups[0] == group}
+    outputs = {i: executor.join(i) for i, slot in enumerate(program.outputs) if slot.groups[0] == pipeline_rank}
     updates = dict(enumerate(program.mutated_buffers, len(program.outputs)))
-    buffers.update({updates[i]: executor.join(i) for i in [*executor.parts] if i in updates})
+    buffers.update({updates[i]: executor.join(i) for i in [*executor.output_parts] if i in updates})
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return _Parts(outputs, gradients, buffers)
 
 
 def _compare(reference: _Run, actual: _Run) -> dict[str, float]:
     errors: dict[str, float] = {}
-    for position, (expected, found) in enumerate(zip(reference.outputs, actual.outputs, strict=True)):
-        errors[f"output {position}"] = _relative(found, expected, 0.0)
+    for position, (expected, output) in enumerate(zip(reference.outputs, actual.outputs, strict=True)):
+        errors[f"output {position}"] = _relative(output, expected, 0.0)
     largest = max((float(g.abs().max()) for g in reference.gradients.values() if g.numel()), default=0.0)
     for name, expected in reference.gradients.items():
         if name in actual.gradients:
@@ -396,16 +413,17 @@ def _compare(reference: _Run, actual: _Run) -> dict[str, float]:
     return errors
 
 
-def _relative(found: Tensor, expected: Tensor, floor: float) -> float:
-    found, expected = found.detach(), expected.detach()
-    if found.shape != expected.shape:
+def _relative(actual: Tensor, expected: Tensor, floor: float) -> float:
+    """The largest difference relative to the largest expected element, or to `floor` if that is larger."""
+    actual, expected = actual.detach(), expected.detach()
+    if actual.shape != expected.shape:
         return float("inf")
     if not expected.numel():
         return 0.0
     if not expected.is_floating_point():
-        return 0.0 if torch.equal(found, expected) else float("inf")
+        return 0.0 if torch.equal(actual, expected) else float("inf")
     scale = max(float(expected.abs().max()), floor)
-    difference = float((found - expected).abs().max())
+    difference = float((actual - expected).abs().max())
     if difference == 0.0:
         return 0.0
     # A NaN compares as neither small nor large; it is the worst there is.

@@ -14,7 +14,7 @@ from autopar.costs.memory import BlockMemory, find_memory
 from autopar.costs.rows import CostRow, Phase, Purpose, RowSums, seconds_of
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import COLLECTIVE_KIND
-from autopar.ir import Collective, Layout, Move, Op, OpKind, Tensor, Value
+from autopar.ir import Collective, Layout, Op, OpKind, RouteStep, Tensor, Value
 from autopar.structure import find_cores
 
 LOCAL_COPY = "local copy"
@@ -105,7 +105,7 @@ def _forward_rows(solved: SolvedChain, number: int) -> dict[str, tuple[CostRow, 
         op, sums = solved.graph.by_name[name], RowSums()
         layer = solved.layer_of.get(name, "")
         sums.add(Phase.FORWARD, Purpose.COMPUTE, solved.tables.op_seconds(solved.stand_in(op), solved.placement(op))[0], layer=layer)
-        for tensor, is_parameter, move, nbytes in _moves(solved, number, op, moved):
+        for _, is_parameter, move, nbytes in _moves(solved, number, op, moved):
             if move.forward is not Collective.NONE:
                 purpose = Purpose.PARAMETERS if is_parameter else Purpose.ACTIVATIONS
                 _add_move(solved, sums, Phase.FORWARD, purpose, move.forward, move, nbytes, layer)
@@ -113,7 +113,7 @@ def _forward_rows(solved: SolvedChain, number: int) -> dict[str, tuple[CostRow, 
     return rows
 
 
-def _moves(solved: SolvedChain, number: int, op: Op, moved: set[tuple[Value, Layout]]) -> Iterator[tuple[Tensor, bool, Move, int]]:
+def _moves(solved: SolvedChain, number: int, op: Op, moved: set[tuple[Value, Layout]]) -> Iterator[tuple[Tensor, bool, RouteStep, int]]:
     """The moves of a call's operands, as (tensor, whether it is a parameter, move, bytes); what `moved` holds was moved for a call before.
 
     A parameter is moved for each use: a gathered one isn't held between them.
@@ -132,7 +132,7 @@ def _moves(solved: SolvedChain, number: int, op: Op, moved: set[tuple[Value, Lay
 
 
 def _add_move(
-    solved: SolvedChain, sums: RowSums, phase: str, purpose: str, collective: Collective, move: Move, nbytes: int, layer: str
+    solved: SolvedChain, sums: RowSums, phase: str, purpose: str, collective: Collective, move: RouteStep, nbytes: int, layer: str
 ) -> None:
     sums.add(
         phase,

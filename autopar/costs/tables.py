@@ -19,9 +19,9 @@ from autopar.ir import (
     Family,
     Layout,
     Mesh,
-    Move,
     Op,
     Placement,
+    RouteStep,
     Space,
     Split,
     StateKind,
@@ -94,7 +94,7 @@ class CostTables:
         self.links: tuple[Link, ...] = (*links[: self.first], *links)  # the first stands for time too, over which nothing goes
         self._collectives: dict[tuple[str, int, int], float] = {}
         self._calls: dict[tuple[str, Placement], tuple[float, float]] = {}
-        self._legs: dict[RouteKey, list[tuple[Move, int]]] = {}
+        self._legs: dict[RouteKey, list[tuple[RouteStep, int]]] = {}
 
     def op_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
         """(forward, backward) seconds of one call under `placement`; the second has what a kernel exchanges in both directions."""
@@ -159,7 +159,7 @@ class CostTables:
             self._collectives[key] = seconds
         return self._collectives[key]
 
-    def legs(self, tensor: Tensor, start: Layout, need: Layout) -> list[tuple[Move, int]]:
+    def legs(self, tensor: Tensor, start: Layout, need: Layout) -> list[tuple[RouteStep, int]]:
         """The moves of a tensor's journey, each with the bytes of the larger of a rank's parts before and after it."""
         # Along time nothing moves: a micro-batch takes its part of what is there. Ranks' parts lie inside of that, so that what ranks
         # have split of the whole batch they must bring together first.

@@ -1,6 +1,8 @@
-"""What a program, a mesh and a layout are. Plain frozen data and arithmetic on it; nothing of torch.
+"""What a program, a mesh and a layout are: frozen data, and arithmetic on it. Nothing of torch.
 
-Comes in: a captured program (`autopar.capture` builds the `Graph`). Goes out: the words that every other package speaks.
+Comes in: a captured program (`autopar.capture` builds the `Graph`) and the text of rules. Goes out: the types that every other package
+uses. The one idea: an op is a nest of named loops, splitting a loop over a mesh axis says what every tensor of the op must look like on
+that axis, and where two ops disagree about a tensor a table says which collective goes between them.
 
 Modules, in reading order: ``graph``, ``facts``, ``space``, ``layout``, ``reshard``.
 """
@@ -9,14 +11,15 @@ from autopar.ir.facts import Exchange, Facts, Family, Meaning, TargetMean, Whole
 from autopar.ir.graph import ITEMSIZE, Graph, Op, Operand, OpKind, Tensor, Value, freeze
 from autopar.ir.layout import (
     BROADCAST,
-    MICRO,
+    MICROBATCH,
     PARTIAL,
-    PASS,
+    PASS_PARTIAL,
     PIPELINE,
     REPLICATE,
+    AxisPlacement,
     Layout,
     Mesh,
-    Pass,
+    PassPartial,
     Placement,
     Split,
     State,
@@ -35,17 +38,18 @@ from autopar.ir.layout import (
     shard,
     with_pipeline,
 )
-from autopar.ir.reshard import Collective, Move, Route, Step, journey, route
+from autopar.ir.reshard import Collective, ReshardStep, Route, RouteStep, journey, route
 from autopar.ir.space import Dims, LoopKind, Space, parse
 
 __all__ = [
     "BROADCAST",
     "ITEMSIZE",
-    "MICRO",
+    "MICROBATCH",
     "PARTIAL",
-    "PASS",
+    "PASS_PARTIAL",
     "PIPELINE",
     "REPLICATE",
+    "AxisPlacement",
     "Collective",
     "Dims",
     "Exchange",
@@ -56,18 +60,18 @@ __all__ = [
     "LoopKind",
     "Meaning",
     "Mesh",
-    "Move",
     "Op",
     "OpKind",
     "Operand",
-    "Pass",
+    "PassPartial",
     "Placement",
+    "ReshardStep",
     "Route",
+    "RouteStep",
     "Space",
     "Split",
     "State",
     "StateKind",
-    "Step",
     "TargetMean",
     "Tensor",
     "Value",

@@ -1,7 +1,7 @@
-"""What planning sees of a program: tensors, ops and a graph of them. Nothing of torch, plain frozen data.
+"""A program as planning sees it: a `Graph` of `Op`s that read and make `Tensor`s. Frozen data, nothing of torch.
 
-Comes in from ``capture``; goes out to ``rules``, ``problem`` and ``report``. An op keeps the name of its fx node, so that
-a plan made for a `Graph` can be applied to the fx graph that it was made from.
+Comes in: what `autopar.capture` reads off an fx graph. Goes out: to everything that plans. Each op has the name of its fx node, so that a
+plan made for a `Graph` can be applied to the fx graph from which the `Graph` was made.
 """
 
 from __future__ import annotations
@@ -33,7 +33,16 @@ ITEMSIZE: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Shape, dtype and differentiability of a value; `dtype` is torch's name without the ``torch.`` prefix."""
+    """Shape, dtype and differentiability of a tensor that the program makes; there are no elements.
+
+    >>> str(Tensor((8, 16), "bfloat16")), Tensor((8, 16), "bfloat16").nbytes
+    ('bfloat16[8, 16]', 256)
+
+    Attributes:
+        shape: global sizes, those of the whole tensor on one device.
+        dtype: torch's name of it without the ``torch.`` prefix.
+        requires_grad: whether the backward computes a gradient for it.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -55,14 +64,14 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """Stands for operand `index` of the op inside `Op.args` and `Op.kwargs`."""
+    """Placeholder inside `Op.args` and `Op.kwargs` for the tensor ``Op.operands[index]``."""
 
     index: int
 
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """Result `index` of the op called `op`."""
+    """A reference to result `index` of the op called `op`, which is how ops name the tensors that they read."""
 
     op: str
     index: int = 0
@@ -72,7 +81,7 @@ class Value:
 
 
 class OpKind(Enum):
-    """What an op is to the program."""
+    """Where an op's results come from: the caller, a parameter, a buffer or a call; OUTPUT returns values and has no results."""
 
     INPUT = "input"
     PARAMETER = "parameter"
@@ -83,21 +92,21 @@ class OpKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One step of the program.
+    """An input, parameter or buffer of the program, a call of an operator, or the program's return.
 
     Attributes:
         name: unique; the name of the fx node.
         kind: input, parameter, buffer, call or output.
-        target: for a call, the overload's name such as ``aten.linear.default``; else the user's name of the input,
-            parameter or buffer (``transformer.h.0.mlp.c_fc.weight``).
-        operands: the tensors read, flattened in argument order (a list of tensors gives one operand each).
+        target: for a call, the name of the operator's overload, such as ``aten.linear.default``; else the user's name of the input,
+            parameter or buffer, such as ``transformer.h.0.mlp.c_fc.weight``.
+        operands: the tensors read, flattened in argument order (a list of tensors gives an operand for each of them).
         results: the tensors made; several for ops such as ``aten.split``.
-        args, kwargs: the call's arguments, each tensor replaced by `Operand`. The output's ``updates`` names the buffers whose
-            new values its last operands are.
+        args, kwargs: the call's arguments, with an `Operand` in place of each tensor. The output op's ``kwargs["updates"]`` names the
+            buffers that get new values; those values are its last operands.
         layer: path of the module that the op belongs to, such as ``transformer.h.0.mlp``; empty at the root.
         source: the user's line, ``file.py:12: y = self.fc(x)``; empty when unknown.
-        saved: results that autograd keeps for the backward (by index).
-        saved_nbytes: bytes that autograd keeps for this op beyond its operands and results (such as statistics).
+        saved: indices of the results that autograd saves for the backward.
+        saved_nbytes: bytes that autograd saves for this op beyond its operands and results, such as the statistics of a norm.
     """
 
     name: str
@@ -120,12 +129,14 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Ops in an order in which every op comes after the ops whose results it reads; checked on construction.
+    """A whole program. Every op comes after the ops whose results it reads.
+
+    Raises ValueError on construction when two ops have one name, or when an op reads what no earlier op makes.
 
     Attributes:
-        ops: all of them, the output last.
+        ops: all ops in program order, the output last.
         by_name: op name -> op.
-        readers: value -> the names of the ops that read it, in program order, one for each operand that does.
+        readers: value -> names of the ops that read it, in program order; an op that reads it through two operands is there twice.
     """
 
     ops: tuple[Op, ...]
@@ -162,7 +173,7 @@ class Graph:
 
     @property
     def output(self) -> Op:
-        """The op that returns: it reads what the user gets, then the new values of buffers."""
+        """The op that returns. Its operands are the values that the user gets, then the new values of updated buffers."""
         (output,) = self.of_kind(OpKind.OUTPUT)
         return output
 
@@ -173,7 +184,7 @@ class Graph:
 
     @property
     def updates(self) -> Mapping[str, Value]:
-        """The user's name of each buffer that the program gives a new value -> that value."""
+        """Buffers that the program updates, such as a batch norm's running mean: the user's name of the buffer -> its new value."""
         names = self._updated_buffers
         return dict(zip(names, self.output.operands[len(self.output.operands) - len(names) :], strict=True))
 
@@ -183,7 +194,7 @@ class Graph:
 
     @property
     def loss(self) -> int | None:
-        """Position of the output that is the loss: the first of one element that needs a gradient; None when there is none."""
+        """Position among the output's operands of the loss: the first that has one element and requires a gradient; None without one."""
         tensors = enumerate(map(self.tensor, self.output.operands))
         return next((position for position, tensor in tensors if tensor.requires_grad and tensor.numel == 1), None)
 
@@ -192,7 +203,11 @@ class Graph:
 
 
 def freeze(value: Any) -> Any:
-    """A hashable stand-in for an op's argument; equal arguments give equal stand-ins."""
+    """A hashable stand-in for an op's argument, for use as a key: stand-ins are equal where the arguments and their types are.
+
+    >>> freeze([1, {"dim": -1}]) == freeze([1, {"dim": -1}]), freeze(1) == freeze(True)
+    (True, False)
+    """
     if isinstance(value, Operand | int | float | str | bool | type(None)):
         return (type(value).__name__, value)
     if isinstance(value, Mapping):

@@ -1,15 +1,21 @@
 """Meshes, placements and layouts: what splitting the loops of an op means for each of its tensors.
 
-*Axis* is of the mesh, *dim* of a tensor, *loop* of an op's iteration space. A `Placement` says per axis which loop of the op
-the axis splits; a `Layout` says per axis what that means for one tensor. Everything here is arithmetic on frozen data.
+An *axis* belongs to the mesh, a *dim* to a tensor, a *loop* to an op's iteration space. Comes in: an op's `Space` and a `Placement`, which
+says per mesh axis which loop of the op it splits. Goes out: a `Layout` of each of the op's tensors, which says per mesh axis what a rank
+has of it, and whether the sizes allow that.
 
-States of a tensor on one axis (text form in brackets):
+The states of a tensor on one axis, with their text forms:
 
-- Shard (``S1``, ``S0/3``): dim 1 is split; ``S0/3`` splits inside each of 3 equal outer blocks of dim 0, the strided shard that a
-  fused weight ``(three heads head_dim)`` needs. The gradient is sharded alike.
-- Replicate (``R``): every rank has all of it, and the gradient comes back whole.
-- Broadcast (``B``): only as a consumer's need: every rank has all of it but works on a part, so the gradient comes back Partial.
-- Partial (``P``): the tensor is the sum over the axis; the gradient comes back whole.
+- Shard (``S1``, ``S0/3``): ``S1`` splits dim 1 into equal parts; ``S0/3`` splits dim 0 inside each of its 3 equal outer blocks, the
+  strided shard that a fused weight ``(three heads head_dim)`` needs. The gradient is sharded alike. On two ranks, a dim of 12::
+
+      S0     rank 0: 0 1 2 3 4 5                     rank 1: 6 7 8 9 10 11
+      S0/3   rank 0: 0 1     4 5     8 9             rank 1: 2 3     6 7     10 11
+
+- Replicate (``R``): every rank has the whole tensor, and its gradient is whole on every rank.
+- Broadcast (``B``), only as what a consumer needs: every rank has the whole tensor but computes a part of what follows, so that its
+  gradient is Partial. This is what data parallelism needs of a weight.
+- Partial (``P``): every rank has a summand, the tensor is the sum over the axis. Its gradient is whole on every rank.
 """
 
 from __future__ import annotations
@@ -24,7 +30,10 @@ from autopar.ir.space import Dims, LoopKind, Space
 
 @dataclass(frozen=True, slots=True)
 class Mesh:
-    """Named axes and their sizes, the slowest (outermost, across machines) first; rank = row-major index."""
+    """Named axes and their sizes. The first axis is the outermost, whose neighbours are farthest apart; ranks are row-major indices.
+
+    Raises ValueError on construction when names and sizes differ in number or a name is there twice.
+    """
 
     names: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -51,19 +60,26 @@ class Mesh:
 
 
 PIPELINE = "pp"
-"""The axis along which groups of ranks form a pipeline; no placement names it."""
+"""Name of the axis of pipeline ranks, each of which runs some stages on a mesh of its own; no placement splits anything over it."""
 
-MICRO = "micro"
-"""The axis of micro-batches: it is walked in time, not over ranks, and stands before all others."""
+MICROBATCH = "micro"
+"""Name of the axis of micro-batches, the outermost of a mesh. Its parts are computed one after the other by the same ranks, so what is
+split over it can never be exchanged."""
 
 
-def with_pipeline(mesh: Mesh, groups: int) -> Mesh:
-    """The mesh of all ranks, of which each of `groups` groups runs `mesh`; the pipeline is its outermost axis."""
-    return Mesh((PIPELINE, *mesh.names), (groups, *mesh.sizes)) if groups > 1 else mesh
+def with_pipeline(mesh: Mesh, ranks: int) -> Mesh:
+    """The mesh of the whole world: `ranks` pipeline ranks along the outermost axis ``pp``, each of which is a `mesh` of devices.
+
+    A plan's mesh is the one that each pipeline rank runs; with a single pipeline rank that is the whole world.
+
+    >>> str(with_pipeline(Mesh(("dp", "tp"), (2, 4)), 3))
+    'pp=3 x dp=2 x tp=4'
+    """
+    return Mesh((PIPELINE, *mesh.names), (ranks, *mesh.sizes)) if ranks > 1 else mesh
 
 
 class StateKind(StrEnum):
-    """What a rank holds of a tensor, along one axis."""
+    """What a rank has of a tensor, along one axis; the module's docstring says what each means for the gradient."""
 
     SHARD = "S"
     REPLICATE = "R"
@@ -73,7 +89,7 @@ class StateKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A tensor's state on one axis; `dim` and `outer` (number of outer blocks of the dim) matter for SHARD only."""
+    """What a rank has of a tensor along one axis; `dim` and `outer`, the number of equal outer blocks of the dim, matter for SHARD only."""
 
     kind: StateKind
     dim: int = -1
@@ -91,26 +107,26 @@ PARTIAL = State(StateKind.PARTIAL)
 
 
 def shard(dim: int, outer: int = 1) -> State:
-    """The state that splits `dim` inside each of its `outer` equal blocks."""
+    """The Shard state that splits `dim` inside each of its `outer` equal blocks."""
     return State(StateKind.SHARD, dim, outer)
 
 
 Layout = tuple[State, ...]
-"""A state per mesh axis."""
+"""What every rank has of a tensor: a state per mesh axis, in the mesh's order."""
 
 _STATE = re.compile(r"^(?:S(\d+)(?:/(\d+))?|([RBP]))$")
 
 
 def parse_layout(text: str) -> Layout:
     """Read ``S0/3,R`` back. Raises ValueError on anything else."""
-    states = []
-    for part in text.split(",") if text else []:
-        match = _STATE.match(part.strip())
+    layout = []
+    for state_text in text.split(",") if text else []:
+        match = _STATE.match(state_text.strip())
         if match is None:
-            raise ValueError(f"{part!r} is no state of a layout (S<dim>, S<dim>/<outer>, R, B or P)")
+            raise ValueError(f"{state_text!r} is no state of a layout (S<dim>, S<dim>/<outer>, R, B or P)")
         dim, outer, kind = match.groups()
-        states.append(State(StateKind(kind)) if kind else shard(int(dim), int(outer or 1)))
-    return tuple(states)
+        layout.append(State(StateKind(kind)) if kind else shard(int(dim), int(outer or 1)))
+    return tuple(layout)
 
 
 def format_layout(layout: Layout) -> str:
@@ -120,7 +136,7 @@ def format_layout(layout: Layout) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """An axis splits `loop` of the op, inside each of the loop's `outer` equal blocks."""
+    """One axis splits the op's loop called `loop`, inside each of the loop's `outer` equal blocks."""
 
     loop: str
     outer: int = 1
@@ -130,22 +146,25 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """An axis on which a linear op runs on Partial operands and gives Partial results."""
+class PassPartial:
+    """One axis on which a linear op computes with Partial operands and gives Partial results, without communication."""
 
     def __str__(self) -> str:
         return "+"
 
 
-PASS = Pass()
+PASS_PARTIAL = PassPartial()
 
-Placement = tuple[Split | Pass | None, ...]
-"""Per mesh axis what it does to an op: split a loop, pass Partial sums through, or nothing (the op is replicated)."""
+AxisPlacement = Split | PassPartial | None
+"""What one mesh axis does to an op: split a loop, pass Partial sums through, or nothing (every rank of the axis runs all of it)."""
+
+Placement = tuple[AxisPlacement, ...]
+"""How an op is spread over the mesh: an entry per mesh axis, in the mesh's order."""
 
 
 def format_placement(placement: Placement) -> str:
     """Text of a placement, ``b,o/3``; ``-`` where the op is replicated."""
-    return ",".join("-" if part is None else str(part) for part in placement)
+    return ",".join("-" if entry is None else str(entry) for entry in placement)
 
 
 _SPLIT = re.compile(r"^([A-Za-z_]\w*)(?:/(\d+))?$")
@@ -153,73 +172,89 @@ _SPLIT = re.compile(r"^([A-Za-z_]\w*)(?:/(\d+))?$")
 
 def parse_placement(text: str) -> Placement:
     """Read ``b,o/3`` back. Raises ValueError on anything else."""
-    parts: list[Split | Pass | None] = []
-    for part in text.split(",") if text else []:
-        match = _SPLIT.match(part.strip())
-        if part.strip() == "-":
-            parts.append(None)
-        elif part.strip() == "+":
-            parts.append(PASS)
+    placement: list[AxisPlacement] = []
+    for entry in text.split(",") if text else []:
+        match = _SPLIT.match(entry.strip())
+        if entry.strip() == "-":
+            placement.append(None)
+        elif entry.strip() == "+":
+            placement.append(PASS_PARTIAL)
         elif match is not None:
-            parts.append(Split(match[1], int(match[2] or 1)))
+            placement.append(Split(match[1], int(match[2] or 1)))
         else:
-            raise ValueError(f"{part!r} is no part of a placement (a loop, loop/outer, + or -)")
-    return tuple(parts)
+            raise ValueError(f"{entry!r} is no part of a placement (a loop, loop/outer, + or -)")
+    return tuple(placement)
 
 
 def operand_layout(space: Space, placement: Placement, index: int) -> Layout:
-    """What the op needs operand `index` to be."""
-    return tuple(_operand_state(space, part, index) for part in placement)
+    """The layout in which the op needs operand `index` when it is placed so.
+
+    >>> from autopar.ir.space import parse
+    >>> linear = parse("b i, o i -> b o", [(8, 4), (6, 4)], [(8, 6)])
+    >>> [format_layout(operand_layout(linear, parse_placement("b,i"), index)) for index in range(2)]
+    ['S0,S1', 'B,S1']
+    """
+    return tuple(_operand_state(space, axis_placement, index) for axis_placement in placement)
 
 
 def result_layout(space: Space, placement: Placement, index: int) -> Layout:
-    """What the op makes of result `index`."""
-    return tuple(_result_state(space, part, space.results[index]) for part in placement)
+    """The layout in which the op makes result `index` when it is placed so; the linear layer above makes ``S0,P``."""
+    return tuple(_result_state(space, axis_placement, space.results[index]) for axis_placement in placement)
 
 
-def _operand_state(space: Space, part: Split | Pass | None, index: int) -> State:
-    if part is None:
+def _operand_state(space: Space, axis_placement: AxisPlacement, index: int) -> State:
+    if axis_placement is None:
         return REPLICATE
-    if isinstance(part, Pass):
+    if isinstance(axis_placement, PassPartial):
         return PARTIAL if index in space.linear else BROADCAST
-    if index in space.added and space.loops[part.loop].kind is LoopKind.SUM:
+    if index in space.added and space.loops[axis_placement.loop].kind is LoopKind.SUM:
         return PARTIAL
-    found = space.find(space.operands[index], part.loop)
-    return BROADCAST if found is None else shard(found[0], found[1] * part.outer)
+    return _split_state(space, axis_placement, space.operands[index]) or BROADCAST
 
 
-def _result_state(space: Space, part: Split | Pass | None, dims: Dims) -> State:
-    if part is None:
+def _result_state(space: Space, axis_placement: AxisPlacement, dims: Dims) -> State:
+    if axis_placement is None:
         return REPLICATE
-    if isinstance(part, Pass):
+    if isinstance(axis_placement, PassPartial):
         return PARTIAL
-    found = space.find(dims, part.loop)
-    if found is not None:
-        return shard(found[0], found[1] * part.outer)
     # Results of ops with several results may lack a FREE loop (a statistic): such a result is a sum over the parts only
     # when the loop is a SUM loop; rules must not leave a FREE loop out of a result.
-    return PARTIAL if space.loops[part.loop].kind is LoopKind.SUM else REPLICATE
+    without_the_loop = PARTIAL if space.loops[axis_placement.loop].kind is LoopKind.SUM else REPLICATE
+    return _split_state(space, axis_placement, dims) or without_the_loop
+
+
+def _split_state(space: Space, split: Split, dims: Dims) -> State | None:
+    """The Shard state of a tensor with these dims when its op is split so; None when the tensor doesn't run over the loop."""
+    place = space.find(dims, split.loop)
+    if place is None:
+        return None
+    dim, outer = place
+    return shard(dim, outer * split.outer)
 
 
 def fits(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
-    """Whether every split of `layout` is even: no padding, no rank without a part, no block cut by a foreign split."""
+    """Whether a tensor of sizes `shape` can be split by `layout` into parts of equal size.
+
+    No part is padded or empty, and where two axes split one dim at different numbers of outer blocks, neither cuts through the other's
+    blocks.
+    """
     shards = [(state, size) for state, size in zip(layout, mesh.sizes, strict=True) if state.kind is StateKind.SHARD]
     for state, _ in shards:
         if state.dim >= len(shape):
             return False
-        same = [(other, size) for other, size in shards if other.dim == state.dim]
+        same_dim = [(neighbour, size) for neighbour, size in shards if neighbour.dim == state.dim]
         # Everything split at this boundary must divide one block; coarser boundaries must be split on whole finer blocks.
-        ways = math.prod(size for other, size in same if other.outer == state.outer)
+        ways = math.prod(size for neighbour, size in same_dim if neighbour.outer == state.outer)
         if shape[state.dim] % state.outer or (shape[state.dim] // state.outer) % ways:
             return False
-        for other, _ in same:
-            if other.outer > state.outer and other.outer % (state.outer * ways):
+        for neighbour, _ in same_dim:
+            if neighbour.outer > state.outer and neighbour.outer % (state.outer * ways):
                 return False
     return True
 
 
 def local_shape(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> tuple[int, ...]:
-    """Sizes of one rank's part of a tensor of sizes `shape`; all parts are alike (see `fits`)."""
+    """Sizes of a rank's part of a tensor of sizes `shape`; they are the same on every rank (see `fits`)."""
     local = list(shape)
     for state, size in zip(layout, mesh.sizes, strict=True):
         if state.kind is StateKind.SHARD:
@@ -228,39 +263,46 @@ def local_shape(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> tuple[int
 
 
 def local_outer(layout: Layout, mesh: Mesh, axis: int) -> int:
-    """Number of outer blocks that axis `axis` sees in a rank's part: those outside, less what other axes split off them."""
+    """Number of outer blocks inside which axis `axis` splits a rank's part of a tensor.
+
+    It is the state's own `outer`, divided by the sizes of the axes that split the same dim further out. Collectives work on a rank's part,
+    so this is the number that they are given.
+
+    >>> local_outer(parse_layout("S0,S0/4"), Mesh(("dp", "tp"), (2, 2)), 1)
+    2
+    """
     state = layout[axis]
     outer = state.outer
-    for other, size in zip(layout, mesh.sizes, strict=True):
-        if other.kind is StateKind.SHARD and other.dim == state.dim and other.outer < state.outer:
+    for neighbour, size in zip(layout, mesh.sizes, strict=True):
+        if neighbour.kind is StateKind.SHARD and neighbour.dim == state.dim and neighbour.outer < state.outer:
             outer //= size
     return outer
 
 
 def outer_when_cut(layout: Layout, mesh: Mesh, axis: int) -> int:
-    """`local_outer` at the moment when a whole tensor is cut along `axis`, after the axes before it and before those after it."""
+    """The `local_outer` with which a whole tensor is cut along `axis` when axes are cut in the mesh's order, the later ones not yet."""
     return local_outer((*layout[: axis + 1], *(REPLICATE for _ in layout[axis + 1 :])), mesh, axis)
 
 
 def is_legal(space: Space, placement: Placement, mesh: Mesh) -> bool:
-    """Whether every tensor of the op is split evenly and every loop is allowed to be split so."""
-    for part, size in zip(placement, mesh.sizes, strict=True):
-        if size == 1 and part is not None:
+    """Whether an op can be placed so: every loop may be split in that way, and every operand and result splits evenly (see `fits`)."""
+    for axis_placement, size in zip(placement, mesh.sizes, strict=True):
+        if size == 1 and axis_placement is not None:
             return False
-        if isinstance(part, Pass) and not space.linear:
+        if isinstance(axis_placement, PassPartial) and not space.linear:
             return False
-        if isinstance(part, Split):
-            loop = space.loops[part.loop]
-            if loop.kind is LoopKind.WHOLE or loop.size % part.outer:
+        if isinstance(axis_placement, Split):
+            loop = space.loops[axis_placement.loop]
+            if loop.kind is LoopKind.WHOLE or loop.size % axis_placement.outer:
                 return False
-            if part.outer > 1 and part.loop in space.positional:
+            if axis_placement.outer > 1 and axis_placement.loop in space.positional:
                 return False
-    splits = [(part, size) for part, size in zip(placement, mesh.sizes, strict=True) if isinstance(part, Split)]
-    for part, _ in splits:
-        ways = math.prod(size for other, size in splits if other == part)
-        if (space.loops[part.loop].size // part.outer) % ways:
+    splits = [(entry, size) for entry, size in zip(placement, mesh.sizes, strict=True) if isinstance(entry, Split)]
+    for split, _ in splits:
+        ways = math.prod(size for other_split, size in splits if other_split == split)
+        if (space.loops[split.loop].size // split.outer) % ways:
             return False
     # SUM with Partial pass-through on another axis is fine; shapes decide the rest.
-    tensors = [(dims, operand_layout(space, placement, i)) for i, dims in enumerate(space.operands)]
-    tensors += [(dims, result_layout(space, placement, i)) for i, dims in enumerate(space.results)]
+    tensors = [(dims, operand_layout(space, placement, index)) for index, dims in enumerate(space.operands)]
+    tensors += [(dims, result_layout(space, placement, index)) for index, dims in enumerate(space.results)]
     return all(fits(space.shape(dims), layout, mesh) for dims, layout in tensors)

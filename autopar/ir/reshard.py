@@ -1,8 +1,11 @@
-"""How a producer's layout becomes a consumer's need: the one place where collectives are chosen, forward and backward.
+"""From the layout in which a tensor was made to the one in which it is needed: the one place where collectives are chosen.
 
-Every edge of the graph is a pair. The forward value makes a journey from the producer's state to the consumer's, and the gradient
-makes the dual one; `PAIRS` is the whole table. A journey over several axes is a list of `Step`s, each on one axis. Steps that
-shrink a rank's part come first and steps that grow it last, so that the bytes moved are the fewest.
+Comes in: the layout that an op makes and the layout that its consumer needs. Goes out: a *journey*, the list of `ReshardStep`s from one to
+the other. A step changes the state on one axis by one collective, and its backward does the dual for the gradient; `PAIRS` is the whole
+table. Steps that shrink a rank's part come first and steps that grow it last, so that the fewest bytes are moved::
+
+    S0,P -> S0,S1   reduce_scatter on axis 1                              (backward: all_gather)
+    P,S0 -> S1,R    reduce_scatter on axis 0, then all_gather on axis 1   (backward: shard on axis 1, all_gather on axis 0)
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from autopar.ir.layout import REPLICATE, Layout, Mesh, State, StateKind, fits, f
 
 
 class Collective(Enum):
-    """What a rank does with its part; the value is the name of the function in `autopar.ops.collectives`."""
+    """What the ranks of an axis do with their parts; the value is the name of the function in `autopar.ops.collectives`."""
 
     NONE = "none"
     ALL_GATHER = "all_gather"
@@ -48,20 +51,21 @@ PAIRS: Mapping[tuple[StateKind, StateKind], tuple[Collective, Collective]] = {
 }
 
 SHRINKS = frozenset({Collective.SLICE, Collective.REDUCE_SCATTER})
+"""Collectives after which a rank has less of the tensor than before."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One axis' part of a journey.
+class ReshardStep:
+    """A change of a tensor's state on one axis by one collective.
 
     Attributes:
         axis: index of the mesh axis.
-        forward, backward: what the value and its gradient do.
-        dim, outer: the dim that is gathered, scattered or (all-to-all) un-split, and its number of outer blocks as a rank sees
-            them (`layout.local_outer`).
-        to_dim, to_outer: the dim that an all-to-all splits.
+        forward, backward: the collective of the value, and that of its gradient on the way back.
+        dim, outer: the dim that is gathered, scattered or sliced, and the number of its outer blocks in a rank's part
+            (`layout.local_outer`); of an all-to-all the dim that becomes whole.
+        to_dim, to_outer: likewise the dim that an all-to-all splits; -1 and 1 for other collectives.
         after: the axis' state after the step.
-        shape_before, shape_after: a rank's sizes before and after the step.
+        shape_before, shape_after: sizes of a rank's part before and after the step.
     """
 
     axis: int
@@ -76,17 +80,27 @@ class Step:
     shape_after: tuple[int, ...]
 
 
-def journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> tuple[Step, ...]:
-    """The steps that turn a tensor of (global) sizes `shape` from layout `start` into `need`.
+def journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> tuple[ReshardStep, ...]:
+    """The steps by which a tensor goes from one layout to another; empty when nothing has to change.
 
-    `start` holds Shard, Replicate and Partial states, `need` Broadcast ones too. Both must fit the shape (`layout.fits`).
+    Args:
+        shape: global sizes of the tensor.
+        start: the layout in which it was made: Shard, Replicate and Partial states.
+        need: the layout in which it is needed; may have Broadcast states too. Both layouts must fit the shape (`layout.fits`).
+        mesh: the mesh whose axes the layouts are of.
     """
     return _journey(shape, start, need, mesh)
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """A step without sizes: the axes that split the tensor before and after it tell the size of a rank's part."""
+class RouteStep:
+    """A `ReshardStep` without sizes. A rank's part is the tensor's bytes over the sizes of the axes that split it.
+
+    Attributes:
+        axis: index of the mesh axis.
+        forward, backward: the collective of the value, and that of its gradient on the way back.
+        split_before, split_after: indices of the mesh axes on which the tensor is a Shard before and after the step.
+    """
 
     axis: int
     forward: Collective
@@ -95,19 +109,19 @@ class Move:
     split_after: tuple[int, ...]
 
 
-Route = tuple[Move, ...]
-"""A journey without sizes."""
+Route = tuple[RouteStep, ...]
+"""A journey without sizes, which can be priced for every tensor that makes it."""
 
 
 def route(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> Route:
-    """The journey of a tensor of sizes `shape`, in a form that serves tensors of other sizes and meshes of other sizes too."""
+    """The steps of `journey` without sizes, for use as a key: tensors and meshes of other sizes may have the same route."""
     current = list(start)
-    moves = []
+    steps = []
     for step in journey(shape, start, need, mesh):
         before = _splitting(current)
         current[step.axis] = step.after
-        moves.append(Move(step.axis, step.forward, step.backward, before, _splitting(current)))
-    return tuple(moves)
+        steps.append(RouteStep(step.axis, step.forward, step.backward, before, _splitting(current)))
+    return tuple(steps)
 
 
 def _splitting(layout: Sequence[State]) -> tuple[int, ...]:
@@ -115,79 +129,80 @@ def _splitting(layout: Sequence[State]) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=20_000)
-def _journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> tuple[Step, ...]:
+def _journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> tuple[ReshardStep, ...]:
     current = list(start)
-    steps: list[Step] = []
+    steps: list[ReshardStep] = []
     for _ in range(4 * len(current) + 1):
-        if all(_arrived(state, target) for state, target in zip(current, need, strict=True)):
+        if current == list(need):
             return tuple(steps)
-        axis, target = _next_move(shape, tuple(current), need, mesh)
+        axis, target = _next_step(shape, tuple(current), need, mesh)
         steps.append(_step(shape, tuple(current), axis, target, mesh))
         current[axis] = target
     raise AssertionError(f"no journey from {format_layout(start)} to {format_layout(need)} for {shape} on {mesh}")
 
 
-def _arrived(state: State, target: State) -> bool:
-    return state == target
+def _next_step(shape: tuple[int, ...], current: Layout, need: Layout, mesh: Mesh) -> tuple[int, State]:
+    """The axis that changes its state next, and the new state.
 
-
-def _next_move(shape: tuple[int, ...], current: Layout, need: Layout, mesh: Mesh) -> tuple[int, State]:
-    """The axis to move next and where to, the step that leaves the least to carry first."""
-    moves: list[tuple[int, int, State]] = []  # (priority, axis, state)
+    Steps that shrink a rank's part come first, since every later step then moves fewer bytes; then steps that keep its size, and last
+    those that grow it, the innermost axis first.
+    """
+    candidates: list[tuple[int, int, State]] = []  # (priority: the lowest goes first, axis, its new state)
     for axis, (state, target) in enumerate(zip(current, need, strict=True)):
-        if _arrived(state, target) or not _may_move(shape, current, need, axis, mesh):
+        if state == target or not _can_step(shape, current, need, axis, mesh):
             continue
         forward = PAIRS.get((state.kind, target.kind), (Collective.ALL_GATHER, Collective.SLICE))[0]
         if state.kind is S and target.kind is S and state.dim != target.dim:
-            moves.append((100 + axis, axis, target))
+            candidates.append((100 + axis, axis, target))
         elif state.kind is S and target.kind in (S, P):
-            moves.append((300 - axis, axis, REPLICATE))  # no single collective does it: gather, then slice or keep
+            candidates.append((300 - axis, axis, REPLICATE))  # no single collective does it: gather, then slice or keep the first
         elif state.kind is S:
-            moves.append((300 - axis, axis, target))
+            candidates.append((300 - axis, axis, target))
         elif forward in SHRINKS:
-            moves.append((axis, axis, target))
+            candidates.append((axis, axis, target))
         else:
-            moves.append((200 + axis, axis, target))
-    if moves:
-        _, axis, target = min(moves, key=lambda move: move[0])
+            candidates.append((200 + axis, axis, target))
+    if candidates:
+        _, axis, target = min(candidates, key=lambda candidate: candidate[0])
         return axis, target
     # Axes nest on one dim in an order that no single step can change: gather the innermost that stands in the way of another.
     return max(_blockers(current, need)), REPLICATE
 
 
 def _blockers(current: Layout, need: Layout) -> list[int]:
-    """Axes to gather so that others can move: those that have to move anyway, else those inside of a block that has to."""
-    moving = [axis for axis, pair in enumerate(zip(current, need, strict=True)) if not _arrived(*pair)]
-    sharded = [axis for axis, state in enumerate(current) if state.kind is S and _free_of_inner(current, axis)]
+    """Axes to gather so that other axes can change: those that must change anyway, else those nested inside one that must."""
+    moving = [axis for axis, (state, target) in enumerate(zip(current, need, strict=True)) if state != target]
+    sharded = [axis for axis, state in enumerate(current) if state.kind is S and _is_innermost(current, axis)]
     inside = [axis for axis in sharded if any(outer < axis and current[axis] in (current[outer], need[outer]) for outer in moving)]
     return [axis for axis in sharded if axis in moving] or inside
 
 
-def _free_of_inner(current: Layout, axis: int) -> bool:
-    """Whether no axis further in splits what `axis` splits; only then can `axis` be gathered or exchanged."""
-    return not any(_same_block(current[axis], other) for other in current[axis + 1 :])
+def _is_innermost(current: Layout, axis: int) -> bool:
+    """Whether no axis further in splits the blocks that `axis` splits; only then can `axis` be gathered or exchanged."""
+    return not any(_split_same_blocks(current[axis], inner) for inner in current[axis + 1 :])
 
 
-def _same_block(state: State, other: State) -> bool:
-    return other.kind is S and (state.dim, state.outer) == (other.dim, other.outer)
+def _split_same_blocks(state: State, other_state: State) -> bool:
+    return other_state.kind is S and (state.dim, state.outer) == (other_state.dim, other_state.outer)
 
 
-def _may_move(shape: tuple[int, ...], current: Layout, need: Layout, axis: int, mesh: Mesh) -> bool:
+def _can_step(shape: tuple[int, ...], current: Layout, need: Layout, axis: int, mesh: Mesh) -> bool:
+    """Whether `axis` can go to the state that is needed now, given how axes nest that split the same blocks of a dim."""
     state, target = current[axis], need[axis]
-    if state.kind is S and not _free_of_inner(current, axis):
+    if state.kind is S and not _is_innermost(current, axis):
         return False
     if target.kind is S and not (state.kind is S and state.dim == target.dim):
         # Splits of one block nest in mesh order: those further in come later, those further out must be there.
-        if any(_same_block(target, other) for other in current[axis + 1 :]):
+        if any(_split_same_blocks(target, inner) for inner in current[axis + 1 :]):
             return False
         outside = zip(current[:axis], need[:axis], strict=True)
-        if any(now != goal and (_same_block(target, goal) or _same_block(target, now)) for now, goal in outside):
+        if any(now != goal and (_split_same_blocks(target, goal) or _split_same_blocks(target, now)) for now, goal in outside):
             return False
         return fits(shape, (*current[:axis], target, *current[axis + 1 :]), mesh)
     return True
 
 
-def _step(shape: tuple[int, ...], current: Layout, axis: int, target: State, mesh: Mesh) -> Step:
+def _step(shape: tuple[int, ...], current: Layout, axis: int, target: State, mesh: Mesh) -> ReshardStep:
     state = current[axis]
     after = (*current[:axis], target, *current[axis + 1 :])
     forward, backward = PAIRS[state.kind, target.kind]
@@ -198,7 +213,7 @@ def _step(shape: tuple[int, ...], current: Layout, axis: int, target: State, mes
             to_dim, to_outer = target.dim, local_outer(after, mesh, axis)
     elif target.kind is S:
         dim, outer = target.dim, local_outer(after, mesh, axis)
-    return Step(
+    return ReshardStep(
         axis=axis,
         forward=forward,
         backward=backward,

@@ -1,15 +1,18 @@
-"""The iteration space of an op: named loops, and the tensor dims that they run over.
+"""The iteration space of an op: its named loops, and which dims of which tensors each loop runs over.
 
-A rule states an op as text, ``b s i, o i, o -> b s o`` for a linear layer with bias: operands, then results; a token per dim.
+Comes in: the text by which a rule states an op, and the sizes of the op's tensors. Goes out: a `Space`. The one idea: an op is a nest of
+loops, and to parallelize it is to split loops. What that means for each tensor follows from where its dims have the loop.
+
+The text lists operands, ``->``, then results, with a token per dim: ``b s i, o i, o -> b s o`` is a linear layer with bias.
 
 - ``(t h d)`` is a dim that is an ordered product of loops, the outermost first: a merged or split view, a fused weight.
-- ``1`` is a dim of size one with no loop.
+- ``1`` is a dim of size one, which no loop runs over.
 - ``x!`` is a loop that must stay whole, such as the dim that a softmax normalises.
-- ``v*`` is a loop that the op's kernel can split with communication of its own (`autopar.ops.kernels`), such as the batch loop of
-  a batch norm. A result that lacks it is complete on every rank.
-- A loop that no result has is summed, unless it is marked: its split leaves a Partial result.
+- ``v*`` is a loop that can be split only by replacing the op with a kernel that communicates (`autopar.ops.kernels`), such as the batch
+  loop of a batch norm. A result that lacks the loop is complete on every rank.
+- A loop without a mark that no result has is summed, such as ``i`` above. Where it is split, each rank has a Partial result.
 
-The notation follows einops and Shardy's sharding rules; nothing here knows meshes, costs or torch.
+The notation follows einops and Shardy's sharding rules. Meshes, costs and torch are unknown here.
 """
 
 from __future__ import annotations
@@ -27,11 +30,11 @@ Dims = tuple[tuple[str, ...], ...]
 
 
 class LoopKind(Enum):
-    """What splitting a loop means."""
+    """What splitting a loop over ranks means."""
 
-    FREE = "free"  # every part runs alone
-    SUM = "sum"  # every part runs alone, the results are summed
-    KERNEL = "kernel"  # the op's kernel communicates; results that lack the loop come out complete
+    FREE = "free"  # each rank computes its part of the results, without communication
+    SUM = "sum"  # each rank computes a summand of the results, which are Partial
+    KERNEL = "kernel"  # a kernel that communicates replaces the op; results that lack the loop are complete on every rank
     WHOLE = "whole"  # can't be split
 
 
@@ -46,25 +49,29 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """The loops of one op and how its tensors run over them.
+    """The loops of one op, which of its tensors run over them, and what else must be known to split it.
+
+    Raises ValueError on construction when a tensor runs over a loop twice, or when KERNEL loops and the kernel don't fit together.
 
     Attributes:
         loops: every loop, by name.
-        operands, results: per tensor, per dim, the names of its loops, outermost first.
-        flops: floating-point operations per point of the whole iteration space, forward.
+        operands, results: per tensor, per dim, the names of the dim's loops, outermost first.
+        flops: floating-point operations of the forward per point of the iteration space; the op's work is ``flops * points()``.
         family: products, attention and lookups hold a model's work; all else is pointwise.
         kernel: name of the function in `autopar.ops.kernels` that replaces the op when a loop in `kernel_loops` is split.
-        kernel_loops: loops whose split needs the kernel (every KERNEL loop is one).
-        added: operands that are added once to a sum (a bias): when a SUM loop is split they are needed as Partial.
-        linear: operands in which the op is jointly linear. When they all arrive Partial the results are Partial and nothing
-            is communicated; empty when the op isn't linear.
-        shape_arg: position in `Op.args` of the result's sizes (``view``, ``expand``); they become the local sizes.
-        view: the op makes no copy, its result shares storage with operand 0.
-        positional: loops whose kernel must know which part it works on (rows of a causal mask, ranges of a vocabulary); they
-            can be split at the outermost boundary only, never inside blocks.
+        kernel_loops: loops whose split needs the kernel; every KERNEL loop is among them.
+        added: indices of operands that are added once to a sum, such as a bias: when a SUM loop is split they must be Partial, so that
+            the sum over the ranks holds them once.
+        linear: indices of operands in which the op is jointly linear. When all of them are Partial the results are Partial too and
+            nothing is communicated. Empty when the op isn't linear.
+        shape_arg: position in `Op.args` of the result's sizes (``view``, ``expand``); a program replaces them by a rank's own sizes.
+        view: the op copies nothing, its result shares storage with operand 0.
+        positional: loops whose kernel must know which part of the loop a rank has (rows of a causal mask, ranges of a vocabulary); they
+            can be split at the outermost boundary only, never inside outer blocks.
         random: the op draws random numbers; the kernel replaces it in every parallel program, split or not, so that replicas
-            draw the same and shards draw differently.
+            draw the same numbers and shards different ones.
         facts: what must be known of the op beside its loops.
+        splittable: the loops that may be split: those that aren't WHOLE and have more than one iteration.
     """
 
     loops: Mapping[str, Loop]
@@ -116,7 +123,12 @@ class Space:
         return tuple(math.prod(self.loops[name].size for name in dim) for dim in dims)
 
     def find(self, dims: Dims, loop: str) -> tuple[int, int] | None:
-        """Where `loop` is in a tensor: (dim, product of the sizes of the loops outside it), or None when absent."""
+        """Where `loop` is in a tensor: (dim, product of the sizes of the loops before it in that dim), or None when it isn't there.
+
+        >>> space = parse("b (h d) -> b h d", [(2, 12)], [(2, 3, 4)])
+        >>> space.find(space.operands[0], "d"), space.find(space.results[0], "d")
+        ((1, 3), (2, 1))
+        """
         for position, dim in enumerate(dims):
             if loop in dim:
                 outer = math.prod(self.loops[name].size for name in dim[: dim.index(loop)])
@@ -164,18 +176,35 @@ def parse(
     random: bool = False,
     facts: Facts | None = None,
 ) -> Space:
-    """Build the space that `text` describes for tensors of these shapes.
-
-    `operands` and `results` are the tensors' sizes; `sizes` gives those of loops that occur in groups only. Raises ValueError
-    when the text and the shapes disagree.
+    """The `Space` that `text` states for tensors of these shapes.
 
     >>> print(parse("b s i, o i -> b s o", [(2, 3, 4), (5, 4)], [(2, 3, 5)]))
     b s i, o i -> b s o
+
+    Args:
+        text: the op in the notation of this module.
+        operands: the shape of each operand.
+        results: the shape of each result.
+        sizes: loop name -> size, for loops that occur only inside groups such as ``(t h d)``, whose sizes the shapes don't tell. A name
+            that no tensor has becomes a WHOLE loop, which counts in the op's work.
+        flops: floating-point operations per point, as in `Space`.
+        family: the kind of work.
+        kernel: name of the kernel that may replace the op.
+        kernel_loops: loops whose split needs the kernel, beside those marked ``*``.
+        added: indices of operands that are added once.
+        linear: indices of operands in which the op is jointly linear.
+        shape_arg: position of the result's sizes among the arguments.
+        view: whether the op copies nothing.
+        positional: loops whose kernel must know its part.
+        random: whether the op draws random numbers.
+        facts: what must be known of the op beside its loops.
+
+    Raises ValueError when the text and the shapes disagree.
     """
     left, _, right = text.partition("->")
     marks: dict[str, LoopKind] = {}
-    operand_dims = tuple(_parse_dims(part, marks) for part in _tensors(left, len(operands)))
-    result_dims = tuple(_parse_dims(part, marks) for part in _tensors(right, len(results)))
+    operand_dims = tuple(_parse_dims(tensor_text, marks) for tensor_text in _tensors(left, len(operands)))
+    result_dims = tuple(_parse_dims(tensor_text, marks) for tensor_text in _tensors(right, len(results)))
     known = dict(sizes or {})
     tensors = list(zip(operand_dims, operands, strict=True)) + list(zip(result_dims, results, strict=True))
     for dims, shape in tensors:
@@ -188,15 +217,8 @@ def parse(
         for dim, size in zip(dims, shape, strict=True):
             if math.prod(known[name] for name in dim) != size:
                 raise ValueError(f"{text!r}: {format_dims((dim,))!r} doesn't have size {size} (loops: {known})")
-    in_results = {name for dims in result_dims for dim in dims for name in dim}
-    in_tensors = in_results | {name for dims in operand_dims for dim in dims for name in dim}
-    loops = {}
-    for name, size in known.items():
-        default = LoopKind.FREE if name in in_results else LoopKind.SUM
-        if name not in in_tensors:
-            default = LoopKind.WHOLE  # named for its size only
-        loops[name] = Loop(name, size, marks.get(name, default))
-    inside = {name for name, loop in loops.items() if loop.kind is LoopKind.KERNEL}
+    loops = _make_loops(known, marks, operand_dims, result_dims)
+    marked_for_kernel = {name for name, loop in loops.items() if loop.kind is LoopKind.KERNEL}
     return Space(
         loops=loops,
         operands=operand_dims,
@@ -204,7 +226,7 @@ def parse(
         flops=flops,
         family=family,
         kernel=kernel,
-        kernel_loops=frozenset(kernel_loops) | inside,
+        kernel_loops=frozenset(kernel_loops) | marked_for_kernel,
         added=frozenset(added),
         linear=frozenset(linear),
         shape_arg=shape_arg,
@@ -215,9 +237,23 @@ def parse(
     )
 
 
+def _make_loops(
+    sizes: Mapping[str, int], marks: Mapping[str, LoopKind], operands: Sequence[Dims], results: Sequence[Dims]
+) -> dict[str, Loop]:
+    """The loops by name; a loop without a mark is FREE if a result has it, SUM if only operands do, and WHOLE if no tensor does."""
+    in_results = {name for dims in results for dim in dims for name in dim}
+    in_operands = {name for dims in operands for dim in dims for name in dim}
+
+    def kind_of(name: str) -> LoopKind:
+        default = LoopKind.FREE if name in in_results else LoopKind.SUM if name in in_operands else LoopKind.WHOLE
+        return marks.get(name, default)
+
+    return {name: Loop(name, size, kind_of(name)) for name, size in sizes.items()}
+
+
 def _tensors(text: str, count: int) -> list[str]:
     # Blank text is one scalar or no tensor at all: only the number of tensors tells.
-    return [part.strip() for part in text.split(",")] if count else []
+    return [tensor_text.strip() for tensor_text in text.split(",")] if count else []
 
 
 def _parse_dims(text: str, marks: dict[str, LoopKind]) -> Dims:

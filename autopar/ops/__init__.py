@@ -1,14 +1,17 @@
-"""What emitted programs call: collectives over named axes, kernels for split loops, random streams, regions that run again.
+"""What emitted programs call: collectives over named axes, kernels for split loops, random streams, recomputed regions.
 
-Comes in: tensors of one rank. Goes out: tensors of one rank, with autograd through the communication.
+Comes in: a rank's parts of tensors. Goes out: a rank's parts of tensors, with autograd through the communication. The one idea: a program
+is the same for all ranks, names the axes of the mesh by text, and asks them at run time which part is this rank's.
 
-Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``losses``, ``kernels``, ``weight_gradients``, ``recompute``, ``attention``.
+Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``losses``, ``kernels``, ``weight_gradients``, ``deferrable``,
+``recompute``, ``attention``.
 """
 
 from autopar.ops.collectives import gather_along, join_parts, regather, take_part
-from autopar.ops.comm import Axis, GroupAxis, Message, TimeAxis
+from autopar.ops.comm import Axis, GroupAxis, Message, MicrobatchAxis
+from autopar.ops.deferrable import DEFERRABLE
 from autopar.ops.recompute import Recomputed
-from autopar.ops.weight_gradients import DEFERRABLE, Deferred, deferring
+from autopar.ops.weight_gradients import Deferred, deferring
 
 __all__ = [
     "DEFERRABLE",
@@ -16,8 +19,8 @@ __all__ = [
     "Deferred",
     "GroupAxis",
     "Message",
+    "MicrobatchAxis",
     "Recomputed",
-    "TimeAxis",
     "deferring",
     "gather_along",
     "join_parts",

@@ -1,7 +1,8 @@
-"""Operators of our own that a captured graph may hold: attention whose mask is given by its meaning.
+"""The operator ``autopar::attention``: attention whose mask is stated by what it means (causal, window, padding) instead of elements.
 
-Comes in from ``capture_hf``; goes out to every fx graph, and to the rules and kernels that split it. The operator is
-CompositeImplicitAutograd: export's training IR keeps it whole, and autograd sees the torch operators inside.
+Comes in: queries, keys, values and the meaning of the mask, from models of transformers (`autopar.capture.transformers`). Goes out: one op
+in the captured graph, which a rule can split over rows and heads without a mask of all rows and keys. The operator is
+CompositeImplicitAutograd: `torch.export`'s training IR has it as one call, and autograd sees the torch operators inside.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def attention(
     softcap: float | None,
     dropout_p: float,
 ) -> Tensor:
-    """Attend from `q` to `k`, `v`; a query that may attend to no key gets zeros, as in torch.
+    """Scaled dot-product attention; a query that may attend to no key gets zeros, as in torch.
 
     Args:
         q: (batch, heads, queries, head size).
@@ -37,7 +38,7 @@ def attention(
         key_padding: bool (batch, keys), True where a key may be attended to.
         bias: mask (bool, True attends) or added scores, broadcastable to (batch, heads, queries, keys).
         causal: query i attends to keys 0..i.
-        window: with `causal` the number of last keys attended to, without it the largest distance attended to.
+        window: with `causal` the number of keys that a query attends to, counted back from its own; without, the largest distance of a key.
         scale: factor of the scores.
         softcap: scores are replaced by ``softcap * tanh(scores / softcap)``.
         dropout_p: probability that an attention weight is dropped.
@@ -62,7 +63,7 @@ def attention(
 
 
 def merge_masks(q: Tensor, k: Tensor, key_padding: Tensor | None, bias: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
-    """One mask for torch's attention out of all that `attention` is told; None when every key may be attended to."""
+    """The mask, bool or added scores, that has the meaning of `attention`'s arguments; None when every key may be attended to."""
     allowed: Tensor | None = None
     if causal or window is not None:
         query = torch.arange(q.shape[2], device=q.device)[:, None]
@@ -70,8 +71,8 @@ def merge_masks(q: Tensor, k: Tensor, key_padding: Tensor | None, bias: Tensor |
         if causal:
             allowed = key <= query
         if window is not None:
-            near = key > query - window if causal else (key - query).abs() <= window
-            allowed = near if allowed is None else allowed & near
+            in_window = key > query - window if causal else (key - query).abs() <= window
+            allowed = in_window if allowed is None else allowed & in_window
     if key_padding is not None:
         padding = key_padding[:, None, None, :]
         allowed = padding if allowed is None else allowed & padding

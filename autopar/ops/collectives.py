@@ -1,8 +1,11 @@
-"""The differentiable collectives that emitted programs call: each is a step between two layouts, its backward the dual step.
+"""The differentiable collectives that emitted programs call.
 
-The pairs are those of `autopar.ir.reshard`; here is what they do. Axes are names, looked up in `autopar.ops.comm` when the forward
-runs and kept for the backward, which may run on another thread. `outer` is always the number of outer blocks of the dim
-that this rank's part has (`autopar.ir.layout.local_outer`): the dim is split inside each of them. Results are contiguous.
+Comes in: this rank's part of a tensor in one layout. Goes out: its part in another layout, with autograd. Each function is a step on one
+axis between two states of `autopar.ir.layout`, and its backward is the dual step for the gradient; `autopar.ir.reshard.PAIRS` lists which.
+
+Axes are names, looked up in `autopar.ops.comm` when the forward runs; the backward, which may run on another thread, uses the same axes.
+`dim` is split inside each of `outer` equal blocks, `outer` being the number of those blocks in this rank's part
+(`autopar.ir.layout.local_outer`). Results are contiguous.
 """
 
 from __future__ import annotations
@@ -23,7 +26,10 @@ from autopar.torch_compat import StorageRef
 
 
 def take_part(x: Tensor, dim: int, outer: int, index: int, size: int) -> Tensor:
-    """Part `index` of `size` of `x` along `dim`, inside each of its `outer` equal blocks; a fresh contiguous tensor.
+    """Part `index` of the `size` parts of `x` along `dim`, which is split inside each of its `outer` equal blocks; a contiguous copy.
+
+    >>> take_part(torch.arange(12), 0, 3, 1, 2).tolist()
+    [2, 3, 6, 7, 10, 11]
 
     Raises InputError when the dim doesn't divide evenly.
     """
@@ -32,7 +38,7 @@ def take_part(x: Tensor, dim: int, outer: int, index: int, size: int) -> Tensor:
 
 
 def join_parts(parts: Sequence[Tensor], dim: int, outer: int) -> Tensor:
-    """The tensor whose parts along `dim`, inside each of `outer` equal blocks, are `parts`, in order."""
+    """The tensor of which `parts` are all parts along `dim`, in order; the reverse of `take_part`."""
     return _join(torch.stack(list(parts)), dim, outer)
 
 
@@ -44,12 +50,12 @@ def _blocks(x: Tensor, dim: int, outer: int, size: int) -> Tensor:
 
 
 def _split(x: Tensor, dim: int, outer: int, size: int) -> Tensor:
-    """All parts, stacked along a new first dim; free of copies where the layout in memory allows."""
+    """All parts, stacked along a new first dim; without a copy where the strides allow it."""
     return _blocks(x, dim, outer, size).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
 
 
 def _join(stack: Tensor, dim: int, outer: int) -> Tensor:
-    """The reverse of `_split`, contiguous; free of copies for dim 0 with one outer block."""
+    """The reverse of `_split`, contiguous; without a copy for dim 0 with one outer block."""
     if outer == 1:
         return stack.movedim(0, dim).flatten(dim, dim + 1).contiguous()
     # The first dim counts ranks, so the tensor's own dim is one further.
@@ -58,12 +64,12 @@ def _join(stack: Tensor, dim: int, outer: int) -> Tensor:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: comm.Axis, dim: int, outer: int, grad: str, keep: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: comm.Axis, dim: int, outer: int, grad: str, save: bool) -> Tensor:
         ctx.step = (axis, dim, outer, grad)
         recipe = _Recipe(x.detach(), axis, dim, outer)
         full = recipe.gather()
-        if not keep:
-            _forget_after_forward(full, recipe)
+        if not save:
+            _free_after_forward(full, recipe)
         return full
 
     @staticmethod
@@ -153,79 +159,100 @@ def all_gather(
     dim: int,
     outer: int = 1,
     grad: Literal["reduce_scatter", "slice"] = "reduce_scatter",
-    keep: bool = True,
+    save: bool = True,
 ) -> Tensor:
-    """Shard -> Replicate: every rank's parts joined along `dim`.
+    """Shard -> Replicate or Broadcast: the parts of all ranks joined along `dim`.
 
-    The gradient is summed over the ranks and split (``reduce_scatter``), or is whole on every rank already and only split
-    (``slice``). With ``keep=False``, inside `regather`, what autograd saves of the result is the part `x` only.
+    Args:
+        x: this rank's part.
+        axis: the mesh axis.
+        dim: the dim that is joined.
+        outer: number of its outer blocks in `x`.
+        grad: what the gradient does. ``reduce_scatter``: it is summed over the ranks, and each rank gets its part (the result was needed as
+            Broadcast). ``slice``: it is whole on every rank, which takes its part (the result was needed as Replicate).
+        save: whether autograd may save the joined tensor for the backward. If not, and inside `regather`, it saves the part `x` instead.
     """
-    found = comm.axis(axis)
-    return x.contiguous() if found.size == 1 else _apply(_AllGather, x, found, dim, outer, grad, keep)
+    mesh_axis = comm.axis(axis)
+    return x.contiguous() if mesh_axis.size == 1 else _apply(_AllGather, x, mesh_axis, dim, outer, grad, save)
 
 
 def reduce_scatter(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
-    """Partial -> Shard: this rank's part of the sum over the ranks; the gradient is gathered."""
-    found = comm.axis(axis)
-    return x.contiguous() if found.size == 1 else _apply(_ReduceScatter, x, found, dim, outer)
+    """Partial -> Shard: the summands of all ranks are added, and each rank gets its part along `dim`; the gradient is gathered."""
+    mesh_axis = comm.axis(axis)
+    return x.contiguous() if mesh_axis.size == 1 else _apply(_ReduceScatter, x, mesh_axis, dim, outer)
 
 
 def all_reduce(x: Tensor, axis: str, grad: Literal["identity", "all_reduce"] = "identity") -> Tensor:
-    """Partial -> Replicate: the sum over the ranks; the gradient is whole on every rank (``identity``) or Partial too."""
-    found = comm.axis(axis)
-    return x.contiguous() if found.size == 1 else _apply(_AllReduce, x, found, grad)
+    """Partial -> Replicate or Broadcast: the sum over the ranks.
+
+    With ``grad="identity"`` the gradient is whole on every rank and passes unchanged (Megatron's g); with ``"all_reduce"`` each rank has a
+    summand of the gradient, and the sum is passed on.
+    """
+    mesh_axis = comm.axis(axis)
+    return x.contiguous() if mesh_axis.size == 1 else _apply(_AllReduce, x, mesh_axis, grad)
 
 
 def shard(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
-    """Replicate -> Shard: this rank's part; the gradient is gathered."""
-    found = comm.axis(axis)
-    return x.contiguous() if found.size == 1 else _apply(_Shard, x, found, dim, outer)
+    """Replicate -> Shard: this rank's part along `dim`, without communication; the gradient is gathered."""
+    mesh_axis = comm.axis(axis)
+    return x.contiguous() if mesh_axis.size == 1 else _apply(_Shard, x, mesh_axis, dim, outer)
 
 
 def broadcast(x: Tensor, axis: str) -> Tensor:
-    """Replicate -> Broadcast: `x` itself; its gradient, of which every rank has a part of the sum, is summed (Megatron's f)."""
-    found = comm.axis(axis)
-    return x if found.size == 1 else _apply(_Broadcast, x, found)
+    """Replicate -> Broadcast: `x` itself, without communication; the ranks' gradients, which are summands, are summed (Megatron's f)."""
+    mesh_axis = comm.axis(axis)
+    return x if mesh_axis.size == 1 else _apply(_Broadcast, x, mesh_axis)
 
 
 def keep_first(x: Tensor, axis: str) -> Tensor:
-    """Replicate -> Partial: `x` on the first rank of the axis, zeros on the others; the gradient passes as it is."""
-    found = comm.axis(axis)
-    return x if found.size == 1 else _apply(_KeepFirst, x, found)
+    """Replicate -> Partial: `x` on the first rank of the axis, zeros on the others; the gradient passes unchanged."""
+    mesh_axis = comm.axis(axis)
+    return x if mesh_axis.size == 1 else _apply(_KeepFirst, x, mesh_axis)
 
 
-def take_in_time(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
-    """Replicate -> Shard along time: this micro-batch's part; the gradients of all micro-batches add up where they arrive."""
-    found = comm.axis(axis)
+def take_microbatch(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
+    """Replicate -> Shard on the axis of micro-batches: the part of `x` that this micro-batch has, a view.
+
+    The gradient is zero outside of that part, and the micro-batches' gradients add up in what `x` was made from.
+    """
+    mesh_axis = comm.axis(axis)
     if outer == 1:
-        size = x.shape[dim] // found.size
-        return x.narrow(dim, found.index * size, size)
-    return _blocks(x, dim, outer, found.size).select(dim + 1, found.index).flatten(dim, dim + 1)
+        size = x.shape[dim] // mesh_axis.size
+        return x.narrow(dim, mesh_axis.index * size, size)
+    return _blocks(x, dim, outer, mesh_axis.size).select(dim + 1, mesh_axis.index).flatten(dim, dim + 1)
 
 
-def first_in_time(x: Tensor, axis: str) -> Tensor:
-    """Replicate -> Partial along time: `x` in the first micro-batch, zeros in the others."""
+def keep_in_first_microbatch(x: Tensor, axis: str) -> Tensor:
+    """Replicate -> Partial on the axis of micro-batches: `x` in the first micro-batch, zeros in the others."""
     return x if comm.axis(axis).index == 0 else torch.zeros_like(x)
 
 
 def all_to_all(x: Tensor, axis: str, from_dim: int, to_dim: int, from_outer: int = 1, to_outer: int = 1) -> Tensor:
-    """Shard(from_dim) -> Shard(to_dim), two different dims; the gradient makes the journey back.
+    """Shard of `from_dim` -> Shard of `to_dim`: every rank exchanges a block with every other; the gradient makes the reverse exchange.
+
+    Args:
+        x: this rank's part, split along `from_dim`.
+        axis: the mesh axis.
+        from_dim: the dim that becomes whole.
+        to_dim: the dim that is split instead.
+        from_outer: number of outer blocks of `from_dim` in `x`.
+        to_outer: number of outer blocks of `to_dim` in the result.
 
     Raises InputError when both dims are the same one.
     """
     if from_dim == to_dim:
         raise InputError(f"an all-to-all goes between two dims of a tensor, both are {to_dim}: gather and shard instead")
-    found = comm.axis(axis)
-    return x.contiguous() if found.size == 1 else _apply(_AllToAll, x, found, from_dim, to_dim, from_outer, to_outer)
+    mesh_axis = comm.axis(axis)
+    return x.contiguous() if mesh_axis.size == 1 else _apply(_AllToAll, x, mesh_axis, from_dim, to_dim, from_outer, to_outer)
 
 
 def gather_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
-    """Join every rank's parts, given the axis itself; the gradient is whole on every rank and is only split."""
+    """`all_gather` with ``grad="slice"``, given the axis itself instead of its name."""
     return _apply(_AllGather, x, axis, dim, outer, "slice", True)
 
 
 def shard_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
-    """This rank's part, given the axis itself; the gradient is gathered."""
+    """`shard`, given the axis itself instead of its name."""
     return _apply(_Shard, x, axis, dim, outer)
 
 
@@ -234,11 +261,11 @@ def _apply(function: type[torch.autograd.Function], x: Tensor, *arguments: objec
     return result
 
 
-# --- gathered parameters that don't outlive the forward ---------------------------------------------------------------------
+# --- gathered parameters that are freed after the forward, and gathered again in the backward --------------------------------
 
 
 class _Recipe:
-    """How to make a gathered tensor again from this rank's part."""
+    """How to gather a parameter again from this rank's part, and the gathered tensor while a backward reads it."""
 
     def __init__(self, part: Tensor, axis: comm.Axis, dim: int, outer: int) -> None:
         self.part, self.axis, self.dim, self.outer = part, axis, dim, outer
@@ -253,7 +280,7 @@ class _Recipe:
         self._saves += 1
 
     def read(self) -> Tensor:
-        """The gathered tensor, held from the first read of a backward until as many reads as there were saves."""
+        """The gathered tensor. The first read of a backward gathers it; it is freed after as many reads as there were saves."""
         if self._full is None:
             self._full, self._unread = self.gather(), self._saves
         full = self._full
@@ -265,7 +292,7 @@ class _Recipe:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """What autograd keeps instead of a tensor that shares the storage of a gathered one."""
+    """What autograd saves in the place of a tensor that is a view of a gathered one."""
 
     recipe: _Recipe
     size: tuple[int, ...]
@@ -282,7 +309,7 @@ class _Gathered(threading.local):
 _GATHERED = _Gathered()
 
 
-def _forget_after_forward(full: Tensor, recipe: _Recipe) -> None:
+def _free_after_forward(full: Tensor, recipe: _Recipe) -> None:
     if _GATHERED.recipes is None:
         return
     for key in [key for key, (ref, _) in _GATHERED.recipes.items() if ref.expired()]:
@@ -292,11 +319,12 @@ def _forget_after_forward(full: Tensor, recipe: _Recipe) -> None:
 
 
 def _pack(x: Tensor) -> Tensor | _View:
-    found = (_GATHERED.recipes or {}).get(StorageRef.key_of(x))
-    if found is None or x.dtype != found[1].part.dtype:
+    entry = (_GATHERED.recipes or {}).get(StorageRef.key_of(x))
+    if entry is None or x.dtype != entry[1].part.dtype:
         return x
-    found[1].note_save()
-    return _View(found[1], tuple(x.shape), x.stride(), int(x.storage_offset()))
+    _, recipe = entry
+    recipe.note_save()
+    return _View(recipe, tuple(x.shape), x.stride(), int(x.storage_offset()))
 
 
 def _unpack(saved: Tensor | _View) -> Tensor:
@@ -307,9 +335,10 @@ def _unpack(saved: Tensor | _View) -> Tensor:
 
 @contextmanager
 def regather() -> Iterator[None]:
-    """Run a forward in which the results of ``all_gather(..., keep=False)`` aren't kept for the backward.
+    """Inside, autograd saves nothing of the results of ``all_gather(..., save=False)``.
 
-    Autograd keeps this rank's part instead, and the backward gathers it again.
+    Where a call saves such a tensor, or a view of it, this rank's part is saved instead, and the backward gathers it again. This is
+    ZeRO-3's way with parameters (FSDP's ``reshard_after_forward``).
     """
     before = _GATHERED.recipes
     _GATHERED.recipes = {}

@@ -1,9 +1,14 @@
-"""How ranks exchange tensors: raw, non-differentiable collectives over the axes of a mesh.
+"""How ranks exchange tensors: collectives and messages over the axes of a mesh, without autograd.
 
-An `Axis` is one mesh axis as a rank sees it. It has two forms: `GroupAxis` talks over a torch.distributed process group,
-`ThreadAxis` over shared memory between threads of one process, which is how tests and ``verify`` run all ranks without a
-process group. A third, `TimeAxis`, numbers the micro-batches of a step, between which nothing can be exchanged. An emitted
-program names axes by text; `active` says which objects the names stand for on this thread.
+Comes in: a tensor of each rank. Goes out: a tensor on each rank. An `Axis` is one mesh axis as one of its ranks sees it. `GroupAxis`
+communicates over a torch.distributed process group; `ThreadAxis` over the memory of one process in which every rank is a thread, which is
+how tests and ``verify`` run all ranks without a process group; `MicrobatchAxis` numbers the micro-batches of a step, between which nothing
+can be exchanged.
+
+A program names axes by text, and `active` says for a thread which objects the names stand for::
+
+    with active({"dp": GroupAxis("dp", group)}):
+        axis("dp").all_reduce(x)
 """
 
 from __future__ import annotations
@@ -28,14 +33,14 @@ Reduction = Literal["sum", "max"]
 
 
 class Message(Protocol):
-    """A tensor on its way to or from another rank."""
+    """A tensor that is being sent to another rank, or received from one."""
 
     def is_done(self) -> bool:
-        """Whether the tensor has arrived, or has been taken."""
+        """Whether the tensor was received, or was sent and may change again."""
         ...
 
     def wait(self) -> Tensor:
-        """The tensor, when it is done."""
+        """Wait until it is done; returns the tensor."""
         ...
 
 
@@ -43,9 +48,11 @@ class Axis(ABC):
     """One axis of the mesh, seen from one rank.
 
     Attributes:
-        name: the axis' name in the plan.
+        name: the axis' name in the plan's mesh.
         size: number of ranks along it.
         index: position of this rank, 0 <= index < size.
+
+    In a collective the tensors of all ranks have one shape and one dtype.
     """
 
     name: str
@@ -70,11 +77,11 @@ class Axis(ABC):
 
     @abstractmethod
     def send(self, x: Tensor, to: int) -> Message:
-        """Begin to send `x` to the rank at position `to`; never waits for that rank. `x` must not change until it is done."""
+        """Begin to send `x` to the rank at position `to`, without waiting for it. `x` must not change until the message is done."""
 
     @abstractmethod
     def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Message:
-        """Begin to receive what the rank at position `source` sends: the n-th call gets the n-th tensor that it sends here."""
+        """Begin to receive a tensor from the rank at position `source`: the n-th call gets the n-th tensor that it sends here."""
 
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's `x`, in rank order; all have the same shape."""
@@ -93,27 +100,27 @@ class Axis(ABC):
 class GroupAxis(Axis):
     """An axis over a torch.distributed process group (gloo or nccl) that holds exactly its ranks, in order."""
 
-    def __init__(self, name: str, group: dist.ProcessGroup, ways: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None) -> None:
-        """Talk over `group`; `ways` carry what is sent to later and to earlier ranks.
+    def __init__(self, name: str, group: dist.ProcessGroup, directions: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None) -> None:
+        """Communicate over `group`; `directions` are the groups for messages to later and to earlier ranks, by default `group`.
 
-        On a GPU the messages of one group between two ranks run one after the other: a send that waits for its receive would
-        hold up the receive for which the other rank's send waits. With a group per direction sends never wait.
+        On a GPU the messages of one group between two ranks run one after the other, so a send that waits for its receive would block the
+        receive for which the other rank's send waits. With a group per direction sends never wait.
         """
         self.name = name
         self.group = group
-        self.ways = ways or (group, group)
+        self.directions = directions or (group, group)
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
 
     def send(self, x: Tensor, to: int) -> Message:
-        """Begin to send `x` to the rank at position `to`; never waits for that rank. `x` must not change until it is done."""
+        """Begin to send `x` to the rank at position `to`, without waiting for it. `x` must not change until the message is done."""
         sent = _as_bytes(x.detach().contiguous())
-        return _Flight(sent, dist.isend(sent, group=self.ways[to < self.index], group_dst=to), x.dtype)
+        return _GroupMessage(sent, dist.isend(sent, group=self.directions[to < self.index], group_dst=to), x.dtype)
 
     def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Message:
-        """Begin to receive what the rank at position `source` sends: the n-th call gets the n-th tensor that it sends here."""
+        """Begin to receive a tensor from the rank at position `source`: the n-th call gets the n-th tensor that it sends here."""
         received = _as_bytes(torch.empty(tuple(shape), dtype=dtype, device=device))
-        return _Flight(received, dist.irecv(received, group=self.ways[source > self.index], group_src=source), dtype)
+        return _GroupMessage(received, dist.irecv(received, group=self.directions[source > self.index], group_src=source), dtype)
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
         """Combine all ranks' `x` elementwise; `x` itself is left as it is."""
@@ -178,8 +185,8 @@ class GroupAxis(Axis):
 
 
 @final
-class _Flight:
-    """A tensor that torch.distributed is moving; a failure names no rank, so whoever waits adds what it waited for."""
+class _GroupMessage:
+    """A tensor that torch.distributed sends or receives. Its failures name no rank, so callers must add what they waited for."""
 
     def __init__(self, x: Tensor, work: dist.Work | None, dtype: torch.dtype) -> None:
         assert work is not None, "this rank is in the group"
@@ -210,7 +217,10 @@ _EMPTY = ("", torch.empty(0))
 
 @final
 class Exchange:
-    """The meeting point of the threads of one axis: a slot per rank; all wait before and after reading the slots."""
+    """Where the threads of one axis exchange tensors: a slot per rank for collectives, an inbox per pair of ranks for messages.
+
+    In a collective every rank fills its slot, all wait for each other, all read the slots, and all wait again before the next one.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -219,14 +229,16 @@ class Exchange:
         self._changed = threading.Condition()
         self._arrived = 0
         self._rounds = 0
-        self._gone: set[int] = set()
-        # Per (sender, receiver) the messages not taken yet, by number, and how many were sent and asked for.
-        self._mail: dict[tuple[int, int], dict[int, Tensor]] = {}
+        self._ended: set[int] = set()
+        # Per (sender, receiver) the messages not received yet, by number, and how many were sent and are expected.
+        self._inboxes: dict[tuple[int, int], dict[int, Tensor]] = {}
         self._sent: Counter[tuple[int, int]] = Counter()
-        self._asked: Counter[tuple[int, int]] = Counter()
+        self._expected_counts: Counter[tuple[int, int]] = Counter()
 
     def meet(self, index: int, label: str, value: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        """Leave `value`, wait for all ranks, and return ``read(values)``; no rank goes on before all have read.
+        """Run one collective: hand in `value`, wait for all ranks, and return ``read(values)``, the values being in rank order.
+
+        No rank continues before all have read. `label` says which collective it is, and of what.
 
         Raises CommError when another rank runs a collective with another label, has failed, or has ended.
         """
@@ -240,35 +252,35 @@ class Exchange:
         self._slots[index] = _EMPTY
         return result
 
-    def post(self, source: int, to: int, x: Tensor) -> None:
-        """Leave a message; nobody waits."""
+    def send(self, source: int, to: int, x: Tensor) -> None:
+        """Put the next message from `source` into the inbox of `to`; nobody waits."""
         with self._changed:
-            self._mail.setdefault((source, to), {})[self._sent[source, to]] = x
+            self._inboxes.setdefault((source, to), {})[self._sent[source, to]] = x
             self._sent[source, to] += 1
             self._changed.notify_all()
 
-    def ask(self, source: int, to: int) -> int:
-        """The number of the next message that nobody has asked for yet."""
-        self._asked[source, to] += 1
-        return self._asked[source, to] - 1
+    def expect(self, source: int, to: int) -> int:
+        """The number of the next message from `source` to `to` that no receive expects yet."""
+        self._expected_counts[source, to] += 1
+        return self._expected_counts[source, to] - 1
 
-    def has(self, source: int, to: int, number: int) -> bool:
-        """Whether message `number` is there."""
-        return number in self._mail.get((source, to), {})
+    def has_arrived(self, source: int, to: int, number: int) -> bool:
+        """Whether message `number` was sent and not received yet."""
+        return number in self._inboxes.get((source, to), {})
 
-    def take(self, source: int, to: int, number: int) -> Tensor:
-        """Message `number`, when it is there. Raises CommError when a rank has failed or ended."""
+    def receive(self, source: int, to: int, number: int) -> Tensor:
+        """Wait for message `number` and return it. Raises CommError when its sender has failed or ended."""
         with self._changed:
-            while not self.has(source, to, number):
-                if source in self._gone:
+            while not self.has_arrived(source, to, number):
+                if source in self._ended:
                     raise CommError(f"rank {source} of the axis ended without sending message {number} to rank {to}")
                 self._changed.wait()
-            return self._mail[source, to].pop(number)
+            return self._inboxes[source, to].pop(number)
 
     def close(self, index: int) -> None:
-        """Say that rank `index` won't come again: every rank that waits for it, now or later, fails."""
+        """Declare that rank `index` has ended: every rank that waits for it, now or later, fails with a CommError."""
         with self._changed:
-            self._gone.add(index)
+            self._ended.add(index)
             self._changed.notify_all()
 
     def _wait(self, label: str) -> None:
@@ -280,7 +292,7 @@ class Exchange:
                 self._rounds += 1
                 self._changed.notify_all()
             while this_round == self._rounds:
-                if self._gone:
+                if self._ended:
                     raise CommError(f"another rank ended without coming to the {label}")
                 self._changed.wait()
 
@@ -305,21 +317,21 @@ class ThreadAxis(Axis):
 
     def reduce_stack(self, parts: Tensor) -> Tensor:
         """Sum over the ranks of their ``parts[index]``; `parts` is (size, *shape), the result is of `shape`."""
-        return self._meet("reduce_scatter", parts, lambda ranks: _combine([each[self.index] for each in ranks], "sum"))
+        return self._meet("reduce_scatter", parts, lambda ranks: _combine([rank_parts[self.index] for rank_parts in ranks], "sum"))
 
     def exchange_stack(self, parts: Tensor) -> Tensor:
         """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order, of the same shape (size, *shape)."""
-        return self._meet("all_to_all", parts, lambda ranks: torch.stack([each[self.index] for each in ranks]))
+        return self._meet("all_to_all", parts, lambda ranks: torch.stack([rank_parts[self.index] for rank_parts in ranks]))
 
     def send(self, x: Tensor, to: int) -> Message:
-        """Begin to send `x` to the rank at position `to`; never waits for that rank. `x` must not change until it is done."""
+        """Begin to send `x` to the rank at position `to`, without waiting for it. `x` must not change until the message is done."""
         copy = x.detach().clone()
-        self.exchange.post(self.index, to, copy)
-        return _Sent(copy)
+        self.exchange.send(self.index, to, copy)
+        return _DeliveredMessage(copy)
 
     def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Message:
-        """Begin to receive what the rank at position `source` sends: the n-th call gets the n-th tensor that it sends here."""
-        return _Mail(self, source, self.exchange.ask(source, self.index), (tuple(shape), dtype))
+        """Begin to receive a tensor from the rank at position `source`: the n-th call gets the n-th tensor that it sends here."""
+        return _ThreadMessage(self, source, self.exchange.expect(source, self.index), (tuple(shape), dtype))
 
     def _meet(self, label: str, x: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Tensor:
         sizes = "x".join(map(str, x.shape))
@@ -327,8 +339,8 @@ class ThreadAxis(Axis):
 
 
 @final
-class _Sent:
-    """A message that is its receiver's own already."""
+class _DeliveredMessage:
+    """A message sent between threads, which is done at once: the receiver has a copy."""
 
     def __init__(self, x: Tensor) -> None:
         self._x = x
@@ -341,17 +353,17 @@ class _Sent:
 
 
 @final
-class _Mail:
-    """A message from another thread."""
+class _ThreadMessage:
+    """A message that is received from another thread."""
 
     def __init__(self, axis: ThreadAxis, source: int, number: int, expected: tuple[tuple[int, ...], torch.dtype]) -> None:
         self._axis, self._source, self._number, self._expected = axis, source, number, expected
 
     def is_done(self) -> bool:
-        return self._axis.exchange.has(self._source, self._axis.index, self._number)
+        return self._axis.exchange.has_arrived(self._source, self._axis.index, self._number)
 
     def wait(self) -> Tensor:
-        x = self._axis.exchange.take(self._source, self._axis.index, self._number)
+        x = self._axis.exchange.receive(self._source, self._axis.index, self._number)
         if (tuple(x.shape), x.dtype) != self._expected:
             raise CommError(f"expected {self._expected} from rank {self._source} of {self._axis.name!r}, got {(tuple(x.shape), x.dtype)}")
         return x
@@ -365,7 +377,7 @@ def _combine(tensors: Sequence[Tensor], op: Reduction) -> Tensor:
 
 
 def _combine_into(total: Tensor, x: Tensor, op: Reduction) -> Tensor:
-    """Combine `x` into `total`, in place. The two may change places: ranks that begin with different ones get the same bits."""
+    """Combine `x` into `total`, in place. Swapping the two gives the same bits, so ranks that each begin with their own agree."""
     x = x.detach()
     if total.dtype is torch.bool:
         return total.logical_or_(x)
@@ -375,8 +387,11 @@ def _combine_into(total: Tensor, x: Tensor, op: Reduction) -> Tensor:
 
 
 @final
-class TimeAxis(Axis):
-    """An axis whose positions are the micro-batches of a step, one after the other: size and index are known, nothing can be exchanged."""
+class MicrobatchAxis(Axis):
+    """The axis of micro-batches: its size is their number, its index the one that is computed now.
+
+    All micro-batches are computed by the same ranks, one after the other, so a collective along it can't run: every one raises CommError.
+    """
 
     def __init__(self, name: str, size: int, index: int) -> None:
         if not 0 <= index < size:
@@ -414,7 +429,7 @@ class TimeAxis(Axis):
 
 
 def alone(name: str) -> Axis:
-    """An axis of one rank, for a process that has no group."""
+    """An axis of size 1, for a process without process groups."""
     return ThreadAxis(name, 0, Exchange(1))
 
 
@@ -428,7 +443,7 @@ _STACK = _Stack()
 
 @contextmanager
 def active(axes: Mapping[str, Axis]) -> Iterator[None]:
-    """Let names stand for these axes, on this thread and inside the ``with`` block."""
+    """Inside the ``with`` block and on this thread, let names of axes stand for these axes."""
     _STACK.axes.append(axes)
     try:
         yield
@@ -437,14 +452,17 @@ def active(axes: Mapping[str, Axis]) -> Iterator[None]:
 
 
 def current() -> Mapping[str, Axis]:
-    """The axes active on this thread. What runs later on another thread (recomputation) must take them along."""
+    """The axes that are active on this thread, by name. Raises CommError when there are none.
+
+    What runs later on another thread, such as a recomputation, must store them and make them active there.
+    """
     if not _STACK.axes:
         raise CommError("no axes are active on this thread; run the program inside `autopar.ops.comm.active`")
     return _STACK.axes[-1]
 
 
 def axis(name: str) -> Axis:
-    """The axis that `name` stands for here."""
+    """The axis that `name` stands for on this thread. Raises CommError when none of that name is active."""
     axes = current()
     if name not in axes:
         raise CommError(f"no axis {name!r} is active; there are {', '.join(sorted(axes))}")
@@ -452,11 +470,11 @@ def axis(name: str) -> Axis:
 
 
 def index(names: Sequence[str]) -> int:
-    """Position of this rank in the row-major order over several axes."""
+    """Position of this rank in the row-major order over several axes, the first being the outermost."""
     position = 0
     for name in names:
-        found = axis(name)
-        position = position * found.size + found.index
+        mesh_axis = axis(name)
+        position = position * mesh_axis.size + mesh_axis.index
     return position
 
 

@@ -1,8 +1,10 @@
-"""Functions that replace an op when a loop that needs them is split: local parts in, local parts out.
+"""Functions that replace an op in a program where running the op itself on each rank's parts would give another result.
 
-Each takes the op's own arguments and ``splits``: for every split loop in `Space.kernel_loops` the mesh axes that split it,
-outermost first. All are differentiable; what they exchange goes through `autopar.ops.comm`. Which loops an op has is said by its
-rule in `autopar.rules`, under the same names.
+Comes in: the op's own arguments, each tensor being this rank's part, and ``splits``. Goes out: this rank's part of the results. `splits`
+says for every split loop of `Space.kernel_loops` which mesh axes split it, outermost first; the rule of the op in `autopar.rules` names the
+loops and the kernel. All are differentiable, and what they exchange goes through `autopar.ops.comm`::
+
+    kernels.embedding(weight_part, tokens, splits={"v": ("tp",)})  # the table's rows are split over tp
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.ops import comm, rng
-from autopar.ops.losses import Splits, all_axes, reduce_over, share_of, wider
+from autopar.ops.losses import Splits, all_axes, count_parts, reduce_over, wider
 from autopar.ops.losses import binary_cross_entropy as binary_cross_entropy
 from autopar.ops.losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from autopar.ops.losses import cross_entropy as cross_entropy
@@ -31,7 +33,7 @@ from autopar.ops.losses import smooth_l1_loss as smooth_l1_loss
 aten = torch.ops.aten
 
 
-# Look-ups in a part of a table.
+# --- look-ups in a part of a table ------------------------------------------------------------------------------------------
 
 
 def embedding(
@@ -43,28 +45,28 @@ def embedding(
     *,
     splits: Splits,
 ) -> Tensor:
-    """Rows that this part of the vocabulary has, zeros for the others; the result is Partial.
+    """The rows of those indices that this part of the vocabulary has, and zeros for the other indices; the result is Partial.
 
     Args:
         weight: (vocabulary part, width).
         indices: rows of the whole table, of any shape.
         padding_idx: row of the whole table that gets no gradient; negative for none.
-        scale_grad_by_freq: False, the rule keeps such a table whole.
+        scale_grad_by_freq: False; otherwise the rule doesn't let the table be split.
         sparse: False, likewise.
-        splits: splits ``v``.
+        splits: the axes that split ``v``, the vocabulary.
     """
-    local, mine = _local_rows(weight, indices, splits["v"])
+    local, is_local = _local_rows(weight, indices, splits["v"])
     padding = padding_idx - comm.index(splits["v"]) * weight.shape[0]
     has_padding = padding_idx >= 0 and 0 <= padding < weight.shape[0]
     rows: Tensor = aten.embedding.default(weight, local, padding if has_padding else -1, False, False)
-    return rows.masked_fill(~mine[..., None], 0.0)
+    return rows.masked_fill(~is_local[..., None], 0.0)
 
 
 def _local_rows(weight: Tensor, indices: Tensor, axes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Indices into this part of the table, zero for foreign ones, and which aren't foreign."""
+    """Indices into this rank's part of the table, 0 for rows that other ranks have; and a mask of those that this rank has."""
     local = indices - comm.index(axes) * weight.shape[0]
-    mine = (local >= 0) & (local < weight.shape[0])
-    return local.masked_fill(~mine, 0), mine
+    is_local = (local >= 0) & (local < weight.shape[0])
+    return local.masked_fill(~is_local, 0), is_local
 
 
 def embedding_bag(
@@ -80,15 +82,15 @@ def embedding_bag(
     *,
     splits: Splits,
 ) -> tuple[Tensor]:
-    """Sums of rows for a part of the bags (``o``), from a part of the table (``v``, Partial).
+    """Sums of rows, for this rank's part of the bags (loop ``o``) and from its part of the table (loop ``v``: the result is Partial).
 
-    The op's further results are bookkeeping that nothing reads; they aren't made.
+    Returns the sums alone: the op's other results are intermediate values that nothing reads.
 
     Args:
         weight: (vocabulary part, width).
         indices: (indices of all bags,).
         offsets: (bags of this part,): where each begins.
-        scale_grad_by_freq: False, as the rule admits it.
+        scale_grad_by_freq: False; otherwise the rule doesn't let it be split.
         mode: 0, a sum.
         sparse: False.
         per_sample_weights: (indices,) or None.
@@ -101,22 +103,22 @@ def embedding_bag(
     if padding_idx is not None and padding_idx >= 0:
         samples = samples * (indices != padding_idx)
     if vocabulary:
-        indices, mine = _local_rows(weight, indices, vocabulary)
-        samples = samples * mine
+        indices, is_local = _local_rows(weight, indices, vocabulary)
+        samples = samples * is_local
     if bags:
         starts = offsets
         for axis in reversed(bags):
             starts = torch.cat(comm.axis(axis).all_gather(starts))
-        first = comm.index(bags) * offsets.shape[0]
-        begin = int(starts[first])
-        after = first + offsets.shape[0]
-        end = int(starts[after]) if after < starts.shape[0] else indices.shape[0]
+        first_bag = comm.index(bags) * offsets.shape[0]
+        begin = int(starts[first_bag])
+        next_bag = first_bag + offsets.shape[0]
+        end = int(starts[next_bag]) if next_bag < starts.shape[0] else indices.shape[0]
         indices, samples, offsets = indices[begin:end], samples[begin:end], offsets - begin
     results: tuple[Tensor, ...] = aten.embedding_bag.padding_idx(weight, indices, offsets, False, 0, False, samples, False, None)
     return (results[0],)
 
 
-# Attention on a part of the query rows.
+# --- attention of a part of the query rows ----------------------------------------------------------------------------------
 
 
 def scaled_dot_product_attention(
@@ -131,25 +133,25 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     splits: Splits,
 ) -> Tensor:
-    """Attention of a part of the query rows to all keys: the causal mask knows where the rows are.
+    """Attention of this rank's part of the query rows to all keys, with the causal mask of those rows.
 
     Args:
         q: (..., rows, head size), a part of the rows when ``s`` is split.
-        k: (..., keys, head size).
+        k: (..., keys, head size), all keys.
         v: (..., keys, head size of values).
-        attn_mask: of this part's rows.
-        dropout_p: probability that a weight is dropped.
-        is_causal: row i of the whole attends to keys 0..i.
+        attn_mask: the mask of this part's rows.
+        dropout_p: probability that an attention weight is dropped.
+        is_causal: row i of the whole tensor attends to keys 0..i.
         scale: factor of the scores.
         enable_gqa: k and v have fewer heads than q.
-        splits: may split rows, and batch and heads when weights are dropped at random.
+        splits: the axes that split rows ``s``, and, where weights are dropped at random, batch and heads.
     """
     if is_causal and splits.get("s"):
-        first = comm.index(splits["s"]) * q.shape[-2]
-        # No row of this part looks at later keys.
-        last = min(first + q.shape[-2], k.shape[-2])
-        k, v = k[..., :last, :], v[..., :last, :]
-        attn_mask = torch.ones(q.shape[-2], last, dtype=torch.bool, device=q.device).tril(first)
+        first_row = comm.index(splits["s"]) * q.shape[-2]
+        # No row of this part attends to later keys.
+        keys = min(first_row + q.shape[-2], k.shape[-2])
+        k, v = k[..., :keys, :], v[..., :keys, :]
+        attn_mask = torch.ones(q.shape[-2], keys, dtype=torch.bool, device=q.device).tril(first_row)
         is_causal = False
     with rng.stream(all_axes(splits), q.device) if dropout_p > 0.0 else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
@@ -169,20 +171,22 @@ def attention(
     *,
     splits: Splits,
 ) -> Tensor:
-    """The same for `autopar.ops.attention.attention`: the masks that need positions become a mask of this part's rows.
+    """`autopar.ops.attention.attention` of this rank's part of the query rows to all keys.
+
+    Masks that depend on positions, `causal` and `window`, become a mask of this part's rows.
 
     Args:
         q: (batch, heads, rows, head size), a part of the rows when ``s`` is split.
-        k: (batch, key/value heads, keys, head size).
+        k: (batch, key/value heads, keys, head size), all keys.
         v: as `k`.
         key_padding: (batch, keys).
-        bias: of this part's rows.
-        causal: row i of the whole attends to keys 0..i.
-        window: as `autopar.ops.attention.attention`, likewise the rest.
+        bias: the mask, or the added scores, of this part's rows.
+        causal: row i of the whole tensor attends to keys 0..i.
+        window: as for `autopar.ops.attention.attention`.
         scale: factor of the scores.
         softcap: bound of the scores.
-        dropout_p: probability that a weight is dropped.
-        splits: may split rows, and batch and heads when weights are dropped at random.
+        dropout_p: probability that an attention weight is dropped.
+        splits: the axes that split rows ``s``, and, where weights are dropped at random, batch and heads.
     """
     if splits.get("s") and (causal or window is not None):
         rows, keys = q.shape[2], k.shape[2]
@@ -200,7 +204,7 @@ def attention(
     return result
 
 
-# Statistics of the whole batch.
+# --- statistics of the whole batch ------------------------------------------------------------------------------------------
 
 
 def batch_norm(
@@ -216,7 +220,7 @@ def batch_norm(
     *,
     splits: Splits,
 ) -> Tensor:
-    """Batch norm in training with the statistics of all parts; running statistics become those of the whole batch.
+    """Batch norm in training whose mean and variance are those of the whole batch, as are the running statistics that it updates.
 
     Args:
         x: (batch part, channels part, ...).
@@ -224,11 +228,11 @@ def batch_norm(
         bias: (channels part,) or None.
         running_mean: (all channels,) or None, updated in place.
         running_var: (all channels,) or None, updated in place.
-        training: True, else nothing needs this function.
+        training: True; in evaluation the op itself runs.
         momentum: share of the new statistics in the running ones.
         eps: added to the variance.
         cudnn_enabled: not used.
-        splits: may split the batch ``n``, the spatial dims, and the channels ``c``.
+        splits: the axes that split the batch ``n``, the spatial dims and the channels ``c``.
     """
     axes = tuple(axis for loop, names in splits.items() if loop != "c" for axis in names)
     y, average, variance = _BatchNorm.apply(x, weight, bias, axes, eps)  # type: ignore[no-untyped-call]
@@ -245,7 +249,7 @@ def batch_norm(
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Normalised part, mean and biased variance per channel; the gradient goes through the common statistics."""
+    """This rank's normalised part, and the whole batch's mean and biased variance per channel; the statistics are differentiated too."""
 
     @staticmethod
     def forward(
@@ -264,7 +268,7 @@ class _BatchNorm(torch.autograd.Function):
         if bias is not None:
             y = y + _per_channel(bias.to(y.dtype), x)
         ctx.save_for_backward(x, weight, average, inverse)
-        # The backward may run after the program's axes were put away.
+        # The backward may run where the program's axes aren't active any more.
         ctx.axes, ctx.world = axes, comm.current()
         ctx.count, ctx.bias_dtype = count, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(average, variance)
@@ -274,58 +278,59 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _average: Tensor, _variance: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         x, weight, average, inverse = ctx.saved_tensors
         dims = [dim for dim in range(x.dim()) if dim != 1]
-        wide, slope = x.to(average.dtype), grad.to(average.dtype)
+        wide, wide_grad = x.to(average.dtype), grad.to(average.dtype)
         normalised = (wide - _per_channel(average, x)) * _per_channel(inverse, x)
-        # The parameters' own gradients stay sums over this part; only what flows through the statistics is exchanged.
-        local = torch.stack([slope.sum(dims), (slope * normalised).sum(dims)])
+        # The parameters' own gradients stay sums over this part, which are Partial; only what flows through the statistics is exchanged.
+        local_sums = torch.stack([wide_grad.sum(dims), (wide_grad * normalised).sum(dims)])
         with comm.active(ctx.world):
-            sums = reduce_over(local, ctx.axes) / ctx.count
-        inner = slope - _per_channel(sums[0], x) - normalised * _per_channel(sums[1], x)
+            means = reduce_over(local_sums, ctx.axes) / ctx.count
+        centred_grad = wide_grad - _per_channel(means[0], x) - normalised * _per_channel(means[1], x)
         factor = inverse if weight is None else inverse * weight.to(inverse.dtype)
-        for_weight = None if weight is None else local[1].to(weight.dtype)
-        for_bias = None if ctx.bias_dtype is None else local[0].to(ctx.bias_dtype)
-        return (inner * _per_channel(factor, x)).to(x.dtype), for_weight, for_bias, None, None
+        weight_grad = None if weight is None else local_sums[1].to(weight.dtype)
+        bias_grad = None if ctx.bias_dtype is None else local_sums[0].to(ctx.bias_dtype)
+        return (centred_grad * _per_channel(factor, x)).to(x.dtype), weight_grad, bias_grad, None, None
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Values of (channels,) in a shape that broadcasts over `x`, whose dim 1 is the channels."""
     return values.view(1, -1, *([1] * (x.dim() - 2)))
 
 
-# Random ops: each part draws from a stream of its own, replicas from the same.
+# --- random ops: every part draws from a stream of its own, replicas of a part from the same stream --------------------------
 
 
 def dropout(x: Tensor, p: float, train: bool, *, splits: Splits) -> Tensor:
-    """Dropout with a mask of this part's own."""
+    """Dropout, with a mask that is this part's own."""
     with rng.stream(all_axes(splits), x.device):
         return F.dropout(x, p, train)
 
 
 def bernoulli(x: Tensor, *args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """Zeros and ones with probabilities `x`, or one common probability."""
+    """Zeros and ones; 1 has the probability `x`, per element, or the common probability among the arguments."""
     with rng.stream(all_axes(splits), x.device):
         return torch.bernoulli(x, *args, **kwargs)
 
 
 def rand_like(x: Tensor, *, splits: Splits, **kwargs: Any) -> Tensor:
-    """Uniform numbers for a part of a tensor."""
+    """Uniform numbers in the shape of this part of a tensor."""
     with rng.stream(all_axes(splits), x.device):
         return torch.rand_like(x, **kwargs)
 
 
 def randn_like(x: Tensor, *, splits: Splits, **kwargs: Any) -> Tensor:
-    """Normal numbers for a part of a tensor."""
+    """Normal numbers in the shape of this part of a tensor."""
     with rng.stream(all_axes(splits), x.device):
         return torch.randn_like(x, **kwargs)
 
 
 def rand(size: Sequence[int], *, splits: Splits, device: Any = None, **kwargs: Any) -> Tensor:
-    """Uniform numbers, `size` being the part's sizes."""
+    """Uniform numbers; `size` is the shape of this part."""
     with rng.stream(all_axes(splits), torch.device(device or "cpu")):
         return torch.rand(size, device=device, **kwargs)
 
 
 def randn(size: Sequence[int], *, splits: Splits, device: Any = None, **kwargs: Any) -> Tensor:
-    """Normal numbers, `size` being the part's sizes."""
+    """Normal numbers; `size` is the shape of this part."""
     with rng.stream(all_axes(splits), torch.device(device or "cpu")):
         return torch.randn(size, device=device, **kwargs)
 
@@ -344,33 +349,36 @@ def gru(*args: Any, splits: Splits) -> tuple[Tensor, ...]:
     return results
 
 
-# Ops whose arguments count elements of a dim that is split.
+# --- ops whose arguments count elements of a dim that is split ---------------------------------------------------------------
 
 
 def slice_dim(x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1, *, splits: Splits) -> Tensor:
-    """The same part of every block that a slice takes."""
-    whole = x.shape[dim] * share_of(splits)
-    first, last, _ = slice(start, end).indices(whole)
-    return x.narrow(dim, first // share_of(splits), (last - first) // share_of(splits))
+    """A slice of a dim that is split inside its outer blocks: this rank's part of the blocks that the slice selects.
+
+    `start` and `end` count elements of the whole dim and are at the boundaries of blocks.
+    """
+    parts = count_parts(splits)
+    begin, stop, _ = slice(start, end).indices(x.shape[dim] * parts)
+    return x.narrow(dim, begin // parts, (stop - begin) // parts)
 
 
 def narrow(x: Tensor, dim: int, start: int, length: int, *, splits: Splits) -> Tensor:
-    """As `slice_dim`, from start and length."""
+    """As `slice_dim`, with a start and a length."""
     return slice_dim(x, dim, start, (start + length) or None, splits=splits)
 
 
 def split(x: Tensor, sizes: int | Sequence[int], dim: int = 0, *, splits: Splits) -> list[Tensor]:
-    """The same part of every piece."""
-    share = share_of(splits)
-    local = sizes // share if isinstance(sizes, int) else [size // share for size in sizes]
-    return list(x.split(local, dim))  # type: ignore[no-untyped-call]
+    """This rank's part of every piece; `sizes` are those of pieces of the whole dim."""
+    parts = count_parts(splits)
+    local_sizes = sizes // parts if isinstance(sizes, int) else [size // parts for size in sizes]
+    return list(x.split(local_sizes, dim))  # type: ignore[no-untyped-call]
 
 
 def squeeze(x: Tensor, dim: int | Sequence[int] | None = None, *, splits: Splits) -> Tensor:
-    """Drop dims of one element, but not those (loop ``d2`` is dim 2) that have one because they are split."""
+    """Drop dims of size 1, but not the split ones, whose whole size is larger; the loop ``d2`` is dim 2."""
     dims = range(x.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
-    kept = {int(loop[1:]) for loop in splits}
-    return x.squeeze([d % x.dim() for d in dims if d % x.dim() not in kept])
+    split_dims = {int(loop[1:]) for loop in splits}
+    return x.squeeze([d % x.dim() for d in dims if d % x.dim() not in split_dims])
 
 
 def convolution(
@@ -384,7 +392,7 @@ def convolution(
     *,
     splits: Splits,
 ) -> Tensor:
-    """A part of the groups of a convolution over one, two or three dims."""
+    """A convolution over one, two or three dims, of this rank's part of its groups; `groups` counts all of them."""
     function: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
-    result: Tensor = function(x, weight, bias, stride, padding, dilation, groups // share_of(splits))
+    result: Tensor = function(x, weight, bias, stride, padding, dilation, groups // count_parts(splits))
     return result

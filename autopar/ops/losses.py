@@ -1,7 +1,8 @@
-"""Kernels of means and losses: parts of a batch, and of a vocabulary, that add up to the loss of the whole.
+"""Kernels of means and losses, whose batch or vocabulary is split over ranks or micro-batches.
 
-A mean over a split loop is a part's sum divided by the number of all elements (or tokens that count), so the results are Partial;
-over a split vocabulary every rank gets the whole loss. Called as `autopar.ops.kernels` says.
+Comes in: this rank's part of the op's operands, and which axes split which loops. Goes out: over a split batch a summand of the mean, the
+sum of the rank's own elements divided by the number of all elements (or of all tokens that count), so that the results are Partial; over a
+split vocabulary the whole loss on every rank. `autopar.ops.kernels` says how kernels are called.
 """
 
 from __future__ import annotations
@@ -17,81 +18,81 @@ from autopar.ops import comm
 from autopar.ops.comm import Reduction
 
 Splits = Mapping[str, tuple[str, ...]]
-"""Per split loop the mesh axes that split it, outermost first."""
+"""Name of each split loop -> the mesh axes that split it, outermost first."""
 
 aten = torch.ops.aten
 
 
 def all_axes(splits: Splits) -> tuple[str, ...]:
-    """All axes that split some loop."""
+    """The axes that split any of the loops."""
     return tuple(axis for axes in splits.values() for axis in axes)
 
 
 def reduce_over(x: Tensor, axes: Sequence[str], op: Reduction = "sum") -> Tensor:
-    """Combine `x` over several axes."""
+    """The sum, or the maximum, of the ranks' `x` over several axes."""
     for axis in axes:
         x = comm.axis(axis).all_reduce(x, op)
     return x
 
 
-def share_of(splits: Splits) -> int:
-    """How many times larger the whole is than a part."""
+def count_parts(splits: Splits) -> int:
+    """The number of parts into which the splits divide the whole."""
     return comm.count(all_axes(splits))
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
-    """The type to add many half-precision numbers in."""
+    """The dtype in which sums over elements of `dtype` are accumulated: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def mean(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean: the local mean over the number of equal parts."""
-    return torch.mean(*args, **kwargs) / share_of(splits)
+    """A summand of a mean: the local mean divided by the number of parts, which are of equal size. So are the mean losses below."""
+    return torch.mean(*args, **kwargs) / count_parts(splits)
 
 
 def mse_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean of squared differences."""
+    """A summand of a mean of squared differences."""
     loss: Tensor = aten.mse_loss.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def l1_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean of absolute differences."""
+    """A summand of a mean of absolute differences."""
     loss: Tensor = aten.l1_loss.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def smooth_l1_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean smooth L1 loss."""
+    """A summand of a mean smooth L1 loss."""
     loss: Tensor = aten.smooth_l1_loss.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def huber_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean Huber loss."""
+    """A summand of a mean Huber loss."""
     loss: Tensor = aten.huber_loss.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def binary_cross_entropy(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean binary cross entropy of probabilities."""
+    """A summand of a mean binary cross entropy of probabilities."""
     loss: Tensor = aten.binary_cross_entropy.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def binary_cross_entropy_with_logits(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """A part of a mean binary cross entropy of logits."""
+    """A summand of a mean binary cross entropy of logits."""
     loss: Tensor = aten.binary_cross_entropy_with_logits.default(*args, **kwargs)
-    return loss / share_of(splits)
+    return loss / count_parts(splits)
 
 
 def count_targets(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What a mean over these tokens divides by: the number of those that count, or their weights' sum.
+    """What a mean over tokens divides by: the number of tokens that count, or the sum of their classes' weights.
 
     Args:
-        target: classes, of any shape.
-        weight: (classes,) or None.
-        ignore_index: class of tokens that don't count.
+        target: the class of every token, of any shape.
+        weight: the weight of every class, (classes,), or None.
+        ignore_index: the class of tokens that don't count.
     """
     counts = target != ignore_index
     # An ignored class may be negative, or beyond the table.
@@ -99,10 +100,13 @@ def count_targets(target: Tensor, weight: Tensor | None, ignore_index: int) -> T
 
 
 def _count_all(target: Tensor, weight: Tensor | None, ignore_index: int, axes: Sequence[str], counted: Tensor | None) -> Tensor:
-    """`count_targets` over the whole batch; `counted` is that of all micro-batches, which time can't sum."""
+    """`count_targets` over the whole batch.
+
+    Micro-batches can't be summed over, so where they split the tokens, `counted` is this rank's `count_targets` of all of them.
+    """
     if counted is None:
         return reduce_over(count_targets(target, weight, ignore_index), axes)
-    return reduce_over(counted, [axis for axis in axes if not isinstance(comm.axis(axis), comm.TimeAxis)])
+    return reduce_over(counted, [axis for axis in axes if not isinstance(comm.axis(axis), comm.MicrobatchAxis)])
 
 
 def nll_loss(
@@ -115,7 +119,7 @@ def nll_loss(
     splits: Splits,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """A part of the mean negative log likelihood over the tokens of the whole batch; `counted` as for `cross_entropy`."""
+    """A summand of the mean negative log likelihood over the tokens of the whole batch; arguments as for `cross_entropy`."""
     total = F.nll_loss(log_probabilities, target, weight, ignore_index=ignore_index, reduction="sum")
     return total / _count_all(target, weight, ignore_index, all_axes(splits), counted).to(total.dtype)
 
@@ -131,17 +135,19 @@ def cross_entropy(
     splits: Splits,
     counted: Tensor | None = None,
 ) -> Tensor:
-    """Cross entropy of a part of the tokens, over a part of the vocabulary, without gathering logits.
+    """Cross entropy over parts of the tokens and of the vocabulary, without gathering logits.
 
     Args:
         logits: (tokens, vocabulary part, ...).
         target: (tokens, ...) classes of the whole vocabulary, or probabilities of the shape of `logits`.
-        weight: (vocabulary,) or None.
+        weight: (vocabulary,) or None; None when the vocabulary is split.
         reduction: 0 none, 1 mean, 2 sum.
         ignore_index: class of tokens that don't count.
         label_smoothing: share of the target that is spread over the vocabulary.
         splits: may split the vocabulary ``v`` and any loop of tokens; the mean is over the tokens of the whole batch.
-        counted: `count_targets` of all micro-batches of this rank, when time splits the tokens of a mean over classes.
+        counted: `count_targets` of all micro-batches of this rank, when micro-batches split the tokens of a mean over classes.
+
+    Returns the loss per token, complete on every rank of the vocabulary's axes, or a summand of the mean or sum.
     """
     vocabulary = splits.get("v", ())
     tokens = tuple(axis for loop, axes in splits.items() if loop != "v" for axis in axes)
@@ -160,7 +166,12 @@ def cross_entropy(
 
 
 class _VocabularyCrossEntropy(torch.autograd.Function):
-    """Loss per token from logits (..., vocabulary part): the local gradient is softmax less one-hot."""
+    """Loss per token from logits (..., vocabulary part), as in Megatron-LM's vocabulary-parallel cross entropy.
+
+    Over the whole vocabulary ``loss = log(sum(exp(logits))) - logits[target]``, so three numbers per token are summed over the ranks, after
+    their maximum; the gradient ``softmax - one_hot`` needs no further exchange. With label smoothing s the target is ``1 - s`` of the
+    one-hot plus ``s / vocabulary`` everywhere.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, axes: tuple[str, ...], ignore_index: int, smoothing: float) -> Tensor:
@@ -169,26 +180,26 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         largest = reduce_over(wide.amax(-1), axes, "max")
         shifted = wide - largest[..., None]
         local = target - comm.index(axes) * part
-        mine = (local >= 0) & (local < part)
-        picked = shifted.gather(-1, local.clamp(0, part - 1)[..., None])[..., 0] * mine
-        sums = reduce_over(torch.stack([shifted.exp().sum(-1), picked, shifted.sum(-1)]), axes)
+        is_local = (local >= 0) & (local < part)
+        target_logit = shifted.gather(-1, local.clamp(0, part - 1)[..., None])[..., 0] * is_local
+        sums = reduce_over(torch.stack([shifted.exp().sum(-1), target_logit, shifted.sum(-1)]), axes)
         log_sum = sums[0].log()
         size = part * comm.count(axes)
         loss = log_sum - (1.0 - smoothing) * sums[1] - smoothing / size * sums[2]
         counts = target != ignore_index
-        # The logits are kept anyway; the softmax would take as much again.
-        ctx.save_for_backward(logits, largest + log_sum, local, mine, counts)
+        # Logits that anything else saves or returns take no memory here; the softmax always would.
+        ctx.save_for_backward(logits, largest + log_sum, local, is_local, counts)
         ctx.smoothing, ctx.size = smoothing, size
         return loss.masked_fill(~counts, 0.0).to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, log_sum, local, mine, counts = ctx.saved_tensors
+        logits, log_sum, local, is_local, counts = ctx.saved_tensors
         wide = logits.to(wider(logits.dtype))
-        slope = (wide - log_sum[..., None]).exp_()
+        gradient = (wide - log_sum[..., None]).exp_()
         if ctx.smoothing:
-            slope -= ctx.smoothing / ctx.size
-        hit = mine.to(wide.dtype) * (ctx.smoothing - 1.0)
-        slope.scatter_add_(-1, local.clamp(0, logits.shape[-1] - 1)[..., None], hit[..., None])
-        slope *= (grad.to(wide.dtype) * counts)[..., None]
-        return slope.to(logits.dtype), None, None, None, None
+            gradient -= ctx.smoothing / ctx.size
+        at_target = is_local.to(wide.dtype) * (ctx.smoothing - 1.0)
+        gradient.scatter_add_(-1, local.clamp(0, logits.shape[-1] - 1)[..., None], at_target[..., None])
+        gradient *= (grad.to(wide.dtype) * counts)[..., None]
+        return gradient.to(logits.dtype), None, None, None, None

@@ -1,9 +1,10 @@
 """Random numbers of a parallel program: different on the parts of a split op, the same on replicas of a part.
 
-An op that draws does so from a stream of its own, seeded by one number drawn from the default CPU generator together with the
-part's place in the mesh. Ranks whose default generators agree therefore agree on replicas: `agreed` makes them, for a call. What
-saves and restores the default generator, such as activation checkpointing, repeats the same masks; `recorded` and `replayed` do so
-without touching any generator: they keep the few numbers that were drawn.
+Comes in: the axes that split a random op. Goes out: a generator state in which the op runs, by `stream`. Every random op gets a stream of
+its own, seeded by one number from torch's default CPU generator together with the part's position on those axes. So replicas draw the
+same where the default generators of the ranks agree, which `agreed` ensures for a call. Whatever saves and restores the default generator,
+such as activation checkpointing, repeats the same masks; `recorded` and `replayed` repeat them without any generator, from the few numbers
+that seeded the streams.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ _BASE = _Base()
 
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
-    """Inside, this thread seeds its streams from a generator of its own: the default generator of a simulated rank."""
+    """Inside, this thread seeds its streams from a generator of its own, seeded with `seed`, in the place of torch's default one.
+
+    Threads that stand for ranks share torch's default generator, so each needs its own.
+    """
     before, _BASE.generator = _BASE.generator, torch.Generator().manual_seed(seed)
     try:
         yield
@@ -44,14 +48,14 @@ def isolated(seed: int) -> Iterator[None]:
 
 
 def derive(number: int, *parts: int) -> int:
-    """A seed of its own for each combination of `parts`, the same wherever `number` is the same."""
+    """A seed for each combination of `number` and `parts`, such as a stage and a micro-batch; the same wherever these are the same."""
     text = "|".join(map(str, (number, *parts)))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
 @dataclass(slots=True)
 class _Agreement:
-    """Seeds the default generator alike on all ranks at the first draw; `before` is its state from then on."""
+    """Seeds the default generator alike on all ranks at the first draw; `before` is the state that it gets back at the end."""
 
     share: Callable[[int], int]
     before: Tensor | None = None
@@ -69,10 +73,13 @@ class _Agreement:
 
 @contextmanager
 def agreed(share: Callable[[int], int]) -> Iterator[None]:
-    """Inside, streams are the same on all ranks whatever each drew before; the default generator ends one draw further, or none.
+    """Inside, replicas draw alike on all ranks, whatever each rank has drawn before.
+
+    Afterwards the default generator is one draw further if anything was drawn, and unchanged if not.
 
     Args:
-        share: gives every rank the first rank's number; called at the first draw, so a program without any costs nothing.
+        share: returns the first rank's argument on every rank. It is called at the first draw, so that a program without random ops
+            communicates nothing.
     """
     before, agreement = _BASE.agreement, _Agreement(share)
     _BASE.agreement = agreement
@@ -85,7 +92,7 @@ def agreed(share: Callable[[int], int]) -> Iterator[None]:
 
 @contextmanager
 def recorded() -> Iterator[list[int]]:
-    """Inside, the numbers that seed this thread's streams are noted, in order, in the list that this gives."""
+    """Inside, the numbers that seed this thread's streams are appended, in order, to the list that this yields."""
     numbers: list[int] = []
     before, _BASE.records = _BASE.records, (*_BASE.records, numbers)
     try:
@@ -96,10 +103,10 @@ def recorded() -> Iterator[list[int]]:
 
 @contextmanager
 def replayed(numbers: Sequence[int]) -> Iterator[None]:
-    """Inside, this thread seeds its streams from `numbers`, in order, as `recorded` noted them; no generator moves on.
+    """Inside, this thread seeds its streams with the `numbers` that `recorded` gave, in order, and no generator changes its state.
 
-    May run on another thread than the recording, and while other programs draw. Asking for more numbers than there are is an error
-    of the caller: what is replayed must be what was recorded, or a beginning of it.
+    The thread may be another than that of the recording, and other programs may draw meanwhile. What runs inside must be what was recorded,
+    or the beginning of it; drawing more is a mistake of the caller.
     """
     before, _BASE.replay = _BASE.replay, iter(numbers)
     try:
@@ -123,7 +130,12 @@ def _draw() -> int:
 
 @contextmanager
 def stream(axes: Sequence[str], device: torch.device) -> Iterator[None]:
-    """Inside, ops on `device` draw from the stream of this rank's part of an op that `axes` split (none: all agree)."""
+    """Inside, ops on `device` draw from the stream of this rank's part of a random op.
+
+    Args:
+        axes: the axes that split the op. Ranks at different positions on them draw different numbers, ranks at the same position the same.
+        device: where the op's tensors are.
+    """
     with _DRAWING:
         place = f"{_draw()}|{','.join(axes)}|{comm.index(axes) if axes else 0}"
         seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest()) >> 1
@@ -140,6 +152,7 @@ def stream(axes: Sequence[str], device: torch.device) -> Iterator[None]:
 
 
 def _generator(device: torch.device) -> torch.Generator | None:
+    """Torch's default generator of a device; None for devices that have none."""
     if device.type == "cpu":
         return torch.default_generator
     if device.type == "cuda":

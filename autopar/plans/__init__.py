@@ -25,8 +25,8 @@ from autopar.plans.plan import (
 
 __all__ = [
     "NO_PINS",
-    "RECOMPUTE",
     "OUTSIDE",
+    "RECOMPUTE",
     "BlockChoice",
     "Candidate",
     "Group",

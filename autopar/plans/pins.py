@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autopar.errors import InputError
-from autopar.ir import MICRO, PIPELINE, Mesh
+from autopar.ir import MICROBATCH, PIPELINE, Mesh
 from autopar.plans.plan import RECOMPUTE
 from autopar.schedules import SCHEDULES, check_schedule
 
@@ -263,8 +263,8 @@ def reconcile(pins: Pins, mesh: Mapping[str, int] | None) -> tuple[Pins, Mesh | 
         raise InputError(f"mesh={mesh!r}: a dict is needed, such as {{'dp': 4}}")
     if wrong := {name: size for name, size in mesh.items() if type(size) is not int or size < 1}:
         raise InputError(f"mesh axes {wrong}: sizes are integers from 1")
-    if MICRO in mesh:
-        raise InputError(f"mesh axis {MICRO!r}: the name is taken, by micro-batches; call the axis something else")
+    if MICROBATCH in mesh:
+        raise InputError(f"mesh axis {MICROBATCH!r}: the name is taken, by micro-batches; call the axis something else")
     groups = mesh.get(PIPELINE, pins.pp)
     if pins.pp not in (None, groups):
         raise InputError(f"the mesh has pp={groups} and pin pp={pins.pp} asks for another number; leave out one of them")

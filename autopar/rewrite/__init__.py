@@ -6,6 +6,6 @@ Modules, in reading order: ``stages``, ``program``, ``outline``, ``rewriter``, `
 """
 
 from autopar.rewrite.emit import rewrite
-from autopar.rewrite.program import Boundary, PipelineProgram, Program, Slot, StageOutput, StageProgram
+from autopar.rewrite.program import Boundary, PipelineProgram, Program, Slot, StageProgram
 
-__all__ = ["Boundary", "PipelineProgram", "Program", "Slot", "StageOutput", "StageProgram", "rewrite"]
+__all__ = ["Boundary", "PipelineProgram", "Program", "Slot", "StageProgram", "rewrite"]

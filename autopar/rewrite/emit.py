@@ -13,14 +13,14 @@ from torch import fx, nn
 
 from autopar.capture import Captured
 from autopar.errors import PlanError
-from autopar.ir import MICRO, PIPELINE, Graph, OpKind, Space, Split, Tensor, Value, fits, is_legal
+from autopar.ir import MICROBATCH, PIPELINE, Graph, OpKind, Space, Split, Tensor, Value, fits, is_legal
 from autopar.plans import Pipeline, Plan, check_fits
 from autopar.rewrite.outline import Region, outline
 from autopar.rewrite.program import PipelineProgram, Program, Slot, StageOutput, StageProgram
 from autopar.rewrite.rewriter import Rewriter
 from autopar.rewrite.stages import Stage, edges_of, partition
 from autopar.rules import facts_of, find_spaces
-from autopar.schedules import Kind, StageEdge, forward_only, lower, make_schedule
+from autopar.schedules import Kind, StageEdge, add_messages, forward_only, make_schedule
 from autopar.structure import (
     Chain,
     Folded,
@@ -56,7 +56,7 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, 
 def _check_decisions(plan: Plan, folded: Folded, spaces: Mapping[str, Space]) -> None:
     """Raise PlanError where the plan, a file that anyone may have edited, decides too little or what can't be."""
     mesh = plan.mesh
-    if taken := {MICRO, PIPELINE} & set(mesh.names):
+    if taken := {MICROBATCH, PIPELINE} & set(mesh.names):
         raise PlanError(f"plan.mesh has an axis {taken.pop()!r}, which is no axis of a group of ranks; plan again")
     tensors: dict[str, Tensor] = {}
     for op in folded.ops:
@@ -116,7 +116,7 @@ def _rewrite_stages(
     if micro.reasons:
         raise PlanError(f"the plan has {pipeline.microbatches} micro-batches, but {'; '.join(micro.reasons)}")
     edges = edges_of(captured.graph, stages)
-    schedule = lower(make_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks), edges)
+    schedule = add_messages(make_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks), edges)
     split = {action.stage for actions in schedule.actions for action in actions if action.kind is Kind.INPUT}
     work = Rewriter(captured, plan, folded, spaces, device, micro)
     stages = tuple(_with_prologue(captured.graph, stage, work.find_ancestors(work.find_wholes(stage))) for stage in stages)
@@ -147,7 +147,7 @@ def _rewrite_stages(
         pipeline=PipelineProgram(
             stages=programs,
             schedule=schedule,
-            inference=lower(
+            inference=add_messages(
                 forward_only(schedule.rank_of, pipeline.microbatches), [StageEdge(edge.producer, edge.consumer, False) for edge in edges]
             ),
             loss=captured.graph.loss,
@@ -240,7 +240,7 @@ def _stage_program(
 
 def _gathers(module: nn.Module) -> bool:
     graphs = [one.graph for one in module.modules() if isinstance(one, fx.GraphModule)]
-    return any(node.kwargs.get("keep") is False for graph in graphs for node in graph.nodes)
+    return any(node.kwargs.get("save") is False for graph in graphs for node in graph.nodes)
 
 
 def _layers_of(folded: Folded) -> dict[str, Region]:

@@ -83,7 +83,7 @@ class StageProgram:
 
     Attributes:
         module: takes parts of the parameters, buffers and inputs, what `prologue` made, and what is received from each stage before
-            in order of their numbers. Under the axis `autopar.ir.layout.MICRO` it takes a micro-batch's part of all this.
+            in order of their numbers. Under the axis `autopar.ir.layout.MICROBATCH` it takes a micro-batch's part of all this.
         prologue: takes the buffers and inputs and gives what is computed once per step from the whole batch; None when nothing is.
         parameters, buffers: positions in the program's slots; inputs are all taken.
         receives: per stage before, what it sends; `sends`: per stage after, which results of the module it gets. The gradients of

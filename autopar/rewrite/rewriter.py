@@ -18,7 +18,7 @@ from torch import fx, nn
 from autopar.capture import Captured, takes
 from autopar.errors import PlanError
 from autopar.ir import (
-    MICRO,
+    MICROBATCH,
     REPLICATE,
     Collective,
     Graph,
@@ -27,11 +27,11 @@ from autopar.ir import (
     Op,
     OpKind,
     Placement,
+    ReshardStep,
     Space,
     Split,
     State,
     StateKind,
-    Step,
     TargetMean,
     Tensor,
     Value,
@@ -83,7 +83,7 @@ class Rewriter:
         self.micro = micro
         self.mesh: Mesh = plan.mesh
         if micro is not None:
-            self.mesh = Mesh((MICRO, *plan.mesh.names), (plan.pipeline.microbatches, *plan.mesh.sizes))
+            self.mesh = Mesh((MICROBATCH, *plan.mesh.names), (plan.pipeline.microbatches, *plan.mesh.sizes))
         self.folded = folded
         self.spaces = spaces
         self.device = device
@@ -361,10 +361,10 @@ class Rewriter:
                 return after
             node = self._move(value, start, whole, op)
             outer = local_outer(after, self.mesh, 0)
-            node = self.new.call_function(collectives.take_in_time, (node, MICRO, need.dim, outer))
+            node = self.new.call_function(collectives.take_microbatch, (node, MICROBATCH, need.dim, outer))
             self._mark(node, op)
         elif need.kind is StateKind.PARTIAL:
-            node = self.new.call_function(collectives.first_in_time, (node, MICRO))
+            node = self.new.call_function(collectives.keep_in_first_microbatch, (node, MICROBATCH))
             self._mark(node, op)
         self.moved[value, after] = node
         return after
@@ -401,9 +401,9 @@ class Rewriter:
             node = self._emit(node, step, tensor, producer, op)
         return node
 
-    def _emit(self, x: fx.Node, step: Step, tensor: Tensor, producer: Op, consumer: Op) -> fx.Node:
+    def _emit(self, x: fx.Node, step: ReshardStep, tensor: Tensor, producer: Op, consumer: Op) -> fx.Node:
         axis = self.mesh.names[step.axis]
-        assert axis != MICRO, "ranks can't exchange along time"
+        assert axis != MICROBATCH, "ranks can't exchange along time"
         kwargs: dict[str, Any] = {}
         args: tuple[Any, ...] = (x, axis)
         if step.forward is Collective.NONE:
@@ -428,7 +428,7 @@ class Rewriter:
             if step.forward is Collective.ALL_GATHER:
                 kwargs["grad"] = GRADIENT_OF_GATHER[step.backward]
                 if producer.kind is OpKind.PARAMETER and tensor.requires_grad:
-                    kwargs["keep"] = False
+                    kwargs["save"] = False
                     self.regather = True
         node = self.new.call_function(function, args, kwargs)
         self._mark(node, consumer)

@@ -1,9 +1,10 @@
 """Programs behind the user's own training loop: process groups, stored parameters, gradients, schedules, failures.
 
-Comes in: the user's module and a `Program`. Goes out: a module with the same calls.
+Comes in: the user's module and a `Program`. Goes out: a module with the same calls. The one idea: to the user, parameters are DTensors of
+the global sizes and calls mean what they mean on one device; inside, programs compute with plain tensors that share their storage.
 
-Modules, in reading order: ``failures``, ``dtensor``, ``owned``, ``gradients``, ``executor``, ``pipeline``, ``world``, ``storage``,
-``pipeline_calls``, ``module``.
+Modules, in reading order: ``failures``, ``dtensor``, ``owned``, ``owned_rules``, ``gradients``, ``mailbox``, ``executor``, ``pipeline``,
+``world``, ``storage``, ``pipeline_calls``, ``module``.
 """
 
 from autopar.runtime.executor import Executor, StageTensors

@@ -1,6 +1,8 @@
-"""Between whole tensors, the parts that ranks store, and torch's DTensors.
+"""Between whole tensors, the parts of them that ranks store, and torch's DTensors.
 
-A stored tensor is split along the mesh axes from first to last, which is also how torch reads a DTensor's placements.
+Comes in: a layout of Shard and Replicate states, or a DTensor's placements. Goes out: parts, whole tensors and DTensors. The one idea: a
+stored tensor is split along the mesh axes from the first to the last, each axis splitting what those before it left to a rank; that is
+also how torch reads a DTensor's placements. What torch's DTensor can't do with strided shards is added in the second half.
 """
 
 from __future__ import annotations
@@ -22,16 +24,18 @@ from autopar.ir import Layout, Mesh, StateKind, outer_when_cut
 from autopar.ops import Axis, GroupAxis, collectives
 from autopar.torch_compat import StridedShard, state_dict_utils
 
-Step = tuple[int, int, int]
-"""One split of a tensor: mesh axis, dim, and outer blocks of the dim in what the axes before it left over."""
+AxisSplit = tuple[int, int, int]
+"""One split of a tensor: (mesh axis, dim, number of outer blocks of the dim in the part that earlier axes left to a rank)."""
 
 
-def split_steps(layout: Layout, mesh: Mesh) -> tuple[Step, ...]:
-    """The splits that make a rank's part of a whole tensor, first axis first. The layout must be of Shard and Replicate only.
+def split_steps(layout: Layout, mesh: Mesh) -> tuple[AxisSplit, ...]:
+    """The splits by which a rank's part is cut out of the whole tensor, first axis first.
 
-    A layout counts outer blocks in the whole tensor; an axis before that splits between such blocks leaves fewer of them.
+    A layout counts outer blocks in the whole tensor. Where an earlier axis splits between such blocks, its part has fewer of them.
+
+    Raises ValueError for a layout with other states than Shard and Replicate.
     """
-    steps: list[Step] = []
+    steps: list[AxisSplit] = []
     for position, state in enumerate(layout):
         if state.kind is StateKind.REPLICATE:
             continue
@@ -43,14 +47,14 @@ def split_steps(layout: Layout, mesh: Mesh) -> tuple[Step, ...]:
 
 def take_local(x: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
     """The part of the whole tensor `x` that `rank` stores; `x` itself where nothing is split."""
-    where = mesh.coordinates(rank)
+    coordinate = mesh.coordinates(rank)
     for axis, dim, outer in split_steps(layout, mesh):
-        x = collectives.take_part(x, dim, outer, where[axis], mesh.sizes[axis])
+        x = collectives.take_part(x, dim, outer, coordinate[axis], mesh.sizes[axis])
     return x
 
 
 def shard_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis], skipped: Sequence[str] = ()) -> Tensor:
-    """This rank's part of the whole tensor `x`, whose gradient is gathered; splits by the axes `skipped` were made before."""
+    """This rank's part of the whole tensor `x`, whose gradient is gathered; the axes `skipped` have split `x` already."""
     for axis, dim, outer in split_steps(layout, mesh):
         name = mesh.names[axis]
         if name not in skipped and axes[name].size > 1:
@@ -59,14 +63,14 @@ def shard_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis],
 
 
 def gather_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis]) -> Tensor:
-    """The whole tensor of which every rank passes its part; every rank must call it."""
+    """The whole tensor, of which `x` is this rank's part; a collective, so every rank must call it. Not differentiable."""
     for axis, dim, outer in reversed(split_steps(layout, mesh)):
         x = collectives.join_parts(axes[mesh.names[axis]].all_gather(x), dim, outer)
     return x
 
 
 def placements_of(layout: Layout, mesh: Mesh) -> tuple[Placement, ...]:
-    """What torch calls the layout of a stored tensor."""
+    """The DTensor placements of a tensor that is stored in a layout."""
     placements: list[Placement] = [Replicate()] * len(layout)
     for axis, dim, outer in split_steps(layout, mesh):
         placements[axis] = Shard(dim) if outer == 1 else StridedShard(dim, split_factor=outer)
@@ -74,21 +78,21 @@ def placements_of(layout: Layout, mesh: Mesh) -> tuple[Placement, ...]:
 
 
 def as_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: Sequence[int]) -> DTensor:
-    """The DTensor of global sizes `shape` whose part on this rank is `local`; no communication, differentiable.
+    """The DTensor of global sizes `shape` whose part on this rank is `local`, without communication.
 
-    Only a scalar with a placement that isn't torch's own is not differentiable.
+    It is differentiable, except for a scalar with a placement that isn't torch's own.
     """
     if not shape and not all(placement.is_replicate() or placement.is_partial() for placement in placements):
-        # ``from_local`` takes the sizes of a scalar for none given, and would guess them from the part.
+        # ``from_local`` ignores the sizes of a scalar, and would derive them from the part.
         return torch_compat.make_dtensor(local, mesh, placements, (), ())
     # The strides of a contiguous tensor of these sizes, without making one.
     stride = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
 
 
-def placement_steps(placements: Sequence[Placement]) -> tuple[Step, ...]:
-    """The splits that a DTensor's placements stand for, first axis first."""
-    steps: list[Step] = []
+def placement_steps(placements: Sequence[Placement]) -> tuple[AxisSplit, ...]:
+    """The splits that a DTensor's placements mean, first axis first."""
+    steps: list[AxisSplit] = []
     for axis, placement in enumerate(placements):
         if isinstance(placement, StridedShard):
             steps.append((axis, placement.dim, int(placement.split_factor)))
@@ -104,7 +108,7 @@ def placement_steps(placements: Sequence[Placement]) -> tuple[Step, ...]:
 # (b) gathers it in a wrong order, silently, when two axes split one dim and both are strided, (c) can't go from a plain shard
 # to a strided one, and (d) loads a wrong part, silently, under ``StateDictOptions(broadcast_from_rank0=True)``. Optimizer
 # states and gradients are plain DTensors that reach these functions without passing through our module, so torch's own
-# functions learn the missing cases; every other DTensor keeps torch's answer.
+# functions are replaced for these cases; every other DTensor gets torch's result.
 
 
 def _has_strided(placements: Sequence[Placement]) -> bool:
@@ -123,7 +127,7 @@ def _is_to_strided(placements: tuple[Placement, ...], target: tuple[Placement, .
 
 
 def is_beyond_torch(placements: tuple[Placement, ...], target: tuple[Placement, ...]) -> bool:
-    """Whether `redistribute` must take these steps itself, because torch's would be refused or wrong."""
+    """Whether torch's own redistribution from `placements` to `target` is refused or wrong, so that `redistribute` does it here."""
     return _is_crossed(placements) or _is_to_strided(placements, target)
 
 
@@ -137,7 +141,7 @@ _TENSOR_SHARD: Callable[..., Any] = DTensor.__get_tensor_shard__
 def redistribute(
     self: DTensor, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
 ) -> DTensor:
-    """``DTensor.redistribute``, which knows strided shards."""
+    """``DTensor.redistribute``, also for strided shards."""
     target = tuple(self.placements if placements is None else placements)
     if not is_beyond_torch(self.placements, target) or device_mesh not in (None, self.device_mesh):
         return TORCH_REDISTRIBUTE(self, device_mesh, placements, **options)
@@ -157,33 +161,40 @@ def redistribute(
 
 
 def full_tensor(self: DTensor, **options: Any) -> Tensor:
-    """``DTensor.full_tensor``, which knows strided shards."""
+    """``DTensor.full_tensor``, also for strided shards."""
     if _is_crossed(self.placements):
         self = redistribute(self, placements=[Replicate()] * self.device_mesh.ndim)
     return TORCH_FULL_TENSOR(self, **options)
 
 
-def _runs(size: int, ways: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """The runs (start, length, start in the part) of a dim left after splits (outer blocks, parts, own part), in order."""
-    left = torch.arange(size)
-    for outer, parts, part in ways:
-        left = left.view(outer, parts, -1)[:, part].flatten()
-    cuts = [0, *(torch.nonzero(left.diff() != 1).flatten() + 1).tolist(), left.numel()]
-    return [(int(left[start]), end - start, start) for start, end in itertools.pairwise(cuts)]
+def _runs(size: int, splits: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """The contiguous runs of a dim that a rank has after some splits.
+
+    Args:
+        size: of the whole dim.
+        splits: per split (number of outer blocks, number of parts, index of this rank's part), in order.
+
+    Returns (start in the whole dim, length, start in the part) per run.
+    """
+    indices = torch.arange(size)
+    for outer, parts, part in splits:
+        indices = indices.view(outer, parts, -1)[:, part].flatten()
+    cuts = [0, *(torch.nonzero(indices.diff() != 1).flatten() + 1).tolist(), indices.numel()]
+    return [(int(indices[start]), end - start, start) for start, end in itertools.pairwise(cuts)]
 
 
 def _boxes(x: DTensor) -> list[tuple[ChunkStorageMetadata, tuple[slice, ...]]] | None:
-    """Global boxes of this rank's part and where they are in it; None when nothing is strided: torch's one box is right."""
-    where = x.device_mesh.get_coordinate()
-    if where is None or not _has_strided(x.placements):
+    """The boxes of the whole tensor that this rank has, each with its slices in the part; None without strided shards."""
+    coordinate = x.device_mesh.get_coordinate()
+    if coordinate is None or not _has_strided(x.placements):
         return None
-    ways: list[list[tuple[int, int, int]]] = [[] for _ in x.shape]
+    splits_of_dims: list[list[tuple[int, int, int]]] = [[] for _ in x.shape]
     for axis, dim, outer in placement_steps(x.placements):
-        ways[dim].append((outer, x.device_mesh.size(axis), where[axis]))
+        splits_of_dims[dim].append((outer, x.device_mesh.size(axis), coordinate[axis]))
     boxes = []
-    for runs in itertools.product(*(_runs(size, splits) for size, splits in zip(x.shape, ways, strict=True))):
+    for runs in itertools.product(*(_runs(size, splits) for size, splits in zip(x.shape, splits_of_dims, strict=True))):
         box = ChunkStorageMetadata(torch.Size(start for start, _, _ in runs), torch.Size(length for _, length, _ in runs))
-        boxes.append((box, tuple(slice(here, here + length) for _, length, here in runs)))
+        boxes.append((box, tuple(slice(start, start + length) for _, length, start in runs)))
     return boxes
 
 
@@ -206,13 +217,13 @@ def create_chunk_list(self: DTensor) -> Any:
 
 
 def get_tensor_shard(self: DTensor, index: MetadataIndex) -> Any:
-    """``DTensor.__get_tensor_shard__``: where in this rank's part a box lies."""
+    """``DTensor.__get_tensor_shard__``: the view of this rank's part that a box of the whole tensor is."""
     boxes = _boxes(self)
     if boxes is None:
         return _TENSOR_SHARD(self, index)
-    for box, here in boxes:
+    for box, slices in boxes:
         if box.offsets == index.offset:
-            return self.to_local()[here]
+            return self.to_local()[slices]
     raise ValueError(f"{index.fqn} has no box at {index.offset} on this rank")
 
 
@@ -220,18 +231,18 @@ _DISTRIBUTE_TENSORS: Callable[..., None] = state_dict_utils._distribute_tensors
 
 
 def distribute_tensors(states: dict[str, Any], keys: Sequence[str], *options: Any, **more_options: Any) -> None:
-    """Torch's function of the same name: each rank cuts its parts out of the whole tensors that it was sent."""
+    """Torch's function of the same name, also for strided shards: each rank cuts its parts out of whole tensors."""
     for key in keys:
         state = states.get(key)
         if state is None or isinstance(state, Tensor):
             continue
         # A pair (what to fill, whole value), until the value has been cut.
         target, part = state
-        where = target.device_mesh.get_coordinate()
-        if where is None or not _has_strided(target.placements):
+        coordinate = target.device_mesh.get_coordinate()
+        if coordinate is None or not _has_strided(target.placements):
             continue
         for axis, dim, outer in placement_steps(target.placements):
-            part = collectives.take_part(part, dim, outer, where[axis], target.device_mesh.size(axis))
+            part = collectives.take_part(part, dim, outer, coordinate[axis], target.device_mesh.size(axis))
         if target.is_meta:
             target = as_dtensor(part, target.device_mesh, target.placements, target.shape)
         else:
@@ -242,7 +253,10 @@ def distribute_tensors(states: dict[str, Any], keys: Sequence[str], *options: An
 
 @functools.cache
 def teach_strided_shards() -> None:
-    """Let every DTensor with strided shards be gathered, redistributed and checkpointed; a second call changes nothing."""
+    """Replace torch's methods so that DTensors with strided shards are gathered, redistributed and checkpointed right.
+
+    A second call changes nothing.
+    """
     for name, method in (
         ("redistribute", redistribute),
         ("full_tensor", full_tensor),

@@ -1,9 +1,9 @@
-"""What a rank of a pipeline that fails does to the others: they stop at once, and say what it said.
+"""How a rank of a pipeline that fails stops the others, so that all of them report what failed first.
 
-Comes in: the groups over which the ranks of a pipeline wait for each other, and the process group's store, which all of them can read. A
-rank that fails writes its error there and closes its connections. Whoever waits for it fails then, reads what was written, and closes its
-own: so the failure comes to all ranks, much sooner than by a time limit. A rank that is killed writes nothing, but its connections close
-too. Goes out: a PipelineError on every rank, and after it nothing but PipelineErrors: half of the messages of a step may be under way.
+Comes in: the process groups over which the ranks of a pipeline wait for each other, and the process group's key-value store. A rank that
+fails writes its error into the store and closes its connections. Ranks that wait for it then fail too, read what was written, and close
+theirs, so that the failure reaches all ranks much sooner than a timeout would. A rank that is killed writes nothing, but its connections
+close as well. Goes out: a PipelineError on every rank, then and at every later use, since half of the messages of a step may be under way.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from autopar.errors import CommError, PipelineError
 T = TypeVar("T")
 
 PATIENCE = 2.0
-"""Seconds for a few words with the store: where its host hangs, the error goes out without what others wrote."""
+"""Seconds that reading and writing the store may take; where its host hangs, the error is raised without what others wrote."""
 LINGER = 3.0
-"""The most seconds that the store's host stays after a failure of its own, so that the others can read it."""
+"""The most seconds for which the rank that hosts the store stays after a failure, so that the others can read the store."""
 SILENT = "No rank has told of an error before: one was killed, lost its network or hangs; see the end of every rank's log"
 # What gloo adds to its errors: the place in its source, and advice.
 _GLOO = re.compile(r"\[\S*/gloo/\S*\] | This is typically caused by [^\n]*")
@@ -35,10 +35,10 @@ class Alarm:
     """Stops the ranks of one pipeline when one of them fails.
 
     Args:
-        store: where all ranks can write and read; None without process groups. A rank alone has nobody to stop and can go on.
-        rank: this rank's number, of `size`.
+        store: the key-value store that all ranks can read and write; None without process groups.
+        rank: this process's rank, of `size`. With one rank there is nobody to stop, and it may continue after a failure.
 
-    Every rank must make the same alarms in one order.
+    Every rank must make the same alarms in the same order.
     """
 
     def __init__(self, store: torch_compat.Store | None = None, rank: int = 0, size: int = 1) -> None:
@@ -47,13 +47,13 @@ class Alarm:
         self._size = size
         self._groups: dict[int, dist.ProcessGroup] = {}
         self._failure = ""
-        # The pipelines of a process have keys of their own: what stopped one doesn't concern the next.
+        # Each pipeline of a process has its own key, so that the failure of one doesn't concern the next.
         self._key = f"autopar/pipeline {store.add(f'autopar/pipelines of {rank}', 1)}" if store is not None else ""
 
     def watch(self, groups: Iterable[dist.ProcessGroup]) -> None:
-        """Close these groups too when something fails: the pipeline's ranks wait for each other over them.
+        """Close these process groups too when something fails, since the pipeline's ranks wait for each other over them.
 
-        The default group is left out: it is the user's, and whoever waits over it does so until its time is up.
+        The default group is never closed, as it is the user's; waiting over it ends with its timeout.
         """
         self._groups.update((id(group), group) for group in groups if group is not dist.group.WORLD)
 
@@ -69,7 +69,10 @@ class Alarm:
     def guard(self, where: str) -> Iterator[None]:
         """Stop all ranks when what runs inside fails, and raise PipelineError, which says what failed first.
 
-        `where` goes before an error that doesn't say where it happened. What isn't an Exception (an interrupt) passes through.
+        Args:
+            where: put before errors that aren't PipelineErrors and so don't say where they happened.
+
+        An error that isn't an Exception, such as a KeyboardInterrupt, stops the other ranks and is raised unchanged.
         """
         try:
             yield
@@ -88,31 +91,31 @@ class Alarm:
         own = str(error) if isinstance(error, PipelineError) else f"{where}: {type(error).__name__}: {error}"
         cause = error.__cause__ if isinstance(error, PipelineError) else error
         self._failure = _GLOO.sub("", own)
-        first = self._tell(f"\n{SILENT}" if _is_lost(cause) else "")
+        origin = self._tell(f"\n{SILENT}" if _is_lost(cause) else "")
         self._close()
         if self._rank == 0:
             self._linger()
-        self._failure += first
+        self._failure += origin
         raise PipelineError(self._failure) from cause
 
-    def _tell(self, unless: str = "") -> str:
-        """Write this rank's failure; what to add to it: which rank failed before and how, or `unless` when none has told."""
+    def _tell(self, default: str = "") -> str:
+        """Write this rank's failure into the store; returns which rank failed first and how, or `default` when this is the first."""
         store = self._store
         assert store is not None
 
         def write() -> str:
             number = store.add(self._key, 1)
-            store.set(f"{self._key}, failure {number}", f"rank {self._rank}: {self._failure}{unless if number == 1 else ''}")
-            return f"\nThe first to fail was {store.get(f'{self._key}, failure 1').decode()}" if number > 1 else unless
+            store.set(f"{self._key}, failure {number}", f"rank {self._rank}: {self._failure}{default if number == 1 else ''}")
+            return f"\nThe first to fail was {store.get(f'{self._key}, failure 1').decode()}" if number > 1 else default
 
-        return within(PATIENCE, write, unless)
+        return within(PATIENCE, write, default)
 
     def _close(self) -> None:
         for group in self._groups.values():
             torch_compat.close_group(group)
 
     def _linger(self) -> None:
-        """The first rank's process usually holds the store: the others need it to read why they stop."""
+        """Wait until all ranks have written: the first rank's process usually hosts the store, which the others need to read."""
         store = self._store
         assert store is not None
         end = time.monotonic() + LINGER
@@ -123,24 +126,24 @@ class Alarm:
 
 
 def _is_lost(error: BaseException | None) -> bool:
-    """Whether a rank was waited for in vain; torch has no error of its own for what gloo throws."""
+    """Whether the error is that another rank didn't answer; gloo's errors are known by their text only."""
     return isinstance(error, CommError | dist.DistError) or "/gloo/" in str(error)
 
 
-def within(seconds: float, ask: Callable[[], T], otherwise: T) -> T:
-    """What `ask` returns; `otherwise` when it fails or takes longer."""
-    found: list[T] = []
+def within(seconds: float, ask: Callable[[], T], default: T) -> T:
+    """What `ask` returns; `default` when it fails or takes longer than `seconds`."""
+    answers: list[T] = []
 
     def work() -> None:
         with suppress(Exception):
-            found.append(ask())
+            answers.append(ask())
 
     thread = threading.Thread(target=work, daemon=True)
     try:
         thread.start()
     except RuntimeError:
-        # No memory is left for a thread, which may be the very failure to tell of.
+        # There is no memory for a thread, which may be the very failure to report.
         work()
     else:
         thread.join(seconds)
-    return found[0] if found else otherwise
+    return answers[0] if answers else default

@@ -1,7 +1,9 @@
-"""Sums the gradients that ranks hold in part: once per step, in buckets, while the backward still runs.
+"""Sums the gradients of which each rank has a summand: once per step, in buckets, while the backward is still running.
 
-A program computes with leaves, plain tensors that share the storage of the parameters' local parts. A leaf's gradient is
-complete along some mesh axes and Partial along others; here it is summed over those and becomes the ``grad`` of its parameter.
+Comes in: the leaves that a program computes with, plain tensors that share the storage of the parameters' local parts, and over which ranks
+the gradient of each is Partial. Goes out: the ``grad`` of the parameters, complete, with their hooks called. As in DDP, a bucket is
+all-reduced as soon as the backward has made its last gradient. A pipeline's gradients, which are made before the user's backward, wait in
+`StashedGradients` until that comes.
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from autopar import torch_compat
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tracked:
+class TrackedParameter:
     """A parameter and the leaf that stands for it in a program.
 
     Attributes:
         name: the parameter's name.
         parameter: the user's parameter, a DTensor or, without process groups, a plain tensor.
-        leaf: the tensor that the program computes with; shares the storage of the parameter's local part.
-        group: the ranks over which the leaf's gradient is Partial; None when it is complete.
+        leaf: the tensor that the program computes with; it shares the storage of the parameter's local part.
+        group: the ranks over which the leaf's gradient is Partial and must be summed; None when it is complete.
     """
 
     name: str
@@ -37,40 +39,40 @@ class Tracked:
 
 @dataclass(slots=True, eq=False)
 class _Bucket:
-    """Parameters whose gradients travel together; `ready` counts those that this backward has computed."""
+    """Parameters whose gradients are summed by one all-reduce; `ready` counts those that this backward has computed."""
 
-    members: tuple[Tracked, ...]
+    members: tuple[TrackedParameter, ...]
     ready: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Flight:
-    """A sum under way: the members' gradients lie in `flat`, one after the other."""
+class _PendingSum:
+    """An all-reduce that was started: `flat` holds the gradients of the members, one after the other."""
 
-    members: tuple[Tracked, ...]
+    members: tuple[TrackedParameter, ...]
     flat: Tensor
     work: dist.Work
 
 
 @dataclass(slots=True, eq=False)
 class _Program:
-    """The buckets of one program's leaves, and how many of them have been sent in this backward."""
+    """The buckets of one program's leaves, in the order in which they are summed, and how many were started in this backward."""
 
-    tracked: tuple[Tracked, ...]
+    tracked: tuple[TrackedParameter, ...]
     buckets: tuple[_Bucket, ...]
-    sent: int = 0
+    started: int = 0
     handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
 
 
 class GradientReducer:
-    """Watches the leaves of one or more programs and keeps the gradients of their parameters complete.
+    """Sums the gradients of the leaves of all programs of a model, and adds them to the parameters' ``grad``.
 
-    Every rank must track the same parameters and run the same backwards, which programs of one plan do.
+    Every rank must track the same parameters and run the same backwards, as programs of one plan do.
     """
 
     def __init__(self) -> None:
         self._programs: list[_Program] = []
-        self._flights: list[_Flight] = []
+        self._pending_sums: list[_PendingSum] = []
         self._stashes: list[StashedGradients] = []
         self._backward = -1
         self._synced = True
@@ -80,241 +82,241 @@ class GradientReducer:
         """Whether backwards sum over the ranks, not only on this one (`no_sync`)."""
         return self._synced
 
-    def track(self, tracked: Sequence[Tracked], bucket_nbytes: int) -> None:
-        """Watch these leaves and sum their gradients so many bytes at a time; leaves that need no gradient are left out."""
-        trainable = tuple(each for each in tracked if each.leaf.requires_grad)
+    def track(self, tracked: Sequence[TrackedParameter], bucket_nbytes: int) -> None:
+        """Begin to sum the gradients of a program's leaves, `bucket_nbytes` bytes at a time; leaves without gradients are ignored."""
+        trainable = tuple(entry for entry in tracked if entry.leaf.requires_grad)
         buckets = _fill_buckets(trainable, bucket_nbytes)
         program = _Program(trainable, buckets)
         bucket_of = {id(member.leaf): bucket for bucket in buckets for member in bucket.members}
-        for each in trainable:
-            bucket = bucket_of.get(id(each.leaf))
+        for entry in trainable:
+            bucket = bucket_of.get(id(entry.leaf))
 
             def on_gradient(_: Tensor, program: _Program = program, bucket: _Bucket | None = bucket) -> None:
-                self._note(program, bucket)
+                self._on_gradient(program, bucket)
 
-            handle = each.leaf.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
+            handle = entry.leaf.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
             program.handles.append(handle)
         self._programs.append(program)
 
     def close(self) -> None:
-        """Stop watching; gradients that wait under `no_sync` are dropped."""
+        """Stop tracking all programs; gradients accumulated under `no_sync` are dropped."""
         for program in self._programs:
             for handle in program.handles:
                 handle.remove()
-            for each in program.tracked:
-                each.leaf.grad = None
+            for entry in program.tracked:
+                entry.leaf.grad = None
         self._programs.clear()
 
     def zero(self) -> None:
-        """Drop the gradients that wait under `no_sync`."""
+        """Drop the gradients accumulated under `no_sync`."""
         for program in self._programs:
-            for each in program.tracked:
-                each.leaf.grad = None
+            for entry in program.tracked:
+                entry.leaf.grad = None
         for stash in self._stashes:
             stash.zero()
 
-    def join(self, stash: StashedGradients) -> None:
-        """Let a pipeline's gradients that wait under `no_sync` be summed with all others."""
+    def add_stash(self, stash: StashedGradients) -> None:
+        """Sum a pipeline's gradients accumulated under `no_sync` together with those of all programs."""
         self._stashes.append(stash)
 
-    def part(self, stash: StashedGradients) -> None:
-        """Forget a stash, and drop what waits in it."""
+    def remove_stash(self, stash: StashedGradients) -> None:
+        """Remove a stash; the gradients accumulated in it are dropped."""
         self._stashes.remove(stash)
 
     def settle(self) -> None:
-        """Sum over the ranks what waits under `no_sync`, whichever program left it, and give it to the parameters."""
+        """Sum over the ranks what any program accumulated under `no_sync`, and add it to the parameters' ``grad``."""
         self._finish()
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Backwards inside only add up on this rank; the next one outside sums everything over the ranks."""
+        """Backwards inside accumulate on this rank only; the next one outside sums everything over the ranks (as in DDP)."""
         before, self._synced = self._synced, False
         try:
             yield
         finally:
             self._synced = before
 
-    def _note(self, program: _Program, bucket: _Bucket | None) -> None:
-        """A leaf got its gradient: send the buckets that are full, in the same order on every rank."""
+    def _on_gradient(self, program: _Program, bucket: _Bucket | None) -> None:
+        """A leaf got its gradient: start the sums of full buckets, in the same order on every rank."""
         this_backward = torch_compat.backward_id()
         if this_backward != self._backward:
             self._backward = this_backward
-            self._flights.clear()
-            for each in self._programs:
-                each.sent = 0
-                for other in each.buckets:
-                    other.ready = 0
+            self._pending_sums.clear()
+            for tracked_program in self._programs:
+                tracked_program.started = 0
+                for bucket_to_reset in tracked_program.buckets:
+                    bucket_to_reset.ready = 0
             torch_compat.after_backward(self._finish if self._synced else self._end)
         if bucket is None or not self._synced:
             return
         bucket.ready += 1
-        while program.sent < len(program.buckets) and _is_full(program.buckets[program.sent]):
-            self._send(program.buckets[program.sent].members)
-            program.sent += 1
+        while program.started < len(program.buckets) and _is_full(program.buckets[program.started]):
+            self._start(program.buckets[program.started].members)
+            program.started += 1
 
     def recover(self) -> None:
-        """Before a forward: what a backward that failed half-way left in the leaves must not count in the next one."""
+        """Called before a forward: drop the gradients that a failed backward put into the leaves."""
         if self._backward != -1 and torch_compat.backward_id() == -1:
             self._backward = -1
-            self._flights.clear()
+            self._pending_sums.clear()
             for program in self._programs:
-                for each in program.tracked:
-                    each.leaf.grad = None
+                for entry in program.tracked:
+                    entry.leaf.grad = None
 
     def _end(self) -> None:
         self._backward = -1
 
-    def _send(self, members: Sequence[Tracked]) -> None:
-        """Start the sum of these members' gradients, all of one group and dtype, and take them from the leaves."""
-        flight = _start_sum(members)
-        if flight is not None:
-            self._flights.append(flight)
+    def _start(self, members: Sequence[TrackedParameter]) -> None:
+        """Start the sum of these members' gradients, all of one group and dtype; the leaves have none afterwards."""
+        pending_sum = _start_sum(members)
+        if pending_sum is not None:
+            self._pending_sums.append(pending_sum)
 
     def _finish(self) -> None:
-        """At the end of a backward: send what is left, wait for all sums, and give every parameter its gradient."""
+        """At the end of a backward: start the remaining sums, wait for all, and add to every parameter's ``grad``."""
         for program in self._programs:
-            # Buckets with a parameter that this backward didn't reach, and gradients left from `no_sync` by other programs.
+            # Buckets with a parameter that this backward didn't reach, and what other programs accumulated under `no_sync`.
             for bucket in program.buckets:
-                self._send(bucket.members)
-        for flight in self._flights:
-            for each, part in _end_sum(flight):
-                _give(each.parameter, part)
-        self._flights.clear()
+                self._start(bucket.members)
+        for pending_sum in self._pending_sums:
+            for entry, gradient in _end_sum(pending_sum):
+                _add_to_grad(entry.parameter, gradient)
+        self._pending_sums.clear()
         for program in self._programs:
-            for each in program.tracked:
-                if each.leaf.grad is not None:
-                    _give(each.parameter, each.leaf.grad.detach())
-                    each.leaf.grad = None
+            for entry in program.tracked:
+                if entry.leaf.grad is not None:
+                    _add_to_grad(entry.parameter, entry.leaf.grad.detach())
+                    entry.leaf.grad = None
         for stash in self._stashes:
             stash.settle()
         self._backward = -1
 
 
 class StashedGradients:
-    """The gradients of a schedule that has run, until the user's backward says by what they are to be scaled.
+    """The gradients of a schedule that has run, until the user's backward says by which factor they are scaled.
 
     Args:
-        tracked: the parameters of this rank's stages; the leaves collect what the micro-batches add up to.
-        reducer: of the other programs over the same parameters.
-        bucket_nbytes: gradients that are summed together.
+        tracked: the parameters of this rank's stages; their leaves accumulate the gradients of the micro-batches.
+        bucket_nbytes: bytes of gradients that are summed by one all-reduce.
+        reducer: the reducer of the model's other programs.
     """
 
-    def __init__(self, tracked: Sequence[Tracked], bucket_nbytes: int, reducer: GradientReducer | None = None) -> None:
+    def __init__(self, tracked: Sequence[TrackedParameter], bucket_nbytes: int, reducer: GradientReducer | None = None) -> None:
         self._reducer = reducer or GradientReducer()
-        self._reducer.join(self)
-        self._tracked = {each.name: each for each in tracked if each.leaf.requires_grad}
+        self._reducer.add_stash(self)
+        self._tracked = {entry.name: entry for entry in tracked if entry.leaf.requires_grad}
         self._bucket_nbytes = bucket_nbytes
-        # Under `no_sync`: what earlier backwards left, on this rank only.
-        self._waiting: dict[str, Tensor] = {}
-        self._flights: list[_Flight] = []
+        # What earlier backwards accumulated under `no_sync`, on this rank only.
+        self._unsynced: dict[str, Tensor] = {}
+        self._pending_sums: list[_PendingSum] = []
 
     def begin(self) -> None:
-        """Before a schedule: gradients of one that failed, or whose backward never came, count no longer."""
-        self._flights.clear()
-        for each in self._tracked.values():
-            each.leaf.grad = None
+        """Called before a schedule: drop the gradients of an earlier one that failed, or whose backward never came."""
+        self._pending_sums.clear()
+        for entry in self._tracked.values():
+            entry.leaf.grad = None
 
     def zero(self) -> None:
-        """Drop the gradients that wait under `no_sync`."""
-        self._waiting.clear()
+        """Drop the gradients accumulated under `no_sync`."""
+        self._unsynced.clear()
 
     def start(self, names: Sequence[str]) -> None:
-        """Begin to sum these gradients over the ranks that have parts of them; every rank of a stage starts the same ones."""
+        """Start to sum these parameters' gradients over the ranks that have summands; all ranks of a stage start the same ones."""
         members = [self._tracked[name] for name in names if name in self._tracked]
         for bucket in _fill_buckets(members, self._bucket_nbytes):
-            flight = _start_sum(bucket.members)
-            if flight is not None:
-                self._flights.append(flight)
+            pending_sum = _start_sum(bucket.members)
+            if pending_sum is not None:
+                self._pending_sums.append(pending_sum)
 
     def collect(self) -> dict[str, Tensor]:
-        """The gradients, those that were started summed; the leaves are empty again."""
-        found: dict[str, Tensor] = {}
-        for flight in self._flights:
-            found.update({each.name: part for each, part in _end_sum(flight)})
-        self._flights.clear()
-        for each in self._tracked.values():
-            if each.leaf.grad is not None:
-                found[each.name] = each.leaf.grad.detach()
-                each.leaf.grad = None
-        return found
+        """All gradients by name, after waiting for the sums that were started; the leaves have none afterwards."""
+        gradients: dict[str, Tensor] = {}
+        for pending_sum in self._pending_sums:
+            gradients.update({entry.name: gradient for entry, gradient in _end_sum(pending_sum)})
+        self._pending_sums.clear()
+        for entry in self._tracked.values():
+            if entry.leaf.grad is not None:
+                gradients[entry.name] = entry.leaf.grad.detach()
+                entry.leaf.grad = None
+        return gradients
 
     def zeros(self, name: str) -> Tensor:
-        """A gradient of nothing for a parameter, of the size of this rank's part."""
+        """A gradient of zeros for a parameter, in the shape of this rank's part."""
         return torch.zeros_like(self._tracked[name].leaf)
 
-    def keep(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
-        """Under `no_sync`: add to what waits on this rank."""
+    def accumulate(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
+        """Under `no_sync`: add the scaled gradients to what this rank has accumulated."""
         for name, gradient in gradients.items():
             scaled = gradient * scale
-            self._waiting[name] = self._waiting[name] + scaled if name in self._waiting else scaled
+            self._unsynced[name] = self._unsynced[name] + scaled if name in self._unsynced else scaled
 
     def settle(self) -> None:
-        """Sum over the ranks what waited, and add it to the parameters' own."""
-        if not self._waiting:
+        """Sum over the ranks what was accumulated, and add it to the parameters' ``grad``."""
+        if not self._unsynced:
             return
-        for name, gradient in self._waiting.items():
+        for name, gradient in self._unsynced.items():
             self._tracked[name].leaf.grad = gradient
-        self._waiting = {}
+        self._unsynced = {}
         self.start(list(self._tracked))
         for name, gradient in self.collect().items():
-            _give(self._tracked[name].parameter, gradient)
+            _add_to_grad(self._tracked[name].parameter, gradient)
 
     @property
     def is_synced(self) -> bool:
-        """Whether gradients are summed now: not under `no_sync`."""
+        """Whether backwards sum over the ranks, that is, not under `no_sync`."""
         return self._reducer.is_synced
 
-    def give(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
-        """Add summed gradients, scaled, and all that waited in any program, to the parameters' own."""
+    def apply(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
+        """Add summed gradients, scaled, and all that any program accumulated under `no_sync`, to the parameters' ``grad``."""
         self._reducer.settle()
         for name, gradient in gradients.items():
-            _give(self._tracked[name].parameter, gradient.mul_(scale))
+            _add_to_grad(self._tracked[name].parameter, gradient.mul_(scale))
 
 
-def _start_sum(members: Sequence[Tracked]) -> _Flight | None:
-    """Start the sum of these members' gradients, all of one group and dtype, and take them from the leaves."""
-    present = tuple(each for each in members if each.leaf.grad is not None)
+def _start_sum(members: Sequence[TrackedParameter]) -> _PendingSum | None:
+    """Start the sum of these members' gradients, all of one group and dtype; the leaves have none afterwards."""
+    present = tuple(entry for entry in members if entry.leaf.grad is not None)
     if not present:
         return None
-    gradients = [each.leaf.grad.detach() for each in present if each.leaf.grad is not None]
-    alone = len(gradients) == 1 and gradients[0].is_contiguous()
-    flat = gradients[0].view(-1) if alone else torch.cat([gradient.reshape(-1) for gradient in gradients])
-    for each in present:
-        each.leaf.grad = None
+    gradients = [entry.leaf.grad.detach() for entry in present if entry.leaf.grad is not None]
+    is_single = len(gradients) == 1 and gradients[0].is_contiguous()
+    flat = gradients[0].view(-1) if is_single else torch.cat([gradient.reshape(-1) for gradient in gradients])
+    for entry in present:
+        entry.leaf.grad = None
     work = dist.all_reduce(flat, group=present[0].group, async_op=True)
     assert work is not None
-    return _Flight(present, flat, work)
+    return _PendingSum(present, flat, work)
 
 
-def _end_sum(flight: _Flight) -> Iterator[tuple[Tracked, Tensor]]:
-    """Wait for a sum; the members with their gradients."""
-    flight.work.wait()
-    parts = torch.split(flight.flat, [each.leaf.numel() for each in flight.members])
-    for each, part in zip(flight.members, parts, strict=True):
-        yield each, part.view(each.leaf.shape)
+def _end_sum(pending_sum: _PendingSum) -> Iterator[tuple[TrackedParameter, Tensor]]:
+    """Wait for a sum; yields each member with its gradient, which is a view of the sum."""
+    pending_sum.work.wait()
+    parts = torch.split(pending_sum.flat, [entry.leaf.numel() for entry in pending_sum.members])
+    for entry, gradient in zip(pending_sum.members, parts, strict=True):
+        yield entry, gradient.view(entry.leaf.shape)
 
 
 def _is_full(bucket: _Bucket) -> bool:
     return bucket.ready >= len(bucket.members)
 
 
-def _fill_buckets(tracked: Sequence[Tracked], limit: int) -> tuple[_Bucket, ...]:
-    """Group parameters with Partial gradients by group and dtype, last parameter first: about the backward's order."""
-    filling: dict[tuple[int, torch.dtype], list[Tracked]] = {}
+def _fill_buckets(tracked: Sequence[TrackedParameter], limit: int) -> tuple[_Bucket, ...]:
+    """Buckets of parameters with Partial gradients, by process group and dtype; the last parameter first, as the backward comes."""
+    filling: dict[tuple[int, torch.dtype], list[TrackedParameter]] = {}
     full: list[_Bucket] = []
-    for each in reversed(tracked):
-        if each.group is None:
+    for entry in reversed(tracked):
+        if entry.group is None:
             continue
-        members = filling.setdefault((id(each.group), each.leaf.dtype), [])
-        members.append(each)
+        members = filling.setdefault((id(entry.group), entry.leaf.dtype), [])
+        members.append(entry)
         if sum(member.leaf.nbytes for member in members) >= limit:
             full.append(_Bucket(tuple(members)))
             members.clear()
     return (*full, *(_Bucket(tuple(members)) for members in filling.values() if members))
 
 
-def _give(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add a complete local gradient to the parameter's, and call the parameter's hooks as a backward through it would."""
+def _add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add a complete local gradient to the parameter's ``grad``, and call the parameter's hooks as autograd would."""
     if isinstance(parameter, DTensor):
         gradient = torch_compat.make_like(gradient, parameter)
     gradient = torch_compat.run_hooks(parameter, gradient)

@@ -1,8 +1,8 @@
-"""The user's model, run by a parallel program: what `autopar.compile` returns.
+"""The user's model, run by parallel programs: what `autopar.compile` returns.
 
-Comes in: the model and a planner that makes programs. Names, ``state_dict``, ``train``/``eval`` and attributes stay the
-model's own; parameters become DTensors that store what the first plan says; calls and results mean what they mean on one
-device. Optimizers must be made after, from this module's parameters.
+Comes in: the model, and a planner that makes a program for each signature of inputs. Goes out: a module with the same calls. Names,
+``state_dict``, ``train``/``eval`` and attributes stay the model's own; parameters become DTensors that are stored as the first plan says;
+calls and results mean what they mean on one device. Optimizers must be made from this module's parameters, after `autopar.compile`.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from autopar.ir import REPLICATE, Layout, shard
 from autopar.ops import comm, gather_along, regather, rng
 from autopar.rewrite import Program, Slot
 from autopar.runtime.dtensor import as_dtensor, gather_whole, placements_of, shard_whole, split_steps, take_local, teach_strided_shards
-from autopar.runtime.gradients import GradientReducer, Tracked
+from autopar.runtime.gradients import GradientReducer, TrackedParameter
 from autopar.runtime.pipeline_calls import PipelineCalls, refuse_gradients
-from autopar.runtime.storage import Home, Init, Storage, as_stored, lend_buffers, plain_parameters, replicate, stands_for
+from autopar.runtime.storage import Deployment, Init, Storage, as_stored, copy_updated_buffers, plain_parameters, replicate, stands_for
 from autopar.runtime.world import join_world, share_number
 
 Planner = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Program]
-"""Makes the program of one signature: gets the model with plain parameters, a call's arguments, and whether it trains.
+"""Makes the program of a signature, from the model with plain parameters, a call's positional and keyword arguments, and whether it trains.
 
-The parameters' values must not be read (only shapes, dtypes and devices are true), and every rank must make the same program.
+Only shapes, dtypes and devices of the parameters may be read, not their values; and every rank must make the same program.
 """
 
 
 class ParallelModule(nn.Module):
-    """Runs a model through parallel programs, one for each signature of inputs.
+    """Runs a model by parallel programs, one for each signature of inputs (shapes, dtypes, training, what requires gradients).
 
     Args:
         model: the user's model, on its device or on the meta device; its parameters are changed in place.
         planner: makes the programs.
-        inputs: ``global``: every rank passes the same whole batch; ``local``: every rank passes the part that `data_shard`
-            names, along dim 0 of every input, and a plan exists already (see `prepare`).
-        init: values of what is on the meta device; without it, these hold NaN until a state is loaded.
-        device: where parameters on the meta device go.
+        inputs: with ``global`` every rank passes the same whole batch. With ``local`` every rank passes the part that `data_shard`
+            says, along dim 0 of every input; a plan must exist before the first call (see `prepare`).
+        init: makes the values of what is on the meta device; without it, that holds NaN until a state is loaded.
+        device: where what is on the meta device is stored.
 
-    A rank that loses another gives up after `autopar.runtime.world.TIMEOUT`.
+    When a rank dies, the others fail after `autopar.runtime.world.TIMEOUT`.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class ParallelModule(nn.Module):
             raise InputError("the model is compiled already: compile the model that was given then, or use this one")
         for name in _SHARED:
             self.__dict__[name] = model.__dict__[name]
-        # Not registered as a submodule: its children already are ours.
+        # Not registered as a submodule: its children are this module's children already.
         self.__dict__["_original"] = model
         self.training = model.training
         self._planner = planner
@@ -82,47 +82,47 @@ class ParallelModule(nn.Module):
             replicate(model, self._device)
 
     def __getattr__(self, name: str) -> Any:
-        """Find what this module lacks in the user's model, such as ``config``."""
+        """An attribute of the user's model, such as ``config``, where this module has none of that name."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_original"], name)
 
     def train(self, mode: bool = True) -> ParallelModule:
-        """Switch the model between training and evaluation; each has programs of its own."""
+        """Set training or evaluation mode of the model; each mode has its own programs."""
         super().train(mode)
         self._original.training = mode
         return self
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, those that wait under `no_sync` too."""
+        """Drop all gradients, also those accumulated under `no_sync`."""
         super().zero_grad(set_to_none)
         self._reducer.zero()
 
     def no_sync(self) -> AbstractContextManager[None]:
-        """Backwards inside add up on this rank only; the next one outside sums over the ranks."""
+        """Backwards inside accumulate on this rank only; the next one outside sums over the ranks, as in DDP."""
         return self._reducer.no_sync()
 
     @property
     def layouts(self) -> Mapping[str, Layout]:
-        """How each parameter is stored, by name; empty before the first plan. Later programs must take them so."""
-        return {} if self._storage.home is None else self._storage.home.layouts
+        """Name of a parameter -> the layout in which it is stored, which later programs must use; empty before the first plan."""
+        return {} if self._storage.deployment is None else self._storage.deployment.layouts
 
     @property
     def owners(self) -> Mapping[str, int | None]:
-        """The pipeline's group that stores each parameter, by name; None when every group does. Later programs must take them so."""
-        return {} if self._storage.home is None else self._storage.home.owners
+        """Name of a parameter -> the pipeline rank that stores it, None where every one does; empty before the first plan."""
+        return {} if self._storage.deployment is None else self._storage.deployment.owners
 
     @property
     def data_shard(self) -> tuple[int, int]:
-        """Which part of the batch this rank works on: (index, count). PlanError before the first plan."""
-        if self._storage.home is None or self._last is None:
+        """(index, count): this rank computes part `index` of `count` parts of the batch. Raises PlanError before the first plan."""
+        if self._storage.deployment is None or self._last is None:
             raise PlanError("there is no plan yet that says how the batch is split: compile with example inputs, or call once")
-        with comm.active(self._storage.home.axes):
+        with comm.active(self._storage.deployment.axes):
             return comm.index(self._last.batch_axes), comm.count(self._last.batch_axes)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Program:
-        """Plan for this call, whose arguments are global, and exchange the parameters, without running anything."""
+        """Plan for a call with these arguments, of the global sizes, and store the parameters so, without running anything."""
         return self._find_program(args, kwargs)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -133,7 +133,7 @@ class ParallelModule(nn.Module):
         return loss.detach()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse to be pickled or copied: process groups belong to this process. Raises InputError."""
+        """Raises InputError: a compiled model can't be pickled or copied, since process groups belong to this process."""
         raise InputError(
             "a compiled model can't be pickled or copied, it holds process groups: save its state_dict(), and copy the model "
             "(for an average of the weights, say) before compiling it"
@@ -141,57 +141,56 @@ class ParallelModule(nn.Module):
 
     @torch_compat.uncompiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the program of this call's signature, planning it first when there is none."""
-        if self._storage.home is not None:
-            self._storage.home.alarm.check()
+        """Run the program of this call's signature, which is planned first where there is none; returns what the model would.
+
+        Raises CaptureError under autocast, InputError for arguments that a program can't take, PipelineError when a pipeline has failed,
+        and what the planner raises.
+        """
+        if self._storage.deployment is not None:
+            self._storage.deployment.alarm.check()
         refuse_autocast(self._device)
         self._reducer.recover()
         local_tensors: dict[int, Tensor] = {}
         if self._inputs == "local":
-            args, kwargs, local_tensors = self._as_global(args, kwargs)
+            args, kwargs, local_tensors = _widen(args, kwargs, self.data_shard[1])
         program = self._find_program(args, kwargs)
-        home = self._storage.home
-        assert home is not None
+        deployment = self._storage.deployment
+        assert deployment is not None
         tensors = program.captured.bind(args, kwargs)
         if program.pipeline is not None:
             refuse_gradients([local_tensors.get(id(x), x) for x in tensors])
             if self._pipelines is None:
-                self._pipelines = PipelineCalls(self._storage, home, self._reducer)
+                self._pipelines = PipelineCalls(self._storage, deployment, self._reducer)
             with torch.inference_mode(False):
                 runner = self._pipelines.find_runner(program)
-            with home.alarm.guard(runner.where):
-                whole = [self._find_global(x, local_tensors, home, program) for x in tensors]
-                return program.captured.unflatten(self._pipelines.run(program, runner, whole))
+            with deployment.alarm.guard(runner.where):
+                inputs = [_gather_batch(x, local_tensors, deployment, program) for x in tensors]
+                return program.captured.unflatten(self._pipelines.run(program, runner, inputs))
         parts = []
         for slot, x in zip(program.inputs, tensors, strict=True):
-            here = local_tensors.get(id(x))
-            if here is None:
-                parts.append(shard_whole(x, slot.layout, home.mesh, home.axes))
+            local = local_tensors.get(id(x))
+            if local is None:
+                parts.append(shard_whole(x, slot.layout, deployment.mesh, deployment.axes))
             else:
-                parts.append(_reshard_local(here, slot.layout, home, program.batch_axes))
+                parts.append(_reshard_local(local, slot.layout, deployment, program.batch_axes))
         buffers = self._storage.buffers_of(program)
         with torch.inference_mode(False):
             leaves = self._find_leaves(program)
-        lent = lend_buffers(program, buffers) if torch.is_grad_enabled() else buffers
-        held = [take_local(lent[slot.name], slot.layout, home.mesh, home.place) for slot in program.buffers]
-        one_seed = rng.agreed(lambda number: share_number(number, self._device)) if home.device_mesh is not None else nullcontext()
-        with comm.active(home.axes), one_seed, regather() if program.regather else nullcontext():
-            results = program.module(*leaves, *held, *parts)
+        read_buffers = copy_updated_buffers(program, buffers) if torch.is_grad_enabled() else buffers
+        buffer_parts = [take_local(read_buffers[slot.name], slot.layout, deployment.mesh, deployment.place) for slot in program.buffers]
+        shared_seed = rng.agreed(lambda number: share_number(number, self._device)) if deployment.device_mesh is not None else nullcontext()
+        with comm.active(deployment.axes), shared_seed, regather() if program.regather else nullcontext():
+            results = program.module(*leaves, *buffer_parts, *parts)
         results = tuple(results) if isinstance(results, tuple | list) else (results,)
         with torch.no_grad():
             layouts = {slot.name: slot.layout for slot in program.buffers}
             for name, value in zip(program.mutated_buffers, results[len(program.outputs) :], strict=True):
-                buffers[name].copy_(gather_whole(value, layouts[name], home.mesh, home.axes))
-        outputs = [_as_output(x, slot, home) for x, slot in zip(results, program.outputs, strict=False)]
+                buffers[name].copy_(gather_whole(value, layouts[name], deployment.mesh, deployment.axes))
+        outputs = [_as_output(x, slot, deployment) for x, slot in zip(results, program.outputs, strict=False)]
         return program.captured.unflatten(outputs)
 
-    def _find_global(self, x: Tensor, local_tensors: Mapping[int, Tensor], home: Home, program: Program) -> Tensor:
-        """The whole batch; what every rank passed of it is gathered."""
-        here = local_tensors.get(id(x))
-        return x if here is None else _reshard_local(here, tuple(REPLICATE for _ in home.mesh.names), home, program.batch_axes)
-
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load whole tensors or DTensors of any layout; of whole tensors every rank keeps its part."""
+        """Load whole tensors or DTensors of any layout; every rank stores its part."""
         own = dict(self.named_parameters(remove_duplicate=False))
         return super().load_state_dict({name: as_stored(value, own.get(name)) for name, value in state_dict.items()}, strict, assign)
 
@@ -205,7 +204,7 @@ class ParallelModule(nn.Module):
         )
         program = self._programs.get(key)
         if program is None:
-            # Programs and stored parameters outlive a call in inference mode.
+            # Not in inference mode, even if the call is: programs and stored parameters outlive the call.
             with torch.inference_mode(False), plain_parameters(self._original):
                 program = self._planner(self._original, args, kwargs, self.training)
             with torch.inference_mode(False), torch.no_grad():
@@ -215,7 +214,7 @@ class ParallelModule(nn.Module):
         return program
 
     def _find_leaves(self, program: Program) -> list[Tensor]:
-        """The tensors that stand for the parameters in this program; made again when a parameter got other storage."""
+        """The leaves by which this program computes with the parameters; made anew when the user gave a parameter other storage."""
         parameters = [self._storage.parameter(slot.name) for slot in program.parameters]
         leaves = self._leaves.get(id(program))
         if leaves is not None and all(map(stands_for, leaves, parameters)):
@@ -226,7 +225,7 @@ class ParallelModule(nn.Module):
         leaves = [torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad) for parameter in parameters]
         self._reducer.track(
             [
-                Tracked(slot.name, parameter, leaf, self._storage.sum_group(slot))
+                TrackedParameter(slot.name, parameter, leaf, self._storage.sum_group(slot))
                 for slot, parameter, leaf in zip(program.parameters, parameters, leaves, strict=True)
             ],
             program.bucket_nbytes,
@@ -234,24 +233,8 @@ class ParallelModule(nn.Module):
         self._leaves[id(program)] = leaves
         return leaves
 
-    def _as_global(self, args: Any, kwargs: Any) -> tuple[Any, Any, dict[int, Tensor]]:
-        """Arguments of the whole batch's sizes in place of local ones, and by their ids the tensors that they stand for."""
-        _, count = self.data_shard
-        local_tensors: dict[int, Tensor] = {}
 
-        def widen(x: Any) -> Any:
-            if not isinstance(x, Tensor) or x.ndim == 0:
-                return x
-            # Sizes without memory: nothing reads the values of a stand-in.
-            stand_in = x.new_zeros(1).expand(x.shape[0] * count, *x.shape[1:])
-            local_tensors[id(stand_in)] = x
-            return stand_in
-
-        args, kwargs = pytree.tree_map(widen, (args, kwargs))
-        return args, kwargs, local_tensors
-
-
-# The dicts of `nn.Module` that make names, states and their hooks the original's.
+# Dicts of `nn.Module` that are shared with the original, so that names, states and their hooks are the original's.
 _SHARED = (
     "_parameters",
     "_buffers",
@@ -264,20 +247,42 @@ _SHARED = (
 )
 
 
-def _reshard_local(x: Tensor, layout: Layout, home: Home, batch_axes: Sequence[str]) -> Tensor:
-    """What the program takes of a batch of which this rank has the rows that the batch axes number; other rows are fetched."""
-    if all(layout[home.mesh.names.index(name)] == shard(0) for name in batch_axes):
-        return shard_whole(x, layout, home.mesh, home.axes, batch_axes)
+def _reshard_local(x: Tensor, layout: Layout, deployment: Deployment, batch_axes: Sequence[str]) -> Tensor:
+    """This rank's part, in `layout`, of an input of which every rank was passed its rows of the batch; other rows are gathered."""
+    if all(layout[deployment.mesh.names.index(name)] == shard(0) for name in batch_axes):
+        return shard_whole(x, layout, deployment.mesh, deployment.axes, batch_axes)
     for name in reversed(batch_axes):
-        if home.axes[name].size > 1:
-            x = gather_along(x, home.axes[name], 0, 1)
-    return shard_whole(x, layout, home.mesh, home.axes)
+        if deployment.axes[name].size > 1:
+            x = gather_along(x, deployment.axes[name], 0, 1)
+    return shard_whole(x, layout, deployment.mesh, deployment.axes)
 
 
-def _as_output(x: Any, slot: Slot, home: Home) -> Any:
-    if home.device_mesh is None or not isinstance(x, Tensor) or not split_steps(slot.layout, home.mesh):
+def _gather_batch(x: Tensor, local_tensors: Mapping[int, Tensor], deployment: Deployment, program: Program) -> Tensor:
+    """An input of the whole batch; where every rank passed its part, the parts are gathered."""
+    local = local_tensors.get(id(x))
+    return x if local is None else _reshard_local(local, tuple(REPLICATE for _ in deployment.mesh.names), deployment, program.batch_axes)
+
+
+def _widen(args: Any, kwargs: Any, count: int) -> tuple[Any, Any, dict[int, Tensor]]:
+    """Stand-ins of the global sizes for arguments of which every rank passed one of `count` parts; and by their ids the parts."""
+    local_tensors: dict[int, Tensor] = {}
+
+    def widen(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.ndim == 0:
+            return x
+        # Sizes without memory: nothing reads the values of a stand-in.
+        stand_in = x.new_zeros(1).expand(x.shape[0] * count, *x.shape[1:])
+        local_tensors[id(stand_in)] = x
+        return stand_in
+
+    args, kwargs = pytree.tree_map(widen, (args, kwargs))
+    return args, kwargs, local_tensors
+
+
+def _as_output(x: Any, slot: Slot, deployment: Deployment) -> Any:
+    if deployment.device_mesh is None or not isinstance(x, Tensor) or not split_steps(slot.layout, deployment.mesh):
         return x
-    return as_dtensor(x, home.device_mesh, placements_of(slot.layout, home.mesh), slot.shape)
+    return as_dtensor(x, deployment.device_mesh, placements_of(slot.layout, deployment.mesh), slot.shape)
 
 
 def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
@@ -292,15 +297,15 @@ def _describe(leaf: Any) -> object:
 
 
 def _find_loss(output: Any) -> Tensor:
-    found: Any = None
+    loss: Any = None
     if isinstance(output, Mapping):
-        found = output.get("loss")
+        loss = output.get("loss")
     elif isinstance(output, Sequence) and output:
-        found = output[0]
-    found = getattr(output, "loss", found)
-    if not isinstance(found, Tensor):
+        loss = output[0]
+    loss = getattr(output, "loss", loss)
+    if not isinstance(loss, Tensor):
         raise InputError(f"train_step needs a model that returns its loss; it returned a {type(output).__name__} without one")
-    return found
+    return loss
 
 
 def _find_device(model: nn.Module) -> torch.device:

@@ -1,18 +1,20 @@
-"""A placement for what lives on one rank of a mesh axis: there all of it, as the other axes split it, elsewhere nothing.
+"""A DTensor placement for what lives on one rank of a mesh axis: that rank has all of it, the others have parts of size zero.
 
-In come DTensors with `Owned` among their placements, out come torch's own answers about them: to every rank they are whole
-tensors of one shape, so that optimizers, gradient clipping and checkpoints work unchanged. Ranks without a part hold one whose
-dim 0 has size zero; of a scalar they hold one of shape (0,).
+Comes in: DTensors with `Owned` among their placements. Goes out: torch's own results for them, since to every rank they are whole tensors
+of one global shape: optimizers, gradient clipping and checkpoints work unchanged. A rank that isn't the owner has a part whose dim 0 has
+size zero, and of a scalar one of shape (0,)::
 
-Torch refuses ops on placements that it doesn't know. The first `Owned` teaches it this one: how ops that treat every element
-alike and norms keep it, that all other ops run on gathered copies, how values move to and from it, and what of them a
-checkpoint holds. Tensors without it keep torch's answers.
+    Owned(1) of a (4, 8) weight on three ranks:   rank 0: (0, 8)   rank 1: (4, 8)   rank 2: (0, 8)
+
+Torch refuses ops on placements that it doesn't know. The first `Owned` registers how it behaves: elementwise ops and norms keep the owner,
+all other ops run on gathered copies; how values move to and from it; and what of them a checkpoint holds. Tensors without it get torch's
+own results.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,26 +23,25 @@ import torch.distributed.checkpoint.state_dict as checkpoint_state
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
-from torch.utils._pytree import tree_leaves
+from torch.distributed.tensor import DTensor, Placement, Replicate
 
 from autopar import torch_compat
 from autopar.errors import InputError
 from autopar.runtime import dtensor
-from autopar.torch_compat import DTensorSpec, OpSchema, OutputSharding, state_dict_utils, with_placements
+from autopar.torch_compat import DTensorSpec, state_dict_utils, with_placements
 
 
 class Owned(Placement):
-    """The rank at `index` of a mesh axis holds all that the axis holds, every other rank of it a part of size zero."""
+    """A tensor that lives on one rank of a mesh axis: the one at `index` has all of it, every other rank a part of size zero."""
 
     def __init__(self, index: int) -> None:
         super().__init__()
         self._index = index
-        _teach()
+        _register()
 
     @property
     def index(self) -> int:
-        """The owner's place along the axis."""
+        """The owner's position along the axis."""
         return self._index
 
     def __eq__(self, other: object) -> bool:
@@ -59,8 +60,8 @@ class Owned(Placement):
         return Owned, (self.index,)
 
 
-Home = tuple[int, Owned]
-"""A mesh axis and the owner along it."""
+AxisOwner = tuple[int, Owned]
+"""A mesh axis, and the placement that names the owner along it."""
 
 
 def as_owned(
@@ -72,20 +73,27 @@ def as_owned(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> DTensor:
-    """The DTensor of global sizes `shape` that index `k` of the first mesh axis owns; no communication.
+    """The DTensor that the ranks at position `k` of the first mesh axis own, without communication.
 
-    The owners pass their part, as `inner_placements` over the other axes split it; what the others pass isn't read.
+    Args:
+        local: on the owners, their part, as `inner_placements` split it over the other axes; on other ranks it isn't read.
+        device_mesh: the mesh of all ranks.
+        k: the owners' position along the first axis.
+        inner_placements: a placement per other axis.
+        shape: global sizes.
+        dtype: of all parts.
+        device: where a rank that isn't an owner makes its part of size zero.
 
-    Raises InputError when an owner's part is missing or not what was announced, or when there is no such owner.
+    Raises InputError when an owner's part is missing or has other sizes or another dtype, or when there is no such owner.
     """
     placements = (Owned(k), *inner_placements)
     if len(placements) != device_mesh.ndim or not 0 <= k < device_mesh.size(0):
         raise InputError(f"index {k} of the first axis and {len(inner_placements)} inner placements don't fit the mesh {device_mesh}")
-    where = device_mesh.get_coordinate()
-    if where is None or where[0] != k:
-        local = _nothing(shape, device_mesh, placements, dtype, device)
+    coordinate = device_mesh.get_coordinate()
+    if coordinate is None or coordinate[0] != k:
+        local = _empty_part(shape, device_mesh, placements, dtype, device)
     else:
-        sizes = torch_compat.local_sizes(shape, device_mesh, _plain(placements))
+        sizes = torch_compat.local_sizes(shape, device_mesh, replicated(placements))
         if local is None or tuple(local.shape) != sizes or local.dtype != dtype:
             given = "nothing" if local is None else f"{tuple(local.shape)} of {local.dtype}"
             raise InputError(f"the owner's part of a tensor {tuple(shape)} as {placements} is {sizes} of {dtype}: {given} was passed")
@@ -93,282 +101,69 @@ def as_owned(
 
 
 def owner_of(x: Tensor) -> int | None:
-    """The index along its axis of the owner of a DTensor; None for a tensor that isn't owned."""
-    home = _home(x.placements) if isinstance(x, DTensor) else None
-    return None if home is None else home[1].index
+    """The owner's position along its axis; None for a tensor that isn't owned."""
+    axis_owner = find_owner(x.placements) if isinstance(x, DTensor) else None
+    return None if axis_owner is None else axis_owner[1].index
 
 
-def _home(placements: Sequence[Placement]) -> Home | None:
-    homes = [(axis, placement) for axis, placement in enumerate(placements) if isinstance(placement, Owned)]
-    if len(homes) > 1:
+def find_owner(placements: Sequence[Placement]) -> AxisOwner | None:
+    """The mesh axis with an `Owned` placement, and that placement; None without one. Raises InputError when there are several."""
+    owners = [(axis, placement) for axis, placement in enumerate(placements) if isinstance(placement, Owned)]
+    if len(owners) > 1:
         raise InputError(f"a tensor has one owner, along one mesh axis: {tuple(placements)}")
-    return homes[0] if homes else None
+    return owners[0] if owners else None
 
 
-def _plain(placements: Sequence[Placement]) -> tuple[Placement, ...]:
-    """What the placements say about the owner's part: there is nothing to split along that axis."""
+def replicated(placements: Sequence[Placement]) -> tuple[Placement, ...]:
+    """The placements with Replicate for `Owned`: how the owner's part is split over the other axes."""
     return tuple(Replicate() if isinstance(placement, Owned) else placement for placement in placements)
 
 
-def _placed(spec: DTensorSpec, axis: int, placement: Placement) -> DTensorSpec:
+def with_placement(spec: DTensorSpec, axis: int, placement: Placement) -> DTensorSpec:
+    """The spec with another placement on one axis."""
     return with_placements(spec, (*spec.placements[:axis], placement, *spec.placements[axis + 1 :]))
 
 
-def _is_here(home: Home, mesh: DeviceMesh) -> bool:
-    where = mesh.get_coordinate()
-    return where is not None and where[home[0]] == home[1].index
+def _is_owner(axis_owner: AxisOwner, mesh: DeviceMesh) -> bool:
+    coordinate = mesh.get_coordinate()
+    return coordinate is not None and coordinate[axis_owner[0]] == axis_owner[1].index
 
 
-def _nothing(
+def _empty_part(
     shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], dtype: torch.dtype, device: torch.device | str
 ) -> Tensor:
-    """The part of a rank that has none: as the owner's, but with nothing along dim 0."""
-    return torch.empty((0, *torch_compat.local_sizes(shape, mesh, _plain(placements))[1:]), dtype=dtype, device=device)
-
-
-# --- what ops do --------------------------------------------------------------------------------------------------------------
-#
-# An op is asked about as if the owner's part were replicated over the axis, and torch's rules settle the other axes. Then the
-# owner is put back, wherever the op keeps each element in its place.
-
-_KEEPS_PLACES = {
-    *("alias", "detach", "clone", "_to_copy", "copy", "zero", "fill", "abs", "masked_fill"),
-    *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
-    *("normal", "uniform", "bernoulli", "exponential", "random"),
-}
-"""Ops that treat each element by itself, beside those that torch tags as pointwise and those on lists of tensors."""
-
-_NORMS = {
-    torch.ops.aten.linalg_vector_norm.default: 2.0,
-    torch.ops.aten.norm.Scalar: 2.0,
-    torch.ops.aten._foreach_norm.Scalar: 2.0,
-}
-"""Norms, with the kind of norm that they are when nothing is said."""
-
-Slot = tuple[int, int]
-"""A tensor among an op's arguments: the argument, and the place in it if it is a list, else -1."""
-
-Rule = Callable[[OpSchema], OutputSharding]
-
-
-def _propagate(torchs: Rule, schema: OpSchema) -> OutputSharding:
-    """Torch's answer for an op; where an argument is owned, ours."""
-    slots = _slots(schema)
-    options = {name: value for name, value in schema.kwargs_schema.items() if isinstance(value, DTensorSpec)}
-    if not any(_home(spec.placements) for spec in (*slots.values(), *options.values())):
-        return torchs(schema)
-    plain = {name: with_placements(spec, _plain(spec.placements)) for name, spec in options.items()}
-    schema = OpSchema(schema.op, schema.args_schema, {**schema.kwargs_schema, **plain}, schema_info=schema.schema_info)
-    out = options.get("out")
-    if schema.op in _NORMS and (len(schema.args_schema) < 3 or schema.args_schema[2] is None):
-        answer = _reduce(torchs, schema, slots, _norm_type(schema))
-    elif schema.op is torch.ops.aten.sum.default:
-        answer = _reduce(torchs, schema, slots, None)
-    elif _keeps_places(schema.op):
-        answer = _keep(torchs, schema, slots, out)
-    else:
-        answer = _gather(torchs, schema, slots)
-    result: Any = answer.output_spec
-    for name, spec in options.items():
-        # Keyword arguments are used as they are, and ``out`` is written as it is.
-        if spec.placements != (result if spec is out else plain[name]).placements:
-            raise InputError(f"{schema.op} can't use {name!r} placed as {spec.placements}: redistribute it first")
-    return answer
-
-
-def _slots(schema: OpSchema) -> dict[Slot, DTensorSpec]:
-    found: dict[Slot, DTensorSpec] = {}
-    for position, argument in enumerate(schema.args_schema):
-        items = enumerate(argument) if isinstance(argument, (list, tuple)) else [(-1, argument)]
-        found.update({(position, index): item for index, item in items if isinstance(item, DTensorSpec)})
-    return found
-
-
-def _with_specs(schema: OpSchema, specs: Mapping[Slot, DTensorSpec]) -> OpSchema:
-    arguments: list[object] = []
-    for position, argument in enumerate(schema.args_schema):
-        if isinstance(argument, (list, tuple)):
-            arguments.append(type(argument)(specs.get((position, index), item) for index, item in enumerate(argument)))
-        else:
-            arguments.append(specs.get((position, -1), argument))
-    return OpSchema(schema.op, tuple(arguments), schema.kwargs_schema, schema_info=schema.schema_info)
-
-
-def _keeps_places(op: Any) -> bool:
-    name = op._schema.name.partition("::")[2]
-    return torch.Tag.pointwise in op.tags or name.rstrip("_") in _KEEPS_PLACES or name.startswith(("_foreach_", "_fused_"))
-
-
-def _ask(torchs: Rule, schema: OpSchema, asked: Mapping[Slot, DTensorSpec]) -> tuple[dict[Slot, DTensorSpec], Any]:
-    """Torch's answer for an op, were its arguments as asked: how it wants them, and what comes out."""
-    # Ops on lists treat each place alike. A model has few kinds of parameters, and torch takes seconds for hundreds of them.
-    columns: dict[int, list[DTensorSpec]] = {}
-    for (_, place), spec in asked.items():
-        if place >= 0:
-            columns.setdefault(place, []).append(spec)
-    first: dict[tuple[DTensorSpec, ...], int] = {}
-    for place, column in columns.items():
-        first.setdefault(tuple(column), place)
-    number = {place: index for index, place in enumerate(first.values())}
-    stand_in = {-1: -1} | {place: number[first[tuple(column)]] for place, column in columns.items()}
-    arguments = tuple(
-        [argument[place] for place in number] if columns and isinstance(argument, (list, tuple)) and argument else argument
-        for argument in _with_specs(schema, asked).args_schema
-    )
-    short = OpSchema(schema.op, arguments, schema.kwargs_schema, schema_info=schema.schema_info)
-    answer = torchs(short)
-    wanted = _slots(short)
-    if answer.redistribute_schema is not None:
-        leaves = tree_leaves(answer.redistribute_schema.args_schema)
-        wanted = dict(zip(wanted, (leaf for leaf in leaves if isinstance(leaf, DTensorSpec)), strict=True))
-    output: Any = answer.output_spec
-    if columns and output is not None:
-        output = [output[stand_in[place]] for place in columns]
-    return {(position, place): wanted[position, stand_in[place]] for position, place in asked}, output
-
-
-def _answer(schema: OpSchema, slots: Mapping[Slot, DTensorSpec], wanted: Mapping[Slot, DTensorSpec], output: Any) -> OutputSharding:
-    moved = {slot for slot, spec in slots.items() if spec.placements != wanted[slot].placements}
-    _refuse_lost_writes(schema, slots, moved)
-    return OutputSharding(output, _with_specs(schema, wanted) if moved else None, needs_redistribute=bool(moved))
-
-
-def _refuse_lost_writes(schema: OpSchema, slots: Mapping[Slot, DTensorSpec], moved: set[Slot]) -> None:
-    for slot in moved:
-        alias = schema.op._schema.arguments[slot[0]].alias_info
-        if alias is not None:
-            raise InputError(
-                f"{schema.op} would see or change a copy of a tensor placed as {slots[slot].placements}, not the tensor: "
-                "read the whole of it with full_tensor(), or write the owner's to_local()"
-            )
-
-
-def _gather(torchs: Rule, schema: OpSchema, slots: Mapping[Slot, DTensorSpec]) -> OutputSharding:
-    """Any op: every rank gets what the owners have."""
-    asked = {slot: with_placements(spec, _plain(spec.placements)) for slot, spec in slots.items()}
-    moved = {slot for slot, spec in slots.items() if _home(spec.placements)}
-    _refuse_lost_writes(schema, slots, moved)
-    answer = torchs(_with_specs(schema, asked))
-    wanted = answer.redistribute_schema if answer.needs_redistribute else _with_specs(schema, asked)
-    return OutputSharding(answer.output_spec, wanted, True, answer.use_val_from_redistribute_schema)
-
-
-def _keep(torchs: Rule, schema: OpSchema, slots: Mapping[Slot, DTensorSpec], out: DTensorSpec | None) -> OutputSharding:
-    """An op whose result has every element where its arguments have it: the result has their owner."""
-    # Ops on lists do the same for each place in the lists; a tensor that isn't in a list meets all of them.
-    alone = [(slot, spec) for slot, spec in slots.items() if slot[1] < 0]
-    columns: dict[int, list[tuple[Slot, DTensorSpec]]] = {}
-    for slot, spec in slots.items():
-        if slot[1] >= 0:
-            columns.setdefault(slot[1], []).append((slot, spec))
-    homes: dict[int, Home] = {}
-    asked = {slot: with_placements(spec, _plain(spec.placements)) for slot, spec in slots.items()}
-    kept: dict[Slot, Home] = {}
-    for place, column in (columns or {-1: alone}).items():
-        specs = [spec for _, spec in column] + [spec for _, spec in alone if columns]
-        # What is written decides, else the first that has the sizes of the result.
-        leading = [out] if out is not None else specs[:1] if schema.op._schema.is_mutable else specs
-        sizes = _broadcast_sizes(spec.shape for spec in leading)
-        home = _home_of_result(leading, sizes)
-        if home is None:
-            continue
-        homes[place] = home
-        for slot, spec in column + alone if columns else column:
-            asked[slot] = _placed(asked[slot], home[0], Replicate())
-            if slot[1] == place and _is_cut(spec, sizes):
-                kept[slot] = home
-    wanted, output = _ask(torchs, schema, asked)
-    for slot, (axis, owner) in kept.items():
-        wanted[slot] = _placed(wanted[slot], axis, owner)
-    if isinstance(output, (list, tuple)):
-        of_output = list(columns) or [-1] * len(output)
-        pairs = zip(output, of_output, strict=True)
-        output = tuple(spec if spec is None or place not in homes else _placed(spec, *homes[place]) for spec, place in pairs)
-    elif output is not None and -1 in homes:
-        output = _placed(output, *homes[-1])
-    return _answer(schema, slots, wanted, output)
-
-
-def _home_of_result(specs: Sequence[DTensorSpec], sizes: torch.Size) -> Home | None:
-    """The owner of the first argument that has the sizes of the result."""
-    homes = (_home(spec.placements) for spec in specs if spec.shape == sizes)
-    return next((home for home in homes if home is not None), None)
-
-
-def _broadcast_sizes(shapes: Iterable[torch.Size]) -> torch.Size:
-    sizes: torch.Size = torch.broadcast_shapes(*shapes)  # type: ignore[no-untyped-call]
-    return sizes
-
-
-def _is_cut(spec: DTensorSpec, shape: torch.Size) -> bool:
-    """Whether ranks without a part need none of an argument either, in an op whose result has sizes `shape`."""
-    if not shape:
-        # Scalars from elsewhere, such as a clipping factor, broadcast to nothing too.
-        return _home(spec.placements) is not None
-    return len(spec.shape) == len(shape) and spec.shape[0] == shape[0]
-
-
-def _norm_type(schema: OpSchema) -> float:
-    given = schema.args_schema[1] if len(schema.args_schema) > 1 else _NORMS[schema.op]
-    return float(given)  # type: ignore[arg-type]
-
-
-def _reduce(torchs: Rule, schema: OpSchema, slots: Mapping[Slot, DTensorSpec], norm_type: float | None) -> OutputSharding:
-    """Norms (or sums, without a norm type) of whole tensors: the owner has the result, the others what adds nothing to it."""
-    asked = {slot: with_placements(spec, _plain(spec.placements)) for slot, spec in slots.items()}
-    wanted, output = _ask(torchs, schema, asked)
-    outputs = list(output) if isinstance(output, (list, tuple)) else [output]
-    partial = Partial("sum") if norm_type is None else torch_compat.partial_norm(norm_type)
-    for number, slot in enumerate(slots):
-        home = _home(slots[slot].placements)
-        if home is not None:
-            wanted[slot] = _placed(wanted[slot], *home)
-            outputs[number] = _placed(outputs[number], home[0], partial)
-    found = _answer(schema, slots, wanted, tuple(outputs) if isinstance(output, (list, tuple)) else outputs[0])
-    if norm_type in (float("inf"), -float("inf")):
-        # The largest of no elements isn't defined, so such parts get one that is never the largest.
-        run: Any = functools.partial(_extreme_norm, schema.op, 0.0 if norm_type == float("inf") else float("inf"))
-        found.redistribute_schema = _with_specs(schema, wanted)
-        found.redistribute_schema.op = run
-        found.needs_redistribute = True
-    return found
-
-
-def _extreme_norm(op: Any, neutral: float, parts: Any, *arguments: Any, **options: Any) -> Any:
-    def fill(part: Tensor) -> Tensor:
-        return part if part.numel() else part.new_full((1,), neutral)
-
-    return op(fill(parts) if isinstance(parts, Tensor) else [fill(part) for part in parts], *arguments, **options)
+    """The part of a rank that isn't the owner: as the owner's, but of size 0 along dim 0."""
+    return torch.empty((0, *torch_compat.local_sizes(shape, mesh, replicated(placements))[1:]), dtype=dtype, device=device)
 
 
 # --- moving values ------------------------------------------------------------------------------------------------------------
 
 
 def _redistribute_part(local: Tensor, current_spec: DTensorSpec, target_spec: DTensorSpec, **options: Any) -> Tensor:
-    """This rank's part under other placements."""
-    here, there = _home(current_spec.placements), _home(target_spec.placements)
-    if here is None and there is None:
+    """This rank's part when a DTensor goes from one spec to another; replaces torch's function."""
+    current_owner, target_owner = find_owner(current_spec.placements), find_owner(target_spec.placements)
+    if current_owner is None and target_owner is None:
         return torch_compat.redistribute_part(local, current_spec, target_spec, **options)
     mesh, shape = current_spec.mesh, current_spec.shape
     if mesh.get_coordinate() is None:
         return local
-    inner, target = (with_placements(spec, _plain(spec.placements)) for spec in (current_spec, target_spec))
-    if here == there and here is not None and not _is_here(here, mesh):
-        # The groups of all other axes lie among ranks that have nothing.
-        return _nothing(shape, mesh, target.placements, local.dtype, local.device)
-    if here != there and here is not None:
-        local = _broadcast(local, here, inner)
+    inner, target = (with_placements(spec, replicated(spec.placements)) for spec in (current_spec, target_spec))
+    if current_owner == target_owner and current_owner is not None and not _is_owner(current_owner, mesh):
+        # The process groups of all other axes consist of ranks that aren't owners, so target_owner is nothing to exchange.
+        return _empty_part(shape, mesh, target.placements, local.dtype, local.device)
+    if current_owner != target_owner and current_owner is not None:
+        local = _broadcast(local, current_owner, inner)
     moved = _redistribute_inner(local, inner, target, options)
-    if there is None or here == there:
+    if target_owner is None or current_owner == target_owner:
         return moved
-    if not _is_here(there, mesh):
-        return _nothing(shape, mesh, target.placements, local.dtype, local.device)
+    if not _is_owner(target_owner, mesh):
+        return _empty_part(shape, mesh, target.placements, local.dtype, local.device)
     return moved.clone() if moved is local else moved
 
 
-def _broadcast(local: Tensor, home: Home, inner: DTensorSpec) -> Tensor:
-    axis, owner = home
-    if _is_here(home, inner.mesh):
+def _broadcast(local: Tensor, axis_owner: AxisOwner, inner: DTensorSpec) -> Tensor:
+    axis, owner = axis_owner
+    if _is_owner(axis_owner, inner.mesh):
         # A copy: what comes of it must not share memory with the tensor on one rank only.
         whole = local.detach().clone(memory_format=torch.contiguous_format)
     else:
@@ -388,58 +183,58 @@ def _redistribute_inner(local: Tensor, current: DTensorSpec, target: DTensorSpec
 def _redistribute(
     self: DTensor, device_mesh: DeviceMesh | None = None, placements: Sequence[Placement] | None = None, **options: Any
 ) -> DTensor:
-    owned = _home(self.placements) or _home(placements or ())
+    owned = find_owner(self.placements) or find_owner(placements or ())
     return (dtensor.TORCH_REDISTRIBUTE if owned else dtensor.redistribute)(self, device_mesh, placements, **options)
 
 
 def _full_tensor(self: DTensor, **options: Any) -> Tensor:
-    return (dtensor.TORCH_FULL_TENSOR if _home(self.placements) else dtensor.full_tensor)(self, **options)
+    return (dtensor.TORCH_FULL_TENSOR if find_owner(self.placements) else dtensor.full_tensor)(self, **options)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------------------
 
 
-def _held(x: DTensor) -> DTensor | None:
-    """The tensor as only its owners have it; None on the other ranks."""
-    home = _home(x.placements)
-    if home is None:
+def _owned_part(x: DTensor) -> DTensor | None:
+    """On owners, the tensor as a DTensor without `Owned`, for torch's functions; None on the other ranks."""
+    axis_owner = find_owner(x.placements)
+    if axis_owner is None:
         return x
-    if not _is_here(home, x.device_mesh):
+    if not _is_owner(axis_owner, x.device_mesh):
         return None
-    return dtensor.as_dtensor(torch_compat.local_of(x), x.device_mesh, _plain(x.placements), x.shape)
+    return dtensor.as_dtensor(torch_compat.local_of(x), x.device_mesh, replicated(x.placements), x.shape)
 
 
 def _create_write_items(self: DTensor, fqn: str, whole: Any) -> Any:
-    held = _held(self)
-    return [] if held is None else dtensor.create_write_items(held, fqn, held)
+    owned_part = _owned_part(self)
+    return [] if owned_part is None else dtensor.create_write_items(owned_part, fqn, owned_part)
 
 
 def _create_chunk_list(self: DTensor) -> Any:
-    held = _held(self)
-    return [] if held is None else dtensor.create_chunk_list(held)
+    owned_part = _owned_part(self)
+    return [] if owned_part is None else dtensor.create_chunk_list(owned_part)
 
 
 def _get_tensor_shard(self: DTensor, index: MetadataIndex) -> Any:
-    held = _held(self)
-    if held is None:
+    owned_part = _owned_part(self)
+    if owned_part is None:
         raise ValueError(f"{index.fqn} has no part on this rank")
-    return dtensor.get_tensor_shard(held, index)
+    return dtensor.get_tensor_shard(owned_part, index)
 
 
 def _distribute_tensors(states: dict[str, Any], keys: Sequence[str], *options: Any, **more_options: Any) -> None:
     for key in keys:
         state = states.get(key)
-        if state is None or isinstance(state, Tensor) or _home(state[0].placements) is None:
+        if state is None or isinstance(state, Tensor) or find_owner(state[0].placements) is None:
             continue
         # A pair (what to fill, whole value), until the value has been cut.
         target, whole = state
-        held = _held(target)
-        if held is not None:
-            part: dict[str, Any] = {key: (held, whole)}
+        owned_part = _owned_part(target)
+        if owned_part is not None:
+            part: dict[str, Any] = {key: (owned_part, whole)}
             dtensor.distribute_tensors(part, [key], *options, **more_options)
             local = torch_compat.local_of(part[key])
         else:
-            local = _nothing(target.shape, target.device_mesh, target.placements, whole.dtype, whole.device)
+            local = _empty_part(target.shape, target.device_mesh, target.placements, whole.dtype, whole.device)
         # Only a target on the meta device has no part to fill.
         states[key] = dtensor.as_dtensor(local, target.device_mesh, target.placements, target.shape) if target.is_meta else target
     dtensor.distribute_tensors(states, keys, *options, **more_options)
@@ -449,17 +244,17 @@ _DISTRIBUTE_TENSOR: Callable[..., DTensor] = state_dict_utils.distribute_tensor 
 
 
 def _distribute_tensor(tensor: Tensor, device_mesh: DeviceMesh, placements: Sequence[Placement], **options: Any) -> DTensor:
-    if _home(placements) is None:
+    if find_owner(placements) is None:
         return _DISTRIBUTE_TENSOR(tensor, device_mesh, placements, **options)
     return _DISTRIBUTE_TENSOR(tensor, device_mesh, [Replicate()] * len(placements), **options).redistribute(placements=placements)
 
 
-def _keep_scalars(torchs: Callable[..., None]) -> Callable[..., None]:
-    """Wrap how whole states reach the ranks' own: torch leaves scalars of an optimizer's state plain, apart from their parameters."""
+def _keep_scalars(torch_rule: Callable[..., None]) -> Callable[..., None]:
+    """Wrap torch's loading of whole states, which makes plain tensors of an optimizer's scalars, so that owned scalars stay owned."""
 
     def load(whole: dict[str, Any], states: dict[str, Any], *options: Any, **more_options: Any) -> None:
         owned = {key: x for key, x in states.items() if isinstance(x, DTensor) and not x.shape and owner_of(x) is not None}
-        torchs(whole, states, *options, **more_options)
+        torch_rule(whole, states, *options, **more_options)
         for key, x in owned.items():
             if key in states and not isinstance(states[key], DTensor):
                 with torch.no_grad():
@@ -469,8 +264,10 @@ def _keep_scalars(torchs: Callable[..., None]) -> Callable[..., None]:
 
 
 @functools.cache
-def _teach() -> None:
-    """Let torch's DTensor have owners."""
+def _register() -> None:
+    """Replace the functions and methods of torch's DTensor that must know `Owned`; a second call changes nothing."""
+    from autopar.runtime.owned_rules import propagate
+
     dtensor.teach_strided_shards()
     for name, method in (
         ("redistribute", _redistribute),
@@ -485,4 +282,4 @@ def _teach() -> None:
     for name in ("_distribute_state_dict", "_broadcast_state_dict"):
         setattr(checkpoint_state, name, _keep_scalars(getattr(checkpoint_state, name)))
     torch_compat.replace_redistribution(_redistribute_part)
-    torch_compat.replace_propagation(lambda torchs: functools.partial(_propagate, torchs))
+    torch_compat.replace_propagation(lambda torch_rule: functools.partial(propagate, torch_rule))

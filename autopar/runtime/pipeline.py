@@ -1,9 +1,12 @@
-"""A pipeline on one rank: values of shared parameters, a run of the schedule, gradients and outputs, behind an ordinary backward.
+"""A pipeline on one rank, behind an ordinary backward.
 
-When the model returns its loss, the whole schedule runs in the forward call, and the user's ``backward()`` hands over gradients that are
-there already, scaled by what arrives. When the loss is computed outside, the forward call runs the forwards and the user's backward the
-rest. Parameters that several groups use live on one of them (the owner); the others get the value before a step and send their part of
-the gradient after it.
+Comes in: a program with a pipeline, the leaves of this rank's parameters, and a call's inputs. Goes out: a run of the schedule, its outputs
+and gradients. When the model returns its loss, the whole schedule runs in the forward call, and the user's ``backward()`` adds gradients
+that exist already, scaled by the gradient of the loss, to the parameters. When the loss is computed outside, the forward call runs the
+forwards, and the user's backward runs the rest.
+
+A parameter that several pipeline ranks use is stored on one of them, its owner, which sends the value to the others before a step; they
+send their gradients to it after the step, where these are added up.
 """
 
 from __future__ import annotations
@@ -20,14 +23,15 @@ from autopar.errors import CommError, InputError, PipelineError
 from autopar.ir import local_shape
 from autopar.ops import Axis, Message
 from autopar.rewrite import PipelineProgram, Program, Slot
-from autopar.runtime.executor import Executor, StageTensors, find_taken
+from autopar.runtime.executor import Executor, StageTensors, device_of
 from autopar.runtime.failures import Alarm
 from autopar.runtime.gradients import StashedGradients
+from autopar.runtime.mailbox import find_finished_sends
 from autopar.schedules import Kind
 
 SECOND_BACKWARD = "this pipelined step has had its backward already: call the model again before the next backward()"
 FIRST_HALF_SCALE = 2.0**16
-"""What a first loss over float16 parameters, itself of a wider dtype, is taken to be scaled by: as torch's GradScaler begins."""
+"""The factor by which the loss of a first step over float16 parameters is assumed to be scaled: torch GradScaler's initial one."""
 FORWARD_KINDS = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
 
 
@@ -35,19 +39,19 @@ class StageRunner:
     """Runs the stages of one program on this rank.
 
     Args:
-        program: with a pipeline.
-        group: this rank's group.
-        axis: the pipeline's axis; None with one group.
-        axes: the axes of the mesh.
-        leaves: the tensors that stand for the parameters that this group uses, by name.
-        stash: keeps their gradients.
-        alarm: stops the other ranks when a backward fails; what else fails is for whoever calls `run` to tell.
+        program: a program with a pipeline.
+        pipeline_rank: this rank's position along the pipeline.
+        axis: the pipeline's axis; None with one pipeline rank.
+        axes: the axes of the mesh that every pipeline rank runs.
+        leaves: name -> leaf of every parameter that this pipeline rank uses.
+        stash: stores the leaves' gradients until the user's backward.
+        alarm: stops the other ranks when the user's backward fails; callers of `run` must guard it themselves.
     """
 
     def __init__(
         self,
         program: Program,
-        group: int,
+        pipeline_rank: int,
         axis: Axis | None,
         axes: Mapping[str, Axis],
         leaves: Mapping[str, Tensor],
@@ -57,56 +61,67 @@ class StageRunner:
         assert program.pipeline is not None
         self.program = program
         self.pipeline: PipelineProgram = program.pipeline
-        self.group = group
+        self.pipeline_rank = pipeline_rank
         self.axis = axis
         self.axes = axes
         self.leaves = leaves
         self.stash = stash
         self.alarm = alarm or Alarm()
-        self._shared = [slot for slot in program.parameters if len(slot.groups) > 1 and group in slot.groups]
-        mine = {number: stage for number, stage in self.pipeline.stages.items() if self.pipeline.schedule.rank_of[number] == group}
-        self._stages = mine
-        stages = ("stages " if len(mine) > 1 else "stage ") + ", ".join(map(str, mine))
-        self.where = f"{stages} (group {group} of the pipeline)"
-        # A parameter may be summed over the ranks when the last stage of this rank that uses it is done.
-        self._users: dict[int, set[int]] = {}
-        for number, stage in mine.items():
-            for i in stage.parameters:
-                if len(program.parameters[i].groups) == 1:
-                    self._users.setdefault(i, set()).add(number)
-        self._taken = find_taken(self.pipeline.schedule, group), find_taken(self.pipeline.inference, group)
-        # What the last loss was scaled by before its backward. The backward of the next has run before that is known of it.
-        halves = any(slot.dtype == "float16" for slot in program.parameters)
+        self._shared = [slot for slot in program.parameters if len(slot.groups) > 1 and pipeline_rank in slot.groups]
+        own_stages = {
+            number: stage for number, stage in self.pipeline.stages.items() if self.pipeline.schedule.rank_of[number] == pipeline_rank
+        }
+        self._stages = own_stages
+        stages = ("stages " if len(own_stages) > 1 else "stage ") + ", ".join(map(str, own_stages))
+        self.where = f"{stages} (group {pipeline_rank} of the pipeline)"
+        # A parameter's gradient may be summed over the mesh when the last stage of this rank that uses it has run its backwards.
+        self._stages_using: dict[int, set[int]] = {}
+        for number, stage in own_stages.items():
+            for position in stage.parameters:
+                if len(program.parameters[position].groups) == 1:
+                    self._stages_using.setdefault(position, set()).add(number)
+        self._finished_sends = (
+            find_finished_sends(self.pipeline.schedule, pipeline_rank),
+            find_finished_sends(self.pipeline.inference, pipeline_rank),
+        )
+        # The factor by which the user scaled the last loss. It is used for the next one, whose factor isn't known before its backward.
+        has_float16 = any(slot.dtype == "float16" for slot in program.parameters)
         loss = self.pipeline.loss
-        is_scaled = halves and loss is not None and program.outputs[loss].dtype != "float16"
+        is_scaled = has_float16 and loss is not None and program.outputs[loss].dtype != "float16"
         self.scale = torch.tensor(FIRST_HALF_SCALE if is_scaled else 1.0)
 
-    def run(self, buffers: Mapping[str, Tensor], inputs: Sequence[Tensor], *, number: int, trains: bool, syncs: bool) -> PipelineRun:
-        """Run the schedule (its forwards, when the loss is computed outside) on this rank's parts of the buffers and inputs.
+    def run(self, buffers: Mapping[str, Tensor], inputs: Sequence[Tensor], *, random_seed: int, trains: bool, syncs: bool) -> PipelineRun:
+        """Run the schedule, or only its forwards when the loss is computed outside.
 
-        The backward begins with the scale that the last loss had: gradients of float16 would vanish without it.
+        Args:
+            buffers: name -> buffer.
+            inputs: this rank's inputs, of the whole batch.
+            random_seed: seeds the random ops; the same on all ranks.
+            trains: whether a backward follows.
+            syncs: whether gradients are summed over the ranks (not under ``no_sync``).
+
+        The backwards begin with the factor by which the last loss was scaled, since gradients of float16 would vanish without it.
         """
         if torch_compat.backward_id() != -1:
             raise InputError(
                 "a model in pipeline stages can't be run inside of a backward, as torch.utils.checkpoint around it does; "
                 "pin recompute='full' instead"
             )
-        self._refresh()
-        slots = self.program
+        self._update_shared_values()
         tensors = {
             stage: StageTensors(
-                [self.leaves[slots.parameters[i].name] for i in one.parameters],
-                [buffers[slots.buffers[i].name] for i in one.buffers],
+                [self.leaves[self.program.parameters[position].name] for position in program.parameters],
+                [buffers[self.program.buffers[position].name] for position in program.buffers],
                 inputs,
             )
-            for stage, one in self._stages.items()
+            for stage, program in self._stages.items()
         }
         loss = self.pipeline.loss
-        seeds = {}
+        output_gradients = {}
         if trains and loss is not None:
-            slot = slots.outputs[loss]
+            slot = self.program.outputs[loss]
             self.scale = self.scale.to(_device_of(tensors), getattr(torch, slot.dtype))
-            seeds[loss] = self.scale.expand(slot.shape)
+            output_gradients[loss] = self.scale.expand(slot.shape)
         done: set[int] = set()
 
         def reduce(stage: int) -> None:
@@ -117,15 +132,15 @@ class StageRunner:
         executor = Executor(
             self.pipeline,
             self.pipeline.schedule if trains else self.pipeline.inference,
-            self.group,
+            self.pipeline_rank,
             self.axis,
             self.axes,
             tensors,
-            seeds=seeds,
-            number=number,
+            output_gradients=output_gradients,
+            random_seed=random_seed,
             regathers=self.program.regather,
             reduce=reduce,
-            taken=self._taken[0 if trains else 1],
+            finished_sends=self._finished_sends[0 if trains else 1],
         )
         run = PipelineRun(self, executor, syncs)
         if trains:
@@ -139,8 +154,8 @@ class StageRunner:
         return run
 
     @contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Say of an error inside in which stages it came, and at `what`, which is none of the schedule's actions."""
+    def step_context(self, what: str) -> Iterator[None]:
+        """Raise errors inside as PipelineErrors that name this rank's stages and `what`, which is no action of the schedule."""
         try:
             yield
         except PipelineError:
@@ -149,119 +164,125 @@ class StageRunner:
             raise PipelineError(f"{self.where}, {what}: {type(error).__name__}: {error}") from error
 
     def _ready(self, stage: int, done: set[int]) -> list[str]:
-        """Parameters of a stage whose gradients are complete on this group, and on no other."""
+        """Parameters of a stage whose gradients are complete on this rank, and which no other pipeline rank uses."""
         parameters = self.program.parameters
-        return [parameters[i].name for i in self._stages[stage].parameters if i in self._users and self._users[i] <= done]
+        return [
+            parameters[position].name
+            for position in self._stages[stage].parameters
+            if position in self._stages_using and self._stages_using[position] <= done
+        ]
 
-    def _refresh(self) -> None:
-        """Bring the values of shared parameters from their owners."""
+    def _update_shared_values(self) -> None:
+        """Get the values of shared parameters from their owners, or send them to their users."""
         if self.axis is None:
             return
         axis = self.axis
         messages = []
         for slot in self._shared:
             leaf, owner = self.leaves[slot.name].detach(), slot.groups[0]
-            with self.doing(f"before micro-batch 0, the value of the shared parameter {slot.name} from group {owner}"):
-                if owner == self.group:
+            with self.step_context(f"before micro-batch 0, the value of the shared parameter {slot.name} from group {owner}"):
+                if owner == self.pipeline_rank:
                     messages += [axis.send(leaf, user) for user in slot.groups[1:]]
                 else:
                     value = _wait(axis.receive(owner, leaf.shape, leaf.dtype, leaf.device), owner)
-                    # A backward that is still to come may have saved it, and minds a write even of the same value.
+                    # A later backward may have saved the leaf, and would refuse even a write of the same value.
                     if not torch.equal(leaf, value):
                         leaf.copy_(value)
-        with self.doing("before micro-batch 0, the values of shared parameters to other groups"):
+        with self.step_context("before micro-batch 0, the values of shared parameters to other groups"):
             for message in messages:
                 message.wait()
 
-    def bring_home(self) -> None:
-        """Add the gradients of shared parameters up where their owner is."""
+    def sum_shared_gradients(self) -> None:
+        """Add up the gradients of shared parameters on their owners; users of a parameter have none afterwards."""
         if self.axis is None:
             return
         axis = self.axis
         messages = []
         for slot in self._shared:
             leaf, owner = self.leaves[slot.name], slot.groups[0]
-            if owner != self.group and leaf.requires_grad:
-                with self.doing(f"after the last micro-batch, the gradient of the shared parameter {slot.name} to group {owner}"):
+            if owner != self.pipeline_rank and leaf.requires_grad:
+                with self.step_context(f"after the last micro-batch, the gradient of the shared parameter {slot.name} to group {owner}"):
                     messages.append(axis.send(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf), owner))
                 leaf.grad = None
         for slot in self._shared:
             leaf = self.leaves[slot.name]
-            if slot.groups[0] == self.group and leaf.requires_grad:
+            if slot.groups[0] == self.pipeline_rank and leaf.requires_grad:
                 for user in slot.groups[1:]:
-                    with self.doing(f"after the last micro-batch, the gradient of the shared parameter {slot.name} from group {user}"):
+                    with self.step_context(
+                        f"after the last micro-batch, the gradient of the shared parameter {slot.name} from group {user}"
+                    ):
                         gradient = _wait(axis.receive(user, leaf.shape, leaf.dtype, leaf.device), user)
                         leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        with self.doing("after the last micro-batch, the gradients of shared parameters to other groups"):
+        with self.step_context("after the last micro-batch, the gradients of shared parameters to other groups"):
             for message in messages:
                 message.wait()
 
-    def meet(self, device: torch.device) -> None:
-        """Wait until every group has come through the step, so that all of them go on to their optimizers or none."""
+    def wait_for_all_ranks(self, device: torch.device) -> None:
+        """Wait until every pipeline rank has finished the step, so that either all of them reach their optimizers or none."""
         if self.axis is not None:
-            with self.doing("after the last micro-batch, waiting for the other groups to end the step"):
+            with self.step_context("after the last micro-batch, waiting for the other groups to end the step"):
                 self.axis.all_reduce(torch.zeros(1, device=device))
 
-    def share(self, x: Tensor | None, slot: Slot, device: torch.device) -> Tensor:
-        """This rank's part of an output, or of a buffer's new value, on every group: its maker passes it."""
+    def broadcast(self, x: Tensor | None, slot: Slot, device: torch.device) -> Tensor:
+        """This rank's part of an output, or of a buffer's new value, sent by the pipeline rank that made it to all others."""
         maker = slot.groups[0]
         if self.axis is None:
             assert x is not None
             return x
-        with self.doing(f"after the last micro-batch, {slot.name} from group {maker} to all others"):
-            if maker != self.group:
+        with self.step_context(f"after the last micro-batch, {slot.name} from group {maker} to all others"):
+            if maker != self.pipeline_rank:
                 shape = local_shape(slot.shape, slot.layout, self.program.mesh)
                 return _wait(self.axis.receive(maker, shape, getattr(torch, slot.dtype), device), maker)
             assert x is not None
-            messages = [self.axis.send(x, group) for group in range(self.axis.size) if group != maker]
+            messages = [self.axis.send(x, receiver) for receiver in range(self.axis.size) if receiver != maker]
             for message in messages:
                 message.wait()
             return x
 
 
-def _wait(message: Message, group: int) -> Tensor:
+def _wait(message: Message, sender: int) -> Tensor:
     try:
         return message.wait()
     except Exception as error:
-        raise CommError(f"group {group} never sent it: {error}") from error
+        raise CommError(f"group {sender} never sent it: {error}") from error
 
 
 def _device_of(tensors: Mapping[int, StageTensors]) -> torch.device:
-    for one in tensors.values():
-        for x in (*one.parameters, *one.inputs, *one.buffers):
-            return x.device
-    return torch.device("cpu")
+    return device_of(next(iter(tensors.values())))
 
 
 class PipelineRun:
-    """One run of the schedule, until its gradients are handed over."""
+    """One run of the schedule, until its gradients are added to the parameters."""
 
     def __init__(self, runner: StageRunner, executor: Executor, syncs: bool) -> None:
         self.runner = runner
         self.executor = executor
         self.syncs = syncs
         self.gradients: dict[str, Tensor] | None = None
-        self.is_over = False
+        self.had_backward = False
         self.trained = runner.pipeline.trained
         self.scale = runner.scale
 
     def finish(self) -> None:
-        """After the last backward: gradients of shared parameters go home, and all are summed over the ranks."""
+        """After the last backward: sum gradients of shared parameters on their owners, and all gradients over the ranks of the mesh."""
         runner = self.runner
-        runner.bring_home()
-        with runner.doing("after the last micro-batch, the sum of gradients over the ranks of the group"):
+        runner.sum_shared_gradients()
+        with runner.step_context("after the last micro-batch, the sum of gradients over the ranks of the group"):
             if self.syncs:
-                runner.stash.start([slot.name for slot in runner._shared if slot.groups[0] == runner.group])
-            # What the loss doesn't reach may have come by zeros that another group sent back; like on one device it gets none.
+                runner.stash.start([slot.name for slot in runner._shared if slot.groups[0] == runner.pipeline_rank])
+            # A parameter that the loss doesn't reach may have zeros that another pipeline rank sent; as on one device it gets none.
             self.gradients = {name: x for name, x in runner.stash.collect().items() if name in self.trained}
         for slot in runner.program.parameters:
             if slot.name in self.trained and slot.name not in self.gradients:
-                # Every rank must have the same gradients, of size zero where the parameter isn't: sums of norms meet in collectives.
+                # Every rank must have a gradient of every parameter, of size 0 where it isn't stored: norms are summed by collectives.
                 self.gradients[slot.name] = runner.stash.zeros(slot.name)
-        runner.meet(_device_of(self.executor.tensors))
+        runner.wait_for_all_ranks(_device_of(self.executor.tensors))
 
     def hand_over(self, scale: Tensor) -> None:
-        """Give the parameters their gradients. Raises InputError the second time, PipelineError when the pipeline has failed."""
+        """Add the gradients, times the gradient of the loss, to the parameters' ``grad``.
+
+        Raises InputError the second time, PipelineError when the pipeline has failed.
+        """
         self.runner.alarm.check()
         if self.gradients is None:
             raise InputError(SECOND_BACKWARD)
@@ -272,48 +293,48 @@ class PipelineRun:
             scale = scale.to(exact) / self.scale.to(exact)
         with (
             self.runner.alarm.guard(self.runner.where),
-            self.runner.doing("after the last micro-batch, handing gradients to the parameters"),
+            self.runner.step_context("after the last micro-batch, handing gradients to the parameters"),
         ):
             if self.syncs:
-                self.runner.stash.give(gradients, scale)
+                self.runner.stash.apply(gradients, scale)
             else:
-                self.runner.stash.keep(gradients, scale)
+                self.runner.stash.accumulate(gradients, scale)
                 if self.runner.stash.is_synced:
                     self.runner.stash.settle()  # the forward was under no_sync, the backward isn't
 
-    def go_back(self, gradients: Mapping[int, Tensor]) -> None:
-        """Run the backwards, with these gradients of outputs that were given to a loss outside, and give the parameters theirs."""
+    def run_backwards(self, gradients: Mapping[int, Tensor]) -> None:
+        """Run the backwards from the gradients of outputs (position -> gradient), and add to the parameters' ``grad``."""
         self.runner.alarm.check()
-        if self.is_over:
+        if self.had_backward:
             raise InputError(SECOND_BACKWARD)
-        self.is_over = True
-        with self.runner.alarm.guard(self.runner.where), self.runner.doing("between the forwards and the backwards"):
-            self.trained = frozenset().union(*(self.runner.pipeline.reached[i] for i in gradients))
-            self.executor.seeds = dict(gradients)
+        self.had_backward = True
+        with self.runner.alarm.guard(self.runner.where), self.runner.step_context("between the forwards and the backwards"):
+            self.trained = frozenset().union(*(self.runner.pipeline.reached[position] for position in gradients))
+            self.executor.output_gradients = dict(gradients)
             self.executor.run([action for action in self.executor.actions if action.kind not in FORWARD_KINDS])
             self.finish()
         self.hand_over(torch.ones((), device=next(iter(gradients.values())).device))
 
 
 def hand_over_on_backward(loss: Tensor, run: PipelineRun) -> Tensor:
-    """The loss, whose backward gives the parameters their gradients."""
+    """The loss, whose backward adds the run's gradients to the parameters' ``grad``."""
     anchor = torch.zeros((), dtype=loss.dtype, device=loss.device, requires_grad=True)
     result: Tensor = _HandOver.apply(anchor, loss, run)  # type: ignore[no-untyped-call]
     return result
 
 
 def refuse_backward(x: Tensor) -> Tensor:
-    """An output beside the loss: its gradient would come too late, so that asking for it is an error instead of a wrong number."""
+    """An output beside the loss, whose backward raises InputError: the schedule's backwards have run without its gradient."""
     anchor = torch.zeros((), dtype=x.dtype, device=x.device, requires_grad=True)
     result: Tensor = _Refuse.apply(anchor, x)  # type: ignore[no-untyped-call]
     return result
 
 
-def go_back_on_backward(outputs: Mapping[int, Tensor], run: PipelineRun) -> dict[int, Tensor]:
-    """The outputs, whose backward runs that of the pipeline."""
+def run_backwards_on_backward(outputs: Mapping[int, Tensor], run: PipelineRun) -> dict[int, Tensor]:
+    """The outputs (position -> tensor), whose backward runs the backwards of the schedule."""
     positions = tuple(outputs)
     anchor = torch.zeros((), device=outputs[positions[0]].device, requires_grad=True)
-    results: Any = _GoBack.apply(anchor, run, positions, *outputs.values())  # type: ignore[no-untyped-call]
+    results: Any = _RunBackwards.apply(anchor, run, positions, *outputs.values())  # type: ignore[no-untyped-call]
     return dict(zip(positions, results, strict=True))
 
 
@@ -342,7 +363,7 @@ class _Refuse(torch.autograd.Function):
         )
 
 
-class _GoBack(torch.autograd.Function):
+class _RunBackwards(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, run: PipelineRun, positions: tuple[int, ...], *outputs: Tensor) -> tuple[Tensor, ...]:
         ctx.run, ctx.positions = run, positions
@@ -351,6 +372,6 @@ class _GoBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        given = {i: gradient for i, gradient in zip(ctx.positions, grads, strict=True) if gradient is not None}
-        ctx.run.go_back(given)
-        return (torch.zeros((), device=next(iter(given.values())).device), None, None, *(None for _ in grads))
+        gradients = {position: gradient for position, gradient in zip(ctx.positions, grads, strict=True) if gradient is not None}
+        ctx.run.run_backwards(gradients)
+        return (torch.zeros((), device=next(iter(gradients.values())).device), None, None, *(None for _ in grads))

@@ -1,7 +1,7 @@
-"""Calls of pipelined programs: this rank's stages, the leaves that stand for its parameters, buffers, and what the user gets.
+"""Calls of pipelined programs, between the user's call and the runs of a schedule.
 
-Comes in: a program with a pipeline and the whole batch. Goes out: the outputs, behind which the user's backward hands the gradients over
-(`autopar.runtime.pipeline`).
+Comes in: a program with a pipeline, and the whole batch. Goes out: the outputs as the user gets them, behind which the user's backward adds
+the gradients to the parameters (`autopar.runtime.pipeline`).
 """
 
 from __future__ import annotations
@@ -19,63 +19,68 @@ from autopar.errors import InputError
 from autopar.ir import local_shape
 from autopar.rewrite import Program
 from autopar.runtime.dtensor import as_dtensor, gather_whole, split_steps
-from autopar.runtime.gradients import GradientReducer, StashedGradients, Tracked
-from autopar.runtime.pipeline import PipelineRun, StageRunner, go_back_on_backward, hand_over_on_backward, refuse_backward
-from autopar.runtime.storage import Home, Storage, empty_part, lend_buffers, stands_for
+from autopar.runtime.gradients import GradientReducer, StashedGradients, TrackedParameter
+from autopar.runtime.pipeline import PipelineRun, StageRunner, hand_over_on_backward, refuse_backward, run_backwards_on_backward
+from autopar.runtime.storage import Deployment, Storage, copy_updated_buffers, empty_part, stands_for
 from autopar.runtime.world import share_number
 
 
 class PipelineCalls:
-    """What the pipelined programs of one model share on this rank."""
+    """The pipelined programs of one model on this rank: their runners, and copies of parameters that other pipeline ranks own."""
 
-    def __init__(self, storage: Storage, home: Home, reducer: GradientReducer) -> None:
+    def __init__(self, storage: Storage, deployment: Deployment, reducer: GradientReducer) -> None:
         self._storage = storage
-        self._home = home
+        self._deployment = deployment
         self._reducer = reducer
         self._runners: dict[int, tuple[list[Tensor], StageRunner]] = {}
-        # Copies of parameters that this group uses and another owns, by name.
-        self._guests: dict[str, Tensor] = {}
+        # Name -> copy of a parameter that this pipeline rank uses and another one owns.
+        self._borrowed: dict[str, Tensor] = {}
 
     def find_runner(self, program: Program) -> StageRunner:
-        """The runner of a program, with leaves that stand for the parameters as they are stored now."""
-        home = self._home
-        mine = [slot for slot in program.parameters if home.group in slot.groups]
+        """The runner of a program, whose leaves share the storage that the parameters have now."""
+        deployment = self._deployment
+        used = [slot for slot in program.parameters if deployment.pipeline_rank in slot.groups]
         parameters = {slot.name: self._storage.parameter(slot.name) for slot in program.parameters}
-        stored = [slot.name for slot in mine if home.owners[slot.name] in (home.group, None)]
+        stored = [slot.name for slot in used if deployment.owners[slot.name] in (deployment.pipeline_rank, None)]
         if id(program) in self._runners:
             leaves, runner = self._runners[id(program)]
             if all(stands_for(leaf, parameters[name]) for name, leaf in zip(stored, leaves, strict=True)):
                 return runner
-            self._reducer.part(runner.stash)
-        own = {name: torch_compat.local_of(one).requires_grad_(one.requires_grad) for name, one in parameters.items()}
-        tracked = [Tracked(one.name, parameters[one.name], own[one.name], self._storage.sum_group(one)) for one in program.parameters]
-        leaves = [own[name] for name in stored]
-        named = dict(zip(stored, leaves, strict=True))
-        for slot in mine:
-            if slot.name not in named:
-                if slot.name not in self._guests:
-                    shape = local_shape(slot.shape, slot.layout, home.mesh)
-                    self._guests[slot.name] = torch.empty(shape, dtype=parameters[slot.name].dtype, device=self._storage.device)
-                named[slot.name] = self._guests[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
+            self._reducer.remove_stash(runner.stash)
+        local_leaves = {
+            name: torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad) for name, parameter in parameters.items()
+        }
+        tracked = [
+            TrackedParameter(slot.name, parameters[slot.name], local_leaves[slot.name], self._storage.sum_group(slot))
+            for slot in program.parameters
+        ]
+        leaves = [local_leaves[name] for name in stored]
+        leaf_of = dict(zip(stored, leaves, strict=True))
+        for slot in used:
+            if slot.name not in leaf_of:
+                if slot.name not in self._borrowed:
+                    shape = local_shape(slot.shape, slot.layout, deployment.mesh)
+                    self._borrowed[slot.name] = torch.empty(shape, dtype=parameters[slot.name].dtype, device=self._storage.device)
+                leaf_of[slot.name] = self._borrowed[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
         stash = StashedGradients(tracked, program.bucket_nbytes, self._reducer)
-        runner = StageRunner(program, home.group, home.pipeline, home.axes, named, stash, home.alarm)
+        runner = StageRunner(program, deployment.pipeline_rank, deployment.pipeline, deployment.axes, leaf_of, stash, deployment.alarm)
         self._runners[id(program)] = leaves, runner
         return runner
 
     def run(self, program: Program, runner: StageRunner, inputs: Sequence[Tensor]) -> list[Any]:
-        """Run the stages of this rank, and return what the user gets of each output."""
+        """Run the stages of this rank; returns what the user gets of each output."""
         pipeline = program.pipeline
         assert pipeline is not None
         buffers = self._storage.buffers_of(program)
-        number = 0
+        random_seed = 0
         if pipeline.random:
-            number = self._agree(int(torch.randint(2**62, ())))
+            random_seed = self._agree(int(torch.randint(2**62, ())))
         trains = torch.is_grad_enabled() and bool(pipeline.trained)
-        lent = lend_buffers(program, buffers) if trains else buffers
-        run = runner.run(lent, inputs, number=number, trains=trains, syncs=self._reducer.is_synced)
+        read_buffers = copy_updated_buffers(program, buffers) if trains else buffers
+        run = runner.run(read_buffers, inputs, random_seed=random_seed, trains=trains, syncs=self._reducer.is_synced)
         executor = run.executor
-        makes = {out.position for stage in executor.tensors for out in pipeline.stages[stage].outputs}
-        parts = {i: executor.join(i) for i in makes}
+        made_here = {out.position for stage in executor.tensors for out in pipeline.stages[stage].outputs}
+        parts = {position: executor.join(position) for position in made_here}
         if not trains or pipeline.loss is not None:
             executor.close()
         with torch.no_grad():
@@ -86,51 +91,53 @@ class PipelineCalls:
         """What the user gets of each output: the loss and other scalars on every rank, larger tensors as DTensors."""
         pipeline = program.pipeline
         assert pipeline is not None
-        outside = trains and pipeline.loss is None
+        has_outside_loss = trains and pipeline.loss is None
         shared: dict[int, Tensor] = {}
-        for i, slot in enumerate(program.outputs):
-            if outside or math.prod(slot.shape) == 1:
-                shared[i] = runner.share(parts.get(i), slot, self._storage.device)
-        differentiable = [i for i, slot in enumerate(program.outputs) if slot.requires_grad]
-        if outside:
-            shared.update(go_back_on_backward({i: shared[i] for i in differentiable}, run))
+        for position, slot in enumerate(program.outputs):
+            if has_outside_loss or math.prod(slot.shape) == 1:
+                shared[position] = runner.broadcast(parts.get(position), slot, self._storage.device)
+        differentiable = [position for position, slot in enumerate(program.outputs) if slot.requires_grad]
+        if has_outside_loss:
+            shared.update(run_backwards_on_backward({position: shared[position] for position in differentiable}, run))
         results: list[Any] = []
-        for i, slot in enumerate(program.outputs):
-            if trains and i == pipeline.loss:
-                results.append(hand_over_on_backward(shared[i], run))
+        for position, slot in enumerate(program.outputs):
+            if trains and position == pipeline.loss:
+                results.append(hand_over_on_backward(shared[position], run))
                 continue
-            refused = trains and not outside and i in differentiable
-            owner = None if i in shared else slot.groups[0]
-            local = shared.get(i, parts.get(i))
+            is_refused = trains and not has_outside_loss and position in differentiable
+            owner = None if position in shared else slot.groups[0]
+            local = shared.get(position, parts.get(position))
             if local is None:
-                local = empty_part(slot.shape, slot.layout, self._home.mesh, getattr(torch, slot.dtype), self._storage.device)
-            local = refuse_backward(local) if refused else local
-            if self._home.device_mesh is None or not (split_steps(slot.layout, self._home.mesh) or owner is not None):
+                local = empty_part(slot.shape, slot.layout, self._deployment.mesh, getattr(torch, slot.dtype), self._storage.device)
+            local = refuse_backward(local) if is_refused else local
+            if self._deployment.device_mesh is None or not (split_steps(slot.layout, self._deployment.mesh) or owner is not None):
                 results.append(local)
             else:
-                results.append(as_dtensor(local, self._home.device_mesh, self._home.placements_of(slot.layout, owner), slot.shape))
+                results.append(
+                    as_dtensor(local, self._deployment.device_mesh, self._deployment.placements_of(slot.layout, owner), slot.shape)
+                )
         return results
 
     def _update_buffers(self, program: Program, runner: StageRunner, buffers: Mapping[str, Tensor], parts: Mapping[int, Tensor]) -> None:
-        """Give buffers their new values on every rank, those too that other groups made or wrote to."""
+        """Give buffers their new values on every rank, also of those that other pipeline ranks made or updated in place."""
         pipeline = program.pipeline
         assert pipeline is not None
         slots = {slot.name: slot for slot in program.buffers}
         for position, name in enumerate(program.mutated_buffers, len(program.outputs)):
             maker = dataclasses.replace(slots[name], groups=(pipeline.makers[position],))
-            value = runner.share(parts.get(position), maker, self._storage.device)
-            buffers[name].copy_(gather_whole(value, slots[name].layout, self._home.mesh, self._home.axes))
+            value = runner.broadcast(parts.get(position), maker, self._storage.device)
+            buffers[name].copy_(gather_whole(value, slots[name].layout, self._deployment.mesh, self._deployment.axes))
         for name in sorted(pipeline.written):
-            value = runner.share(buffers[name], slots[name], self._storage.device)
+            value = runner.broadcast(buffers[name], slots[name], self._storage.device)
             if value is not buffers[name]:
                 buffers[name].copy_(value)
 
     def _agree(self, number: int) -> int:
-        """The first rank's number, on every rank, over groups that a failure closes."""
-        if self._home.pipeline is None:
-            return share_number(number, self._storage.device) if self._home.device_mesh is not None else number
+        """The first rank's number, on every rank, over process groups that are closed when the pipeline fails."""
+        if self._deployment.pipeline is None:
+            return share_number(number, self._storage.device) if self._deployment.device_mesh is not None else number
         x = torch.tensor(number, device=self._storage.device)
-        for axis in (self._home.pipeline, *self._home.axes.values()):
+        for axis in (self._deployment.pipeline, *self._deployment.axes.values()):
             x = axis.gather_stack(x)[0]
         return int(x)
 

@@ -1,8 +1,8 @@
 """Where the user's parameters and buffers are stored since the first plan, and how they get there.
 
-Comes in: the user's model and the programs that are made for it. Goes out: a `Home`, in which the first program's layouts are kept by
-all later ones. Before the first plan every rank has every parameter whole (`replicate`); captures see plain tensors of the global sizes
-(`plain_parameters`).
+Comes in: the user's model and the programs that are made for it. Goes out: a `Deployment`, the layouts in which the first program stores
+parameters, and which all later programs must use. Before the first plan every rank has every parameter whole (`replicate`). Captures see
+plain tensors of the global sizes in the place of DTensors (`plain_parameters`).
 """
 
 from __future__ import annotations
@@ -30,25 +30,31 @@ from autopar.runtime.owned import Owned
 from autopar.runtime.world import axes_of, form_alarm, form_mesh, group_over, pipeline_axis
 
 Init = Callable[[str, Tensor], Tensor]
-"""Gives the whole value of a parameter or buffer that is on the meta device, from its name and the meta tensor."""
+"""From the name of a parameter or buffer on the meta device, and that meta tensor, to its whole value."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Home:
-    """Where the parameters live since the first plan.
+class Deployment:
+    """What the first plan decides for all later programs: meshes, process groups, and how parameters are stored.
 
     Attributes:
-        mesh: the axes that layouts name; `device_mesh` has the pipeline before them when there is one.
-        group: this rank's group along the pipeline, 0 without one; `groups` of them; `pipeline` is the axis between them.
+        mesh: the mesh that every pipeline rank runs; its axes are those that layouts name.
+        device_mesh: torch's mesh of all ranks, whose first axis is the pipeline's where there are several pipeline ranks; None for a single
+            process without process groups.
+        axes: what a program's names of axes stand for on this rank.
+        pipeline_rank: this rank's position along the pipeline; 0 without one.
+        pipeline_ranks: number of pipeline ranks; 1 without a pipeline.
+        pipeline: the axis between them; None without a pipeline.
         alarm: stops all ranks of a pipeline when one fails.
-        layouts, owners: how, and in which group, each parameter is stored; an owner of None is every group.
+        layouts: by name, the layout on `mesh` in which a parameter is stored.
+        owners: by name, the pipeline rank that stores a parameter; None where every pipeline rank does.
     """
 
     mesh: Mesh
     device_mesh: DeviceMesh | None
     axes: Mapping[str, comm.Axis]
-    group: int
-    groups: int
+    pipeline_rank: int
+    pipeline_ranks: int
     pipeline: comm.Axis | None
     alarm: Alarm
     layouts: Mapping[str, Layout]
@@ -56,13 +62,13 @@ class Home:
 
     @property
     def place(self) -> int:
-        """This rank's number within its group."""
+        """This device's rank in the mesh of its pipeline rank."""
         return dist.get_rank() % self.mesh.world_size if self.device_mesh is not None else 0
 
     def placements_of(self, layout: Layout, owner: int | None) -> list[Placement]:
-        """What torch calls a stored tensor's layout on the device mesh."""
+        """DTensor placements on the device mesh of a tensor with this layout, which pipeline rank `owner` (None: every one) stores."""
         inner = placements_of(layout, self.mesh)
-        if self.groups == 1:
+        if self.pipeline_ranks == 1:
             return list(inner)
         return [Replicate() if owner is None else Owned(owner), *inner]
 
@@ -71,99 +77,119 @@ class Storage:
     """The parameters and buffers of one model on this rank.
 
     Args:
-        model: the user's; its parameters are changed in place.
-        init: values of what is on the meta device; without it, these hold NaN until a state is loaded.
-        device: where parameters on the meta device go.
+        model: the user's model; its parameters are exchanged in place.
+        init: makes the values of what is on the meta device; without it, that holds NaN until a state is loaded.
+        device: where what is on the meta device is stored.
 
     Attributes:
-        home: where the parameters live; None before the first plan.
+        deployment: the meshes, process groups and layouts of the first plan; None before it.
     """
 
     def __init__(self, model: nn.Module, init: Init | None, device: torch.device) -> None:
         self.model = model
         self.device = device
-        self.home: Home | None = None
+        self.deployment: Deployment | None = None
         self._init = init
         self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
-        # Where each name's tensor is, so that a call needn't walk the modules; the tensors themselves may be replaced.
+        # The place of each name, so that a call needn't walk the modules. Not the tensors, since the user may replace them.
         self._parameter_at = _find_places(model, "_parameters")
         self._buffer_at = _find_places(model, "_buffers")
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter of this name, as it is stored now."""
-        found: nn.Parameter = _read(self._parameter_at[name])
-        return found
+        parameter: nn.Parameter = _read(self._parameter_at[name])
+        return parameter
 
     def buffers_of(self, program: Program) -> dict[str, Tensor]:
         """The buffers that a program reads, by name."""
         return {slot.name: _read(self._buffer_at[slot.name]) for slot in program.buffers}
 
     def trained(self) -> tuple[bool, ...]:
-        """Which of the parameters need a gradient, in order."""
+        """Per parameter, in order, whether it requires a gradient."""
         return tuple(_read(place).requires_grad for place in self._parameter_at.values())
 
     def sum_group(self, slot: Slot) -> dist.ProcessGroup | None:
-        """The ranks over which the gradient of a program's parameter is summed; None when there is nothing to sum."""
+        """The process group over which the gradient of a program's parameter is summed; None when it is complete on every rank."""
         return self._groups.get(slot.partial_axes)
 
     def settle(self, program: Program) -> Program:
-        """Store the parameters as the first program wants them; check that a later one takes them so."""
-        groups = 1 if program.pipeline is None else program.pipeline.schedule.ranks
-        if self.home is None:
-            device_mesh = form_mesh(with_pipeline(program.mesh, groups), self.device.type)
-            along = pipeline_axis(device_mesh) if device_mesh is not None and groups > 1 else None
-            alarm = form_alarm(device_mesh, along) if device_mesh is not None and program.pipeline is not None else Alarm()
-            group = along.index if along else 0
-            home = Home(program.mesh, device_mesh, axes_of(program.mesh, device_mesh), group, groups, along, alarm, {}, {})
-            layouts, owners = self._exchange(program, home)
-            self.home = dataclasses.replace(home, layouts=layouts, owners=owners)
-        home = self.home
-        if groups != home.groups:
-            raise PlanError(f"the parameters are stored on {home.groups} groups of ranks, a later plan wants {groups}")
-        if program.mesh != home.mesh:
-            raise PlanError(f"the parameters are stored on the mesh {home.mesh}, a later plan wants {program.mesh}")
-        wrong = [slot for slot in program.parameters if home.layouts[slot.name] != slot.layout]
-        # A parameter that the first program didn't use may be wanted elsewhere: its owner lends it, as it does a shared one.
-        program = dataclasses.replace(program, parameters=tuple(_lend(slot, home.owners[slot.name]) for slot in program.parameters))
-        if wrong:
+        """Store the parameters as the first program needs them, or check that a later program reads them as they are stored.
+
+        Returns the program; parameters that its pipeline ranks need and another stores are shared by their owner. Raises PlanError when a
+        later program needs another mesh, another pipeline or other layouts.
+        """
+        pipeline_ranks = 1 if program.pipeline is None else program.pipeline.schedule.ranks
+        if self.deployment is None:
+            device_mesh = form_mesh(with_pipeline(program.mesh, pipeline_ranks), self.device.type)
+            axis = pipeline_axis(device_mesh) if device_mesh is not None and pipeline_ranks > 1 else None
+            alarm = form_alarm(device_mesh, axis) if device_mesh is not None and program.pipeline is not None else Alarm()
+            deployment = Deployment(
+                mesh=program.mesh,
+                device_mesh=device_mesh,
+                axes=axes_of(program.mesh, device_mesh),
+                pipeline_rank=axis.index if axis is not None else 0,
+                pipeline_ranks=pipeline_ranks,
+                pipeline=axis,
+                alarm=alarm,
+                layouts={},
+                owners={},
+            )
+            layouts, owners = self._exchange(program, deployment)
+            self.deployment = dataclasses.replace(deployment, layouts=layouts, owners=owners)
+        deployment = self.deployment
+        if pipeline_ranks != deployment.pipeline_ranks:
+            raise PlanError(
+                f"the parameters are stored on {deployment.pipeline_ranks} groups of ranks, a later plan wants {pipeline_ranks}"
+            )
+        if program.mesh != deployment.mesh:
+            raise PlanError(f"the parameters are stored on the mesh {deployment.mesh}, a later plan wants {program.mesh}")
+        mismatched = [slot for slot in program.parameters if deployment.layouts[slot.name] != slot.layout]
+        # A parameter may be needed where the first program didn't use it: its owner sends it there, as it does with shared ones.
+        program = dataclasses.replace(
+            program, parameters=tuple(_with_owner(slot, deployment.owners[slot.name]) for slot in program.parameters)
+        )
+        if mismatched:
             raise PlanError(
                 "a later plan wants parameters stored otherwise than the first: "
-                + ", ".join(f"{slot.name} {format_layout(slot.layout)}, not {format_layout(home.layouts[slot.name])}" for slot in wrong)
+                + ", ".join(
+                    f"{slot.name} {format_layout(slot.layout)}, not {format_layout(deployment.layouts[slot.name])}" for slot in mismatched
+                )
             )
-        if home.device_mesh is not None:
-            # Forming groups is a collective: here every rank asks for the same ones in the same order.
+        if deployment.device_mesh is not None:
+            # Forming a group is a collective: every rank forms the same ones in the same order.
             for axes in sorted({slot.partial_axes for slot in program.parameters if slot.partial_axes} - set(self._groups)):
-                self._groups[axes] = group_over(home.device_mesh, axes)
-            home.alarm.watch(self._groups.values())
+                self._groups[axes] = group_over(deployment.device_mesh, axes)
+            deployment.alarm.watch(self._groups.values())
         return program
 
-    def _exchange(self, program: Program, home: Home) -> tuple[dict[str, Layout], dict[str, int | None]]:
-        mesh, device_mesh = home.mesh, home.device_mesh
+    def _exchange(self, program: Program, deployment: Deployment) -> tuple[dict[str, Layout], dict[str, int | None]]:
+        """Exchange every parameter for the part that this rank stores; returns all layouts and owners by name."""
+        mesh, device_mesh = deployment.mesh, deployment.device_mesh
         named = dict(self.model.named_parameters(remove_duplicate=False))
         by_object = {id(named[slot.name]): slot for slot in program.parameters}
         layouts: dict[str, Layout] = {}
         owners: dict[str, int | None] = {}
         exchanged: set[int] = set()
         for name, parameter in named.items():
-            # What the program doesn't use is kept whole, on the same mesh, so that gradient clipping sees one mesh.
+            # What the program doesn't use stays whole, on the same mesh, so that gradient clipping sees a single mesh.
             slot = by_object.get(id(parameter))
             layout = layouts[name] = slot.layout if slot is not None else (REPLICATE,) * len(mesh.names)
-            owner = owners[name] = slot.groups[0] if slot is not None and home.groups > 1 else None
+            owner = owners[name] = slot.groups[0] if slot is not None and deployment.pipeline_ranks > 1 else None
             if id(parameter) in exchanged:
                 continue
             exchanged.add(id(parameter))
             whole = torch_compat.local_of(parameter)
-            is_here = owner in (None, home.group)
-            if not is_here:
+            is_stored_here = owner in (None, deployment.pipeline_rank)
+            if not is_stored_here:
                 local = empty_part(parameter.shape, layout, mesh, parameter.dtype, self.device)
             elif whole.is_meta:
-                local = self._materialise(name, whole, layout, mesh, home.place)
+                local = self._materialise(name, whole, layout, mesh, deployment.place)
             elif device_mesh is None:
                 continue
             else:
-                local = take_local(whole, layout, mesh, home.place)
+                local = take_local(whole, layout, mesh, deployment.place)
             if device_mesh is not None:
-                local = as_dtensor(local, device_mesh, home.placements_of(layout, owner), parameter.shape)
+                local = as_dtensor(local, device_mesh, deployment.placements_of(layout, owner), parameter.shape)
             stored = nn.Parameter(local, requires_grad=parameter.requires_grad)
             stored.__dict__.update(parameter.__dict__)
             torch.utils.swap_tensors(parameter, stored)  # type: ignore[no-untyped-call]
@@ -171,7 +197,7 @@ class Storage:
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
                     full = f"{path}.{name}" if path else name
-                    module._buffers[name] = self._materialise(full, buffer, (REPLICATE,) * len(mesh.names), mesh, home.place)
+                    module._buffers[name] = self._materialise(full, buffer, (REPLICATE,) * len(mesh.names), mesh, deployment.place)
         return layouts, owners
 
     def _materialise(self, name: str, meta: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
@@ -186,22 +212,22 @@ class Storage:
 
 
 def empty_part(shape: Sequence[int], layout: Layout, mesh: Mesh, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What a rank has of a tensor that another group owns: nothing along dim 0 (`autopar.runtime.owned`)."""
+    """What a rank has of a tensor that another pipeline rank owns: a part of size 0 along dim 0 (`autopar.runtime.owned`)."""
     return torch.empty((0, *local_shape(tuple(shape), layout, mesh)[1:]), dtype=dtype, device=device)
 
 
 def stands_for(leaf: Tensor, parameter: nn.Parameter) -> bool:
-    """Whether a leaf still has the storage of a parameter."""
+    """Whether a program's leaf still shares the storage of a parameter, and requires a gradient if the parameter does."""
     return leaf.data_ptr() == torch_compat.address_of(parameter) and leaf.requires_grad == parameter.requires_grad
 
 
-def lend_buffers(program: Program, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The buffers for a run with a backward: of those that get a new value a copy, for the backward may want the old one."""
+def copy_updated_buffers(program: Program, buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers that a run with a backward reads: copies of those that get new values, since the backward may need the old ones."""
     return {**buffers, **{name: buffers[name].clone() for name in program.mutated_buffers}}
 
 
 def as_stored(value: Any, parameter: nn.Parameter | None) -> Any:
-    """A whole tensor as a DTensor like the parameter's; a DTensor of another layout exchanged for one."""
+    """A value to load into a parameter, as a DTensor with the parameter's mesh and placements; other values unchanged."""
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     if not isinstance(value, DTensor):
@@ -214,7 +240,7 @@ def as_stored(value: Any, parameter: nn.Parameter | None) -> Any:
 
 
 def replicate(model: nn.Module, device: torch.device) -> None:
-    """Make every parameter a DTensor that all ranks have whole, with the first rank's values, as DDP does."""
+    """Make every parameter a replicated DTensor with the first rank's values; buffers get the first rank's values too, as in DDP."""
     world = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("world",))
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
@@ -235,7 +261,7 @@ def replicate(model: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def plain_parameters(model: nn.Module) -> Iterator[None]:
-    """Put plain tensors of the global sizes in the place of DTensors, so that a model can be captured."""
+    """Inside, the model's parameters are plain tensors of the global sizes instead of DTensors, so that it can be captured."""
     before = [
         (module, name, parameter)
         for module in model.modules()
@@ -247,7 +273,7 @@ def plain_parameters(model: nn.Module) -> Iterator[None]:
         if id(parameter) not in plain:
             local = torch_compat.local_of(parameter)
             if local.shape != parameter.shape:
-                # Capture reads sizes only, so what other ranks store needs no memory here.
+                # Capture reads sizes only, so the tensor needs no memory.
                 local = torch.empty(parameter.shape, dtype=local.dtype, device=local.device)
                 local.untyped_storage().resize_(0)
             plain[id(parameter)] = nn.Parameter(local, requires_grad=parameter.requires_grad)
@@ -260,7 +286,7 @@ def plain_parameters(model: nn.Module) -> Iterator[None]:
 
 
 def _like(parameter: nn.Parameter, stored: nn.Parameter) -> nn.Parameter:
-    """`stored` with the attributes and the hooks that the user has put on `parameter`."""
+    """`stored`, with the attributes and hooks of the user's `parameter`."""
     stored.__dict__.update(parameter.__dict__)
     for hook in (parameter._backward_hooks or {}).values():
         stored.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -269,13 +295,13 @@ def _like(parameter: nn.Parameter, stored: nn.Parameter) -> nn.Parameter:
     return stored
 
 
-def _lend(slot: Slot, owner: int | None) -> Slot:
-    """The parameter as its owner lends it to the groups that use it."""
+def _with_owner(slot: Slot, owner: int | None) -> Slot:
+    """The slot with the parameter's owner among the pipeline ranks that have it, in first place."""
     return slot if owner in (None, slot.groups[0]) else dataclasses.replace(slot, groups=tuple(dict.fromkeys((owner, *slot.groups))))
 
 
 Place = tuple[dict[str, Any], str]
-"""A module's dict of parameters or buffers and the name in it."""
+"""A module's dict of parameters or buffers, and a name in it."""
 
 
 def _find_places(model: nn.Module, kind: Literal["_parameters", "_buffers"]) -> dict[str, Place]:

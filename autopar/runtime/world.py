@@ -1,8 +1,9 @@
-"""The processes that ran together: joining them, and the process groups of a mesh's axes.
+"""The processes of a job: joining them, and the process groups of a mesh's axes.
 
-A rank that dies leaves the others waiting in a collective. They give up after the process group's timeout, which is ten
-minutes unless the user's own ``init_process_group`` said otherwise; torchrun, which watches the processes, ends them sooner.
-All groups made here wait as long as the default one. The ranks of a pipeline tell each other of failures (`autopar.runtime.failures`).
+Comes in: torchrun's environment or an existing process group, and a plan's mesh. Goes out: a device mesh, the axes that programs name, and
+one plan for all ranks. A rank that dies leaves the others waiting in a collective. They give up after the process group's timeout, ten
+minutes unless the user's own ``init_process_group`` said otherwise; torchrun, which watches the processes, ends them sooner. All groups
+made here have the default group's timeout. The ranks of a pipeline report failures to each other (`autopar.runtime.failures`).
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from autopar.plans import Plan, from_json, to_json
 from autopar.runtime.failures import Alarm
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others. Longer than any step or checkpoint, short enough to free the machines of a dead job."""
+"""How long a rank waits for the others: longer than any step or checkpoint, short enough to free the machines of a dead job."""
 
 
 def join_world(device_type: str, timeout: timedelta = TIMEOUT) -> int:
     """Form the default process group when torchrun started this process, and return the number of ranks; 1 without it.
 
-    A process group that exists already is taken as it is.
+    A process group that exists already is used as it is.
     """
     if not dist.is_available():
         return 1
@@ -85,40 +86,40 @@ def group_over(device_mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessG
 
 
 def _limit_waits(group: dist.ProcessGroup) -> None:
-    """Let a group of a device mesh give up as soon as the default group does; torch gives it half an hour."""
+    """Give a group of a device mesh the default group's timeout; torch gives it half an hour."""
     if group is not dist.group.WORLD:
         torch_compat.set_timeout(group, _timeout())
 
 
 def _timeout() -> timedelta:
-    """How long the default process group waits."""
+    """The timeout of the default process group."""
     assert dist.group.WORLD is not None
     return torch_compat.timeout_of(dist.group.WORLD)
 
 
 def axes_of(mesh: Mesh, device_mesh: DeviceMesh | None) -> dict[str, comm.Axis]:
-    """What a program's axis names stand for on this rank."""
+    """Name of an axis of the mesh -> the axis as this rank sees it."""
     if device_mesh is None:
         return {name: comm.alone(name) for name in mesh.names}
     return {name: comm.GroupAxis(name, device_mesh.get_group(name)) for name in mesh.names}
 
 
 def pipeline_axis(device_mesh: DeviceMesh) -> comm.GroupAxis:
-    """The axis along which this rank's stages have their neighbours; every rank must call it.
+    """The axis of the pipeline ranks, on which this rank sends and receives; a collective, so every rank must call it.
 
-    It has process groups of its own: they can be closed when a stage fails, and no message of the user's gets among its messages.
+    It has process groups of its own: they can be closed when a stage fails, and the user's messages can't mix with the pipeline's.
     """
-    # Every rank makes the groups of all, in one order.
+    # Forming a group is a collective: every rank forms the groups of all, in the same order.
     lines = device_mesh.mesh.flatten(1).T.tolist()
     place = next(i for i, line in enumerate(lines) if dist.get_rank() in line)
-    ways = [[dist.new_group(line, timeout=_timeout()) for line in lines] for _ in range(1 if device_mesh.device_type == "cpu" else 2)]
-    return comm.GroupAxis(PIPELINE, ways[0][place], (ways[0][place], ways[-1][place]))
+    directions = [[dist.new_group(line, timeout=_timeout()) for line in lines] for _ in range(1 if device_mesh.device_type == "cpu" else 2)]
+    return comm.GroupAxis(PIPELINE, directions[0][place], (directions[0][place], directions[-1][place]))
 
 
 def form_alarm(device_mesh: DeviceMesh, axis: comm.GroupAxis | None) -> Alarm:
-    """What stops the ranks of a pipeline when one fails; every rank must call it."""
+    """The alarm that stops the ranks of a pipeline when one fails; every rank must call it."""
     alarm = Alarm(torch_compat.default_store(), dist.get_rank(), dist.get_world_size())
-    alarm.watch(axis.ways if axis is not None else ())
+    alarm.watch(axis.directions if axis is not None else ())
     alarm.watch(map(device_mesh.get_group, device_mesh.mesh_dim_names or ()))
     return alarm
 
@@ -126,30 +127,30 @@ def form_alarm(device_mesh: DeviceMesh, axis: comm.GroupAxis | None) -> Alarm:
 def agree(make: Callable[[], Plan], device: torch.device | None = None) -> Plan:
     """The plan that the first rank makes, on every rank; without a process group just the plan.
 
-    Solvers stop at time limits, so ranks that plan by themselves could come to different plans. When the first rank can't make
-    one, every rank raises its error.
+    Solvers stop at time limits, so ranks that each made their own could get different plans. When the first rank can't make a plan,
+    every rank raises its error.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return make()
-    found: Plan | None = None
+    plan: Plan | None = None
     failure: AutoparError | None = None
     text = ""
     if dist.get_rank() == 0:
         try:
-            found = make()
-            text = to_json(found)
+            plan = make()
+            text = to_json(plan)
         except AutoparError as error:
             failure = error
             text = f"{type(error).__name__}:{error}"
     text = _broadcast_text(text, device)
     if failure is not None:
         raise failure
-    if found is None:
+    if plan is None:
         name, separator, message = text.partition(":")
         if separator and name in ERROR_TYPES:
             raise ERROR_TYPES[name](f"on the first rank: {message}")
-        found = from_json(text)
-    return found
+        plan = from_json(text)
+    return plan
 
 
 def _broadcast_text(text: str, device: torch.device | None) -> str:

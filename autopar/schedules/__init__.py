@@ -1,14 +1,15 @@
 """Schedules of pipelines: lists of actions per rank; made by name, completed with messages, proven to run, simulated.
 
 Comes in: a family's name, numbers of ranks, stages and micro-batches, seconds of stages. Goes out: a `Schedule` that the executor runs,
-its time and what it hangs on.
+its time and which seconds it depends on. The one idea: a schedule is a list of actions per rank, messages included, and what is drawn,
+proven and simulated is the list that runs.
 
 Modules, in reading order: ``actions``, ``families``, ``messages``, ``timeline``.
 """
 
-from autopar.schedules.actions import SENDS, Kind, Schedule
+from autopar.schedules.actions import SENDS, Action, Kind, Schedule, StageEdge
 from autopar.schedules.families import SCHEDULES, check_schedule, forward_only, forwards_first, make_schedule, splits_backward
-from autopar.schedules.messages import Action, StageEdge, held, lower
+from autopar.schedules.messages import add_messages, peaks_in_flight
 from autopar.schedules.timeline import StageTimes, simulate
 
 __all__ = [
@@ -19,12 +20,12 @@ __all__ = [
     "Schedule",
     "StageEdge",
     "StageTimes",
+    "add_messages",
     "check_schedule",
     "forward_only",
     "forwards_first",
-    "held",
-    "lower",
     "make_schedule",
+    "peaks_in_flight",
     "simulate",
     "splits_backward",
 ]

@@ -1,4 +1,8 @@
-"""Actions of pipeline ranks, and schedules made of them: the data alone, with its text form."""
+"""Actions of pipeline ranks and schedules made of them: the data, its text form, and a table of it.
+
+Comes in: text, or what `families` and `messages` put together. Goes out: `Schedule`, a list of `Action`s per pipeline rank. The one idea:
+a schedule is what each rank does, in order, messages included; what is drawn, simulated and proven is the list that runs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from autopar.errors import InputError
 
 
 class Kind(StrEnum):
-    """What an action does; the letters are those of its text."""
+    """What an action does; the value is its letters in the text of an action."""
 
     FORWARD = "F"
     BACKWARD = "B"
@@ -33,16 +37,22 @@ class Kind(StrEnum):
 
 COMPUTING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT})
 SENDS: Mapping[Kind, Kind] = {Kind.SEND_FORWARD: Kind.RECEIVE_FORWARD, Kind.SEND_BACKWARD: Kind.RECEIVE_BACKWARD}
-"""Each kind of send, and the receive that it meets."""
+"""Each kind of send -> the kind of receive at the other end."""
 RECEIVES: Mapping[Kind, Kind] = {receive: send for send, receive in SENDS.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class Action:
-    """One thing that a rank does for one micro-batch of one stage; `peer` is the stage at the other end of a message.
+    """Something that a rank does for one micro-batch of one of its stages.
 
     >>> str(Action(2, Kind.FORWARD, 0)), str(Action(2, Kind.SEND_FORWARD, 0, 3)), str(Action(3, Kind.RECEIVE_FORWARD, 0, 2))
     ('2F0', '2SF0>3', '3RF0<2')
+
+    Attributes:
+        stage: the stage that computes, sends or receives.
+        kind: what is done.
+        microbatch: index of the micro-batch; 0 for REDUCE, which is done once per step.
+        peer: of a message, the stage at the other end; -1 otherwise.
     """
 
     stage: int
@@ -59,7 +69,7 @@ _ACTION = re.compile(r"(\d+)([A-Z]+)(\d+)(?:([<>])(\d+))?")
 
 
 def parse_action(text: str) -> Action:
-    """Read the text of an action, such as ``2F0`` or ``2SF0>3``. Raises InputError when it isn't one.
+    """The action of a text such as ``2F0`` or ``2SF0>3``. Raises InputError when the text is no action.
 
     >>> parse_action("3RB1<4")
     Action(stage=3, kind=<Kind.RECEIVE_BACKWARD: 'RB'>, microbatch=1, peer=4)
@@ -74,7 +84,7 @@ def parse_action(text: str) -> Action:
 
 @dataclass(frozen=True, slots=True)
 class StageEdge:
-    """Something that stage `producer` computes and stage `consumer` reads; `has_gradient` says if a gradient comes back."""
+    """Stage `consumer` reads what the earlier stage `producer` computes; `has_gradient` says whether a gradient is sent back."""
 
     producer: int
     consumer: int
@@ -83,7 +93,14 @@ class StageEdge:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What every rank does, in order: `rank_of` gives each stage's pipeline rank, `actions` each rank's list."""
+    """What every pipeline rank does in one step, in order.
+
+    Attributes:
+        name: the family's name, or any name for a schedule of the user's own.
+        microbatches: micro-batches per step.
+        rank_of: per stage its pipeline rank.
+        actions: per pipeline rank its list of actions.
+    """
 
     name: str
     microbatches: int
@@ -106,17 +123,17 @@ class Schedule:
 
     @property
     def chunks(self) -> int:
-        """The most stages that one rank holds."""
+        """Stages on the rank that has the most."""
         return max(self.rank_of.count(rank) for rank in range(self.ranks))
 
     @property
     def splits_backward(self) -> bool:
-        """Whether any backward runs in two passes, INPUT and WEIGHT."""
+        """Whether any backward runs as two actions, INPUT and WEIGHT."""
         return any(action.kind is Kind.INPUT for actions in self.actions for action in actions)
 
     @property
     def has_backward(self) -> bool:
-        """Whether there are backward passes at all."""
+        """Whether there are backwards at all; a schedule for inference has none."""
         return any(action.kind in (Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT) for actions in self.actions for action in actions)
 
 
@@ -125,10 +142,10 @@ def chain(stages: int) -> tuple[StageEdge, ...]:
     return tuple(StageEdge(stage, stage + 1) for stage in range(stages - 1))
 
 
-def meet(action: Action) -> Action:
-    """The receive that meets a send, or the send that meets a receive.
+def counterpart(action: Action) -> Action:
+    """The action at the other end of a message: the receive of a send, or the send of a receive.
 
-    >>> str(meet(parse_action("2SF0>3")))
+    >>> str(counterpart(parse_action("2SF0>3")))
     '3RF0<2'
     """
     return Action(action.peer, SENDS.get(action.kind) or RECEIVES[action.kind], action.microbatch, action.stage)
@@ -141,7 +158,9 @@ WIDTH = 12
 
 
 def draw_table(schedule: Schedule, marks: Sequence[tuple[int, int]] = ()) -> str:
-    """A row per step, a column per rank; with `marks` (rank, step), arrows at them and only what stands near them.
+    """Text with a row per step, the position in the ranks' lists, and a column per rank.
+
+    With `marks`, pairs of a rank and a step, only the rows near them are shown, with arrows, and of many ranks only those near.
 
     >>> print(draw_table(Schedule("two", 1, (0, 1), ((parse_action("0F0"),), (parse_action("1F0"), parse_action("1B0")))), [(1, 1)]))
     step  rank 0  rank 1

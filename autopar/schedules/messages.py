@@ -1,11 +1,12 @@
-"""Pipeline schedules: lists of actions per pipeline rank, by name, with their messages, and proven to run to the end.
+"""Messages between stages added to schedules, the proof that the lists run to their end, and the micro-batches that ranks hold.
 
-A schedule of computing actions comes from `make_schedule` or `forward_only`, or from the user. With the edges of the stage graph, `lower`
-adds the messages, `validate` proves the lists, and `held` counts the micro-batches that each rank holds at once.
+Comes in: a schedule of computing actions, from `families` or from the user, and the edges of the stage graph. Goes out: the same lists with
+sends and receives (`add_messages`), which the executor runs; errors that name the action at fault (`validate`); and the micro-batches in
+flight on each rank at its peaks (`peaks_in_flight`), from which a search gets the memory.
 
 The rules under which lists run: a send never blocks; a receive posts a buffer and doesn't block either; a computing action waits until the
-messages it needs have arrived; per ordered pair of ranks the k-th send meets the k-th receive. Stages of one rank exchange no messages: the
-order of the list must do.
+messages that it needs have arrived; per ordered pair of ranks the k-th send meets the k-th receive. Stages of one rank exchange no
+messages, so their actions must stand in an order in which they can run.
 """
 
 from __future__ import annotations
@@ -17,55 +18,56 @@ from functools import lru_cache
 from itertools import zip_longest
 
 from autopar.errors import InputError, ScheduleError
-from autopar.schedules.actions import COMPUTING, RECEIVES, SENDS, Action, Kind, Schedule, StageEdge, chain, draw_table, meet, parse_action
-from autopar.schedules.families import SCHEDULES, forward_only, make_schedule
-
-__all__ = [
-    "COMPUTING",
-    "SCHEDULES",
-    "Action",
-    "Held",
-    "Kind",
-    "Schedule",
-    "StageEdge",
-    "chain",
-    "draw_table",
-    "forward_only",
-    "held",
-    "lower",
-    "make_schedule",
-    "meet",
-    "parse_action",
-    "validate",
-]
+from autopar.schedules.actions import (
+    COMPUTING,
+    RECEIVES,
+    SENDS,
+    Action,
+    Kind,
+    Schedule,
+    StageEdge,
+    counterpart,
+    draw_table,
+)
 
 
-def lower(schedule: Schedule, edges: Sequence[StageEdge]) -> Schedule:
-    """The schedule with its messages.
+def add_messages(schedule: Schedule, edges: Sequence[StageEdge]) -> Schedule:
+    """The schedule with the messages that its edges need.
 
-    A send stands right after the action that makes its content: F, or B or I for a gradient. A receive stands one computing action before
-    the one that needs it, so that the transfer runs beside that one, and no earlier, which bounds the buffers. Receives from a rank stand
-    in the order of its sends; where the needs come in another order, those sent before are posted too. Stages of one rank exchange no
-    messages.
+    >>> from autopar.schedules import make_schedule
+    >>> print(*add_messages(make_schedule("1f1b", 2, 2), [StageEdge(0, 1)]).actions[1])
+    1RF0<0 1F0 1RF1<0 1B0 1SB0>0 1F1 1B1 1SB1>0 1G0
 
-    A stage whose backwards gain nothing from two passes has them in one: W follows right after I each time, and nobody on another rank
-    waits for what I makes.
+    A send follows the action that makes its content: F, or for a gradient B or I. A receive stands one computing action before the one
+    that needs it: so the transfer runs while that one computes, and no buffer is posted earlier than that. Receives from a rank are in the
+    order of its sends; where they are needed in another order, the receives of what was sent before are posted too. Stages of one rank
+    exchange no messages.
 
-    Raises InputError when the schedule has messages already, or an edge names a stage that isn't there.
+    I and W of a stage are joined into one B where splitting them gains nothing: each W follows right after its I, and no other rank waits
+    for what I makes.
+
+    Args:
+        schedule: computing actions and reductions only.
+        edges: which stages read what other stages compute.
+
+    Raises InputError when the schedule has messages already, or an edge isn't from an earlier to a later stage.
     """
     if any(action.kind not in COMPUTING and action.kind is not Kind.REDUCE for actions in schedule.actions for action in actions):
-        raise InputError(f"schedule {schedule.name!r} has messages already; lower takes computing actions and reductions only")
-    routes = _Routes(schedule, edges)
-    schedule = _join_passes(schedule, routes)
+        raise InputError(f"schedule {schedule.name!r} has messages already; add_messages takes computing actions and reductions only")
+    links = _StageLinks(schedule, edges)
+    schedule = _join_passes(schedule, links)
     sent: dict[tuple[int, int], list[Action]] = defaultdict(list)  # per ordered pair of ranks: its sends in order
     for rank, actions in enumerate(schedule.actions):
         for action in actions:
-            for send in routes.sends_after(action):
+            for send in links.sends_after(action):
                 sent[rank, schedule.rank_of[send.peer]].append(send)
-    lowered = []
+    lists_with_messages = []
     for rank, actions in enumerate(schedule.actions):
         place = {
-            meet(send): (source, index) for (source, target), sends in sent.items() if target == rank for index, send in enumerate(sends)
+            counterpart(send): (source, index)
+            for (source, target), sends in sent.items()
+            if target == rank
+            for index, send in enumerate(sends)
         }
         posted: dict[int, int] = defaultdict(int)
         before: dict[int, list[Action]] = defaultdict(list)  # per position in `actions`: the receives that stand before it
@@ -73,23 +75,23 @@ def lower(schedule: Schedule, edges: Sequence[StageEdge]) -> Schedule:
         for position, action in enumerate(actions):
             if action.kind not in COMPUTING:
                 continue
-            for receive in routes.needs(action):
+            for receive in links.needs(action):
                 if receive not in place:
                     continue  # nobody sends it, as `validate` tells
                 source, index = place[receive]
-                before[earlier] += [meet(send) for send in sent[source, rank][posted[source] : index + 1]]
+                before[earlier] += [counterpart(send) for send in sent[source, rank][posted[source] : index + 1]]
                 posted[source] = max(posted[source], index + 1)
             earlier = position
-        lists: list[Action] = []
+        with_messages: list[Action] = []
         for position, action in enumerate(actions):
-            lists += [*before[position], action, *routes.sends_after(action)]
-        lowered.append(tuple(lists))
-    return replace(schedule, actions=tuple(lowered))
+            with_messages += [*before[position], action, *links.sends_after(action)]
+        lists_with_messages.append(tuple(with_messages))
+    return replace(schedule, actions=tuple(lists_with_messages))
 
 
-def _join_passes(schedule: Schedule, routes: _Routes) -> Schedule:
-    """The schedule with I and W as one B on the stages where nothing comes between them."""
-    apart = {stage for stage in range(schedule.stages) if routes.returning[stage]}
+def _join_passes(schedule: Schedule, links: _StageLinks) -> Schedule:
+    """The schedule with I and W joined into B on the stages where nothing comes between them and no other rank waits for I."""
+    apart = {stage for stage in range(schedule.stages) if links.returning[stage]}
     for actions in schedule.actions:
         for action, following in zip_longest(actions, actions[1:]):
             if action.kind is Kind.INPUT and following != replace(action, kind=Kind.WEIGHT):
@@ -107,26 +109,29 @@ def _join_passes(schedule: Schedule, routes: _Routes) -> Schedule:
     )
 
 
-Held = tuple[tuple[int, int], ...]
-"""What a rank holds at one moment: per stage of the rank, in order, the micro-batches between F and B or I, and those between I and W."""
+InFlight = tuple[tuple[int, int], ...]
+"""Micro-batches in flight on a rank at one moment. Per stage of the rank, in order, a pair: those between F and B or I, whose activations
+are saved, and those between I and W, of which only what the weight gradients need is saved."""
 
 
 # A search looks at one schedule many times.
 @lru_cache(maxsize=32)
-def held(schedule: Schedule) -> tuple[tuple[Held, ...], ...]:
-    """Per rank, the most that it holds at once: every moment's numbers that no other moment's exceed.
+def peaks_in_flight(schedule: Schedule) -> tuple[tuple[InFlight, ...], ...]:
+    """Per pipeline rank the moments with the most micro-batches in flight: those that no other moment exceeds in every number.
 
-    A micro-batch counts as held while the action runs that ends it, which is its forward where there is no backward. A rank's peak
-    memory is the largest, over these combinations, of the numbers times the bytes of each stage.
+    A rank's peak memory is the largest, over its moments, of the sum of numbers times bytes of a micro-batch on each stage. Which of the
+    moments it is depends on those bytes. A micro-batch still counts while the action runs that ends it, which is its forward where there
+    is no backward.
 
-    >>> held(make_schedule("1f1b", 3, 8))
+    >>> from autopar.schedules import make_schedule
+    >>> peaks_in_flight(make_schedule("1f1b", 3, 8))
     ((((3, 0),),), (((2, 0),),), (((1, 0),),))
     """
     trains = schedule.has_backward
     peaks = []
     for rank, actions in enumerate(schedule.actions):
         counts = {stage: (0, 0) for stage, owner in enumerate(schedule.rank_of) if owner == rank}
-        moments: set[Held] = set()
+        moments: set[InFlight] = set()
         for action in actions:
             if action.kind not in COMPUTING:
                 continue
@@ -143,26 +148,35 @@ def held(schedule: Schedule) -> tuple[tuple[Held, ...], ...]:
                 counts[action.stage] = (full, waiting - 1)
             else:
                 counts[action.stage] = (full - 1, waiting + (action.kind is Kind.INPUT))
-        most: list[Held] = []
+        rank_peaks: list[InFlight] = []
         # From the largest sum down, so that whoever exceeds a moment stands before it.
         for moment in sorted(moments, key=lambda moment: (-sum(map(sum, moment)), moment)):
-            if not any(all(a >= c and b >= d for (a, b), (c, d) in zip(other, moment, strict=True)) for other in most):
-                most.append(moment)
-        peaks.append(tuple(most))
+            if not any(_exceeds(peak, moment) for peak in rank_peaks):
+                rank_peaks.append(moment)
+        peaks.append(tuple(rank_peaks))
     return tuple(peaks)
 
 
-def validate(schedule: Schedule, edges: Sequence[StageEdge]) -> None:
-    """Check that all ranks run a lowered schedule to its end, each part of each micro-batch once and in an order that the data allow.
+def _exceeds(peak: InFlight, moment: InFlight) -> bool:
+    """Whether `peak` has at least as much of everything as `moment`."""
+    return all(full >= m_full and weights >= m_weights for (full, weights), (m_full, m_weights) in zip(peak, moment, strict=True))
 
-    Raises ScheduleError with the ranks' actions around the step at fault; InputError when an edge names a stage that isn't there.
+
+def validate(schedule: Schedule, edges: Sequence[StageEdge]) -> None:
+    """Prove that a schedule with messages runs to its end.
+
+    Every stage runs every pass for every micro-batch once, after what it needs; messages match at both ends; no ranks wait for each other
+    in a circle.
+
+    Raises ScheduleError with a table of the ranks' actions around the step at fault, and InputError when an edge isn't from an earlier to a
+    later stage.
     """
-    routes = _Routes(schedule, edges)
+    links = _StageLinks(schedule, edges)
     _check_places(schedule)
     steps = {action: step for actions in schedule.actions for step, action in enumerate(actions)}
-    _check_computing(schedule, routes, steps)
-    _check_messages(schedule, routes, steps)
-    _check_progress(schedule, routes)
+    _check_computing(schedule, links, steps)
+    _check_messages(schedule, links, steps)
+    _check_progress(schedule, links)
 
 
 def _check_places(schedule: Schedule) -> None:
@@ -184,20 +198,20 @@ def _check_places(schedule: Schedule) -> None:
             seen[action] = step
 
 
-def _check_computing(schedule: Schedule, routes: _Routes, steps: Mapping[Action, int]) -> None:
+def _check_computing(schedule: Schedule, links: _StageLinks, steps: Mapping[Action, int]) -> None:
     """Every part of every micro-batch is computed, after what it needs of its own rank; gradients are reduced after the last backward."""
     trains = schedule.has_backward
     for stage, rank in enumerate(schedule.rank_of):
         end = [(rank, len(schedule.actions[rank]))]
         last = 0
         for index in range(schedule.microbatches):
-            forward, backward, inputs, weight = (Action(stage, kind, index) for kind in _PARTS)
+            forward, backward, inputs, weight = (Action(stage, kind, index) for kind in _PASSES)
             if forward not in steps:
                 raise _fault(schedule, end, f"{forward} is missing")
-            whole, split = backward in steps, (inputs in steps, weight in steps)
-            if whole and any(split):
+            is_whole, split = backward in steps, (inputs in steps, weight in steps)
+            if is_whole and any(split):
                 raise _fault(schedule, [(rank, steps[backward])], f"the backward also runs as {inputs if split[0] else weight}")
-            if trains and not whole and not all(split):
+            if trains and not is_whole and not all(split):
                 missing = f"{inputs}" if split[1] else f"{weight}" if split[0] else f"{backward}, or {inputs} and {weight},"
                 raise _fault(schedule, end, f"{missing} is missing")
             last = max(last, steps.get(backward, 0), steps.get(weight, 0))
@@ -210,28 +224,28 @@ def _check_computing(schedule: Schedule, routes: _Routes, steps: Mapping[Action,
             raise _fault(schedule, [(rank, steps[reduce]), (rank, last)], f"stage {stage}'s gradients aren't complete before step {last}")
     for rank, actions in enumerate(schedule.actions):
         for step, action in enumerate(actions):
-            for needed in routes.needs_here(action):
-                # A need may run as B or as I.
-                ran = next((steps[one] for one in needed if one in steps), -1)
+            for alternatives in links.needs_here(action):
+                # What is needed may run as B or as I.
+                ran = next((steps[alternative] for alternative in alternatives if alternative in steps), -1)
                 if ran > step:
                     raise _fault(schedule, [(rank, step), (rank, ran)], f"it needs {schedule.actions[rank][ran]}, which runs at step {ran}")
 
 
-def _check_messages(schedule: Schedule, routes: _Routes, steps: Mapping[Action, int]) -> None:
+def _check_messages(schedule: Schedule, links: _StageLinks, steps: Mapping[Action, int]) -> None:
     """Every edge's messages are there and no others: sent once made, awaited before they are needed, in one order at both ends."""
-    wanted: set[Action] = set()
+    required: set[Action] = set()
     sends: dict[tuple[int, int], list[Action]] = defaultdict(list)
     receives: dict[tuple[int, int], list[Action]] = defaultdict(list)
     for rank, actions in enumerate(schedule.actions):
         for step, action in enumerate(actions):
-            for send in routes.sends_after(action):
-                wanted.add(send)
+            for send in links.sends_after(action):
+                required.add(send)
                 if send not in steps:
                     raise _fault(schedule, [(rank, step)], f"{send} is missing after it")
                 if steps[send] < step:
                     raise _fault(schedule, [(rank, steps[send]), (rank, step)], f"its content is made by {action}, at step {step}")
-            for receive in routes.needs(action):
-                wanted.add(receive)
+            for receive in links.needs(action):
+                required.add(receive)
                 if receive not in steps:
                     raise _fault(schedule, [(rank, step)], f"{receive} is missing before it")
                 if steps[receive] > step:
@@ -241,18 +255,18 @@ def _check_messages(schedule: Schedule, routes: _Routes, steps: Mapping[Action, 
     for rank, actions in enumerate(schedule.actions):
         for step, action in enumerate(actions):
             if action.kind in SENDS or action.kind in RECEIVES:
-                if action not in wanted:
+                if action not in required:
                     raise _fault(schedule, [(rank, step)], "no edge between stages asks for this message")
                 peer = schedule.rank_of[action.peer]
                 (sends[rank, peer] if action.kind in SENDS else receives[peer, rank]).append(action)
     for (source, target), sent in sends.items():
         for place, (send, receive) in enumerate(zip(sent, receives[source, target], strict=True)):
-            if receive != meet(send):
+            if receive != counterpart(send):
                 why = f"message {place} from rank {source} to rank {target} is {send} there, and {receive} here"
                 raise _fault(schedule, [(target, steps[receive]), (source, steps[send])], why)
 
 
-def _check_progress(schedule: Schedule, routes: _Routes) -> None:
+def _check_progress(schedule: Schedule, links: _StageLinks) -> None:
     """No ranks wait for each other in a circle: all lists run to their ends."""
     at = [0] * schedule.ranks
     sent: set[Action] = set()
@@ -260,7 +274,7 @@ def _check_progress(schedule: Schedule, routes: _Routes) -> None:
     while moved:
         moved = False
         for rank, actions in enumerate(schedule.actions):
-            while at[rank] < len(actions) and all(meet(receive) in sent for receive in routes.needs(actions[at[rank]])):
+            while at[rank] < len(actions) and all(counterpart(receive) in sent for receive in links.needs(actions[at[rank]])):
                 if actions[at[rank]].kind in SENDS:
                     sent.add(actions[at[rank]])
                 at[rank] += 1
@@ -270,12 +284,12 @@ def _check_progress(schedule: Schedule, routes: _Routes) -> None:
         waits = []
         for rank, step in stuck:
             action = schedule.actions[rank][step]
-            send = next(meet(receive) for receive in routes.needs(action) if meet(receive) not in sent)
+            send = next(counterpart(receive) for receive in links.needs(action) if counterpart(receive) not in sent)
             waits.append(f"{action} of rank {rank} waits for {send} of rank {schedule.rank_of[send.stage]}")
         raise _fault(schedule, stuck, f"it never starts, since ranks wait for each other: {'; '.join(waits)}")
 
 
-_PARTS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT)
+_PASSES = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT)
 
 
 def _fault(schedule: Schedule, marks: Sequence[tuple[int, int]], why: str) -> ScheduleError:
@@ -287,8 +301,8 @@ def _fault(schedule: Schedule, marks: Sequence[tuple[int, int]], why: str) -> Sc
     return ScheduleError(f"schedule {schedule.name!r} can't run. {where}: {what}{why}\n\n{draw_table(schedule, marks)}")
 
 
-class _Routes:
-    """What an action needs and which messages follow it, by the edges of a stage graph."""
+class _StageLinks:
+    """The edges of a stage graph, by stage: which messages an action waits for, and which follow it."""
 
     def __init__(self, schedule: Schedule, edges: Sequence[StageEdge]) -> None:
         self.readers: dict[int, list[int]] = defaultdict(list)  # per stage: the stages of other ranks that read what it makes
@@ -305,13 +319,13 @@ class _Routes:
             if ends in seen:
                 raise InputError(f"edge {ends[0]} -> {ends[1]} is there twice; all that crosses it travels in one message")
             seen.add(ends)
-            here = schedule.rank_of[edge.producer] == schedule.rank_of[edge.consumer]
-            (self.makers_here if here else self.makers)[edge.consumer].append(edge.producer)
-            if not here:
+            on_one_rank = schedule.rank_of[edge.producer] == schedule.rank_of[edge.consumer]
+            (self.makers_here if on_one_rank else self.makers)[edge.consumer].append(edge.producer)
+            if not on_one_rank:
                 self.readers[edge.producer].append(edge.consumer)
             if edge.has_gradient:
-                (self.awaited_here if here else self.awaited)[edge.producer].append(edge.consumer)
-                if not here:
+                (self.awaited_here if on_one_rank else self.awaited)[edge.producer].append(edge.consumer)
+                if not on_one_rank:
                     self.returning[edge.consumer].append(edge.producer)
 
     def sends_after(self, action: Action) -> Iterator[Action]:
@@ -333,7 +347,7 @@ class _Routes:
                 yield Action(action.stage, Kind.RECEIVE_BACKWARD, action.microbatch, peer)
 
     def needs_here(self, action: Action) -> Iterator[tuple[Action, ...]]:
-        """What must have run before on the same rank, each as a choice of actions of which one stands in the list."""
+        """What must have run before on the same rank: alternatives, such as B or I, of which the rank's list has one."""
         index = action.microbatch
         if action.kind is Kind.FORWARD:
             for stage in self.makers_here[action.stage]:

@@ -1,12 +1,13 @@
-"""Simulated time of a schedule: when each action runs, how long a step takes, and which times it hangs on.
+"""Simulated time of a schedule: when each action runs, how long a step takes, and which seconds it depends on.
 
-In comes a schedule of computing actions, the seconds of each stage's parts and of each transfer; out comes a `Timeline`. The rules are
-those by which lists run (`schedules`): a rank computes in the order of its list, one action after the other; a transfer starts when its
-content is made and the transfers before it between the same two ranks have arrived; computing goes on meanwhile; an action starts when its
-rank is free and all its messages are there.
+Comes in: a schedule of computing actions, the seconds of each stage's passes and of each transfer between stages. Goes out: a `Timeline`.
+The rules are those by which the executor runs lists: a rank computes in the order of its list, one action after the other; a transfer
+starts when its content is made and the earlier transfers between the same two ranks, in the same direction, have arrived; computing goes on
+meanwhile; an action starts when its rank is free and all its messages are there.
 
-So a step's time is a longest path through a graph of actions and transfers, and `Timeline.critical` counts what lies on it. For a fixed
-schedule those counts bound the time from below under any other seconds: one simulation gives a search one cutting plane.
+So a step's time is the longest path through a graph of passes and transfers, and `Timeline.critical` counts what lies on that path. The
+same path exists whatever the seconds, so for a fixed schedule ``sum(count * seconds)`` over it is a lower bound of the step's time under
+any other seconds: a simulation gives a search one linear constraint, a cutting plane.
 """
 
 from __future__ import annotations
@@ -20,13 +21,16 @@ from types import MappingProxyType
 from autopar.errors import InputError, ScheduleError
 from autopar.schedules.actions import COMPUTING, Action, Kind, Schedule, StageEdge, chain
 
-Part = tuple[int, Kind] | tuple[int, int, Kind]
-"""A stage's F, B, I or W; or a transfer (producer, consumer, SEND_FORWARD or SEND_BACKWARD)."""
+Activity = tuple[int, Kind] | tuple[int, int, Kind]
+"""What takes time: a pass (stage, F, B, I or W), or a transfer (producer, consumer, SEND_FORWARD or SEND_BACKWARD)."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageTimes:
-    """Seconds of one micro-batch on one stage; a whole backward takes `input` + `weight`."""
+    """Seconds of one micro-batch on one stage: of its forward, its input gradients and its weight gradients.
+
+    A whole backward takes ``input + weight``.
+    """
 
     forward: float
     input: float
@@ -35,7 +39,7 @@ class StageTimes:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """An action and the seconds, from the start of the step, at which it starts and ends."""
+    """An action, and when it starts and ends in seconds since the start of the step."""
 
     action: Action
     start: float
@@ -47,22 +51,22 @@ class Timeline:
     """A simulated step.
 
     Attributes:
-        seconds: from the first action's start to the last one's end.
+        seconds: from the start of the first action to the end of the last.
         idle: per rank the seconds in which it computes nothing.
-        critical: how often each part lies on the longest path; `seconds` is the sum of counts times seconds of the parts.
+        critical: activity -> how often it lies on the longest path; `seconds` is the sum of these counts times the activities' seconds.
     """
 
     seconds: float
     idle: tuple[float, ...]
-    critical: Mapping[Part, int]
+    critical: Mapping[Activity, int]
     _graph: _Graph
     _ends: Sequence[float]
 
     @cached_property
     def spans(self) -> tuple[tuple[Span, ...], ...]:
-        """Per rank its computing actions in order, with their times."""
+        """Per rank its computing actions in order, with the times at which they start and end."""
         return tuple(
-            tuple(Span(action, max(self._ends[one] for one in self._graph.before[node]), self._ends[node]) for action, node in pairs)
+            tuple(Span(action, max(self._ends[waited] for waited in self._graph.before[node]), self._ends[node]) for action, node in pairs)
             for pairs in self._graph.nodes
         )
 
@@ -73,14 +77,18 @@ def simulate(
     transfers: Mapping[tuple[int, int], tuple[float, float]] = MappingProxyType({}),
     edges: Sequence[StageEdge] | None = None,
 ) -> Timeline:
-    """Run a schedule under given times.
+    """Simulate one step of a schedule.
+
+    >>> from autopar.schedules import make_schedule
+    >>> simulate(make_schedule("gpipe", 2, 3), [StageTimes(1.0, 1.0, 1.0)] * 2).seconds
+    12.0
 
     Args:
-        schedule: Computing actions; messages in its lists are left aside, since they are timed from the edges.
-        times: Per stage its seconds.
-        transfers: Per edge (producer, consumer) the seconds of a forward and of a backward message; 0 where none are given. Stages of one
+        schedule: computing actions; messages in its lists are ignored, since transfers are timed from the edges.
+        times: per stage the seconds of its passes.
+        transfers: edge (producer, consumer) -> seconds of a forward and of a backward message; 0 where an edge isn't given. Stages of one
             rank exchange no messages, so their edges take no time.
-        edges: The stage graph; by default a chain.
+        edges: the stage graph; by default a chain.
 
     Raises InputError when times or transfers don't fit the stages, ScheduleError when the ranks wait for each other.
     """
@@ -90,26 +98,27 @@ def simulate(
     unknown = [pair for pair in transfers if pair not in graph.pairs]
     if unknown:
         raise InputError(f"there are transfer times for {unknown[0][0]} -> {unknown[0][1]}, and no such edge between stages")
-    seconds = [_seconds_of(part, times, transfers) for part in graph.parts]
+    seconds = [_seconds_of(activity, times, transfers) for activity in graph.activities]
     ends = [0.0]
     append = ends.append
-    for part, (first, second, third) in zip(graph.part_of, graph.before[1:], strict=True):
-        start = ends[first]
-        if ends[second] > start:
-            start = ends[second]
-        if ends[third] > start:
-            start = ends[third]
-        append(start + seconds[part])
+    # Written out, since a search comes here most of all.
+    for index, (node_a, node_b, node_c) in zip(graph.activity_of, graph.before[1:], strict=True):
+        start = ends[node_a]
+        if ends[node_b] > start:
+            start = ends[node_b]
+        if ends[node_c] > start:
+            start = ends[node_c]
+        append(start + seconds[index])
     lasts = [pairs[-1][1] for pairs in graph.nodes if pairs]
-    node = max(lasts, key=lambda one: ends[one], default=0)
+    node = max(lasts, key=ends.__getitem__, default=0)
     total = ends[node]
-    counts = [0] * len(graph.parts)
+    counts = [0] * len(graph.activities)
     while node:
-        counts[graph.part_of[node - 1]] += 1
-        node = max(graph.before[node], key=lambda one: ends[one])
-    busy = [sum(count * seconds[part] for part, count in parts.items()) for parts in graph.work]
-    critical = {part: count for part, count in zip(graph.parts, counts, strict=True) if count and part is not None}
-    return Timeline(total, tuple(total - one for one in busy), critical, graph, ends)
+        counts[graph.activity_of[node - 1]] += 1
+        node = max(graph.before[node], key=ends.__getitem__)
+    busy = [sum(count * seconds[index] for index, count in work.items()) for work in graph.work]
+    critical = {activity: count for activity, count in zip(graph.activities, counts, strict=True) if count and activity is not None}
+    return Timeline(total, tuple(total - rank_busy for rank_busy in busy), critical, graph, ends)
 
 
 def bubble(timeline: Timeline) -> float:
@@ -123,8 +132,8 @@ def bubble(timeline: Timeline) -> float:
     return sum(timeline.idle) / whole if whole else 0.0
 
 
-def _seconds_of(part: Part | None, times: Sequence[StageTimes], transfers: Mapping[tuple[int, int], tuple[float, float]]) -> float:
-    match part:
+def _seconds_of(activity: Activity | None, times: Sequence[StageTimes], transfers: Mapping[tuple[int, int], tuple[float, float]]) -> float:
+    match activity:
         case (producer, consumer, kind):
             return transfers.get((producer, consumer), (0.0, 0.0))[kind is Kind.SEND_BACKWARD]
         case (stage, Kind.FORWARD):
@@ -140,19 +149,19 @@ def _seconds_of(part: Part | None, times: Sequence[StageTimes], transfers: Mappi
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Graph:
-    """Actions and transfers as nodes 1, 2, ... in an order in which each comes after those it waits for; node 0 is the step's start.
+    """Actions and transfers as numbered nodes, each after the nodes that it waits for; node 0 is the start of the step.
 
     Attributes:
-        parts: what nodes do; None, which takes no time, joins more than three others.
-        part_of: per node from 1 the index of what it does.
-        before: per node from 0 the three nodes that it waits for.
+        activities: what nodes do; None, which takes no time, is what nodes do that only join others, where more than three are waited for.
+        activity_of: per node from 1 the index of its activity.
+        before: per node from 0 the three nodes that it waits for; the start stands for those that aren't needed.
         nodes: per rank its computing actions with their nodes, in order.
-        work: per rank how often it does each part.
+        work: per rank the index of each activity that it computes -> how often it does.
         pairs: the edges.
     """
 
-    parts: Sequence[Part | None]
-    part_of: Sequence[int]
+    activities: Sequence[Activity | None]
+    activity_of: Sequence[int]
     before: Sequence[tuple[int, int, int]]
     nodes: Sequence[Sequence[tuple[Action, int]]]
     work: Sequence[Mapping[int, int]]
@@ -162,18 +171,18 @@ class _Graph:
 _KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT)
 
 
-def _part(stage: int, kind: Kind) -> int:
-    """The index of a stage's part among all parts; 0 is None's."""
+def _index_of(stage: int, kind: Kind) -> int:
+    """The index of a stage's pass among all activities; 0 is None's."""
     return 1 + len(_KINDS) * stage + _KINDS.index(kind)
 
 
 # A search simulates the same few schedules under many times, and building the graph takes longer than walking it.
 @lru_cache(maxsize=16)
 def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
-    """The graph of a schedule: ranks run in turns, each as far as it gets."""
-    parts: list[Part | None] = [None, *((stage, kind) for stage in range(schedule.stages) for kind in _KINDS)]
-    needs: dict[int, list[int]] = defaultdict(list)  # per stage's part: the messages that it waits for
-    makes: dict[int, list[tuple[int, int]]] = defaultdict(list)  # per stage's part: the messages that it makes, and for which rank
+    """The graph of a schedule, found by running the ranks in turns, each as far as it gets."""
+    activities: list[Activity | None] = [None, *((stage, kind) for stage in range(schedule.stages) for kind in _KINDS)]
+    needs: dict[int, list[int]] = defaultdict(list)  # per pass of a stage: the messages that it waits for
+    makes: dict[int, list[tuple[int, int]]] = defaultdict(list)  # per pass of a stage: the messages that it makes, and for which rank
     for edge in edges:
         if not 0 <= edge.producer < edge.consumer < schedule.stages:
             raise InputError(f"edge {edge.producer} -> {edge.consumer} isn't from an earlier to a later of the {schedule.stages} stages")
@@ -182,11 +191,11 @@ def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
             ways.append((edge.consumer, edge.producer, Kind.SEND_BACKWARD, (Kind.BACKWARD, Kind.INPUT)))
         for source, target, send, kinds in ways:
             for kind in kinds:
-                makes[_part(source, kind)].append((len(parts), schedule.rank_of[target]))
-                needs[_part(target, kind)].append(len(parts))
-            parts.append((edge.producer, edge.consumer, send))
+                makes[_index_of(source, kind)].append((len(activities), schedule.rank_of[target]))
+                needs[_index_of(target, kind)].append(len(activities))
+            activities.append((edge.producer, edge.consumer, send))
 
-    part_of: list[int] = []
+    activity_of: list[int] = []
     before = [(0, 0, 0)]
     lists = [[action for action in actions if action.kind in COMPUTING] for actions in schedule.actions]
     nodes: list[list[tuple[Action, int]]] = [[] for _ in lists]
@@ -194,36 +203,36 @@ def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
     arrived: dict[tuple[int, int], int] = {}  # per message and micro-batch: the node after which it is there
     latest: dict[tuple[int, int], int] = defaultdict(int)  # per ordered pair of ranks: the node of the last transfer
 
-    def add(part: int, waits: Sequence[int]) -> int:
+    def add(activity: int, waits: Sequence[int]) -> int:
         while len(waits) > 3:
             waits = [*waits[3:], add(0, waits[:3])]
-        part_of.append(part)
+        activity_of.append(activity)
         before.append((waits[0], waits[1] if len(waits) > 1 else 0, waits[2] if len(waits) > 2 else 0))
-        return len(part_of)
+        return len(activity_of)
 
     def run_next(rank: int, action: Action) -> bool:
-        part, index = _part(action.stage, action.kind), action.microbatch
+        activity, microbatch = _index_of(action.stage, action.kind), action.microbatch
         waits = [nodes[rank][-1][1] if nodes[rank] else 0]
-        for message in needs.get(part, ()):
-            if (message, index) not in arrived:
+        for message in needs.get(activity, ()):
+            if (message, microbatch) not in arrived:
                 return False
-            waits.append(arrived[message, index])
-        node = add(part, waits)
+            waits.append(arrived[message, microbatch])
+        node = add(activity, waits)
         nodes[rank].append((action, node))
-        work[rank][part] += 1
-        for message, target in makes.get(part, ()):
+        work[rank][activity] += 1
+        for message, target in makes.get(activity, ()):
             if target != rank:
                 latest[rank, target] = add(message, [node, latest[rank, target]])
-            arrived[message, index] = node if target == rank else latest[rank, target]
+            arrived[message, microbatch] = node if target == rank else latest[rank, target]
         return True
 
-    moved = True
-    while moved:
-        moved = False
+    progressed = True
+    while progressed:
+        progressed = False
         for rank, actions in enumerate(lists):
             while len(nodes[rank]) < len(actions) and run_next(rank, actions[len(nodes[rank])]):
-                moved = True
+                progressed = True
     stuck = [f"rank {rank} at {actions[len(nodes[rank])]}" for rank, actions in enumerate(lists) if len(nodes[rank]) < len(actions)]
     if stuck:
         raise ScheduleError(f"schedule {schedule.name!r} can't run: {', '.join(stuck)} wait for each other; `validate` shows why")
-    return _Graph(parts, part_of, before, nodes, work, frozenset((edge.producer, edge.consumer) for edge in edges))
+    return _Graph(activities, activity_of, before, nodes, work, frozenset((edge.producer, edge.consumer) for edge in edges))

@@ -19,7 +19,7 @@ from autopar.costs import (
     local_nbytes,
     operand_layout_of,
 )
-from autopar.ir import MICRO, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
+from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
 from autopar.plans import OUTSIDE, Candidate, Group, Memory, Pipeline, Plan, Proof, Unruled
 from autopar.search.pipeline import AssignmentCost, BlockOption, Cut
 from autopar.search.placement import Solution, kept_nbytes
@@ -94,7 +94,7 @@ def assemble(
         layouts={name: layout[first:] for name, layout in layouts.items()},
         outputs=tuple(layout[first:] for layout in chosen.choices.outputs),
         placements={name: placement[first:] for name, placement in placements.items()},
-        batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICRO),
+        batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICROBATCH),
         bucket_nbytes=BUCKET_NBYTES,
         costs=_sum_rows(chosen, dict(zip(chosen.mesh.names, mesh.names, strict=True))),
         memory=_memory(chosen, cluster),
@@ -120,7 +120,7 @@ def _name_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) ->
     kinds = set(KIND_OF_ROLE.values())
     names: list[str] = []
     for axis, given in enumerate(mesh.names):
-        if given in kinds or given == MICRO:
+        if given in kinds or given == MICROBATCH:
             names.append(given)
             continue
         weight: Counter[str] = Counter()
@@ -245,7 +245,7 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
         Group(
             name=name,
             count=sizes.get(name, 1),
-            axes={axis: ", ".join(texts) or "nothing" for axis, texts in axes[name].items() if axis != MICRO},
+            axes={axis: ", ".join(texts) or "nothing" for axis, texts in axes[name].items() if axis != MICROBATCH},
             parameter_bytes=parameters[name],
             activation_bytes=activations[name],
         )

@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 
 from autopar.errors import InputError
 from autopar.ir import (
-    MICRO,
-    PASS,
+    MICROBATCH,
+    PASS_PARTIAL,
     REPLICATE,
     Layout,
     Meaning,
@@ -78,7 +78,7 @@ def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> 
     splits = [(Split(loop.name, outer), role) for loop in space.splittable for outer, role in loops[loop.name].items()]
     parts += [split for split, role in splits if role is not Role.INNER] or [split for split, _ in splits]
     if space.linear:
-        parts.append(PASS)
+        parts.append(PASS_PARTIAL)
     options = [(*time, *option) for option in itertools.product(parts, repeat=len(mesh.sizes) - first)]
     legal: list[Placement] = [option for option in options if is_legal(space, option, mesh)]  # type: ignore[misc, arg-type]
     for axis in range(len(constraints.kinds)):
@@ -188,5 +188,5 @@ def output_options(tensor: Tensor, mesh: Mesh, time: State = REPLICATE) -> list[
 
 def _fitting(tensor: Tensor, states: Sequence[State], mesh: Mesh) -> list[Layout]:
     """Layouts of these states, the whole one first; an axis of one rank splits nothing."""
-    per_axis = [states if size > 1 and name != MICRO else [REPLICATE] for name, size in zip(mesh.names, mesh.sizes, strict=True)]
+    per_axis = [states if size > 1 and name != MICROBATCH else [REPLICATE] for name, size in zip(mesh.names, mesh.sizes, strict=True)]
     return [option for option in itertools.product(*per_axis) if fits(tensor.shape, option, mesh)]

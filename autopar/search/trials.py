@@ -92,7 +92,8 @@ def solve_trials(
     """Solve all trials in which every op has a placement; none when pipelines are open and no split at all can save enough memory.
 
     Args:
-        model: the model to place; `chain`: its blocks.
+        model: the model to place.
+        chain: its blocks.
         trials: meshes and what is asked of each, all ranks one group.
         cluster: the devices and links.
         pins: for messages; the trials obey them already.

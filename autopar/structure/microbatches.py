@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from autopar.errors import InputError
 from autopar.ir import (
     BROADCAST,
-    MICRO,
-    PASS,
+    MICROBATCH,
+    PASS_PARTIAL,
     REPLICATE,
     Dims,
     Graph,
@@ -28,7 +28,7 @@ from autopar.ir import (
     Mesh,
     Op,
     OpKind,
-    Pass,
+    PassPartial,
     Space,
     Split,
     State,
@@ -46,7 +46,7 @@ from autopar.structure.roles import Factors, Role
 WHOLE_NBYTES = 1 << 28
 """The largest tensor that is made of the whole batch at once; a step is cut into micro-batches to have no large ones."""
 
-Part = Split | Pass | None
+Part = Split | PassPartial | None
 """What the time axis does to an op: one entry of a `Placement`."""
 
 
@@ -193,7 +193,7 @@ class _Pass:
         self.graph = graph
         self.spaces = spaces
         self.cut = cut
-        self.mesh = Mesh((MICRO,), (count,))
+        self.mesh = Mesh((MICROBATCH,), (count,))
         self.parts: dict[str, Part] = {}
         self.states: dict[Value, State] = {}
         self.whole: set[Value] = set()
@@ -206,7 +206,7 @@ class _Pass:
 
     def holds_for(self, count: int) -> bool:
         """Whether as many micro-batches are split in the same way."""
-        mesh = Mesh((MICRO,), (count,))
+        mesh = Mesh((MICROBATCH,), (count,))
         return all(is_legal(space, (split,), mesh) == legal for (_, split), (space, legal) in self.legal.items())
 
     def _is_legal(self, space: Space, split: Split) -> bool:
@@ -306,7 +306,7 @@ class _Pass:
             splits = [choice for part in self._splits(op, space) if (choice := self._try(op, space, part)) is not None]
             if splits:
                 return min(splits, key=lambda choice: choice.nbytes)
-            summed = self._try(op, space, PASS) if space.linear else None
+            summed = self._try(op, space, PASS_PARTIAL) if space.linear else None
             # A value that all micro-batches have is better read whole than kept by the first of them only.
             if summed is not None and all(self.states[op.operands[index]] != REPLICATE for index in space.linear):
                 return summed

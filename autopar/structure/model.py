@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from autopar.ir import MICRO, Graph, Layout, Mesh, OpKind, Route, Space, Split
+from autopar.ir import MICROBATCH, Graph, Layout, Mesh, OpKind, Route, Space, Split
 from autopar.structure.layers import Folded
 from autopar.structure.microbatches import MicroSplit
 from autopar.structure.roles import Factors, Role
@@ -33,12 +33,12 @@ class Model:
 
 def in_time(mesh: Mesh, count: int) -> Mesh:
     """The mesh with `count` micro-batches as its outermost axis."""
-    return Mesh((MICRO, *mesh.names), (count, *mesh.sizes))
+    return Mesh((MICROBATCH, *mesh.names), (count, *mesh.sizes))
 
 
 def first_rank_axis(mesh: Mesh) -> int:
     """Position of the first axis that is made of ranks: 1 where time is an axis too."""
-    return int(mesh.names[:1] == (MICRO,))
+    return int(mesh.names[:1] == (MICROBATCH,))
 
 
 # Elements of a table that every rank makes for itself; a larger one is worth splitting.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from autopar.schedules.messages import make_schedule
+from autopar.schedules.families import make_schedule
 from autopar.search.pipeline.assignment import Assignment, assign
 from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 

@@ -40,9 +40,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
 from autopar.ops import comm
-from autopar.ops.weight_gradients import DEFERRABLE
+from autopar.ops.deferrable import DEFERRABLE
 from autopar.rewrite.program import Program, StageProgram
-from autopar.structure.microbatches import MICRO
+from autopar.structure.microbatches import MICROBATCH
 from autopar.torch_compat import StorageRef
 
 BATCH, SEQ, VOCABULARY = 16, 64, 2048
@@ -176,7 +176,7 @@ class StageModule(nn.Module):
         self.run = _without_deferral(stage.module)
         axes = {name: comm.alone(name) for name in program.mesh.names}
         self.axes = axes
-        self.times = [{**axes, MICRO: comm.TimeAxis(MICRO, microbatches, i)} for i in range(microbatches)]
+        self.times = [{**axes, MICROBATCH: comm.MicrobatchAxis(MICROBATCH, microbatches, i)} for i in range(microbatches)]
         self.wholes: tuple[Tensor, ...] = ()
         ends = [[index for index, _ in sent] for sent in stage.sends.values()]
         if len(stage.receives) > 1 or len(ends) > 1:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopar.errors import InfeasibleError, InputError
-from autopar.schedules import Kind, Schedule, StageTimes, held, simulate
+from autopar.schedules import Kind, Schedule, StageTimes, peaks_in_flight, simulate
 from autopar.search.pipeline.block_options import BlockOptions, Cut
 
 Floats = npt.NDArray[np.float64]
@@ -151,7 +151,7 @@ def make_problem(blocks: Sequence[BlockOptions], schedule: Schedule, budget: int
         else:
             runs.append(_make_run(number, block, has_backward, splits_backward))
     stages_of = tuple(tuple(stage for stage, of in enumerate(schedule.rank_of) if of == rank) for rank in range(schedule.ranks))
-    holdings = tuple(np.array(combinations, dtype=np.int64).reshape(len(combinations), -1, 2) for combinations in held(schedule))
+    holdings = tuple(np.array(combinations, dtype=np.int64).reshape(len(combinations), -1, 2) for combinations in peaks_in_flight(schedule))
     return AssignmentProblem(tuple(blocks), tuple(runs), schedule, budgets, stages_of, holdings)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from autopar.cost_models import axis_link
 from autopar.costs import Choices, CostTables, SolvedChain, call_seconds
 from autopar.errors import AutoparError, InputError
-from autopar.ir import MICRO, Mesh, Op, OpKind, Split, fits, with_pipeline
+from autopar.ir import MICROBATCH, Mesh, Op, OpKind, Split, fits, with_pipeline
 from autopar.search.options import AxisKind, Constraints, call_options
 from autopar.search.pipeline.block_options import BlockOptions
 from autopar.search.pipeline.configurations import Configuration, PipelineProblem
@@ -136,7 +136,7 @@ class SolutionCache:
         for name, size, kind in zip(mesh.names, mesh.sizes, configuration.trial.constraints.kinds, strict=True):
             key = op.name, configuration.microbatches, size, kind
             if key not in self._splits:
-                alone = Mesh((MICRO, name), (configuration.microbatches, size))
+                alone = Mesh((MICROBATCH, name), (configuration.microbatches, size))
                 options = call_options(model, op, alone, Constraints((AxisKind.TIME, kind)))
                 self._splits[key] = any(isinstance(option[1], Split) for option in options)
             ways *= size if self._splits[key] else 1

@@ -21,9 +21,10 @@ from autopar.capture.export import capture
 from autopar.checks import oracle, threads
 from autopar.errors import AutoparError
 from autopar.ir.layout import Mesh
-from autopar.ops import collectives, comm, kernels, rng, weight_gradients
+from autopar.ops import collectives, comm, deferrable, kernels, rng, weight_gradients
+from autopar.ops.deferrable import DEFERRABLE
 from autopar.ops.recompute import Recomputed
-from autopar.ops.weight_gradients import DEFERRABLE, Deferred, deferring
+from autopar.ops.weight_gradients import Deferred, deferring
 from autopar.rules.table import facts_of, find_spaces, rule
 from autopar.torch_compat import StorageRef
 from tests.helpers import tree_allclose
@@ -113,12 +114,12 @@ def _check(name: str, shapes: tuple[Any, ...], keywords: Mapping[str, Any]) -> N
     op, operands = oracle.trace(name, *split, **keywords)
     parameters = [operands[index] for index in facts_of(op, rule(op, oracle.describe(operands))).weights]
     assert parameters
-    with deferring() as left:
+    with deferring() as deferred:
         z = DEFERRABLE[name](*split, **keywords)
         z.backward(_seed_of(y))
     assert all(x.grad is None for x in parameters)
     assert all(x.grad is not None for x in split if isinstance(x, Tensor) and x.requires_grad and all(x is not p for p in parameters))
-    left.run()
+    deferred.run()
     assert len(_gradients(split)) == len(_gradients(expected)) == len(_gradients(at_once))
     for got, want in zip(_gradients(split) + _gradients(at_once), 2 * _gradients(expected), strict=True):
         assert got.shape == want.shape
@@ -185,43 +186,43 @@ def test_convolutions_of_any_windows(
 def test_half_precision(dtype: torch.dtype) -> None:
     def run(linear: Op) -> list[Tensor | None]:
         x, weight, bias = (_randn(*shape, seed=at, dtype=dtype).requires_grad_() for at, shape in enumerate([(3, 5, 8), (4, 8), (4,)]))
-        with deferring() as left:
+        with deferring() as deferred:
             linear(x, weight, bias).square().sum().backward()
-        left.run()
+        deferred.run()
         return [x.grad, weight.grad, bias.grad]
 
     # One rounding each, of sums in another order.
-    assert tree_allclose(run(weight_gradients.linear), run(F.linear), rtol=4 * torch.finfo(dtype).eps) == 3
+    assert tree_allclose(run(deferrable.linear), run(F.linear), rtol=4 * torch.finfo(dtype).eps) == 3
 
 
 def test_what_needs_no_gradient() -> None:
     x, weight, bias = _randn(5, 4), _randn(3, 4, seed=1), _randn(3, seed=2)
-    assert not weight_gradients.linear(x, weight, bias).requires_grad
+    assert not deferrable.linear(x, weight, bias).requires_grad
     with torch.no_grad():
-        assert not weight_gradients.linear(x, weight.clone().requires_grad_(), bias).requires_grad
+        assert not deferrable.linear(x, weight.clone().requires_grad_(), bias).requires_grad
     # A frozen weight: nothing is left, also not of the bias.
     bias.requires_grad_()
     x.requires_grad_()
-    with deferring() as left:
-        weight_gradients.linear(x, weight, bias).sum().backward()
-    assert left.nbytes == 0
+    with deferring() as deferred:
+        deferrable.linear(x, weight, bias).sum().backward()
+    assert deferred.nbytes == 0
     tree_allclose([x.grad, bias.grad], [weight.sum(0).expand(5, 4), torch.full((3,), 5.0, dtype=torch.float64)])
     # A frozen bias, and an input without gradient: the weight waits.
     data, frozen = _randn(5, 4), torch.zeros(3, dtype=torch.float64)
     weight.requires_grad_()
-    with deferring() as left:
-        weight_gradients.linear(data, weight, frozen).sum().backward()
+    with deferring() as deferred:
+        deferrable.linear(data, weight, frozen).sum().backward()
     assert weight.grad is None
-    left.run()
+    deferred.run()
     tree_allclose([weight.grad], [data.sum(0).expand(3, 4)])
     assert frozen.grad is None
 
 
 def test_a_sparse_table_is_left_to_torch() -> None:
     table = _randn(7, 4).requires_grad_()
-    with deferring() as left:
-        weight_gradients.embedding(table, torch.tensor([1, 2]), -1, False, True).sum().backward()
-    assert left.nbytes == 0
+    with deferring() as deferred:
+        deferrable.embedding(table, torch.tensor([1, 2]), -1, False, True).sum().backward()
+    assert deferred.nbytes == 0
     assert table.grad is not None
     assert table.grad.is_sparse
 
@@ -237,13 +238,13 @@ def test_nothing_is_computed_twice(name: str) -> None:
 
     arguments = _arguments(shapes, name)
     whole = count(_plain(name)(*arguments).sum().backward)
-    with deferring() as left:
+    with deferring() as deferred:
         inputs = count(DEFERRABLE[name](*arguments).sum().backward)
-    weights = count(left.run)
+    weights = count(deferred.run)
     assert inputs > 0
     assert weights > 0
     assert inputs + weights == whole
-    assert count(left.run) == 0
+    assert count(deferred.run) == 0
     assert count(DEFERRABLE[name](*arguments).sum().backward) == whole
 
 
@@ -252,10 +253,10 @@ def test_only_inputs_and_gradients_wait() -> None:
     seen: list[StorageRef] = []
     x = _randn(5, 4).requires_grad_()
     weights = [_randn(3, 4, seed=at).requires_grad_() for at in range(3)]
-    with deferring() as left:
+    with deferring() as deferred:
         hidden = x * 2
         seen.append(StorageRef(hidden))
-        products = [weight_gradients.linear(hidden, weight) for weight in weights]
+        products = [deferrable.linear(hidden, weight) for weight in weights]
         activations = [product.exp() for product in products]
         between = [StorageRef(activation) for activation in activations]
         loss = sum(activation.sum() for activation in activations)
@@ -265,9 +266,9 @@ def test_only_inputs_and_gradients_wait() -> None:
     gc.collect()
     assert all(ref.expired() for ref in between)
     assert not seen[0].expired()
-    assert left.nbytes == 8 * (5 * 4 + 3 * 5 * 3)
-    left.run()
-    assert left.nbytes == 0
+    assert deferred.nbytes == 8 * (5 * 4 + 3 * 5 * 3)
+    deferred.run()
+    assert deferred.nbytes == 0
     assert seen[0].expired()
     tree_allclose([w.grad for w in weights], [(2 * x @ w.T).exp().T @ (2 * x) for w in weights], rtol=1e-12)
 
@@ -277,21 +278,21 @@ def test_no_gradient_is_copied() -> None:
     weight = _randn(3, 4).requires_grad_()
     made: list[int] = []
     waited: list[int] = []
-    original = weight_gradients._of_linear
+    original = deferrable._of_linear
 
-    def note(biased: bool, x: Tensor, gradient: Tensor) -> weight_gradients.Gradients:
-        gradients = original(biased, x, gradient)
+    def note(has_bias: bool, x: Tensor, gradient: Tensor) -> weight_gradients.Gradients:
+        gradients = original(has_bias, x, gradient)
         assert gradients[0] is not None
         made.append(gradients[0].data_ptr())
         waited.append(gradient.data_ptr())
         return gradients
 
-    with pytest.MonkeyPatch.context() as patch, deferring() as left:
-        patch.setattr(weight_gradients, "_of_linear", note)
-        y = weight_gradients.linear(_randn(5, 4), weight)
+    with pytest.MonkeyPatch.context() as patch, deferring() as deferred:
+        patch.setattr(deferrable, "_of_linear", note)
+        y = deferrable.linear(_randn(5, 4), weight)
         y.register_hook(lambda gradient: waited.append(gradient.data_ptr()))
         y.exp().sum().backward()
-    left.run()
+    deferred.run()
     assert weight.grad is not None
     assert not weight.grad.requires_grad
     assert made == [weight.grad.data_ptr()]
@@ -305,12 +306,12 @@ def test_weights_get_their_gradients_in_one_backward() -> None:
     x = _randn(5, 4)
     for weight in weights:
         weight.register_post_accumulate_grad_hook(lambda _: backwards.append(torch_compat.backward_id()))
-    with deferring() as left:
+    with deferring() as deferred:
         for weight in weights:
-            x = weight_gradients.linear(x, weight)
+            x = deferrable.linear(x, weight)
         x.sum().backward()
     assert not backwards
-    left.run()
+    deferred.run()
     assert len(backwards) == 3
     assert len(set(backwards)) == 1
 
@@ -320,19 +321,19 @@ def test_a_waiting_gradient_is_not_changed_by_a_later_backward() -> None:
 
     def run(linear: Op, split: bool) -> list[Tensor | None]:
         added, weight = _randn(3, 4).requires_grad_(), _randn(4, 4, seed=1).requires_grad_()
-        lefts = []
+        all_deferred = []
         for at in range(3):
-            with deferring() as left:
+            with deferring() as deferred:
                 y = linear(_randn(1, 3, 4, seed=at + 2), weight) + added.unsqueeze(0)
                 y.square().sum().backward()
-            lefts.append(left)
+            all_deferred.append(deferred)
             if not split:
-                left.run()
-        for left in lefts:
-            left.run()
+                deferred.run()
+        for deferred in all_deferred:
+            deferred.run()
         return [added.grad, weight.grad]
 
-    assert tree_allclose(run(weight_gradients.linear, True), run(F.linear, False), rtol=1e-12) == 2
+    assert tree_allclose(run(deferrable.linear, True), run(F.linear, False), rtol=1e-12) == 2
 
 
 @pytest.mark.parametrize(
@@ -349,10 +350,10 @@ def test_the_first_gradient_of_a_leaf_is_its_own(move: Op) -> None:
     total = torch.zeros(5, 3, dtype=torch.float64)
     for at in range(2):
         x = _randn(5, 4, seed=at + 4).requires_grad_()
-        with deferring() as left:
-            y = (weight_gradients.addmm(first, x, up) + move(weight_gradients.addmm(second, x, down))).exp()
+        with deferring() as deferred:
+            y = (deferrable.addmm(first, x, up) + move(deferrable.addmm(second, x, down))).exp()
             y.sum().backward()
-        left.run()
+        deferred.run()
         total += y.detach()
     tree_allclose([first.grad, second.grad], [total, total], rtol=1e-12)
 
@@ -360,10 +361,10 @@ def test_the_first_gradient_of_a_leaf_is_its_own(move: Op) -> None:
 def test_a_gradient_that_only_waiting_products_share_is_not_copied() -> None:
     x = _randn(5, 4).requires_grad_()
     first, second = (_randn(3, 4, seed=at).requires_grad_() for at in (1, 2))
-    with deferring() as left:
-        (weight_gradients.linear(x, first) + weight_gradients.linear(x, second).view(5, 3)).exp().sum().backward()
-    assert left.nbytes == 8 * (5 * 4 + 5 * 3)
-    left.run()
+    with deferring() as deferred:
+        (deferrable.linear(x, first) + deferrable.linear(x, second).view(5, 3)).exp().sum().backward()
+    assert deferred.nbytes == 8 * (5 * 4 + 5 * 3)
+    deferred.run()
     tree_allclose([second.grad], [first.grad])
 
 
@@ -371,11 +372,11 @@ def test_a_gradient_that_only_waiting_products_share_is_not_copied() -> None:
 def test_a_bias_made_of_a_leaf_beside_a_weight_that_is_one(with_gradient: bool) -> None:
     x = _randn(5, 4).requires_grad_(with_gradient)
     weight, bias = _randn(3, 4, seed=1).requires_grad_(), _randn(3, seed=2).requires_grad_()
-    with deferring() as left:
-        weight_gradients.linear(x, weight, 2 * bias).square().sum().backward()
+    with deferring() as deferred:
+        deferrable.linear(x, weight, 2 * bias).square().sum().backward()
     assert weight.grad is None
     assert bias.grad is None
-    left.run()
+    deferred.run()
     y = F.linear(x, weight, 2 * bias)
     tree_allclose([weight.grad, bias.grad], [2 * y.T @ x, 4 * y.sum(0)], rtol=1e-12)
 
@@ -388,7 +389,7 @@ def test_one_pass_is_the_rule() -> None:
     def at_the_end() -> None:
         found.append(weight.grad is None)
 
-    y = weight_gradients.linear(x.sin(), weight)
+    y = deferrable.linear(x.sin(), weight)
     x.register_hook(lambda gradient: torch_compat.after_backward(at_the_end))
     y.sum().backward(retain_graph=True)
     first = None if weight.grad is None else weight.grad.clone()
@@ -407,26 +408,26 @@ def test_a_backward_that_fails_leaves_nothing() -> None:
     kept = StorageRef(hidden)
     hidden.register_hook(fail)
     with pytest.raises(ValueError, match="on purpose"):
-        weight_gradients.linear(hidden, weight).sum().backward()
+        deferrable.linear(hidden, weight).sum().backward()
     del hidden
     gc.collect()
     assert kept.expired()
     # Somebody who holds on to what it left doesn't make the next backward leave anything there.
-    left: list[Deferred] = []
+    seen: list[Deferred] = []
     hidden = x.sin()
-    hidden.register_hook(lambda gradient: left.append(weight_gradients._find_deferred()))
+    hidden.register_hook(lambda gradient: seen.append(weight_gradients._find_deferred()))
     hidden.register_hook(fail)
     with pytest.raises(ValueError, match="on purpose"):
-        weight_gradients.linear(hidden, weight).sum().backward()
-    weight_gradients.linear(x, weight).sum().backward()
-    assert left[0].nbytes > 0
+        deferrable.linear(hidden, weight).sum().backward()
+    deferrable.linear(x, weight).sum().backward()
+    assert seen[0].nbytes > 0
     tree_allclose([weight.grad], [x.sum(0).expand(3, 4)])
 
 
 def test_passes_in_the_wrong_order_are_refused() -> None:
     weight = _randn(3, 4).requires_grad_()
     with deferring():
-        y = weight_gradients.linear(_randn(5, 4), weight).sum()
+        y = deferrable.linear(_randn(5, 4), weight).sum()
         y.backward(retain_graph=True)
         with pytest.raises(AutoparError, match="a second backward came by before the weight gradients of the first"):
             y.backward()
@@ -466,7 +467,7 @@ def _mlp(x: Tensor, norm: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, lin
 
 
 def _layer(split: bool, recomputed: bool) -> nn.Module:
-    linear, addmm = (weight_gradients.linear, weight_gradients.addmm) if split else (F.linear, torch.addmm)
+    linear, addmm = (deferrable.linear, deferrable.addmm) if split else (F.linear, torch.addmm)
 
     def layer(x: Tensor, *w: Tensor) -> Tensor:
         return _mlp(_attention(x, *w[:4], linear, addmm), *w[4:], linear)
@@ -493,7 +494,7 @@ def test_a_transformer_over_micro_batches(order: str, recomputed: bool) -> None:
         parameters = [_randn(*shape, seed=at).requires_grad_() for at, shape in enumerate([(11, WIDTH), *SHAPES, *SHAPES])]
         matrices = [p for p in parameters if p.dim() == 2]
         losses: dict[str, Tensor] = {}
-        lefts: dict[str, Deferred] = {}
+        all_deferred: dict[str, Deferred] = {}
         with comm.active({}):
             for action in actions.split():
                 kind, batch = action
@@ -508,16 +509,16 @@ def test_a_transformer_over_micro_batches(order: str, recomputed: bool) -> None:
                     losses[batch].backward()
                 elif kind == "I":
                     before = [p.grad if p.grad is None else p.grad.clone() for p in matrices]
-                    with deferring() as lefts[batch]:
+                    with deferring() as all_deferred[batch]:
                         losses.pop(batch).backward()
                     assert all(p.grad is was if was is None else p.grad.equal(was) for p, was in zip(matrices, before, strict=True))
                 else:
-                    lefts.pop(batch).run()
+                    all_deferred.pop(batch).run()
         assert all(p.grad is not None for p in parameters)
         return [p.grad for p in parameters if p.grad is not None]
 
     expected = run(_layer(False, False), torch.ops.aten.embedding.default, "F0 B0 F1 B1 F2 B2")
-    actual = run(_layer(True, recomputed), weight_gradients.embedding, ORDERS[order])
+    actual = run(_layer(True, recomputed), deferrable.embedding, ORDERS[order])
     assert tree_allclose(actual, expected, rtol=1e-12) == 17
 
 
@@ -531,11 +532,11 @@ def test_a_recomputed_layer_runs_no_further_than_its_last_product_needs() -> Non
     for recomputed in (False, True):
         with comm.active({}), rng.isolated(0):
             loss = _layer(True, recomputed)(x, *weights).sum()
-            with FlopCounterMode(display=False) as counter, deferring() as left:
+            with FlopCounterMode(display=False) as counter, deferring() as deferred:
                 loss.backward()
             inputs = counter.get_total_flops()
             with FlopCounterMode(display=False) as counter:
-                left.run()
+                deferred.run()
         flops[recomputed] = (inputs, counter.get_total_flops())
     rows = 2 * 6
     products = 2 * rows * (WIDTH * 3 * WIDTH + WIDTH * WIDTH + WIDTH * 12)
@@ -546,11 +547,11 @@ def test_a_recomputed_layer_runs_no_further_than_its_last_product_needs() -> Non
 def test_after_a_region_within_a_region_the_outer_one_goes_on() -> None:
     """A product of a region is no node of its own, which would be run again with its last input."""
     x, weight = _randn(5, 4).requires_grad_(), _randn(3, 4, seed=1).requires_grad_()
-    with weight_gradients.inside_region():
-        with weight_gradients.inside_region():
+    with weight_gradients.in_recomputed_region():
+        with weight_gradients.in_recomputed_region():
             pass
-        inside = weight_gradients.linear(x, weight)
-    outside = weight_gradients.linear(x, weight)
+        inside = deferrable.linear(x, weight)
+    outside = deferrable.linear(x, weight)
     assert ["_Product" in str(y.grad_fn) for y in (inside, outside)] == [False, True]
 
 
@@ -562,11 +563,11 @@ def test_gathered_and_broadcast_weights(recomputed: bool) -> None:
     later = [False, False]
 
     def on(rank: int, split: bool) -> list[Tensor | None]:
-        linear = weight_gradients.linear if split else F.linear
+        linear = deferrable.linear if split else F.linear
         seen: list[StorageRef] = []
 
         def layer(x: Tensor, up: Tensor, bias: Tensor, down: Tensor) -> Tensor:
-            full = collectives.all_gather(up, "dp", 0, keep=False)
+            full = collectives.all_gather(up, "dp", 0, save=False)
             seen.append(StorageRef(full))
             y = F.gelu(linear(x, full, collectives.broadcast(bias, "dp")))
             return x + linear(y, collectives.broadcast(down.to(torch.float64), "dp"))
@@ -577,21 +578,21 @@ def test_gathered_and_broadcast_weights(recomputed: bool) -> None:
         module = Recomputed(module) if recomputed and split else module  # type: ignore[arg-type]
         parts = [whole[0].chunk(2)[rank], whole[1].chunk(2)[rank], whole[2], whole[3]]
         x, *parameters = [part.clone().requires_grad_() for part in parts]
-        lefts = []
+        all_deferred = []
         with collectives.regather():
             losses = [module(x * at, *parameters).square().sum() for at in (1, 2)]
         for loss in losses:
-            with deferring() as left:
+            with deferring() as deferred:
                 loss.backward()
-            lefts.append(left)
+            all_deferred.append(deferred)
         del losses, loss
         gc.collect()
         if split:
             assert all(p.grad is None for p in parameters)
             assert all(ref.expired() for ref in seen)
         later[rank] = split
-        for left in reversed(lefts):
-            left.run()
+        for deferred in reversed(all_deferred):
+            deferred.run()
         later[rank] = False
         return [x.grad, *(p.grad for p in parameters)]
 
@@ -641,10 +642,10 @@ def test_captured_models(name: str) -> None:
         loss = program(*bound)[0]
         early: set[str] = set()
         if split:
-            with deferring() as left:
+            with deferring() as deferred:
                 loss.sum().backward()
             early = {key for key, p in named.items() if p.grad is not None}
-            left.run()
+            deferred.run()
         else:
             loss.sum().backward()
         return loss.detach(), {key: p.grad.clone() for key, p in named.items() if p.grad is not None}, early

@@ -15,15 +15,15 @@ from autopar.capture.export import Captured, capture
 from autopar.checks import threads
 from autopar.errors import CommError, InputError
 from autopar.ir.graph import Op, OpKind, Value
-from autopar.ir.layout import PARTIAL, PASS, REPLICATE, Mesh, Split, State, StateKind, local_shape, operand_layout, shard
+from autopar.ir.layout import PARTIAL, PASS_PARTIAL, REPLICATE, Mesh, Split, State, StateKind, local_shape, operand_layout, shard
 from autopar.ops import comm, kernels, rng
 from autopar.ops.collectives import join_parts, take_part
-from autopar.ops.comm import TimeAxis
+from autopar.ops.comm import MicrobatchAxis
 from autopar.ops.losses import count_targets, cross_entropy, nll_loss
 from autopar.rules.notation import argument
 from autopar.rules.table import find_spaces
 from autopar.structure import microbatches
-from autopar.structure.microbatches import MICRO, MicroSplit, reads_locally, split_microbatches
+from autopar.structure.microbatches import MICROBATCH, MicroSplit, reads_locally, split_microbatches
 from autopar.structure.roles import find_factors
 from tests.zoo import ZOO
 
@@ -70,12 +70,12 @@ class Subject:
         return values
 
     def run_part(
-        self, leaves: Mapping[str, Tensor], split: MicroSplit, whole: Mapping[Value, Tensor], axis: TimeAxis
+        self, leaves: Mapping[str, Tensor], split: MicroSplit, whole: Mapping[Value, Tensor], axis: MicrobatchAxis
     ) -> dict[Value, Tensor]:
         """All values of one micro-batch, which sees the whole batch only where `split` says so."""
         values: dict[Value, Tensor] = {}
-        mesh = Mesh((MICRO,), (axis.size,))
-        with comm.active({MICRO: axis}), rng.isolated(3):
+        mesh = Mesh((MICROBATCH,), (axis.size,))
+        with comm.active({MICROBATCH: axis}), rng.isolated(3):
             for op in self.graph.ops:
                 if op.kind is OpKind.CALL:
                     operands = [
@@ -93,7 +93,13 @@ class Subject:
         return REPLICATE if space is None else operand_layout(space, (split.parts[op.name],), index)[0]
 
     def _take(
-        self, values: Mapping[Value, Tensor], whole: Mapping[Value, Tensor], split: MicroSplit, value: Value, need: State, axis: TimeAxis
+        self,
+        values: Mapping[Value, Tensor],
+        whole: Mapping[Value, Tensor],
+        split: MicroSplit,
+        value: Value,
+        need: State,
+        axis: MicrobatchAxis,
     ) -> Tensor:
         state = split.states[value]
         if not reads_locally(state, need):
@@ -108,7 +114,7 @@ class Subject:
         extra: dict[str, Any] = {}
         if space is not None and space.shape_arg is not None:
             changes[space.shape_arg] = list(local_shape(op.results[0].shape, (split.states[Value(op.name)],), mesh))
-        splits = {part.loop: (MICRO,)} if space is not None and isinstance(part, Split) and part.loop in space.kernel_loops else {}
+        splits = {part.loop: (MICROBATCH,)} if space is not None and isinstance(part, Split) and part.loop in space.kernel_loops else {}
         if space is not None and space.kernel is not None and (splits or space.random):
             target = getattr(kernels, space.kernel)
             extra["splits"] = splits
@@ -141,7 +147,7 @@ def _widened(captured: Captured) -> Captured:
     return captured
 
 
-def _cut(x: Tensor, state: State, axis: TimeAxis) -> Tensor:
+def _cut(x: Tensor, state: State, axis: MicrobatchAxis) -> Tensor:
     return take_part(x, state.dim, state.outer, axis.index, axis.size)
 
 
@@ -168,10 +174,10 @@ def check(subject: Subject, count: int) -> MicroSplit:
     """Split, run every micro-batch, and compare all joined values and the sums of gradients with those of the whole batch."""
     split = subject.split(count)
     assert split.reasons == ()
-    mesh = Mesh((MICRO,), (count,))
+    mesh = Mesh((MICROBATCH,), (count,))
     whole_leaves, leaves = subject.leaves(), subject.leaves()
     whole = subject.run(whole_leaves)
-    runs = [subject.run_part(leaves, split, whole, TimeAxis(MICRO, count, index)) for index in range(count)]
+    runs = [subject.run_part(leaves, split, whole, MicrobatchAxis(MICROBATCH, count, index)) for index in range(count)]
     for value, expected in whole.items():
         if value not in runs[0]:
             continue  # a kernel may leave out results that nothing reads
@@ -186,7 +192,7 @@ def check(subject: Subject, count: int) -> MicroSplit:
         for value in returned:
             state, weight = split.states[value], weights[value]
             if state.kind is StateKind.SHARD:
-                weight = _cut(weight, state, TimeAxis(MICRO, count, index))
+                weight = _cut(weight, state, MicrobatchAxis(MICROBATCH, count, index))
             if state != REPLICATE or index == 0:
                 run[value].backward(weight, retain_graph=True)  # type: ignore[no-untyped-call]
     names = [op.name for op in subject.graph.of_kind(OpKind.PARAMETER)]
@@ -293,13 +299,13 @@ def test_sums_pass_through_linear_ops_and_stop_at_others() -> None:
 
     split = check(subject := small(linear), 4)
     assert subject.states(split) == [PARTIAL]
-    assert PASS in split.parts.values()
+    assert PASS_PARTIAL in split.parts.values()
 
     def squared(model: Small, x: Tensor) -> Any:
         return model.first(x).mean(0).square().sum()
 
     (reason,) = small(squared).split(4).reasons
-    assert reason.startswith("aten.square.default at tests/test_microbatch.py")
+    assert reason.startswith("aten.square.default at tests/test_microbatches.py")
     assert "mean float64[4, 8] is a sum over the micro-batches and depends on parameters" in reason
     assert "instead of 4" in reason
 
@@ -360,7 +366,7 @@ def test_large_values_are_not_made_whole(monkeypatch: pytest.MonkeyPatch) -> Non
     assert {str(value) for value in subject.split(2).whole} == {"exp"}
     monkeypatch.setattr(microbatches, "WHOLE_NBYTES", 8 * 8 * 4 * 6 - 1)
     (reason,) = subject.split(2).reasons
-    assert "aten.amax.default at tests/test_microbatch.py" in reason
+    assert "aten.amax.default at tests/test_microbatches.py" in reason
     assert "takes 1536 bytes for the whole batch, more than 1535" in reason
 
 
@@ -396,7 +402,7 @@ def test_random_ops_differ_between_micro_batches_only_where_they_are_split() -> 
     leaves = subject.leaves()
     whole = subject.run(leaves)
     own, shared, _ = subject.output.operands
-    first, second = (subject.run_part(leaves, split, whole, TimeAxis(MICRO, 2, index)) for index in range(2))
+    first, second = (subject.run_part(leaves, split, whole, MicrobatchAxis(MICROBATCH, 2, index)) for index in range(2))
     assert not torch.equal(first[own], second[own])
     assert torch.equal(first[shared], second[shared])
     assert 0 < int((first[shared] == 0).sum()) < 8
@@ -419,7 +425,7 @@ def test_new_values_of_buffers_must_be_the_same_for_all() -> None:
 
     average = {"average": torch.zeros(8, dtype=torch.float64)}
     (reason,) = small(from_hidden, average).split(4).reasons
-    assert "new value of buffer average, made by aten.mean.dim at tests/test_microbatch.py" in reason
+    assert "new value of buffer average, made by aten.mean.dim at tests/test_microbatches.py" in reason
     assert "each of 4 micro-batches has P of it" in reason
 
 
@@ -446,7 +452,7 @@ def test_ops_without_a_rule_need_what_they_read_whole() -> None:
 
     check(small(of_inputs), 2)
     (reason,) = small(of_hidden).split(2).reasons
-    assert "aten.trace.default at tests/test_microbatch.py" in reason
+    assert "aten.trace.default at tests/test_microbatches.py" in reason
     assert "has no rule" in reason
 
 
@@ -601,17 +607,17 @@ def test_a_mean_loss_over_ranks_and_time_counts_what_it_is_told_over_the_ranks(l
         total = torch.zeros((), dtype=torch.float64)
         for index in range(2):
             part = slice(4 * rank + 2 * index, 4 * rank + 2 * index + 2)
-            with comm.active({**comm.current(), MICRO: TimeAxis(MICRO, 2, index)}):
-                total = total + loss(logits[part], target[part], splits={"n": (MICRO, "x")}, counted=counted)
+            with comm.active({**comm.current(), MICROBATCH: MicrobatchAxis(MICROBATCH, 2, index)}):
+                total = total + loss(logits[part], target[part], splits={"n": (MICROBATCH, "x")}, counted=counted)
                 with pytest.raises(CommError, match=f"along time: all_reduce on axis 'micro', micro-batch {index} of 2"):
-                    loss(logits[part], target[part], splits={"n": (MICRO, "x")})
+                    loss(logits[part], target[part], splits={"n": (MICROBATCH, "x")})
         return total
 
     torch.testing.assert_close(sum(threads.run(Mesh(("x",), (2,)), run)), F.nll_loss(logits, target))
 
 
 def test_time_has_positions_and_no_collectives() -> None:
-    axis = TimeAxis("micro", 4, 3)
+    axis = MicrobatchAxis("micro", 4, 3)
     with comm.active({"micro": axis}):
         assert comm.index(("micro",)) == 3
         assert comm.count(("micro",)) == 4
@@ -628,4 +634,4 @@ def test_time_has_positions_and_no_collectives() -> None:
         with pytest.raises(CommError, match="ranks can't exchange along time"):
             call()
     with pytest.raises(ValueError, match="position 4"):
-        TimeAxis("micro", 4, 4)
+        MicrobatchAxis("micro", 4, 4)
