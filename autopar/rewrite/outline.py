@@ -19,19 +19,11 @@ from autopar.capture import source_of
 from autopar.errors import InputError, PlanError
 from autopar.ir import freeze
 from autopar.ops import Recomputed
+from autopar.rewrite.regions import Region
 
 # Names of arguments that say how likely an operator drops an element, and whether it draws at all.
 _CHANCES = ("p", "dropout", "dropout_p")
 _SWITCHES = ("train", "training")
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A part of the graph: its own `path`, the `name` that it shares with its like, and whether the backward runs it again."""
-
-    path: str
-    name: str
-    recomputed: bool = False
 
 
 @dataclass
