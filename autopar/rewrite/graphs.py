@@ -24,19 +24,19 @@ from autopar.rewrite.whole_batch import BatchValue, find_ancestors
 def build_whole(planned: PlannedGraph, calls: Sequence[str]) -> fx.GraphModule:
     """The whole graph on the whole batch, its calls in the order `calls`.
 
-    Before, two products of which `tp` splits the inner features, and a batch that `dp` splits, stored whole::
+    Before, two products without a nonlinearity between them, on the mesh ``dp=2 x tp=2``::
 
         def forward(p_up_weight, p_down_weight, x):
             up = linear(x, p_up_weight)
             down = linear(up, p_down_weight)
             return (down,)
 
-    After::
+    After, where the plan stores ``x`` whole, splits rows over ``dp``, the features between the products over ``tp``, and returns rows
+    split over ``dp``::
 
         def forward(p_up_weight, p_down_weight, x):
             shard = shard(x, 'dp', 0)
-            broadcast = broadcast(shard, 'tp')
-            up = linear(broadcast, p_up_weight)
+            up = linear(shard, p_up_weight)
             down = linear(up, p_down_weight)
             all_reduce = all_reduce(down, 'tp')
             return (all_reduce,)
