@@ -15,13 +15,13 @@ from autopar.plans import Pipeline, Plan, check_fits
 from autopar.rewrite.graphs import build_whole
 from autopar.rewrite.outline import outline
 from autopar.rewrite.pipeline import rewrite_pipeline
-from autopar.rewrite.planned import PlannedGraph, check_decisions
+from autopar.rewrite.planned import PlannedGraph, read_plan
 from autopar.rewrite.program import Program
 from autopar.rewrite.regions import find_layers, find_recomputed
 from autopar.rewrite.slots import make_program
 from autopar.rewrite.stages import partition
 from autopar.rules import find_spaces
-from autopar.structure import Chain, find_chain, fold, fold_as_planned
+from autopar.structure import Chain, find_chain, fold
 
 
 def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, group: int | None = None) -> Program:
@@ -39,9 +39,8 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, 
     check_fits(plan, captured.graph)
     folded = fold(captured.graph)
     spaces, _ = find_spaces(captured.graph)
+    planned = read_plan(captured, plan, folded, spaces, device)
     chain = find_chain(folded, spaces)
-    planned = PlannedGraph(captured, plan, fold_as_planned(folded, {*plan.placements, *plan.layouts}), spaces, device)
-    check_decisions(planned)
     if not plan.pipeline.is_trivial or not plan.pipeline.keeps_all:
         _check_blocks(plan.pipeline, chain)
     return _rewrite_whole(planned, chain) if plan.pipeline.is_trivial else rewrite_pipeline(planned, chain, group)

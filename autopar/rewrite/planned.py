@@ -40,7 +40,7 @@ from autopar.ir import (
     result_layout,
 )
 from autopar.plans import Plan
-from autopar.structure import Folded, MicroSplit, in_time
+from autopar.structure import Folded, MicroSplit, fold_as_planned, in_time
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,24 @@ class PlannedGraph:
     def partial_axes(self) -> Mapping[str, frozenset[str]]:
         """Parameter's op name -> the axes over which its gradient is summed after the backward instead of at each use."""
         return {op.name: _find_partial_axes(self, op) for op in self.graph.of_kind(OpKind.PARAMETER)}
+
+
+def read_plan(captured: Captured, plan: Plan, folded: Folded, spaces: Mapping[str, Space], device: torch.device | None) -> PlannedGraph:
+    """`captured` with the decisions of `plan`, which was made for it; for programs that run on the whole batch.
+
+    Args:
+        captured: the model.
+        plan: a file that anyone may have edited.
+        folded: the graph of `captured` as `autopar.structure.fold` folds it; the plan may tell more layers apart.
+        spaces: the loops of every call that has a rule.
+        device: where new tensors are made; None leaves it to the call.
+
+    Raises:
+        PlanError: the plan decides too little, or what can't be carried out.
+    """
+    planned = PlannedGraph(captured, plan, fold_as_planned(folded, {*plan.placements, *plan.layouts}), spaces, device)
+    _check_decisions(planned)
+    return planned
 
 
 # What the plan says, over the axes of ranks alone.
@@ -162,8 +180,8 @@ def _find_broadcast_axes(planned: PlannedGraph, parameter: Op, need: Layout) -> 
 # Checks.
 
 
-def check_decisions(planned: PlannedGraph) -> None:
-    """Raise PlanError where the plan, a file that anyone may have edited, decides too little or what can't be carried out."""
+def _check_decisions(planned: PlannedGraph) -> None:
+    """Raise PlanError where the plan decides too little, or what can't be carried out."""
     plan, graph, mesh = planned.plan, planned.graph, planned.plan.mesh
     if reserved := {MICRO, PIPELINE} & set(mesh.names):
         raise PlanError(f"plan.mesh has an axis {reserved.pop()!r}, which is no axis of a group of ranks; plan again")
