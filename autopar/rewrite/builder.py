@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class GraphBuilder:
         return node
 
     def call(
-        self, op: Op, function: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any] | None = None, name: str | None = None
+        self, op: Op, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, name: str | None = None
     ) -> fx.Node:
         """A call on behalf of `op`: the op itself, or a collective before it.
 
@@ -61,7 +61,7 @@ class GraphBuilder:
                 node.meta["stack_trace"] = trace
         return node
 
-    def finish(self, results: Iterable[fx.Node]) -> fx.GraphModule:
+    def finish(self, results: Sequence[fx.Node]) -> fx.GraphModule:
         """The module that returns `results`, without calls that nothing reads."""
         self._graph.output(tuple(results))
         self._graph.eliminate_dead_code()

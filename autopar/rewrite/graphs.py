@@ -45,7 +45,7 @@ def build_whole(planned: PlannedGraph, calls: Sequence[str]) -> fx.GraphModule:
     _place(builder, (op for kind in (OpKind.PARAMETER, OpKind.BUFFER, OpKind.INPUT) for op in graph.of_kind(kind)))
     for name in calls:
         call(builder, graph.by_name[name])
-    return builder.finish(read_operand(builder, graph.output, position) for position in range(len(graph.output.operands)))
+    return builder.finish([read_operand(builder, graph.output, position) for position in range(len(graph.output.operands))])
 
 
 def build_stage(planned: PlannedGraph, stage: Stage, batch_values: Sequence[BatchValue], *, splits_backward: bool) -> fx.GraphModule:
@@ -77,7 +77,8 @@ def build_stage(planned: PlannedGraph, stage: Stage, batch_values: Sequence[Batc
         call(builder, graph.by_name[name], splits_backward=splits_backward)
     # These moves come after all calls and on behalf of the output, so that they belong to no block: a block may be run again as one.
     sent = [move(builder, builder.made[value], sent_layout(planned, value), graph.output).node for value in stage.sent]
-    return builder.finish([*sent, *(read_operand(builder, graph.output, position) for position in stage.outputs)])
+    returned = [read_operand(builder, graph.output, position) for position in stage.outputs]
+    return builder.finish([*sent, *returned])
 
 
 def build_prologue(planned: PlannedGraph, stage: Stage, batch_values: Sequence[BatchValue]) -> fx.GraphModule:
@@ -87,7 +88,7 @@ def build_prologue(planned: PlannedGraph, stage: Stage, batch_values: Sequence[B
 
         loss = cross_entropy(y, labels)
 
-    After, the number of labels that the loss of every micro-batch divides by::
+    After, the number of labels in the whole batch, by which the loss of every micro-batch divides::
 
         def forward(x, labels):
             count_targets = losses.count_targets(labels, None, -100)
@@ -101,10 +102,11 @@ def build_prologue(planned: PlannedGraph, stage: Stage, batch_values: Sequence[B
     for op in graph.of_kind(OpKind.CALL):
         if op.name in ancestors:
             call(builder, op)
-    return builder.finish(
+    results = [
         builder.made[batch_value.value].node if batch_value.loss is None else count_targets(builder, graph.by_name[batch_value.loss])
         for batch_value in batch_values
-    )
+    ]
+    return builder.finish(results)
 
 
 def _place(builder: GraphBuilder, ops: Iterable[Op]) -> None:
