@@ -69,6 +69,46 @@ def test_the_program_reads(name: str, pins: dict[str, object], golden: Callable[
     golden(f"program_{name}.txt", program_text(program.module))
 
 
+def test_stages_read(golden: Callable[[str, str], None]) -> None:
+    """What the second stage receives, takes of its micro-batch and is given of the whole batch; weight gradients wait (ZB-H1)."""
+    model = Tagger()
+    plan = find_plan(model, inputs(), "2xcpu", pins={"pp": 2, "microbatches": 4, "schedule": "zb-h1", "blocks.1": {"pp": 1}})
+    program = rewrite(capture(model, inputs()), plan)
+    assert program.pipeline is not None
+    parts = []
+    for number, stage in program.pipeline.stages.items():
+        for name, module in (("stage", stage.module), ("prologue of stage", stage.prologue)):
+            if isinstance(module, fx.GraphModule):
+                parts.append(f"# {name} {number}\n{program_text(module)}")
+    golden("program_stages.txt", "\n".join(parts))
+
+
+def test_only_the_stages_of_a_group_are_made() -> None:
+    model = Tagger()
+    captured = capture(model, inputs())
+    plan = find_plan(model, inputs(), "2xcpu", pins={"pp": 2, "microbatches": 4, "schedule": "1f1b"})
+    everything, second = (rewrite(captured, plan, group=group) for group in (None, 1))
+    assert everything.pipeline is not None
+    assert second.pipeline is not None
+    assert list(everything.pipeline.stages) == [0, 1]
+    assert list(second.pipeline.stages) == [1]
+    assert (second.parameters, second.outputs) == (everything.parameters, everything.outputs)
+
+
+def test_a_value_that_crosses_needs_a_layout() -> None:
+    model = Tagger()
+    plan = find_plan(model, inputs(), "2xcpu", pins={"pp": 2, "microbatches": 4, "schedule": "1f1b"})
+    with pytest.raises(PlanError, match=r"plan\.pipeline\.travel has no layout for '\w+', which crosses"):
+        rewrite(capture(model, inputs()), replace(plan, pipeline=replace(plan.pipeline, travel={})))
+
+
+def test_blocks_of_another_chain_are_refused() -> None:
+    model = Tagger()
+    plan = find_plan(model, inputs(), "2xcpu", pins={"pp": 2, "microbatches": 4, "schedule": "1f1b"})
+    with pytest.raises(PlanError, match=r"the plan's blocks are .*; the model has "):
+        rewrite(capture(model, inputs()), replace(plan, pipeline=replace(plan.pipeline, blocks=plan.pipeline.blocks[1:])))
+
+
 def test_zero_keeps_no_gathered_weight_and_defers_what_is_whole() -> None:
     model = Tagger()
     plan = find_plan(model, inputs(), "4xcpu", pins={"dp": 4, "fsdp": False})

@@ -2,7 +2,8 @@
 
 Comes in: `Captured` and a `Plan`. Goes out: a `Program`.
 
-Modules, in reading order: ``stages``, ``program``, ``outline``, ``rewriter``, ``emit``.
+Modules, in reading order: ``program``, ``stages``, ``planned``, ``whole_batch``, ``builder``, ``moves``, ``calls``, ``graphs``,
+``regions``, ``outline``, ``slots``, ``pipeline``, ``emit``.
 """
 
 from autopar.rewrite.emit import rewrite

@@ -1,15 +1,17 @@
-"""Regions of a rewritten graph become submodules, one shared by all regions that came out alike.
+"""Regions of a rewritten graph become submodules; regions that came out alike share one.
 
-Repeated layers are such regions: the program then reads as the model does, ``model_layers(h, cos, sin, q_proj, ...)`` once per layer, and
-the layer's own code once. What the backward shall run again is one too.
+Comes in: the graph of a program and the regions of its ops. Goes out: a module that computes the same. Repeated layers are such regions:
+the program then reads as the model does, ``model_layers(h, cos, sin, q_proj, ...)`` once per layer, and the layer's own code stands there
+once. What the backward runs again is one too.
 """
 
 from __future__ import annotations
 
 import operator
 import re
+from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,125 +21,168 @@ from autopar.capture import source_of
 from autopar.errors import InputError, PlanError
 from autopar.ir import freeze
 from autopar.ops import Recomputed
+from autopar.rewrite.regions import Region
 
 # Names of arguments that say how likely an operator drops an element, and whether it draws at all.
 _CHANCES = ("p", "dropout", "dropout_p")
 _SWITCHES = ("train", "training")
 
 
-@dataclass(frozen=True, slots=True)
-class Region:
-    """A part of the graph: its own `path`, the `name` that it shares with its like, and whether the backward runs it again."""
-
-    path: str
-    name: str
-    recomputed: bool = False
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Block:
-    """One region's nodes, what they read from outside and what is read of them outside."""
+    """The nodes of one region, in program order.
+
+    Attributes:
+        region: what they are.
+        nodes: all of them.
+        inputs: the nodes outside that they read, in the order in which they read them.
+        outputs: those of them that nodes outside read.
+    """
 
     region: Region
-    nodes: list[fx.Node] = field(default_factory=list)
-    inputs: list[fx.Node] = field(default_factory=list)
-    outputs: list[fx.Node] = field(default_factory=list)
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
 
 
 def outline(module: fx.GraphModule, region_of: Mapping[str, Region]) -> fx.GraphModule:
-    """A module that computes the same, in which each region is a call of a submodule.
+    """A module that computes the same as `module`, in which each region is a call of a submodule.
 
-    Nodes carry in ``meta["block"]`` the op of the captured graph that they belong to; `region_of` is by such ops. A region whose nodes
-    can't be run in one go, because something outside needs a part of it and gives back to the rest, is left inline. Raises PlanError
-    when it is to be run again, InputError when a region that is to be run again draws random numbers in a way that can't be repeated.
+    Before, with the first two calls in a region ``layers.0``, the others in a region ``layers.1``, both named ``layers.*``::
+
+        def forward(self, p_0_weight, p_1_weight, x):
+            linear = linear(x, p_0_weight)
+            relu = relu(linear)
+            linear_1 = linear(relu, p_1_weight)
+            relu_1 = relu(linear_1)
+            return (relu_1,)
+
+    After::
+
+        def forward(self, p_0_weight, p_1_weight, x):
+            layers = self.layers(x, p_0_weight)
+            layers_1 = self.layers(layers, p_1_weight)
+            return (layers_1,)
+
+        # layers
+        def forward(self, x, p_0_weight):
+            linear = linear(x, p_0_weight)
+            relu = relu(linear)
+            return relu
+
+    A region whose nodes can't be run in one go, because something outside reads a part of it and gives back to the rest, is left as it is.
+
+    Args:
+        module: its nodes carry in ``meta["block"]`` the op of the captured graph that they belong to.
+        region_of: op -> its region.
+
+    Raises:
+        PlanError: a region that the backward runs again can't be run in one go.
+        InputError: a region that the backward runs again draws random numbers in a way that can't be repeated.
     """
-    blocks, owner = _find_blocks(module.graph, region_of)
-    for where, block in list(blocks.items()):
+    blocks = _find_blocks(module.graph, region_of)
+    for path, block in list(blocks.items()):
         if not _runs_in_one_go(block):
             if block.region.recomputed:
-                raise PlanError(f"{where} can't be run again as one: ops outside of it sit between its own; plan it with recompute none")
-            del blocks[where]
-    graph = fx.Graph()
-    root = nn.Module()
-    for name, child in module.named_children():
-        root.add_module(name, child)
-    env: dict[fx.Node, fx.Node] = {}
-    names: dict[Any, str] = {}
-    waiting = {path: len(block.nodes) for path, block in blocks.items()}
+                raise PlanError(f"{path} can't be run again as one: ops outside of it sit between its own; plan it with recompute none")
+            del blocks[path]
+    block_of = {node: block for block in blocks.values() for node in block.nodes}
+    outlining = _Outlining(module)
     for node in module.graph.nodes:
-        path = owner.get(node)
-        if path is None or path not in blocks:
-            env[node] = graph.node_copy(node, lambda n: env[n])
-            continue
-        waiting[path] -= 1
-        if waiting[path] == 0:
-            _call_block(graph, root, names, blocks[path], env, module)
-    outlined = fx.GraphModule(root, graph, class_name="LocalProgram")
-    outlined.delete_all_unused_submodules()
-    graph.lint()
-    return outlined
+        if node not in block_of:
+            outlining.copy(node)
+        elif node is block_of[node].nodes[-1]:
+            outlining.call(block_of[node])
+    return outlining.finish()
 
 
-def _find_blocks(graph: fx.Graph, region_of: Mapping[str, Region]) -> tuple[dict[str, _Block], dict[fx.Node, str]]:
-    blocks: dict[str, _Block] = {}
-    owner: dict[fx.Node, str] = {}
+class _Outlining:
+    """The graph of a module while its blocks are replaced by calls of submodules."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._module = module
+        self._graph = fx.Graph()
+        self._root = nn.Module()
+        for name, child in module.named_children():
+            self._root.add_module(name, child)
+        self._copies: dict[fx.Node, fx.Node] = {}  # node of the module -> what stands for it in the new graph
+        self._names: dict[Any, str] = {}  # signature of a block -> name of the submodule that runs it
+
+    def copy(self, node: fx.Node) -> None:
+        """Take over a node that is in no block."""
+        self._copies[node] = self._graph.node_copy(node, self._copies.__getitem__)
+
+    def call(self, block: _Block) -> None:
+        """Call the submodule that runs `block`."""
+        call = self._graph.call_module(self._name_of(block), tuple(self._copies[node] for node in block.inputs))
+        call.meta["layer"] = block.region.path
+        call.meta["block"] = block.nodes[0].meta["block"]
+        if len(block.outputs) == 1:
+            self._copies[block.outputs[0]] = call
+            return
+        for index, node in enumerate(block.outputs):
+            item = self._copies[node] = self._graph.call_function(operator.getitem, (call, index))
+            item.meta["block"] = call.meta["block"]
+
+    def finish(self) -> fx.GraphModule:
+        """The new module."""
+        outlined = fx.GraphModule(self._root, self._graph, class_name="LocalProgram")
+        outlined.delete_all_unused_submodules()
+        self._graph.lint()
+        return outlined
+
+    def _name_of(self, block: _Block) -> str:
+        """The name of the submodule for `block`: one that runs the same code, or else a new one."""
+        signature = _signature(block)
+        if signature in self._names:
+            return self._names[signature]
+        # The layers of a model that is itself a list of layers have no name but their numbers.
+        name = re.sub(r"\W+", "_", block.region.name.replace(".*", "")).strip("_") or "layers"
+        while hasattr(self._root, name):
+            name += "_"
+        inner = _submodule(block, name, self._module)
+        if block.region.recomputed:
+            check_repeatable(inner.graph)
+        self._root.add_module(name, Recomputed(inner) if block.region.recomputed else inner)
+        self._names[signature] = name
+        return name
+
+
+def _find_blocks(graph: fx.Graph, region_of: Mapping[str, Region]) -> dict[str, _Block]:
+    """Path of each region -> its block."""
+    members: dict[Region, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         region = region_of.get(node.meta.get("block") or "")
         if region is not None and node.op in ("call_function", "call_module"):
-            blocks.setdefault(region.path, _Block(region)).nodes.append(node)
-            owner[node] = region.path
-    for block in blocks.values():
-        inside = set(block.nodes)
-        block.inputs = list(dict.fromkeys(x for n in block.nodes for x in n.all_input_nodes if x not in inside))
-        block.outputs = [node for node in block.nodes if any(user not in inside for user in node.users)]
-    return blocks, owner
+            members[region].append(node)
+    blocks: dict[str, _Block] = {}
+    for region, nodes in members.items():
+        inside = set(nodes)
+        inputs = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in inside)
+        outputs = (node for node in nodes if any(user not in inside for user in node.users))
+        blocks[region.path] = _Block(region, tuple(nodes), tuple(inputs), tuple(outputs))
+    return blocks
 
 
 def _runs_in_one_go(block: _Block) -> bool:
     """Whether nothing outside sits between the block's first node and its last, in program order, and reads it."""
     inside = set(block.nodes)
-    last = block.nodes[-1]
-    node = block.nodes[0]
-    tainted: set[fx.Node] = set()
+    node, last = block.nodes[0], block.nodes[-1]
     while node is not last:
-        if node not in inside and any(x in inside or x in tainted for x in node.all_input_nodes):
-            tainted.add(node)
+        # Reading a part early is a matter of order, not of a cycle, but keeping the order keeps this pass simple.
+        if node not in inside and any(operand in inside for operand in node.all_input_nodes):
+            return False
         node = node.next
-    # Reading a part early is a matter of order, not of a cycle, but keeping the order keeps this pass simple.
-    return not tainted
-
-
-def _call_block(
-    graph: fx.Graph, root: nn.Module, names: dict[Any, str], block: _Block, env: dict[fx.Node, fx.Node], module: fx.GraphModule
-) -> None:
-    signature = _signature(block)
-    if signature not in names:
-        # The layers of a model that is itself a list of layers have no name but their numbers.
-        name = re.sub(r"\W+", "_", block.region.name.replace(".*", "")).strip("_") or "layers"
-        while hasattr(root, name):
-            name += "_"
-        names[signature] = name
-        inner = _submodule(block, name, module)
-        if block.region.recomputed:
-            check_repeatable(inner.graph)
-        root.add_module(name, Recomputed(inner) if block.region.recomputed else inner)
-    call = graph.call_module(names[signature], tuple(env[x] for x in block.inputs))
-    call.meta["layer"] = block.region.path
-    call.meta["block"] = block.nodes[0].meta["block"]
-    if len(block.outputs) == 1:
-        env[block.outputs[0]] = call
-        return
-    for index, node in enumerate(block.outputs):
-        item = env[node] = graph.call_function(operator.getitem, (call, index))
-        item.meta["block"] = call.meta["block"]
+    return True
 
 
 def _submodule(block: _Block, name: str, module: fx.GraphModule) -> fx.GraphModule:
+    """A module that runs the nodes of `block`; its placeholders are the block's inputs."""
     graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {x: graph.placeholder(x.name) for x in block.inputs}
+    copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in block.inputs}
     for node in block.nodes:
-        env[node] = graph.node_copy(node, lambda n: env[n])
-    results = tuple(env[node] for node in block.outputs)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    results = tuple(copies[node] for node in block.outputs)
     graph.output(results[0] if len(results) == 1 else results)
     root = nn.Module()
     for node in block.nodes:
@@ -151,8 +196,8 @@ def _signature(block: _Block) -> tuple[Any, ...]:
     number = {node: index for index, node in enumerate([*block.inputs, *block.nodes])}
     lines = []
     for node in block.nodes:
-        args = fx.node.map_arg(node.args, lambda n: f"%{number[n]}")
-        kwargs = fx.node.map_arg(node.kwargs, lambda n: f"%{number[n]}")
+        args = fx.node.map_arg(node.args, lambda operand: f"%{number[operand]}")
+        kwargs = fx.node.map_arg(node.kwargs, lambda operand: f"%{number[operand]}")
         lines.append((str(node.target), freeze(args), freeze(kwargs)))
     return (tuple(lines), tuple(number[node] for node in block.outputs))
 

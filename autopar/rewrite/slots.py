@@ -1,0 +1,90 @@
+"""What goes into and comes out of a program and its stages: slots, boundaries between stages, outputs of stages."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from autopar.ir import Layout, OpKind, State, StateKind, Value, local_outer, local_shape, shard
+from autopar.rewrite.planned import PlannedGraph, needed_layout, sent_layout, stored_layout
+from autopar.rewrite.program import Boundary, Program, Slot, StageOutput
+from autopar.rewrite.stages import Stage
+
+
+def make_program(planned: PlannedGraph, module: nn.Module) -> Program:
+    """The program around `module`, which is the graph of the whole program or holds those of stages."""
+    return Program(
+        module=module,
+        mesh=planned.plan.mesh,
+        parameters=find_slots(planned, OpKind.PARAMETER),
+        buffers=find_slots(planned, OpKind.BUFFER),
+        inputs=find_slots(planned, OpKind.INPUT),
+        outputs=find_output_slots(planned),
+        mutated_buffers=planned.captured.mutated_buffers,
+        batch_axes=planned.plan.batch_axes,
+        bucket_nbytes=planned.plan.bucket_nbytes,
+        regather=_regathers(module),
+        captured=planned.captured,
+    )
+
+
+def find_slots(planned: PlannedGraph, kind: OpKind) -> tuple[Slot, ...]:
+    """The program's parameters, buffers or inputs, in placeholder order."""
+    slots = []
+    for op in planned.graph.of_kind(kind):
+        (tensor,) = op.results
+        summed = planned.partial_axes.get(op.name, ())
+        partial_axes = tuple(axis for axis in planned.plan.mesh.names if axis in summed)
+        slots.append(Slot(op.target, stored_layout(planned, op), tensor.shape, tensor.dtype, partial_axes, tensor.requires_grad))
+    return tuple(slots)
+
+
+def find_output_slots(planned: PlannedGraph) -> tuple[Slot, ...]:
+    """The outputs that the user gets, in order; of micro-batches joined."""
+    slots = []
+    for position, value in enumerate(planned.graph.returned):
+        tensor = planned.graph.tensor(value)
+        layout = _joined_layout(planned, needed_layout(planned, planned.graph.output, position))
+        slots.append(Slot(f"output {position}", layout, tensor.shape, tensor.dtype, (), tensor.requires_grad))
+    return tuple(slots)
+
+
+def make_boundary(planned: PlannedGraph, value: Value) -> Boundary:
+    """What a stage that reads `value` receives of it per micro-batch."""
+    tensor = planned.graph.tensor(value)
+    shape = local_shape(tensor.shape, sent_layout(planned, value), planned.mesh)
+    return Boundary(str(value), shape, getattr(torch, tensor.dtype), tensor.requires_grad)
+
+
+def find_stage_outputs(planned: PlannedGraph, stage: Stage) -> tuple[StageOutput, ...]:
+    """The outputs among the results of a stage's graph, which follow what it sends."""
+    output = planned.graph.output
+    return tuple(
+        StageOutput(position, number, _state_in_time(planned, needed_layout(planned, output, position)))
+        for number, position in enumerate(stage.outputs, start=len(stage.sent))
+    )
+
+
+def _joined_layout(planned: PlannedGraph, layout: Layout) -> Layout:
+    """The layout over ranks of what a rank has when the results of all its micro-batches are joined.
+
+    Ranks split each micro-batch, so of the whole batch they have a part inside of each of as many blocks as there are micro-batches:
+    with 4 micro-batches, ``S0,S0`` becomes ``S0/4``.
+    """
+    if planned.micro is None:
+        return layout
+    time, *states = layout
+    count = planned.mesh.sizes[0]
+    return tuple(shard(state.dim, state.outer * count) if time.kind is StateKind.SHARD and state == time else state for state in states)
+
+
+def _state_in_time(planned: PlannedGraph, layout: Layout) -> State:
+    """What a micro-batch has of a rank's part of a tensor; a Shard's blocks are those of the rank's part."""
+    time = layout[0]
+    return shard(time.dim, local_outer(layout, planned.mesh, 0)) if time.kind is StateKind.SHARD else time
+
+
+def _regathers(module: nn.Module) -> bool:
+    """Whether some parameter is gathered again in the backward."""
+    graphs = [child.graph for child in module.modules() if isinstance(child, fx.GraphModule)]
+    return any(node.kwargs.get("save") is False for graph in graphs for node in graph.nodes)
