@@ -19,7 +19,7 @@ from autopar.costs import (
     result_layout_of,
 )
 from autopar.ir import MICRO, PIPELINE, Collective, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Value
-from autopar.plans import Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled
+from autopar.plans import Candidate, Group, Memory, Pipeline, Plan, Proof, Seconds, Traffic, Unruled, printable
 from autopar.search.pipeline import Assignment, BlockOption, BlockOptions, Choices
 from autopar.search.placement import Solution, kept_nbytes
 from autopar.structure import Block, Chain, Model, Role, first_rank_axis, role_of
@@ -102,9 +102,9 @@ def assemble(
     bound = solution.bound_ns if spread is None else round(spread.assignment.bound * 1e9)
     objective = solution.cost_ns if spread is None else round(spread.assignment.simulated * 1e9)
     return Plan(
-        model=model_name,
+        model=printable(model_name),
         fingerprint=fingerprint,
-        cluster=str(cluster),
+        cluster=printable(str(cluster)),
         mesh=Mesh(mesh.names[first:], mesh.sizes[first:]),
         pipeline=pipeline,
         inputs={op.target: str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},
@@ -128,8 +128,9 @@ def assemble(
             seconds=seconds,
             candidates=candidates,
         ),
-        unruled=tuple(Unruled(op.name, op.target, op.source) for op in unruled),
-        notes=notes,
+        # Lines of the user's code hold whatever their editor lets in, a tab for one.
+        unruled=tuple(Unruled(op.name, op.target, printable(op.source)) for op in unruled),
+        notes=tuple(map(printable, notes)),
     )
 
 
