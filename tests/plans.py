@@ -112,7 +112,7 @@ def make_row(
     nbytes: float = 0,
     hidden: float = 0.0,
 ) -> CostRow:
-    return CostRow(layer, phase, purpose, axis, collective, count, nbytes, seconds, hidden)
+    return CostRow(layer, phase, purpose, axis, collective, float(count), float(nbytes), seconds, hidden)
 
 
 def set_seconds(plan: Plan, phase: str, purpose: str, seconds: float) -> Plan:

@@ -12,6 +12,7 @@ import click
 import pytest
 
 from autopar.cli.commands import main
+from autopar.costs import CostRow
 from autopar.errors import InputError
 from autopar.plans.pins import PIN_NAMES, parse_mesh
 from autopar.plans.plan import (
@@ -19,12 +20,11 @@ from autopar.plans.plan import (
     VERSION,
     BlockChoice,
     Candidate,
+    Group,
     Memory,
     Pipeline,
     Plan,
     Proof,
-    Seconds,
-    Traffic,
     Unruled,
     to_json,
 )
@@ -246,6 +246,6 @@ def test_every_option_is_on_the_page() -> None:
 
 def test_every_field_of_a_plan_is_on_the_page() -> None:
     page = _read_page("plan-format.md")
-    for kind in (Plan, Pipeline, BlockChoice, Seconds, Memory, Traffic, Proof, Candidate, Unruled):
+    for kind in (Plan, Pipeline, BlockChoice, CostRow, Memory, Group, Proof, Candidate, Unruled):
         for part in fields(kind):
             assert f"`{part.name}`" in page, f"{kind.__name__}.{part.name}"

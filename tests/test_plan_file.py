@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autopar.costs import CostRow
+from autopar.costs import CostRow, Phase, Purpose
 from autopar.errors import PlanError
-from autopar.ir.layout import PASS_PARTIAL, Layout, Mesh, Placement, Split, State, StateKind, shard
+from autopar.ir.layout import PARTIAL, PASS_PARTIAL, REPLICATE, Layout, Mesh, Placement, Split, shard
 from autopar.plans.plan import (
     RECOMPUTE,
     VERSION,
@@ -32,20 +33,21 @@ from autopar.plans.plan import (
     to_json,
 )
 from autopar.schedules.families import SCHEDULES, make_schedule
-from tests.plans import make_pipelined_plan, make_plan
+from tests.plans import make_pipelined_plan, make_plan, make_row
 
-_TEXT = st.text(max_size=8)
+_TEXT = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), max_size=8)
+_NAME = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8)
 _COUNT = st.integers(0, 2**60)
 _TIME = st.floats(0, 1e6)
-_STATE = st.one_of(
-    st.builds(shard, st.integers(0, 9), st.integers(1, 9)),
-    st.sampled_from([State(kind) for kind in StateKind if kind is not StateKind.SHARD]),
-)
+_SPLIT = st.builds(shard, st.integers(0, 9), st.integers(1, 9))
+_STORED = st.one_of(_SPLIT, st.just(REPLICATE))
+_STATE = st.one_of(_STORED, st.just(PARTIAL))
 _PART = st.one_of(st.none(), st.just(PASS_PARTIAL), st.builds(Split, st.sampled_from(["b", "o", "head_dim"]), st.integers(1, 9)))
+_VALUE = st.from_regex(r"[a-z_]{1,4}(\.[0-9]{1,2})?", fullmatch=True)
 
 
-def _make_tables(axes: int, state: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
-    return st.dictionaries(_TEXT, st.tuples(*[state] * axes), max_size=3)
+def _make_tables(axes: int, state: st.SearchStrategy[Any], names: st.SearchStrategy[str] = _NAME) -> st.SearchStrategy[dict[str, Any]]:
+    return st.dictionaries(names, st.tuples(*[state] * axes), max_size=3)
 
 
 @st.composite
@@ -57,34 +59,65 @@ def _pipelines(draw: st.DrawFn, axes: int) -> Pipeline:
     microbatches *= ranks if schedule == "interleaved" else 1
     assert len(make_schedule(schedule, ranks, microbatches, chunks).rank_of) == ranks * chunks
     stages = [stage for stage in range(ranks * chunks) for _ in range(draw(st.integers(1, 3)))]
-    blocks = tuple(BlockChoice(draw(_TEXT), stage, draw(st.sampled_from(RECOMPUTE))) for stage in stages)
-    return Pipeline(ranks, schedule, chunks, microbatches, blocks, draw(_make_tables(axes, _STATE)))
+    blocks = tuple(BlockChoice(f"{draw(_TEXT)}#{index}", stage, draw(st.sampled_from(RECOMPUTE))) for index, stage in enumerate(stages))
+    travel = draw(_make_tables(axes, _STATE, _VALUE)) if ranks * chunks > 1 else {}
+    return Pipeline(ranks, schedule, chunks, microbatches, blocks, travel)
+
+
+@st.composite
+def _memories(draw: st.DrawFn) -> Memory:
+    """Any whose parts fit the budget."""
+    parts = [draw(_COUNT) for _ in range(7)]
+    return Memory(*parts, budget=sum(parts) + draw(st.integers(1, 2**60)))
+
+
+@st.composite
+def _proofs(draw: st.DrawFn, objective: int) -> Proof:
+    candidate = st.builds(Candidate, _TEXT, _TEXT, st.none() | _TIME, st.none() | _COUNT, _TEXT)
+    bound = draw(st.integers(0, objective))
+    gap = (objective - bound) / max(1, objective)
+    candidates = tuple(draw(st.lists(candidate, max_size=2)))
+    return Proof(objective, bound, gap, draw(_TEXT), draw(_TEXT), draw(_COUNT), draw(_COUNT), draw(_TIME), candidates)
 
 
 @st.composite
 def _plans(draw: st.DrawFn) -> Plan:
     names = tuple(draw(st.lists(st.sampled_from(["dp", "tp", "cp", "axis_3"]), min_size=1, max_size=3, unique=True)))
-    layouts: dict[str, Layout] = draw(_make_tables(len(names), _STATE))
+    mesh = Mesh(names, tuple(draw(st.integers(1, 16)) for _ in names))
+    pipeline = draw(_pipelines(len(names)))
+    layouts: dict[str, Layout] = draw(_make_tables(len(names), _STORED))
     placements: dict[str, Placement] = draw(_make_tables(len(names), _PART))
-    candidate = st.builds(Candidate, _TEXT, _TEXT, st.none() | _TIME, st.none() | _COUNT, _TEXT)
-    group = st.builds(Group, _TEXT, _COUNT, st.dictionaries(_TEXT, _TEXT, max_size=2), _COUNT, _COUNT)
-    proof = st.builds(Proof, _COUNT, _COUNT, _TIME, _TEXT, _TEXT, _COUNT, _COUNT, _TIME, st.lists(candidate, max_size=2).map(tuple))
+    axes = st.dictionaries(st.sampled_from(names), _TEXT, max_size=2)
+    group = st.builds(Group, _TEXT, st.integers(1, 2**60), axes, _COUNT, _COUNT)
+    tensors = st.lists(st.integers(0, 99), max_size=3).map(lambda sizes: f"int64[{', '.join(map(str, sizes))}]")
+    works = [
+        (Phase.FORWARD, Purpose.COMPUTE),
+        (Phase.WEIGHT, Purpose.COMPUTE),
+        (Phase.INPUT, Purpose.RECOMPUTE),
+        (Phase.STEP, Purpose.BUBBLE),
+    ]
+    work = st.builds(lambda kind, seconds: make_row("", *kind, seconds), st.sampled_from(works), _TIME)
+    numbers = [_TIME] * 4
+    axis = st.sampled_from(names)
+    move = st.builds(partial(CostRow, "", Phase.FORWARD, Purpose.ACTIVATIONS), axis, st.just("all_gather"), *numbers)
+    costs = tuple(draw(st.lists(st.one_of(work, move), max_size=3)))
+    step_ns = round(1e9 * sum(row.seconds for row in costs))
     return Plan(
-        model=draw(_TEXT),
-        fingerprint=draw(_TEXT),
-        cluster=draw(_TEXT),
-        mesh=Mesh(names, tuple(draw(st.integers(1, 16)) for _ in names)),
-        pipeline=draw(_pipelines(len(names))),
-        inputs=draw(st.dictionaries(_TEXT, _TEXT, max_size=2)),
+        model=draw(_NAME),
+        fingerprint=draw(_NAME),
+        cluster=f"{pipeline.ranks}x{mesh.world_size}x{draw(_NAME)}",
+        mesh=mesh,
+        pipeline=pipeline,
+        inputs=draw(st.dictionaries(_NAME, tensors, max_size=2)),
         layouts=layouts,
-        outputs=tuple(layouts.values()),
+        outputs=tuple(draw(st.lists(st.tuples(*[_STATE] * len(names)), max_size=2))),
         placements=placements,
         batch_axes=names[: draw(st.integers(0, len(names)))],
         bucket_nbytes=draw(st.integers(0, 2**40)),
-        costs=tuple(draw(st.lists(st.builds(CostRow, *[_TEXT] * 5, *[_TIME] * 4), max_size=3))),
-        memory=draw(st.builds(Memory, *[_COUNT] * 8)),
+        costs=costs,
+        memory=draw(_memories()),
         groups=tuple(draw(st.lists(group, max_size=2))),
-        proof=draw(proof),
+        proof=draw(_proofs(step_ns)),
         unruled=tuple(draw(st.lists(st.builds(Unruled, _TEXT, _TEXT, _TEXT), max_size=2))),
         notes=tuple(draw(st.lists(_TEXT, max_size=2))),
     )
@@ -156,11 +189,19 @@ def test_what_is_no_plan_is_refused(text: str) -> None:
         from_json(text)
 
 
-@pytest.mark.parametrize("version", [0, VERSION + 1, "1", None])
+@pytest.mark.parametrize("version", [0, VERSION + 1, "1", None, str(VERSION), float(VERSION), True, -1])
 def test_another_version_is_refused_with_both_versions(version: object) -> None:
     document = {**json.loads(to_json(make_plan())), "version": version}
     with pytest.raises(PlanError, match=rf"plan version {version!r}, this autopar reads version {VERSION}"):
         from_json(json.dumps(document))
+
+
+@pytest.mark.parametrize(("version", "lacks"), [(1, "pipeline, outputs and bucket_nbytes"), (2, "outputs and bucket_nbytes")])
+def test_an_older_version_is_refused_with_what_it_lacks(version: int, lacks: str) -> None:
+    document = {**json.loads(to_json(make_plan())), "version": version}
+    with pytest.raises(PlanError) as caught:
+        from_json(json.dumps(document))
+    assert f"(a plan of version {version} has no fields {lacks}); make the plan again with `autopar plan`" in str(caught.value)
 
 
 def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
@@ -187,10 +228,13 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (_set("notes", 0, to=None), "plan.notes[0]: str is needed, not NoneType"),
         (_set("costs", 1, "count", to=None), "plan.costs[1].count: float is needed, not NoneType"),
         (_set("proof", "candidates", 0, "outcome", to=1), "plan.proof.candidates[0].outcome: str is needed, not int"),
-        (_set("groups", 0, "axes", to={"tp": 1}), "plan.groups[0].axes: an object of texts is needed"),
-        (_set("layouts", to=[]), "plan.layouts: an object of texts is needed"),
-        (_set("layouts", "input_ids", to="S0,Q"), "plan.layouts: 'Q' is no state of a layout"),
-        (_set("placements", "view", to="b,1"), "plan.placements: '1' is no part of a placement"),
+        (_set("groups", 0, "axes", to={"tp": 1}), "plan.groups[0].axes['tp']: str is needed, not int"),
+        (_set("layouts", to=[]), "plan.layouts: an object is needed, not list"),
+        (_set("layouts", "input_ids", to=1), "plan.layouts['input_ids']: str is needed, not int"),
+        (_set("layouts", "input_ids", to="S0,Q"), "plan.layouts['input_ids']: 'Q' is no state of a layout"),
+        (_set("outputs", 1, to="S0,Q"), "plan.outputs[1]: 'Q' is no state of a layout"),
+        (_set("outputs", 1, to="S0"), "plan.outputs: 'output 1' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
+        (_set("placements", "view", to="b,1"), "plan.placements['view']: '1' is no part of a placement"),
         (_set("mesh", to="dp=2"), "plan.mesh: an object with lists names (texts) and sizes (integers from 1) is needed"),
         (
             _set("mesh", "sizes", to=[2, 0]),
@@ -200,8 +244,8 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
         (_set("surprise", to=1), "plan: fields missing or unknown: surprise"),
         (_set("proof", "why", to=""), "plan.proof: fields missing or unknown: why"),
         (lambda plan: plan.pop("notes"), "plan: fields missing or unknown: notes"),
-        (_set("layouts", "input_ids", to="S0"), "'input_ids' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
-        (_set("placements", "view", to="b,-,-"), "'view' has 3 axes, the mesh has 2 (dp=2 x tp=4)"),
+        (_set("layouts", "input_ids", to="S0"), "plan.layouts: 'input_ids' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
+        (_set("placements", "view", to="b,-,-"), "plan.placements: 'view' has 3 axes, the mesh has 2 (dp=2 x tp=4)"),
         (_set("batch_axes", to=["pp"]), "plan.batch_axes names 'pp', the mesh has dp=2 x tp=4"),
     ],
 )
@@ -235,7 +279,7 @@ def _shift_stages(pipeline: dict[str, Any]) -> None:
         (_set("chunks", to=10**12), "plan.pipeline.blocks must be on stages 0 to 1999999999999, "),
         (_set("blocks", to=[]), "plan.pipeline.blocks must be on stages 0 to 3, ascending and none left out; they are on []"),
         (_set("blocks", 3, "stage", to=2), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
-        (_set("blocks", 0, "stage", to=-1), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
+        (_set("blocks", 0, "stage", to=-1), "plan.pipeline.blocks[0].stage is -1, an integer from 0 is needed"),
         (_set("blocks", 13, "stage", to=4), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
         (_shift_stages, "ascending and none left out; they are on [1, 1, 1, 1, 2"),
         (_set("blocks", 13, "stage", to="3"), "plan.pipeline.blocks[13].stage: int is needed, not str"),
@@ -243,11 +287,11 @@ def _shift_stages(pipeline: dict[str, Any]) -> None:
             lambda one: one.update(blocks=[block for block in one["blocks"] if block["stage"] != 2]),
             "none left out; they are on [0, 0, 0, 0, 1",
         ),
-        (_set("blocks", 1, "recompute", to="half"), "'transformer.h.0' has recompute 'half'; known are none, selective, full"),
+        (_set("blocks", 1, "recompute", to="half"), "plan.pipeline.blocks[1].recompute is 'half'; known are none, selective, full"),
         (_set("blocks", 1, "recompute", to=True), "plan.pipeline.blocks[1].recompute: str is needed, not bool"),
         (_set("blocks", 1, to="transformer.h.0"), "plan.pipeline.blocks[1]: an object is needed, not str"),
-        (_set("travel", "add_3", to="S0,Q"), "plan.pipeline.travel: 'Q' is no state of a layout"),
-        (_set("travel", "add_3", to="S0"), "'add_3' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
+        (_set("travel", "add_3", to="S0,Q"), "plan.pipeline.travel['add_3']: 'Q' is no state of a layout"),
+        (_set("travel", "add_3", to="S0"), "plan.pipeline.travel: 'add_3' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
     ],
 )
 def test_damage_to_a_pipeline_is_named(damage: Callable[[dict[str, Any]], Any], message: str) -> None:

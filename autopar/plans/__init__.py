@@ -3,9 +3,10 @@
 Comes in: what the user pinned; what the search decided. Goes out: pins to the search, and plans to the rewrite and the runtime, which carry
 them out, and to the report.
 
-Modules, in reading order: ``plan``, ``fits``, ``pins``.
+Modules, in reading order: ``files``, ``consistency``, ``plan``, ``fits``, ``pins``.
 """
 
+from autopar.plans.files import printable
 from autopar.plans.fits import check_fits, fingerprint
 from autopar.plans.pins import NO_PINS, Pins, describe_pins, parse_mesh, reconcile
 from autopar.plans.plan import (
@@ -41,6 +42,7 @@ __all__ = [
     "fingerprint",
     "from_json",
     "parse_mesh",
+    "printable",
     "reconcile",
     "to_json",
 ]

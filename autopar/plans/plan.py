@@ -1,26 +1,39 @@
 """A plan: every decision and its predicted cost, as plain data; JSON both ways, checked on loading, nothing in it is run.
 
 What comes in: the answer of ``search``. What goes out: to ``rewrite``, which carries it out, and to ``report``.
+
+A field that is added to one of these classes is written and read by its type (`autopar.plans.files`); `VERSION` counts such changes. What
+must hold between fields is checked in `autopar.plans.consistency`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
+import reprlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from autopar.costs import CostRow, Phase, Purpose
-from autopar.errors import InputError, PlanError
-from autopar.ir import Layout, Mesh, Placement, format_layout, format_placement, parse_layout, parse_placement
-from autopar.schedules import check_schedule
+from autopar.errors import PlanError
+from autopar.ir import Layout, Mesh, Placement
+from autopar.plans import files
+from autopar.plans.consistency import check_consistency
+from autopar.plans.files import Among, Count, Name
 
 FORMAT = "autopar-plan"
 VERSION = 3
+
+# What older versions lack, and why they can't be read.
+_LACKS = {
+    1: " (a plan of version 1 has no fields pipeline, outputs and bucket_nbytes)",
+    2: " (a plan of version 2 has no fields outputs and bucket_nbytes)",
+}
+
+# Characters of a message at most: a file may name anything.
+_MESSAGE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +47,7 @@ class Memory:
     buffers: int
     workspace: int
     reserved: int
-    budget: int
+    budget: Count
 
     @property
     def total(self) -> int:
@@ -71,9 +84,9 @@ RECOMPUTE = ("none", "selective", "full")
 class BlockChoice:
     """What was decided for one block of the chain (`autopar.structure.blocks`), such as a transformer layer."""
 
-    name: str
+    name: Name
     stage: int
-    recompute: str
+    recompute: Annotated[str, Among(RECOMPUTE)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,10 +103,10 @@ class Pipeline:
         travel: layout in which a value crosses from one stage to another, by value.
     """
 
-    ranks: int
+    ranks: Count
     schedule: str
-    chunks: int
-    microbatches: int
+    chunks: Count
+    microbatches: Count
     blocks: tuple[BlockChoice, ...]
     travel: Mapping[str, Layout]
 
@@ -142,7 +155,7 @@ class Group:
     """
 
     name: str
-    count: int
+    count: Count
     axes: Mapping[str, str]
     parameter_bytes: int
     activation_bytes: int
@@ -211,8 +224,8 @@ class Plan:
         notes: what capture dropped or changed, for the user to know.
     """
 
-    model: str
-    fingerprint: str
+    model: Name
+    fingerprint: Name
     cluster: str
     mesh: Mesh
     pipeline: Pipeline
@@ -275,24 +288,16 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; a file that is there is replaced only by a whole one."""
-        path, text = Path(path).resolve(), to_json(self) + "\n"
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")  # a device or a pipe can't be replaced
-            return
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        files.write_text(path, to_json(self) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """Read a plan. Raises PlanError when the file isn't a whole plan of this version."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path}: can't be read as text ({error})") from error
+        """Read a plan.
+
+        Raises PlanError, naming the file and the field, when the file isn't a whole plan of this version, or says what can't be true
+        (``docs/plan-format.md`` lists what is checked).
+        """
+        text = files.read_text(path)
         try:
             return from_json(text)
         except PlanError as error:
@@ -301,145 +306,34 @@ class Plan:
 
 def to_json(plan: Plan) -> str:
     """The plan's JSON text."""
-    data = asdict(plan)
-    data["mesh"] = {"names": list(plan.mesh.names), "sizes": list(plan.mesh.sizes)}
-    data["pipeline"]["travel"] = {name: format_layout(layout) for name, layout in plan.pipeline.travel.items()}
-    data["layouts"] = {name: format_layout(layout) for name, layout in plan.layouts.items()}
-    data["outputs"] = [format_layout(layout) for layout in plan.outputs]
-    data["placements"] = {name: format_placement(placement) for name, placement in plan.placements.items()}
-    return json.dumps({"format": FORMAT, "version": VERSION, "plan": data}, indent=1)
+    return json.dumps({"format": FORMAT, "version": VERSION, "plan": files.write(plan)}, indent=1)
 
 
 def from_json(text: str) -> Plan:
-    """The plan that `text` holds. Raises PlanError naming what is wrong."""
+    """The plan that `text` holds. Raises PlanError naming what is wrong, as `Plan.load` does."""
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise PlanError(f"not whole JSON: {error}; was the file cut off? Make the plan again with `autopar plan`") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise PlanError(f"not an autopar plan: the top level must be an object with format {FORMAT!r}")
-    if document.get("version") != VERSION:
-        raise PlanError(
-            f"plan version {document.get('version')!r}, this autopar reads version {VERSION}; make the plan again with `autopar plan`"
-        )
-    data = document.get("plan")
-    try:
-        plan = _read(Plan, data, "plan")
-    except ValueError as error:
-        raise PlanError(str(error)) from error
-    assert isinstance(plan, Plan)
-    if unknown := [axis for axis in plan.batch_axes if axis not in plan.mesh.names]:
-        raise PlanError(f"plan.batch_axes names {', '.join(map(repr, unknown))}, the mesh has {plan.mesh}")
-    outputs = ((f"output {position}", layout) for position, layout in enumerate(plan.outputs))
-    for name, layout in (*plan.layouts.items(), *outputs, *plan.pipeline.travel.items()):
-        _check_axes(name, len(layout), plan.mesh)
-    for name, placement in plan.placements.items():
-        _check_axes(name, len(placement), plan.mesh)
-    _check_pipeline(plan.pipeline)
+        plan = files.read(Plan, _open(files.parse_json(text)), "plan")
+        check_consistency(plan)
+    except PlanError as error:
+        raise PlanError(_shorten(str(error))) from error
     return plan
 
 
-def _check_pipeline(pipeline: Pipeline) -> None:
-    for name in ("ranks", "chunks", "microbatches"):
-        if getattr(pipeline, name) < 1:
-            raise PlanError(f"plan.pipeline.{name} is {getattr(pipeline, name)}, an integer from 1 is needed")
-    try:
-        check_schedule(pipeline.schedule, pipeline.ranks, pipeline.microbatches, pipeline.chunks)
-    except InputError as error:
-        raise PlanError(f"plan.pipeline: {error}") from error
-    stages = [block.stage for block in pipeline.blocks]
-    ends = (stages[0], stages[-1]) if stages else (0, 0)  # a model without calls has no block
-    # Counted, not compared with a list of all stages: a file may name any number of them.
-    is_whole = len(set(stages) or {0}) == pipeline.stages and ends == (0, pipeline.stages - 1)
-    if not is_whole or stages != sorted(stages):
+def _open(document: Any) -> Any:
+    """What a file's top level holds as its plan. Raises PlanError when it is another format or version."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise PlanError(f"not an autopar plan: the top level must be an object with format {FORMAT!r}")
+    version = document.get("version")
+    if type(version) is not int or version != VERSION:  # neither 3.0 nor true is a version
+        lacks = _LACKS.get(version, "") if type(version) is int else ""
         raise PlanError(
-            f"plan.pipeline.blocks must be on stages 0 to {pipeline.stages - 1}, ascending and none left out; they are on {stages}"
+            f"plan version {reprlib.repr(version)}, this autopar reads version {VERSION}{lacks}; make the plan again with `autopar plan`"
         )
-    for block in pipeline.blocks:
-        if block.recompute not in RECOMPUTE:
-            raise PlanError(f"plan.pipeline.blocks: {block.name!r} has recompute {block.recompute!r}; known are {', '.join(RECOMPUTE)}")
+    if wrong := sorted(document.keys() ^ {"format", "version", "plan"}):
+        raise PlanError(f"the top level has fields missing or unknown: {', '.join(map(files.printable, wrong))}")
+    return document["plan"]
 
 
-def _check_axes(name: str, found: int, mesh: Mesh) -> None:
-    if found != len(mesh.names):
-        raise PlanError(f"{name!r} has {found} axes, the mesh has {len(mesh.names)} ({mesh})")
-
-
-_READERS: Mapping[str, Any] = {
-    "Mapping[str, Layout]": (dict, parse_layout),
-    "Mapping[str, Placement]": (dict, parse_placement),
-    "Mapping[str, str]": (dict, None),
-}
-_NESTED: Mapping[str, type] = {
-    "Pipeline": Pipeline,
-    "BlockChoice": BlockChoice,
-    "CostRow": CostRow,
-    "Memory": Memory,
-    "Proof": Proof,
-    "Group": Group,
-    "Candidate": Candidate,
-    "Unruled": Unruled,
-}
-_PLAIN: Mapping[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "float | None": (int, float, type(None)),
-    "int | None": (int, type(None)),
-}
-
-
-def _read(cls: type, data: Any, where: str) -> Any:
-    """Build dataclass `cls` from JSON data by the text of its field types; ValueError names the offending field."""
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: an object is needed, not {type(data).__name__}")
-    known = {field.name: str(field.type) for field in fields(cls)}
-    wrong = sorted(set(known) ^ set(data))
-    if wrong:
-        raise ValueError(f"{where}: fields missing or unknown: {', '.join(wrong)}")
-    return cls(**{name: _read_field(kind, data[name], f"{where}.{name}") for name, kind in known.items()})
-
-
-def _read_field(kind: str, value: Any, where: str) -> Any:
-    if kind in _PLAIN:
-        # bool is an int in Python, but no field of a plan is a truth value.
-        if isinstance(value, bool) or not isinstance(value, _PLAIN[kind]):
-            raise ValueError(f"{where}: {kind} is needed, not {type(value).__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{where}: a finite number is needed, not {value}")
-        return value
-    if kind == "Mesh":
-        return _read_mesh(value, where)
-    if kind == "Layout":
-        if not isinstance(value, str):
-            raise ValueError(f"{where}: the text of a layout is needed, not {type(value).__name__}")
-        try:
-            return parse_layout(value)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-    if kind in _NESTED:
-        return _read(_NESTED[kind], value, where)
-    if kind.startswith("tuple["):
-        if not isinstance(value, list):
-            raise ValueError(f"{where}: a list is needed, not {type(value).__name__}")
-        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
-        return tuple(_read_field(inner, item, f"{where}[{index}]") for index, item in enumerate(value))
-    _, reader = _READERS[kind]
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise ValueError(f"{where}: an object of texts is needed")
-    try:
-        return {key: reader(item) if reader else item for key, item in value.items()}
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _read_mesh(value: Any, where: str) -> Mesh:
-    if (
-        not isinstance(value, dict)
-        or set(value) != {"names", "sizes"}
-        or not all(isinstance(item, list) for item in value.values())
-        or not all(isinstance(name, str) for name in value["names"])
-        or not all(type(size) is int and size >= 1 for size in value["sizes"])
-    ):
-        raise ValueError(f"{where}: an object with lists names (texts) and sizes (integers from 1) is needed")
-    return Mesh(tuple(value["names"]), tuple(value["sizes"]))
+def _shorten(message: str) -> str:
+    """A message of bearable length, whatever a file's texts are."""
+    return message if len(message) <= _MESSAGE else f"{message[:_MESSAGE]} ..."

@@ -20,7 +20,7 @@ from autopar.costs import (
     operand_layout_of,
 )
 from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
-from autopar.plans import OUTSIDE, Candidate, Group, Memory, Pipeline, Plan, Proof, Unruled
+from autopar.plans import OUTSIDE, Candidate, Group, Memory, Pipeline, Plan, Proof, Unruled, printable
 from autopar.search.pipeline import AssignmentCost, BlockOption, Cut
 from autopar.search.placement import Solution, kept_nbytes
 from autopar.structure import Block, Chain, Folded, Model, Role, first_rank_axis, role_of
@@ -85,9 +85,9 @@ def assemble(
     objective = round(chosen.step_seconds * 1e9)
     bound = min(objective, round(chosen.bound_seconds * 1e9))
     return Plan(
-        model=model_name,
+        model=printable(model_name),
         fingerprint=fingerprint,
-        cluster=str(cluster),
+        cluster=printable(str(cluster)),
         mesh=Mesh(mesh.names[first:], mesh.sizes[first:]),
         pipeline=chosen.pipeline,
         inputs={op.target: str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},
@@ -110,8 +110,9 @@ def assemble(
             seconds=seconds,
             candidates=candidates,
         ),
-        unruled=tuple(Unruled(op.name, op.target, op.source) for op in unruled),
-        notes=notes,
+        # Lines of the user's code hold whatever their editor lets in, a tab for one.
+        unruled=tuple(Unruled(op.name, op.target, printable(op.source)) for op in unruled),
+        notes=tuple(map(printable, notes)),
     )
 
 
