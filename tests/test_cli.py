@@ -28,7 +28,7 @@ from autopar.plans.plan import (
     Unruled,
     to_json,
 )
-from autopar.report.text import to_data
+from autopar.report import to_data
 from autopar.schedules.families import SCHEDULES
 from tests.commands import refuse, run
 from tests.plans import make_pipelined_plan, make_plan

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from autopar.plans.plan import Plan, from_json
-from autopar.report.text import summarize
+from autopar.report import summarize
 from tests.commands import refuse, run
 
 MODELS = """

@@ -14,7 +14,9 @@ from autopar.costs import Phase, Purpose
 from autopar.errors import InputError
 from autopar.ir.layout import Mesh
 from autopar.plans.plan import BlockChoice, Pipeline, Plan, Unruled
-from autopar.report.text import count_recompute, describe_axes, describe_pipeline, explain, select_groups, summarize, to_data
+from autopar.report import describe_pipeline, explain, summarize, to_data
+from autopar.report.selection import select_groups
+from autopar.report.summary import count_recompute, describe_axes
 from autopar.schedules.families import make_schedule
 from autopar.units import format_bytes, format_seconds, format_share, parse_bytes
 from tests.plans import make_pipelined_plan, make_plan, make_row, set_seconds

@@ -194,13 +194,13 @@ def plan(
 @click.option("--json", "as_json", is_flag=True, help="Print data for programs: seconds and bytes, no units.")
 def explain(file: Path, layer: str | None, as_json: bool) -> None:
     """Run ``autopar explain``."""
-    from autopar.report import text
+    from autopar import report
 
     saved = Plan.load(file)
     if as_json:
-        click.echo(json.dumps(text.to_data(saved, layer=layer), indent=1))
+        click.echo(json.dumps(report.to_data(saved, layer=layer), indent=1))
     else:
-        text.explain(saved, _make_console(sys.stdout), layer=layer)
+        report.explain(saved, _make_console(sys.stdout), layer=layer)
 
 
 @main.command(

@@ -1,10 +1,12 @@
-"""Plans for people: text and tables. Reads plans only.
+"""Plans for people and programs: text, tables and data. Reads plans only.
 
-Comes in: a `Plan`. Goes out: text.
+Comes in: a `Plan`. Goes out: text, tables on a console that the caller gives, JSON-ready data.
 
-Modules, in reading order: ``text``.
+Modules, in reading order: ``selection``, ``summary``, ``data``, ``tables``.
 """
 
-from autopar.report.text import describe_pipeline, summarize
+from autopar.report.data import to_data
+from autopar.report.summary import describe_pipeline, summarize
+from autopar.report.tables import explain
 
-__all__ = ["describe_pipeline", "summarize"]
+__all__ = ["describe_pipeline", "explain", "summarize", "to_data"]

@@ -1,18 +1,13 @@
-"""A plan -> text or tables for people, and data for programs.
+"""A plan as tables on a console that the caller gives (``autopar explain``).
 
-Comes in: a `Plan`. Goes out: `summarize`'s few lines, `explain`'s tables on a rich console that the caller gives, `to_data`'s
-plain dict. Every cost shown is the plan's own, the one that the search used; nothing is estimated again.
+Every cost shown is the plan's own, the one that the search used; nothing is estimated again.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from fnmatch import fnmatchcase
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -20,122 +15,21 @@ from rich.console import Group as Stack
 from rich.table import Table
 from rich.text import Text
 
-from autopar.errors import InputError
-from autopar.ir import PIPELINE, format_layout, with_pipeline
-from autopar.plans import RECOMPUTE, BlockChoice, Candidate, Group, Memory, Plan, Proof, Unruled
-from autopar.schedules import make_schedule
+from autopar.ir import PIPELINE
+from autopar.plans import BlockChoice, Candidate, Group, Memory, Plan, Proof, Unruled
+from autopar.report.selection import find_ranks, select_blocks, select_groups, select_layouts
+from autopar.report.summary import MEMORY_KINDS, count, count_alike, describe_mesh, describe_pipeline, format_gap
 from autopar.units import format_bytes, format_seconds, format_share
-
-MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "workspace", "reserved")
-"""The parts of `Memory.total`, in the order shown."""
 
 # With the other columns the table of memory is 80 wide.
 _BAR_WIDTH = 38
-_UNRULED_SHOWN = 3
+
+
 _NOTHING = "-"
+
 
 # Names of the candidates whose bound is that of the assignment of blocks to stages (`autopar.search.pipeline.configurations`).
 _SPREAD = ("pipeline", "micro-batches", "recomputation")
-
-
-def summarize(plan: Plan) -> str:
-    """Describe `plan` in a few plain lines: mesh, predicted time and memory, proof, and ops without a rule."""
-    seconds, memory, proof = plan.seconds, plan.memory, plan.proof
-    kinds = ", ".join(f"{kind} {format_bytes(getattr(memory, kind))}" for kind in MEMORY_KINDS if getattr(memory, kind))
-    lines = [
-        f"{plan.model} on {plan.cluster}, mesh {_describe_mesh(plan)}",
-        "axes    " + ("; ".join(f"{axis} splits {role}" for axis, role in describe_axes(plan).items()) or "none: one rank"),
-        *(f"stages  {text}" for text in [describe_pipeline(plan)] if text),
-        f"step    {format_seconds(seconds.step)} predicted = " + " + ".join(_word_parts(plan)),
-        f"memory  {format_bytes(memory.total)} of {format_bytes(memory.budget)} per device: {kinds or 'nothing'}",
-        f"proof   {proof.status} ({proof.method}): objective {proof.objective_ns:,} ns, bound {proof.bound_ns:,} ns,"
-        f" gap {_format_gap(proof.gap)}, {format_seconds(proof.seconds)}, candidates looked at: {len(proof.candidates)}",
-    ]
-    if plan.unruled:
-        shown = _count_alike(plan.unruled)
-        more = f" and {len(shown) - _UNRULED_SHOWN} more" if len(shown) > _UNRULED_SHOWN else ""
-        lines.append(
-            f"unruled {len(plan.unruled)} ops have no rule and run replicated at full cost: "
-            + "; ".join(f"{target} ({source})" for target, source, _ in shown[:_UNRULED_SHOWN])
-            + more
-        )
-    return "\n".join(lines)
-
-
-def describe_axes(plan: Plan) -> dict[str, str]:
-    """Per axis of the mesh, what it splits: the batch, and what the groups' contractions name, the dearest group first.
-
-    The pipeline is an axis like the others, which splits the layers; axes of one rank beside it are left out.
-    """
-    is_pipelined = plan.pipeline.ranks > 1
-    roles: dict[str, list[str]] = {PIPELINE: ["layers"]} if is_pipelined else {}
-    for axis, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True):
-        if is_pipelined and size == 1:
-            continue
-        found = ["batch"] if axis in plan.batch_axes else []
-        for group in sorted(plan.groups, key=lambda group: -plan.group_seconds(group)[0]):
-            found += [part.strip() for part in group.axes.get(axis, "").split(",")]
-        roles[axis] = [role for role in dict.fromkeys(found) if role not in ("", "nothing")]
-    return {axis: ", ".join(found) or "nothing" for axis, found in roles.items()}
-
-
-def describe_pipeline(plan: Plan) -> str:
-    """Say how the work is spread over groups of ranks and over time; empty for a plan without a pipeline and micro-batches."""
-    pipeline = plan.pipeline
-    if pipeline.is_trivial and pipeline.stages == 1:
-        return ""
-    width = plan.mesh.world_size
-    where = f" on {pipeline.ranks} {f'groups of {width} ranks' if width > 1 else 'ranks'}" if pipeline.ranks > 1 else ""
-    each = f", {pipeline.chunks} on each" if pipeline.chunks > 1 else ""
-    parts = f"{pipeline.microbatches} micro-batches" if pipeline.microbatches > 1 else "1 micro-batch"
-    return f"{pipeline.stages}{where}{each}; schedule {pipeline.schedule}, {parts}"
-
-
-def count_recompute(plan: Plan) -> dict[str, int]:
-    """Number of blocks by what their backward runs again, of the kinds that there are."""
-    found = Counter(block.recompute for block in plan.pipeline.blocks)
-    return {kind: found[kind] for kind in RECOMPUTE if found[kind]}
-
-
-def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
-    """Everything that `explain` shows, as JSON-ready data: seconds and bytes in the key names, no friendly units.
-
-    Args:
-        plan: the plan to describe.
-        layer: as for `explain`.
-
-    Raises:
-        InputError: no layer of the plan matches `layer`.
-    """
-    groups = select_groups(plan, layer)
-    rank_of = _find_ranks(plan)
-    data: dict[str, Any] = {
-        "model": plan.model,
-        "fingerprint": plan.fingerprint,
-        "cluster": plan.cluster,
-        "world_size": plan.world_size,
-        "mesh": dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
-        "pipeline": {
-            "ranks": plan.pipeline.ranks,
-            "schedule": plan.pipeline.schedule,
-            "chunks": plan.pipeline.chunks,
-            "microbatches": plan.pipeline.microbatches,
-            "blocks": [{**asdict(block), "group": rank_of[block.stage]} for block in _select_blocks(plan, layer)],
-        },
-        "axes": describe_axes(plan),
-        "batch_axes": list(plan.batch_axes),
-        "seconds": {**asdict(plan.seconds), "step": plan.seconds.step},
-        "memory_bytes": {**asdict(plan.memory), "total": plan.memory.total},
-        "traffic": [asdict(traffic) for traffic in plan.traffic],
-        "groups": [_group_data(plan, group) for group in groups],
-        "costs": [asdict(row) for row in plan.costs],
-        "proof": asdict(plan.proof),
-        "unruled": [asdict(op) for op in plan.unruled],
-        "notes": list(plan.notes),
-    }
-    if layer is not None:
-        data["layouts"] = dict(_select_layouts(plan, layer))
-    return data
 
 
 def explain(plan: Plan, console: Console, *, layer: str | None = None) -> None:
@@ -151,10 +45,10 @@ def explain(plan: Plan, console: Console, *, layer: str | None = None) -> None:
         InputError: no layer of the plan matches `layer`.
     """
     groups = select_groups(plan, layer)
-    console.print(Text(f"{plan.model} on {plan.cluster}, mesh {_describe_mesh(plan)}", style="bold"))
+    console.print(Text(f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}", style="bold"))
     console.print(Text(f"fingerprint {plan.fingerprint}"))
     _print(console, _tabulate_axes(plan, groups))
-    if (describe_pipeline(plan) or not plan.pipeline.keeps_all) and (blocks := _select_blocks(plan, layer)):
+    if (describe_pipeline(plan) or not plan.pipeline.keeps_all) and (blocks := select_blocks(plan, layer)):
         _print(console, _tabulate_blocks(plan, blocks))
     if layer is not None:
         _print(console, _tabulate_groups(plan, groups))
@@ -172,115 +66,6 @@ def explain(plan: Plan, console: Console, *, layer: str | None = None) -> None:
         _print(console, _tabulate_unruled(plan.unruled))
     if plan.notes:
         _print(console, Text("Notes\n" + "\n".join(f"- {note}" for note in plan.notes)))
-
-
-def select_groups(plan: Plan, layer: str | None) -> tuple[Group, ...]:
-    """The plan's groups that `layer` names, all when it is None. Raises InputError, listing the groups, when none does."""
-    if layer is None:
-        return plan.groups
-    found = tuple(group for group in plan.groups if _names_group(layer, group))
-    if not found:
-        names = ", ".join(repr(group.name) for group in plan.groups) or "none"
-        raise InputError(f"no layer of this plan matches {layer!r}; its groups of layers are {names}")
-    return found
-
-
-def _path_of(group: Group) -> str:
-    # `layers.*#1` is the second kind of block under `layers`, `layers.*[4-7]` the fifth to the eighth block.
-    return re.sub(r"(#\d+)?(\[\d+(-\d+)?\])?$", "", group.name)
-
-
-def _names_group(layer: str, group: Group) -> bool:
-    path = _path_of(group)
-    return layer in group.name or fnmatchcase(path, layer) or fnmatchcase(layer, path)
-
-
-def _select_blocks(plan: Plan, layer: str | None) -> list[BlockChoice]:
-    """The blocks that are in `layer`, that it is in, or whose paths have it as a part; all when it is None."""
-    if layer is None:
-        return list(plan.pipeline.blocks)
-    wanted = layer.split(".")
-
-    def is_named(block: BlockChoice) -> bool:
-        # `layers.1#2` is a second block named after the same module.
-        words = re.sub(r"#\d+$", "", block.name).split(".")
-        starts = (zip(words[start:], wanted, strict=False) for start in range(len(words)))
-        return any(all(fnmatchcase(word, pattern) for word, pattern in pairs) for pairs in starts)
-
-    return list(filter(is_named, plan.pipeline.blocks))
-
-
-def _find_ranks(plan: Plan) -> tuple[int, ...]:
-    """The group of ranks that runs each stage."""
-    pipeline = plan.pipeline
-    # Which stages a group has doesn't depend on the number of micro-batches.
-    return make_schedule(pipeline.schedule, pipeline.ranks, pipeline.ranks, pipeline.chunks).rank_of
-
-
-def _select_layouts(plan: Plan, layer: str) -> Iterable[tuple[str, str]]:
-    """Name and layout of the stored tensors of `layer`, or of the layer like it that stands for all in the plan.
-
-    Names of ops are module paths with ``_`` for every dot.
-    """
-    stored = {name: format_layout(layout) for name, layout in plan.layouts.items()}
-    wanted = [layer, *(_generalize(layer, _path_of(group)) for group in select_groups(plan, layer))]
-    for pattern in map(_match_names, wanted):
-        if found := [(name, text) for name, text in stored.items() if pattern.search(name)]:
-            return found
-    return []
-
-
-def _generalize(layer: str, path: str) -> str:
-    """The same place in every layer of `path`: ``h.3.mlp`` under ``h.*`` is ``h.*.mlp``."""
-    inside = re.match(re.escape(path).replace(r"\*", r"\d+"), layer)
-    return path + layer[inside.end() :] if inside else path if layer in path else layer
-
-
-def _match_names(path: str) -> re.Pattern[str]:
-    """What finds `path`, whole words of it, in the names of ops."""
-    words = re.sub(r"[^0-9A-Za-z*]+", "_", path).strip("_")
-    return re.compile(rf"(?:^|_){re.escape(words).replace(re.escape('*'), '[0-9A-Za-z]+')}(?:_|$)")
-
-
-def _describe_mesh(plan: Plan) -> str:
-    mesh = with_pipeline(plan.mesh, plan.pipeline.ranks)
-    return f"{mesh} ({plan.world_size} ranks)" if plan.world_size > 1 else "of one rank"
-
-
-def _word_parts(plan: Plan) -> list[str]:
-    """What the step's seconds are made of, for the summary."""
-    seconds = plan.seconds
-    parts = [f"compute {format_seconds(seconds.forward + seconds.backward)}"]
-    if seconds.recompute or not plan.pipeline.keeps_all:
-        parts.append(f"recompute {format_seconds(seconds.recompute)} ({_word_recompute(plan)})")
-    parts.append(f"optimizer {format_seconds(seconds.optimizer)}")
-    parts.append(f"exposed communication {format_seconds(seconds.communication)}")
-    if seconds.bubble or plan.pipeline.ranks > 1:
-        parts.append(f"bubble {format_seconds(seconds.bubble)} ({format_share(seconds.bubble, seconds.step)})")
-    return parts
-
-
-def _word_recompute(plan: Plan) -> str:
-    """How much of the model is run again: ``full in 30 of 34 blocks``."""
-    counts = [f"{kind} in {count}" for kind, count in count_recompute(plan).items() if kind != "none"]
-    return f"{', '.join(counts) or 'none'} of {len(plan.pipeline.blocks)} blocks"
-
-
-def _format_gap(gap: float) -> str:
-    return "0" if gap == 0 else f"{100 * gap:.3g}%"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _count_alike(unruled: Iterable[Unruled]) -> list[tuple[str, str, int]]:
-    """(target, source, number) of the ops that come from one line; repeated layers say the same many times."""
-    counts: dict[tuple[str, str], int] = {}
-    for op in unruled:
-        key = op.target, op.source or "line unknown"
-        counts[key] = counts.get(key, 0) + 1
-    return [(target, source, count) for (target, source), count in counts.items()]
 
 
 def _print(console: Console, part: RenderableType) -> None:
@@ -315,7 +100,7 @@ def _tabulate_axes(plan: Plan, groups: Sequence[Group]) -> Stack:
 
 def _tabulate_blocks(plan: Plan, blocks: Sequence[BlockChoice]) -> Stack:
     """Where the blocks are and what of them the backward runs again; a row per run of blocks that are alike in both."""
-    rank_of = _find_ranks(plan)
+    rank_of = find_ranks(plan)
     width = plan.mesh.world_size
     place = {block.name: index for index, block in enumerate(plan.pipeline.blocks)}
     rows = []
@@ -406,19 +191,6 @@ def _word_messages(plan: Plan) -> str:
     )
 
 
-def _group_data(plan: Plan, group: Group) -> dict[str, Any]:
-    compute, communication = plan.group_seconds(group)
-    return {
-        "name": group.name,
-        "count": group.count,
-        "axes": dict(group.axes),
-        "compute_seconds": compute,
-        "communication_seconds": communication,
-        "parameter_bytes": group.parameter_bytes,
-        "activation_bytes": group.activation_bytes,
-    }
-
-
 def _tabulate_memory(plan: Plan) -> Stack:
     memory: Memory = plan.memory
     rows = []
@@ -466,7 +238,7 @@ def _tabulate_groups(plan: Plan, groups: Sequence[Group]) -> Stack:
 
 
 def _tabulate_layouts(plan: Plan, layer: str) -> RenderableType:
-    rows = [[name, layout] for name, layout in _select_layouts(plan, layer)]
+    rows = [[name, layout] for name, layout in select_layouts(plan, layer)]
     if not rows:
         return Text(f"No stored tensor is named after {layer!r}.")
     axes = ", ".join(plan.mesh.names)
@@ -517,7 +289,7 @@ def _word_proof(plan: Plan) -> list[str]:
     proof = plan.proof
     chosen = _find_chosen(proof)
     is_spread = chosen.name in _SPREAD if chosen is not None else bool(describe_pipeline(plan) or not plan.pipeline.keeps_all)
-    lines = [f"Proof for the mesh {_describe_mesh(plan)}"]
+    lines = [f"Proof for the mesh {describe_mesh(plan)}"]
     costs = f"The chosen plan costs {proof.objective_ns:,} ns under this cost model."
     if is_spread:
         lines.append(
@@ -531,12 +303,12 @@ def _word_proof(plan: Plan) -> list[str]:
     if proof.objective_ns == proof.bound_ns:
         lines.append("The two are equal: nothing there is cheaper.")
     else:
-        lines.append(f"So it is within {_format_gap(proof.gap)} of the cheapest there.")
+        lines.append(f"So it is within {format_gap(proof.gap)} of the cheapest there.")
     if is_spread:
         lines.append("Other placements, schedules, micro-batches and meshes were compared by what was found for each, not by bounds.")
     lines.append(
-        f"The solver ended as {proof.status} ({proof.method}) on {_count(proof.variables, 'variable')} and"
-        f" {_count(proof.constraints, 'constraint')}; the whole search took {format_seconds(proof.seconds)}."
+        f"The solver ended as {proof.status} ({proof.method}) on {count(proof.variables, 'variable')} and"
+        f" {count(proof.constraints, 'constraint')}; the whole search took {format_seconds(proof.seconds)}."
     )
     what, pin, is_pinned = "mesh", "--mesh dp=4,tp=2", "a pinned mesh"
     if plan.pipeline.ranks > 1:
@@ -546,7 +318,7 @@ def _word_proof(plan: Plan) -> list[str]:
 
 
 def _tabulate_unruled(unruled: Sequence[Unruled]) -> Stack:
-    rows = [[target, str(count), source] for target, source, count in _count_alike(unruled)]
+    rows = [[target, str(count), source] for target, source, count in count_alike(unruled)]
     return _make_table(
         f"Ops without a rule: {len(unruled)}; each runs replicated, at its full cost",
         {"op": "left", "times": "right", "your line": "left"},

@@ -1,0 +1,64 @@
+"""A plan as data for programs: everything that ``explain`` shows, seconds and bytes without friendly units."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from autopar.plans import Group, Plan
+from autopar.report.selection import find_ranks, select_blocks, select_groups, select_layouts
+from autopar.report.summary import describe_axes
+
+
+def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
+    """Everything that `explain` shows, as JSON-ready data: seconds and bytes in the key names, no friendly units.
+
+    Args:
+        plan: the plan to describe.
+        layer: as for `explain`.
+
+    Raises:
+        InputError: no layer of the plan matches `layer`.
+    """
+    groups = select_groups(plan, layer)
+    rank_of = find_ranks(plan)
+    data: dict[str, Any] = {
+        "model": plan.model,
+        "fingerprint": plan.fingerprint,
+        "cluster": plan.cluster,
+        "world_size": plan.world_size,
+        "mesh": dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
+        "pipeline": {
+            "ranks": plan.pipeline.ranks,
+            "schedule": plan.pipeline.schedule,
+            "chunks": plan.pipeline.chunks,
+            "microbatches": plan.pipeline.microbatches,
+            "blocks": [{**asdict(block), "group": rank_of[block.stage]} for block in select_blocks(plan, layer)],
+        },
+        "axes": describe_axes(plan),
+        "batch_axes": list(plan.batch_axes),
+        "seconds": {**asdict(plan.seconds), "step": plan.seconds.step},
+        "memory_bytes": {**asdict(plan.memory), "total": plan.memory.total},
+        "traffic": [asdict(traffic) for traffic in plan.traffic],
+        "groups": [_group_data(plan, group) for group in groups],
+        "costs": [asdict(row) for row in plan.costs],
+        "proof": asdict(plan.proof),
+        "unruled": [asdict(op) for op in plan.unruled],
+        "notes": list(plan.notes),
+    }
+    if layer is not None:
+        data["layouts"] = dict(select_layouts(plan, layer))
+    return data
+
+
+def _group_data(plan: Plan, group: Group) -> dict[str, Any]:
+    compute, communication = plan.group_seconds(group)
+    return {
+        "name": group.name,
+        "count": group.count,
+        "axes": dict(group.axes),
+        "compute_seconds": compute,
+        "communication_seconds": communication,
+        "parameter_bytes": group.parameter_bytes,
+        "activation_bytes": group.activation_bytes,
+    }

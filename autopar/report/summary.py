@@ -1,0 +1,118 @@
+"""A plan in a few lines: the mesh, what each axis does, predicted time and memory, and the proof."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from autopar.ir import PIPELINE, with_pipeline
+from autopar.plans import RECOMPUTE, Plan, Unruled
+from autopar.units import format_bytes, format_seconds, format_share
+
+MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "workspace", "reserved")
+"""The parts of `Memory.total`, in the order shown."""
+
+_UNRULED_SHOWN = 3
+
+
+def summarize(plan: Plan) -> str:
+    """Describe `plan` in a few plain lines: mesh, predicted time and memory, proof, and ops without a rule."""
+    seconds, memory, proof = plan.seconds, plan.memory, plan.proof
+    kinds = ", ".join(f"{kind} {format_bytes(getattr(memory, kind))}" for kind in MEMORY_KINDS if getattr(memory, kind))
+    lines = [
+        f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}",
+        "axes    " + ("; ".join(f"{axis} splits {role}" for axis, role in describe_axes(plan).items()) or "none: one rank"),
+        *(f"stages  {text}" for text in [describe_pipeline(plan)] if text),
+        f"step    {format_seconds(seconds.step)} predicted = " + " + ".join(_word_parts(plan)),
+        f"memory  {format_bytes(memory.total)} of {format_bytes(memory.budget)} per device: {kinds or 'nothing'}",
+        f"proof   {proof.status} ({proof.method}): objective {proof.objective_ns:,} ns, bound {proof.bound_ns:,} ns,"
+        f" gap {format_gap(proof.gap)}, {format_seconds(proof.seconds)}, candidates looked at: {len(proof.candidates)}",
+    ]
+    if plan.unruled:
+        shown = count_alike(plan.unruled)
+        more = f" and {len(shown) - _UNRULED_SHOWN} more" if len(shown) > _UNRULED_SHOWN else ""
+        lines.append(
+            f"unruled {len(plan.unruled)} ops have no rule and run replicated at full cost: "
+            + "; ".join(f"{target} ({source})" for target, source, _ in shown[:_UNRULED_SHOWN])
+            + more
+        )
+    return "\n".join(lines)
+
+
+def describe_axes(plan: Plan) -> dict[str, str]:
+    """Per axis of the mesh, what it splits: the batch, and what the groups' contractions name, the dearest group first.
+
+    The pipeline is an axis like the others, which splits the layers; axes of one rank beside it are left out.
+    """
+    is_pipelined = plan.pipeline.ranks > 1
+    roles: dict[str, list[str]] = {PIPELINE: ["layers"]} if is_pipelined else {}
+    for axis, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True):
+        if is_pipelined and size == 1:
+            continue
+        found = ["batch"] if axis in plan.batch_axes else []
+        for group in sorted(plan.groups, key=lambda group: -plan.group_seconds(group)[0]):
+            found += [part.strip() for part in group.axes.get(axis, "").split(",")]
+        roles[axis] = [role for role in dict.fromkeys(found) if role not in ("", "nothing")]
+    return {axis: ", ".join(found) or "nothing" for axis, found in roles.items()}
+
+
+def describe_pipeline(plan: Plan) -> str:
+    """Say how the work is spread over groups of ranks and over time; empty for a plan without a pipeline and micro-batches."""
+    pipeline = plan.pipeline
+    if pipeline.is_trivial and pipeline.stages == 1:
+        return ""
+    width = plan.mesh.world_size
+    where = f" on {pipeline.ranks} {f'groups of {width} ranks' if width > 1 else 'ranks'}" if pipeline.ranks > 1 else ""
+    each = f", {pipeline.chunks} on each" if pipeline.chunks > 1 else ""
+    parts = f"{pipeline.microbatches} micro-batches" if pipeline.microbatches > 1 else "1 micro-batch"
+    return f"{pipeline.stages}{where}{each}; schedule {pipeline.schedule}, {parts}"
+
+
+def count_recompute(plan: Plan) -> dict[str, int]:
+    """Number of blocks by what their backward runs again, of the kinds that there are."""
+    found = Counter(block.recompute for block in plan.pipeline.blocks)
+    return {kind: found[kind] for kind in RECOMPUTE if found[kind]}
+
+
+def describe_mesh(plan: Plan) -> str:
+    """The mesh of all ranks, the pipeline among its axes, and how many ranks there are."""
+    mesh = with_pipeline(plan.mesh, plan.pipeline.ranks)
+    return f"{mesh} ({plan.world_size} ranks)" if plan.world_size > 1 else "of one rank"
+
+
+def _word_parts(plan: Plan) -> list[str]:
+    """What the step's seconds are made of, for the summary."""
+    seconds = plan.seconds
+    parts = [f"compute {format_seconds(seconds.forward + seconds.backward)}"]
+    if seconds.recompute or not plan.pipeline.keeps_all:
+        parts.append(f"recompute {format_seconds(seconds.recompute)} ({_word_recompute(plan)})")
+    parts.append(f"optimizer {format_seconds(seconds.optimizer)}")
+    parts.append(f"exposed communication {format_seconds(seconds.communication)}")
+    if seconds.bubble or plan.pipeline.ranks > 1:
+        parts.append(f"bubble {format_seconds(seconds.bubble)} ({format_share(seconds.bubble, seconds.step)})")
+    return parts
+
+
+def _word_recompute(plan: Plan) -> str:
+    """How much of the model is run again: ``full in 30 of 34 blocks``."""
+    counts = [f"{kind} in {count}" for kind, count in count_recompute(plan).items() if kind != "none"]
+    return f"{', '.join(counts) or 'none'} of {len(plan.pipeline.blocks)} blocks"
+
+
+def format_gap(gap: float) -> str:
+    """A relative gap in percent."""
+    return "0" if gap == 0 else f"{100 * gap:.3g}%"
+
+
+def count(number: int, what: str) -> str:
+    """A number of things in words, ``3 candidates``."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def count_alike(unruled: Iterable[Unruled]) -> list[tuple[str, str, int]]:
+    """(target, source, number) of the ops that come from one line; repeated layers say the same many times."""
+    counts: dict[tuple[str, str], int] = {}
+    for op in unruled:
+        key = op.target, op.source or "line unknown"
+        counts[key] = counts.get(key, 0) + 1
+    return [(target, source, count) for (target, source), count in counts.items()]
