@@ -151,17 +151,19 @@ def test_without_a_pipeline_blocks_come_to_what_the_search_says(name: str) -> No
     assert checked > 2
 
 
-def test_a_shared_parameter_is_updated_once() -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_shared_parameter_is_updated_once(ranks: int) -> None:
     search, configurations = make_search(Shared(), (torch.randn(16, 32), torch.randint(0, 32, (16,))), "8xcpu")
-    configuration = next(one for one in configurations if (one.ranks, str(one.trial.mesh)) == (1, "dp=8"))
+    configuration = next(one for one in configurations if (one.ranks, str(one.trial.mesh)) == (ranks, f"dp={8 // ranks}"))
     solutions = search.solutions.solution_sets(configuration)[0]
     plain = [
         block.options[0] for block in search.solutions.block_options(configuration, solutions, False) if block.name.startswith("blocks.")
     ]
     assert len(plain) == 6
-    # A matrix and its bias in each block, in the first block twice; what is shared has a gradient in every block.
+    # A matrix and its bias in each block, in the first block twice; what is shared has a value and a gradient on every stage.
     stored = 4 * (32 * 32 + 32)
-    assert [option.static for option in plain] == [8 * stored, *(6 * stored for _ in range(5))]
+    shared = 2 * stored if ranks > 1 else 0
+    assert [option.static for option in plain] == [8 * stored, *(4 * stored + shared for _ in range(5))]
     assert plain[0].once == pytest.approx(2 * plain[1].once)
 
 
