@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from autopar.plans.plan import (
     to_json,
 )
 from autopar.schedules.families import SCHEDULES, make_schedule
-from tests.plans import make_pipelined_plan, make_plan, make_row
+from tests.plans import make_pipelined_plan, make_plan
 
 _TEXT = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), max_size=8)
 _NAME = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8)
@@ -71,6 +70,13 @@ def _memories(draw: st.DrawFn) -> Memory:
     return Memory(*parts, budget=sum(parts) + draw(st.integers(1, 2**60)))
 
 
+def _make_rows(axes: tuple[str, ...], layers: list[str]) -> st.SearchStrategy[CostRow]:
+    """Of work of one rank alone, and of communication."""
+    what = st.sampled_from(["", *layers]), st.sampled_from(Phase), st.sampled_from(Purpose)
+    alone = st.builds(CostRow, *what, st.just(""), st.just(""), *[_TIME] * 4)
+    return alone | st.builds(CostRow, *what, st.sampled_from(axes), _NAME, *[_TIME] * 4)
+
+
 @st.composite
 def _proofs(draw: st.DrawFn, objective: int) -> Proof:
     candidate = st.builds(Candidate, _TEXT, _TEXT, st.none() | _TIME, st.none() | _COUNT, _TEXT)
@@ -78,6 +84,10 @@ def _proofs(draw: st.DrawFn, objective: int) -> Proof:
     gap = (objective - bound) / max(1, objective)
     candidates = tuple(draw(st.lists(candidate, max_size=2)))
     return Proof(objective, bound, gap, draw(_TEXT), draw(_TEXT), draw(_COUNT), draw(_COUNT), draw(_TIME), candidates)
+
+
+def _step_of(costs: tuple[CostRow, ...]) -> float:
+    return replace(make_plan(), costs=costs).seconds.step
 
 
 @st.composite
@@ -88,20 +98,10 @@ def _plans(draw: st.DrawFn) -> Plan:
     layouts: dict[str, Layout] = draw(_make_tables(len(names), _STORED))
     placements: dict[str, Placement] = draw(_make_tables(len(names), _PART))
     axes = st.dictionaries(st.sampled_from(names), _TEXT, max_size=2)
-    group = st.builds(Group, _TEXT, st.integers(1, 2**60), axes, _COUNT, _COUNT)
+    group = st.builds(Group, _NAME, st.integers(1, 2**60), axes, _COUNT, _COUNT)
+    groups = draw(st.lists(group, max_size=2, unique_by=lambda entry: entry.name))
+    costs = tuple(draw(st.lists(_make_rows(names, [entry.name for entry in groups]), max_size=3)))
     tensors = st.lists(st.integers(0, 99), max_size=3).map(lambda sizes: f"int64[{', '.join(map(str, sizes))}]")
-    works = [
-        (Phase.FORWARD, Purpose.COMPUTE),
-        (Phase.WEIGHT, Purpose.COMPUTE),
-        (Phase.INPUT, Purpose.RECOMPUTE),
-        (Phase.STEP, Purpose.BUBBLE),
-    ]
-    work = st.builds(lambda kind, seconds: make_row("", *kind, seconds), st.sampled_from(works), _TIME)
-    numbers = [_TIME] * 4
-    axis = st.sampled_from(names)
-    move = st.builds(partial(CostRow, "", Phase.FORWARD, Purpose.ACTIVATIONS), axis, st.just("all_gather"), *numbers)
-    costs = tuple(draw(st.lists(st.one_of(work, move), max_size=3)))
-    step_ns = round(1e9 * sum(row.seconds for row in costs))
     return Plan(
         model=draw(_NAME),
         fingerprint=draw(_NAME),
@@ -116,8 +116,8 @@ def _plans(draw: st.DrawFn) -> Plan:
         bucket_nbytes=draw(st.integers(0, 2**40)),
         costs=costs,
         memory=draw(_memories()),
-        groups=tuple(draw(st.lists(group, max_size=2))),
-        proof=draw(_proofs(step_ns)),
+        groups=tuple(groups),
+        proof=draw(_proofs(round(1e9 * _step_of(costs)))),
         unruled=tuple(draw(st.lists(st.builds(Unruled, _TEXT, _TEXT, _TEXT), max_size=2))),
         notes=tuple(draw(st.lists(_TEXT, max_size=2))),
     )
@@ -196,7 +196,7 @@ def test_another_version_is_refused_with_both_versions(version: object) -> None:
         from_json(json.dumps(document))
 
 
-@pytest.mark.parametrize(("version", "lacks"), [(1, "pipeline, outputs and bucket_nbytes"), (2, "outputs and bucket_nbytes")])
+@pytest.mark.parametrize(("version", "lacks"), [(1, "pipeline, outputs, bucket_nbytes and costs"), (2, "outputs, bucket_nbytes and costs")])
 def test_an_older_version_is_refused_with_what_it_lacks(version: int, lacks: str) -> None:
     document = {**json.loads(to_json(make_plan())), "version": version}
     with pytest.raises(PlanError) as caught:

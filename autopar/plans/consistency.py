@@ -23,14 +23,14 @@ MOST_DEVICES = 2**31 - 1
 """Ranks are numbered in 32 bits by the libraries that let them communicate."""
 
 MOST_FORWARDS = 2**20
-"""Forwards of a step, one per stage and micro-batch: of more, the schedule alone, a list of actions, would take minutes to make."""
+"""Forwards of a step, one per stage and micro-batch: of more, the schedule alone, a list of actions, would take about a minute to make."""
 
-# Seconds are sums over ops, and the objective is a sum of the same costs in whole nanoseconds: the step may differ from it by what rounding
-# adds up to.
+# The objective is the search's number in whole nanoseconds, the step a sum of all rows: they may differ by what rounding adds up to.
 _STEP_SHARE = 1e-3
 _STEP_NS = 1000
 _GAP = 1e-6
 
+_PHASES, _PURPOSES = tuple(Phase), tuple(Purpose)
 # Counts are read up to this many digits, which is far above MOST_DEVICES.
 _CLUSTER = re.compile(r"([0-9]{1,18})x([0-9]{1,18})x(.+)")
 _TENSOR = re.compile(r"\w+\[(?:[0-9]+(?:, [0-9]+)*)?\]", re.ASCII)
@@ -43,7 +43,7 @@ def check_consistency(plan: Plan) -> None:
     _check_cluster(plan)
     _check_layouts(plan)
     _check_pipeline(plan.pipeline)
-    _check_report(plan)
+    _check_costs(plan)
     _check_memory(plan)
     _check_proof(plan)
 
@@ -55,7 +55,7 @@ def _check_mesh(plan: Plan) -> None:
     if unknown := [axis for axis in plan.batch_axes if axis not in position]:
         raise PlanError(f"plan.batch_axes names {', '.join(map(repr, unknown))}, the mesh has {plan.mesh}")
     positions = [position[axis] for axis in plan.batch_axes]
-    if any(first >= second for first, second in pairwise(positions)):
+    if any(earlier >= later for earlier, later in pairwise(positions)):
         raise PlanError(f"plan.batch_axes is {', '.join(plan.batch_axes)}; each axis is named once, in the order of the mesh {plan.mesh}")
 
 
@@ -138,25 +138,26 @@ def _check_pipeline(pipeline: Pipeline) -> None:
             raise PlanError(f"plan.pipeline.travel names {name!r}, which is no value; add_3 is one, or split.1, the second result of an op")
 
 
-def _check_report(plan: Plan) -> None:
-    """Axes that the report speaks of must be there."""
+def _check_costs(plan: Plan) -> None:
+    """What the report adds up by must be known: phases, purposes, groups of layers, axes."""
     axes = set(plan.mesh.names)
-    layers = {group.name for group in plan.groups} | {""}
-    for index, row in enumerate(plan.costs):
-        if row.phase not in set(Phase) or row.purpose not in set(Purpose):
-            raise PlanError(
-                f"plan.costs[{index}] is of phase {row.phase!r} and purpose {row.purpose!r}; phases are {', '.join(Phase)}, purposes"
-                f" {', '.join(Purpose)}"
-            )
-        if row.axis not in axes | {""} and not (row.axis == PIPELINE and plan.pipeline.stages > 1):
-            raise PlanError(f"plan.costs[{index}].axis is {row.axis!r}, the mesh has {plan.mesh}")
-        if bool(row.axis) != bool(row.collective):
-            raise PlanError(f"plan.costs[{index}] has the axis {row.axis!r} and the collective {row.collective!r}; communication has both")
-        if row.layer not in layers:
-            raise PlanError(f"plan.costs[{index}].layer is {row.layer!r}, which is none of plan.groups")
+    layers = {""}
     for index, group in enumerate(plan.groups):
         if unknown := [axis for axis in group.axes if axis not in axes]:
             raise PlanError(f"plan.groups[{index}].axes names {unknown[0]!r}, the mesh has {plan.mesh}")
+        if group.name in layers:
+            raise PlanError(f"plan.groups[{index}].name is {group.name!r}; each group has a name of its own")
+        layers.add(group.name)
+    for index, row in enumerate(plan.costs):
+        for field, text, known in (("phase", row.phase, _PHASES), ("purpose", row.purpose, _PURPOSES)):
+            if text not in known:
+                raise PlanError(f"plan.costs[{index}].{field} is {text!r}; known are {', '.join(known)}")
+        if row.layer not in layers:
+            raise PlanError(f"plan.costs[{index}].layer is {row.layer!r}, which is the name of no group in plan.groups")
+        if row.axis and row.axis not in axes and not (row.axis == PIPELINE and plan.pipeline.stages > 1):
+            raise PlanError(f"plan.costs[{index}].axis is {row.axis!r}, the mesh has {plan.mesh}")
+        if bool(row.axis) != bool(row.collective):
+            raise PlanError(f"plan.costs[{index}] has axis {row.axis!r} and collective {row.collective!r}; both are empty, or neither")
 
 
 def _check_memory(plan: Plan) -> None:

@@ -28,8 +28,8 @@ VERSION = 3
 
 # What older versions lack, and why they can't be read.
 _LACKS = {
-    1: " (a plan of version 1 has no fields pipeline, outputs and bucket_nbytes)",
-    2: " (a plan of version 2 has no fields outputs and bucket_nbytes)",
+    1: " (a plan of version 1 has no fields pipeline, outputs, bucket_nbytes and costs)",
+    2: " (a plan of version 2 has no fields outputs, bucket_nbytes and costs)",
 }
 
 # Characters of a message at most: a file may name anything.
