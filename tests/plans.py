@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autopar.costs import CostRow, Phase, Purpose
 from autopar.ir.layout import Mesh, Split, parse_layout
+from autopar.plans import CostRow, Phase, Purpose
 from autopar.plans.plan import BlockChoice, Candidate, Group, Memory, Pipeline, Plan, Proof, Unruled
 
 

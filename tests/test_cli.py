@@ -12,8 +12,8 @@ import click
 import pytest
 
 from autopar.cli.commands import main
-from autopar.costs import CostRow
 from autopar.errors import InputError
+from autopar.plans import CostRow
 from autopar.plans.pins import PIN_NAMES, parse_mesh
 from autopar.plans.plan import (
     RECOMPUTE,

@@ -9,9 +9,9 @@ import pytest
 
 from autopar.capture.export import capture
 from autopar.cost_models import Cluster
-from autopar.costs.rows import Phase, Purpose
 from autopar.ir.graph import Graph
 from autopar.plans.plan import RECOMPUTE, Plan
+from autopar.plans.rows import Phase, Purpose
 from autopar.schedules.families import SCHEDULES
 from tests.planning import make_plan
 from tests.zoo import DEEP, ZOO

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autopar.costs import CostRow, Phase, Purpose
 from autopar.errors import PlanError
 from autopar.ir.layout import PARTIAL, PASS_PARTIAL, REPLICATE, Layout, Mesh, Placement, Split, shard
+from autopar.plans import CostRow, Phase, Purpose
 from autopar.plans.plan import (
     RECOMPUTE,
     VERSION,

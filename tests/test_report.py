@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from autopar.costs import Phase, Purpose
 from autopar.errors import InputError
 from autopar.ir.layout import Mesh
+from autopar.plans import Phase, Purpose
 from autopar.plans.plan import BlockChoice, Pipeline, Plan, Unruled
 from autopar.report import describe_pipeline, explain, summarize, to_data
 from autopar.report.selection import select_groups

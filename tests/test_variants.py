@@ -14,11 +14,11 @@ from autopar.cost_models import Cluster, Link, collective_seconds
 from autopar.costs.blocks import cost_block
 from autopar.costs.cuts import cost_cut, travel_layout
 from autopar.costs.memory import find_memory, workspace_nbytes
-from autopar.costs.rows import Phase
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import OPTIMIZER_COPIES, CostTables, local_nbytes
 from autopar.ir.graph import OpKind, Value
 from autopar.ir.layout import Mesh
+from autopar.plans.rows import Phase
 from autopar.rules.table import find_spaces
 from autopar.search.options import AxisKind, Constraints
 from autopar.search.pipeline.block_options import BlockOptions

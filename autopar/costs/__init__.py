@@ -3,12 +3,11 @@
 Comes in: a `Model`, a mesh, a cluster, and for whole blocks a solution of the placement problem. Goes out: prices of single decisions
 (`CostTables`), and per block of the chain its rows of seconds and its bytes (`BlockCost`).
 
-Modules, in reading order: ``saved``, ``tables``, ``rows``, ``solved``, ``memory``, ``blocks``, ``cuts``.
+Modules, in reading order: ``saved``, ``tables``, ``solved``, ``memory``, ``blocks``, ``cuts``.
 """
 
 from autopar.costs.blocks import BlockCost, block_kind, cost_block
 from autopar.costs.cuts import cost_cut, cut_kind, travel_layout
-from autopar.costs.rows import CostRow, Phase, Purpose, RowSums
 from autopar.costs.saved import Kept, count_kept, keeps_operand
 from autopar.costs.solved import Choices, SolvedChain
 from autopar.costs.tables import (
@@ -28,12 +27,8 @@ __all__ = [
     "OPTIMIZER_COPIES",
     "BlockCost",
     "Choices",
-    "CostRow",
     "CostTables",
     "Kept",
-    "Phase",
-    "Purpose",
-    "RowSums",
     "SolvedChain",
     "block_kind",
     "call_seconds",

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from autopar.costs.memory import BlockMemory, find_memory
-from autopar.costs.rows import CostRow, Phase, Purpose, RowSums, seconds_of
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import COLLECTIVE_KIND
 from autopar.ir import Collective, Layout, Op, OpKind, RouteStep, Tensor, Value
+from autopar.plans import CostRow, Phase, Purpose, RowSums, seconds_of
 from autopar.structure import find_cores
 
 LOCAL_COPY = "local copy"

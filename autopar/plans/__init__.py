@@ -3,7 +3,7 @@
 Comes in: what the user pinned; what the search decided. Goes out: pins to the search, and plans to the rewrite and the runtime, which carry
 them out, and to the report.
 
-Modules, in reading order: ``files``, ``consistency``, ``plan``, ``fits``, ``pins``.
+Modules, in reading order: ``rows``, ``files``, ``consistency``, ``plan``, ``fits``, ``pins``.
 """
 
 from autopar.plans.files import printable
@@ -23,6 +23,7 @@ from autopar.plans.plan import (
     from_json,
     to_json,
 )
+from autopar.plans.rows import CostRow, Phase, Purpose, RowSums, seconds_of
 
 __all__ = [
     "NO_PINS",
@@ -30,12 +31,16 @@ __all__ = [
     "RECOMPUTE",
     "BlockChoice",
     "Candidate",
+    "CostRow",
     "Group",
     "Memory",
+    "Phase",
     "Pins",
     "Pipeline",
     "Plan",
     "Proof",
+    "Purpose",
+    "RowSums",
     "Unruled",
     "check_fits",
     "describe_pins",
@@ -44,5 +49,6 @@ __all__ = [
     "parse_mesh",
     "printable",
     "reconcile",
+    "seconds_of",
     "to_json",
 ]

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from autopar.costs import Phase, Purpose
 from autopar.errors import InputError, PlanError
 from autopar.ir import BROADCAST, MICROBATCH, PARTIAL, PIPELINE, Layout, Placement
+from autopar.plans.rows import Phase, Purpose
 from autopar.schedules import check_schedule
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from autopar.costs import CostRow, Phase, Purpose
 from autopar.errors import PlanError
 from autopar.ir import Layout, Mesh, Placement
 from autopar.plans import files
 from autopar.plans.consistency import check_consistency
 from autopar.plans.files import Among, Count, Name
+from autopar.plans.rows import CostRow, Phase, Purpose
 
 FORMAT = "autopar-plan"
 VERSION = 3

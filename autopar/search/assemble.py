@@ -7,20 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autopar.cost_models import Cluster
-from autopar.costs import (
-    BUCKET_NBYTES,
-    BlockCost,
-    Choices,
-    CostRow,
-    Phase,
-    Purpose,
-    RowSums,
-    count_kept,
-    local_nbytes,
-    operand_layout_of,
-)
+from autopar.costs import BUCKET_NBYTES, BlockCost, Choices, count_kept, local_nbytes, operand_layout_of
 from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
-from autopar.plans import OUTSIDE, Candidate, Group, Memory, Pipeline, Plan, Proof, Unruled, printable
+from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled, printable
 from autopar.search.pipeline import AssignmentCost, BlockOption, Cut
 from autopar.search.placement import Solution, kept_nbytes
 from autopar.structure import Block, Chain, Folded, Model, Role, first_rank_axis, role_of

@@ -18,7 +18,6 @@ from autopar.costs import (
     BlockCost,
     Choices,
     CostTables,
-    Phase,
     SolvedChain,
     block_kind,
     cost_block,
@@ -30,7 +29,7 @@ from autopar.costs import (
     travel_layout,
 )
 from autopar.ir import Layout, OpKind, Placement, Value
-from autopar.plans import RECOMPUTE
+from autopar.plans import RECOMPUTE, Phase
 from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 from autopar.search.placement import Decision, DecisionKind, Problem, output_decision
 from autopar.structure import ChainReads, Model, regroup

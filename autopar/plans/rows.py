@@ -1,7 +1,7 @@
 """Rows of costs: seconds and bytes by phase, purpose, axis and collective. A plan's step is the sum of its rows.
 
 Comes in: what `autopar.costs.blocks` counts, one entry at a time. Goes out: `CostRow`, which the search sums, the plan stores and the
-report prints.
+report prints. Here, below what makes rows, since a plan is read without it.
 """
 
 from __future__ import annotations
