@@ -15,6 +15,7 @@ from autopar.cost_models import Cluster
 from autopar.costs.tables import OPTIMIZER_COPIES
 from autopar.ops import comm
 from autopar.runtime.executor import Executor
+from autopar.runtime.mailbox import Delivery, Mailbox
 from tests.emitted import subject
 from tests.planning import make_plan
 
@@ -44,16 +45,16 @@ def held(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
     """Filled when schedules run: group -> bytes at the peak, with its parameters and what an optimizer keeps of them."""
     found: dict[int, int] = {}
     here = threading.local()
-    run, arrived, send = Executor.run, Executor._arrived, comm.ThreadAxis.send
+    run, wait_for, send = Executor.run, Mailbox.wait_for, comm.ThreadAxis.send
 
     def counted_run(self: Executor, actions: object = None) -> None:
         with _Living() as here.living:
             run(self, actions)  # type: ignore[arg-type]
         stored = {x.untyped_storage()._cdata: x.nbytes for one in self.tensors.values() for x in one.parameters if x.requires_grad}
-        found[self.group] = here.living.peak + (1 + OPTIMIZER_COPIES) * sum(stored.values())
+        found[self.pipeline_rank] = here.living.peak + (1 + OPTIMIZER_COPIES) * sum(stored.values())
 
-    def counted_arrived(self: Executor, *key: object) -> list[Tensor]:
-        values = arrived(self, *key)  # type: ignore[arg-type]
+    def counted_wait_for(self: Mailbox, delivery: Delivery) -> list[Tensor]:
+        values = wait_for(self, delivery)
         here.living.add(values)
         return values
 
@@ -62,7 +63,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
             return send(self, x, to)
 
     monkeypatch.setattr(Executor, "run", counted_run)
-    monkeypatch.setattr(Executor, "_arrived", counted_arrived)
+    monkeypatch.setattr(Mailbox, "wait_for", counted_wait_for)
     monkeypatch.setattr(comm.ThreadAxis, "send", uncounted_send)
     return found
 
