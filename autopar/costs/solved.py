@@ -55,7 +55,7 @@ class SolvedChain:
         self.choices = choices
         self.is_one_stage = is_one_stage
         self.saved = count_kept(model)
-        self.layer_of = {name: layer.name for layer in model.folded.classes for instance in layer.instances for name in instance}
+        self.layer_of = model.folded.layer_of
         self._made: dict[Value, Layout] = {}
         self._needs: dict[str, tuple[Layout, ...]] = {}
         self._journeys: dict[str, tuple[Journey, ...]] = {}

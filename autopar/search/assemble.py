@@ -145,7 +145,7 @@ def _batch_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) -
 def _sum_rows(chosen: Chosen, axis_names: Mapping[str, str]) -> tuple[CostRow, ...]:
     """What a step costs the mean rank: the rows of all blocks, of all micro-batches, then messages and the time that it waits."""
     pipeline = chosen.pipeline
-    base, final = _layer_names(chosen.base), _layer_names(chosen.model.folded)
+    base, final = chosen.base.layer_of, chosen.model.folded.layer_of
     sums = RowSums()
     for block, _, _, cost in chosen.blocks():
         # Where like layers are split in several ways, each way has a name of its own.
@@ -179,10 +179,6 @@ def _sum_rows(chosen: Chosen, axis_names: Mapping[str, str]) -> tuple[CostRow, .
     return sums.rows()
 
 
-def _layer_names(folded: Folded) -> dict[str, str]:
-    return {name: layer.name for layer in folded.classes for instance in layer.instances for name in instance}
-
-
 def _mean_idle_seconds(chosen: Chosen) -> float:
     """The part of the step in which the mean rank has nothing to run."""
     busy = [0.0] * chosen.pipeline.ranks
@@ -213,7 +209,7 @@ def _memory(chosen: Chosen, cluster: Cluster) -> Memory:
 def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
     """One line per class of layers, and one for what is outside of them."""
     model, choices = chosen.model, chosen.choices
-    group_of = _layer_names(model.folded)
+    group_of = model.folded.layer_of
     sizes = {layer.name: len(layer.instances) for layer in model.folded.classes}
     names = [*sizes, OUTSIDE]
     axes: dict[str, dict[str, list[str]]] = {name: {axis: [] for axis in mesh.names} for name in names}

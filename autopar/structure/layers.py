@@ -11,6 +11,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from typing import Any
 
@@ -66,6 +67,11 @@ class Folded:
     count: Mapping[str, int]
     edges: tuple[Edge, ...]
     readers: Mapping[Value, Mapping[Readers, int]]
+
+    @cached_property
+    def layer_of(self) -> Mapping[str, str]:
+        """Op name -> name of the class of its layer, for the ops that are in one."""
+        return {name: layer.name for layer in self.classes for instance in layer.instances for name in instance}
 
     def representative_of(self, value: Value) -> Value:
         """The value that stands for `value`."""
