@@ -8,6 +8,7 @@ Modules, in reading order: ``saved``, ``tables``, ``solved``, ``memory``, ``bloc
 
 from autopar.costs.blocks import BlockCost, block_kind, cost_block
 from autopar.costs.cuts import cost_cut, cut_kind, travel_layout
+from autopar.costs.memory import given_nbytes
 from autopar.costs.saved import Kept, count_kept, keeps_operand
 from autopar.costs.solved import Choices, SolvedChain
 from autopar.costs.tables import (
@@ -37,6 +38,7 @@ __all__ = [
     "count_kept",
     "count_uses",
     "cut_kind",
+    "given_nbytes",
     "keeps_operand",
     "layout_numbers",
     "local_nbytes",

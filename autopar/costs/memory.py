@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import OPTIMIZER_COPIES
-from autopar.ir import Layout, Op, OpKind, Value
+from autopar.ir import Graph, Layout, Op, OpKind, Value
 from autopar.structure import find_source
 
 
@@ -40,6 +40,11 @@ class BlockMemory:
     def static(self) -> int:
         """Bytes that are there during the whole step."""
         return self.parameters + self.gradients + self.optimizer + self.outputs
+
+
+def given_nbytes(graph: Graph) -> int:
+    """Bytes of the inputs and buffers of a step: every rank has them whole, whatever is decided."""
+    return sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in graph.of_kind(kind))
 
 
 def find_memory(solved: SolvedChain, number: int, regions: Sequence[Sequence[str]]) -> BlockMemory:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autopar.cost_models import Cluster
-from autopar.costs import BUCKET_NBYTES, BlockCost, Choices, count_kept, local_nbytes, operand_layout_of
+from autopar.costs import BUCKET_NBYTES, BlockCost, Choices, count_kept, given_nbytes, local_nbytes, operand_layout_of
 from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
 from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled, printable
 from autopar.search.pipeline import AssignmentCost, BlockOption, Cut
@@ -193,13 +193,13 @@ def _memory(chosen: Chosen, cluster: Cluster) -> Memory:
     fullest = max(range(len(peaks)), key=peaks.__getitem__)
     held = chosen.cost.memory[fullest]
     here = [cost.memory for _, rank, _, cost in chosen.blocks() if rank == fullest]
-    graph, device = chosen.model.folded.graph, cluster.machine.device
+    device = cluster.machine.device
     return Memory(
         parameters=sum(memory.parameters for memory in here),
         gradients=sum(memory.gradients for memory in here),
         optimizer=sum(memory.optimizer for memory in here),
         activations=held.held + held.messages + sum(memory.outputs for memory in here),
-        buffers=sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in graph.of_kind(kind)),
+        buffers=given_nbytes(chosen.model.folded.graph),
         workspace=held.workspace,
         reserved=device.reserved_bytes,
         budget=device.memory_bytes,

@@ -12,9 +12,8 @@ from functools import partial
 import numpy as np
 
 from autopar.cost_models import Cluster
-from autopar.costs import Choices, CostTables, SolvedChain
+from autopar.costs import Choices, CostTables, SolvedChain, given_nbytes
 from autopar.errors import InfeasibleError
-from autopar.ir import OpKind
 from autopar.plans import Candidate, Pins
 from autopar.schedules import make_schedule
 from autopar.search.meshes import Trial
@@ -176,8 +175,7 @@ def _solve_trial(
 
 def _measure(trial: Trial, problem: Problem, solution: Solution, solved: SolvedChain) -> SolvedTrial:
     """What a solution comes to with all blocks on one stage, by their tables of costs."""
-    graph = solved.graph
-    beside = sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in graph.of_kind(kind))
+    beside = given_nbytes(solved.graph)
     blocks = BlockOptionMaker(solved, None).make(("none",), False, {})
     if not blocks:
         nothing = AssignmentCost(np.zeros(PHASES), 0.0, (RankMemory(0, 0, 0, 0),))

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from autopar.cost_models import axis_link
-from autopar.costs import Choices, CostTables, SolvedChain, call_seconds
+from autopar.costs import Choices, CostTables, SolvedChain, call_seconds, given_nbytes
 from autopar.errors import AutoparError, InputError
 from autopar.ir import MICROBATCH, Mesh, Op, OpKind, Split, fits, with_pipeline
 from autopar.search.options import AxisKind, Constraints, call_options
@@ -93,7 +93,7 @@ class SolutionCache:
         self.recompute = pipelines.recompute
         self.stages = pipelines.stages
         self.refusals = refusals
-        self.beside = sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in self.graph.of_kind(kind))
+        self.beside = given_nbytes(self.graph)
         self.budget = cluster.machine.device.usable_bytes - self.beside
         self._splitter = MicroSplitter(self.graph, model.spaces, model.factors)
         self._products = [op for op in model.folded.ops if op.name in model.spaces and model.spaces[op.name].is_product]
