@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from autopar.costs.memory import BlockMemory, find_memory
+from autopar.costs.memory import BlockMemory, find_memory, recompute_memory
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import COLLECTIVE_KIND
 from autopar.ir import Collective, Layout, Op, OpKind, RouteStep, Tensor, Value
@@ -49,15 +49,16 @@ def cost_block(solved: SolvedChain, number: int, recompute: Iterable[str]) -> It
         "selective": find_cores(solved.graph, solved.model.spaces, block.ops),
         "full": (block.ops,),
     }
-    forward = _forward_rows(solved, number)
+    moves = _moves_of_calls(solved, number)
+    forward = _forward_rows(solved, moves)
     base = RowSums()
     for rows in forward.values():
         for row in rows:
             base.add_row(row)
-    _add_backward(solved, number, base)
+    _add_backward(solved, number, moves, base)
     _add_outputs(solved, number, base)
     _add_step(solved, number, base)
-    plain = base.rows()
+    plain, memory = base.rows(), find_memory(solved, number)
     for kind in recompute:
         groups = regions[kind]
         again = RowSums()
@@ -73,7 +74,7 @@ def cost_block(solved: SolvedChain, number: int, recompute: Iterable[str]) -> It
                     count=row.count,
                     nbytes=row.nbytes,
                 )
-        yield kind if groups else "none", BlockCost((*plain, *again.rows()), find_memory(solved, number, groups))
+        yield kind if groups else "none", BlockCost((*plain, *again.rows()), recompute_memory(solved, number, memory, groups))
 
 
 def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
@@ -97,38 +98,45 @@ def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
     return block.like, read, cheap, shared, parameters, outputs
 
 
-def _forward_rows(solved: SolvedChain, number: int) -> dict[str, tuple[CostRow, ...]]:
-    """Per call of a block, and per cheap call that it is the first to need, what its forward takes."""
+Move = tuple[Tensor, bool, RouteStep, int]
+"""A tensor that is moved for a call, whether it is a parameter, the move, and the bytes of the larger of a rank's parts before and after it."""
+
+
+def _moves_of_calls(solved: SolvedChain, number: int) -> dict[str, list[Move]]:
+    """The moves of the operands of every call of a block, and of the cheap calls that it is the first to need, which come first.
+
+    What was moved into a layout for one call isn't moved again for another. But a parameter is moved for each use: a gathered one isn't
+    held between them.
+    """
     moved: set[tuple[Value, Layout]] = set()
-    rows: dict[str, tuple[CostRow, ...]] = {}
+    moves: dict[str, list[Move]] = {}
     for name in (*solved.reads.cheap[number], *solved.chain.blocks[number].ops):
+        moves[name] = []
+        for journey in solved.journeys(solved.graph.by_name[name]):
+            is_parameter = solved.graph.by_name[journey.value.op].kind is OpKind.PARAMETER
+            if not is_parameter:
+                key = journey.value, journey.need
+                if key in moved or solved.is_moved_before(number, *key):
+                    continue
+                moved.add(key)
+            tensor = solved.graph.tensor(journey.value)
+            moves[name] += [(tensor, is_parameter, *leg) for leg in solved.tables.legs(tensor, journey.start, journey.need)]
+    return moves
+
+
+def _forward_rows(solved: SolvedChain, moves: Mapping[str, Sequence[Move]]) -> dict[str, tuple[CostRow, ...]]:
+    """Per call what its forward takes, the moves of its operands included."""
+    rows: dict[str, tuple[CostRow, ...]] = {}
+    for name in moves:
         op, sums = solved.graph.by_name[name], RowSums()
         layer = solved.layer_of.get(name, "")
         sums.add(Phase.FORWARD, Purpose.COMPUTE, solved.tables.op_seconds(solved.stand_in(op), solved.placement(op))[0], layer=layer)
-        for _, is_parameter, move, nbytes in _moves(solved, number, op, moved):
+        for _, is_parameter, move, nbytes in moves[name]:
             if move.forward is not Collective.NONE:
                 purpose = Purpose.PARAMETERS if is_parameter else Purpose.ACTIVATIONS
                 _add_move(solved, sums, Phase.FORWARD, purpose, move.forward, move, nbytes, layer)
         rows[name] = sums.rows()
     return rows
-
-
-def _moves(solved: SolvedChain, number: int, op: Op, moved: set[tuple[Value, Layout]]) -> Iterator[tuple[Tensor, bool, RouteStep, int]]:
-    """The moves of a call's operands, as (tensor, whether it is a parameter, move, bytes); what `moved` holds was moved for a call before.
-
-    A parameter is moved for each use: a gathered one isn't held between them.
-    """
-    for journey in solved.journeys(op):
-        producer = solved.graph.by_name[journey.value.op]
-        is_parameter = producer.kind is OpKind.PARAMETER
-        if not is_parameter:
-            key = journey.value, journey.need
-            if key in moved or solved.is_moved_before(number, *key):
-                continue
-            moved.add(key)
-        tensor = solved.graph.tensor(journey.value)
-        for move, nbytes in solved.tables.legs(tensor, journey.start, journey.need):
-            yield tensor, is_parameter, move, nbytes
 
 
 def _add_move(
@@ -145,11 +153,8 @@ def _add_move(
     )
 
 
-def _add_backward(solved: SolvedChain, number: int, sums: RowSums) -> None:
+def _add_backward(solved: SolvedChain, number: int, moves: Mapping[str, Sequence[Move]], sums: RowSums) -> None:
     """The backward of a block: of its calls, of what their kernels exchange in either direction, and of the moves of their operands."""
-    moved: set[tuple[Value, Layout]] = set()
-    for name in solved.reads.cheap[number]:
-        list(_moves(solved, number, solved.graph.by_name[name], moved))  # these have no backward, but nothing of theirs is moved again
     for name in solved.chain.blocks[number].ops:
         op, layer = solved.graph.by_name[name], solved.layer_of.get(name, "")
         stand_in, placement = solved.stand_in(op), solved.placement(op)
@@ -163,7 +168,7 @@ def _add_backward(solved: SolvedChain, number: int, sums: RowSums) -> None:
         sums.add(Phase.INPUT, Purpose.COMPUTE, backward - weight, layer=layer)
         if weight:
             sums.add(Phase.WEIGHT, Purpose.COMPUTE, weight, layer=layer)
-        for tensor, is_parameter, move, nbytes in _moves(solved, number, op, moved):
+        for tensor, is_parameter, move, nbytes in moves[name]:
             if not tensor.requires_grad:
                 continue
             if not is_parameter:

@@ -7,7 +7,7 @@ else is recomputed; results of a recomputed region that leave it for the same bl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import OPTIMIZER_COPIES
@@ -47,8 +47,8 @@ def given_nbytes(graph: Graph) -> int:
     return sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in graph.of_kind(kind))
 
 
-def find_memory(solved: SolvedChain, number: int, regions: Sequence[Sequence[str]]) -> BlockMemory:
-    """The memory of a block of the chain when the backward runs these regions of it, sets of calls, again."""
+def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
+    """The memory of a block of the chain when the backward runs nothing of it again."""
     parameters = gradients = optimizer = 0
     for name in solved.reads.parameters[number]:
         nbytes = solved.nbytes(Value(name))
@@ -64,11 +64,19 @@ def find_memory(solved: SolvedChain, number: int, regions: Sequence[Sequence[str
         gradients=gradients,
         optimizer=optimizer,
         outputs=sum(solved.nbytes(value, solved.choices.outputs[position]) for position, value in solved.reads.outputs[number]),
-        saved=_saved_nbytes(solved, number, regions),
+        saved=_saved_nbytes(solved, number, ()),
         waiting=_waiting_nbytes(solved, number),
-        # A region that is being run again is there as a whole.
-        workspace=workspace_nbytes(solved, number) + max((_region_nbytes(solved, region) for region in regions), default=0),
+        workspace=workspace_nbytes(solved, number),
     )
+
+
+def recompute_memory(solved: SolvedChain, number: int, plain: BlockMemory, regions: Sequence[Sequence[str]]) -> BlockMemory:
+    """The memory of a block that takes `plain` without recomputation, when the backward runs these regions of it, sets of calls, again."""
+    if not regions:
+        return plain
+    # A region that is being run again is there as a whole.
+    region_nbytes = max(_region_nbytes(solved, region) for region in regions)
+    return replace(plain, saved=_saved_nbytes(solved, number, regions), workspace=plain.workspace + region_nbytes)
 
 
 def _saved_nbytes(solved: SolvedChain, number: int, regions: Sequence[Sequence[str]]) -> int:

@@ -77,7 +77,7 @@ class Folded:
         """The value that stands for `value`."""
         return Value(self.representative[value.op], value.index)
 
-    @property
+    @cached_property
     def ops(self) -> tuple[Op, ...]:
         """The representatives, in graph order."""
         return tuple(op for op in self.graph.ops if self.representative[op.name] == op.name)
