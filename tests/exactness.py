@@ -185,17 +185,22 @@ def write_page() -> str:
 
 _PAGE = """# Exactness
 
-What a parallel plan computes is what one device computes: `autopar.verify` runs all ranks of a plan in one process, in float64, and
-compares every output, every parameter's gradient and every updated buffer with the model's. More than 1e-9 of a tensor's largest
-element is a failure; what is left below is the order of sums.
+This page shows how far a parallel program is from one device, for each architecture and kind of plan, and how that is measured.
 
-The table is that of `tests/test_numerics.py`, where every row is a test. Models are tiny (two layers, `tests/zoo.py`), without dropout,
-with unequal numbers of ignored labels per row. *Splits* is what each axis of the four ranks does to the ops that hold the work, and
-`storage` that parameters are kept split: a plan that only replicates has an empty cell and fails. The free axes are planned with
-little memory, for models of this size run fastest replicated. *Error* is an upper bound, a power of ten.
+`autopar.verify` runs all ranks of a plan in one process, in float64, and compares every output, every parameter's gradient and every
+updated buffer with those of one device. An error of more than 1e-9 of a tensor's largest element is a failure. The errors that remain
+come from sums in another order.
 
-Besides these, plans drawn at random from all that can be emitted are checked in the same way, on meshes of 2, 4, 2 x 2 and 2 x 2 x 2 ranks,
-and DDP, FSDP, Megatron and Redco layouts. `tests/test_processes.py` trains in real processes.
+Every row of the table is a test of `tests/test_numerics.py`. Models are tiny (two layers, `tests/zoo.py`), without dropout, with unequal
+numbers of ignored labels per row.
+
+- *Splits* is what each axis of the four ranks does to products, attention and lookups; `storage` means that parameters are stored
+  split. A plan that only replicates would have an empty cell, and fails.
+- The free axes are planned with little memory, because models of this size run fastest replicated.
+- *Error* is an upper bound, a power of ten.
+
+Two more kinds of plans are checked in the same way: plans drawn at random from all that can be emitted, on meshes of 2, 4, 2 x 2 and
+2 x 2 x 2 ranks, and DDP, FSDP, Megatron and Redco layouts. `tests/test_processes.py` trains in real processes.
 
 Make this page again with `python -m tests.exactness`.
 
@@ -203,20 +208,25 @@ Make this page again with `python -m tests.exactness`.
 | --- | --- | --- | --- | --- |
 {rows}
 
-What a model has no loop for is left out, and tested to be left out:
+Some models lack a loop that the plan's pins would split. That nothing is split there is tested too:
 
 {lacking}
 
 ## Pipelines
 
-{cases} plans: each model on 2 and 4 groups of ranks, each group of 1 and of 2 ranks that split features and vocabulary, under every
-schedule, with nothing, attention cores and all layers recomputed; four micro-batches with unequal numbers of ignored labels, tied
-weights on the first and the last stage, long skips. The error is the worst of the twelve plans of a model and a schedule, an upper
-bound. A gradient that is zero in exact arithmetic, such as a key bias', is compared on the scale of a millionth of the largest.
+{cases} plans are checked: each model
+
+- on 2 and 4 pipeline ranks, each of 1 rank, or of 2 that split features and vocabulary;
+- under every schedule;
+- with nothing, the attention cores, or all blocks recomputed.
+
+There are four micro-batches with unequal numbers of ignored labels; among the models are some with tied weights on the first and the last
+stage, and some with long skips. The error is that of the worst of the twelve plans of a model and a schedule, an upper bound. A gradient that
+is zero in exact arithmetic, such as that of a key's bias, is compared on the scale of a millionth of the largest gradient.
 
 {pipelines}
 
-`tests/test_pipelines.py` runs a part of these in which every pair of choices occurs, and pipelines of which all is drawn: groups and their
+`tests/test_pipelines.py` runs some of these, chosen so that every pair of choices occurs, and pipelines drawn at random: pipeline ranks and their
 mesh, schedule, micro-batches, where stages begin, what each block recomputes, every placement, and in which layouts values travel.
 `tests/test_pipeline_processes.py` trains in real processes.
 """
