@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import doctest
+import importlib
+import pkgutil
 import re
 import shlex
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
@@ -14,6 +19,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import autopar
+from autopar.api import CompiledModule
 from autopar.cli.commands import main
 
 ROOT = Path(__file__).parent.parent
@@ -111,6 +118,69 @@ def test_anchors_exist(page: Path) -> None:
         other = page.parent / target if target else page
         headings = re.findall(r"^#+ (.+)$", other.read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}, f"{target}#{anchor}"
+
+
+DOTTED = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`")
+FILES = ("json", "md", "py", "toml", "txt")
+# What the first part of a name means where it is no name of ours: for an object of the reader's, its type.
+OUTSIDE: dict[str, Any] = {
+    "aten": torch.ops.aten,
+    "autopar": autopar,
+    "loss": Tensor,
+    "model": CompiledModule,
+    "plan": autopar.Plan,
+    "torch": torch,
+}
+
+
+def read_dotted_names(page: Path) -> set[str]:
+    """Names with a dot between backticks in a page's prose, such as `costs.blocks`, `Plan.costs` or `plan.save(path)`."""
+    return {name for name in DOTTED.findall(BLOCK.sub("", page.read_text(encoding="utf-8"))) if not name.endswith(FILES)}
+
+
+@cache
+def load_modules() -> tuple[ModuleType, ...]:
+    """Every module of ours."""
+    names = [module.name for module in pkgutil.walk_packages(autopar.__path__, "autopar.")]
+    return tuple(importlib.import_module(name) for name in names if not name.endswith("__main__"))
+
+
+def find_meanings(name: str) -> Iterator[tuple[Any, list[str]]]:
+    """(object, rest of the name) for everything that the beginning of a dotted name may mean: the end of a module's path, a name in one."""
+    parts = name.split(".")
+    if parts[0] in OUTSIDE:
+        yield OUTSIDE[parts[0]], parts[1:]
+    for module in load_modules():
+        if parts[0] in vars(module):
+            yield vars(module)[parts[0]], parts[1:]
+        for count in range(1, len(parts) + 1):
+            if module.__name__.endswith("." + ".".join(parts[:count])):
+                yield module, parts[count:]
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name leads to a module, a function, an attribute or a field of a dataclass."""
+    return any(has_attribute(known, rest) for known, rest in find_meanings(name))
+
+
+def has_attribute(known: Any, path: Sequence[str]) -> bool:
+    for part in path:
+        if not hasattr(known, part):
+            return part in getattr(known, "__annotations__", {})
+        known = getattr(known, part)
+    return True
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_names_on_the_page_exist(page: Path) -> None:
+    """What a page calls a module, function or field must still have that name."""
+    assert not [name for name in sorted(read_dotted_names(page)) if not exists(name)]
+
+
+def test_a_wrong_name_would_be_seen() -> None:
+    assert "costs.blocks" in read_dotted_names(ROOT / "docs" / "costs.md")
+    assert all(map(exists, ("costs.blocks", "search.placement.solve", "ir.reshard.PAIRS", "Plan.costs", "plan.save")))
+    assert not any(map(exists, ("costs.menus", "search.menus.solve", "ir.reshard.MENUS", "Plan.menus", "plan.menus")))
 
 
 def test_every_kind_of_error_is_explained() -> None:
