@@ -187,20 +187,20 @@ _PAGE = """# Exactness
 
 This page shows how far a parallel program is from one device, for each architecture and kind of plan, and how that is measured.
 
-`autopar.verify` runs all ranks of a plan in one process, in float64, and compares every output, every parameter's gradient and every
-updated buffer with those of one device. An error of more than 1e-9 of a tensor's largest element is a failure. The errors that remain
-come from sums in another order.
+`autopar.verify` runs all ranks of a plan in one process, in float64, and compares every output, every parameter's gradient and
+every updated buffer with those of one device. An error of more than 1e-9 of a tensor's largest element is a failure. The errors
+that remain come from sums in another order.
 
-Every row of the table is a test of `tests/test_numerics.py`. Models are tiny (two layers, `tests/zoo.py`), without dropout, with unequal
-numbers of ignored labels per row.
+Every row of the table is a test of `tests/test_numerics.py`. Models are tiny (two layers, `tests/zoo.py`), without dropout, with
+unequal numbers of ignored labels per row.
 
 - *Splits* is what each axis of the four ranks does to products, attention and lookups; `storage` means that parameters are stored
   split. A plan that only replicates would have an empty cell, and fails.
 - The free axes are planned with little memory, because models of this size run fastest replicated.
 - *Error* is an upper bound, a power of ten.
 
-Two more kinds of plans are checked in the same way: plans drawn at random from all that can be emitted, on meshes of 2, 4, 2 x 2 and
-2 x 2 x 2 ranks, and DDP, FSDP, Megatron and Redco layouts. `tests/test_processes.py` trains in real processes.
+Two more kinds of plans are checked in the same way: plans drawn at random from all that can be emitted, on meshes of 2, 4, 2 x 2
+and 2 x 2 x 2 ranks, and DDP, FSDP, Megatron and Redco layouts. `tests/test_processes.py` trains in real processes.
 
 Make this page again with `python -m tests.exactness`.
 
@@ -220,15 +220,16 @@ Some models lack a loop that the plan's pins would split. That nothing is split 
 - under every schedule;
 - with nothing, the attention cores, or all blocks recomputed.
 
-There are four micro-batches with unequal numbers of ignored labels; among the models are some with tied weights on the first and the last
-stage, and some with long skips. The error is that of the worst of the twelve plans of a model and a schedule, an upper bound. A gradient that
-is zero in exact arithmetic, such as that of a key's bias, is compared on the scale of a millionth of the largest gradient.
+There are four micro-batches with unequal numbers of ignored labels; among the models are some with tied weights on the first and
+the last stage, and some with long skips. The error is that of the worst of the twelve plans of a model and a schedule, an upper
+bound. A gradient that is zero in exact arithmetic, such as that of a key's bias, is compared on the scale of a millionth of the
+largest gradient.
 
 {pipelines}
 
-`tests/test_pipelines.py` runs some of these, chosen so that every pair of choices occurs, and pipelines drawn at random: pipeline ranks and their
-mesh, schedule, micro-batches, where stages begin, what each block recomputes, every placement, and in which layouts values travel.
-`tests/test_pipeline_processes.py` trains in real processes.
+`tests/test_pipelines.py` runs some of these, chosen so that every pair of choices occurs, and pipelines drawn at random: pipeline
+ranks and their mesh, schedule, micro-batches, where stages begin, what each block recomputes, every placement, and in which
+layouts values travel. `tests/test_pipeline_processes.py` trains in real processes.
 """
 
 
