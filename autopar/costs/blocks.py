@@ -99,7 +99,7 @@ def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
 
 
 Move = tuple[Tensor, bool, RouteStep, int]
-"""A tensor that is moved for a call, whether it is a parameter, the move, and the bytes of the larger of a rank's parts before and after it."""
+"""A tensor moved for a call, whether it is a parameter, the move, and the larger of the bytes of a rank's parts before and after."""
 
 
 def _moves_of_calls(solved: SolvedChain, number: int) -> dict[str, list[Move]]:
