@@ -52,6 +52,11 @@ def test_pins_are_read_from_text() -> None:
         Pins.parse_texts([f"tp={'9' * 5000}"])
 
 
+def test_several_pins_in_one_text_are_told_apart() -> None:
+    with pytest.raises(InputError, match="pin 'dp=4,tp=2' is 2 pins; give each of its own, as in --pin dp=4 --pin tp=2"):
+        Pins.parse_texts(["dp=4,tp=2"])
+
+
 VALUES: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(("dp", "tp", "cp", "pp", "microbatches"), st.integers(1, 64)),
     **dict.fromkeys(("fsdp", "vocabulary"), st.booleans()),

@@ -241,9 +241,9 @@ def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
             "plan.mesh: an object with lists names (texts) and sizes (integers from 1) is needed",
         ),
         (_set("mesh", "sizes", to=[2]), "don't match"),
-        (_set("surprise", to=1), "plan: fields missing or unknown: surprise"),
-        (_set("proof", "why", to=""), "plan.proof: fields missing or unknown: why"),
-        (lambda plan: plan.pop("notes"), "plan: fields missing or unknown: notes"),
+        (_set("surprise", to=1), "plan: fields unknown: surprise"),
+        (_set("proof", "why", to=""), "plan.proof: fields unknown: why"),
+        (lambda plan: plan.pop("notes"), "plan: fields missing: notes"),
         (_set("layouts", "input_ids", to="S0"), "plan.layouts: 'input_ids' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
         (_set("placements", "view", to="b,-,-"), "plan.placements: 'view' has 3 axes, the mesh has 2 (dp=2 x tp=4)"),
         (_set("batch_axes", to=["pp"]), "plan.batch_axes names 'pp', the mesh has dp=2 x tp=4"),
@@ -265,7 +265,7 @@ def _shift_stages(pipeline: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (dict.clear, "plan.pipeline: fields missing or unknown: blocks, chunks, microbatches, ranks, schedule, travel"),
+        (dict.clear, "plan.pipeline: fields missing: blocks, chunks, microbatches, ranks, schedule, travel"),
         (_set("ranks", to=0), "plan.pipeline.ranks is 0, an integer from 1 is needed"),
         (_set("chunks", to=-2), "plan.pipeline.chunks is -2, an integer from 1 is needed"),
         (_set("microbatches", to=-1), "plan.pipeline.microbatches is -1, an integer from 1 is needed"),

@@ -25,7 +25,7 @@ import json
 import math
 import os
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -121,9 +121,16 @@ def read(cls: type[_T], data: Any, where: str) -> _T:
         raise PlanError(f"{where}: an object is needed, not {type(data).__name__}")
     kind: Any = cls
     types = _types_of(kind)
-    if wrong := sorted(types.keys() ^ data.keys()):
-        raise PlanError(f"{where}: fields missing or unknown: {', '.join(map(printable, wrong))}")
+    if wrong := wrong_fields(data, types):
+        raise PlanError(f"{where}: {wrong}")
     return cls(**{name: _read(inner, data[name], f"{where}.{name}") for name, inner in types.items()})
+
+
+def wrong_fields(data: Mapping[str, Any], needed: Collection[str]) -> str:
+    """Which of the needed fields `data` lacks, and which it has beside them, in words; empty when neither."""
+    missing, unknown = sorted(set(needed) - data.keys()), sorted(data.keys() - set(needed))
+    texts = [f"fields {what}: {', '.join(map(printable, names))}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
+    return "; ".join(texts)
 
 
 def _unwrap(kind: Any) -> tuple[Any, tuple[Any, ...]]:

@@ -193,6 +193,10 @@ class Pins:
             name, _, value = (part.strip() for part in text.partition("="))
             if name in pins:
                 raise InputError(f"pin {name!r} is given twice")
+            if len(parts := text.split(",")) > 1 and all(part.partition("=")[0].strip() in PIN_NAMES for part in parts):
+                raise InputError(
+                    f"pin {text!r} is {len(parts)} pins; give each of its own, as in {' '.join(f'--pin {part.strip()}' for part in parts)}"
+                )
             is_module = ":" in value and name not in (*PIN_NAMES, *LATER_PINS)
             pins[name] = _parse_module(text, value) if is_module else _parse_value(value)
         return cls.parse(pins)

@@ -329,8 +329,8 @@ def _open(document: Any) -> Any:
         raise PlanError(
             f"plan version {reprlib.repr(version)}, this autopar reads version {VERSION}{lacks}; make the plan again with `autopar plan`"
         )
-    if wrong := sorted(document.keys() ^ {"format", "version", "plan"}):
-        raise PlanError(f"the top level has fields missing or unknown: {', '.join(map(files.printable, wrong))}")
+    if wrong := files.wrong_fields(document, ("format", "version", "plan")):
+        raise PlanError(f"the top level: {wrong}")
     return document["plan"]
 
 
