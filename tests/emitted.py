@@ -26,7 +26,7 @@ from autopar.rules.table import find_spaces
 from autopar.schedules.families import SCHEDULES, make_schedule
 from autopar.search.meshes import find_trials
 from autopar.search.options import AxisKind, Constraints
-from autopar.search.pipeline.variants import choices_of
+from autopar.search.pipeline.variants import sharding_of
 from autopar.search.placement.problem import FORBIDDEN, DecisionKind, Problem, build_problem
 from autopar.search.placement.solve import solve
 from autopar.structure.blocks import Chain, find_chain
@@ -199,12 +199,12 @@ class Subject:
         if mesh not in self._bases:
             axes = dict(zip(mesh.names, mesh.sizes, strict=True))
             self._bases[mesh] = make_plan(self.graph, _cluster(mesh.sizes), mesh=axes)
-        choices = choices_of(problem, {problem.nodes[i].decision: option for i, option in choice.items()})
+        sharding = sharding_of(problem, {problem.nodes[i].decision: option for i, option in choice.items()})
         return dataclasses.replace(
             self._bases[mesh],
-            placements={name: placement[first:] for name, placement in choices.placements.items()},
-            layouts={name: layout[first:] for name, layout in choices.layouts.items()},
-            outputs=tuple(layout[first:] for layout in choices.outputs),
+            placements={name: placement[first:] for name, placement in sharding.placements.items()},
+            layouts={name: layout[first:] for name, layout in sharding.layouts.items()},
+            outputs=tuple(layout[first:] for layout in sharding.outputs),
         )
 
     def uses(self, plan: Plan) -> frozenset[str]:

@@ -117,15 +117,15 @@ def test_placements_that_configurations_share_are_legal_for_each(subject: str, g
         mesh = in_time(configuration.trial.mesh, configuration.microbatches)
         solutions = search.solutions.solution_sets_alike(configuration)
         assert solutions
-        for choices in (choices for solution_set in solutions for choices in solution_set.choices):
-            assert all(placement[0] == model.micro.parts[name] for name, placement in choices.placements.items())
-            for name, placement in choices.placements.items():
+        for sharding in (sharding for solution_set in solutions for sharding in solution_set.shardings):
+            assert all(placement[0] == model.micro.parts[name] for name, placement in sharding.placements.items())
+            for name, placement in sharding.placements.items():
                 # A configuration with one rank on an axis may share with another that has more: it splits nothing there.
                 real = tuple(part if size > 1 else None for part, size in zip(placement, mesh.sizes, strict=True))
                 assert name not in model.spaces or is_legal(model.spaces[name], real, mesh), (str(configuration), name)
             for op in parameters:
-                assert fits(op.results[0].shape, choices.layouts[op.name], mesh), (str(configuration), op.name)
-                stores_parts.add(any(state.kind is StateKind.SHARD for state in choices.layouts[op.name]))
+                assert fits(op.results[0].shape, sharding.layouts[op.name], mesh), (str(configuration), op.name)
+                stores_parts.add(any(state.kind is StateKind.SHARD for state in sharding.layouts[op.name]))
     assert len(keys) < len(configurations)
     assert True in stores_parts or subject != "odd"
 

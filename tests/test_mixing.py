@@ -12,7 +12,7 @@ import torch
 from autopar.capture.export import capture
 from autopar.checks.verification import prepare_reference, verify_against
 from autopar.cost_models import Cluster
-from autopar.costs.solved import Choices, SolvedChain
+from autopar.costs.solved import Sharding, SolvedChain
 from autopar.costs.tables import CostTables
 from autopar.ir.graph import Graph, OpKind, Value
 from autopar.ir.layout import Mesh
@@ -20,7 +20,7 @@ from autopar.plans.plan import Plan, from_json, to_json
 from autopar.rewrite.emit import rewrite
 from autopar.rules.table import find_spaces
 from autopar.search.options import AxisKind, Constraints
-from autopar.search.pipeline.variants import BlockOptionMaker, choices_of, find_shared, join_menus, mix
+from autopar.search.pipeline.variants import BlockOptionMaker, find_shared, join_menus, mix, sharding_of
 from autopar.search.placement.problem import build_problem, restrict
 from autopar.search.placement.solve import Search
 from autopar.structure.blocks import find_chain, relabel
@@ -73,12 +73,12 @@ class _Subject:
         allowed = find_shared(self.model, self.reads, problem, search.solution_at(0.0).choice)
         self.inner = restrict(problem, allowed)
         highest = 1000 * search.bound_ns / search.solution_at(0.0).nbytes
-        self.answers = [choices_of(self.inner, one.choice) for one in Search(self.inner).frontier(highest, 5)]
+        self.answers = [sharding_of(self.inner, one.choice) for one in Search(self.inner).frontier(highest, 5)]
 
-    def menus(self, model: Model, choices: Choices, number: int = 0) -> BlockOptionMaker:
+    def menus(self, model: Model, sharding: Sharding, number: int = 0) -> BlockOptionMaker:
         chain = relabel(self.chain, model.folded)
         tables = CostTables(model, self.mesh, self.cluster)
-        solved = SolvedChain(model, chain, self.reads, tables, choices, is_one_stage=False)
+        solved = SolvedChain(model, chain, self.reads, tables, sharding, is_one_stage=False)
         return BlockOptionMaker(solved, self.cluster.link_of(2, 1), number)
 
 
@@ -91,8 +91,8 @@ def test_what_a_block_costs_is_its_own_answers_whatever_its_neighbours_take(name
     generator = random.Random(name)
     for _ in range(3):
         numbers = [generator.randrange(len(subject.answers)) for _ in menus]
-        model, choices = mix(subject.model, subject.reads, subject.answers, numbers)
-        alone = subject.menus(model, choices).make(recompute, True, {})
+        model, sharding = mix(subject.model, subject.reads, subject.answers, numbers)
+        alone = subject.menus(model, sharding).make(recompute, True, {})
         for number, menu, own in zip(numbers, menus, alone, strict=True):
             assert menu.cut == own.cut
             assert tuple(replace(one, solution=0) for one in menu.options if one.solution == number) == own.options, menu.name

@@ -22,8 +22,8 @@ from autopar.plans.rows import Phase
 from autopar.rules.table import find_spaces
 from autopar.search.options import AxisKind, Constraints
 from autopar.search.pipeline.block_options import BlockOptions
-from autopar.search.pipeline.variants import BlockOptionMaker, choices_of
-from autopar.search.placement.problem import build_problem, kept_nbytes, least_bytes
+from autopar.search.pipeline.variants import BlockOptionMaker, sharding_of
+from autopar.search.placement.problem import build_problem, least_bytes, saved_nbytes
 from autopar.search.placement.solve import Search
 from autopar.structure.blocks import find_chain
 from autopar.structure.chain_reads import read_chain
@@ -94,11 +94,11 @@ def make_menus(
     mesh = in_time(Mesh(("tp",), (2,)) if tensor_parallel else Mesh(("dp",), (1,)), 2)
     problem = build_problem(model, mesh, CLUSTER, Constraints((AxisKind.TIME, AxisKind.TP if tensor_parallel else AxisKind.DP)))
     chain = find_chain(model.folded, spaces)
-    choices = choices_of(problem, Search(problem).solution_at(0.0).choice)
-    placements = {name: (one[0], None) if name in whole else one for name, one in choices.placements.items()}
-    choices = replace(choices, placements=placements)
+    sharding = sharding_of(problem, Search(problem).solution_at(0.0).choice)
+    placements = {name: (one[0], None) if name in whole else one for name, one in sharding.placements.items()}
+    sharding = replace(sharding, placements=placements)
     reads = read_chain(graph, spaces, chain)
-    return BlockOptionMaker(SolvedChain(model, chain, reads, CostTables(model, mesh, CLUSTER), choices, is_one_stage=False), link)
+    return BlockOptionMaker(SolvedChain(model, chain, reads, CostTables(model, mesh, CLUSTER), sharding, is_one_stage=False), link)
 
 
 def make_tied(frozen: bool = False, **options: Any) -> BlockOptionMaker:
@@ -208,7 +208,7 @@ def test_the_least_bytes_of_all_ranks_are_those_of_one(menus: BlockOptionMaker) 
 
 def test_ops_that_stand_for_others_keep_for_all(menus: BlockOptionMaker) -> None:
     kept = {
-        op.name: kept_nbytes(menus.solved.model, menus.solved.saved, op, menus.solved.choices.placements[op.name], menus.solved.mesh)
+        op.name: saved_nbytes(menus.solved.model, menus.solved.saved, op, menus.solved.sharding.placements[op.name], menus.solved.mesh)
         for op in menus.solved.model.folded.ops
         if op.kind is OpKind.CALL
     }
@@ -279,7 +279,7 @@ def test_what_travels_in_parts_is_gathered_where_it_is_read() -> None:
     blocks = menus.solved.chain.blocks
     chain = replace(menus.solved.chain, blocks=(*blocks[:2], replace(blocks[2], crossing=(value,)), *blocks[3:]))
     solved = menus.solved
-    alone = SolvedChain(solved.model, chain, solved.reads, solved.tables, solved.choices, is_one_stage=False)
+    alone = SolvedChain(solved.model, chain, solved.reads, solved.tables, solved.sharding, is_one_stage=False)
     cut = cost_cut(alone, 2, slow)
     there, back = (sum(menus.solved.tables.journey_seconds(tensor, *way, backward=True)) for way in ((made, travels), (travels, made)))
     assert there + back > 0

@@ -9,8 +9,8 @@ Modules, in reading order: ``saved``, ``tables``, ``solved``, ``memory``, ``bloc
 from autopar.costs.blocks import BlockCost, block_kind, cost_block
 from autopar.costs.cuts import cost_cut, cut_kind, travel_layout
 from autopar.costs.memory import given_nbytes
-from autopar.costs.saved import Kept, count_kept, keeps_operand
-from autopar.costs.solved import Choices, SolvedChain
+from autopar.costs.saved import SavedTensors, count_saved, saves_operand
+from autopar.costs.solved import Sharding, SolvedChain
 from autopar.costs.tables import (
     BUCKET_NBYTES,
     OPTIMIZER_COPIES,
@@ -27,22 +27,22 @@ __all__ = [
     "BUCKET_NBYTES",
     "OPTIMIZER_COPIES",
     "BlockCost",
-    "Choices",
     "CostTables",
-    "Kept",
+    "SavedTensors",
+    "Sharding",
     "SolvedChain",
     "block_kind",
     "call_seconds",
     "cost_block",
     "cost_cut",
-    "count_kept",
+    "count_saved",
     "count_uses",
     "cut_kind",
     "given_nbytes",
-    "keeps_operand",
     "layout_numbers",
     "local_nbytes",
     "operand_layout_of",
     "result_layout_of",
+    "saves_operand",
     "travel_layout",
 ]

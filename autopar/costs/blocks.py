@@ -90,7 +90,7 @@ def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
         if solved.is_one_stage
     )
     outputs = tuple(
-        (graph.tensor(value), solved.made(value), solved.choices.outputs[position]) for position, value in reads.outputs[number]
+        (graph.tensor(value), solved.made(value), solved.sharding.outputs[position]) for position, value in reads.outputs[number]
     )
     block = solved.chain.blocks[number]
     # Like blocks have like parameters, but other blocks may read them before, and the last block has those that none reads.
@@ -194,7 +194,7 @@ def _add_outputs(solved: SolvedChain, number: int, sums: RowSums) -> None:
     """
     for position, value in solved.reads.outputs[number]:
         layer = solved.layer_of.get(value.op, "")
-        for move, nbytes in solved.tables.legs(solved.graph.tensor(value), solved.made(value), solved.choices.outputs[position]):
+        for move, nbytes in solved.tables.legs(solved.graph.tensor(value), solved.made(value), solved.sharding.outputs[position]):
             if move.forward is not Collective.NONE:
                 _add_move(solved, sums, Phase.FORWARD, Purpose.ACTIVATIONS, move.forward, move, nbytes, layer)
 

@@ -63,7 +63,7 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
-        outputs=sum(solved.nbytes(value, solved.choices.outputs[position]) for position, value in solved.reads.outputs[number]),
+        outputs=sum(solved.nbytes(value, solved.sharding.outputs[position]) for position, value in solved.reads.outputs[number]),
         saved=_saved_nbytes(solved, number, ()),
         waiting=_waiting_nbytes(solved, number),
         workspace=workspace_nbytes(solved, number),

@@ -1,4 +1,9 @@
-"""What autograd keeps of a graph's calls for the backward, and of the copies that journeys between layouts make."""
+"""What autograd saves for the backward: which results of which calls, and which copies that resharding makes for a reader.
+
+Comes in: a `Model`, whose ops say what `autopar.capture` saw autograd save (`Op.saved`, `Op.saved_nbytes`). Goes out: counts per
+representative (`SavedTensors`), and whether a reader saves what it reads. No mesh is known here, so bytes of one rank's parts are computed
+by the users: ``costs.memory`` per block, ``search.placement`` per decision.
+"""
 
 from __future__ import annotations
 
@@ -11,50 +16,61 @@ from autopar.structure import Model
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What autograd keeps of the ops that a representative stands for; like layers needn't keep alike.
+class SavedTensors:
+    """What autograd saves of the calls of a model, summed over the calls that each representative stands for.
+
+    Of four layers folded into one, three may save a result and the last not, because nothing after it needs the result: `times` is 3 then.
 
     Attributes:
-        times: how often a result is kept.
-        beside: bytes kept beside operands and results.
-        seen_into: results that are kept themselves, or that look into a tensor that is kept.
+        times: result of a representative -> how many of the calls that it stands for have theirs saved.
+        extra_nbytes: representative -> bytes that autograd saves beside operands and results, such as a norm's statistics, of all calls
+            together and of whole tensors.
+        saved_or_view: results that autograd saves for at least one call, and results that are views of these.
     """
 
     times: Mapping[Value, int]
-    beside: Mapping[str, int]
-    seen_into: frozenset[Value]
+    extra_nbytes: Mapping[str, int]
+    saved_or_view: frozenset[Value]
 
-    def is_copied(self, kind: OpKind, value: Value, start: Layout, need: Layout) -> bool:
-        """Whether a consumer that keeps its operand `value`, of an op of this kind, keeps a copy that was made for it on the way.
+    def saves_copy(self, kind: OpKind, value: Value, start: Layout, need: Layout) -> bool:
+        """Whether autograd saves a copy of a value that was resharded for a reader which saves its operands (`saves_operand`).
 
-        `value` is a representative's; the layouts are over ranks only.
+        Args:
+            kind: of the op that makes the value.
+            value: a result of a representative.
+            start: the layout in which it is made, over the axes of ranks only.
+            need: the layout in which it is read, over the same axes.
         """
-        # What the program is given is kept anyway, and so nobody noted whether the backward needs it.
-        if kind is OpKind.CALL and value not in self.seen_into:
+        # Inputs, parameters and buffers are alive anyway, so capture doesn't note whether the backward needs them.
+        if kind is OpKind.CALL and value not in self.saved_or_view:
             return False
         if kind is OpKind.PARAMETER and any(s.kind is StateKind.SHARD and s != n for s, n in zip(start, need, strict=True)):
             return False  # gathered again in the backward
         return any(s != n and (s.kind, n.kind) != (StateKind.REPLICATE, StateKind.BROADCAST) for s, n in zip(start, need, strict=True))
 
 
-def count_kept(model: Model) -> Kept:
-    """What autograd keeps of the model's calls, by representative."""
+def count_saved(model: Model) -> SavedTensors:
+    """Count what autograd saves of the model's calls, by representative."""
     times: Counter[Value] = Counter()
-    beside: Counter[str] = Counter()
+    extra_nbytes: Counter[str] = Counter()
     for op in model.folded.graph.of_kind(OpKind.CALL):
         name = model.folded.representative[op.name]
         times.update(Value(name, index) for index in op.saved)
-        beside[name] += op.saved_nbytes
-    seen_into = set(times)
+        extra_nbytes[name] += op.saved_nbytes
+    saved_or_view = set(times)
     for op in model.folded.ops:
         space = model.spaces.get(op.name)
-        if space is not None and space.view and model.folded.representative_of(op.operands[0]) in seen_into:
-            seen_into.update(Value(op.name, index) for index in range(len(op.results)))
-    return Kept(times, beside, frozenset(seen_into))
+        if space is not None and space.view and model.folded.representative_of(op.operands[0]) in saved_or_view:
+            saved_or_view.update(Value(op.name, index) for index in range(len(op.results)))
+    return SavedTensors(times, extra_nbytes, frozenset(saved_or_view))
 
 
-def keeps_operand(model: Model, consumer: str, operand: int) -> bool:
-    """Whether an op may keep an operand for its backward; one that is linear in it needn't, but a view hands it on."""
+def saves_operand(model: Model, consumer: str, operand: int) -> bool:
+    """Whether the op `consumer`, a representative, may save its operand number `operand` for its backward.
+
+    The derivative of an op that is linear in an operand doesn't need that operand. A view is linear too, but counts as saving: its result
+    shares the operand's storage, and whoever reads the view may save it.
+    """
     space = model.spaces.get(consumer)
     if not any(tensor.requires_grad for tensor in model.folded.graph.by_name[consumer].results):
         return False

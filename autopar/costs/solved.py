@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from autopar.costs.saved import count_kept, keeps_operand
+from autopar.costs.saved import count_saved, saves_operand
 from autopar.costs.tables import CostTables, local_nbytes, operand_layout_of, result_layout_of
 from autopar.ir import Graph, Layout, Mesh, Op, OpKind, Placement, Split, Value
 from autopar.structure import Chain, ChainReads, Model
 
 
 @dataclass(frozen=True)
-class Choices:
+class Sharding:
     """What one solution of the placement problem decides.
 
     Attributes:
@@ -44,7 +44,9 @@ class Journey:
 class SolvedChain:
     """A chain of blocks under one solution; what was asked for once is remembered."""
 
-    def __init__(self, model: Model, chain: Chain, reads: ChainReads, tables: CostTables, choices: Choices, *, is_one_stage: bool) -> None:
+    def __init__(
+        self, model: Model, chain: Chain, reads: ChainReads, tables: CostTables, sharding: Sharding, *, is_one_stage: bool
+    ) -> None:
         """With `is_one_stage` all blocks run on the same ranks, so that what several blocks need is moved and stored once."""
         self.model = model
         self.graph: Graph = model.folded.graph
@@ -52,9 +54,9 @@ class SolvedChain:
         self.reads = reads
         self.tables = tables
         self.mesh: Mesh = tables.mesh
-        self.choices = choices
+        self.sharding = sharding
         self.is_one_stage = is_one_stage
-        self.saved = count_kept(model)
+        self.saved = count_saved(model)
         self.layer_of = model.folded.layer_of
         self._made: dict[Value, Layout] = {}
         self._needs: dict[str, tuple[Layout, ...]] = {}
@@ -66,7 +68,7 @@ class SolvedChain:
 
     def placement(self, op: Op) -> Placement:
         """The placement of a call."""
-        return self.choices.placements[self.model.folded.representative[op.name]]
+        return self.sharding.placements[self.model.folded.representative[op.name]]
 
     def ways(self, op: Op) -> int:
         """Into how many parts a call's work is split, over ranks and micro-batches."""
@@ -77,16 +79,16 @@ class SolvedChain:
         if value not in self._made:
             op = self.stand_in(self.graph.by_name[value.op])
             if op.kind is OpKind.CALL:
-                self._made[value] = result_layout_of(self.model, op, self.choices.placements[op.name], value.index)
+                self._made[value] = result_layout_of(self.model, op, self.sharding.placements[op.name], value.index)
             else:
-                self._made[value] = self.choices.layouts[op.name]
+                self._made[value] = self.sharding.layouts[op.name]
         return self._made[value]
 
     def needs(self, op: Op) -> tuple[Layout, ...]:
         """The layouts in which a call reads its operands; like calls read alike."""
         stand_in = self.stand_in(op)
         if stand_in.name not in self._needs:
-            placement = self.choices.placements[stand_in.name]
+            placement = self.sharding.placements[stand_in.name]
             self._needs[stand_in.name] = tuple(
                 operand_layout_of(self.model, stand_in, placement, index) for index in range(len(op.operands))
             )
@@ -97,7 +99,7 @@ class SolvedChain:
         if op.name not in self._journeys:
             stand_in = self.model.folded.representative[op.name]
             self._journeys[op.name] = tuple(
-                Journey(value, self.made(value), need, keeps_operand(self.model, stand_in, index))
+                Journey(value, self.made(value), need, saves_operand(self.model, stand_in, index))
                 for index, (value, need) in enumerate(zip(op.operands, self.needs(op), strict=True))
             )
         return self._journeys[op.name]
@@ -114,7 +116,7 @@ class SolvedChain:
         """Whether autograd saves the copy that a journey makes."""
         first, kind = self.tables.first, self.graph.by_name[journey.value.op].kind
         representative = self.model.folded.representative_of(journey.value)
-        return journey.is_saved and self.saved.is_copied(kind, representative, journey.start[first:], journey.need[first:])
+        return journey.is_saved and self.saved.saves_copy(kind, representative, journey.start[first:], journey.need[first:])
 
     @cached_property
     def first_movers(self) -> Mapping[tuple[Value, Layout], int]:

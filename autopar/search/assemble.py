@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autopar.cost_models import Cluster
-from autopar.costs import BUCKET_NBYTES, BlockCost, Choices, count_kept, given_nbytes, local_nbytes, operand_layout_of
+from autopar.costs import BUCKET_NBYTES, BlockCost, Sharding, count_saved, given_nbytes, local_nbytes, operand_layout_of
 from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
 from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled, printable
 from autopar.search.pipeline import AssignmentCost, BlockOption, Cut
-from autopar.search.placement import Solution, kept_nbytes
+from autopar.search.placement import Solution, saved_nbytes
 from autopar.structure import Block, Chain, Folded, Model, Role, first_rank_axis, role_of
 
 KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp", Role.INNER: "tp"}
@@ -22,7 +22,7 @@ class Chosen:
     """What the search decided, and the tables of costs that it decided by.
 
     Attributes:
-        model: folded as blocks are split; `mesh` and `choices` have micro-batches as their first axis where there are some.
+        model: folded as blocks are split; `mesh` and `sharding` have micro-batches as their first axis where there are some.
         base: the folding whose names of layers the cost rows have.
         solution: the solution of the placement problem that decided on what blocks share.
         options: the option of each block of `chain`; `cuts`: what it takes to end a stage after each.
@@ -33,7 +33,7 @@ class Chosen:
 
     model: Model
     mesh: Mesh
-    choices: Choices
+    sharding: Sharding
     base: Folded
     solution: Solution
     pipeline: Pipeline
@@ -68,7 +68,7 @@ def assemble(
 ) -> Plan:
     """The plan of what was chosen; all costs are those that the search used. `rename` names the axes after what they do."""
     model, solution = chosen.model, chosen.solution
-    placements, layouts = chosen.choices.placements, chosen.choices.layouts
+    placements, layouts = chosen.sharding.placements, chosen.sharding.layouts
     mesh = _name_axes(model, chosen.mesh, placements) if rename else chosen.mesh
     first = first_rank_axis(mesh)
     objective = round(chosen.step_seconds * 1e9)
@@ -81,7 +81,7 @@ def assemble(
         pipeline=chosen.pipeline,
         inputs={op.target: str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},
         layouts={name: layout[first:] for name, layout in layouts.items()},
-        outputs=tuple(layout[first:] for layout in chosen.choices.outputs),
+        outputs=tuple(layout[first:] for layout in chosen.sharding.outputs),
         placements={name: placement[first:] for name, placement in placements.items()},
         batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICROBATCH),
         bucket_nbytes=BUCKET_NBYTES,
@@ -208,24 +208,24 @@ def _memory(chosen: Chosen, cluster: Cluster) -> Memory:
 
 def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
     """One line per class of layers, and one for what is outside of them."""
-    model, choices = chosen.model, chosen.choices
+    model, sharding = chosen.model, chosen.sharding
     group_of = model.folded.layer_of
     sizes = {layer.name: len(layer.instances) for layer in model.folded.classes}
     names = [*sizes, OUTSIDE]
     axes: dict[str, dict[str, list[str]]] = {name: {axis: [] for axis in mesh.names} for name in names}
     parameters: Counter[str] = Counter()
     activations: Counter[str] = Counter()
-    kept = count_kept(model)
+    saved = count_saved(model)
     for op in model.folded.ops:
         group = group_of.get(op.name, OUTSIDE)
         if op.kind is OpKind.CALL:
-            activations[group] += kept_nbytes(model, kept, op, choices.placements[op.name], chosen.mesh)
-            _note_splits(model, mesh, op, choices.placements[op.name], axes[group])
+            activations[group] += saved_nbytes(model, saved, op, sharding.placements[op.name], chosen.mesh)
+            _note_splits(model, mesh, op, sharding.placements[op.name], axes[group])
         elif op.kind is OpKind.PARAMETER:
-            layout = choices.layouts[op.name]
+            layout = sharding.layouts[op.name]
             parameters[group] += model.folded.count[op.name] * local_nbytes(op.results[0], layout, chosen.mesh)
             for axis, state in enumerate(layout):
-                if state.kind is StateKind.SHARD and _is_gathered(model, choices, op, axis):
+                if state.kind is StateKind.SHARD and _is_gathered(model, sharding, op, axis):
                     _append(axes[group][mesh.names[axis]], "parameter storage")
     return tuple(
         Group(
@@ -239,7 +239,7 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
     )
 
 
-def _is_gathered(model: Model, choices: Choices, parameter: Op, axis: int) -> bool:
+def _is_gathered(model: Model, sharding: Sharding, parameter: Op, axis: int) -> bool:
     """Whether some reader needs a parameter whole on an axis that splits its storage."""
     graph = model.folded.graph
     needs: list[Layout] = []
@@ -248,9 +248,9 @@ def _is_gathered(model: Model, choices: Choices, parameter: Op, axis: int) -> bo
             reader = graph.by_name[edge.consumer]
             is_output = reader.kind is OpKind.OUTPUT
             needs.append(
-                choices.outputs[edge.operand]
+                sharding.outputs[edge.operand]
                 if is_output
-                else operand_layout_of(model, reader, choices.placements[reader.name], edge.operand)
+                else operand_layout_of(model, reader, sharding.placements[reader.name], edge.operand)
             )
     return any(need[axis].kind is not StateKind.SHARD for need in needs)
 

@@ -231,7 +231,7 @@ def _choose_pipelined(pipelined: Pipelined, model: Model, chain: Chain) -> Chose
     return Chosen(
         model=pipelined.model,
         mesh=pipelined.mesh,
-        choices=pipelined.choices,
+        sharding=pipelined.sharding,
         base=model.folded,
         solution=solution,
         pipeline=pipeline,
@@ -253,7 +253,7 @@ def _choose_placed(solved: SolvedTrial, model: Model, chain: Chain) -> Chosen:
     return Chosen(
         model=model,
         mesh=solved.problem.mesh,
-        choices=solved.choices,
+        sharding=solved.sharding,
         base=model.folded,
         solution=solved.solution,
         pipeline=Pipeline(1, "gpipe", 1, 1, blocks, {}),

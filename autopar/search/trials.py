@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from autopar.cost_models import Cluster
-from autopar.costs import Choices, CostTables, SolvedChain, given_nbytes
+from autopar.costs import CostTables, Sharding, SolvedChain, given_nbytes
 from autopar.errors import InfeasibleError
 from autopar.plans import Candidate, Pins
 from autopar.schedules import make_schedule
@@ -23,10 +23,10 @@ from autopar.search.pipeline import (
     BlockOptionMaker,
     BlockOptions,
     RankMemory,
-    choices_of,
     compute_cost,
     longest_path,
     make_problem,
+    sharding_of,
 )
 from autopar.search.placement import FORBIDDEN, Problem, Search, Solution, build_problem, least_bytes
 from autopar.structure import Chain, Model, read_chain
@@ -40,7 +40,7 @@ class SolvedTrial:
     """A trial with a solution that fits the memory, or comes closest to it.
 
     Attributes:
-        choices: what the solution decides.
+        sharding: what the solution decides.
         blocks: every block's table of costs, as its only option.
         cost: of all blocks on one stage; `step_seconds`: of a step.
         beside: bytes of inputs and buffers, which every rank has whole.
@@ -49,7 +49,7 @@ class SolvedTrial:
     trial: Trial
     problem: Problem
     solution: Solution
-    choices: Choices
+    sharding: Sharding
     blocks: tuple[BlockOptions, ...]
     cost: AssignmentCost
     step_seconds: float
@@ -121,8 +121,8 @@ def solve_trials(
     reads = read_chain(model.folded.graph, model.spaces, chain)
 
     def measure(trial: Trial, problem: Problem, solution: Solution) -> SolvedTrial:
-        choices = choices_of(problem, solution.choice)
-        solved = SolvedChain(model, chain, reads, CostTables(model, problem.mesh, cluster), choices, is_one_stage=True)
+        sharding = sharding_of(problem, solution.choice)
+        solved = SolvedChain(model, chain, reads, CostTables(model, problem.mesh, cluster), sharding, is_one_stage=True)
         return _measure(trial, problem, solution, solved)
 
     # The most promising first: what they reach prunes the others by their bounds.
@@ -179,11 +179,11 @@ def _measure(trial: Trial, problem: Problem, solution: Solution, solved: SolvedC
     blocks = BlockOptionMaker(solved, None).make(("none",), False, {})
     if not blocks:
         nothing = AssignmentCost(np.zeros(PHASES), 0.0, (RankMemory(0, 0, 0, 0),))
-        return SolvedTrial(trial, problem, solution, solved.choices, blocks, nothing, 0.0, beside)
+        return SolvedTrial(trial, problem, solution, solved.sharding, blocks, nothing, 0.0, beside)
     assignment = make_problem(blocks, make_schedule("gpipe", 1, 1, 1), 0)
     cost = compute_cost(assignment, [0] * len(blocks), [0] * len(blocks))
     step_seconds = longest_path(assignment, cost.columns)[0] + cost.once
-    return SolvedTrial(trial, problem, solution, solved.choices, blocks, cost, step_seconds, beside)
+    return SolvedTrial(trial, problem, solution, solved.sharding, blocks, cost, step_seconds, beside)
 
 
 def name_request(pins: Pins) -> str:

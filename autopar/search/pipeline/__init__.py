@@ -10,7 +10,7 @@ from autopar.search.pipeline.assignment_problem import PHASES, AssignmentCost, R
 from autopar.search.pipeline.best_first import Pipelined, search_pipelines
 from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 from autopar.search.pipeline.configurations import Configuration, find_configurations, make_pipeline_problem
-from autopar.search.pipeline.variants import BlockOptionMaker, choices_of
+from autopar.search.pipeline.variants import BlockOptionMaker, sharding_of
 
 __all__ = [
     "PHASES",
@@ -22,11 +22,11 @@ __all__ = [
     "Cut",
     "Pipelined",
     "RankMemory",
-    "choices_of",
     "compute_cost",
     "find_configurations",
     "longest_path",
     "make_pipeline_problem",
     "make_problem",
     "search_pipelines",
+    "sharding_of",
 ]

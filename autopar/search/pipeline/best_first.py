@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
-from autopar.costs import Choices
+from autopar.costs import Sharding
 from autopar.errors import AutoparError, InfeasibleError, InputError, SolverError
 from autopar.ir import Layout, Mesh
 from autopar.plans import BlockChoice, Candidate, Pipeline
@@ -71,7 +71,7 @@ class Pipelined:
 
     Attributes:
         solution: the solution of the placement problem that decided on what blocks share.
-        model: folded as blocks are split; `choices`: of its representatives, the solutions of all blocks mixed.
+        model: folded as blocks are split; `sharding`: of its representatives, the solutions of all blocks mixed.
         blocks: the options that `assignment` chose from.
         cost: of the assignment, by rank.
     """
@@ -80,7 +80,7 @@ class Pipelined:
     mesh: Mesh
     solution: Solution
     model: Model
-    choices: Choices
+    sharding: Sharding
     pipeline: Pipeline
     assignment: Assignment
     blocks: tuple[BlockOptions, ...]
@@ -432,7 +432,7 @@ def _describe(
     base = state.solutions.model_in_time(configuration.microbatches)
     assert base is not None
     options = [block.options[index] for block, index in zip(blocks, assignment.options, strict=True)]
-    model, choices = mix(base, state.solutions.reads, solutions.choices, [option.solution for option in options])
+    model, sharding = mix(base, state.solutions.reads, solutions.shardings, [option.solution for option in options])
     makers = state.solutions.makers(configuration, solutions)
     timeline = build_schedule(state.problem, schedule, configuration.ranks, configuration.microbatches)
     travel: Mapping[str, Layout] = {}
@@ -447,7 +447,7 @@ def _describe(
         mesh=in_time(configuration.trial.mesh, configuration.microbatches),
         solution=solutions.base,
         model=model,
-        choices=choices,
+        sharding=sharding,
         pipeline=Pipeline(configuration.ranks, schedule.family, schedule.chunks, configuration.microbatches, choices_of_blocks, travel),
         assignment=assignment,
         blocks=blocks,

@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from autopar.cost_models import axis_link
-from autopar.costs import Choices, CostTables, SolvedChain, call_seconds, given_nbytes
+from autopar.costs import CostTables, Sharding, SolvedChain, call_seconds, given_nbytes
 from autopar.errors import AutoparError, InputError
 from autopar.ir import MICROBATCH, Mesh, Op, OpKind, Split, fits, with_pipeline
 from autopar.search.options import AxisKind, Constraints, call_options
@@ -21,11 +21,11 @@ from autopar.search.pipeline.block_options import BlockOptions
 from autopar.search.pipeline.configurations import Configuration, PipelineProblem
 from autopar.search.pipeline.variants import (
     BlockOptionMaker,
-    choices_of,
     find_shared,
     join_menus,
     once_seconds,
     output_seconds,
+    sharding_of,
 )
 from autopar.search.placement import FORBIDDEN, Problem, Search, Solution, build_problem, restrict
 from autopar.structure import MicroSplitter, Model, batch_size, in_time, read_chain
@@ -41,11 +41,11 @@ class SolutionSet:
     """Solutions of a placement problem that blocks may mix, from fast to lean: they agree on all that blocks share.
 
     Attributes:
-        choices: placements and layouts of each solution.
+        shardings: placements and layouts of each solution.
         base: the solution that decided on what blocks share.
     """
 
-    choices: tuple[Choices, ...]
+    shardings: tuple[Sharding, ...]
     base: Solution
 
 
@@ -185,7 +185,7 @@ class SolutionCache:
         search = Search(problem)
         if search.bound_ns >= FORBIDDEN:
             return None
-        fastest = choices_of(problem, search.solution_at(0.0).choice)
+        fastest = sharding_of(problem, search.solution_at(0.0).choice)
         tables = CostTables(model, problem.mesh, self.cluster)
         return _Placed(configuration, model, problem, search, once_seconds(model, tables, fastest), output_seconds(model, tables, fastest))
 
@@ -197,9 +197,9 @@ class SolutionCache:
         for price in (0.0, highest):
             base = search.solution_at(price)
             inner = restrict(problem, find_shared(model, self.reads, problem, base.choice))
-            choices = tuple(choices_of(inner, solution.choice) for solution in Search(inner).frontier(highest, SOLUTIONS))
-            if choices not in (known.choices for known in sets):
-                sets.append(SolutionSet(choices, base))
+            shardings = tuple(sharding_of(inner, solution.choice) for solution in Search(inner).frontier(highest, SOLUTIONS))
+            if shardings not in (known.shardings for known in sets):
+                sets.append(SolutionSet(shardings, base))
         return sets
 
     def solution_sets(self, configuration: Configuration) -> list[SolutionSet]:
@@ -218,19 +218,19 @@ class SolutionCache:
             return []
         if key not in self._sets:
             self._sets[key] = self._find_sets(placed)
-        known = [choices for solutions in self._sets[key] for choices in solutions.choices]
-        if not all(self._is_legal(choices, model, configuration.trial.mesh) for choices in known):
+        known = [sharding for solutions in self._sets[key] for sharding in solutions.shardings]
+        if not all(self._is_legal(sharding, model, configuration.trial.mesh) for sharding in known):
             placed = self._placed[key] = self._place(configuration)
             self._sets[key] = self._find_sets(placed) if placed is not None else []
         return self._sets[key]
 
-    def _is_legal(self, choices: Choices, model: Model, mesh: Mesh) -> bool:
+    def _is_legal(self, sharding: Sharding, model: Model, mesh: Mesh) -> bool:
         """Whether micro-batches split every call so (one micro-batch splits none), and a mesh with these axes can store parameters so."""
         assert model.micro is not None
         parts = model.micro.parts
         parameters = (op for op in self.model.folded.ops if op.kind is OpKind.PARAMETER)
-        return all(placement[0] == parts[name] for name, placement in choices.placements.items()) and all(
-            fits(op.results[0].shape, choices.layouts[op.name][1:], mesh) for op in parameters
+        return all(placement[0] == parts[name] for name, placement in sharding.placements.items()) and all(
+            fits(op.results[0].shape, sharding.layouts[op.name][1:], mesh) for op in parameters
         )
 
     # --- block options ---
@@ -253,7 +253,7 @@ class SolutionCache:
                 link = axis_link(self.cluster, with_pipeline(mesh, configuration.ranks).sizes, 0)
             tables = CostTables(model, in_time(mesh, configuration.microbatches), self.cluster)
             self._makers[configuration, solutions] = [
-                BlockOptionMaker(SolvedChain(model, self.chain, self.reads, tables, choices, is_one_stage=link is None), link, number)
-                for number, choices in enumerate(solutions.choices)
+                BlockOptionMaker(SolvedChain(model, self.chain, self.reads, tables, sharding, is_one_stage=link is None), link, number)
+                for number, sharding in enumerate(solutions.shardings)
             ]
         return self._makers[configuration, solutions]

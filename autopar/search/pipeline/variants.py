@@ -16,8 +16,8 @@ from typing import Any
 from autopar.cost_models import Link
 from autopar.costs import (
     BlockCost,
-    Choices,
     CostTables,
+    Sharding,
     SolvedChain,
     block_kind,
     cost_block,
@@ -35,7 +35,7 @@ from autopar.search.placement import Decision, DecisionKind, Problem, output_dec
 from autopar.structure import ChainReads, Model, regroup
 
 
-def choices_of(problem: Problem, chosen_options: Mapping[Decision, int]) -> Choices:
+def sharding_of(problem: Problem, chosen_options: Mapping[Decision, int]) -> Sharding:
     """The placements and layouts that a solution of the problem chose, by decision the number of the option."""
     chosen: dict[DecisionKind, dict[Decision, Any]] = {kind: {} for kind in DecisionKind}
     for node in problem.nodes:
@@ -43,33 +43,33 @@ def choices_of(problem: Problem, chosen_options: Mapping[Decision, int]) -> Choi
     placements = {decision.op: option for decision, option in chosen[DecisionKind.CALL].items()}
     layouts = {decision.op: option for decision, option in chosen[DecisionKind.STORED].items()}
     outputs = chosen[DecisionKind.OUTPUT]
-    return Choices(placements, layouts, tuple(outputs[output_decision(position)] for position in range(len(outputs))))
+    return Sharding(placements, layouts, tuple(outputs[output_decision(position)] for position in range(len(outputs))))
 
 
-def once_seconds(model: Model, tables: CostTables, choices: Choices) -> float:
+def once_seconds(model: Model, tables: CostTables, sharding: Sharding) -> float:
     """Seconds of a step that don't grow with its micro-batches: updates of parameters, and sums of their gradients that nothing hides."""
     folded, uses, total = model.folded, count_uses(model), 0.0
     for op in folded.ops:
         if op.kind is OpKind.PARAMETER:
-            total += folded.count[op.name] * tables.optimizer_seconds(op.results[0], choices.layouts[op.name])
+            total += folded.count[op.name] * tables.optimizer_seconds(op.results[0], sharding.layouts[op.name])
     for edge in folded.edges:
         producer, reader = folded.graph.by_name[edge.value.op], folded.graph.by_name[edge.consumer]
         if producer.kind is OpKind.PARAMETER and reader.kind is OpKind.CALL:
-            need = operand_layout_of(model, reader, choices.placements[reader.name], edge.operand)
-            start = choices.layouts[producer.name]
+            need = operand_layout_of(model, reader, sharding.placements[reader.name], edge.operand)
+            start = sharding.layouts[producer.name]
             total += edge.count * tables.parameter_seconds(producer.results[0], start, need, uses[producer.name])[1]
     return total
 
 
-def output_seconds(model: Model, tables: CostTables, choices: Choices) -> float:
+def output_seconds(model: Model, tables: CostTables, sharding: Sharding) -> float:
     """Seconds that a micro-batch takes to hand the user's outputs over."""
     (output,) = model.folded.graph.of_kind(OpKind.OUTPUT)
     total = 0.0
     for position, value in enumerate(output.operands):
         producer = model.folded.graph.by_name[model.folded.representative[value.op]]
         if producer.kind is OpKind.CALL:
-            start = result_layout_of(model, producer, choices.placements[producer.name], value.index)
-            need = choices.outputs[position]
+            start = result_layout_of(model, producer, sharding.placements[producer.name], value.index)
+            need = sharding.outputs[position]
             total += tables.journey_seconds(model.folded.graph.tensor(value), start, need, backward=False)[0]
     return total
 
@@ -180,8 +180,8 @@ def join_menus(answers: Sequence[Sequence[BlockOptions]]) -> tuple[BlockOptions,
     return tuple(replace(menus[0], options=tuple(one for menu in menus for one in menu.options)) for menus in zip(*answers, strict=True))
 
 
-def mix(model: Model, reads: ChainReads, answers: Sequence[Choices], numbers: Sequence[int]) -> tuple[Model, Choices]:
-    """What blocks come to that each take the answer of its number: the model folded so, and the choices of its representatives."""
+def mix(model: Model, reads: ChainReads, answers: Sequence[Sharding], numbers: Sequence[int]) -> tuple[Model, Sharding]:
+    """What blocks come to that each take the answer of its number: the model folded so, and the sharding of its representatives."""
     graph, before = model.folded.graph, model.folded.representative
     group_of = {name: numbers[block] for name, block in reads.block_of.items()}
     for op in graph.of_kind(OpKind.PARAMETER):
@@ -197,4 +197,4 @@ def mix(model: Model, reads: ChainReads, answers: Sequence[Choices], numbers: Se
             placements[op.name] = answer.placements[before[op.name]]
         elif op.kind is not OpKind.OUTPUT:
             layouts[op.name] = answer.layouts[before[op.name]]
-    return replace(model, folded=folded), Choices(placements, layouts, answers[0].outputs)
+    return replace(model, folded=folded), Sharding(placements, layouts, answers[0].outputs)

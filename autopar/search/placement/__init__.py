@@ -11,10 +11,10 @@ from autopar.search.placement.problem import (
     DecisionKind,
     Problem,
     build_problem,
-    kept_nbytes,
     least_bytes,
     output_decision,
     restrict,
+    saved_nbytes,
 )
 from autopar.search.placement.solve import Search, Solution
 
@@ -26,8 +26,8 @@ __all__ = [
     "Search",
     "Solution",
     "build_problem",
-    "kept_nbytes",
     "least_bytes",
     "output_decision",
     "restrict",
+    "saved_nbytes",
 ]

@@ -23,14 +23,14 @@ from autopar.cost_models import Cluster
 from autopar.costs import (
     OPTIMIZER_COPIES,
     CostTables,
-    Kept,
-    count_kept,
+    SavedTensors,
+    count_saved,
     count_uses,
-    keeps_operand,
     layout_numbers,
     local_nbytes,
     operand_layout_of,
     result_layout_of,
+    saves_operand,
 )
 from autopar.ir import REPLICATE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Tensor, Value
 from autopar.search.options import Constraints, call_options, output_options, parameter_options
@@ -138,22 +138,22 @@ def build_problem(model: Model, mesh: Mesh, cluster: Cluster, constraints: Const
     return _Builder(model, mesh, CostTables(model, mesh, cluster), constraints).build()
 
 
-def kept_nbytes(model: Model, kept: Kept, op: Op, placement: Placement, mesh: Mesh) -> int:
-    """Bytes on a rank that autograd keeps of the calls that `op` stands for, without copies made for their readers."""
+def saved_nbytes(model: Model, saved: SavedTensors, op: Op, placement: Placement, mesh: Mesh) -> int:
+    """Bytes on a rank that autograd saves of the calls that `op` stands for, without copies made for their readers."""
     ways = math.prod(size for part, size in zip(placement, mesh.sizes, strict=True) if isinstance(part, Split))
-    saved = sum(
-        kept.times[Value(op.name, index)] * local_nbytes(tensor, result_layout_of(model, op, placement, index), mesh)
+    of_results = sum(
+        saved.times[Value(op.name, index)] * local_nbytes(tensor, result_layout_of(model, op, placement, index), mesh)
         for index, tensor in enumerate(op.results)
-        if kept.times[Value(op.name, index)]
+        if saved.times[Value(op.name, index)]
     )
-    return saved + -(-kept.beside[op.name] // ways)
+    return of_results + -(-saved.extra_nbytes[op.name] // ways)
 
 
 def least_bytes(model: Model, ranks: int) -> int:
     """Bytes that a rank needs at least where everything is split over all ranks and nothing is run again: no placement needs less."""
     graph = model.folded.graph
-    kept = count_kept(model)
-    total = sum(times * graph.tensor(value).nbytes for value, times in kept.times.items()) + sum(kept.beside.values())
+    saved = count_saved(model)
+    total = sum(times * graph.tensor(value).nbytes for value, times in saved.times.items()) + sum(saved.extra_nbytes.values())
     for op in graph.of_kind(OpKind.PARAMETER):
         total += op.results[0].nbytes * (2 + OPTIMIZER_COPIES if op.results[0].requires_grad else 1)
     return -(-total // ranks)
@@ -185,7 +185,7 @@ class _Builder:
         self.nodes: list[Node] = []
         self.arcs: dict[tuple[int, int], tuple[Table, Table]] = {}
         self.index: dict[Decision, int] = {}
-        self.kept = count_kept(model)
+        self.saved = count_saved(model)
         self.made: dict[Value, list[Layout]] = {}  # per value, per option of its op, the layout made
         self.output = self.graph.output.name
         self.uses = count_uses(model)
@@ -231,7 +231,7 @@ class _Builder:
         for i in range(len(op.results)):
             self.made[Value(op.name, i)] = [result_layout_of(self.model, op, option, i) for option in options]
         costs = [nanoseconds(count * self.times * sum(self.tables.op_seconds(op, option))) for option in options]
-        self._add(decision_of(op), options, costs, [kept_nbytes(self.model, self.kept, op, option, self.mesh) for option in options])
+        self._add(decision_of(op), options, costs, [saved_nbytes(self.model, self.saved, op, option, self.mesh) for option in options])
 
     def _add_stored(self, op: Op) -> None:
         count = self.model.folded.count[op.name]
@@ -279,10 +279,10 @@ class _Builder:
         options = sorted({need for needs in needs_of for need in needs}, key=str)
         self._add(decision, options, [0] * len(options), [0] * len(options))
         hub, tensor, made = self.index[decision], self.graph.tensor(value), self.made[value]
-        nbytes = self._copy_nbytes(value, made, options, count, is_kept=True)
+        nbytes = self._copy_nbytes(value, made, options, count, is_saved=True)
         self._store(self.index[decision_of(self.graph.by_name[value.op])], hub, self._pair_costs(tensor, made, options, count), nbytes)
         for (consumer, operand), needs in zip(readers, needs_of, strict=True):
-            nbytes = self._copy_nbytes(value, options, needs, count, is_kept=keeps_operand(self.model, consumer, operand))
+            nbytes = self._copy_nbytes(value, options, needs, count, is_saved=saves_operand(self.model, consumer, operand))
             reader = self.index[decision_of(self.graph.by_name[consumer])]
             self._store(hub, reader, self._pair_costs(tensor, options, needs, count), nbytes)
 
@@ -290,7 +290,7 @@ class _Builder:
         reader = decision_of(self.graph.by_name[consumer])
         starts, needs = self.made[value], self.needs[reader, operand]
         cost = self._pair_costs(self.graph.tensor(value), starts, needs, count)
-        nbytes = self._copy_nbytes(value, starts, needs, count, is_kept=keeps_operand(self.model, consumer, operand))
+        nbytes = self._copy_nbytes(value, starts, needs, count, is_saved=saves_operand(self.model, consumer, operand))
         self._store(self.index[decision_of(self.graph.by_name[value.op])], self.index[reader], cost, nbytes)
 
     def _add_fan_out(
@@ -298,9 +298,9 @@ class _Builder:
     ) -> None:
         """A node whose options are the layout in which a value is made, and beside it one of `shared` that is made for several readers."""
         tensor, (made, made_of) = self.graph.tensor(value), layout_numbers(self.made[value])
-        is_kept = any(keeps_operand(self.model, consumer, operand) for consumer, operand in readers)
+        is_saved = any(saves_operand(self.model, consumer, operand) for consumer, operand in readers)
         prices = self._pair_costs(tensor, made, shared, count)
-        copies = self._copy_nbytes(value, made, shared, count, is_kept=is_kept)
+        copies = self._copy_nbytes(value, made, shared, count, is_saved=is_saved)
         # What costs nothing to make need not be shared.
         priced = [(row, column) for row in range(len(made)) for column in range(len(shared)) if prices[row, column] > 0]
         options = [(start, start) for start in made] + [(made[row], shared[column]) for row, column in priced]
@@ -316,17 +316,17 @@ class _Builder:
             reader = decision_of(self.graph.by_name[consumer])
             needs = self.needs[reader, operand]
             own = self._pair_costs(tensor, starts, needs, count)
-            own_bytes = self._copy_nbytes(value, starts, needs, count, is_kept=keeps_operand(self.model, consumer, operand))
+            own_bytes = self._copy_nbytes(value, starts, needs, count, is_saved=saves_operand(self.model, consumer, operand))
             _, kind_of = layout_numbers([*needs, *(copy for _, copy in options)])
             has = np.array(kind_of[len(needs) :])[:, None] == np.array(kind_of[: len(needs)])[None]  # the copy is what the reader needs
             self._store(fan, self.index[reader], np.where(has, 0, own), np.where(has, 0, own_bytes))
 
-    def _copy_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout], count: int, *, is_kept: bool) -> Table:
-        """Bytes of the copies that a journey makes: a consumer that keeps its operand keeps the copy that was made for it."""
+    def _copy_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout], count: int, *, is_saved: bool) -> Table:
+        """Bytes of the copies that a journey makes: a consumer that saves its operand saves the copy that was made for it."""
         tensor = self.graph.tensor(value)
 
         def copied(start: Layout, need: Layout) -> int:
-            is_made = is_kept and self.kept.is_copied(self.graph.by_name[value.op].kind, value, start[self.first :], need[self.first :])
+            is_made = is_saved and self.saved.saves_copy(self.graph.by_name[value.op].kind, value, start[self.first :], need[self.first :])
             return count * local_nbytes(tensor, need, self.mesh) if is_made else 0
 
         return _expand(starts, needs, copied)
@@ -376,14 +376,14 @@ class _Builder:
         if is_output:
             nbytes = self._output_nbytes(value, starts, needs)
         else:
-            is_kept = keeps_operand(self.model, edge.consumer, edge.operand)
-            nbytes = self._copy_nbytes(value, starts, needs, edge.count, is_kept=is_kept)
+            is_saved = saves_operand(self.model, edge.consumer, edge.operand)
+            nbytes = self._copy_nbytes(value, starts, needs, edge.count, is_saved=is_saved)
         self._store(self.index[decision_of(producer)], self.index[reader], cost, nbytes)
 
     def _output_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout]) -> Table:
-        """Bytes of an output while the backward runs, where nobody else keeps them."""
+        """Bytes of an output while the backward runs, where nobody else saves them."""
         tensor = self.graph.tensor(value)
-        is_held = value in self.kept.times or self.graph.by_name[value.op].kind is not OpKind.CALL
+        is_held = value in self.saved.times or self.graph.by_name[value.op].kind is not OpKind.CALL
 
         def held(start: Layout, need: Layout) -> int:
             return 0 if is_held and start[self.first :] == need[self.first :] else local_nbytes(tensor, need, self.mesh)
