@@ -170,7 +170,7 @@ class Subject:
             constraints = Constraints((AxisKind.TIME, *kinds), Pins(fsdp=fsdp))
             folded = self.model.folded
             if is_mixed:
-                instances = [instance for layer in folded.classes for instance in layer.instances]
+                instances = [instance for layer in folded.layer_groups for instance in layer.instances]
                 folded = regroup(folded, {name: number for one in instances for number in [generator.randrange(2)] for name in one})
             model = dataclasses.replace(self.model, folded=folded, micro=self._in_time(microbatches))
             problem = build_problem(model, in_time(mesh, microbatches), _cluster(mesh.sizes), constraints)

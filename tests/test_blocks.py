@@ -353,7 +353,7 @@ class Beside(nn.Module):
 
 def test_experts_are_not_blocks() -> None:
     case = chain_of(Beside(), (torch.randn(4, 8),))
-    assert [layer.name for layer in case.folded.classes] == ["first.*", "second.*"]
+    assert [layer.name for layer in case.folded.layer_groups] == ["first.*", "second.*"]
     assert {f"second.{i}" for i in range(4)}.isdisjoint(case.names)
     (stacked, _) = (op.name for op in case.graph.ops if op.target == "aten.stack.default")
     first = next(block for block in case.chain.blocks if stacked in block.ops)
@@ -377,7 +377,7 @@ class Around(nn.Module):
 
 def test_a_call_that_a_layer_needs_and_that_needs_it_belongs_to_it() -> None:
     case = chain_of(Around(), (torch.randn(4, 8),))
-    assert [layer.name for layer in case.folded.classes] == ["layers.*"]
+    assert [layer.name for layer in case.folded.layer_groups] == ["layers.*"]
     layers = [block for block in case.chain.blocks if block.name.startswith("layers")]
     assert len(layers) == 3
     for block, act in zip(layers, ("sigmoid", "tanh", "relu"), strict=True):

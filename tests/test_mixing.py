@@ -122,29 +122,29 @@ def test_answers_agree_on_what_blocks_share(name: str) -> None:
 def test_a_plan_says_by_its_ops_which_layers_it_splits_alike(name: str) -> None:
     folded = fold(_graph(name))
     generator = random.Random(name)
-    instances = [instance for layer in folded.classes for instance in layer.instances]
+    instances = [instance for layer in folded.layer_groups for instance in layer.instances]
     mixed = regroup(folded, {op: number for one in instances for number in [generator.randrange(3)] for op in one})
     again = fold_as_planned(folded, set(mixed.representative.values()))
     assert again.representative == mixed.representative
-    assert again.classes == mixed.classes
+    assert again.layer_groups == mixed.layer_groups
     assert fold_as_planned(folded, set(folded.representative.values())) == folded
     assert sum(mixed.count.values()) == sum(folded.count.values()) == len(folded.graph.ops)
 
 
 def test_runs_of_layers_are_named_and_counted() -> None:
     folded = fold(_graph("gpt2_deep"))
-    (layer,) = (one for one in folded.classes if len(one.instances) == 6)
+    (layer,) = (one for one in folded.layer_groups if len(one.instances) == 6)
     groups = (0, 0, 1, 1, 1, 0)
     mixed = regroup(folded, {op: group for group, one in zip(groups, layer.instances, strict=True) for op in one})
-    found = [(one.name, len(one.instances)) for one in mixed.classes if one.name.startswith(layer.name)]
+    found = [(one.name, len(one.instances)) for one in mixed.layer_groups if one.name.startswith(layer.name)]
     assert found == [(f"{layer.name}[0-1]", 2), (f"{layer.name}[2-4]", 3), (f"{layer.name}[5]", 1)]
 
 
 def test_layers_that_differ_in_any_op_are_apart() -> None:
     folded = fold(_graph("gpt2_deep"))
-    (layer,) = (one for one in folded.classes if len(one.instances) == 6)
+    (layer,) = (one for one in folded.layer_groups if len(one.instances) == 6)
     mixed = regroup(folded, {layer.instances[2][-1]: 1})
-    found = [one.name for one in mixed.classes if one.name.startswith(layer.name)]
+    found = [one.name for one in mixed.layer_groups if one.name.startswith(layer.name)]
     assert found == [f"{layer.name}[0-1]", f"{layer.name}[2]", f"{layer.name}[3-5]"]
 
 

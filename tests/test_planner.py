@@ -128,7 +128,7 @@ def test_depth_costs_nothing() -> None:
 def test_folding_keeps_every_edge() -> None:
     found = llama(6)
     folded = fold(found.graph)
-    assert [len(layer.instances) for layer in folded.classes] == [6]
+    assert [len(layer.instances) for layer in folded.layer_groups] == [6]
     assert sum(folded.count.values()) == len(found.graph.ops)
     assert sum(edge.count for edge in folded.edges) == sum(len(op.operands) for op in found.graph.ops)
 
@@ -145,7 +145,7 @@ def test_unlike_layers_are_told_apart() -> None:
             return x
 
     folded = fold(capture(Uneven(), (torch.randn(4, 8),)).graph)
-    assert sorted((layer.name, len(layer.instances)) for layer in folded.classes) == [("layers.*#0", 3), ("layers.*#1", 2)]
+    assert sorted((layer.name, len(layer.instances)) for layer in folded.layer_groups) == [("layers.*#0", 3), ("layers.*#1", 2)]
 
 
 def test_a_fused_weight_is_split_inside() -> None:

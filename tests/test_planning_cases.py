@@ -218,7 +218,7 @@ def test_layers_that_keep_more_than_the_first_are_counted() -> None:
             return a.sum() + b.exp().sum() + b.square().sum()
 
     graph = capture(Uneven(), (torch.randn(4, 8),)).graph
-    assert [len(layer.instances) for layer in fold(graph).classes] == [2]
+    assert [len(layer.instances) for layer in fold(graph).layer_groups] == [2]
     # Kept: the second layer's result and its exponentials.
     assert make_plan(graph, Cluster.parse("1xcpu")).memory.activations >= 2 * 4 * 8 * 4
 

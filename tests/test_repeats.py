@@ -26,16 +26,16 @@ def folded(model: nn.Module, inputs: Any) -> Folded:
     found = fold(graph)
     assert sum(found.count.values()) == len(graph.ops)
     assert sum(edge.count for edge in found.edges) == sum(len(op.operands) for op in graph.ops)
-    names = [name for layer in found.classes for one in layer.instances for name in one]
+    names = [name for layer in found.layer_groups for one in layer.instances for name in one]
     assert len(names) == len(set(names))
-    paths = [path for layer in found.classes for path in layer.paths]
+    paths = [path for layer in found.layer_groups for path in layer.paths]
     assert len(paths) == len(set(paths))
-    assert len({layer.name for layer in found.classes}) == len(found.classes)
+    assert len({layer.name for layer in found.layer_groups}) == len(found.layer_groups)
     readers: dict[str, set[str]] = {}
     for op in graph.ops:
         for value in op.operands:
             readers.setdefault(value.op, set()).add(op.name)
-    for layer in found.classes:
+    for layer in found.layer_groups:
         assert len(layer.instances) == len(layer.paths) > 1
         for one in layer.instances:
             for name in one:
@@ -45,8 +45,8 @@ def folded(model: nn.Module, inputs: Any) -> Folded:
 
 
 def shapes(found: Folded) -> list[tuple[int, int]]:
-    """Per class how many instances of how many ops."""
-    return sorted((len(layer.instances), len(layer.instances[0])) for layer in found.classes)
+    """Per group how many instances of how many ops."""
+    return sorted((len(layer.instances), len(layer.instances[0])) for layer in found.layer_groups)
 
 
 class Named(nn.Module):
@@ -106,12 +106,12 @@ def build(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
 def test_names_of_modules_play_no_role(name: str, layers: list[int]) -> None:
     model, inputs = build(name)
     numbered = folded(model, inputs)
-    assert [len(layer.instances) for layer in numbered.classes] == layers
+    assert [len(layer.instances) for layer in numbered.layer_groups] == layers
     renamed = folded(without_numbers(model), inputs)
     assert shapes(renamed) == shapes(numbered)
     assert len(renamed.ops) == len(numbered.ops)
     # They are called after the modules that they are.
-    assert all(path.rpartition(".")[2] in tuple("abcd") for layer in renamed.classes for path in layer.paths)
+    assert all(path.rpartition(".")[2] in tuple("abcd") for layer in renamed.layer_groups for path in layer.paths)
     blocks = [find_chain(one, find_spaces(one.graph)[0]).blocks for one in (numbered, renamed)]
     assert [(block.like, len(block.ops), block.crossing_nbytes) for block in blocks[0]] == [
         (block.like, len(block.ops), block.crossing_nbytes) for block in blocks[1]
@@ -141,7 +141,7 @@ class Functional(nn.Module):
 
 def test_layers_without_modules() -> None:
     found = folded(Functional(), (zoo.tokens(),))
-    (layer,) = found.classes
+    (layer,) = found.layer_groups
     assert layer.paths == tuple(f"blocks.{i}" for i in range(5))
     assert layer.name == "blocks.*"
     targets = [found.graph.by_name[name].target for name in layer.instances[1] if found.graph.by_name[name].kind is OpKind.PARAMETER]
@@ -156,7 +156,7 @@ def test_layers_without_modules() -> None:
 
 def test_a_parameter_of_several_layers_belongs_to_none() -> None:
     found = folded(Functional(shared=True), (zoo.tokens(),))
-    (layer,) = found.classes
+    (layer,) = found.layer_groups
     assert len(layer.instances) == 5
     kinds = {found.graph.by_name[name].kind for one in layer.instances for name in one}
     assert kinds == {OpKind.CALL}
@@ -181,7 +181,7 @@ class Outside(nn.Module):
 @pytest.mark.parametrize("layers", [2, 5])
 def test_what_is_done_after_each_layer_belongs_to_it(layers: int) -> None:
     found = folded(Outside(layers), (torch.randn(4, 8),))
-    (layer,) = found.classes
+    (layer,) = found.layer_groups
     assert layer.paths == tuple(f"layers.{i}" for i in range(layers))
     assert layer.name == "layers.*"
     assert [found.graph.by_name[name].target for name in layer.instances[-1][-2:]] == ["aten.tanh.default", "aten.add.Tensor"]
@@ -205,10 +205,10 @@ class Wired(nn.Module):
 
 def test_layers_that_are_wired_otherwise_are_told_apart() -> None:
     even, odd = (folded(Wired(number), (torch.randn(4, 8),)) for number in (None, 3))
-    assert [len(layer.instances) for layer in even.classes] == [6]
-    assert [len(layer.instances) for layer in odd.classes] == [5]
+    assert [len(layer.instances) for layer in even.layer_groups] == [6]
+    assert [len(layer.instances) for layer in odd.layer_groups] == [5]
     relus = [op.name for op in odd.graph.ops if op.target == "aten.relu.default"]
-    inside = {name for layer in odd.classes for one in layer.instances for name in one}
+    inside = {name for layer in odd.layer_groups for one in layer.instances for name in one}
     assert [name in inside for name in relus] == [True, True, True, False, True, True]
 
 
@@ -229,7 +229,7 @@ class Few(nn.Module):
 
 
 def test_what_is_no_layer_is_left_alone() -> None:
-    assert folded(Few(), (torch.randn(4, 8),)).classes == ()
+    assert folded(Few(), (torch.randn(4, 8),)).layer_groups == ()
 
 
 def test_single_linear_layers_repeat_in_pairs() -> None:

@@ -121,6 +121,11 @@ class Op:
     saved: frozenset[int] = frozenset()
     saved_nbytes: int = 0
 
+    @property
+    def values(self) -> tuple[Value, ...]:
+        """References to the results, in order: how other ops name them."""
+        return tuple(Value(self.name, index) for index in range(len(self.results)))
+
     def __str__(self) -> str:
         operands = ", ".join(map(str, self.operands))
         results = ", ".join(map(str, self.results))

@@ -40,7 +40,7 @@ class CostRow:
     """What one purpose costs a rank.
 
     Attributes:
-        layer: name of the class of layers (`autopar.structure.layers`); empty outside of layers.
+        layer: name of the group of like layers (`autopar.structure.layers`); empty outside of layers.
         phase, purpose: when, and what for.
         axis: the mesh axis of communication; empty for work of one rank alone.
         collective: ``all_gather``, ``reduce_scatter``, ``all_reduce``, ``all_to_all``, ``send`` or, where a rank only takes or zeroes

@@ -23,7 +23,7 @@ def find_layers(folded: Folded) -> dict[str, Region]:
     """Op of a repeated layer -> the layer that it belongs to."""
     return {
         name: Region(path, layer.name)
-        for layer in folded.classes
+        for layer in folded.layer_groups
         for path, instance in zip(layer.paths, layer.instances, strict=True)
         for name in instance
     }

@@ -207,10 +207,10 @@ def _memory(chosen: Chosen, cluster: Cluster) -> Memory:
 
 
 def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
-    """One line per class of layers, and one for what is outside of them."""
+    """One line per group of like layers, and one for what is outside of them."""
     model, sharding = chosen.model, chosen.sharding
     group_of = model.folded.layer_of
-    sizes = {layer.name: len(layer.instances) for layer in model.folded.classes}
+    sizes = {layer.name: len(layer.instances) for layer in model.folded.layer_groups}
     names = [*sizes, OUTSIDE]
     axes: dict[str, dict[str, list[str]]] = {name: {axis: [] for axis in mesh.names} for name in names}
     parameters: Counter[str] = Counter()

@@ -2,8 +2,8 @@
 
 Comes in: a `Graph` and the spaces of its calls. Goes out: a `Model` and a `Chain` of blocks.
 
-Modules, in reading order: ``repeats``, ``layers``, ``roles``, ``weights``, ``blocks``, ``attention_cores``, ``chain_reads``,
-``microbatches``, ``model``.
+Modules, in reading order: ``measures``, ``repeats``, ``layers``, ``roles``, ``weights``, ``chain_order``, ``chain_cuts``, ``blocks``,
+``attention_cores``, ``chain_reads``, ``microbatches``, ``model``.
 """
 
 from autopar.structure.attention_cores import find_cores

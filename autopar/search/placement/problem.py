@@ -205,7 +205,7 @@ class _Builder:
         for edge in self.model.folded.edges:
             if self.graph.by_name[edge.value.op].kind is OpKind.PARAMETER or edge.consumer == self.output:
                 self._add_arc(edge)
-        for value, sets in self.model.folded.readers.items():
+        for value, sets in self.model.folded.reader_sets.items():
             if self.graph.by_name[value.op].kind is not OpKind.PARAMETER:
                 for number, (readers, count) in enumerate(sets.items()):
                     self._connect(value, number, [reader for reader in readers if reader[0] != self.output], count)
