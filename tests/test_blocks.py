@@ -16,7 +16,8 @@ from autopar.capture.export import capture
 from autopar.ir.graph import Graph, OpKind, Value
 from autopar.ir.space import Space
 from autopar.rules.table import find_spaces
-from autopar.structure.blocks import MAX_PIECES, Block, Chain, find_chain
+from autopar.structure.blocks import Block, Chain, find_chain
+from autopar.structure.chain_cuts import MAX_BLOCKS
 from autopar.structure.layers import Folded, fold
 from tests import zoo
 
@@ -270,8 +271,8 @@ def test_a_long_chain_of_unlike_calls_is_not_cut_too_finely() -> None:
     widths = [16 + (7 * i) % 23 for i in range(101)]
     layers = [nn.Linear(a, b) for a, b in pairwise(widths)]
     case = chain_of(nn.Sequential(*layers), (torch.randn(2, widths[0]),))
-    assert len(case.chain.blocks) <= MAX_PIECES
-    assert len(case.chain.blocks) >= MAX_PIECES // 3
+    assert len(case.chain.blocks) <= MAX_BLOCKS
+    assert len(case.chain.blocks) >= MAX_BLOCKS // 3
 
 
 def test_new_values_of_buffers_are_made_where_the_layer_is() -> None:

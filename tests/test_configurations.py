@@ -118,7 +118,7 @@ def test_placements_that_configurations_share_are_legal_for_each(subject: str, g
         solutions = search.solutions.solution_sets_alike(configuration)
         assert solutions
         for sharding in (sharding for solution_set in solutions for sharding in solution_set.shardings):
-            assert all(placement[0] == model.micro.parts[name] for name, placement in sharding.placements.items())
+            assert all(placement[0] == model.micro.placements[name] for name, placement in sharding.placements.items())
             for name, placement in sharding.placements.items():
                 # A configuration with one rank on an axis may share with another that has more: it splits nothing there.
                 real = tuple(part if size > 1 else None for part, size in zip(placement, mesh.sizes, strict=True))

@@ -90,7 +90,7 @@ class Subject:
 
     def _need(self, split: MicroSplit, op: Op, index: int) -> State:
         space = self.spaces.get(op.name)
-        return REPLICATE if space is None else operand_layout(space, (split.parts[op.name],), index)[0]
+        return REPLICATE if space is None else operand_layout(space, (split.placements[op.name],), index)[0]
 
     def _take(
         self,
@@ -108,7 +108,7 @@ class Subject:
         return _cut(values[value], need, axis) if need.kind is StateKind.SHARD and state != need else values[value]
 
     def _call_part(self, op: Op, split: MicroSplit, operands: Sequence[Tensor], whole: Mapping[Value, Tensor], mesh: Mesh) -> Any:
-        space, part = self.spaces.get(op.name), split.parts[op.name]
+        space, part = self.spaces.get(op.name), split.placements[op.name]
         target: Any = self.nodes[op.name].target
         changes: dict[int, Any] = {}
         extra: dict[str, Any] = {}
@@ -213,7 +213,7 @@ def zoo(name: str) -> Subject:
 
 def work_parts(subject: Subject, split: MicroSplit) -> dict[str, int]:
     """Of the products, attentions and lookups, how many are split and how many aren't."""
-    parts = [split.parts[name] for name, space in subject.spaces.items() if space.is_contraction]
+    parts = [split.placements[name] for name, space in subject.spaces.items() if space.is_contraction]
     return {"split": sum(part is not None for part in parts), "whole": sum(part is None for part in parts)}
 
 
@@ -244,7 +244,7 @@ def test_training_batch_norm_is_refused_with_its_lines_and_evaluation_is_not() -
 def test_one_micro_batch_leaves_everything_as_it_is() -> None:
     split = zoo("resnet").split(1)
     assert split.reasons == ()
-    assert set(split.parts.values()) == {None}
+    assert set(split.placements.values()) == {None}
     assert set(split.states.values()) == {REPLICATE}
     with pytest.raises(InputError, match="into 0 micro-batches"):
         zoo("resnet").split(0)
@@ -299,7 +299,7 @@ def test_sums_pass_through_linear_ops_and_stop_at_others() -> None:
 
     split = check(subject := small(linear), 4)
     assert subject.states(split) == [PARTIAL]
-    assert PASS_PARTIAL in split.parts.values()
+    assert PASS_PARTIAL in split.placements.values()
 
     def squared(model: Small, x: Tensor) -> Any:
         return model.first(x).mean(0).square().sum()
@@ -583,7 +583,7 @@ def test_bags_are_looked_up_for_all_samples() -> None:
     subject = Subject(Bags(), inputs)
     split = check(subject, 2)
     assert {str(value) for value in split.whole} == {"offsets"}
-    assert split.parts["linear"] is not None
+    assert split.placements["linear"] is not None
 
 
 def test_targets_of_a_mean_loss_that_come_from_parameters_are_refused() -> None:

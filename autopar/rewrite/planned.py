@@ -121,7 +121,7 @@ def returned_layout(planned: PlannedGraph, position: int) -> Layout:
 def placement_of(planned: PlannedGraph, op: Op) -> Placement:
     """How a call is split."""
     placement = planned.plan.placements[planned.folded.representative[op.name]]
-    return placement if planned.micro is None else (planned.micro.parts[op.name], *placement)
+    return placement if planned.micro is None else (planned.micro.placements[op.name], *placement)
 
 
 def made_layout(planned: PlannedGraph, value: Value) -> Layout:

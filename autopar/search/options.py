@@ -68,7 +68,7 @@ def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> 
     """The legal placements of a call, those that the constraints allow."""
     first = first_rank_axis(mesh)
     # What a micro-batch does isn't open: along time nothing can be exchanged, so one choice is as good as another.
-    time: Placement = () if model.micro is None else (model.micro.parts[op.name],)
+    time: Placement = () if model.micro is None else (model.micro.placements[op.name],)
     replicated: Placement = (*time, *(None for _ in mesh.sizes[first:]))
     space = model.spaces.get(op.name)
     if space is None or op.name in model.tables:

@@ -1,13 +1,23 @@
 """What splitting a step into micro-batches does to every op and value of a graph.
 
-Comes in: a graph, the spaces of its calls, the number of micro-batches. Goes out: a `MicroSplit`, which every rewrite into stages
-follows. Micro-batches are one more mesh axis that is walked in time, so nothing can be exchanged along it: each op must find its
-operands as the ops before left them, up to moves that need no other micro-batch (`reads_locally`). Then every value is a part, a
-summand or the same in each micro-batch, and gradients add up by linearity. What needs no parameter can also be had whole: it is
-computed once per step from the whole batch.
+Comes in: a graph, the spaces of its calls, the number of micro-batches. Goes out: a `MicroSplit`, which costs and rewrite follow.
 
-Random numbers: every micro-batch must begin with the same state of the generator that seeds streams (`autopar.ops.rng`), as ranks do.
-A split op then draws anew in each, because its stream counts the part, and one that isn't split draws the same in all.
+Micro-batches are one more mesh axis, whose parts run one after the other instead of on several ranks. So each call has a placement on that
+axis (`AxisPlacement`), and each value a state: in micro-batch ``m`` of ``n`` a value ``v`` is
+
+- ``S<d>``: part ``m`` of dim ``d`` of the value that the whole batch has;
+- ``R``: that value itself, the same in all micro-batches;
+- ``P``: a summand: the values of all micro-batches add up to it.
+
+Between ranks a collective leads from one state to another. Between micro-batches nothing can be exchanged, so each op must find its
+operands as the ops before it left them, up to what needs no other micro-batch (`reads_locally`): one's own part of an ``R``, for example.
+Gradients need no rule of their own: where the loss is the sum of the micro-batches' losses, its gradients are the sums of theirs.
+
+Values that depend on no parameter may also be needed whole: they are computed once per step, from the whole batch, before the first
+micro-batch runs.
+
+Random numbers: every micro-batch must begin with the same state of the generator that seeds streams (`autopar.ops.rng`), as ranks do. A
+call that is split then draws other numbers in each, because its stream counts the part; one that isn't split draws the same in all.
 """
 
 from __future__ import annotations
@@ -22,13 +32,13 @@ from autopar.ir import (
     MICROBATCH,
     PASS_PARTIAL,
     REPLICATE,
+    AxisPlacement,
     Dims,
     Graph,
     LoopKind,
     Mesh,
     Op,
     OpKind,
-    PassPartial,
     Space,
     Split,
     State,
@@ -44,10 +54,7 @@ from autopar.rules import facts_of, is_random
 from autopar.structure.roles import Factors, Role
 
 WHOLE_NBYTES = 1 << 28
-"""The largest tensor that is made of the whole batch at once; a step is cut into micro-batches to have no large ones."""
-
-Part = Split | PassPartial | None
-"""What the time axis does to an op: one entry of a `Placement`."""
+"""Bytes of the largest tensor that is computed from the whole batch at once: a step is split into micro-batches to have no large ones."""
 
 
 @dataclass(frozen=True)
@@ -55,17 +62,17 @@ class MicroSplit:
     """How a graph splits into micro-batches.
 
     Attributes:
-        parts: per call what the axis does to it.
-        states: per value what a micro-batch has of it: a part, the same as all others, or a summand. Parameters and buffers are
-            the same for all.
-        whole: values without parameters that some op needs whole although a micro-batch has a part or a summand: they are computed
-            once per step from the whole batch.
-        counted: op name of a mean loss over classes -> its target, whole (it is in `whole` too): the loss divides by what
-            `losses.count_targets` says of all micro-batches.
-        reasons: why the graph can't be split so; empty when it can. Each names op and line, what was needed and what to do.
+        placements: call -> its placement on the axis of micro-batches.
+        states: value -> its state on that axis: a part, the same in all micro-batches, or a summand. Parameters and buffers are the same in
+            all.
+        whole: values that depend on no parameter and that some op needs whole although a micro-batch has a part or a summand: they are
+            computed once per step from the whole batch.
+        counted: loss that is a mean over targets, split by tokens -> its targets, which are in `whole` too: the loss divides by the number
+            of targets of the whole batch (`autopar.ops.losses.count_targets`).
+        reasons: why the graph can't be split so, each with op and line, what was needed and what to do; empty when it can.
     """
 
-    parts: Mapping[str, Part]
+    placements: Mapping[str, AxisPlacement]
     states: Mapping[Value, State]
     whole: frozenset[Value]
     counted: Mapping[str, Value]
@@ -73,9 +80,10 @@ class MicroSplit:
 
 
 def reads_locally(state: State, need: State) -> bool:
-    """Whether a micro-batch that has `state` of a value can be read as `need` without any other: it is that, or all of it.
+    """Whether a micro-batch that has `state` of a value can read it as `need` without any other micro-batch.
 
-    What all have is made a sum by the first keeping it and the others having zeros.
+    It can if it has just that, or the whole value: it takes its part of it, or, for a sum, the first micro-batch takes the value and the
+    others zeros.
     """
     return state in (need, REPLICATE)
 
@@ -83,76 +91,81 @@ def reads_locally(state: State, need: State) -> bool:
 def split_microbatches(graph: Graph, spaces: Mapping[str, Space], factors: Factors, count: int) -> MicroSplit:
     """Split the batch of `graph` into `count` micro-batches of equal size.
 
-    The batch is the first dim of the inputs. Where inputs differ in it, its size is that of most of them; when this gives a
-    reason against it, the other sizes are tried.
+    The batch is dim 0 of the inputs. Where inputs differ in its size, those of the most frequent size are split; if there is a reason
+    against that, those of the other sizes are tried.
 
     Args:
         graph: as captured for the whole batch.
         spaces: of every call that has a rule.
         factors: the roles of the inputs' dims.
-        count: at least 1; InputError otherwise. With 1 every value is the same "in all".
+        count: number of micro-batches. With 1 nothing is split and every value is the same in all.
+
+    Raises InputError when `count` is below 1. That the graph can't be split is no error: `MicroSplit.reasons` says why.
     """
     return MicroSplitter(graph, spaces, factors).split(count)
 
 
 class MicroSplitter:
-    """Splits one graph into any number of micro-batches, as `split_microbatches` does; numbers that divide the same loops share a split."""
+    """Splits one graph into several numbers of micro-batches, as `split_microbatches` does.
+
+    A search asks for many numbers. Which loops are split depends on the number only by what it divides: numbers that divide the same loops
+    share a split.
+    """
 
     def __init__(self, graph: Graph, spaces: Mapping[str, Space], factors: Factors) -> None:
         self.graph = graph
         self.spaces = spaces
         self.batches = _find_batches(graph, factors)
-        self._done: list[tuple[_Pass, MicroSplit]] = []
+        self._walks: list[tuple[_Walk, MicroSplit]] = []  # those that ended without a reason
 
     def split(self, count: int) -> MicroSplit:
-        """The split into `count` micro-batches."""
+        """The split into `count` micro-batches; raises InputError when that is below 1."""
         if count < 1:
             raise InputError(f"a step can't be split into {count} micro-batches; give 1 or more")
         if count == 1:
-            return self._run(frozenset(), count)
+            return self._split_inputs(frozenset(), count)
         if not self.batches:
             named = ", ".join(f"{op.target} {op.results[0]}" for op in self.graph.of_kind(OpKind.INPUT)) or "none"
-            return _refused(
+            return _refuse(
                 f"no input has a batch to split into {count} micro-batches (inputs: {named}); give inputs whose first dim is the batch"
             )
-        first: MicroSplit | None = None
+        refusals: list[MicroSplit] = []
         for size, inputs in self.batches.items():
             if size % count:
                 names = ", ".join(self.graph.by_name[name].target for name in inputs)
-                found = _refused(
+                split = _refuse(
                     f"the batch of {size} (dim 0 of {names}) can't be split into {count} micro-batches; take a divisor of {size}"
                 )
             else:
-                found = self._run(frozenset(inputs), count)
-            if not found.reasons:
-                return found
-            first = first or found
-        assert first is not None
-        return first
+                split = self._split_inputs(frozenset(inputs), count)
+            if not split.reasons:
+                return split
+            refusals.append(split)
+        return refusals[0]  # of the most likely batch
 
-    def _run(self, cut: frozenset[str], count: int) -> MicroSplit:
-        """The split of these inputs: one that was made for another count, where all that it asked has the same answer for this one."""
-        for made, found in self._done:
-            if made.cut == cut and made.holds_for(count):
-                return found
-        made = _Pass(self.graph, self.spaces, cut, count)
-        found = made.run()
-        if not found.reasons:  # which name the count
-            self._done.append((made, found))
-        return found
+    def _split_inputs(self, inputs: frozenset[str], count: int) -> MicroSplit:
+        """The split of dim 0 of these inputs."""
+        for walk, split in self._walks:
+            if walk.inputs == inputs and walk.holds_for(count):
+                return split
+        walk = _Walk(self.graph, self.spaces, inputs, count)
+        split = walk.run()
+        if not split.reasons:  # reasons name the number of micro-batches, so they hold for no other
+            self._walks.append((walk, split))
+        return split
 
 
-def _refused(reason: str) -> MicroSplit:
+def _refuse(reason: str) -> MicroSplit:
     return MicroSplit({}, {}, frozenset(), {}, (reason,))
 
 
 def batch_size(graph: Graph, factors: Factors) -> int:
-    """Rows of the batch: the first dim of most inputs that have one; 1 without any."""
+    """Number of samples of a step: the size of dim 0 that most inputs have; 1 without any input of more."""
     return next(iter(_find_batches(graph, factors)), 1)
 
 
 def _find_batches(graph: Graph, factors: Factors) -> dict[int, list[str]]:
-    """The sizes that the batch may have, most likely first, and the inputs that have it in their first dim."""
+    """Sizes that the batch may have, that of most inputs first -> names of the inputs whose dim 0 has this size."""
     inputs: dict[int, list[str]] = {}
     for op in graph.of_kind(OpKind.INPUT):
         shape, dims = op.results[0].shape, factors.of_dims[Value(op.name)]
@@ -164,157 +177,178 @@ def _find_batches(graph: Graph, factors: Factors) -> dict[int, list[str]]:
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
-    """What a call's results are made of.
+    """What an op's results were computed from.
 
     Attributes:
-        free: neither a parameter nor an input that has a gradient.
-        random: some random numbers.
-        nbytes: the largest tensor on the way.
+        is_free: whether from no parameter, and no input that has a gradient.
+        is_random: whether from random numbers.
+        nbytes: of the largest tensor on the way.
     """
 
-    free: bool = True
-    random: bool = False
+    is_free: bool = True
+    is_random: bool = False
     nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class _Choice:
-    """A part of an op, and the positions of the operands that it needs whole."""
+class _Option:
+    """A way to run an op on a micro-batch.
 
-    part: Part
+    Attributes:
+        placement: of the op on the axis of micro-batches.
+        whole: numbers of the operands that must be computed from the whole batch for it.
+        nbytes: of these operands together.
+    """
+
+    placement: AxisPlacement
     whole: frozenset[int]
     nbytes: int
 
 
-class _Pass:
-    """One walk over the ops; lives for one split."""
+class _Walk:
+    """One walk over the ops of a graph, which decides about each from the states of its operands.
 
-    def __init__(self, graph: Graph, spaces: Mapping[str, Space], cut: frozenset[str], count: int) -> None:
+    Attributes:
+        inputs: names of the inputs that are split by dim 0.
+        mesh: the axis of micro-batches alone.
+        origins: op -> what its results were computed from.
+        splits_work: whether any call that depends on a parameter is split: without one the split would be for nothing.
+        options: what was decided for like calls with like operands.
+        legality: whether the number of micro-batches may split a loop, for all that was asked, by space and split; another number for which
+            all of it is the same gives the same walk (`holds_for`).
+    """
+
+    def __init__(self, graph: Graph, spaces: Mapping[str, Space], inputs: frozenset[str], count: int) -> None:
         self.graph = graph
         self.spaces = spaces
-        self.cut = cut
+        self.inputs = inputs
         self.mesh = Mesh((MICROBATCH,), (count,))
-        self.parts: dict[str, Part] = {}
+        self.placements: dict[str, AxisPlacement] = {}
         self.states: dict[Value, State] = {}
         self.whole: set[Value] = set()
         self.counted: dict[str, Value] = {}
         self.reasons: list[str] = []
         self.origins: dict[str, _Origin] = {}
         self.splits_work = False
-        self.known: dict[tuple[object, ...], _Choice | None] = {}
-        self.legal: dict[tuple[int, Split], tuple[Space, bool]] = {}  # what was asked of the number of micro-batches, by space and split
+        self.options: dict[tuple[object, ...], _Option | None] = {}
+        self.legality: dict[tuple[int, Split], tuple[Space, bool]] = {}
 
     def holds_for(self, count: int) -> bool:
-        """Whether as many micro-batches are split in the same way."""
+        """Whether a walk with another number of micro-batches would decide the same."""
         mesh = Mesh((MICROBATCH,), (count,))
-        return all(is_legal(space, (split,), mesh) == legal for (_, split), (space, legal) in self.legal.items())
+        return all(is_legal(space, (split,), mesh) == legal for (_, split), (space, legal) in self.legality.items())
 
     def _is_legal(self, space: Space, split: Split) -> bool:
         key = id(space), split
-        if key not in self.legal:
-            self.legal[key] = space, is_legal(space, (split,), self.mesh)
-        return self.legal[key][1]
+        if key not in self.legality:
+            self.legality[key] = space, is_legal(space, (split,), self.mesh)
+        return self.legality[key][1]
 
     def run(self) -> MicroSplit:
+        """Walk over all ops; an op that can't be run on a micro-batch adds a reason, and the walk goes on to find the others."""
         for op in self.graph.ops:
             if op.kind is OpKind.CALL:
-                self._call(op)
-            elif op.kind is OpKind.OUTPUT:
-                self._check_updates(op)
-            else:
-                tensor = op.results[0]
-                self.states[Value(op.name)] = shard(0) if op.name in self.cut else REPLICATE
-                self.origins[op.name] = _Origin(op.kind is not OpKind.PARAMETER and not tensor.requires_grad)
-        if self.cut and not self.splits_work and not self.reasons:
-            names = ", ".join(self.graph.by_name[name].target for name in sorted(self.cut))
+                self._split_call(op)
+            elif op.kind is not OpKind.OUTPUT:
+                self.states[Value(op.name)] = shard(0) if op.name in self.inputs else REPLICATE
+                self.origins[op.name] = _Origin(op.kind is not OpKind.PARAMETER and not op.results[0].requires_grad)
+        self._check_updates()
+        if self.inputs and not self.splits_work and not self.reasons:
+            names = ", ".join(self.graph.by_name[name].target for name in sorted(self.inputs))
             self.reasons.append(f"splitting {names} into {self.mesh.sizes[0]} micro-batches splits no op that reads a parameter")
-        self._narrow()
-        return MicroSplit(self.parts, self.states, frozenset(self.whole), self.counted, tuple(self.reasons))
+        self._split_for_readers()
+        return MicroSplit(self.placements, self.states, frozenset(self.whole), self.counted, tuple(self.reasons))
 
-    def _call(self, op: Op) -> None:
+    def _split_call(self, op: Op) -> None:
+        """Decide about a call whose operands' states are known, and note the states of its results."""
         space = self.spaces.get(op.name)
-        self.origins[op.name] = self._origin(op, space)
-        choice = self._choose_once(op, space)
-        if choice is None:
+        self.origins[op.name] = self._find_origin(op, space)
+        option = self._choose_once(op, space)
+        if option is None:
             self.reasons.append(self._explain(op, space))
-            # Going on as if the op could have been run whole finds the other reasons too.
-            choice = _Choice(None, frozenset(), 0)
-        self.parts[op.name] = choice.part
-        self.whole |= {op.operands[index] for index in choice.whole}
-        if (mean := _find_counted(space, choice.part)) is not None:
+            option = _Option(None, frozenset(), 0)
+        self.placements[op.name] = option.placement
+        self.whole |= {op.operands[index] for index in option.whole}
+        if (mean := _find_counted(space, option.placement)) is not None:
             self.counted[op.name] = op.operands[mean.target]
-        self.splits_work |= choice.part is not None and not self.origins[op.name].free
-        for index in range(len(op.results)):
-            made = REPLICATE if space is None else result_layout(space, (choice.part,), index)[0]
-            self.states[Value(op.name, index)] = made
+        self.splits_work |= option.placement is not None and not self.origins[op.name].is_free
+        for value in op.values:
+            self.states[value] = _result_state(space, option.placement, value.index)
 
-    def _narrow(self) -> None:
-        """Split too what reads nothing split and of which every reader takes a part: a mask that is made for the whole batch."""
-        wanted: dict[Value, set[State]] = {}
+    def _split_for_readers(self) -> None:
+        """Split calls that read nothing split but of whose results every reader takes its micro-batch's part.
+
+        A mask built from sizes alone would be built for the whole batch in each micro-batch; so it is built for a part. Readers come first,
+        so that what a call reads is split too.
+        """
+        read_as: dict[Value, set[State]] = {}
         for op in reversed(self.graph.ops):
             space = self.spaces.get(op.name)
-            if op.kind is OpKind.CALL and space is not None and self.parts[op.name] is None and not space.random:
-                split = self._split_as_read(op, space, wanted)
+            if op.kind is OpKind.CALL and space is not None and self.placements[op.name] is None and not space.random:
+                split = self._find_split_for_readers(op, space, read_as)
                 if split is not None:
-                    self.parts[op.name] = split
-                    self.states |= {Value(op.name, index): result_layout(space, (split,), index)[0] for index in range(len(op.results))}
+                    self.placements[op.name] = split
+                    self.states |= {value: _result_state(space, split, value.index) for value in op.values}
             for index, value in enumerate(op.operands):
-                wanted.setdefault(value, set()).add(self._needed(op, space, index))
+                read_as.setdefault(value, set()).add(_operand_state(space, self.placements.get(op.name), index))
 
-    def _needed(self, op: Op, space: Space | None, index: int) -> State:
-        return REPLICATE if op.kind is not OpKind.CALL or space is None else operand_layout(space, (self.parts[op.name],), index)[0]
-
-    def _split_as_read(self, op: Op, space: Space, wanted: Mapping[Value, set[State]]) -> Split | None:
-        """The split that makes of every result the part that all its readers want; None when they don't agree."""
-        read = {index: wanted[value] for index in range(len(op.results)) if (value := Value(op.name, index)) in wanted}
-        if any(len(states) > 1 for states in read.values()):
+    def _find_split_for_readers(self, op: Op, space: Space, read_as: Mapping[Value, set[State]]) -> Split | None:
+        """The split with which every result has the state in which all its readers need it; None when there is none."""
+        needs = {value: read_as[value] for value in op.values if value in read_as}
+        if any(len(states) > 1 for states in needs.values()):
             return None
-        for index, (state,) in read.items():
-            split = _split_at(space, space.results[index], state) if state.kind is StateKind.SHARD else None
+        for value, (state,) in needs.items():
+            split = _split_at(space, space.results[value.index], state) if state.kind is StateKind.SHARD else None
             if split is None or _exchanges(space, split.loop) or not self._is_legal(space, split):
                 return None
-            made = {other: {result_layout(space, (split,), other)[0]} for other in read}
-            return split if made == read else None
+            made = {value: {_result_state(space, split, value.index)} for value in needs}
+            return split if made == needs else None
         return None
 
-    def _origin(self, op: Op, space: Space | None) -> _Origin:
-        before = [self.origins[value.op] for value in op.operands]
-        own = 0 if space is not None and space.view else sum(tensor.nbytes for tensor in op.results)
+    def _find_origin(self, op: Op, space: Space | None) -> _Origin:
+        """What a call's results are computed from; a view's result is no tensor of its own."""
+        origins = [self.origins[value.op] for value in op.operands]
+        own_nbytes = 0 if space is not None and space.view else sum(tensor.nbytes for tensor in op.results)
         return _Origin(
-            free=all(one.free for one in before),
-            random=is_random(op, space) or any(one.random for one in before),
-            nbytes=max([own, *(one.nbytes for one in before)]),
+            is_free=all(origin.is_free for origin in origins),
+            is_random=is_random(op, space) or any(origin.is_random for origin in origins),
+            nbytes=max([own_nbytes, *(origin.nbytes for origin in origins)]),
         )
 
-    def _choose_once(self, op: Op, space: Space | None) -> _Choice | None:
-        """The same choice for like ops that read the like."""
+    def _choose_once(self, op: Op, space: Space | None) -> _Option | None:
+        """What `_choose` says, asked once for all calls with one space whose operands are alike."""
         if space is None:
             return self._choose(op, space)
-        reads = tuple((self.states[value], self._keeps_from_whole(value), op.operands.index(value)) for value in op.operands)
+        reads = tuple((self.states[value], self._why_not_whole(value), op.operands.index(value)) for value in op.operands)
         key = (id(space), op.target, reads)
-        if key not in self.known:
-            self.known[key] = self._choose(op, space)
-        return self.known[key]
+        if key not in self.options:
+            self.options[key] = self._choose(op, space)
+        return self.options[key]
 
-    def _choose(self, op: Op, space: Space | None) -> _Choice | None:
-        """The part that keeps most work split: a loop that an operand is split by, else Partial sums passed through, else nothing."""
-        if facts_of(op, space).writes and self.cut:  # an op that changes what it reads must run once per step
+    def _choose(self, op: Op, space: Space | None) -> _Option | None:
+        """The option that keeps most work split; None when the op can't run on a micro-batch.
+
+        In this order: nothing is split if nothing that the op reads is; a loop by which an operand is split, if several are the one for
+        which the fewest bytes are computed from the whole batch; sums passed through an op that is linear in them; not split, with
+        operands computed from the whole batch.
+        """
+        if facts_of(op, space).writes and self.inputs:  # an op that changes what it reads must run once per step
             return None
         if all(self.states[value] == REPLICATE for value in op.operands):
-            return _Choice(None, frozenset(), 0)
-        if space is not None:
-            splits = [choice for part in self._splits(op, space) if (choice := self._try(op, space, part)) is not None]
-            if splits:
-                return min(splits, key=lambda choice: choice.nbytes)
-            summed = self._try(op, space, PASS_PARTIAL) if space.linear else None
-            # A value that all micro-batches have is better read whole than kept by the first of them only.
-            if summed is not None and all(self.states[op.operands[index]] != REPLICATE for index in space.linear):
-                return summed
-            return self._try(op, space, None) or summed
-        return self._try(op, space, None)
+            return _Option(None, frozenset(), 0)
+        if space is None:
+            return self._try(op, space, None)
+        splits = [option for split in self._find_splits(op, space) if (option := self._try(op, space, split)) is not None]
+        if splits:
+            return min(splits, key=lambda option: option.nbytes)
+        passed = self._try(op, space, PASS_PARTIAL) if space.linear else None
+        # As a summand, a value that all micro-batches have would be the first one's alone: where one is added, reading it whole is better.
+        if passed is not None and all(self.states[op.operands[index]] != REPLICATE for index in space.linear):
+            return passed
+        return self._try(op, space, None) or passed
 
-    def _splits(self, op: Op, space: Space) -> Iterator[Split]:
-        """Splits of the loops by which operands are split."""
+    def _find_splits(self, op: Op, space: Space) -> Iterator[Split]:
+        """Legal splits of the loops by which operands are split, without those whose kernel would exchange something."""
         for dims, value in zip(space.operands, op.operands, strict=True):
             state = self.states[value]
             if state.kind is StateKind.SHARD:
@@ -322,42 +356,42 @@ class _Pass:
                 if split is not None and not _exchanges(space, split.loop) and self._is_legal(space, split):
                     yield split
 
-    def _try(self, op: Op, space: Space | None, part: Part) -> _Choice | None:
-        """A part of an op, if all operands can be had as it needs them."""
+    def _try(self, op: Op, space: Space | None, placement: AxisPlacement) -> _Option | None:
+        """The op with this placement, if every operand can be read as that needs it, or be computed from the whole batch."""
         whole: set[Value] = set()
         for index, value in enumerate(op.operands):
-            need = REPLICATE if space is None else operand_layout(space, (part,), index)[0]
+            need = _operand_state(space, placement, index)
             if reads_locally(self.states[value], need):
                 continue
-            if need not in (REPLICATE, BROADCAST) or self._keeps_from_whole(value):
+            if need not in (REPLICATE, BROADCAST) or self._why_not_whole(value):
                 return None
             whole.add(value)
-        if (mean := _find_counted(space, part)) is not None:
-            if any(self._keeps_from_whole(op.operands[index]) for index in (mean.target, mean.weight) if index is not None):
+        if (mean := _find_counted(space, placement)) is not None:
+            if any(self._why_not_whole(op.operands[index]) for index in (mean.target, mean.weight) if index is not None):
                 return None
             whole.add(op.operands[mean.target])
-        return _Choice(part, frozenset(map(op.operands.index, whole)), sum(self.graph.tensor(value).nbytes for value in whole))
+        return _Option(placement, frozenset(map(op.operands.index, whole)), sum(self.graph.tensor(value).nbytes for value in whole))
 
-    def _keeps_from_whole(self, value: Value) -> str:
-        """Why `value` can't be computed from the whole batch at once; empty when it can."""
+    def _why_not_whole(self, value: Value) -> str:
+        """Why a value can't be computed from the whole batch at once; empty when it can."""
         origin = self.origins[value.op]
-        if not origin.free:
+        if not origin.is_free:
             return "depends on parameters"
-        if origin.random:
+        if origin.is_random:
             return "is random"
         if origin.nbytes > WHOLE_NBYTES:
             return f"takes {origin.nbytes} bytes for the whole batch, more than {WHOLE_NBYTES}"
         return ""
 
     def _explain(self, op: Op, space: Space | None) -> str:
-        """Why no part of an op can be run per micro-batch."""
+        """Why an op can't be run on a micro-batch, with its line and what to do."""
         where = f"{op.target} at {op.source or op.layer or op.name}"
         count = self.mesh.sizes[0]
         if (needs_all := facts_of(op, space).whole_batch) is not None:
             return f"{where} {needs_all.reason}, which no one of {count} micro-batches sees; {needs_all.remedy}, or pin microbatches=1"
         blocked = []
         for value in dict.fromkeys(op.operands):
-            state, why = self.states[value], self._keeps_from_whole(value)
+            state, why = self.states[value], self._why_not_whole(value)
             if state != REPLICATE and why:
                 held = "a sum over the micro-batches" if state.kind is StateKind.PARTIAL else f"split by micro-batch on dim {state.dim}"
                 blocked.append(f"{value} {self.graph.tensor(value)} is {held} and {why}")
@@ -367,10 +401,9 @@ class _Pass:
             f"Compute it for each sample, or from inputs alone, or pin microbatches=1 instead of {count}"
         )
 
-    def _check_updates(self, op: Op) -> None:
-        """The new values of buffers must be the same in every micro-batch."""
-        names = op.kwargs.get("updates", ())
-        for name, value in zip(names, op.operands[len(op.operands) - len(names) :], strict=True):
+    def _check_updates(self) -> None:
+        """Add a reason for every buffer whose new value isn't the same in every micro-batch."""
+        for name, value in self.graph.updates.items():
             state = self.states[value]
             if state != REPLICATE:
                 producer = self.graph.by_name[value.op]
@@ -381,8 +414,22 @@ class _Pass:
                 )
 
 
+def _operand_state(space: Space | None, placement: AxisPlacement, index: int) -> State:
+    """What an op with this placement needs of its operand number `index`; without a rule, or a placement (the output), all of it."""
+    return REPLICATE if space is None else operand_layout(space, (placement,), index)[0]
+
+
+def _result_state(space: Space | None, placement: AxisPlacement, index: int) -> State:
+    """What an op with this placement makes of its result number `index`; without a rule, all of it."""
+    return REPLICATE if space is None else result_layout(space, (placement,), index)[0]
+
+
 def _split_at(space: Space, dims: Dims, state: State) -> Split | None:
-    """The split of a loop of `dims` that needs a tensor in `state`; None when the boundary is inside no loop."""
+    """The split of a loop of `dims` for which a tensor of these dims is in `state`, a shard of one of them.
+
+    A dim that is the product of several loops may be split at each: inside of ``state.outer`` equal blocks. None when no loop begins there
+    or has such blocks.
+    """
     outer = 1
     for name in dims[state.dim]:
         size = space.loops[name].size
@@ -394,13 +441,13 @@ def _split_at(space: Space, dims: Dims, state: State) -> Split | None:
 
 
 def _exchanges(space: Space, loop: str) -> bool:
-    """Whether the kernel that a split of `loop` needs talks to the other parts."""
+    """Whether the kernel that a split of `loop` needs would exchange something with the other parts."""
     return space.loops[loop].kind is LoopKind.KERNEL or loop in space.facts.coupled
 
 
-def _find_counted(space: Space | None, part: Part) -> TargetMean | None:
-    """The mean over targets that an op is, if this part is one of its tokens: it divides by the number of targets of the whole batch."""
-    if space is None or not isinstance(part, Split):
+def _find_counted(space: Space | None, placement: AxisPlacement) -> TargetMean | None:
+    """The mean over targets that an op is, if this placement splits its tokens: the op must then be told the targets of the whole batch."""
+    if space is None or not isinstance(placement, Split):
         return None
-    is_part_of_tokens = part.loop in space.kernel_loops and space.loops[part.loop].kind is LoopKind.SUM
-    return space.facts.target_mean if is_part_of_tokens else None
+    splits_tokens = placement.loop in space.kernel_loops and space.loops[placement.loop].kind is LoopKind.SUM
+    return space.facts.target_mean if splits_tokens else None

@@ -132,7 +132,7 @@ class SolutionCache:
         """Parts into which micro-batches and the axes of a configuration's mesh split an op at most."""
         assert model.micro is not None
         mesh = configuration.trial.mesh
-        ways = configuration.microbatches if isinstance(model.micro.parts[op.name], Split) else 1
+        ways = configuration.microbatches if isinstance(model.micro.placements[op.name], Split) else 1
         for name, size, kind in zip(mesh.names, mesh.sizes, configuration.trial.constraints.kinds, strict=True):
             key = op.name, configuration.microbatches, size, kind
             if key not in self._splits:
@@ -227,9 +227,9 @@ class SolutionCache:
     def _is_legal(self, sharding: Sharding, model: Model, mesh: Mesh) -> bool:
         """Whether micro-batches split every call so (one micro-batch splits none), and a mesh with these axes can store parameters so."""
         assert model.micro is not None
-        parts = model.micro.parts
+        over_batches = model.micro.placements
         parameters = (op for op in self.model.folded.ops if op.kind is OpKind.PARAMETER)
-        return all(placement[0] == parts[name] for name, placement in sharding.placements.items()) and all(
+        return all(placement[0] == over_batches[name] for name, placement in sharding.placements.items()) and all(
             fits(op.results[0].shape, sharding.layouts[op.name][1:], mesh) for op in parameters
         )
 
