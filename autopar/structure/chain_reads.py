@@ -1,4 +1,8 @@
-"""Who reads what in a chain of blocks, whatever is decided about it: what crosses, what is shared, what is computed again."""
+"""Who reads what in a chain of blocks, before anything is decided about it.
+
+Comes in: a `Graph` and its `Chain`. Goes out: a `ChainReads`, from which the costs know in which block a value, a parameter or an output
+counts, so that none counts twice, and what a stage holds when it begins after any block. Blocks are given by their number in the chain.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +22,18 @@ class ChainReads:
     """Who reads what in a chain of blocks.
 
     Attributes:
-        block_of: call -> the number of its block, for the calls that are in one.
-        first_reader: values that cross from one block to another, or that every stage makes for itself -> the first block that reads
-            them, after their own.
+        block_of: call -> the block that it is in; cheap calls are in none.
+        first_reader: value that crosses between blocks, or that a cheap call makes and a block reads -> the first block that reads it,
+            without the block that makes it.
         first_read: per block the values whose first reader it is.
-        made_again: per block the values that a stage which begins behind it makes for itself although this block or one before it has
-            read them.
-        outputs: per block the outputs that it makes, as (position, value).
-        cheap: per block the calls in no block whose results it is the first to need.
-        deferrable: calls whose weight gradients can wait for a pass of their own.
-        parameters: per block the parameters that it reads; the last block has those that no block reads too.
-        owner: parameter -> the first block that has it: the optimizer's state is there.
-        shared: per block its calls' operands, as (call, operand), whose values are read in other blocks too and are no parameters.
+        made_again: per block the values of cheap calls that this block or one before it reads, and a later one too: a stage that begins
+            after this block makes them again.
+        outputs: per block the outputs that it makes, as (position among the graph's outputs, value).
+        cheap: per block the cheap calls that it is the first to need, directly or for another cheap call, the last to run first.
+        deferrable: calls whose weight gradients can wait for a pass of its own (`is_deferrable`).
+        parameters: per block the parameters that it reads; the last block also has those that no block reads.
+        owner: parameter -> the first block that has it in `parameters`: its optimizer state counts there.
+        shared: per block its operands, as (call, number of the operand), whose values other blocks read too and which aren't parameters.
     """
 
     block_of: Mapping[str, int]
@@ -45,7 +49,7 @@ class ChainReads:
 
 
 def read_chain(graph: Graph, spaces: Mapping[str, Space], chain: Chain) -> ChainReads:
-    """Read a chain of blocks of `graph`, whose calls have these spaces."""
+    """Find who reads what in `chain`, the blocks of `graph`; `spaces` gives the space of every call that has a rule."""
     block_of = {name: number for number, block in enumerate(chain.blocks) for name in block.ops}
     first_reader, made_again = _find_first_readers(graph, chain, block_of)
     first_read: list[list[Value]] = [[] for _ in chain.blocks]
@@ -75,10 +79,12 @@ def _freeze(lists: Sequence[Sequence[T]]) -> tuple[tuple[T, ...], ...]:
 
 
 def _reading_blocks(graph: Graph, value: Value, block_of: Mapping[str, int]) -> set[int]:
+    """The blocks that read a value."""
     return {block_of[name] for name in graph.readers.get(value, ()) if name in block_of}
 
 
 def _find_first_readers(graph: Graph, chain: Chain, block_of: Mapping[str, int]) -> tuple[dict[Value, int], list[list[Value]]]:
+    """`ChainReads.first_reader` and `made_again`."""
     first_reader: dict[Value, int] = {}
     for value in dict.fromkeys(value for block in chain.blocks for value in block.crossing):
         first_reader[value] = min(_reading_blocks(graph, value, block_of) - {block_of[value.op]}, default=block_of[value.op])
@@ -93,11 +99,12 @@ def _find_first_readers(graph: Graph, chain: Chain, block_of: Mapping[str, int])
 
 
 def _find_cheap_calls(graph: Graph, chain: Chain, block_of: Mapping[str, int]) -> tuple[tuple[str, ...], ...]:
+    """`ChainReads.cheap`: readers are looked at before what they read, so that their need is known."""
     needed_by: dict[str, int] = dict(block_of)
     cheap: list[list[str]] = [[] for _ in chain.blocks]
     for op in reversed(graph.ops):
         if op.name in chain.cheap:
-            readers = [name for index in range(len(op.results)) for name in graph.readers.get(Value(op.name, index), ())]
+            readers = [name for value in op.values for name in graph.readers.get(value, ())]
             if blocks := [needed_by[name] for name in readers if name in needed_by]:
                 needed_by[op.name] = min(blocks)
                 cheap[min(blocks)].append(op.name)
@@ -105,6 +112,7 @@ def _find_cheap_calls(graph: Graph, chain: Chain, block_of: Mapping[str, int]) -
 
 
 def _find_parameters(graph: Graph, chain: Chain, block_of: Mapping[str, int]) -> tuple[tuple[str, ...], ...]:
+    """`ChainReads.parameters`."""
     parameters: list[dict[str, None]] = [{} for _ in chain.blocks]
     for number, block in enumerate(chain.blocks):
         for value in (value for name in block.ops for value in graph.by_name[name].operands):
@@ -117,6 +125,7 @@ def _find_parameters(graph: Graph, chain: Chain, block_of: Mapping[str, int]) ->
 
 
 def _find_shared_operands(graph: Graph, chain: Chain, block_of: Mapping[str, int]) -> tuple[tuple[tuple[str, int], ...], ...]:
+    """`ChainReads.shared`."""
     is_shared = {
         value
         for value in graph.readers

@@ -1,4 +1,8 @@
-"""What no mesh changes about a captured model: its folded graph, the loops and roles of its ops, its micro-batches."""
+"""What is known of a captured model before any mesh is: its folded graph, the loops and roles of its ops, its micro-batches.
+
+Comes in: what the other modules of this package found. Goes out: a `Model`, which every mesh's costs and search start from, and the meaning
+of the mesh axis of micro-batches.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,22 @@ from autopar.structure.microbatches import MicroSplit
 from autopar.structure.roles import Factors, Role
 
 RouteKey = tuple[Layout, Layout, tuple[tuple[int, ...], tuple[int, ...]] | None]
-"""Layouts at both ends and, where it matters, the sizes of the tensor and of the mesh."""
+"""Layouts at both ends of a journey and, where one of them is blocked (``S0/3``), the sizes of the tensor and of the mesh; else None."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """The parts of a problem that no mesh changes: computed once, shared by all meshes.
+    """What is computed once and shared by all meshes.
 
-    `tables` are the calls that `find_tables` found. With `micro`, time is the first axis of every mesh (`in_time`), and the split says what
-    it does to each op. `routes` fills up as costs are asked for: how to get from one layout to another
-    is the same on all meshes, but for blocked layouts, whose sizes are then part of the key.
+    Attributes:
+        folded: the graph, like layers folded into one.
+        spaces: of every call that has a rule.
+        factors: boundaries and roles of dims and loops.
+        tables: the calls that every rank computes whole (`find_tables`).
+        micro: how the step splits into micro-batches, which are then the first axis of every mesh (`in_time`); None for a step in one
+            piece.
+        routes: how to get from one layout to another, as far as was asked; the same on all meshes, but for blocked layouts. A cache that
+            users of the model fill.
     """
 
     folded: Folded
@@ -32,12 +42,12 @@ class Model:
 
 
 def in_time(mesh: Mesh, count: int) -> Mesh:
-    """The mesh with `count` micro-batches as its outermost axis."""
+    """The mesh of ranks with an axis of `count` micro-batches before its own."""
     return Mesh((MICROBATCH, *mesh.names), (count, *mesh.sizes))
 
 
 def first_rank_axis(mesh: Mesh) -> int:
-    """Position of the first axis that is made of ranks: 1 where time is an axis too."""
+    """Number of the first axis that consists of ranks: 1 where micro-batches are an axis (`in_time`), else 0."""
     return int(mesh.names[:1] == (MICROBATCH,))
 
 
@@ -51,15 +61,14 @@ def find_tables(graph: Graph) -> frozenset[str]:
     Every rank computes these whole, which costs next to nothing, and takes its part where it needs one. They touch every layer, so
     leaving their placement open would tie everything to everything.
     """
-    found: set[str] = set()
+    tables: set[str] = set()
     for op in graph.of_kind(OpKind.CALL):
-        before = [graph.by_name[value.op] for value in op.operands]
-        constant = all(one.kind is OpKind.BUFFER or one.name in found for one in before)
-        if constant and all(tensor.numel <= TABLE_ELEMENTS for tensor in op.results):
-            found.add(op.name)
-    return frozenset(found)
+        is_constant = all(value.op in tables or graph.by_name[value.op].kind is OpKind.BUFFER for value in op.operands)
+        if is_constant and all(tensor.numel <= TABLE_ELEMENTS for tensor in op.results):
+            tables.add(op.name)
+    return frozenset(tables)
 
 
 def role_of(loops: Mapping[str, Mapping[int, Role]], part: Split) -> Role:
-    """What splitting `part` divides."""
+    """What a split of a call divides; `loops` has the boundaries of the call's loops (`Factors.of_loops`)."""
     return loops[part.loop].get(part.outer, Role.FEATURE)

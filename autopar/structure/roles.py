@@ -1,9 +1,16 @@
-"""Dims as ordered products of loops: where, inside a dim, a split makes sense, and what is split there.
+"""Where, inside a dim, a split makes sense, and what is split there: the batch, the sequence or features.
 
-A view that merges ``b s`` into one dim, or splits ``o`` into ``(three heads head_dim)``, tells something about every tensor that
-the dim flows through. `find_factors` carries these *boundaries* through the whole graph, forward and backward, to a fixpoint: a
-boundary ``k`` of a dim means that the dim is made of ``k`` equal outer blocks, and splitting inside each of them may be useful. Each
-boundary has a `Role`, so that a user can say "split the batch" without knowing any op.
+Comes in: a `Graph` and the spaces of its calls. Goes out: `Factors`: for every dim of a value and every loop of a call its *boundaries*,
+each with a `Role`.
+
+A view that merges ``b s`` into one dim, or splits ``o`` into ``(three heads head_dim)``, tells something about every tensor that the dim
+flows through. Boundary ``k`` of a dim says that the dim consists of ``k`` equal outer blocks, and that splitting inside of each of them
+may be useful (`State.outer`); boundary 1 is the split of the dim as a whole. Dim ``(b s)`` of sizes 8 and 16 has the boundaries
+
+    {1: BATCH, 8: SEQUENCE}      split the 128 rows as they are, or the 16 rows of each of 8 samples
+
+`find_factors` carries boundaries from tensors to loops and back, through all ops, forward and backward, until nothing changes. Roles let a
+user say "split the batch" without knowing any op.
 """
 
 from __future__ import annotations
@@ -16,10 +23,11 @@ from autopar.ir import Dims, Graph, LoopKind, Op, OpKind, Space, Value
 
 
 class Role(IntEnum):
-    """What the part of a dim that starts at a boundary stands for; a larger one wins where two meet.
+    """What a split at a boundary divides; the larger role wins where two meet.
 
-    INNER parts touch no dim of a parameter, of the batch or of the sequence: the size of a head inside of a fused dim, the height
-    of an image. Splitting them helps nobody, so the search leaves them whole.
+    BATCH is dim 0 of every input, SEQUENCE dim 1 of integer and bool inputs, FEATURE every dim of the parameters that are vectors or that a
+    product, convolution or lookup reads. INNER is what comes from none of these: the size of a head inside of a fused dim, the height of an
+    image. Splitting that helps nobody, so the search leaves it whole unless an op has nothing else.
     """
 
     INNER = 0
@@ -29,7 +37,7 @@ class Role(IntEnum):
 
 
 Boundaries = dict[int, Role]
-"""Outer block counts, each with the role of what a split there divides."""
+"""Boundary, a number of equal outer blocks -> the role of what a split inside of each block divides."""
 
 # More boundaries than this on one dim make placements that nobody wants and slow the search; those found first are kept.
 MAX_BOUNDARIES = 4
@@ -37,14 +45,22 @@ MAX_BOUNDARIES = 4
 
 @dataclass(frozen=True)
 class Factors:
-    """Boundaries of every value's dims and of every call's loops."""
+    """Boundaries of dims and loops.
+
+    Attributes:
+        of_dims: value -> per dim its boundaries.
+        of_loops: call that has a rule -> loop -> its boundaries.
+    """
 
     of_dims: Mapping[Value, tuple[Boundaries, ...]]
     of_loops: Mapping[str, Mapping[str, Boundaries]]
 
 
 def find_factors(graph: Graph, spaces: Mapping[str, Space]) -> Factors:
-    """Carry boundaries and roles through `graph`; `spaces` gives the space of every call that has a rule."""
+    """Carry boundaries and roles through `graph`; `spaces` gives the space of every call that has a rule.
+
+    Ends, as every pass but the last adds one of at most `MAX_BOUNDARIES` boundaries to a dim or loop or raises a role.
+    """
     of_dims: dict[Value, tuple[Boundaries, ...]] = {}
     weights = _find_weights(graph, spaces)
     for op in graph.ops:
@@ -55,24 +71,29 @@ def find_factors(graph: Graph, spaces: Mapping[str, Space]) -> Factors:
     of_loops: dict[str, dict[str, Boundaries]] = {op.name: {name: {} for name in space.loops} for op, space in calls}
     changed = True
     order = calls
-    while changed:  # every pass either adds a boundary, raises a role or ends
+    while changed:
         changed = False
         for op, space in order:
-            changed |= _exchange(op, space, of_dims, of_loops[op.name])
+            changed |= _unify(op, space, of_dims, of_loops[op.name])
         order = order[::-1]
     return Factors(of_dims, of_loops)
 
 
 def _find_weights(graph: Graph, spaces: Mapping[str, Space]) -> set[str]:
-    """Parameters whose dims are features: vectors, and what a product, convolution or lookup reads; not a table of positions."""
-    found = {op.name for op in graph.of_kind(OpKind.PARAMETER) if len(op.results[0].shape) == 1}
+    """Names of parameters whose dims are features: vectors, and what products, convolutions and lookups read.
+
+    Others may be added to activations, such as a table of positions: their dims get the roles of what they meet. Names of activations that
+    products read are in the set too, where nobody asks for them.
+    """
+    weights = {op.name for op in graph.of_kind(OpKind.PARAMETER) if len(op.results[0].shape) == 1}
     for op in graph.of_kind(OpKind.CALL):
         if op.name in spaces and spaces[op.name].is_contraction:
-            found.update(value.op for value in op.operands)
-    return found
+            weights.update(value.op for value in op.operands)
+    return weights
 
 
 def _own_roles(op: Op, rank: int, dtype: str, is_weight: bool) -> list[Role]:
+    """Per dim of a result with `rank` dims the role that it has of itself."""
     roles = [Role.FEATURE if op.kind is OpKind.PARAMETER and is_weight else Role.INNER] * rank
     if op.kind is OpKind.INPUT and rank:
         roles[0] = Role.BATCH
@@ -81,40 +102,53 @@ def _own_roles(op: Op, rank: int, dtype: str, is_weight: bool) -> list[Role]:
     return roles
 
 
-def _exchange(op: Op, space: Space, of_dims: dict[Value, tuple[Boundaries, ...]], loops: dict[str, Boundaries]) -> bool:
-    """Bring the boundaries of an op's tensors and loops to agreement; True when something new was learnt."""
+def _unify(op: Op, space: Space, of_dims: dict[Value, tuple[Boundaries, ...]], loops: dict[str, Boundaries]) -> bool:
+    """Carry the boundaries of an op's operands and results to its loops, and those of its loops to all of them; True on any change."""
     tensors = list(zip(op.operands, space.operands, strict=True))
     tensors += [(Value(op.name, index), dims) for index, dims in enumerate(space.results)]
     changed = False
     for value, dims in tensors:
-        changed |= _move(space, dims, of_dims[value], loops, into_loops=True)
+        changed |= _carry(space, dims, of_dims[value], loops, into_loops=True)
     for value, dims in tensors:
-        changed |= _move(space, dims, of_dims[value], loops, into_loops=False)
+        changed |= _carry(space, dims, of_dims[value], loops, into_loops=False)
     return changed
 
 
-def _move(space: Space, dims: Dims, bounds: tuple[Boundaries, ...], loops: dict[str, Boundaries], *, into_loops: bool) -> bool:
+def _carry(space: Space, dims: Dims, bounds: tuple[Boundaries, ...], loops: dict[str, Boundaries], *, into_loops: bool) -> bool:
+    """Carry boundaries between the dims of one tensor and the loops that they are made of; True on any change.
+
+    A dim is an ordered product of loops. Boundary ``k`` of the dim is boundary ``k / outer`` of a loop, where ``outer`` is the product of
+    the sizes of the loops before it in the dim.
+
+    Args:
+        space: of the op that reads or makes the tensor.
+        dims: per dim of the tensor the names of its loops, outermost first.
+        bounds: per dim its boundaries; changed in place, as `loops` is.
+        loops: loop -> its boundaries.
+        into_loops: from dims to loops; else from loops to dims.
+    """
     changed = False
     for dim, of_dim in zip(dims, bounds, strict=True):
         outer = 1
-        passed: Role | None = None  # what a loop that can't be split hands on to the one inside of it
+        whole_role: Role | None = None  # of a loop that can't be split: the next loop inside of it gets it
         for name in dim:
             loop = space.loops[name]
             if loop.size > 1 and into_loops:
-                for boundary, role in [*of_dim.items(), *([(outer, passed)] if passed is not None else [])]:
+                for boundary, role in [*of_dim.items(), *([(outer, whole_role)] if whole_role is not None else [])]:
                     inner, rest = divmod(boundary, outer)
                     if rest == 0 and 1 <= inner < loop.size and loop.size % inner == 0:
-                        changed |= _learn(loops[name], inner, role)
-                passed = loops[name].get(1) if loop.kind is LoopKind.WHOLE else None
+                        changed |= _add_boundary(loops[name], inner, role)
+                whole_role = loops[name].get(1) if loop.kind is LoopKind.WHOLE else None
             elif loop.size > 1:
                 for boundary, role in list(loops[name].items()):
                     if outer == 1 or role is not Role.INNER:
-                        changed |= _learn(of_dim, boundary * outer, role)
+                        changed |= _add_boundary(of_dim, boundary * outer, role)
             outer *= loop.size
     return changed
 
 
-def _learn(bounds: Boundaries, boundary: int, role: Role) -> bool:
+def _add_boundary(bounds: Boundaries, boundary: int, role: Role) -> bool:
+    """Add a boundary if there is room for it, or raise its role if it is there; True if either was done."""
     if boundary not in bounds:
         if len(bounds) >= MAX_BOUNDARIES:
             return False

@@ -1,4 +1,8 @@
-"""Whether the gradients of an op's weights can wait for a pass of their own."""
+"""Which calls may compute the gradients of their weights in a pass of its own, after the gradients of their inputs.
+
+Comes in: a `Graph` and the spaces of its calls. Zero-bubble schedules (Qi et al. 2024, "Zero Bubble Pipeline Parallelism") split the
+backward into such passes; the costs read here what can wait, and the rewrite replaces just these calls.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,10 @@ from autopar.rules import facts_of
 
 
 def is_deferrable(graph: Graph, spaces: Mapping[str, Space], op: Op) -> bool:
-    """Whether an op's weight gradient can wait for a pass of its own, after the input gradients.
+    """Whether the gradients of an op's weight and bias can be computed in a pass of its own, after the input gradients.
 
-    The weight must be trained, and weight and bias must be made from parameters alone, through nothing but views, gathers and
-    casts: the later pass goes back through what made them, and an activation there (a product of two activations) would get its
-    gradient too late.
+    The weight must be trained, and weight and bias must each be a parameter or a view of one. The later pass carries their gradients back
+    to what they were made from; an activation there, as in a product of two activations, would get its gradient too late.
     """
     weights = [op.operands[index] for index in facts_of(op, spaces.get(op.name)).weights]
     sources = [graph.by_name[find_source(graph, spaces, value).op] for value in weights]
@@ -21,7 +24,7 @@ def is_deferrable(graph: Graph, spaces: Mapping[str, Space], op: Op) -> bool:
 
 
 def find_source(graph: Graph, spaces: Mapping[str, Space], value: Value) -> Value:
-    """What a value is a view of; the value itself when it is none."""
+    """What a value is a view of, through any number of views; the value itself when it is none."""
     while value.op in spaces and spaces[value.op].view:
         value = graph.by_name[value.op].operands[0]
     return value
