@@ -2,6 +2,16 @@
 
 Comes in: a chain of blocks under one solution of the placement problem (`SolvedChain`). Goes out: a `BlockCost` per block and kind of
 recomputation. The search sums its rows, the plan stores them, the report prints them.
+
+A block's rows are, by phase:
+
+- FORWARD: compute of its calls, journeys of their operands, and of the outputs that it makes;
+- INPUT: the backward of its calls without weight gradients that can wait, what kernels exchange (of both directions), the journeys of
+  gradients, ZeRO's second gathers, and the forward rows of the calls that are run again (Purpose.RECOMPUTE);
+- WEIGHT: the weight gradients that can wait: of a product with a weight half of the backward;
+- STEP: updates of parameters, and sums of gradients over ranks.
+
+What several blocks share counts in one of them, as `ChainReads` says.
 """
 
 from __future__ import annotations
@@ -39,9 +49,15 @@ class BlockCost:
 
 
 def cost_block(solved: SolvedChain, number: int, recompute: Iterable[str]) -> Iterator[tuple[str, BlockCost]]:
-    """The costs of a block of the chain under kinds of recomputation: ``none``, ``selective`` (the attention cores), ``full``.
+    """The costs of a block under kinds of recomputation.
 
-    Where a kind finds nothing to run again, its cost is that of ``none``, and so is its name.
+    Args:
+        solved: the chain.
+        number: of the block in it.
+        recompute: kinds of recomputation: ``none``, ``selective`` (the attention cores are run again), ``full`` (the block is).
+
+    Yields:
+        Per kind (kind, cost). Where a kind finds nothing to run again, its cost and its name are those of ``none``.
     """
     block = solved.chain.blocks[number]
     regions: dict[str, Sequence[Sequence[str]]] = {
@@ -60,9 +76,9 @@ def cost_block(solved: SolvedChain, number: int, recompute: Iterable[str]) -> It
     _add_step(solved, number, base)
     plain, memory = base.rows(), find_memory(solved, number)
     for kind in recompute:
-        groups = regions[kind]
+        rerun = regions[kind]
         again = RowSums()
-        for name in (name for group in groups for name in group):
+        for name in (name for region in rerun for name in region):
             for row in forward[name]:
                 again.add(
                     Phase.INPUT,
@@ -74,15 +90,20 @@ def cost_block(solved: SolvedChain, number: int, recompute: Iterable[str]) -> It
                     count=row.count,
                     nbytes=row.nbytes,
                 )
-        yield kind if groups else "none", BlockCost((*plain, *again.rows()), recompute_memory(solved, number, memory, groups))
+        yield kind if rerun else "none", BlockCost((*plain, *again.rows()), recompute_memory(solved, number, memory, rerun))
 
 
 def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
-    """Equal for blocks of equal costs: of like ones the first may be the first to read what all read, and the last make an output."""
+    """A key that is equal for blocks of equal costs.
+
+    Blocks of like layers may differ in costs: the first one counts what all of them read, and the last one may make an output.
+    """
     reads, graph = solved.reads, solved.graph
     read = tuple((graph.tensor(value), solved.made(value), solved.is_saved(value)) for value in reads.first_read[number])
     cheap = tuple(
-        solved.tables.op_seconds(solved.stand_in(op), solved.placement(op)) for op in map(graph.by_name.get, reads.cheap[number]) if op
+        solved.tables.op_seconds(solved.representative(op), solved.placement(op))
+        for op in map(graph.by_name.get, reads.cheap[number])
+        if op
     )
     shared = tuple(
         solved.is_moved_before(number, graph.by_name[name].operands[index], solved.needs(graph.by_name[name])[index])
@@ -94,12 +115,13 @@ def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
     )
     block = solved.chain.blocks[number]
     # Like blocks have like parameters, but other blocks may read them before, and the last block has those that none reads.
-    parameters = tuple((solved.stand_in(graph.by_name[name]).name, reads.owner[name] == number) for name in reads.parameters[number])
+    parameters = tuple((solved.representative(graph.by_name[name]).name, reads.owner[name] == number) for name in reads.parameters[number])
     return block.like, read, cheap, shared, parameters, outputs
 
 
 Move = tuple[Tensor, bool, RouteStep, int]
-"""A tensor moved for a call, whether it is a parameter, the move, and the larger of the bytes of a rank's parts before and after."""
+"""A tensor that is moved for a call, whether it is a parameter, a step of its journey, and the bytes of the larger of a rank's parts before
+and after that step."""
 
 
 def _moves_of_calls(solved: SolvedChain, number: int) -> dict[str, list[Move]]:
@@ -120,7 +142,7 @@ def _moves_of_calls(solved: SolvedChain, number: int) -> dict[str, list[Move]]:
                     continue
                 moved.add(key)
             tensor = solved.graph.tensor(journey.value)
-            moves[name] += [(tensor, is_parameter, *leg) for leg in solved.tables.legs(tensor, journey.start, journey.need)]
+            moves[name] += [(tensor, is_parameter, *step) for step in solved.tables.steps(tensor, journey.start, journey.need)]
     return moves
 
 
@@ -130,7 +152,7 @@ def _forward_rows(solved: SolvedChain, moves: Mapping[str, Sequence[Move]]) -> d
     for name in moves:
         op, sums = solved.graph.by_name[name], RowSums()
         layer = solved.layer_of.get(name, "")
-        sums.add(Phase.FORWARD, Purpose.COMPUTE, solved.tables.op_seconds(solved.stand_in(op), solved.placement(op))[0], layer=layer)
+        sums.add(Phase.FORWARD, Purpose.COMPUTE, solved.tables.op_seconds(solved.representative(op), solved.placement(op))[0], layer=layer)
         for _, is_parameter, move, nbytes in moves[name]:
             if move.forward is not Collective.NONE:
                 purpose = Purpose.PARAMETERS if is_parameter else Purpose.ACTIVATIONS
@@ -142,6 +164,7 @@ def _forward_rows(solved: SolvedChain, moves: Mapping[str, Sequence[Move]]) -> d
 def _add_move(
     solved: SolvedChain, sums: RowSums, phase: str, purpose: str, collective: Collective, move: RouteStep, nbytes: int, layer: str
 ) -> None:
+    """Add an entry for one direction of a step of a journey: `collective` along its axis."""
     sums.add(
         phase,
         purpose,
@@ -157,12 +180,12 @@ def _add_backward(solved: SolvedChain, number: int, moves: Mapping[str, Sequence
     """The backward of a block: of its calls, of what their kernels exchange in either direction, and of the moves of their operands."""
     for name in solved.chain.blocks[number].ops:
         op, layer = solved.graph.by_name[name], solved.layer_of.get(name, "")
-        stand_in, placement = solved.stand_in(op), solved.placement(op)
+        representative, placement = solved.representative(op), solved.placement(op)
         exchanged = 0.0
-        for axis, collective, nbytes, seconds in solved.tables.exchanges(stand_in, placement):
+        for axis, collective, nbytes, seconds in solved.tables.exchanges(representative, placement):
             exchanged += seconds
             sums.add(Phase.INPUT, Purpose.KERNEL, seconds, layer=layer, axis=solved.mesh.names[axis], collective=collective, nbytes=nbytes)
-        backward = solved.tables.op_seconds(stand_in, placement)[1] - exchanged
+        backward = solved.tables.op_seconds(representative, placement)[1] - exchanged
         # Of a product with a weight, one of two products is the weight's gradient.
         weight = backward / 2 if name in solved.reads.deferrable and _has_activation(solved, op) else 0.0
         sums.add(Phase.INPUT, Purpose.COMPUTE, backward - weight, layer=layer)
@@ -183,26 +206,27 @@ def _add_backward(solved: SolvedChain, number: int, moves: Mapping[str, Sequence
 
 
 def _has_activation(solved: SolvedChain, op: Op) -> bool:
-    """Whether some operand of a call that is itself the result of a call needs a gradient."""
+    """Whether a call reads an activation that needs a gradient, besides parameters."""
     return any(solved.graph.by_name[value.op].kind is OpKind.CALL and solved.graph.tensor(value).requires_grad for value in op.operands)
 
 
 def _add_outputs(solved: SolvedChain, number: int, sums: RowSums) -> None:
-    """What it takes to hand over the outputs that a block makes.
+    """The journeys of the outputs that a block makes, to the layouts in which the user gets them.
 
-    Whether a gradient comes back depends on the user's loop; what is returned beside a loss gets none.
+    Only forward: whether an output gets a gradient depends on the user's loop; one that is returned beside a loss gets none.
     """
     for position, value in solved.reads.outputs[number]:
         layer = solved.layer_of.get(value.op, "")
-        for move, nbytes in solved.tables.legs(solved.graph.tensor(value), solved.made(value), solved.sharding.outputs[position]):
+        for move, nbytes in solved.tables.steps(solved.graph.tensor(value), solved.made(value), solved.sharding.outputs[position]):
             if move.forward is not Collective.NONE:
                 _add_move(solved, sums, Phase.FORWARD, Purpose.ACTIVATIONS, move.forward, move, nbytes, layer)
 
 
 def _add_step(solved: SolvedChain, number: int, sums: RowSums) -> None:
-    """What a block's parameters take once per step: the optimizer's update, and sums of gradients over the ranks.
+    """What a block's parameters take once per step: the optimizer's update, and sums of gradients over ranks.
 
-    A parameter that several blocks read counts with the first of them. A sum is behind the backward as far as the device can.
+    A parameter that several blocks read counts with the first of them; of its uses that leave a sum over ranks the dearest counts, as their
+    gradients are added up before. The share `Device.overlap` of a sum is overlapped with the backward.
     """
     for name in solved.reads.parameters[number]:
         tensor, start = solved.graph.by_name[name].results[0], solved.made(Value(name))
@@ -231,13 +255,13 @@ Reduction = tuple[int, str, int, float]
 
 
 def _reductions(solved: SolvedChain, parameter: str, reader: str) -> Iterator[Reduction]:
-    """The sums over ranks that one use of a parameter leaves its gradient to, once per step."""
+    """The sums over ranks, once per step, that the gradient of a parameter needs after its use by one reader."""
     op = solved.graph.by_name[reader]
     if op.kind is OpKind.OUTPUT:
         return
     value = Value(parameter)
     tensor, need = solved.graph.tensor(value), solved.needs(op)[op.operands.index(value)]
-    for move, nbytes in solved.tables.legs(tensor, solved.made(value), need):
+    for move, nbytes in solved.tables.steps(tensor, solved.made(value), need):
         if move.forward is Collective.NONE and move.backward is not Collective.NONE:
             seconds = solved.tables.bucket_seconds(move.backward, move.axis, nbytes)
             yield move.axis, COLLECTIVE_KIND[move.backward], nbytes, seconds

@@ -1,4 +1,7 @@
-"""What it takes to end a stage after a block: the layouts in which values cross, the seconds of their messages, their bytes."""
+"""What it takes to end a stage after a block: the layouts in which values are sent, the seconds of their messages, their bytes.
+
+Comes in: a chain of blocks under one solution (`SolvedChain`), the link between two pipeline ranks. Goes out: a `CutCost` per block.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from autopar.ir import REPLICATE, Collective, Layout, State, StateKind, Value, f
 
 @dataclass(frozen=True, slots=True)
 class CutCost:
-    """What it takes to end a stage after a block, for one micro-batch.
+    """What it takes to end a stage after a block, for one micro-batch and one rank of a stage.
 
     Attributes:
-        forward, backward: seconds until what crosses, and its gradients, are there; no rank computes meanwhile for it.
-        nbytes: of one rank's message forward, and of one receive buffer.
-        backward_nbytes: of one rank's message of gradients.
-        saved: bytes that the next stage holds of values which a block before the cut has read: the first block that reads a value counts
-            it, and the next stage has a copy of its own.
+        forward: seconds from the end of the stage until the next one has what crosses; no compute on either rank is in them.
+        backward: the same for the gradients on their way back.
+        nbytes: of the message forward, and so of one receive buffer.
+        backward_nbytes: of the message of gradients.
+        saved: bytes of values that a block before the cut reads and counts as saved, and of which the next stage has a copy of its own.
     """
 
     forward: float
@@ -30,10 +33,12 @@ class CutCost:
 
 
 def travel_layout(solved: SolvedChain, value: Value, link: Link | None) -> Layout:
-    """The layout in which a value crosses to another stage over `link`.
+    """The layout in which a value is sent to another stage over `link`; None stands for no other stage.
 
-    Sums are added up before they travel; what all ranks of an axis have is sent in parts and gathered, where that is faster (the scatter
-    and gather of Narayanan et al. 2021, section 4.1).
+    Shards are sent as they are. Sums over ranks are added up before they are sent. What all n ranks of an axis have is sent in parts, 1/n
+    by each, and gathered by the receivers where that is faster: where the gather takes less than sending the other (n - 1)/n of the bytes
+    (the scatter and gather of Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
+    section 4.1).
     """
     tensor, mesh = solved.graph.tensor(value), solved.mesh
     layout = list(solved.made(value))
@@ -45,8 +50,8 @@ def travel_layout(solved: SolvedChain, value: Value, link: Link | None) -> Layou
         nbytes = local_nbytes(tensor, tuple(layout), mesh)
         size = mesh.sizes[axis]
         gather = solved.tables.collective_seconds(Collective.ALL_GATHER, axis, nbytes)
-        spared = (1 - 1 / size) * nbytes / link.rank_bytes_per_s if link is not None else 0.0
-        if size > 1 and (is_sum or spared > gather):
+        saved_seconds = (1 - 1 / size) * nbytes / link.rank_bytes_per_s if link is not None else 0.0
+        if size > 1 and (is_sum or saved_seconds > gather):
             dims = range(len(tensor.shape))
             split = next((dim for dim in dims if fits(tensor.shape, _with_shard(layout, axis, dim), mesh)), None)
             if split is not None:
@@ -59,7 +64,7 @@ def _with_shard(layout: list[State], axis: int, dim: int) -> Layout:
 
 
 def cut_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
-    """Equal for blocks behind which a cut costs the same: behind like layers the same kinds of values cross."""
+    """A key that is equal for blocks after which a cut costs the same: after like layers values of the same types and layouts cross."""
     reads, graph = solved.reads, solved.graph
     crossing = solved.chain.blocks[number].crossing
     return (
@@ -69,7 +74,16 @@ def cut_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
 
 
 def cost_cut(solved: SolvedChain, number: int, link: Link | None) -> CutCost:
-    """What it takes to end a stage after block `number`; without a `link` there are no other stages, and nothing takes time."""
+    """What it takes to end a stage after block `number` of the chain.
+
+    Both directions are the message plus half of the seconds that it takes, on both ends and in both directions, to bring what crosses into
+    the layout in which it is sent and back.
+
+    Args:
+        solved: the chain.
+        number: of the block.
+        link: between the pipeline ranks; None where there are no other stages: then nothing takes time.
+    """
     forward_nbytes = backward_nbytes = 0
     gathers = 0.0
     crossing = solved.chain.blocks[number].crossing
@@ -79,7 +93,7 @@ def cost_cut(solved: SolvedChain, number: int, link: Link | None) -> CutCost:
         nbytes = solved.nbytes(value, layout)
         forward_nbytes += nbytes
         backward_nbytes += nbytes if tensor.requires_grad else 0
-        # Both ends pay for the way to the layout that travels and back, in both directions.
+        # The sender brings the value into the layout in which it is sent. The receiver brings it back, unless it was a sum: that is done.
         gathers += sum(solved.tables.journey_seconds(tensor, made, layout, backward=tensor.requires_grad))
         if made != layout and all(state.kind is not StateKind.PARTIAL for state in made):
             gathers += sum(solved.tables.journey_seconds(tensor, layout, made, backward=tensor.requires_grad))

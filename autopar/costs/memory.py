@@ -1,7 +1,15 @@
 """Bytes of a block on one rank, by kind: what is stored, what a micro-batch saves for its backward, what is needed while the block runs.
 
-Memory follows what autograd saves. A value that a later block reads is counted by the first block that reads it, which holds it whatever
-else is recomputed; results of a recomputed region that leave it for the same block count where autograd saves them.
+Comes in: a chain of blocks under one solution (`SolvedChain`). Goes out: a `BlockMemory` per block and kind of recomputation. A rank with
+the blocks b of its stages, of which at most n micro-batches are between forward and backward, needs about
+
+    sum over b of (b.static + n b.saved) + the largest b.workspace
+
+(the exact sum, with b.waiting and receive buffers, is in ``search.pipeline.assignment_problem``).
+
+What counts as saved is what autograd saves (`SavedTensors`). A value that crosses from one block to another counts with the first block
+that reads it: that block holds it whatever the maker runs again. Of a region that is run again, only what enters it counts, and results
+that leave it for the same block if autograd saves them.
 """
 
 from __future__ import annotations
@@ -11,7 +19,7 @@ from dataclasses import dataclass, replace
 
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import OPTIMIZER_COPIES
-from autopar.ir import Graph, Layout, Op, OpKind, Value
+from autopar.ir import Graph, Layout, OpKind, Value
 from autopar.structure import find_source
 
 
@@ -20,12 +28,12 @@ class BlockMemory:
     """Bytes of a block on one rank.
 
     Attributes:
-        parameters, gradients, optimizer: of the parameters that the block reads; the optimizer's state of one that several blocks read
-            is with the first.
+        parameters, gradients, optimizer: a rank's parts of the parameters that the block reads; the optimizer's state of a parameter that
+            several blocks read counts with the first.
         outputs: the user's outputs that the block makes, of the whole batch.
-        saved: of a micro-batch, from its forward to its backward.
-        waiting: of a micro-batch, from its input gradients to its weight gradients, where a schedule parts these.
-        workspace: while the block runs.
+        saved: per micro-batch, held from its forward to its backward.
+        waiting: per micro-batch, held from its input gradients to its weight gradients, where a schedule runs these apart.
+        workspace: needed while the block runs, forward or backward, and free afterwards.
     """
 
     parameters: int
@@ -43,12 +51,15 @@ class BlockMemory:
 
 
 def given_nbytes(graph: Graph) -> int:
-    """Bytes of the inputs and buffers of a step: every rank has them whole, whatever is decided."""
+    """Bytes of the inputs and buffers of a graph: every rank has them whole, whatever is decided."""
     return sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in graph.of_kind(kind))
 
 
 def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
-    """The memory of a block of the chain when the backward runs nothing of it again."""
+    """The memory of block `number` of the chain without recomputation.
+
+    Where all blocks run on the same ranks, a parameter that several blocks read counts with the first of them only.
+    """
     parameters = gradients = optimizer = 0
     for name in solved.reads.parameters[number]:
         nbytes = solved.nbytes(Value(name))
@@ -71,30 +82,41 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
 
 
 def recompute_memory(solved: SolvedChain, number: int, plain: BlockMemory, regions: Sequence[Sequence[str]]) -> BlockMemory:
-    """The memory of a block that takes `plain` without recomputation, when the backward runs these regions of it, sets of calls, again."""
+    """The memory of block `number` when the backward runs regions of it again.
+
+    Args:
+        solved: the chain.
+        number: of the block.
+        plain: its memory without recomputation (`find_memory`).
+        regions: sets of its calls, each run again in one go.
+    """
     if not regions:
         return plain
-    # A region that is being run again is there as a whole.
+    # While a region is run again, all that autograd saves of it is held.
     region_nbytes = max(_region_nbytes(solved, region) for region in regions)
     return replace(plain, saved=_saved_nbytes(solved, number, regions), workspace=plain.workspace + region_nbytes)
 
 
 def _saved_nbytes(solved: SolvedChain, number: int, regions: Sequence[Sequence[str]]) -> int:
-    """Bytes that a micro-batch keeps between its forward and its backward when these regions are run again."""
+    """Bytes that a micro-batch saves of a block from its forward to its backward when these regions, sets of its calls, are run again.
+
+    A value counts once per layout in which it is saved.
+    """
     reads, readers = solved.reads, solved.graph.readers
     block = solved.chain.blocks[number]
     again = {name for region in regions for name in region}
     inside = set(block.ops)
     held: dict[tuple[Value, Layout], int] = {}
     read_again: list[Value] = []
-    beside = 0
+    extra_nbytes = 0
 
     def hold(value: Value, layout: Layout) -> None:
         held[value, layout] = solved.nbytes(value, layout)
 
     for name in block.ops:
         op = solved.graph.by_name[name]
-        # What other blocks or no block made is held here, by the first that reads it, if anyone needs it again.
+        # Values of other blocks and of cheap calls count with the first block that reads them, if they are saved or needed to run a call
+        # again.
         for value in op.operands:
             if reads.first_reader.get(value) == number:
                 if name in again or solved.is_saved(value):
@@ -102,50 +124,50 @@ def _saved_nbytes(solved: SolvedChain, number: int, regions: Sequence[Sequence[s
             elif name in again and value.op in inside and value.op not in again:
                 read_again.append(value)
         if name in again:
-            # Results that leave the region are inputs of what comes after, which saves them if autograd does.
-            for value in _results(op):
+            # Results that leave the region are inputs of the calls after it, and saved for these if autograd saves them.
+            for value in op.values:
                 leaves = any(reader in inside and reader not in again for reader in readers.get(value, ()))
                 if leaves and solved.is_saved(value):
                     hold(value, solved.made(value))
             continue
-        for value in _results(op):
-            # What the user gets of it is counted with the outputs.
-            stays = any(reads.block_of.get(reader) == number for reader in readers.get(value, ()))
-            if solved.is_saved(value) and stays:
+        for value in op.values:
+            # Results that no call of this block reads count with the first block that reads them, or with the outputs.
+            is_read_here = any(reads.block_of.get(reader) == number for reader in readers.get(value, ()))
+            if solved.is_saved(value) and is_read_here:
                 hold(value, solved.made(value))
-        beside += -(-op.saved_nbytes // solved.ways(op))
+        extra_nbytes += -(-op.saved_nbytes // solved.ways(op))
         for journey in solved.journeys(op):
             if solved.saves_copy(journey) and not solved.is_moved_before(number, journey.value, journey.need):
                 hold(journey.value, journey.need)
+    # What a region reads of its own block is held, unless it is a view of what is held already.
     for value in read_again:
         source = find_source(solved.graph, solved.model.spaces, value)
         if (source, solved.made(source)) not in held:
             hold(value, solved.made(value))
-    return beside + sum(held.values())
-
-
-def _results(op: Op) -> list[Value]:
-    return [Value(op.name, index) for index in range(len(op.results))]
+    return extra_nbytes + sum(held.values())
 
 
 def _waiting_nbytes(solved: SolvedChain, number: int) -> int:
-    """Bytes that wait for the weight gradients: inputs and output gradients of the calls that read weights."""
+    """Bytes that a micro-batch's deferrable weight gradients need: activations that their calls read, gradients of their results."""
     total = 0
     for name in solved.chain.blocks[number].ops:
         if name in solved.reads.deferrable:
             op = solved.graph.by_name[name]
             read = {j.value: j.need for j in solved.journeys(op) if solved.graph.by_name[j.value.op].kind is OpKind.CALL}
             total += sum(solved.nbytes(value, need) for value, need in read.items())
-            total += sum(solved.nbytes(value) for value in _results(op))
+            total += sum(solved.nbytes(value) for value in op.values)
     return total
 
 
 def workspace_nbytes(solved: SolvedChain, number: int) -> int:
-    """Bytes that a block needs while it runs: the hungriest call's tensors and their gradients."""
+    """Bytes that a block needs while it runs: those of the call with most, its operands, results and as many bytes of gradients.
+
+    Parameters count only where they were moved for the call, as by ZeRO's gathers. An estimate: there is no liveness analysis.
+    """
     largest, first = 0, solved.tables.first
     for name in solved.chain.blocks[number].ops:
         op = solved.graph.by_name[name]
-        total = sum(solved.nbytes(value) for value in _results(op))
+        total = sum(solved.nbytes(value) for value in op.values)
         for value, need in dict.fromkeys(zip(op.operands, solved.needs(op), strict=True)):
             is_stored = solved.graph.by_name[value.op].kind is OpKind.PARAMETER
             if not is_stored or need[first:] != solved.made(value)[first:]:
@@ -160,6 +182,6 @@ def _region_nbytes(solved: SolvedChain, region: Sequence[str]) -> int:
     for name in region:
         op = solved.graph.by_name[name]
         total += -(-op.saved_nbytes // solved.ways(op))
-        total += sum(solved.nbytes(value) for value in _results(op) if solved.is_saved(value))
+        total += sum(solved.nbytes(value) for value in op.values if solved.is_saved(value))
         total += sum(solved.nbytes(journey.value, journey.need) for journey in solved.journeys(op) if solved.saves_copy(journey))
     return total

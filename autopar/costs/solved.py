@@ -1,4 +1,9 @@
-"""A chain of blocks under one solution of the placement problem: in which layout each value is made, read, moved and saved."""
+"""A chain of blocks under one solution of the placement problem: in which layout each value is made, read, moved and saved.
+
+Comes in: a `Model`, its chain of blocks, and a `Sharding`, what one solution of the placement problem decides. Goes out: a `SolvedChain`,
+which answers for every op and value of the whole graph what the sharding says of their representatives. ``memory``, ``blocks`` and
+``cuts`` price what it says.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +20,12 @@ from autopar.structure import Chain, ChainReads, Model
 
 @dataclass(frozen=True)
 class Sharding:
-    """What one solution of the placement problem decides.
+    """What one solution of the placement problem decides; a `Plan` has the same three fields, without the axis of micro-batches.
 
     Attributes:
-        placements: placement of each call, by representative.
-        layouts: layout of each parameter, buffer and input, by representative.
-        outputs: layout of each output, by position.
+        placements: representative of calls -> their placement.
+        layouts: representative of parameters, buffers and inputs -> the layout in which they are stored.
+        outputs: per output of the graph the layout in which the user gets it.
     """
 
     placements: Mapping[str, Placement]
@@ -30,9 +35,13 @@ class Sharding:
 
 @dataclass(frozen=True, slots=True)
 class Journey:
-    """A value on its way to an op: from the layout in which it is made to the one in which the op reads it.
+    """An operand of a call on its way from the layout in which it is made to the one in which the call reads it.
 
-    `is_saved` says whether the op saves its operand for the backward, and so a copy that the journey makes.
+    Attributes:
+        value: the operand.
+        start: the layout in which it is made or stored.
+        need: the layout in which the call reads it.
+        is_saved: whether the call may save its operand for the backward, and so a copy that the journey makes.
     """
 
     value: Value
@@ -42,7 +51,12 @@ class Journey:
 
 
 class SolvedChain:
-    """A chain of blocks under one solution; what was asked for once is remembered."""
+    """A chain of blocks under one solution; what was asked for once is remembered.
+
+    Attributes:
+        saved: what autograd saves, by representative.
+        layer_of: op -> name of the group of its layer.
+    """
 
     def __init__(
         self, model: Model, chain: Chain, reads: ChainReads, tables: CostTables, sharding: Sharding, *, is_one_stage: bool
@@ -62,8 +76,8 @@ class SolvedChain:
         self._needs: dict[str, tuple[Layout, ...]] = {}
         self._journeys: dict[str, tuple[Journey, ...]] = {}
 
-    def stand_in(self, op: Op) -> Op:
-        """The op that decisions about `op` name."""
+    def representative(self, op: Op) -> Op:
+        """The op that stands for `op`, by whose name the sharding decides about it."""
         return self.graph.by_name[self.model.folded.representative[op.name]]
 
     def placement(self, op: Op) -> Placement:
@@ -71,13 +85,13 @@ class SolvedChain:
         return self.sharding.placements[self.model.folded.representative[op.name]]
 
     def ways(self, op: Op) -> int:
-        """Into how many parts a call's work is split, over ranks and micro-batches."""
+        """Into how many parts a call's work is split, over ranks and micro-batches together."""
         return math.prod(size for part, size in zip(self.placement(op), self.mesh.sizes, strict=True) if isinstance(part, Split))
 
     def made(self, value: Value) -> Layout:
-        """The layout in which a value is made."""
+        """The layout in which a value is made by its call, or stored."""
         if value not in self._made:
-            op = self.stand_in(self.graph.by_name[value.op])
+            op = self.representative(self.graph.by_name[value.op])
             if op.kind is OpKind.CALL:
                 self._made[value] = result_layout_of(self.model, op, self.sharding.placements[op.name], value.index)
             else:
@@ -86,20 +100,20 @@ class SolvedChain:
 
     def needs(self, op: Op) -> tuple[Layout, ...]:
         """The layouts in which a call reads its operands; like calls read alike."""
-        stand_in = self.stand_in(op)
-        if stand_in.name not in self._needs:
-            placement = self.sharding.placements[stand_in.name]
-            self._needs[stand_in.name] = tuple(
-                operand_layout_of(self.model, stand_in, placement, index) for index in range(len(op.operands))
+        representative = self.representative(op)
+        if representative.name not in self._needs:
+            placement = self.sharding.placements[representative.name]
+            self._needs[representative.name] = tuple(
+                operand_layout_of(self.model, representative, placement, index) for index in range(len(op.operands))
             )
-        return self._needs[stand_in.name]
+        return self._needs[representative.name]
 
     def journeys(self, op: Op) -> tuple[Journey, ...]:
-        """What a call's operands go through, in operand order."""
+        """The journeys of a call's operands, in operand order."""
         if op.name not in self._journeys:
-            stand_in = self.model.folded.representative[op.name]
+            representative = self.model.folded.representative[op.name]
             self._journeys[op.name] = tuple(
-                Journey(value, self.made(value), need, saves_operand(self.model, stand_in, index))
+                Journey(value, self.made(value), need, saves_operand(self.model, representative, index))
                 for index, (value, need) in enumerate(zip(op.operands, self.needs(op), strict=True))
             )
         return self._journeys[op.name]
@@ -120,9 +134,10 @@ class SolvedChain:
 
     @cached_property
     def first_movers(self) -> Mapping[tuple[Value, Layout], int]:
-        """Values that several blocks read, each with a layout in which it is needed -> the first block that needs it so.
+        """(value that several blocks read, layout in which it is read) -> the first block that reads it in this layout.
 
-        Empty unless all blocks run on the same ranks: a stage moves for itself whatever other stages have moved.
+        That block brings the value into the layout, for the others too. Empty unless all blocks run on the same ranks: under a pipeline
+        every stage moves for itself what it needs.
         """
         movers: dict[tuple[Value, Layout], int] = {}
         for number, operands in enumerate(self.reads.shared if self.is_one_stage else ()):
@@ -132,5 +147,5 @@ class SolvedChain:
         return movers
 
     def is_moved_before(self, number: int, value: Value, need: Layout) -> bool:
-        """Whether a block before this one has brought a value into this layout."""
+        """Whether a block before number `number` has brought a value into the layout `need`."""
         return self.first_movers.get((value, need), number) < number

@@ -1,7 +1,16 @@
-"""Seconds and bytes of single decisions on one mesh: an op under a placement, a tensor's journey, a parameter's update.
+"""Seconds and bytes of single decisions on one mesh: a call under a placement, a tensor's journey, a parameter's update.
 
-Comes in: the model's spaces and layouts, a mesh, a cluster. Goes out: to ``problem``, which tables them, and to ``assemble``, which
-reports the very same numbers.
+Comes in: a `Model`, a mesh, a cluster. Goes out: `CostTables`, which the search tables, and of whose prices ``costs.blocks`` makes rows.
+
+Seconds are those of one rank. On a mesh with micro-batches as its first axis (`in_time`) they are those of one micro-batch, bytes too. The
+formulas of devices and links are those of `autopar.cost_models`; here stands what they are applied to:
+
+- a call: flops / parts that its placement makes, bytes of a rank's parts of operands and results; what its kernel exchanges;
+- a journey: every step as its collective over the larger of a rank's parts before and after it;
+- a parameter stored split and needed whole (ZeRO-3): gather in the forward, gather in the backward, reduce-scatter of the gradient;
+- a parameter stored whole whose gradient is a part of a sum: one all-reduce per step, of which the share `Device.overlap` is overlapped
+  with the backward and costs nothing;
+- AdamW: 7 passes over a rank's part of a parameter.
 """
 
 from __future__ import annotations
@@ -51,24 +60,35 @@ COLLECTIVE_KIND: Mapping[Collective, str] = {
 
 
 def operand_layout_of(model: Model, op: Op, placement: Placement, index: int) -> Layout:
-    """What `op` needs operand `index` to be; an op without a rule needs it whole."""
+    """The layout in which `op` reads its operand number `index`; an op without a rule reads it whole."""
     space = model.spaces.get(op.name)
     return tuple(REPLICATE for _ in placement) if space is None else operand_layout(space, placement, index)
 
 
 def result_layout_of(model: Model, op: Op, placement: Placement, index: int) -> Layout:
-    """What `op` makes of result `index`."""
+    """The layout in which `op` makes its result number `index`; an op without a rule makes it whole."""
     space = model.spaces.get(op.name)
     return tuple(REPLICATE for _ in placement) if space is None else result_layout(space, placement, index)
 
 
 def local_nbytes(tensor: Tensor, layout: Layout, mesh: Mesh) -> int:
-    """Bytes of one rank's part."""
+    """Bytes of one rank's part of a tensor; where micro-batches are an axis of the mesh, of one micro-batch's part."""
     return math.prod(local_shape(tensor.shape, layout, mesh)) * ITEMSIZE[tensor.dtype]
 
 
 def call_seconds(model: Model, device: Device, op: Op, ways: int, nbytes: int) -> tuple[float, float]:
-    """(forward, backward) seconds of one of `ways` parts of a call, which reads and writes so many bytes."""
+    """(forward, backward) seconds of a part of a call on one device.
+
+    The backward takes as many flops and bytes as the forward, times a factor of the op's family (`Family.backward_work`); none when no
+    operand or no result needs a gradient.
+
+    Args:
+        model: with the space of the call.
+        device: that runs it.
+        op: the call.
+        ways: number of equal parts into which the call's work is split.
+        nbytes: that one part reads and writes in the forward.
+    """
     space = model.spaces.get(op.name)
     flops = space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
     family = Family.POINTWISE if space is None else space.family
@@ -82,7 +102,12 @@ def call_seconds(model: Model, device: Device, op: Op, ways: int, nbytes: int) -
 
 
 class CostTables:
-    """Costs of single decisions on one mesh; what was asked for once is remembered."""
+    """Costs of single decisions on one mesh; what was asked for once is remembered.
+
+    Attributes:
+        first: number of the first axis that consists of ranks (`first_rank_axis`).
+        links: per axis of the mesh the link between its ranks.
+    """
 
     def __init__(self, model: Model, mesh: Mesh, cluster: Cluster) -> None:
         self.model = model
@@ -91,13 +116,13 @@ class CostTables:
         self.first = first_rank_axis(mesh)
         ranks = mesh.sizes[self.first :]
         links = tuple(axis_link(cluster, ranks, axis) for axis in range(len(ranks)))
-        self.links: tuple[Link, ...] = (*links[: self.first], *links)  # the first stands for time too, over which nothing goes
+        self.links: tuple[Link, ...] = (*links[: self.first], *links)  # an axis of micro-batches has no link: its entry is never used
         self._collectives: dict[tuple[str, int, int], float] = {}
         self._calls: dict[tuple[str, Placement], tuple[float, float]] = {}
-        self._legs: dict[RouteKey, list[tuple[RouteStep, int]]] = {}
+        self._steps: dict[RouteKey, list[tuple[RouteStep, int]]] = {}
 
     def op_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
-        """(forward, backward) seconds of one call under `placement`; the second has what a kernel exchanges in both directions."""
+        """(forward, backward) seconds of one call under a placement; what its kernel exchanges in both directions is in the second."""
         key = op.name, placement
         if key not in self._calls:
             self._calls[key] = self._op_seconds(op, placement)
@@ -116,9 +141,9 @@ class CostTables:
         return forward, backward + sum(seconds for *_, seconds in self.exchanges(op, placement))
 
     def exchanges(self, op: Op, placement: Placement) -> list[tuple[int, str, int, float]]:
-        """The collectives inside of an op's kernel, of both directions together, as its rule states them.
+        """The collectives inside of an op's kernel under a placement, as the op's rule states them (`Facts.exchanges`).
 
-        As (axis, collective, bytes that all calls move together, seconds of all calls together).
+        Each is (axis, name of the collective, bytes, seconds), with bytes and seconds of all that it runs in forward and backward together.
         """
         space = self.model.spaces.get(op.name)
         if space is None or not space.facts.exchanges:
@@ -136,7 +161,7 @@ class CostTables:
         return made
 
     def _exchanged_nbytes(self, space: Space, exchange: Exchange, placement: Placement) -> int:
-        """Bytes of a rank's part of the tensor that an op's kernel exchanges."""
+        """Bytes of a rank's part of the tensor that an op's kernel exchanges: a number per point of the loops `Exchange.loops`."""
         points = math.prod(space.loops[name].size for name in exchange.loops)
         ways = math.prod(
             size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split) and part.loop in exchange.loops
@@ -144,7 +169,13 @@ class CostTables:
         return exchange.itemsize * points // ways
 
     def collective_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
-        """Seconds of one step of a journey along `axis`; `nbytes` is the larger of a rank's parts before and after it."""
+        """Seconds of one step of a journey.
+
+        Args:
+            collective: or a copy on the rank itself, which is a pass over memory; NONE costs nothing.
+            axis: along which it goes.
+            nbytes: of the larger of a rank's parts before and after it.
+        """
         if collective is Collective.NONE:
             return 0.0
         key = (collective.value, axis, nbytes)
@@ -159,63 +190,70 @@ class CostTables:
             self._collectives[key] = seconds
         return self._collectives[key]
 
-    def legs(self, tensor: Tensor, start: Layout, need: Layout) -> list[tuple[RouteStep, int]]:
-        """The moves of a tensor's journey, each with the bytes of the larger of a rank's parts before and after it."""
-        # Along time nothing moves: a micro-batch takes its part of what is there. Ranks' parts lie inside of that, so that what ranks
-        # have split of the whole batch they must bring together first.
+    def steps(self, tensor: Tensor, start: Layout, need: Layout) -> list[tuple[RouteStep, int]]:
+        """The steps that take a tensor from one layout to another, each with the bytes of the larger of a rank's parts before and after."""
+        # Along the axis of micro-batches nothing is exchanged: a micro-batch takes its part of what is there. Ranks' parts lie inside of
+        # that part, so what ranks have split of the whole batch they must gather first.
         if not (self.first and start[0] == REPLICATE and need[0].kind is StateKind.SHARD):
             start = (*need[: self.first], *start[self.first :])
         # Whether blocks fit into one another on the way depends on the sizes; without blocks, all tensors go the same way.
         has_blocks = any(state.outer > 1 for state in start) or any(state.outer > 1 for state in need)
         key = (start, need, (tensor.shape, self.mesh.sizes) if has_blocks else None)
-        legs = self._legs.get(key)
-        if legs is None:
-            moves = self.model.routes.get(key)
-            if moves is None:
-                moves = self.model.routes[key] = route(tensor.shape, start, need, self.mesh)
-            legs = self._legs[key] = [
-                (move, min(self._ways(move.split_before), self._ways(move.split_after))) for move in moves if move.axis >= self.first
+        steps = self._steps.get(key)
+        if steps is None:
+            path = self.model.routes.get(key)
+            if path is None:
+                path = self.model.routes[key] = route(tensor.shape, start, need, self.mesh)
+            steps = self._steps[key] = [
+                (step, min(self._ways(step.split_before), self._ways(step.split_after))) for step in path if step.axis >= self.first
             ]
         nbytes = tensor.nbytes
-        return [(move, nbytes // ways) for move, ways in legs]
+        return [(step, nbytes // ways) for step, ways in steps]
 
     def _ways(self, axes: tuple[int, ...]) -> int:
+        """Number of parts that splits along these axes make."""
         return math.prod(self.mesh.sizes[axis] for axis in axes)
 
     def journey_seconds(self, tensor: Tensor, start: Layout, need: Layout, *, backward: bool) -> tuple[float, float]:
-        """(forward, backward) seconds of taking `tensor` from `start` to `need`."""
-        ahead = back = 0.0
-        for move, nbytes in self.legs(tensor, start, need):
-            ahead += self.collective_seconds(move.forward, move.axis, nbytes)
+        """(seconds of taking a tensor from one layout to another, those of its gradient's way back; 0 without `backward`)."""
+        forward_s = backward_s = 0.0
+        for step, nbytes in self.steps(tensor, start, need):
+            forward_s += self.collective_seconds(step.forward, step.axis, nbytes)
             if backward:
-                back += self.collective_seconds(move.backward, move.axis, nbytes)
-        return ahead, back
+                backward_s += self.collective_seconds(step.backward, step.axis, nbytes)
+        return forward_s, backward_s
 
     def parameter_seconds(self, tensor: Tensor, start: Layout, need: Layout, uses: int) -> tuple[float, float]:
-        """(gathers and scatters, deferred gradient reduction) seconds of one use of a parameter.
+        """Seconds of one use of a parameter, as (those of every micro-batch, those once per step).
 
-        A parameter that is stored split and needed whole is gathered in the forward, again in the backward (it isn't kept), and
-        its gradient is reduce-scattered (ZeRO-3, Rajbhandari et al. 2020). A gradient that is Partial for a parameter stored
-        whole is reduced once per step, whatever the number of `uses`, and hides behind the backward as far as the device can.
+        A parameter that is stored split and needed whole is gathered in the forward and again in the backward (the gathered tensor isn't
+        saved), and its gradient is reduce-scattered (ZeRO-3, Rajbhandari et al. 2020). The gradient of a parameter that is stored whole may
+        be a part of a sum over ranks: it is added up once per step, in a bucket, and overlapped with the backward as far as the device can.
+
+        Args:
+            tensor: the parameter.
+            start: the layout in which it is stored.
+            need: the layout in which it is read.
+            uses: how many ops read the parameter: they share its one sum per step.
         """
         deferred = gathered = 0.0
-        for move, nbytes in self.legs(tensor, start, need):
-            forward = self.collective_seconds(move.forward, move.axis, nbytes)
-            if move.forward is Collective.NONE:
-                deferred += self.bucket_seconds(move.backward, move.axis, nbytes) / uses if tensor.requires_grad else 0.0
+        for step, nbytes in self.steps(tensor, start, need):
+            forward = self.collective_seconds(step.forward, step.axis, nbytes)
+            if step.forward is Collective.NONE:
+                deferred += self.bucket_seconds(step.backward, step.axis, nbytes) / uses if tensor.requires_grad else 0.0
             else:
-                backward = self.collective_seconds(move.backward, move.axis, nbytes) if tensor.requires_grad else 0.0
-                again = forward if move.forward is Collective.ALL_GATHER and tensor.requires_grad else 0.0
+                backward = self.collective_seconds(step.backward, step.axis, nbytes) if tensor.requires_grad else 0.0
+                again = forward if step.forward is Collective.ALL_GATHER and tensor.requires_grad else 0.0
                 gathered += forward + again + backward
         return gathered, deferred * (1 - self.device.overlap)
 
     def bucket_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
-        """Seconds of a gradient's share of a bucket: small gradients travel together."""
+        """Seconds of a gradient of `nbytes` in the sum of a bucket: its share, by bytes, of the time of a full one."""
         full = max(nbytes, BUCKET_NBYTES)
         return self.collective_seconds(collective, axis, full) * nbytes / full
 
     def optimizer_seconds(self, tensor: Tensor, layout: Layout) -> float:
-        """Seconds of the optimizer's update of one parameter."""
+        """Seconds of AdamW's update of a rank's part of one parameter; 0 for one that isn't trained."""
         if not tensor.requires_grad:
             return 0.0
         nbytes = OPTIMIZER_PASSES * local_nbytes(tensor, layout, self.mesh)
@@ -223,11 +261,14 @@ class CostTables:
 
 
 def count_uses(model: Model) -> Counter[str]:
-    """How often each op's results are read, by representative and for one of the ops that it stands for; at least once."""
+    """Per representative how many operands read a result of one of the ops that it stands for, on average, rounded down; at least 1.
+
+    What nothing reads isn't there: its count is 0.
+    """
     uses: Counter[str] = Counter()
     for edge in model.folded.edges:
         uses[edge.value.op] += edge.count
-    return Counter({name: max(1, n // model.folded.count[name]) for name, n in uses.items()})
+    return Counter({name: max(1, number // model.folded.count[name]) for name, number in uses.items()})
 
 
 def layout_numbers(layouts: Sequence[Layout]) -> tuple[list[Layout], list[int]]:

@@ -59,7 +59,7 @@ class Memory:
 class Seconds:
     """Predicted seconds of one training step on one rank, the mean one of a pipeline: sums of a plan's cost rows.
 
-    `recompute` is what the backward runs again, `communication` what isn't hidden behind compute, `bubble` the time that the mean rank
+    `recompute` is what the backward runs again, `communication` what isn't overlapped with compute, `bubble` the time that the mean rank
     waits for others.
     """
 
@@ -130,7 +130,7 @@ class Pipeline:
 class Traffic:
     """Communication of one kind on one axis in one step: sums of a plan's cost rows.
 
-    `seconds` are exposed, `hidden` go on behind other work; `nbytes` are what a rank's parts amount to.
+    `seconds` are exposed, `hidden` are overlapped with other work; `nbytes` are what a rank's parts amount to.
     """
 
     axis: str

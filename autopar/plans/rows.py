@@ -47,8 +47,8 @@ class CostRow:
             its part, ``local copy``; empty for work of one rank alone.
         count: calls.
         nbytes: bytes that all calls move together: per call the larger of a rank's parts before and after it.
-        seconds: of all calls together, as far as nothing hides them.
-        hidden: seconds of communication that goes on behind other work.
+        seconds: of all calls together, without those that are overlapped with other work.
+        hidden: seconds of communication that are overlapped with other work, and so don't add to the step.
     """
 
     layer: str
