@@ -147,7 +147,7 @@ class Subject:
         blocks = self.chain.blocks
         cuts = sorted(generator.sample(range(1, len(blocks)), pipeline.stages - 1))
         stages = [sum(cut <= number for cut in cuts) for number in range(len(blocks))]
-        choices = tuple(BlockChoice(block.name, stage, draws(RECOMPUTE)) for block, stage in zip(blocks, stages, strict=True))
+        choices = tuple(BlockChoice(block.name, block.path, stage, draws(RECOMPUTE)) for block, stage in zip(blocks, stages, strict=True))
         crossing = dict.fromkeys(value for block in blocks for value in block.crossing)
         micro = in_time(plan.mesh, pipeline.microbatches)
         travel = {str(value): self._draw_travel(value, micro, generator) for value in crossing}

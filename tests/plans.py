@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from autopar.ir.layout import Mesh, Split, parse_layout
-from autopar.plans import CostRow, Phase, Purpose
+from autopar.plans import OUTSIDE, CostRow, Phase, Purpose
 from autopar.plans.plan import BlockChoice, Candidate, Group, Memory, Pipeline, Plan, Proof, Unruled
 
 
@@ -40,8 +40,25 @@ def make_plan() -> Plan:
             budget=80_000_000_000,
         ),
         groups=(
-            Group("transformer.h.*", 12, {"dp": "batch", "tp": "heads, ffn"}, 900_000_000, 12_000_000_000),
-            Group("outside of layers", 1, {"dp": "nothing", "tp": "vocabulary"}, 100_000_000, 345_678_901),
+            Group(
+                "transformer.h.*",
+                tuple(f"transformer.h.{number}" for number in range(12)),
+                {
+                    "p_transformer_h_0_mlp_c_fc_weight": "transformer.h.0.mlp.c_fc.weight",
+                    "p_transformer_h_0_attn_c_attn_weight": "transformer.h.0.attn.c_attn.weight",
+                },
+                {"dp": "batch", "tp": "heads, ffn"},
+                900_000_000,
+                12_000_000_000,
+            ),
+            Group(
+                OUTSIDE,
+                (),
+                {"p_transformer_wte_weight": "transformer.wte.weight"},
+                {"dp": "nothing", "tp": "vocabulary"},
+                100_000_000,
+                345_678_901,
+            ),
         ),
         proof=Proof(
             objective_ns=11_000_000,
@@ -59,6 +76,7 @@ def make_plan() -> Plan:
                 Candidate("DDP", "dp=8", None, 96_000_000_000, "out of memory"),
                 Candidate("Megatron", "dp=2 x tp=4", 0.011, 19_595_678_901, "optimal"),
             ),
+            chosen=0,
         ),
         unruled=(
             Unruled("foo", "aten.foo.default", "model.py:12: y = x[0].foo()"),
@@ -70,7 +88,7 @@ def make_plan() -> Plan:
 
 
 def make_pipelined_plan() -> Plan:
-    """The same on two groups of ranks, with recomputation in the later blocks of each stage."""
+    """The same on two pipeline ranks, with recomputation in the later blocks of each stage."""
     plan = make_plan()
     stages = [0] * 4 + [1] * 3 + [2] * 3 + [3] * 4
     blocks = _make_blocks(stages, "none", "selective", "full")
@@ -97,6 +115,7 @@ def make_pipelined_plan() -> Plan:
                 Candidate("pipeline", "pp=2 x dp=2 x tp=4, 4 micro-batches", 0.015, 19_595_678_901, "interleaved x2: feasible"),
                 Candidate("pipeline", "pp=2 x dp=8, 8 micro-batches", None, 96_000_000_000, "out of memory"),
             ),
+            chosen=1,
         ),
     )
 
@@ -140,4 +159,4 @@ def _make_blocks(stages: list[int], *recompute: str) -> tuple[BlockChoice, ...]:
     """An embedding, twelve layers and a head on these stages; the blocks of a stage take the kinds of `recompute` one after the other."""
     names = ["transformer.wte", *(f"transformer.h.{number}" for number in range(12)), "lm_head"]
     kinds = [recompute[min(stages[:place].count(stage), len(recompute) - 1)] for place, stage in enumerate(stages)]
-    return tuple(map(BlockChoice, names, stages, kinds))
+    return tuple(map(BlockChoice, names, names, stages, kinds))

@@ -80,10 +80,10 @@ def test_explain_for_programs(saved: Path) -> None:
 def test_explain_a_layer(saved: Path) -> None:
     result = run("explain", saved, "--layer", "transformer.h.1.mlp")
     assert result.exit_code == 0
-    assert "p_transformer_h_0_mlp_c_fc_weight" in result.stdout
+    assert "transformer.h.0.mlp.c_fc.weight" in result.stdout
     assert "outside of layers" not in result.stdout
     assert list(json.loads(run("explain", saved, "--layer", "transformer.h.1.mlp", "--json").stdout)["layouts"]) == [
-        "p_transformer_h_0_mlp_c_fc_weight"
+        "transformer.h.0.mlp.c_fc.weight"
     ]
     assert "no layer of this plan matches 'decoder'" in refuse("explain", saved, "--layer", "decoder")
 
@@ -93,12 +93,14 @@ def test_explain_a_pipeline(tmp_path: Path) -> None:
     make_pipelined_plan().save(path)
     result = run("explain", path)
     assert (result.exit_code, result.stderr) == (0, "")
-    assert "Stages: 4 on 2 groups of 8 ranks, 2 on each; schedule interleaved, 4 micro-batches" in result.stdout
+    assert "Stages: 4 on 2 pipeline ranks of 8 devices, 2 on each; schedule interleaved, 4 micro-batches" in result.stdout
     data = json.loads(run("explain", path, "--json").stdout)
     assert data == json.loads(json.dumps(to_data(make_pipelined_plan())))
-    assert (data["world_size"], data["pipeline"]["schedule"], data["pipeline"]["blocks"][-1]["group"]) == (16, "interleaved", 1)
+    assert (data["world_size"], data["pipeline"]["schedule"], data["pipeline"]["blocks"][-1]["pipeline_rank"]) == (16, "interleaved", 1)
     layer = json.loads(run("explain", path, "--layer", "transformer.h.11", "--json").stdout)
-    assert layer["pipeline"]["blocks"] == [{"name": "transformer.h.11", "stage": 3, "recompute": "full", "group": 1}]
+    assert layer["pipeline"]["blocks"] == [
+        {"name": "transformer.h.11", "path": "transformer.h.11", "stage": 3, "recompute": "full", "pipeline_rank": 1}
+    ]
 
 
 def test_plans_that_cannot_be_read(tmp_path: Path) -> None:

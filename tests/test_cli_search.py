@@ -203,7 +203,7 @@ def test_a_pinned_pipeline_is_planned_explained_and_verified(models: Path, tmp_p
     ]
     assert {block.recompute for block in pipeline.blocks} == {"full"}
     assert (plan.world_size, plan.mesh.world_size) == (4, 2)
-    assert "stages  2 on 2 groups of 2 ranks; schedule 1f1b, 4 micro-batches" in result.stdout
+    assert "stages  2 on 2 pipeline ranks of 2 devices; schedule 1f1b, 4 micro-batches" in result.stdout
     assert "(full in 5 of 5 blocks)" in result.stdout
 
     shown = run("explain", path)
@@ -215,7 +215,7 @@ def test_a_pinned_pipeline_is_planned_explained_and_verified(models: Path, tmp_p
     assert checked.exit_code == 0, checked.output
     # The loss and the gradients of four times two weights and two biases.
     assert checked.stdout.startswith("ok: 17 outputs and gradients compared, 4 ranks (pp=2 x ")
-    assert "stages: 2 on 2 groups of 2 ranks; schedule 1f1b, 4 micro-batches" in checked.stdout
+    assert "stages: 2 on 2 pipeline ranks of 2 devices; schedule 1f1b, 4 micro-batches" in checked.stdout
     assert "--ranks says 2" in refuse("verify", f"{models}:build_deep", "--plan", path, "--ranks", "2")
 
 
@@ -226,7 +226,7 @@ def test_verify_searches_for_a_pipeline(models: Path) -> None:
     assert data["ok"] is True
     assert (data["world_size"], data["pipeline"]["ranks"], data["pipeline"]["schedule"], data["pipeline"]["chunks"]) == (2, 2, "zb-v", 2)
     text = run("verify", f"{models}:build_deep", "--ranks", "2", "--pin", "pp=2", "--pin", "microbatches=2").stdout
-    assert "splits: none, every group of ranks runs its stages whole" in text
+    assert "splits: none, every pipeline rank runs its stages whole" in text
 
 
 def test_a_mesh_may_have_a_pipeline(models: Path) -> None:

@@ -296,8 +296,8 @@ def test_a_send_is_kept_until_all_its_tensors_are_taken(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("rank", "words"),
     [
-        (0, r"CommError: the gradients of stage 1 \(group 1\) never came: aborted"),
-        (1, r"CommError: the values of stage 0 \(group 0\) never came: aborted"),
+        (0, r"CommError: the gradients of stage 1 \(pipeline rank 1\) never came: aborted"),
+        (1, r"CommError: the values of stage 0 \(pipeline rank 0\) never came: aborted"),
     ],
 )
 def test_a_message_that_never_comes_is_a_lost_rank(monkeypatch: pytest.MonkeyPatch, rank: int, words: str) -> None:
@@ -309,7 +309,7 @@ def test_a_message_that_never_comes_is_a_lost_rank(monkeypatch: pytest.MonkeyPat
 
 def test_a_message_that_nobody_takes_is_a_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     executor = make_executor(monkeypatch, 1, [], untaken=RuntimeError("aborted"))
-    with pytest.raises(PipelineError, match=r"send of gradients .*: CommError: stage 0 \(group 0\) never took it: aborted"):
+    with pytest.raises(PipelineError, match=r"send of gradients .*: CommError: stage 0 \(pipeline rank 0\) never took it: aborted"):
         executor.run()
 
 

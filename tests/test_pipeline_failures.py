@@ -99,34 +99,34 @@ def _check(case: Case, ranks: Mapping[int, Rank], soon: float = SOON) -> dict[in
         assert seen.text in seen.again
         assert one.errors.rstrip().endswith(f"autopar.errors.PipelineError: {seen.text}")
         # The stage, the action and the micro-batch.
-        action = r"stage \d of \d, [a-z ]+ of micro-batch \d \(\d[A-Z]+\d\S*, group \d of the pipeline\): "
-        where = rf"{action}|stages? [\d, ]+ \(group \d of the pipeline\), (before|after the last) micro-batch"
+        action = r"stage \d of \d, [a-z ]+ of micro-batch \d \(\d[A-Z]+\d\S*, pipeline rank \d\): "
+        where = rf"{action}|stages? [\d, ]+ \(pipeline rank \d\), (before|after the last) micro-batch"
         assert re.match(where, seen.text), f"rank {rank}: {seen.text}"
         assert "/gloo/" not in seen.text
     return {rank: one.seen.text for rank, one in ranks.items()}
 
 
 RAISES = {
-    "a forward": (Case(2, TWO, 1, "forward", "raise", stage=1, number=2), "stage 1 of 2, forward of micro-batch 2 (1F2, group 1 "),
+    "a forward": (Case(2, TWO, 1, "forward", "raise", stage=1, number=2), "stage 1 of 2, forward of micro-batch 2 (1F2, pipeline rank 1 "),
     "the last backward": (Case(4, FOUR, 0, "backward", "raise", stage=0, number=7), "stage 0 of 4, backward of micro-batch 7 (0B7, "),
-    "a V": (Case(4, LONG_V, 2, "forward", "raise", stage=5, number=3), "stage 5 of 8, forward of micro-batch 3 (5F3, group 2 "),
+    "a V": (Case(4, LONG_V, 2, "forward", "raise", stage=5, number=3), "stage 5 of 8, forward of micro-batch 3 (5F3, pipeline rank 2 "),
     "half of a backward": (
         Case(2, V, 0, "backward", "raise", stage=3, number=1),
         "stage 3 of 4, backward of inputs of micro-batch 1 (3I1, ",
     ),
     "a loss outside": (
         Case(4, FOUR, 2, "backward", "raise", stage=2, number=3, loss=False),
-        "stage 2 of 4, backward of micro-batch 3 (2B3, group 2 ",
+        "stage 2 of 4, backward of micro-batch 3 (2B3, pipeline rank 2 ",
     ),
     "values of a shared parameter": (
         Case(2, TWO, 1, "receive", "raise"),
-        "stage 1 (group 1 of the pipeline), before micro-batch 0, the value of the shared parameter table.weight from group 0: ",
+        "stage 1 (pipeline rank 1), before micro-batch 0, the value of the shared parameter table.weight from pipeline rank 0: ",
     ),
     "gradients of a shared parameter": (
         Case(4, FOUR, 0, "receive", "raise"),
-        "stage 0 (group 0 of the pipeline), after the last micro-batch, the gradient of the shared parameter table.weight from group 3: ",
+        "stage 0 (pipeline rank 0), after the last micro-batch, the gradient of the shared parameter table.weight from pipeline rank 3: ",
     ),
-    "the sum of gradients": (Case(4, GRID, 2, "sum", "raise"), "stage 1 of 2, sum of gradients of micro-batch 0 (1G0, group 1 "),
+    "the sum of gradients": (Case(4, GRID, 2, "sum", "raise"), "stage 1 of 2, sum of gradients of micro-batch 0 (1G0, pipeline rank 1 "),
 }
 
 
@@ -142,7 +142,9 @@ def test_an_error_stops_all_ranks_and_each_says_what_failed_first(run: Run, name
         assert text.endswith(f"\nThe first to fail was rank {case.rank}: {own}")
         # What it waited for.
         assert re.search(
-            r"\((group) \d\) never (came|took it): | from group \d: | to other groups: | to end the step: | over the ranks ", text
+            r"\(pipeline rank \d\) never (came|took it): | from pipeline rank \d: | to other pipeline ranks: | to end the step: "
+            r"| over the ranks ",
+            text,
         )
 
 
@@ -158,11 +160,11 @@ def test_the_process_of_the_first_rank_may_end_at_once(run: Run) -> None:
 def test_a_stage_that_runs_out_of_memory_says_so_on_all_ranks(run: Run) -> None:
     case = Case(2, V, 1, "forward", "memory", stage=2, number=1)
     texts = _check(case, run(case))
-    assert texts[1].startswith("stage 2 of 4, forward of micro-batch 1 (2F1, group 1 of the pipeline): RuntimeError: ")
+    assert texts[1].startswith("stage 2 of 4, forward of micro-batch 1 (2F1, pipeline rank 1): RuntimeError: ")
     assert "can't allocate memory: you tried to allocate 1073741824 bytes" in texts[1]
     assert texts[1].endswith(
         "Use more micro-batches, a schedule that holds fewer of them at once (1f1b instead of gpipe, v-half), "
-        "recompute='full' or more groups"
+        "recompute='full' or more pipeline ranks"
     )
     assert texts[0].endswith(f"The first to fail was rank 1: {texts[1]}")
 
@@ -171,9 +173,9 @@ def test_a_stage_that_runs_out_of_memory_says_so_on_all_ranks(run: Run) -> None:
 @pytest.mark.parametrize(
     ("case", "neighbour"),
     [
-        (Case(4, FOUR, 2, "forward", "kill", stage=2, number=2), "stage 2 (group 2)"),
+        (Case(4, FOUR, 2, "forward", "kill", stage=2, number=2), "stage 2 (pipeline rank 2)"),
         # With the first rank goes the store: nobody can tell anybody anything.
-        (Case(4, LONG_V, 0, "backward", "kill", stage=7, number=2), "(group 0)"),
+        (Case(4, LONG_V, 0, "backward", "kill", stage=7, number=2), "(pipeline rank 0)"),
         (Case(4, GRID, 1, "sum", "kill"), "the ranks of the group"),
     ],
     ids=["middle", "first", "sum"],
@@ -210,14 +212,14 @@ def test_a_rank_that_hangs_is_waited_for_as_long_as_the_default_group_says(run: 
 def test_an_interrupt_passes_through_and_stops_the_others(run: Run) -> None:
     case = Case(2, V, 1, "backward", "interrupt", stage=2, number=1)
     texts = _check(case, run(case))
-    assert texts[0].endswith("\nThe first to fail was rank 1: stages 1, 2 (group 1 of the pipeline): KeyboardInterrupt")
+    assert texts[0].endswith("\nThe first to fail was rank 1: stages 1, 2 (pipeline rank 1): KeyboardInterrupt")
 
 
 @pytest.mark.processes
 def test_ranks_that_have_ended_their_step_learn_of_it_in_the_next(run: Run) -> None:
     ranks = run(Case(2, TWO, 1, "hook", "raise"))
     assert ranks[0].seen.steps == 2
-    where = "stage 1 (group 1 of the pipeline), after the last micro-batch, handing gradients to the parameters: ValueError: it broke"
+    where = "stage 1 (pipeline rank 1), after the last micro-batch, handing gradients to the parameters: ValueError: it broke"
     assert ranks[1].seen.text == where
     assert ranks[0].seen.again.endswith(f"\nThe first to fail was rank 1: {where}")
 
@@ -242,7 +244,7 @@ def test_in_threads_the_first_error_ends_all_ranks(monkeypatch: pytest.MonkeyPat
     _break(monkeypatch, name, 1, 2, ValueError("it broke"))
     model = Tied().double()
     with pytest.raises(
-        PipelineError, match=rf"stage 1 of \d, {action} of micro-batch 2 \(1\w2, group 1 of the pipeline\): ValueError: it"
+        PipelineError, match=rf"stage 1 of \d, {action} of micro-batch 2 \(1\w2, pipeline rank 1\): ValueError: it"
     ) as caught:
         autopar.verify(model, make_batch(), pins={"pp": 2, "schedule": schedule, "microbatches": 4}, ranks=2)
     assert any("on rank 1 of" in note for note in caught.value.__notes__)
@@ -263,7 +265,7 @@ def test_one_process_goes_on_after_an_error_with_right_gradients(monkeypatch: py
     with model.no_sync():
         step(model)
     _break(monkeypatch, name, 0, 2, ValueError("it broke"))
-    with pytest.raises(PipelineError, match=r"stage 0 of 1, \w+ of micro-batch 2 \(0\w2, group 0 of the pipeline\): ValueError: it broke"):
+    with pytest.raises(PipelineError, match=r"stage 0 of 1, \w+ of micro-batch 2 \(0\w2, pipeline rank 0\): ValueError: it broke"):
         step(model)
     assert all(parameter.grad is None for parameter in model.parameters())
     monkeypatch.undo()
@@ -361,7 +363,7 @@ def test_a_failure_is_told_once_however_many_guards_it_passes() -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        CommError("group 1 never sent it"),
+        CommError("pipeline rank 1 never sent it"),
         dist.DistBackendError("NCCL communicator was aborted"),
         RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
     ],

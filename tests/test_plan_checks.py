@@ -109,8 +109,8 @@ def test_a_field_that_stands_twice_is_refused() -> None:
         (_set("mesh", "sizes", to=[2**40, 2**40]), "plan.mesh is dp=1099511627776 x tp=1099511627776 and plan.pipeline.ranks 1, more than"),
         (_set("mesh", "names", to=["dp", "dp"]), "plan.mesh: axes ('dp', 'dp') and sizes (2, 4) don't match"),
         (_set("mesh", "names", to=["dp", ""]), "plan.mesh.names[1] is empty"),
-        (_set("mesh", "names", to=["dp", "micro"]), "plan.mesh has an axis 'micro', which is no axis of a group of ranks"),
-        (_set("mesh", "names", to=["pp", "tp"]), "plan.mesh has an axis 'pp', which is no axis of a group of ranks"),
+        (_set("mesh", "names", to=["dp", "micro"]), "plan.mesh has an axis 'micro', which is no axis of the mesh of a pipeline rank"),
+        (_set("mesh", "names", to=["pp", "tp"]), "plan.mesh has an axis 'pp', which is no axis of the mesh of a pipeline rank"),
         (_set("batch_axes", to=["dp", "dp"]), "plan.batch_axes is dp, dp; each axis is named once, in the order of the mesh"),
         (_set("batch_axes", to=["tp", "dp"]), "plan.batch_axes is tp, dp; each axis is named once, in the order of the mesh"),
         (_set("layouts", "input_ids", to="S-1,R"), "plan.layouts['input_ids']: 'S-1' is no state of a layout"),
@@ -139,7 +139,19 @@ def test_a_field_that_stands_twice_is_refused() -> None:
         (_set("costs", 1, "seconds", to=-1e-9), "plan.costs[1].seconds is -1e-09, a number from 0 is needed"),
         (_set("costs", 1, "hidden", to=1e300), "plan.costs[1].hidden is larger than any number of 64 bits"),
         (_set("groups", 0, "axes", to={"cp": "sequence"}), "plan.groups[0].axes names 'cp', the mesh has dp=2 x tp=4"),
-        (_set("groups", 0, "count", to=0), "plan.groups[0].count is 0, an integer from 1 is needed"),
+        (_set("groups", 0, "paths", to=[]), "plan.groups[0].paths has 0 layers; only the group 'outside of layers' has none"),
+        (_set("groups", 1, "paths", to=["lm_head"]), "plan.groups[1].paths has 1 layers; only the group 'outside of layers' has none"),
+        (_set("groups", 0, "paths", 2, to="transformer.h.0"), "plan.groups[0].paths lists 'transformer.h.0' a second time"),
+        (_set("groups", 0, "paths", 2, to=""), "plan.groups[0].paths[2] is empty"),
+        (_set("groups", 0, "tensors", "p_lm_head", to="lm_head"), "plan.groups[0].tensors names 'p_lm_head', which has no layout"),
+        (
+            _set("groups", 0, "tensors", "p_transformer_wte_weight", to="wte"),
+            "plan.groups[1].tensors lists 'p_transformer_wte_weight', 'transformer.wte.weight' a second time; a tensor is in one group",
+        ),
+        (
+            _set("groups", 1, "tensors", "p_transformer_wte_weight", to="transformer.h.0.mlp.c_fc.weight"),
+            "plan.groups[1].tensors lists 'p_transformer_wte_weight', 'transformer.h.0.mlp.c_fc.weight' a second time",
+        ),
         (_set("groups", 1, "name", to="transformer.h.*"), "plan.groups[1].name is 'transformer.h.*'; each group has a name of its own"),
         (_set("costs", 1, "hidden", to=float("-inf")), "plan.costs[1].hidden: a finite number is needed, not -inf"),
         (
@@ -148,6 +160,19 @@ def test_a_field_that_stands_twice_is_refused() -> None:
         ),
         (_set("proof", "gap", to=0.5), "plan.proof.gap is 0.5, but objective_ns and bound_ns are 0.005 apart"),
         (_set("proof", "gap", to=-3.0), "plan.proof.gap is -3.0, a number from 0 is needed"),
+        (_set("proof", "chosen", to=-1), "plan.proof.chosen is -1, an integer from 0 is needed"),
+        (_set("proof", "chosen", to=None), "plan.proof.chosen: int is needed, not NoneType"),
+        (_set("proof", "chosen", to=5), "plan.proof.chosen is 5, but there are 5 candidates, numbered from 0"),
+        (_set("proof", "candidates", to=[]), "plan.proof.chosen is 0, but there are 0 candidates"),
+        (
+            _set("proof", "chosen", to=1),
+            "plan.proof.chosen is 1, a candidate whose step takes 0.0123 s, but plan.proof.objective_ns is 11000000",
+        ),
+        (_set("proof", "chosen", to=2), "plan.proof.chosen is 2, a candidate whose step takes None s"),
+        (
+            _set("costs", 0, "purpose", to="recompute"),
+            "plan.costs[0] is 0.0027 s of recompute, but no block in plan.pipeline.blocks is run again",
+        ),
         (_set("proof", "variables", to=-1), "plan.proof.variables is -1, an integer from 0 is needed"),
         (_set("proof", "candidates", 0, "memory_bytes", to=-1), "plan.proof.candidates[0].memory_bytes is -1, an integer from 0 is needed"),
         (_set("proof", "candidates", 0, "step_seconds", to=-0.5), "plan.proof.candidates[0].step_seconds is -0.5, a number from 0 is"),
@@ -168,7 +193,7 @@ def test_contradictions_are_named(change: Callable[[dict[str, Any]], Any], messa
 def _make_many_ranks(plan: dict[str, Any]) -> None:
     """A rank per block, 2,000 of each: of as many micro-batches as ranks, a schedule has millions of actions."""
     count = 2000
-    blocks = [{"name": f"layers.{stage}", "stage": stage, "recompute": "none"} for stage in range(count)]
+    blocks = [{"name": f"layers.{stage}", "path": f"layers.{stage}", "stage": stage, "recompute": "none"} for stage in range(count)]
     plan["pipeline"].update(ranks=count, schedule="1f1b", chunks=1, blocks=blocks)
     plan.update(cluster=f"{count}x8xh100")
 
@@ -178,7 +203,7 @@ def _make_many_ranks(plan: dict[str, Any]) -> None:
     [
         (
             _set("cluster", to="1x8xh100"),
-            "plan.mesh is dp=2 x tp=4 in each of 2 groups (plan.pipeline.ranks), 16 ranks; plan.cluster is '1x8xh100'",
+            "plan.mesh is dp=2 x tp=4 on each of 2 pipeline ranks (plan.pipeline.ranks), 16 ranks; plan.cluster is '1x8xh100'",
         ),
         (_set("pipeline", "ranks", to=2**62), "plan.mesh is dp=2 x tp=4 and plan.pipeline.ranks 4611686018427387904, more than"),
         (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from autopar.errors import PlanError
 from autopar.ir.layout import PARTIAL, PASS_PARTIAL, REPLICATE, Layout, Mesh, Placement, Split, shard
-from autopar.plans import CostRow, Phase, Purpose
+from autopar.plans import OUTSIDE, CostRow, Phase, Purpose
 from autopar.plans.plan import (
     RECOMPUTE,
     VERSION,
@@ -58,7 +58,9 @@ def _pipelines(draw: st.DrawFn, axes: int) -> Pipeline:
     microbatches *= ranks if schedule == "interleaved" else 1
     assert len(make_schedule(schedule, ranks, microbatches, chunks).rank_of) == ranks * chunks
     stages = [stage for stage in range(ranks * chunks) for _ in range(draw(st.integers(1, 3)))]
-    blocks = tuple(BlockChoice(f"{draw(_TEXT)}#{index}", stage, draw(st.sampled_from(RECOMPUTE))) for index, stage in enumerate(stages))
+    blocks = tuple(
+        BlockChoice(f"{draw(_TEXT)}#{index}", draw(_NAME), stage, draw(st.sampled_from(RECOMPUTE))) for index, stage in enumerate(stages)
+    )
     travel = draw(_make_tables(axes, _STATE, _VALUE)) if ranks * chunks > 1 else {}
     return Pipeline(ranks, schedule, chunks, microbatches, blocks, travel)
 
@@ -70,24 +72,44 @@ def _memories(draw: st.DrawFn) -> Memory:
     return Memory(*parts, budget=sum(parts) + draw(st.integers(1, 2**60)))
 
 
-def _make_rows(axes: tuple[str, ...], layers: list[str]) -> st.SearchStrategy[CostRow]:
-    """Of work of one rank alone, and of communication."""
-    what = st.sampled_from(["", *layers]), st.sampled_from(Phase), st.sampled_from(Purpose)
+def _make_rows(axes: tuple[str, ...], layers: list[str], *, recomputes: bool) -> st.SearchStrategy[CostRow]:
+    """Of work of one rank alone, and of communication; some are of recomputation if the plan `recomputes`."""
+    purposes = [purpose for purpose in Purpose if recomputes or purpose != Purpose.RECOMPUTE]
+    what = st.sampled_from(["", *layers]), st.sampled_from(Phase), st.sampled_from(purposes)
     alone = st.builds(CostRow, *what, st.just(""), st.just(""), *[_TIME] * 4)
     return alone | st.builds(CostRow, *what, st.sampled_from(axes), _NAME, *[_TIME] * 4)
 
 
 @st.composite
-def _proofs(draw: st.DrawFn, objective: int) -> Proof:
+def _groups(draw: st.DrawFn, axes: tuple[str, ...], layouts: Mapping[str, Layout]) -> tuple[Group, ...]:
+    """Up to two groups of layers and what is outside, each with some of the stored tensors."""
+    names = draw(st.lists(_NAME, max_size=2, unique=True))
+    paths = iter(draw(st.lists(_NAME, min_size=6, max_size=6, unique=True)))
+    owner = {op: draw(st.sampled_from([*names, OUTSIDE])) for op in layouts}
+    return tuple(
+        Group(
+            name,
+            tuple(next(paths) for _ in range(draw(st.integers(1, 3)))) if name != OUTSIDE else (),
+            {op: f"{op}.weight" for op in layouts if owner[op] == name},
+            draw(st.dictionaries(st.sampled_from(axes), _TEXT, max_size=2)),
+            draw(_COUNT),
+            draw(_COUNT),
+        )
+        for name in (*names, OUTSIDE)
+    )
+
+
+@st.composite
+def _proofs(draw: st.DrawFn, costs: tuple[CostRow, ...]) -> Proof:
+    seconds = replace(make_plan(), costs=costs).seconds.step
+    objective = round(1e9 * seconds)
     candidate = st.builds(Candidate, _TEXT, _TEXT, st.none() | _TIME, st.none() | _COUNT, _TEXT)
     bound = draw(st.integers(0, objective))
     gap = (objective - bound) / max(1, objective)
-    candidates = tuple(draw(st.lists(candidate, max_size=2)))
-    return Proof(objective, bound, gap, draw(_TEXT), draw(_TEXT), draw(_COUNT), draw(_COUNT), draw(_TIME), candidates)
-
-
-def _step_of(costs: tuple[CostRow, ...]) -> float:
-    return replace(make_plan(), costs=costs).seconds.step
+    candidates = draw(st.lists(candidate, max_size=2))
+    chosen = draw(st.integers(0, len(candidates)))
+    candidates.insert(chosen, replace(draw(candidate), step_seconds=seconds))
+    return Proof(objective, bound, gap, draw(_TEXT), draw(_TEXT), draw(_COUNT), draw(_COUNT), draw(_TIME), tuple(candidates), chosen)
 
 
 @st.composite
@@ -97,10 +119,9 @@ def _plans(draw: st.DrawFn) -> Plan:
     pipeline = draw(_pipelines(len(names)))
     layouts: dict[str, Layout] = draw(_make_tables(len(names), _STORED))
     placements: dict[str, Placement] = draw(_make_tables(len(names), _PART))
-    axes = st.dictionaries(st.sampled_from(names), _TEXT, max_size=2)
-    group = st.builds(Group, _NAME, st.integers(1, 2**60), axes, _COUNT, _COUNT)
-    groups = draw(st.lists(group, max_size=2, unique_by=lambda entry: entry.name))
-    costs = tuple(draw(st.lists(_make_rows(names, [entry.name for entry in groups]), max_size=3)))
+    groups = draw(_groups(names, layouts))
+    rows = _make_rows(names, [group.name for group in groups], recomputes=not pipeline.keeps_all)
+    costs = tuple(draw(st.lists(rows, max_size=3)))
     tensors = st.lists(st.integers(0, 99), max_size=3).map(lambda sizes: f"int64[{', '.join(map(str, sizes))}]")
     return Plan(
         model=draw(_NAME),
@@ -116,8 +137,8 @@ def _plans(draw: st.DrawFn) -> Plan:
         bucket_nbytes=draw(st.integers(0, 2**40)),
         costs=costs,
         memory=draw(_memories()),
-        groups=tuple(groups),
-        proof=draw(_proofs(round(1e9 * _step_of(costs)))),
+        groups=groups,
+        proof=draw(_proofs(costs)),
         unruled=tuple(draw(st.lists(st.builds(Unruled, _TEXT, _TEXT, _TEXT), max_size=2))),
         notes=tuple(draw(st.lists(_TEXT, max_size=2))),
     )
@@ -144,7 +165,7 @@ def test_a_pipeline_is_written_in_words(tmp_path: Path) -> None:
     make_pipelined_plan().save(path)
     assert Plan.load(path) == make_pipelined_plan()
     pipeline = json.loads(path.read_text(encoding="utf-8"))["plan"]["pipeline"]
-    assert pipeline["blocks"][4] == {"name": "transformer.h.3", "stage": 1, "recompute": "none"}
+    assert pipeline["blocks"][4] == {"name": "transformer.h.3", "path": "transformer.h.3", "stage": 1, "recompute": "none"}
     assert pipeline["travel"] == {"add_3": "S0,R", "add_7": "S0,S2"}
 
 

@@ -161,7 +161,7 @@ def plan(
         from autopar.report import summarize
 
         loaded = load_model(model, batch=batch, seq=seq, dtype=dtype)
-        found = api.plan(
+        result = api.plan(
             loaded.model,
             loaded.example_inputs,
             devices,
@@ -170,11 +170,11 @@ def plan(
             strict=strict,
             progress=progress,
         )
-    # First, so that a file that can't be written costs nothing that was found.
-    click.echo(to_json(found) if as_json else summarize(found))
+    # Printed before it is written, so that a file that can't be written doesn't cost the plan.
+    click.echo(to_json(result) if as_json else summarize(result))
     if output is not None:
         try:
-            found.save(output)
+            result.save(output)
         except OSError as error:
             raise InputError(f"{output} can't be written: {error.strerror}; --json prints the plan's text") from error
         click.echo(f"written to {output}; `autopar explain {output}` shows all of it", err=True)
@@ -249,7 +249,7 @@ def verify(
 
         loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, device="cpu")
         progress("running all ranks")
-        found = api.verify(
+        verification = api.verify(
             loaded.model,
             loaded.example_inputs,
             saved,
@@ -257,8 +257,8 @@ def verify(
             ranks=None if saved is not None else ranks or _VERIFY_RANKS,
             tolerance=tolerance,
         )
-    click.echo(json.dumps(_data_of_verification(found), indent=1) if as_json else _word_verification(found))
-    found.check()
+    click.echo(json.dumps(_data_of_verification(verification), indent=1) if as_json else _word_verification(verification))
+    verification.check()
 
 
 @main.command(
@@ -278,11 +278,11 @@ def machines(as_json: bool) -> None:
 
     from autopar.cost_models import find_machine, known_machines
 
-    found = [find_machine(name) for name in known_machines()]
+    known = [find_machine(name) for name in known_machines()]
     if as_json:
-        click.echo(json.dumps([asdict(machine) for machine in found], indent=1))
+        click.echo(json.dumps([asdict(machine) for machine in known], indent=1))
     else:
-        _print_machines(found, _make_console(sys.stdout))
+        _print_machines(known, _make_console(sys.stdout))
 
 
 def _parse_cluster(text: str, memory: str | None) -> Cluster:
@@ -350,7 +350,7 @@ def _keep_stdout_clean() -> Iterator[None]:
         yield
         return
     sys.stdout.flush()
-    kept = os.dup(stdout)
+    saved_stdout = os.dup(stdout)
     os.dup2(2, stdout)
     try:
         yield
@@ -358,56 +358,57 @@ def _keep_stdout_clean() -> Iterator[None]:
         sys.stdout.flush()
         # C has a buffer of its own, which would else be written when the process ends.
         ctypes.CDLL(None).fflush(None)
-        os.dup2(kept, stdout)
-        os.close(kept)
+        os.dup2(saved_stdout, stdout)
+        os.close(saved_stdout)
 
 
 def _make_console(stream: IO[str]) -> Console:
     return Console(file=stream, width=None if stream.isatty() else _PIPED_WIDTH)
 
 
-def _word_verification(found: Verification) -> str:
+def _word_verification(verification: Verification) -> str:
     """Say what was compared, how far it was off, and what the plan splits."""
     from autopar.report import describe_pipeline
 
-    plan = found.plan
+    plan = verification.plan
     mesh = with_pipeline(plan.mesh, plan.pipeline.ranks)
-    splits = ", ".join(f"{name} x{count}" for name, count in found.splits.items())
-    nothing = "none, every group of ranks runs its stages whole" if plan.pipeline.ranks > 1 else "none, everything is replicated"
+    splits = ", ".join(f"{name} x{count}" for name, count in verification.splits.items())
+    nothing = "none, every pipeline rank runs its stages whole" if plan.pipeline.ranks > 1 else "none, everything is replicated"
     stages = describe_pipeline(plan)
     return "\n".join(
         [
-            f"{'ok' if found.ok else 'FAILED'}: {len(found.errors)} outputs and gradients compared, {plan.world_size} ranks ({mesh})",
-            f"largest relative error {max(found.errors.values(), default=math.nan):.2e}, tolerance {found.tolerance:g}",
-            f"captured graph against the model: relative error {found.capture_error:.2e}, {found.rounding:.2g} accepted",
+            f"{'ok' if verification.ok else 'FAILED'}: {len(verification.errors)} outputs and gradients compared,"
+            f" {plan.world_size} ranks ({mesh})",
+            f"largest relative error {max(verification.errors.values(), default=math.nan):.2e}, tolerance {verification.tolerance:g}",
+            f"captured graph against the model: relative error {verification.capture_error:.2e}, {verification.rounding:.2g} accepted",
             f"splits: {splits or nothing}",
             *([f"stages: {stages}"] if stages else []),
         ]
     )
 
 
-def _data_of_verification(found: Verification) -> dict[str, Any]:
-    plan = found.plan
+def _data_of_verification(verification: Verification) -> dict[str, Any]:
+    plan = verification.plan
     return {
-        "ok": found.ok,
-        "tolerance": found.tolerance,
+        "ok": verification.ok,
+        "tolerance": verification.tolerance,
         # JSON has no word for NaN and infinity.
-        "errors": {name: error if math.isfinite(error) else None for name, error in found.errors.items()},
-        "capture_error": found.capture_error,
-        "rounding": found.rounding,
-        "splits": dict(found.splits),
+        "errors": {name: error if math.isfinite(error) else None for name, error in verification.errors.items()},
+        "capture_error": verification.capture_error,
+        "rounding": verification.rounding,
+        "splits": dict(verification.splits),
         "world_size": plan.world_size,
         "mesh": dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
         "pipeline": {name: getattr(plan.pipeline, name) for name in ("ranks", "schedule", "chunks", "microbatches")},
     }
 
 
-def _print_machines(found: Sequence[Machine], console: Console) -> None:
+def _print_machines(machines: Sequence[Machine], console: Console) -> None:
     """Print the machines as a table, then the sources of each."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for name in ("machine", "devices per node", "memory", "matmul peak", "memory rate", "link inside a node", "between nodes"):
         table.add_column(name, justify="left" if name == "machine" else "right")
-    for machine in found:
+    for machine in machines:
         device = machine.device
         # Not float8, though faster: plans are made for these.
         dtype = max((dtype for dtype in _TRAINED_DTYPES if dtype in device.peak_flops), key=lambda dtype: device.peak_flops[dtype])
@@ -423,5 +424,5 @@ def _print_machines(found: Sequence[Machine], console: Console) -> None:
             ),
         )
     console.print(table)
-    for machine in found:
+    for machine in machines:
         console.print(Text("\n".join(["", machine.name, *(f"  {source}" for source in machine.sources)])), soft_wrap=True)

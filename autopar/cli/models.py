@@ -261,8 +261,8 @@ def _select_options(spec: str, build: Callable[..., object], given: dict[str, in
 def _check_result(spec: str, result: object) -> LoadedModel:
     """Check that a function returned ``(model, example_inputs)``."""
     if not (isinstance(result, tuple) and len(result) == 2):
-        found = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
-        raise InputError(f"{spec} returned {found}: it must return (model, example_inputs)")
+        kind = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
+        raise InputError(f"{spec} returned {kind}: it must return (model, example_inputs)")
     model, inputs = result
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec} returned {type(model).__name__} as the model: it must be a torch.nn.Module")

@@ -10,7 +10,6 @@ from autopar.plans.files import printable
 from autopar.plans.fits import check_fits, fingerprint
 from autopar.plans.pins import NO_PINS, Pins, describe_pins, parse_mesh, reconcile
 from autopar.plans.plan import (
-    OUTSIDE,
     RECOMPUTE,
     BlockChoice,
     Candidate,
@@ -23,7 +22,7 @@ from autopar.plans.plan import (
     from_json,
     to_json,
 )
-from autopar.plans.rows import CostRow, Phase, Purpose, RowSums, seconds_of
+from autopar.plans.rows import OUTSIDE, CostRow, Phase, Purpose, RowSums, seconds_of
 
 __all__ = [
     "NO_PINS",

@@ -1,4 +1,4 @@
-"""Whether the parts of a plan that was read from a file agree: what every plan that the search makes keeps to, and a file needn't.
+"""Whether the parts of a plan agree: what every plan that the search makes keeps to, and a file or an edited plan needn't.
 
 `check_consistency` looks at the plan alone. Whether it belongs to a model is `autopar.plans.fits`, and whether its decisions can be carried
 out on that model is seen when its program is made.
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from autopar.errors import InputError, PlanError
 from autopar.ir import BROADCAST, MICROBATCH, PARTIAL, PIPELINE, Layout, Placement
-from autopar.plans.rows import Phase, Purpose
+from autopar.plans.rows import OUTSIDE, Phase, Purpose
 from autopar.schedules import check_schedule
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def check_consistency(plan: Plan) -> None:
     _check_cluster(plan)
     _check_layouts(plan)
     _check_pipeline(plan.pipeline)
+    _check_groups(plan)
     _check_costs(plan)
     _check_memory(plan)
     _check_proof(plan)
@@ -51,7 +52,7 @@ def check_consistency(plan: Plan) -> None:
 def _check_mesh(plan: Plan) -> None:
     position = {name: index for index, name in enumerate(plan.mesh.names)}
     if reserved := [name for name in (MICROBATCH, PIPELINE) if name in position]:
-        raise PlanError(f"plan.mesh has an axis {reserved[0]!r}, which is no axis of a group of ranks; plan again")
+        raise PlanError(f"plan.mesh has an axis {reserved[0]!r}, which is no axis of the mesh of a pipeline rank; plan again")
     if unknown := [axis for axis in plan.batch_axes if axis not in position]:
         raise PlanError(f"plan.batch_axes names {', '.join(map(repr, unknown))}, the mesh has {plan.mesh}")
     positions = [position[axis] for axis in plan.batch_axes]
@@ -73,8 +74,8 @@ def _check_cluster(plan: Plan) -> None:
         if ranks > MOST_DEVICES:  # a product of many large sizes takes long, and is too long to print
             raise PlanError(f"plan.mesh is {plan.mesh} and plan.pipeline.ranks {plan.pipeline.ranks}, more than {MOST_DEVICES} ranks")
     if ranks != devices:
-        groups = f" in each of {plan.pipeline.ranks} groups (plan.pipeline.ranks)" if plan.pipeline.ranks > 1 else ""
-        raise PlanError(f"plan.mesh is {plan.mesh}{groups}, {ranks} ranks; plan.cluster is {plan.cluster!r}, {devices} devices")
+        pipeline = f" on each of {plan.pipeline.ranks} pipeline ranks (plan.pipeline.ranks)" if plan.pipeline.ranks > 1 else ""
+        raise PlanError(f"plan.mesh is {plan.mesh}{pipeline}, {ranks} ranks; plan.cluster is {plan.cluster!r}, {devices} devices")
 
 
 def _list_layouts(plan: Plan) -> Iterator[tuple[str, str, Layout]]:
@@ -125,7 +126,7 @@ def _check_pipeline(pipeline: Pipeline) -> None:
         if block.name in names:
             raise PlanError(f"plan.pipeline.blocks[{index}].name is {block.name!r}, as that of a block before it; each has its own")
         names.add(block.name)
-    # Which rank runs a stage is read off a schedule of as many micro-batches as ranks.
+    # Which pipeline rank runs a stage is read off a schedule of as many micro-batches as ranks.
     if pipeline.stages * max(pipeline.ranks, pipeline.microbatches) > MOST_FORWARDS:
         raise PlanError(
             f"plan.pipeline.microbatches is {pipeline.microbatches}, plan.pipeline.ranks is {pipeline.ranks}: on {pipeline.stages} stages"
@@ -138,16 +139,40 @@ def _check_pipeline(pipeline: Pipeline) -> None:
             raise PlanError(f"plan.pipeline.travel names {name!r}, which is no value; add_3 is one, or split.1, the second result of an op")
 
 
+def _check_groups(plan: Plan) -> None:
+    """Every layer and every stored tensor must be in one group of layers at most."""
+    names: set[str] = {""}
+    paths: set[str] = set()
+    ops: set[str] = set()
+    tensors: set[str] = set()
+    for index, group in enumerate(plan.groups):
+        where = f"plan.groups[{index}]"
+        if unknown := [axis for axis in group.axes if axis not in plan.mesh.names]:
+            raise PlanError(f"{where}.axes names {unknown[0]!r}, the mesh has {plan.mesh}")
+        if group.name in names:
+            raise PlanError(f"{where}.name is {group.name!r}; each group has a name of its own")
+        names.add(group.name)
+        if (group.name == OUTSIDE) != (not group.paths):
+            raise PlanError(f"{where}.paths has {len(group.paths)} layers; only the group {OUTSIDE!r} has none, and it has none")
+        for path in group.paths:
+            if path in paths:
+                raise PlanError(f"{where}.paths lists {path!r} a second time; a layer is in one group, once")
+            paths.add(path)
+        for op, name in group.tensors.items():
+            if op not in plan.layouts:
+                raise PlanError(f"{where}.tensors names {op!r}, which has no layout in plan.layouts")
+            if op in ops or name in tensors:
+                raise PlanError(
+                    f"{where}.tensors lists {op!r}, {name!r} a second time; a tensor is in one group, and has a name of its own"
+                )
+            ops.add(op)
+            tensors.add(name)
+
+
 def _check_costs(plan: Plan) -> None:
     """What the report adds up by must be known: phases, purposes, groups of layers, axes."""
     axes = set(plan.mesh.names)
-    layers = {""}
-    for index, group in enumerate(plan.groups):
-        if unknown := [axis for axis in group.axes if axis not in axes]:
-            raise PlanError(f"plan.groups[{index}].axes names {unknown[0]!r}, the mesh has {plan.mesh}")
-        if group.name in layers:
-            raise PlanError(f"plan.groups[{index}].name is {group.name!r}; each group has a name of its own")
-        layers.add(group.name)
+    layers = {"", *(group.name for group in plan.groups)}
     for index, row in enumerate(plan.costs):
         for field, text, known in (("phase", row.phase, _PHASES), ("purpose", row.purpose, _PURPOSES)):
             if text not in known:
@@ -158,6 +183,8 @@ def _check_costs(plan: Plan) -> None:
             raise PlanError(f"plan.costs[{index}].axis is {row.axis!r}, the mesh has {plan.mesh}")
         if bool(row.axis) != bool(row.collective):
             raise PlanError(f"plan.costs[{index}] has axis {row.axis!r} and collective {row.collective!r}; both are empty, or neither")
+        if row.purpose == Purpose.RECOMPUTE and row.seconds and plan.pipeline.keeps_all:
+            raise PlanError(f"plan.costs[{index}] is {row.seconds} s of recompute, but no block in plan.pipeline.blocks is run again")
 
 
 def _check_memory(plan: Plan) -> None:
@@ -175,3 +202,11 @@ def _check_proof(plan: Plan) -> None:
     gap = (proof.objective_ns - proof.bound_ns) / max(1, proof.objective_ns)
     if abs(proof.gap - gap) > _GAP:
         raise PlanError(f"plan.proof.gap is {proof.gap}, but objective_ns and bound_ns are {gap} apart, as a share of the objective")
+    if proof.chosen >= len(proof.candidates):
+        raise PlanError(f"plan.proof.chosen is {proof.chosen}, but there are {len(proof.candidates)} candidates, numbered from 0")
+    seconds = proof.candidates[proof.chosen].step_seconds
+    if seconds is None or round(1e9 * seconds) != proof.objective_ns:
+        raise PlanError(
+            f"plan.proof.chosen is {proof.chosen}, a candidate whose step takes {seconds} s, but plan.proof.objective_ns is"
+            f" {proof.objective_ns}"
+        )

@@ -80,12 +80,12 @@ TABLE = (
     Pin("dp", "N", _read_axis_size, "ranks that split the batch; 1 is none"),
     Pin("tp", "N", _read_axis_size, "ranks that split features; 1 is none"),
     Pin("cp", "N", _read_axis_size, "ranks that split the sequence; 1 is none"),
-    Pin("pp", "N", _read_count, "groups of ranks that form a pipeline; 1 is none", of_pipeline=True),
-    Pin("fsdp", "true|false", _read_switch, "whether parameters are stored split over dp; true needs such an axis in every group of ranks"),
+    Pin("pp", "N", _read_count, "number of pipeline ranks; 1 is no pipeline", of_pipeline=True),
+    Pin("fsdp", "true|false", _read_switch, "whether parameters are stored split over dp; true needs such an axis on every pipeline rank"),
     Pin("vocabulary", "true|false", _read_switch, "whether lookups and losses are split by the vocabulary"),
     Pin("schedule", "NAME", _read_schedule, f"the pipeline's schedule: {', '.join(SCHEDULES)}", of_pipeline=True),
     Pin("microbatches", "N", _read_count, "parts of the batch that run one after the other; a divisor of the batch", of_pipeline=True),
-    Pin("chunks", "N", _read_count, "stages on each group of ranks", of_pipeline=True),
+    Pin("chunks", "N", _read_count, "stages on each pipeline rank", of_pipeline=True),
     Pin(
         "recompute",
         "KIND",
@@ -218,7 +218,7 @@ class Pins:
 
     @property
     def axis_sizes(self) -> dict[str, int]:
-        """The pinned sizes of axes inside a group of ranks, by kind, outermost first."""
+        """The pinned sizes of axes of a pipeline rank's mesh, by kind, outermost first."""
         sizes = {"dp": self.dp, "cp": self.cp, "tp": self.tp}
         return {kind: size for kind, size in sizes.items() if size is not None}
 
@@ -256,8 +256,8 @@ NO_PINS = Pins()
 def reconcile(pins: Pins, mesh: Mapping[str, int] | None) -> tuple[Pins, Mesh | None]:
     """Bring together pins and the mesh that a user gives next to them, axis name -> size, outermost first.
 
-    Of ``{"pp": 2, "tp": 4}``, the mesh of all ranks, come the pin ``pp=2`` and the mesh ``tp=4`` of one group of ranks. A mesh without pp
-    is a single group, unless pp is pinned. Without a mesh the pins stay as they are.
+    Of ``{"pp": 2, "tp": 4}``, the mesh of all ranks, come the pin ``pp=2`` and the mesh ``tp=4`` of one pipeline rank. A mesh without pp
+    is that of a single pipeline rank, unless pp is pinned. Without a mesh the pins stay as they are.
 
     Raises InputError for what is no mesh, and for a mesh that the pins contradict.
     """
@@ -269,15 +269,15 @@ def reconcile(pins: Pins, mesh: Mapping[str, int] | None) -> tuple[Pins, Mesh | 
         raise InputError(f"mesh axes {wrong}: sizes are integers from 1")
     if MICROBATCH in mesh:
         raise InputError(f"mesh axis {MICROBATCH!r}: the name is taken, by micro-batches; call the axis something else")
-    groups = mesh.get(PIPELINE, pins.pp)
-    if pins.pp not in (None, groups):
-        raise InputError(f"the mesh has pp={groups} and pin pp={pins.pp} asks for another number; leave out one of them")
+    pipeline_ranks = mesh.get(PIPELINE, pins.pp)
+    if pins.pp not in (None, pipeline_ranks):
+        raise InputError(f"the mesh has pp={pipeline_ranks} and pin pp={pins.pp} asks for another number; leave out one of them")
     if others := [f"{kind}={size}" for kind, size in pins.axis_sizes.items() if size != mesh.get(kind, 1)]:
         raise InputError(f"the mesh {dict(mesh)} and the pins {', '.join(others)} contradict each other; leave out one of them")
-    if groups is None and pins.asks_for_pipeline:
-        groups = 1
+    if pipeline_ranks is None and pins.asks_for_pipeline:
+        pipeline_ranks = 1
     inner = {name: size for name, size in mesh.items() if name != PIPELINE} or {"free": 1}
-    return replace(pins, pp=groups), Mesh(tuple(inner), tuple(inner.values()))
+    return replace(pins, pp=pipeline_ranks), Mesh(tuple(inner), tuple(inner.values()))
 
 
 def parse_mesh(text: str) -> dict[str, int]:

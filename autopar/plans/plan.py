@@ -21,7 +21,7 @@ from autopar.ir import Layout, Mesh, Placement
 from autopar.plans import files
 from autopar.plans.consistency import check_consistency
 from autopar.plans.files import Among, Count, Name
-from autopar.plans.rows import CostRow, Phase, Purpose
+from autopar.plans.rows import OUTSIDE, CostRow, Phase, Purpose
 
 FORMAT = "autopar-plan"
 VERSION = 3
@@ -82,22 +82,30 @@ RECOMPUTE = ("none", "selective", "full")
 
 @dataclass(frozen=True, slots=True)
 class BlockChoice:
-    """What was decided for one block of the chain (`autopar.structure.blocks`), such as a transformer layer."""
+    """What was decided for one block of the chain (`autopar.structure.blocks`), such as a transformer layer.
+
+    Attributes:
+        name: the block's path, with a number where a block before it has the same (``layers.1#2``); unique.
+        path: module path of the layer, or of the module that does most of the block's work.
+        stage: the stage that runs the block.
+        recompute: what of the block's forward the backward runs again.
+    """
 
     name: Name
+    path: Name
     stage: int
     recompute: Annotated[str, Among(RECOMPUTE)]
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """How the work is spread over time and over groups of ranks; one rank and one micro-batch are no pipeline.
+    """How the work is spread over pipeline ranks and over time; one pipeline rank and one micro-batch are no pipeline.
 
     Attributes:
-        ranks: groups of ranks along the pipeline; each runs the plan's mesh. Rank ``r`` of the world is in group
-            ``r // mesh.world_size``.
+        ranks: number of pipeline ranks. Each consists of as many devices as the plan's mesh has ranks: rank ``r`` of the world is in
+            pipeline rank ``r // mesh.world_size``.
         schedule: name of the schedule's family (`autopar.schedules.SCHEDULES`).
-        chunks: stages per group of ranks.
+        chunks: stages per pipeline rank.
         microbatches: parts of the batch that run one after the other.
         blocks: every block of the chain, in order.
         travel: layout in which a value crosses from one stage to another, by value.
@@ -117,7 +125,7 @@ class Pipeline:
 
     @property
     def is_trivial(self) -> bool:
-        """Whether every rank runs the whole model on the whole batch at once."""
+        """Whether there is one pipeline rank, which runs the whole batch at once."""
         return self.ranks == 1 and self.microbatches == 1
 
     @property
@@ -142,23 +150,33 @@ class Traffic:
     hidden: float
 
 
-OUTSIDE = "outside of layers"
-"""Name of the group of what is in no layer."""
-
-
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One line of the report: like layers, or what is outside of all layers.
+    """Layers that are alike and split alike, or what is outside of all layers (`OUTSIDE`).
 
-    `axes` says per mesh axis what it does to the group's contractions, such as ``{"tp": "heads, ffn"}``. Its cost rows are those whose
-    layer has its name (`Plan.rows_of`).
+    The group's cost rows are those whose `layer` is its name (`Plan.rows_of`).
+
+    Attributes:
+        name: what the layers' paths have in common, ``transformer.h.*``, and what tells the group from others of these paths.
+        paths: module path of every layer, in the model's order; none for what is outside of layers. Where layers are no modules of their
+            own, they are numbered under the module that all are in, ``transformer.blocks.0``.
+        tensors: the user's name of every parameter and buffer of the first layer, by its op name in `Plan.layouts`. Those of the
+            other layers are stored alike.
+        axes: per mesh axis what it splits of the group's contractions, such as ``{"tp": "heads, ffn"}``.
+        parameter_bytes, activation_bytes: of all layers together, on one rank.
     """
 
     name: str
-    count: Count
+    paths: tuple[Name, ...]
+    tensors: Mapping[str, Name]
     axes: Mapping[str, str]
     parameter_bytes: int
     activation_bytes: int
+
+    @property
+    def count(self) -> int:
+        """Number of layers; what is outside of layers counts as one."""
+        return len(self.paths) or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +196,18 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What the search can say for its answer.
+    """What the search can say for its solution.
 
-    `objective_ns` is the chosen plan's cost, `bound_ns` a lower bound over everything on the chosen mesh, `gap` their relative
-    distance; `status` and `method` say how the solver ended (``LP, integral`` or ``MIP``).
+    Attributes:
+        objective_ns: predicted nanoseconds of a step of the plan.
+        bound_ns: a lower bound of these: over all plans on the chosen mesh or, for a pipeline, over all assignments of blocks to stages
+            under the chosen schedule and placements (``docs/search.md``).
+        gap: distance of the two as a share of the objective.
+        status, method: how the solver ended (``optimal``), and by what (``LP, integral`` or ``MIP``).
+        variables, constraints: of the largest model that was solved for the placements.
+        seconds: that the whole search took.
+        candidates: everything that the search looked at.
+        chosen: position among the candidates of the one that is the plan.
     """
 
     objective_ns: int
@@ -193,6 +219,7 @@ class Proof:
     constraints: int
     seconds: float
     candidates: tuple[Candidate, ...]
+    chosen: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +238,7 @@ class Plan:
     Attributes:
         model: class name of the model; `fingerprint` identifies the captured graph that the plan was made for.
         cluster: text of the cluster.
-        mesh: the chosen axes; under a pipeline, those of one group of ranks.
+        mesh: the chosen axes; under a pipeline, those of one pipeline rank.
         pipeline: stages, schedule, micro-batches and recomputation.
         inputs: name -> text of its type, as captured.
         layouts: layout in which every parameter, buffer and input is stored, by op name.
@@ -287,7 +314,7 @@ class Plan:
         return compute, sum((row.seconds for row in rows if row.is_communication), 0.0)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; a file that is there is replaced only by a whole one."""
+        """Write the plan as JSON; a file that is there is replaced only by a whole one. Raises PlanError as `to_json` does."""
         files.write_text(path, to_json(self) + "\n")
 
     @staticmethod
@@ -305,8 +332,10 @@ class Plan:
 
 
 def to_json(plan: Plan) -> str:
-    """The plan's JSON text."""
-    return json.dumps({"format": FORMAT, "version": VERSION, "plan": files.write(plan)}, indent=1)
+    """The plan's JSON text. Raises PlanError, naming the field, for a plan that `from_json` would refuse."""
+    text = json.dumps({"format": FORMAT, "version": VERSION, "plan": files.write(plan)}, indent=1)
+    from_json(text)
+    return text
 
 
 def from_json(text: str) -> Plan:

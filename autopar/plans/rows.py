@@ -35,6 +35,10 @@ class Purpose(StrEnum):
     BUBBLE = "bubble"  # waiting for other stages
 
 
+OUTSIDE = "outside of layers"
+"""Name of the group of what is in no layer, whose rows have an empty layer."""
+
+
 @dataclass(frozen=True, slots=True)
 class CostRow:
     """What one purpose costs a rank.

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from autopar.plans import Group, Plan
-from autopar.report.selection import find_ranks, select_blocks, select_groups, select_layouts
+from autopar.report.selection import find_pipeline_ranks, select_blocks, select_groups, select_layouts
 from autopar.report.summary import describe_axes
 
 
@@ -21,7 +21,7 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
         InputError: no layer of the plan matches `layer`.
     """
     groups = select_groups(plan, layer)
-    rank_of = find_ranks(plan)
+    rank_of = find_pipeline_ranks(plan)
     data: dict[str, Any] = {
         "model": plan.model,
         "fingerprint": plan.fingerprint,
@@ -33,7 +33,7 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
             "schedule": plan.pipeline.schedule,
             "chunks": plan.pipeline.chunks,
             "microbatches": plan.pipeline.microbatches,
-            "blocks": [{**asdict(block), "group": rank_of[block.stage]} for block in select_blocks(plan, layer)],
+            "blocks": [{**asdict(block), "pipeline_rank": rank_of[block.stage]} for block in select_blocks(plan, layer)],
         },
         "axes": describe_axes(plan),
         "batch_axes": list(plan.batch_axes),
@@ -47,7 +47,7 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
         "notes": list(plan.notes),
     }
     if layer is not None:
-        data["layouts"] = dict(select_layouts(plan, layer))
+        data["layouts"] = select_layouts(plan, layer)
     return data
 
 
@@ -56,6 +56,7 @@ def _group_data(plan: Plan, group: Group) -> dict[str, Any]:
     return {
         "name": group.name,
         "count": group.count,
+        "paths": list(group.paths),
         "axes": dict(group.axes),
         "compute_seconds": compute,
         "communication_seconds": communication,

@@ -1,14 +1,18 @@
-"""Which groups, blocks and layouts of a plan a user means by the name of a layer."""
+"""Which groups, blocks and stored tensors of a plan a user means by the name of a layer.
+
+A name is that of a group of like layers as the report prints it (``transformer.h.*``), or a module path, which is compared part by part:
+each part may be a pattern, and the path may leave out the modules around it. ``h.3.mlp``, ``transformer.h.3`` and ``h.*`` all name the
+layer ``transformer.h.3``.
+"""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from autopar.errors import InputError
 from autopar.ir import format_layout
-from autopar.plans import BlockChoice, Group, Plan
+from autopar.plans import OUTSIDE, BlockChoice, Group, Plan
 from autopar.schedules import make_schedule
 
 
@@ -16,65 +20,107 @@ def select_groups(plan: Plan, layer: str | None) -> tuple[Group, ...]:
     """The plan's groups that `layer` names, all when it is None. Raises InputError, listing the groups, when none does."""
     if layer is None:
         return plan.groups
-    found = tuple(group for group in plan.groups if _names_group(layer, group))
-    if not found:
+    if named := _find_group(plan, layer):
+        return (named,)
+    pattern = layer.split(".")
+    groups = tuple(group for group in plan.groups if _is_group_meant(plan, group, pattern))
+    if not groups:
         names = ", ".join(repr(group.name) for group in plan.groups) or "none"
         raise InputError(f"no layer of this plan matches {layer!r}; its groups of layers are {names}")
-    return found
-
-
-def _path_of(group: Group) -> str:
-    # `layers.*#1` is the second kind of block under `layers`, `layers.*[4-7]` the fifth to the eighth block.
-    return re.sub(r"(#\d+)?(\[\d+(-\d+)?\])?$", "", group.name)
-
-
-def _names_group(layer: str, group: Group) -> bool:
-    path = _path_of(group)
-    return layer in group.name or fnmatchcase(path, layer) or fnmatchcase(layer, path)
+    return groups
 
 
 def select_blocks(plan: Plan, layer: str | None) -> list[BlockChoice]:
-    """The blocks that are in `layer`, that it is in, or whose paths have it as a part; all when it is None."""
+    """The blocks that are in `layer`, or that it is in; all when it is None. Raises InputError as `select_groups` does."""
     if layer is None:
         return list(plan.pipeline.blocks)
-    wanted = layer.split(".")
+    outside = {block.name for block in _find_blocks_outside(plan)}
+    if named := _find_group(plan, layer):
+        return [
+            block
+            for block in plan.pipeline.blocks
+            if (block.name in outside if named.name == OUTSIDE else any(_is_around(block.path, path) for path in named.paths))
+        ]
+    selected = {group.name for group in select_groups(plan, layer)}
+    pattern = layer.split(".")
+    return [
+        block
+        for block in plan.pipeline.blocks
+        if _matches_overlap(block.path, pattern) and (block.name not in outside or OUTSIDE in selected)
+    ]
 
-    def is_named(block: BlockChoice) -> bool:
-        # `layers.1#2` is a second block named after the same module.
-        words = re.sub(r"#\d+$", "", block.name).split(".")
-        starts = (zip(words[start:], wanted, strict=False) for start in range(len(words)))
-        return any(all(fnmatchcase(word, pattern) for word, pattern in pairs) for pairs in starts)
 
-    return list(filter(is_named, plan.pipeline.blocks))
+def select_layouts(plan: Plan, layer: str) -> Mapping[str, str]:
+    """The user's name -> the layout of the parameters and buffers in `layer`.
+
+    The plan lists those of the first of like layers, which stand for those of the others: for ``h.3.mlp`` comes ``h.0.mlp.weight``.
+    Raises InputError as `select_groups` does.
+    """
+    named = _find_group(plan, layer)
+    pattern = layer.split(".")
+    return {
+        name: format_layout(plan.layouts[op])
+        for group in select_groups(plan, layer)
+        for op, name in group.tensors.items()
+        if named is not None or any(_matches_whole(alike, pattern) for alike in _list_names(group, name))
+    }
 
 
-def find_ranks(plan: Plan) -> tuple[int, ...]:
-    """The group of ranks that runs each stage."""
+def find_pipeline_ranks(plan: Plan) -> tuple[int, ...]:
+    """The pipeline rank that runs each stage."""
     pipeline = plan.pipeline
-    # Which stages a group has doesn't depend on the number of micro-batches.
+    # Which stages a pipeline rank has doesn't depend on the number of micro-batches.
     return make_schedule(pipeline.schedule, pipeline.ranks, pipeline.ranks, pipeline.chunks).rank_of
 
 
-def select_layouts(plan: Plan, layer: str) -> Iterable[tuple[str, str]]:
-    """Name and layout of the stored tensors of `layer`, or of the layer like it that stands for all in the plan.
+def _find_group(plan: Plan, layer: str) -> Group | None:
+    """The group whose name is `layer`; ``outside`` is short for that of what is in no layer."""
+    name = OUTSIDE if layer == "outside" else layer
+    return next((group for group in plan.groups if group.name == name), None)
 
-    Names of ops are module paths with ``_`` for every dot.
+
+def _is_group_meant(plan: Plan, group: Group, pattern: Sequence[str]) -> bool:
+    """Whether a layer of the group is inside or around what `pattern` names, or one of the group's tensors is.
+
+    What is outside of layers has no paths of its own: a block or a tensor there must be named.
     """
-    stored = {name: format_layout(layout) for name, layout in plan.layouts.items()}
-    wanted = [layer, *(_generalize(layer, _path_of(group)) for group in select_groups(plan, layer))]
-    for pattern in map(_match_names, wanted):
-        if found := [(name, text) for name, text in stored.items() if pattern.search(name)]:
-            return found
-    return []
+    tensors = (alike for name in group.tensors.values() for alike in _list_names(group, name))
+    if any(_matches_overlap(path, pattern) for path in group.paths) or any(_matches_whole(name, pattern) for name in tensors):
+        return True
+    return group.name == OUTSIDE and any(_matches_whole(block.path, pattern) for block in _find_blocks_outside(plan))
 
 
-def _generalize(layer: str, path: str) -> str:
-    """The same place in every layer of `path`: ``h.3.mlp`` under ``h.*`` is ``h.*.mlp``."""
-    inside = re.match(re.escape(path).replace(r"\*", r"\d+"), layer)
-    return path + layer[inside.end() :] if inside else path if layer in path else layer
+def _find_blocks_outside(plan: Plan) -> list[BlockChoice]:
+    """The blocks that are in no layer and hold none."""
+    layers = [path for group in plan.groups for path in group.paths]
+    return [block for block in plan.pipeline.blocks if not any(_is_around(block.path, path) for path in layers)]
 
 
-def _match_names(path: str) -> re.Pattern[str]:
-    """What finds `path`, whole words of it, in the names of ops."""
-    words = re.sub(r"[^0-9A-Za-z*]+", "_", path).strip("_")
-    return re.compile(rf"(?:^|_){re.escape(words).replace(re.escape('*'), '[0-9A-Za-z]+')}(?:_|$)")
+def _list_names(group: Group, name: str) -> Iterator[str]:
+    """The user's names of a tensor of the group's first layer and of those at the same place in the other layers."""
+    first = group.paths[0] if group.paths else ""
+    if not name.startswith(f"{first}."):
+        yield name
+        return
+    yield from (path + name[len(first) :] for path in group.paths)
+
+
+def _is_around(path: str, other: str) -> bool:
+    """Whether one of two module paths is inside the other, or both are the same."""
+    return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
+
+
+def _matches_whole(name: str, pattern: Sequence[str]) -> bool:
+    """Whether `pattern` is found in the parts of a dotted name, all of it."""
+    parts = name.split(".")
+    return any(_matches_from(parts[start:], pattern) for start in range(len(parts) - len(pattern) + 1))
+
+
+def _matches_overlap(path: str, pattern: Sequence[str]) -> bool:
+    """Whether `pattern` is found in a module path, or goes on inside of that module: ``h.3.mlp`` in ``transformer.h.3``."""
+    parts = path.split(".")
+    return any(_matches_from(parts[start:], pattern) for start in range(len(parts)))
+
+
+def _matches_from(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    return all(map(fnmatchcase, parts, pattern))

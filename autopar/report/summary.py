@@ -40,7 +40,7 @@ def summarize(plan: Plan) -> str:
 
 
 def describe_axes(plan: Plan) -> dict[str, str]:
-    """Per axis of the mesh, what it splits: the batch, and what the groups' contractions name, the dearest group first.
+    """Per axis of the mesh, what it splits: the batch, and what the contractions of the groups of layers name, the dearest group first.
 
     The pipeline is an axis like the others, which splits the layers; axes of one rank beside it are left out.
     """
@@ -49,29 +49,30 @@ def describe_axes(plan: Plan) -> dict[str, str]:
     for axis, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True):
         if is_pipelined and size == 1:
             continue
-        found = ["batch"] if axis in plan.batch_axes else []
+        parts = ["batch"] if axis in plan.batch_axes else []
         for group in sorted(plan.groups, key=lambda group: -plan.group_seconds(group)[0]):
-            found += [part.strip() for part in group.axes.get(axis, "").split(",")]
-        roles[axis] = [role for role in dict.fromkeys(found) if role not in ("", "nothing")]
-    return {axis: ", ".join(found) or "nothing" for axis, found in roles.items()}
+            parts += [part.strip() for part in group.axes.get(axis, "").split(",")]
+        roles[axis] = [role for role in dict.fromkeys(parts) if role not in ("", "nothing")]
+    return {axis: ", ".join(parts) or "nothing" for axis, parts in roles.items()}
 
 
 def describe_pipeline(plan: Plan) -> str:
-    """Say how the work is spread over groups of ranks and over time; empty for a plan without a pipeline and micro-batches."""
+    """Say how the work is spread over pipeline ranks and over time; empty for a plan without a pipeline and micro-batches."""
     pipeline = plan.pipeline
     if pipeline.is_trivial and pipeline.stages == 1:
         return ""
     width = plan.mesh.world_size
-    where = f" on {pipeline.ranks} {f'groups of {width} ranks' if width > 1 else 'ranks'}" if pipeline.ranks > 1 else ""
+    devices = f" of {width} devices" if width > 1 else ""
+    where = f" on {pipeline.ranks} pipeline ranks{devices}" if pipeline.ranks > 1 else ""
     each = f", {pipeline.chunks} on each" if pipeline.chunks > 1 else ""
-    parts = f"{pipeline.microbatches} micro-batches" if pipeline.microbatches > 1 else "1 micro-batch"
-    return f"{pipeline.stages}{where}{each}; schedule {pipeline.schedule}, {parts}"
+    microbatches = f"{pipeline.microbatches} micro-batches" if pipeline.microbatches > 1 else "1 micro-batch"
+    return f"{pipeline.stages}{where}{each}; schedule {pipeline.schedule}, {microbatches}"
 
 
 def count_recompute(plan: Plan) -> dict[str, int]:
     """Number of blocks by what their backward runs again, of the kinds that there are."""
-    found = Counter(block.recompute for block in plan.pipeline.blocks)
-    return {kind: found[kind] for kind in RECOMPUTE if found[kind]}
+    counts = Counter(block.recompute for block in plan.pipeline.blocks)
+    return {kind: counts[kind] for kind in RECOMPUTE if counts[kind]}
 
 
 def describe_mesh(plan: Plan) -> str:

@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from autopar.ir import PIPELINE
-from autopar.plans import BlockChoice, Candidate, Group, Memory, Plan, Proof, Unruled
-from autopar.report.selection import find_ranks, select_blocks, select_groups, select_layouts
+from autopar.plans import BlockChoice, Candidate, Group, Memory, Plan, Unruled
+from autopar.report.selection import find_pipeline_ranks, select_blocks, select_groups, select_layouts
 from autopar.report.summary import MEMORY_KINDS, count, count_alike, describe_mesh, describe_pipeline, format_gap
 from autopar.units import format_bytes, format_seconds, format_share
 
@@ -39,7 +39,8 @@ def explain(plan: Plan, console: Console, *, layer: str | None = None) -> None:
         plan: the plan to show.
         console: where to print; its width is used.
         layer: show only what concerns these layers, with the stored layout of each of their tensors (layers that are alike
-            share theirs). A module path (``transformer.h.3.mlp``), the name of a group (``transformer.h.*``) or a part of one.
+            share theirs). A module path (``transformer.h.3.mlp``), whose parts may be patterns (``h.*.mlp``), or the name of a group
+            of layers (`autopar.report.selection`).
 
     Raises:
         InputError: no layer of the plan matches `layer`.
@@ -94,30 +95,35 @@ def _tabulate_axes(plan: Plan, groups: Sequence[Group]) -> Stack:
         columns[f"{axis} ({size})"] = "left"
     rows = [[group.name, str(group.count), *(group.axes.get(axis) or _NOTHING for axis in plan.mesh.names)] for group in groups]
     rows.append(["batch of the inputs", "", *("split" if axis in plan.batch_axes else _NOTHING for axis in plan.mesh.names)])
-    whose = "a group's mesh" if plan.pipeline.ranks > 1 else "the mesh"
+    whose = "a pipeline rank's mesh" if plan.pipeline.ranks > 1 else "the mesh"
     return _make_table(f"What each axis of {whose} splits", columns, rows, total=True)
 
 
 def _tabulate_blocks(plan: Plan, blocks: Sequence[BlockChoice]) -> Stack:
     """Where the blocks are and what of them the backward runs again; a row per run of blocks that are alike in both."""
-    rank_of = find_ranks(plan)
+    rank_of = find_pipeline_ranks(plan)
     width = plan.mesh.world_size
-    place = {block.name: index for index, block in enumerate(plan.pipeline.blocks)}
+    position = {block.name: index for index, block in enumerate(plan.pipeline.blocks)}
+
+    def run_of(numbered: tuple[int, BlockChoice]) -> tuple[int, str, int]:
+        # Neighbours keep their distance from a counter, so that what was left out between two blocks parts them.
+        number, block = numbered
+        return block.stage, block.recompute, position[block.name] - number
+
     rows = []
-    # Neighbours keep their distance from a counter, so that what was left out between two of them parts them.
-    numbered = enumerate(blocks)
-    for (stage, recompute, _), found in groupby(numbered, lambda one: (one[1].stage, one[1].recompute, place[one[1].name] - one[0])):
-        names = [block.name for _, block in found]
-        group = rank_of[stage]
-        ranks = f"{group * width}-{(group + 1) * width - 1}" if width > 1 else str(group)
+    for (stage, recompute, _), run in groupby(enumerate(blocks), run_of):
+        names = [block.name for _, block in run]
+        pipeline_rank = rank_of[stage]
+        first = pipeline_rank * width
+        ranks = f"{first}-{first + width - 1}" if width > 1 else str(first)
         span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-        rows.append([str(group), ranks, str(stage), span, str(len(names)), recompute])
-    columns: dict[str, _Justify] = {"group": "right", "ranks": "left", "stage": "right", "blocks": "left", "count": "right"}
+        rows.append([str(pipeline_rank), ranks, str(stage), span, str(len(names)), recompute])
+    columns: dict[str, _Justify] = {"pipeline rank": "right", "ranks": "left", "stage": "right", "blocks": "left", "count": "right"}
     columns["recompute"] = "left"
     text = describe_pipeline(plan)
     if plan.pipeline.ranks == 1:
         rows = [row[2:] for row in rows]
-        columns = {name: justify for name, justify in columns.items() if name not in ("group", "ranks")}
+        columns = {name: justify for name, justify in columns.items() if name not in ("pipeline rank", "ranks")}
     return _make_table(f"Stages: {text}" if text else "What the backward runs again", columns, rows)
 
 
@@ -150,7 +156,7 @@ def _tabulate_traffic(plan: Plan) -> RenderableType:
     is_pipelined = plan.pipeline.ranks > 1
     inside = [traffic for traffic in plan.traffic if traffic.axis != PIPELINE]
     if not inside:
-        return Text("Communication inside the groups: none" if is_pipelined else "Communication: none")
+        return Text("Communication inside pipeline ranks: none" if is_pipelined else "Communication: none")
     ordered = sorted(inside, key=lambda traffic: (-traffic.seconds, traffic.axis, traffic.collective, traffic.purpose))
     rows = [
         [
@@ -171,7 +177,7 @@ def _tabulate_traffic(plan: Plan) -> RenderableType:
     columns: dict[str, _Justify] = {"axis": "left", "collective": "left", "purpose": "left"}
     columns |= {"times": "right", "bytes": "right", "exposed": "right"}
     return _make_table(
-        f"Communication of one step{' inside a group' if is_pipelined else ''}"
+        f"Communication of one step{' inside pipeline ranks' if is_pipelined else ''}"
         f" (bytes of {'the mean' if is_pipelined else 'a'} rank, time not hidden behind compute)",
         columns,
         [*rows, ["all", "", "", *total]],
@@ -185,8 +191,9 @@ def _word_messages(plan: Plan) -> str:
     if not sent:
         return ""
     return (
-        f"Messages between stages, of all cuts together: {sum(one.count for one in sent):,} in a step, forward and backward,"
-        f" {format_bytes(sum(one.nbytes for one in sent))} per rank of a group, {format_seconds(sum(one.hidden for one in sent))}"
+        f"Messages between stages, of all cuts together: {sum(traffic.count for traffic in sent):,} in a step, forward and backward,"
+        f" {format_bytes(sum(traffic.nbytes for traffic in sent))} per device of a pipeline rank,"
+        f" {format_seconds(sum(traffic.hidden for traffic in sent))}"
         " on their way. What a stage waits for them is in the bubble."
     )
 
@@ -238,57 +245,50 @@ def _tabulate_groups(plan: Plan, groups: Sequence[Group]) -> Stack:
 
 
 def _tabulate_layouts(plan: Plan, layer: str) -> RenderableType:
-    rows = [[name, layout] for name, layout in select_layouts(plan, layer)]
-    if not rows:
+    layouts = select_layouts(plan, layer)
+    if not layouts:
         return Text(f"No stored tensor is named after {layer!r}.")
     axes = ", ".join(plan.mesh.names)
     return _make_table(
         f"How its tensors are stored (layers that are alike share this), per axis ({axes}): S<dim> split, R replicated",
         {"tensor": "left", "layout": "left"},
-        rows,
+        list(layouts.items()),
     )
 
 
 def _tabulate_candidates(plan: Plan) -> Stack:
-    candidates = plan.proof.candidates
-    chosen = _find_chosen(plan.proof)
+    proof = plan.proof
+    cheapest_first = sorted(
+        enumerate(proof.candidates), key=lambda numbered: (numbered[1].step_seconds is None, numbered[1].step_seconds or 0.0)
+    )
     rows = [
         [
             candidate.name,
             candidate.mesh,
-            *_word_candidate_cost(candidate, plan.proof.objective_ns),
+            *_word_candidate_cost(candidate, proof.objective_ns),
             _NOTHING if candidate.memory_bytes is None else format_bytes(candidate.memory_bytes),
-            f"{candidate.outcome}, chosen" if candidate is chosen else candidate.outcome,
+            f"{candidate.outcome}, chosen" if position == proof.chosen else candidate.outcome,
         ]
-        for candidate in sorted(candidates, key=lambda one: (one.step_seconds is None, one.step_seconds or 0.0))
+        for position, candidate in cheapest_first
     ]
     columns: dict[str, _Justify] = {"candidate": "left", "mesh": "left", "step": "right", "to the plan": "right"}
     columns |= {"memory": "right", "outcome": "left"}
     return _make_table(f"Candidates looked at: {len(rows)} (memory: without what the device reserves)", columns, rows)
 
 
-def _find_chosen(proof: Proof) -> Candidate | None:
-    # The search prefers what comes first among equals, so the first with the plan's cost is the plan.
-    return next((one for one in proof.candidates if _cost_ns(one) == proof.objective_ns), None)
-
-
-def _cost_ns(candidate: Candidate) -> int | None:
-    return None if candidate.step_seconds is None else round(candidate.step_seconds * 1e9)
-
-
 def _word_candidate_cost(candidate: Candidate, objective_ns: int) -> tuple[str, str]:
     """Step time of a candidate, and by how much it is slower than the plan."""
-    cost = _cost_ns(candidate)
-    if candidate.step_seconds is None or cost is None:
+    seconds = candidate.step_seconds
+    if seconds is None:
         return _NOTHING, _NOTHING
-    return format_seconds(candidate.step_seconds), f"{100 * (cost / objective_ns - 1):+.1f}%" if objective_ns > 0 else _NOTHING
+    return format_seconds(seconds), f"{100 * (round(1e9 * seconds) / objective_ns - 1):+.1f}%" if objective_ns > 0 else _NOTHING
 
 
 def _word_proof(plan: Plan) -> list[str]:
     """Say what the search proved, in words and exact numbers."""
     proof = plan.proof
-    chosen = _find_chosen(proof)
-    is_spread = chosen.name in _SPREAD if chosen is not None else bool(describe_pipeline(plan) or not plan.pipeline.keeps_all)
+    chosen = proof.candidates[proof.chosen]
+    is_spread = chosen.name in _SPREAD
     lines = [f"Proof for the mesh {describe_mesh(plan)}"]
     costs = f"The chosen plan costs {proof.objective_ns:,} ns under this cost model."
     if is_spread:
@@ -298,7 +298,7 @@ def _word_proof(plan: Plan) -> list[str]:
         )
     else:
         # A baseline is solved under constraints of its own, so its bound speaks of such plans only.
-        plans = "plan" if chosen is None or chosen.name == "search" else f"{chosen.name} plan"
+        plans = "plan" if chosen.name == "search" else f"{chosen.name} plan"
         lines.append(f"{costs} No {plans} on this mesh, within the pins given, costs less than {proof.bound_ns:,} ns.")
     if proof.objective_ns == proof.bound_ns:
         lines.append("The two are equal: nothing there is cheaper.")

@@ -117,7 +117,7 @@ class Executor:
                 for message in messages:
                     message.wait()
             except Exception as error:
-                lost = CommError(f"stage {action.peer} (group {self.schedule.rank_of[action.peer]}) never took it: {error}")
+                lost = CommError(f"stage {action.peer} (pipeline rank {self.schedule.rank_of[action.peer]}) never took it: {error}")
                 raise _explain(self.schedule, self.pipeline_rank, action, lost) from error
         self.mailbox.pending_sends.clear()
 
@@ -260,7 +260,8 @@ _METHODS = {
 
 
 OUT_OF_MEMORY = (
-    ". Use more micro-batches, a schedule that holds fewer of them at once (1f1b instead of gpipe, v-half), recompute='full' or more groups"
+    ". Use more micro-batches, a schedule that holds fewer of them at once (1f1b instead of gpipe, v-half), recompute='full' or more"
+    " pipeline ranks"
 )
 
 
@@ -278,8 +279,8 @@ def _explain(schedule: Schedule, pipeline_rank: int, action: Action, error: Exce
         Kind.REDUCE: "sum of gradients",
     }
     return PipelineError(
-        f"stage {action.stage} of {schedule.stages}, {words[action.kind]} of micro-batch {action.microbatch} ({action}, group "
-        f"{pipeline_rank} of the pipeline): {type(error).__name__}: {error}{OUT_OF_MEMORY if _is_out_of_memory(error) else ''}"
+        f"stage {action.stage} of {schedule.stages}, {words[action.kind]} of micro-batch {action.microbatch} ({action}, pipeline rank "
+        f"{pipeline_rank}): {type(error).__name__}: {error}{OUT_OF_MEMORY if _is_out_of_memory(error) else ''}"
     )
 
 

@@ -125,7 +125,9 @@ class Mailbox:
             return [message.wait() for message in self._inbox.pop(delivery)]
         except Exception as error:
             what = "values" if delivery.kind is Kind.FORWARD else "gradients"
-            raise CommError(f"the {what} of stage {delivery.peer} (group {self._rank_of[delivery.peer]}) never came: {error}") from error
+            raise CommError(
+                f"the {what} of stage {delivery.peer} (pipeline rank {self._rank_of[delivery.peer]}) never came: {error}"
+            ) from error
 
     def release_sends(self, awaited: AwaitedPass) -> None:
         """The messages of a pass have arrived: release the sends that are known to be done with that."""

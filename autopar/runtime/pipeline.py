@@ -73,7 +73,7 @@ class StageRunner:
         }
         self._stages = own_stages
         stages = ("stages " if len(own_stages) > 1 else "stage ") + ", ".join(map(str, own_stages))
-        self.where = f"{stages} (group {pipeline_rank} of the pipeline)"
+        self.where = f"{stages} (pipeline rank {pipeline_rank})"
         # A parameter's gradient may be summed over the mesh when the last stage of this rank that uses it has run its backwards.
         self._stages_using: dict[int, set[int]] = {}
         for number, stage in own_stages.items():
@@ -180,7 +180,7 @@ class StageRunner:
         messages = []
         for slot in self._shared:
             leaf, owner = self.leaves[slot.name].detach(), slot.groups[0]
-            with self.step_context(f"before micro-batch 0, the value of the shared parameter {slot.name} from group {owner}"):
+            with self.step_context(f"before micro-batch 0, the value of the shared parameter {slot.name} from pipeline rank {owner}"):
                 if owner == self.pipeline_rank:
                     messages += [axis.send(leaf, user) for user in slot.groups[1:]]
                 else:
@@ -188,7 +188,7 @@ class StageRunner:
                     # A later backward may have saved the leaf, and would refuse even a write of the same value.
                     if not torch.equal(leaf, value):
                         leaf.copy_(value)
-        with self.step_context("before micro-batch 0, the values of shared parameters to other groups"):
+        with self.step_context("before micro-batch 0, the values of shared parameters to other pipeline ranks"):
             for message in messages:
                 message.wait()
 
@@ -201,7 +201,9 @@ class StageRunner:
         for slot in self._shared:
             leaf, owner = self.leaves[slot.name], slot.groups[0]
             if owner != self.pipeline_rank and leaf.requires_grad:
-                with self.step_context(f"after the last micro-batch, the gradient of the shared parameter {slot.name} to group {owner}"):
+                with self.step_context(
+                    f"after the last micro-batch, the gradient of the shared parameter {slot.name} to pipeline rank {owner}"
+                ):
                     messages.append(axis.send(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf), owner))
                 leaf.grad = None
         for slot in self._shared:
@@ -209,18 +211,18 @@ class StageRunner:
             if slot.groups[0] == self.pipeline_rank and leaf.requires_grad:
                 for user in slot.groups[1:]:
                     with self.step_context(
-                        f"after the last micro-batch, the gradient of the shared parameter {slot.name} from group {user}"
+                        f"after the last micro-batch, the gradient of the shared parameter {slot.name} from pipeline rank {user}"
                     ):
                         gradient = _wait(axis.receive(user, leaf.shape, leaf.dtype, leaf.device), user)
                         leaf.grad = gradient if leaf.grad is None else leaf.grad + gradient
-        with self.step_context("after the last micro-batch, the gradients of shared parameters to other groups"):
+        with self.step_context("after the last micro-batch, the gradients of shared parameters to other pipeline ranks"):
             for message in messages:
                 message.wait()
 
     def wait_for_all_ranks(self, device: torch.device) -> None:
         """Wait until every pipeline rank has finished the step, so that either all of them reach their optimizers or none."""
         if self.axis is not None:
-            with self.step_context("after the last micro-batch, waiting for the other groups to end the step"):
+            with self.step_context("after the last micro-batch, waiting for the other pipeline ranks to end the step"):
                 self.axis.all_reduce(torch.zeros(1, device=device))
 
     def broadcast(self, x: Tensor | None, slot: Slot, device: torch.device) -> Tensor:
@@ -229,7 +231,7 @@ class StageRunner:
         if self.axis is None:
             assert x is not None
             return x
-        with self.step_context(f"after the last micro-batch, {slot.name} from group {maker} to all others"):
+        with self.step_context(f"after the last micro-batch, {slot.name} from pipeline rank {maker} to all others"):
             if maker != self.pipeline_rank:
                 shape = local_shape(slot.shape, slot.layout, self.program.mesh)
                 return _wait(self.axis.receive(maker, shape, getattr(torch, slot.dtype), device), maker)
@@ -244,7 +246,7 @@ def _wait(message: Message, sender: int) -> Tensor:
     try:
         return message.wait()
     except Exception as error:
-        raise CommError(f"group {sender} never sent it: {error}") from error
+        raise CommError(f"pipeline rank {sender} never sent it: {error}") from error
 
 
 def _device_of(tensors: Mapping[int, StageTensors]) -> torch.device:
@@ -267,7 +269,7 @@ class PipelineRun:
         """After the last backward: sum gradients of shared parameters on their owners, and all gradients over the ranks of the mesh."""
         runner = self.runner
         runner.sum_shared_gradients()
-        with runner.step_context("after the last micro-batch, the sum of gradients over the ranks of the group"):
+        with runner.step_context("after the last micro-batch, the sum of gradients over the ranks of the mesh"):
             if self.syncs:
                 runner.stash.start([slot.name for slot in runner._shared if slot.groups[0] == runner.pipeline_rank])
             # A parameter that the loss doesn't reach may have zeros that another pipeline rank sent; as on one device it gets none.

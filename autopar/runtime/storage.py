@@ -138,9 +138,7 @@ class Storage:
             self.deployment = dataclasses.replace(deployment, layouts=layouts, owners=owners)
         deployment = self.deployment
         if pipeline_ranks != deployment.pipeline_ranks:
-            raise PlanError(
-                f"the parameters are stored on {deployment.pipeline_ranks} groups of ranks, a later plan wants {pipeline_ranks}"
-            )
+            raise PlanError(f"the parameters are stored on {deployment.pipeline_ranks} pipeline ranks, a later plan wants {pipeline_ranks}")
         if program.mesh != deployment.mesh:
             raise PlanError(f"the parameters are stored on the mesh {deployment.mesh}, a later plan wants {program.mesh}")
         mismatched = [slot for slot in program.parameters if deployment.layouts[slot.name] != slot.layout]

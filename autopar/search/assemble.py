@@ -62,11 +62,15 @@ def assemble(
     model_name: str,
     fingerprint: str,
     candidates: tuple[Candidate, ...],
+    candidate: int,
     unruled: tuple[Op, ...],
     notes: tuple[str, ...],
     seconds: float,
 ) -> Plan:
-    """The plan of what was chosen; all costs are those that the search used. `rename` names the axes after what they do."""
+    """The plan of what was chosen; all costs are those that the search used.
+
+    `rename` names the axes after what they do; `candidate` is the position of what was chosen among the candidates.
+    """
     model, solution = chosen.model, chosen.solution
     placements, layouts = chosen.sharding.placements, chosen.sharding.layouts
     mesh = _name_axes(model, chosen.mesh, placements) if rename else chosen.mesh
@@ -98,6 +102,7 @@ def assemble(
             constraints=solution.constraints,
             seconds=seconds,
             candidates=candidates,
+            chosen=candidate,
         ),
         # Lines of the user's code hold whatever their editor lets in, a tab for one.
         unruled=tuple(Unruled(op.name, op.target, printable(op.source)) for op in unruled),
@@ -210,14 +215,17 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
     """One line per group of like layers, and one for what is outside of them."""
     model, sharding = chosen.model, chosen.sharding
     group_of = model.folded.layer_of
-    sizes = {layer.name: len(layer.instances) for layer in model.folded.layer_groups}
-    names = [*sizes, OUTSIDE]
+    paths = {layer.name: layer.paths for layer in model.folded.layer_groups}
+    names = [*paths, OUTSIDE]
+    tensors: dict[str, dict[str, str]] = {name: {} for name in names}
     axes: dict[str, dict[str, list[str]]] = {name: {axis: [] for axis in mesh.names} for name in names}
     parameters: Counter[str] = Counter()
     activations: Counter[str] = Counter()
     saved = count_saved(model)
     for op in model.folded.ops:
         group = group_of.get(op.name, OUTSIDE)
+        if op.kind in (OpKind.PARAMETER, OpKind.BUFFER):
+            tensors[group][op.name] = op.target
         if op.kind is OpKind.CALL:
             activations[group] += saved_nbytes(model, saved, op, sharding.placements[op.name], chosen.mesh)
             _note_splits(model, mesh, op, sharding.placements[op.name], axes[group])
@@ -230,7 +238,8 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
     return tuple(
         Group(
             name=name,
-            count=sizes.get(name, 1),
+            paths=paths.get(name, ()),
+            tensors=tensors[name],
             axes={axis: ", ".join(texts) or "nothing" for axis, texts in axes[name].items() if axis != MICROBATCH},
             parameter_bytes=parameters[name],
             activation_bytes=activations[name],

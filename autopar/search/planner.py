@@ -116,8 +116,10 @@ def make_plan(
     candidates = (*placed.candidates, *candidates)
     if pipelined is not None:
         chosen, trial = _choose_pipelined(pipelined, model, chain), pipelined.configuration.trial
+        candidate = len(placed.candidates) + pipelined.candidate
     elif placed.best is not None:
         chosen, trial = _choose_placed(placed.best, model, chain), placed.best.trial
+        candidate = placed.best.candidate
     else:
         raise _infeasible(request, candidates)
     return assemble(
@@ -128,6 +130,7 @@ def make_plan(
         model_name=model_name,
         fingerprint=fingerprint(graph),
         candidates=candidates,
+        candidate=candidate,
         unruled=unruled,
         notes=(*notes, *_note_loss(graph, chosen.pipeline)),
         seconds=time.perf_counter() - start,
@@ -249,7 +252,7 @@ def _choose_pipelined(pipelined: Pipelined, model: Model, chain: Chain) -> Chose
 
 def _choose_placed(solved: SolvedTrial, model: Model, chain: Chain) -> Chosen:
     """A solution without a pipeline as what was chosen: all blocks on one stage."""
-    blocks = tuple(BlockChoice(block.name, 0, "none") for block in chain.blocks)
+    blocks = tuple(BlockChoice(block.name, block.path, 0, "none") for block in chain.blocks)
     return Chosen(
         model=model,
         mesh=solved.problem.mesh,

@@ -6,7 +6,7 @@ Comes in: trials. Goes out: a solution per trial that fits and isn't beaten by a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -44,6 +44,7 @@ class SolvedTrial:
         blocks: every block's table of costs, as its only option.
         cost: of all blocks on one stage; `step_seconds`: of a step.
         beside: bytes of inputs and buffers, which every rank has whole.
+        candidate: position of the trial among the candidates of the plan.
     """
 
     trial: Trial
@@ -54,6 +55,7 @@ class SolvedTrial:
     cost: AssignmentCost
     step_seconds: float
     beside: int
+    candidate: int = 0
 
     @property
     def needed(self) -> int:
@@ -138,7 +140,7 @@ def solve_trials(
         elif answer.needed > cluster.machine.device.usable_bytes:
             candidates.append(Candidate(trial.name, str(trial.mesh), None, answer.needed, "out of memory"))
         else:
-            solved.append(answer)
+            solved.append(replace(answer, candidate=len(candidates)))
             outcome = answer.solution.status
             candidates.append(Candidate(trial.name, str(trial.mesh), answer.step_seconds, answer.needed, outcome))
     return TrialResults(solved, tuple(candidates), [trial for trial, _ in searches if not trial.baseline])

@@ -24,7 +24,8 @@ class Block:
     """Calls that stay on one stage.
 
     Attributes:
-        name: the path of the layer, or of the module that does most of the work; unique in its chain.
+        name: the path, with a number where a block before it has the same (``layers.1#2``); unique in its chain.
+        path: module path of the layer, or of the module that does most of the work.
         ops: names of the calls, in the order in which they run.
         like: blocks with the same number have the same representatives: they are isomorphic, and planned as one.
         crossing: values made by this block or one before it and read by a later one: what is sent when a stage ends after this block.
@@ -32,6 +33,7 @@ class Block:
     """
 
     name: str
+    path: str
     ops: tuple[str, ...]
     like: int
     crossing: tuple[Value, ...]
@@ -109,16 +111,18 @@ def _find_cheap(folded: Folded, spaces: Mapping[str, Space]) -> frozenset[str]:
 def _make_blocks(folded: Folded, spaces: Mapping[str, Space], units: Sequence[Unit]) -> tuple[Block, ...]:
     """A block of every unit; the units are in the order in which they run."""
     crossing = _find_crossing(folded.graph, units)
+    paths = _find_paths(folded.graph, spaces, units)
     likes: dict[tuple[str, ...], int] = {}
     return tuple(
         Block(
             name=name,
+            path=path,
             ops=tuple(op.name for op in unit.ops),
             like=_number_like((op.name for op in unit.ops), folded, likes),
             crossing=tuple(values),
             crossing_nbytes=sum(folded.graph.tensor(value).nbytes for value in values),
         )
-        for name, unit, values in zip(_make_names(folded.graph, spaces, units), units, crossing, strict=True)
+        for name, path, unit, values in zip(_number(paths), paths, units, crossing, strict=True)
     )
 
 
@@ -134,16 +138,20 @@ def _find_crossing(graph: Graph, units: Sequence[Unit]) -> list[list[Value]]:
     return crossing
 
 
-def _make_names(graph: Graph, spaces: Mapping[str, Space], units: Sequence[Unit]) -> list[str]:
-    """Per unit its layer's path, or the module that does most of its work; ``#2``, ``#3``, ... tell units of one module apart."""
+def _find_paths(graph: Graph, spaces: Mapping[str, Space], units: Sequence[Unit]) -> list[str]:
+    """Per unit the path of its layer, or of the module that does most of its work."""
     calls_in = Counter(path for unit in units for op in unit.ops for path in enclosing_modules(op.layer))
     position = {op.name: index for index, op in enumerate(graph.ops)}
+    return [unit.path or _find_main_module(graph, spaces, sorted(unit.ops, key=lambda op: position[op.name]), calls_in) for unit in units]
+
+
+def _number(paths: Sequence[str]) -> list[str]:
+    """The paths, from the second of the same on with a number: ``layers.1``, ``layers.1#2``."""
     names: list[str] = []
     used: Counter[str] = Counter()
-    for unit in units:
-        name = unit.path or _find_main_module(graph, spaces, sorted(unit.ops, key=lambda op: position[op.name]), calls_in)
-        used[name] += 1
-        names.append(name if used[name] == 1 else f"{name}#{used[name]}")
+    for path in paths:
+        used[path] += 1
+        names.append(path if used[path] == 1 else f"{path}#{used[path]}")
     return names
 
 

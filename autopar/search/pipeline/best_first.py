@@ -74,6 +74,7 @@ class Pipelined:
         model: folded as blocks are split; `sharding`: of its representatives, the solutions of all blocks mixed.
         blocks: the options that `assignment` chose from.
         cost: of the assignment, by rank.
+        candidate: position of this pipeline among the candidates of the search.
     """
 
     configuration: Configuration
@@ -85,6 +86,7 @@ class Pipelined:
     assignment: Assignment
     blocks: tuple[BlockOptions, ...]
     cost: AssignmentCost
+    candidate: int
 
     @property
     def seconds(self) -> float:
@@ -406,7 +408,9 @@ def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, ti
         return None
     outcome = "can't beat the best found" if assignment.status == "beyond" else assignment.status
     note(state, configuration, assignment.simulated, max(assignment.peak) + beside, f"{choice}: {outcome}")
-    return _describe(state, greedy, solutions, blocks, assignment) if assignment.simulated < limit_s else None
+    if assignment.simulated >= limit_s:
+        return None
+    return _describe(state, greedy, solutions, blocks, assignment, candidate=len(state.candidates) - 1)
 
 
 def _choose_solutions(
@@ -425,9 +429,14 @@ def _choose_solutions(
 
 
 def _describe(
-    state: SearchState, greedy: GreedyPipeline, solutions: SolutionSet, blocks: tuple[BlockOptions, ...], assignment: Assignment
+    state: SearchState,
+    greedy: GreedyPipeline,
+    solutions: SolutionSet,
+    blocks: tuple[BlockOptions, ...],
+    assignment: Assignment,
+    candidate: int,
 ) -> Pipelined:
-    """What an assignment means: placements of the blocks as they mix solutions, and what is recomputed."""
+    """What an assignment means: placements of the blocks as they mix solutions, and what is recomputed; `candidate` is its position."""
     configuration, schedule = greedy.configuration, greedy.schedule
     base = state.solutions.model_in_time(configuration.microbatches)
     assert base is not None
@@ -439,7 +448,7 @@ def _describe(
     if configuration.ranks * schedule.chunks > 1:
         travel = {name: layout[1:] for name, layout in makers[0].travel().items()}
     choices_of_blocks = tuple(
-        BlockChoice(block.name, stage, option.name)
+        BlockChoice(block.name, block.path, stage, option.name)
         for block, stage, option in zip(state.problem.chain.blocks, assignment.stages, options, strict=True)
     )
     return Pipelined(
@@ -452,4 +461,5 @@ def _describe(
         assignment=assignment,
         blocks=blocks,
         cost=compute_cost(make_problem(blocks, timeline, 0), assignment.stages, assignment.options),
+        candidate=candidate,
     )
