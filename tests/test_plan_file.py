@@ -160,6 +160,20 @@ def test_a_saved_plan_loads(tmp_path: Path) -> None:
     assert Plan.load(path).placements["addmm"] == (Split("b"), Split("o", 3))
 
 
+def test_a_plan_that_could_not_be_loaded_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    make_plan().save(path)
+    plan = make_plan()
+    for wrong, message in [
+        (replace(plan, cluster="1x4xh100"), "plan.mesh is dp=2 x tp=4, 8 ranks; plan.cluster is '1x4xh100', 4 devices"),
+        (replace(plan, notes=("two\nlines",)), r"plan.notes\[0\] holds '\\n', which is no printable character"),
+        (replace(plan, bucket_nbytes=-1), "plan.bucket_nbytes is -1, an integer from 0 is needed"),
+    ]:
+        with pytest.raises(PlanError, match=message):
+            wrong.save(path)
+    assert Plan.load(path) == plan
+
+
 def test_a_pipeline_is_written_in_words(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     make_pipelined_plan().save(path)

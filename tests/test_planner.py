@@ -65,6 +65,7 @@ def test_no_baseline_is_better(name: str, cluster: str) -> None:
     plan = make_plan(captured(name).graph, Cluster.parse(cluster))
     names = {candidate.name for candidate in plan.proof.candidates}
     assert {"search", "DDP", "FSDP", "Megatron", "Redco"} <= names
+    assert round(1e9 * (plan.proof.candidates[plan.proof.chosen].step_seconds or 0.0)) == plan.proof.objective_ns
     for candidate in plan.proof.candidates:
         # What was pruned has the bound of the search, which rounds every decision to a nanosecond.
         assert candidate.step_seconds is None or plan.proof.objective_ns <= candidate.step_seconds * 1e9 * (1 + 1e-5) + 1
@@ -76,6 +77,13 @@ def test_a_plan_adds_up() -> None:
     assert sum(one.seconds for one in plan.traffic) == pytest.approx(plan.seconds.communication, rel=1e-3)
     assert sum(plan.group_seconds(group)[1] for group in plan.groups) == pytest.approx(plan.seconds.communication, rel=1e-3)
     assert plan.memory.total <= plan.memory.budget
+    assert [(group.name, group.paths) for group in plan.groups] == [
+        ("model.layers.*", ("model.layers.0", "model.layers.1")),
+        ("outside of layers", ()),
+    ]
+    tensors = {op: name for group in plan.groups for op, name in group.tensors.items()}
+    assert tensors.keys() == plan.layouts.keys() - plan.inputs.keys()
+    assert tensors["p_model_layers_0_mlp_up_proj_weight"] == "model.layers.0.mlp.up_proj.weight"
     assert plan.proof.bound_ns <= plan.proof.objective_ns
 
 

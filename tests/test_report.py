@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from autopar.errors import InputError
-from autopar.ir.layout import Mesh
+from autopar.ir.layout import Mesh, parse_layout
 from autopar.plans import Phase, Purpose
 from autopar.plans.plan import BlockChoice, Pipeline, Plan, Unruled
 from autopar.report import describe_pipeline, explain, summarize, to_data
@@ -275,6 +275,57 @@ def test_layers_are_found(layer: str | None, names: list[str]) -> None:
     assert [group.name for group in select_groups(make_plan(), layer)] == names
 
 
+def _make_mixed_plan() -> Plan:
+    """The plan with its layers in two groups, whose first layers are 0 and 4; the fifth tensor is in a layer that is no module."""
+    plan = make_plan()
+    early, outside = plan.groups
+    stored = {
+        "p_a": ("transformer.h.0.mlp.c_fc.weight", parse_layout("S0,S1")),
+        "p_b": ("transformer.h.4.mlp.c_fc.weight", parse_layout("R,S1")),
+        "p_c": ("transformer.h.4.mlp.c_fc.bias", parse_layout("R,S0")),
+        "p_d": ("transformer.wte.weight", parse_layout("R,S0")),
+        "p_e": ("downs.0.weight", parse_layout("S0,R")),
+    }
+    groups = (
+        replace(early, name="transformer.h.*[0-3]", paths=early.paths[:4], tensors={"p_a": stored["p_a"][0]}),
+        replace(early, name="transformer.h.*[4-11]", paths=early.paths[4:], tensors={op: stored[op][0] for op in ("p_b", "p_c")}),
+        replace(early, name="blocks.*", paths=("blocks.0", "blocks.1"), tensors={"p_e": stored["p_e"][0]}),
+        replace(outside, tensors={"p_d": stored["p_d"][0]}),
+    )
+    return replace(plan, groups=groups, layouts={op: layout for op, (_, layout) in stored.items()})
+
+
+@pytest.mark.parametrize(
+    ("layer", "groups", "layouts"),
+    [
+        ("transformer.h.3", ["transformer.h.*[0-3]"], {"transformer.h.0.mlp.c_fc.weight": "S0,S1"}),
+        ("h.11.mlp.c_fc.weight", ["transformer.h.*[4-11]"], {"transformer.h.4.mlp.c_fc.weight": "R,S1"}),
+        (
+            "h.*.mlp",
+            ["transformer.h.*[0-3]", "transformer.h.*[4-11]"],
+            {
+                "transformer.h.0.mlp.c_fc.weight": "S0,S1",
+                "transformer.h.4.mlp.c_fc.weight": "R,S1",
+                "transformer.h.4.mlp.c_fc.bias": "R,S0",
+            },
+        ),
+        # A name with brackets is a group's, not a pattern of digits.
+        (
+            "transformer.h.*[4-11]",
+            ["transformer.h.*[4-11]"],
+            {"transformer.h.4.mlp.c_fc.weight": "R,S1", "transformer.h.4.mlp.c_fc.bias": "R,S0"},
+        ),
+        # Layers that are no modules: their tensors are elsewhere, and in the group all the same.
+        ("blocks.*", ["blocks.*"], {"downs.0.weight": "S0,R"}),
+        ("downs.0", ["blocks.*"], {"downs.0.weight": "S0,R"}),
+    ],
+)
+def test_layers_that_are_split_in_two_ways_are_told_apart(layer: str, groups: list[str], layouts: dict[str, str]) -> None:
+    data = to_data(_make_mixed_plan(), layer=layer)
+    assert [group["name"] for group in data["groups"]] == groups
+    assert data["layouts"] == layouts
+
+
 def test_an_unknown_layer_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"no layer of this plan matches 'decoder'; .* 'transformer\.h\.\*', 'outside of layers'"):
         select_groups(make_plan(), "decoder")
@@ -365,6 +416,13 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 def test_less_than_a_byte_is_refused() -> None:
     with pytest.raises(InputError, match="less than one byte"):
         parse_bytes("0GB")
+
+
+def test_the_chosen_candidate_is_the_plans_not_the_first_of_its_cost() -> None:
+    plan = make_plan()
+    megatron = replace(plan, proof=replace(plan.proof, chosen=4))
+    (row,) = (line for line in _render(megatron).splitlines() if line.endswith("chosen"))
+    assert row.split()[0] == "Megatron"
 
 
 def test_a_bound_of_a_baseline_speaks_of_that_baseline() -> None:
