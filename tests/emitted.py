@@ -38,7 +38,7 @@ from tests.planning import make_plan
 from tests.zoo import DEEP, ZOO
 
 GROUPS = ((), (("dp", 2),), (("tp", 2),), (("cp", 2),), (("x", 2),), (("x", 2), ("y", 2)))
-"""Meshes of a pipeline's groups that `Subject.random_pipeline` draws from, by name and size of the axes."""
+"""Meshes of pipeline ranks that `Subject.random_pipeline` draws from, by name and size of the axes."""
 
 
 @cache
@@ -117,17 +117,17 @@ class Subject:
         choice = draw(problem, random.Random(f"{sizes} {seed}"))
         return self._written(problem, choice)
 
-    def pipelined(self, groups: int, tp: int, schedule: str, recompute: str, microbatches: int = 4) -> Plan:
-        """The plan that the search finds for this pipeline of groups of `tp` ranks, two stages a group where a schedule has several."""
-        pins: dict[str, object] = {"pp": groups, "schedule": schedule, "microbatches": microbatches, "recompute": recompute}
+    def pipelined(self, pipeline_ranks: int, tp: int, schedule: str, recompute: str, microbatches: int = 4) -> Plan:
+        """The plan that the search finds for pipeline ranks of `tp` devices, with two stages on each where a schedule has several."""
+        pins: dict[str, object] = {"pp": pipeline_ranks, "schedule": schedule, "microbatches": microbatches, "recompute": recompute}
         if tp > 1:
             pins.update(tp=tp, vocabulary=True)
         if schedule == "interleaved":
             pins.update(chunks=2)
-        return self.pinned(pins, f"{groups * tp}xcpu")
+        return self.pinned(pins, f"{pipeline_ranks * tp}xcpu")
 
     def random_pipeline(self, seed: int) -> Plan:
-        """A pipeline of which all is drawn: groups and their mesh, schedule, micro-batches, cuts, recomputation, placements, travel."""
+        """A pipeline of which all is drawn: ranks and their mesh, schedule, micro-batches, cuts, recomputation, placements, travel."""
         generator = random.Random(f"pipeline {seed}")
         draws = generator.choice
         axes, fsdp = draws(GROUPS), draws((True, False))
@@ -162,7 +162,7 @@ class Subject:
     def _drawn_in_time(
         self, axes: tuple[tuple[str, int], ...], microbatches: int, fsdp: bool, generator: random.Random, *, is_mixed: bool
     ) -> Plan:
-        """Placements of one micro-batch on a group's mesh; `is_mixed` splits like layers differently, by runs that are drawn too."""
+        """Placements of one micro-batch on a pipeline rank's mesh; `is_mixed` splits like layers differently, by drawn runs."""
         mesh = Mesh(tuple(name for name, _ in axes) or ("x",), tuple(size for _, size in axes) or (1,))
         key = (axes, microbatches, fsdp)
         if key not in self._timed or is_mixed:
@@ -181,7 +181,7 @@ class Subject:
         return self._written(problem, draw(problem, generator), mesh)
 
     def _draw_travel(self, value: Value, mesh: Mesh, generator: random.Random) -> Layout:
-        """A layout in which a value may travel between groups, beside what time, the first axis of `mesh`, does to it."""
+        """A layout in which a value may travel between pipeline ranks, beside what time, the first axis of `mesh`, does to it."""
         shape = self.graph.tensor(value).shape
         states = (REPLICATE, *(shard(dim) for dim in range(len(shape))))
         time = self._in_time(mesh.sizes[0]).states[value]

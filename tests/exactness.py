@@ -86,7 +86,7 @@ class Case(NamedTuple):
     """A pipeline of a deep model: groups of ranks, ranks of each that split features, schedule, what is recomputed."""
 
     name: str
-    groups: int
+    pipeline_ranks: int
     tp: int
     schedule: str
     recompute: str
@@ -112,7 +112,7 @@ def missing(name: str, kind: str, uses: frozenset[str]) -> frozenset[str]:
 
 def make_pipeline(case: Case) -> Plan:
     """The plan of a case."""
-    return subject(case.name).pipelined(case.groups, case.tp, case.schedule, case.recompute)
+    return subject(case.name).pipelined(case.pipeline_ranks, case.tp, case.schedule, case.recompute)
 
 
 def amiss(case: Case, plan: Plan) -> frozenset[str]:
@@ -123,10 +123,10 @@ def amiss(case: Case, plan: Plan) -> frozenset[str]:
     asked = kinds == {case.recompute} or (case.recompute == "selective" and kinds == {"none", "selective"})
     chunks = SCHEDULES[case.schedule].chunks or 2
     facts = {
-        "groups": pipeline.ranks == case.groups,
+        "pipeline ranks": pipeline.ranks == case.pipeline_ranks,
         "tp": plan.mesh.world_size == case.tp and (case.tp == 1 or "tp features" in subject(case.name).uses(plan)),
         "schedule": (pipeline.schedule, pipeline.chunks) == (case.schedule, chunks),
-        "stages": {block.stage for block in pipeline.blocks} == set(range(case.groups * chunks)),
+        "stages": {block.stage for block in pipeline.blocks} == set(range(case.pipeline_ranks * chunks)),
         "micro-batches": pipeline.microbatches == 4,
         "recompute": asked,
     }

@@ -107,16 +107,16 @@ def _check(case: Case, ranks: Mapping[int, Rank], soon: float = SOON) -> dict[in
 
 
 RAISES = {
-    "a forward": (Case(2, TWO, 1, "forward", "raise", stage=1, number=2), "stage 1 of 2, forward of micro-batch 2 (1F2, pipeline rank 1 "),
+    "a forward": (Case(2, TWO, 1, "forward", "raise", stage=1, number=2), "stage 1 of 2, forward of micro-batch 2 (1F2, pipeline rank 1)"),
     "the last backward": (Case(4, FOUR, 0, "backward", "raise", stage=0, number=7), "stage 0 of 4, backward of micro-batch 7 (0B7, "),
-    "a V": (Case(4, LONG_V, 2, "forward", "raise", stage=5, number=3), "stage 5 of 8, forward of micro-batch 3 (5F3, pipeline rank 2 "),
+    "a V": (Case(4, LONG_V, 2, "forward", "raise", stage=5, number=3), "stage 5 of 8, forward of micro-batch 3 (5F3, pipeline rank 2)"),
     "half of a backward": (
         Case(2, V, 0, "backward", "raise", stage=3, number=1),
         "stage 3 of 4, backward of inputs of micro-batch 1 (3I1, ",
     ),
     "a loss outside": (
         Case(4, FOUR, 2, "backward", "raise", stage=2, number=3, loss=False),
-        "stage 2 of 4, backward of micro-batch 3 (2B3, pipeline rank 2 ",
+        "stage 2 of 4, backward of micro-batch 3 (2B3, pipeline rank 2)",
     ),
     "values of a shared parameter": (
         Case(2, TWO, 1, "receive", "raise"),
@@ -126,7 +126,7 @@ RAISES = {
         Case(4, FOUR, 0, "receive", "raise"),
         "stage 0 (pipeline rank 0), after the last micro-batch, the gradient of the shared parameter table.weight from pipeline rank 3: ",
     ),
-    "the sum of gradients": (Case(4, GRID, 2, "sum", "raise"), "stage 1 of 2, sum of gradients of micro-batch 0 (1G0, pipeline rank 1 "),
+    "the sum of gradients": (Case(4, GRID, 2, "sum", "raise"), "stage 1 of 2, sum of gradients of micro-batch 0 (1G0, pipeline rank 1)"),
 }
 
 
@@ -176,7 +176,7 @@ def test_a_stage_that_runs_out_of_memory_says_so_on_all_ranks(run: Run) -> None:
         (Case(4, FOUR, 2, "forward", "kill", stage=2, number=2), "stage 2 (pipeline rank 2)"),
         # With the first rank goes the store: nobody can tell anybody anything.
         (Case(4, LONG_V, 0, "backward", "kill", stage=7, number=2), "(pipeline rank 0)"),
-        (Case(4, GRID, 1, "sum", "kill"), "the ranks of the group"),
+        (Case(4, GRID, 1, "sum", "kill"), "the ranks of the mesh"),
     ],
     ids=["middle", "first", "sum"],
 )

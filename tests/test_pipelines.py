@@ -1,8 +1,8 @@
 """Pipelines against one device: loss, every gradient and updated buffer in float64, all ranks in one process.
 
-Of the grid of models, groups, ranks of a group, schedules and recomputation this runs a part in which every pair of choices occurs
+Of the grid of models, pipeline ranks, devices of each, schedules and recomputation this runs a part in which every pair of choices occurs
 (``python -m tests.exactness --pipelines`` runs it all). Besides, pipelines of which everything is drawn; micro-batches without any label;
-losses computed outside; frozen layers; batch norms; dropout; parameters that several groups use.
+losses computed outside; frozen layers; batch norms; dropout; parameters that several pipeline ranks use.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_a_pipeline_computes_what_one_device_does(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", PIPELINED)
-def test_groups_that_split_the_batch_compute_what_one_device_does(name: str) -> None:
+def test_pipeline_ranks_that_split_the_batch_compute_what_one_device_does(name: str) -> None:
     """T5 makes its masks for the whole batch: what ranks have of those isn't part of what a micro-batch has."""
     plan = subject(name).pinned({"pp": 2, "dp": 2, "fsdp": True, "microbatches": 4, "schedule": "1f1b", "recompute": "full"})
     assert {"dp batch", "dp storage"} <= subject(name).uses(plan)
@@ -100,7 +100,7 @@ def test_drawn_pipelines_compute_what_one_device_does(name: str, seed: int) -> N
     _check(name, subject(name).verify(subject(name).random_pipeline(seed)))
 
 
-def test_a_drawn_pipeline_of_groups_with_two_axes() -> None:
+def test_a_drawn_pipeline_on_meshes_of_two_axes() -> None:
     plan = subject("t5_deep").random_pipeline(2)
     assert plan.pipeline.ranks == 2
     assert plan.mesh.sizes == (2, 2)
@@ -184,19 +184,19 @@ class _Step:
 
 
 def _step(model: nn.Module, captured: Captured, plan: Plan, inputs: Mapping[str, Tensor], *, number: int = 0) -> _Step:
-    """A step of every rank's `StageRunner`. Parameters that other groups own are garbage before."""
+    """A step of every rank's `StageRunner`. Parameters that other pipeline ranks own are garbage before."""
     program = rewrite(captured, plan)
     assert program.pipeline is not None
     mesh, named = program.mesh, dict(model.named_parameters(remove_duplicate=False))
     buffers = {**dict(model.named_buffers()), **captured.constants}
 
     def work(rank: int) -> tuple[Tensor | None, dict[str, Tensor]]:
-        group, place = divmod(rank, mesh.world_size)
+        pipeline_rank, place = divmod(rank, mesh.world_size)
         axes = dict(comm.current())
         axis = axes.pop(PIPELINE, None)
         leaves, tracked, parameters = {}, [], {}
         for slot in program.parameters:
-            owns, uses = slot.groups[0] == group, group in slot.groups
+            owns, uses = slot.groups[0] == pipeline_rank, pipeline_rank in slot.groups
             local = cut(named[slot.name].detach(), slot.layout, mesh, place).clone() if owns else torch.zeros(0, dtype=torch.float64)
             parameters[slot.name] = nn.Parameter(local)
             leaf = parameters[slot.name].detach().requires_grad_()
@@ -205,12 +205,12 @@ def _step(model: nn.Module, captured: Captured, plan: Plan, inputs: Mapping[str,
                 leaf = torch.full(local_shape(slot.shape, slot.layout, mesh), float("nan"), dtype=torch.float64, requires_grad=True)
             if uses:
                 leaves[slot.name] = leaf
-        runner = StageRunner(program, group, axis, axes, leaves, StashedGradients(tracked, program.bucket_nbytes))
+        runner = StageRunner(program, pipeline_rank, axis, axes, leaves, StashedGradients(tracked, program.bucket_nbytes))
         held = {slot.name: cut(buffers[slot.name], slot.layout, mesh, place).clone() for slot in program.buffers}
         parts = [cut(x, slot.layout, mesh, place) for x, slot in zip(captured.bind((), inputs), program.inputs, strict=True)]
         run = runner.run(held, parts, random_seed=number, trains=True, syncs=True)
         run.hand_over(torch.tensor(1.0, dtype=torch.float64))
-        loss = run.executor.join(0) if program.outputs[0].groups[0] == group else None
+        loss = run.executor.join(0) if program.outputs[0].groups[0] == pipeline_rank else None
         return loss, {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 
     ranks = threads.run(with_pipeline(mesh, plan.pipeline.ranks), work)
@@ -227,7 +227,7 @@ def test_values_of_shared_parameters_are_sent_and_their_gradients_summed(name: s
     model, inputs = DEEP[name]()
     captured = capture(model, inputs)
     plan = _plan(captured, 4, pp=4, microbatches=4, schedule=schedule)
-    # In a V of stages the first and the last are one group's.
+    # In a V of stages the first and the last are one pipeline rank's.
     expected = (
         [] if (name, schedule) == ("llama_tied", "zb-v") else [{"llama_tied": "model.embed_tokens.weight"}.get(name, "shared.weight")]
     )

@@ -1,4 +1,4 @@
-"""A user's script: a pipeline of as many groups of ranks as torchrun starts, or none, and the losses and gradient norms of three steps."""
+"""A user's script: a pipeline of as many pipeline ranks as torchrun starts, or none, and the losses and gradient norms of three steps."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class Row:
     hidden: int
     layers: int
     tensor: int
-    groups: int
+    pipeline_ranks: int
     gpus: int
     batch: int
     tflops: int
@@ -92,11 +92,11 @@ def measure(row: Row, free: bool) -> dict[str, object]:
     start = time.perf_counter()
     captured = capture_row(row)
     captured_at = time.perf_counter()
-    data = row.gpus // (row.tensor * row.groups)
+    data = row.gpus // (row.tensor * row.pipeline_ranks)
     pins: dict[str, object] = {}
     if not free:
         pins = {
-            "pp": row.groups,
+            "pp": row.pipeline_ranks,
             "microbatches": row.batch // (data * row.rows),
             "schedule": "interleaved" if row.chunks > 1 else "1f1b",
             "chunks": row.chunks,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from autopar.plans.plan import Plan
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
-# Model, cluster, sequences, tokens of each, groups of a pipeline (None leaves them to the planner).
+# Model, cluster, sequences, tokens of each, pipeline ranks (None leaves them to the planner).
 CASES: tuple[tuple[str, str, int, int, int | None], ...] = (
     ("llama-3-8b", "8xH100", 8, 4096, None),
     ("llama-3-8b", "8x8xH100", 64, 4096, None),
@@ -31,7 +31,7 @@ CASES: tuple[tuple[str, str, int, int, int | None], ...] = (
 )
 
 
-def measure(config: str, cluster: str, batch: int, seq: int, groups: int | None) -> dict[str, object]:
+def measure(config: str, cluster: str, batch: int, seq: int, pipeline_ranks: int | None) -> dict[str, object]:
     """Plan one case in this process and return what it took; an infeasible case says what would be needed."""
     import torch
 
@@ -59,7 +59,7 @@ def measure(config: str, cluster: str, batch: int, seq: int, groups: int | None)
 
     last = ["start"]
     try:
-        pins = {} if groups is None else {"pp": groups, "schedule": "1f1b"}
+        pins = {} if pipeline_ranks is None else {"pp": pipeline_ranks, "schedule": "1f1b"}
         plan = make_plan(captured.graph, Cluster.parse(cluster), pins=Pins.parse(pins), progress=progress)
     except InfeasibleError as error:
         result |= {"outcome": str(error)}
@@ -107,9 +107,10 @@ def main() -> int:
             failed = 1
             continue
         row = json.loads(run.stdout.splitlines()[-1])
-        groups = CASES[number][-1]
+        pipeline_ranks = CASES[number][-1]
+        pins = f"pp={pipeline_ranks}, 1f1b" if pipeline_ranks else "-"
         print(
-            f"| {row['config']} | {row['cluster']} | {row['batch']} | {f'pp={groups}, 1f1b' if groups else '-'} | {row['ops']}"
+            f"| {row['config']} | {row['cluster']} | {row['batch']} | {pins} | {row['ops']}"
             f" | {row['capture_s']:.1f} | {row['costs_s']:.1f} | {row['search_s']:.1f} | {row['stages_s']:.1f}"
             f" | {row.get('variables', '-')} | {row['peak_gb']:.1f} | {row['outcome']} |",
             flush=True,
