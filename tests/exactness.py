@@ -83,7 +83,7 @@ PIPELINED: Mapping[str, str] = {
 
 
 class Case(NamedTuple):
-    """A pipeline of a deep model: groups of ranks, ranks of each that split features, schedule, what is recomputed."""
+    """A pipeline of a deep model: pipeline ranks, ranks of each that split features, schedule, what is recomputed."""
 
     name: str
     pipeline_ranks: int

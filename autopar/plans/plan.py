@@ -1,6 +1,6 @@
 """A plan: every decision and its predicted cost, as plain data; JSON both ways, checked on loading, nothing in it is run.
 
-What comes in: the answer of ``search``. What goes out: to ``rewrite``, which carries it out, and to ``report``.
+Comes in: what the search decided. Goes out: to ``rewrite``, which carries it out, to ``runtime`` and to ``report``.
 
 A field that is added to one of these classes is written and read by its type (`autopar.plans.files`); `VERSION` counts such changes. What
 must hold between fields is checked in `autopar.plans.consistency`.
@@ -181,10 +181,16 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A mesh, a baseline or a pipeline that the search looked at.
+    """A mesh, a baseline or a pipeline configuration that the search looked at.
 
-    `step_seconds` are predicted, or what it takes at least or at best where `outcome` says so, None when nothing fits; `memory_bytes` are
-    those that it needs, or at the leanest when nothing fits, without what the device reserves; None when it wasn't solved.
+    Attributes:
+        name: ``search`` for a mesh whose placements are free within the pins, the name of a baseline (``Megatron``), or what a pipeline
+            configuration has: ``pipeline``, ``micro-batches`` or, of a single pipeline rank and micro-batch, ``recomputation``.
+        mesh: the mesh of all ranks and the number of micro-batches, as text.
+        step_seconds: predicted; a bound or an estimate where `outcome` says so; None when nothing fits.
+        memory_bytes: bytes that a device needs, or at the leanest when nothing fits, without what the device reserves; None when it
+            wasn't solved.
+        outcome: what came of it, in words.
     """
 
     name: str

@@ -24,9 +24,7 @@ from autopar.units import format_bytes, format_seconds, format_share
 # With the other columns the table of memory is 80 wide.
 _BAR_WIDTH = 38
 
-
 _NOTHING = "-"
-
 
 # Names of the candidates whose bound is that of the assignment of blocks to stages (`autopar.search.pipeline.configurations`).
 _SPREAD = ("pipeline", "micro-batches", "recomputation")
