@@ -26,8 +26,7 @@ from autopar.rules.table import find_spaces
 from autopar.schedules.families import SCHEDULES, make_schedule
 from autopar.search.meshes import find_trials
 from autopar.search.options import AxisKind, Constraints
-from autopar.search.pipeline.variants import sharding_of
-from autopar.search.placement.problem import FORBIDDEN, DecisionKind, Problem, build_problem
+from autopar.search.placement.problem import FORBIDDEN, DecisionKind, Problem, build_problem, sharding_of
 from autopar.search.placement.solve import solve
 from autopar.structure.blocks import Chain, find_chain
 from autopar.structure.layers import fold, regroup

@@ -153,7 +153,7 @@ def test_never_worse_than_an_even_split(name: str, ranks: int, microbatches: int
     assert found.simulated <= 1.1 * found.bound
 
 
-def test_tight_memory_mixes_variants_and_stages() -> None:
+def test_tight_memory_mixes_options_and_stages() -> None:
     """By hand: rank 0 holds two micro-batches. It can't keep all of two blocks, rank 1 can."""
     fast = BlockOption("fast", 1.0, 1.0, 1.0, 0.0, 10, 0, 0, 0)
     lean = BlockOption("lean", 1.0, 2.0, 1.0, 0.0, 1, 0, 0, 0)
@@ -170,7 +170,7 @@ def test_tight_memory_mixes_variants_and_stages() -> None:
     assert assign(blocks, schedule, 21, gap=GAP).simulated > found.simulated
 
 
-def test_a_variant_that_lets_less_wait_is_worth_taking() -> None:
+def test_an_option_that_lets_less_wait_is_worth_taking() -> None:
     fast = BlockOption("fast", 1.0, 1.0, 1.0, 0.0, 1, 10, 0, 0)
     lean = BlockOption("lean", 1.0, 1.0, 2.0, 0.0, 1, 0, 0, 0)
     blocks = [BlockOptions(f"b{i}", (fast, lean), Cut(0.0, 0.0, 0)) for i in range(2)]

@@ -66,12 +66,12 @@ def test_the_longest_paths_columns_add_up_to_its_seconds(name: str, ranks: int) 
         ({"weight": 2.5}, "gpipe zb-h1"),
         ({"input": 1.5, "weight": 3.5}, "zb-h1"),
         ({"once": 3.0}, "gpipe zb-h1 forward"),
-        ({"kept": 9}, "gpipe zb-h1"),
+        ({"saved": 9}, "gpipe zb-h1"),
         ({"waiting": 19}, "zb-h1"),
         ({"workspace": 6}, "gpipe zb-h1 forward"),
     ],
 )
-def test_a_variant_is_left_where_it_is_better_in_what_counts(better: dict[str, float], schedules: str) -> None:
+def test_an_option_is_kept_where_it_is_better_in_what_counts(better: dict[str, float], schedules: str) -> None:
     other = replace(PLAIN, **better, name="other", static=1000)  # type: ignore[arg-type]
     for schedule in (make_schedule("gpipe", 2, 2), make_schedule("zb-h1", 2, 2), forward_only((0, 1), 2)):
         name = "forward" if not schedule.has_backward else schedule.name
@@ -80,6 +80,6 @@ def test_a_variant_is_left_where_it_is_better_in_what_counts(better: dict[str, f
         assert make_problem(blocks, schedule, 0).runs[0].indices == kept, name
 
 
-def test_of_variants_that_are_equal_one_is_left() -> None:
+def test_of_equal_options_only_one_is_kept() -> None:
     blocks = [BlockOptions(f"b{i}", (PLAIN, replace(PLAIN, name="same"), PLAIN), Cut(0.0, 0.0, 0)) for i in range(2)]
     assert make_problem(blocks, make_schedule("1f1b", 2, 2), 0).runs[0].indices == (0,)

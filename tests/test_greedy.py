@@ -116,13 +116,13 @@ def test_a_stage_is_timed_with_the_cheapest_exchanges_that_its_bytes_ask_for() -
     assert search._stage_seconds(0, 0, 2, 1) == np.inf
 
 
-def test_workspace_counts_where_a_block_takes_the_variant_that_needs_it() -> None:
+def test_workspace_counts_where_a_block_takes_the_option_that_needs_it() -> None:
     small, large = BlockOption("small", 1.0, 1.0, 1.0, 0.0, 10, 0, 0, 1), BlockOption("large", 1.0, 2.0, 1.0, 0.0, 1, 0, 0, 100)
     assert next(assign_greedily(make_problem(like(2, small, large), make_schedule("1f1b", 2, 2), 21)))[1] == (0, 0)
 
 
-@pytest.mark.parametrize("what", ["static", "kept", "workspace"])
-def test_the_leanest_counts_all_that_a_variant_needs(what: str) -> None:
+@pytest.mark.parametrize("what", ["static", "saved", "workspace"])
+def test_the_leanest_counts_all_that_an_option_needs(what: str) -> None:
     lean = BlockOption("lean", 1.0, 3.0, 1.0, 0.0, 5, 0, 5, 5)
     heavy = replace(lean, name="heavy", input=1.0, **{what: 40})  # type: ignore[arg-type]
     assert find_leanest(make_problem(like(2, heavy, lean), make_schedule("1f1b", 2, 2), 1))[1] == (1, 1)
@@ -140,7 +140,7 @@ def test_like_blocks_recompute_no_more_than_they_must() -> None:
 
 def test_of_two_exchanges_the_one_that_saves_more_for_its_time_is_made() -> None:
     fast = BlockOption("fast", 1.0, 1.0, 1.0, 0.0, 100, 0, 0, 0)
-    dear, cheap = replace(fast, name="dear", input=3.0, kept=10), replace(fast, name="cheap", input=1.5, kept=40)
+    dear, cheap = replace(fast, name="dear", input=3.0, saved=10), replace(fast, name="cheap", input=1.5, saved=40)
     problem = make_problem(like(2, fast, dear, cheap), make_schedule("1f1b", 1, 2), 150)
     # One cheap exchange leaves 140 bytes; a dear one would take 1.5 s more.
     assert sorted(next(assign_greedily(problem))[1]) == [0, 2]
@@ -173,7 +173,7 @@ def test_on_a_v_a_rank_uses_what_its_first_stage_leaves() -> None:
     assert min(slowest) == pytest.approx(27.0)
 
 
-def test_the_leanest_takes_the_variants_that_need_least() -> None:
+def test_the_leanest_takes_the_options_that_need_least() -> None:
     fast, lean = (BlockOption(name, 1.0, 1.0, 1.0, 0.0, kept, 0, 5, 0) for name, kept in (("fast", 10), ("lean", 1)))
     problem = make_problem(like(4, fast, lean), make_schedule("1f1b", 2, 4), 1)
     assert list(assign_greedily(problem)) == []

@@ -20,8 +20,9 @@ from autopar.plans.plan import Plan, from_json, to_json
 from autopar.rewrite.emit import rewrite
 from autopar.rules.table import find_spaces
 from autopar.search.options import AxisKind, Constraints
-from autopar.search.pipeline.variants import BlockOptionMaker, find_shared, join_menus, mix, sharding_of
-from autopar.search.placement.problem import build_problem, restrict
+from autopar.search.pipeline.mixing import find_compatible_options, join_block_options, mix_solutions
+from autopar.search.pipeline.option_maker import BlockOptionMaker
+from autopar.search.placement.problem import build_problem, restrict, sharding_of
 from autopar.search.placement.solve import Search
 from autopar.structure.blocks import find_chain, relabel
 from autopar.structure.chain_reads import read_chain
@@ -56,7 +57,7 @@ def _mixed(graph: Graph, plan: Plan) -> list[str]:
 
 
 class _Subject:
-    """Answers for a model on dp=2 x tp=2 that agree on what blocks share."""
+    """Solutions for a model on dp=2 x tp=2 that agree on what blocks share."""
 
     def __init__(self, name: str) -> None:
         graph = _graph(name)
@@ -70,12 +71,12 @@ class _Subject:
         self.reads = read_chain(graph, spaces, self.chain)
         problem = build_problem(self.model, self.mesh, self.cluster, Constraints((AxisKind.TIME, AxisKind.DP, AxisKind.TP)))
         search = Search(problem)
-        allowed = find_shared(self.model, self.reads, problem, search.solution_at(0.0).choice)
-        self.inner = restrict(problem, allowed)
+        compatible = find_compatible_options(self.model, self.reads, problem, search.solution_at(0.0).choice)
+        self.inner = restrict(problem, compatible)
         highest = 1000 * search.bound_ns / search.solution_at(0.0).nbytes
-        self.answers = [sharding_of(self.inner, one.choice) for one in Search(self.inner).frontier(highest, 5)]
+        self.shardings = [sharding_of(self.inner, solution.choice) for solution in Search(self.inner).frontier(highest, 5)]
 
-    def menus(self, model: Model, sharding: Sharding, number: int = 0) -> BlockOptionMaker:
+    def option_maker(self, model: Model, sharding: Sharding, number: int = 0) -> BlockOptionMaker:
         chain = relabel(self.chain, model.folded)
         tables = CostTables(model, self.mesh, self.cluster)
         solved = SolvedChain(model, chain, self.reads, tables, sharding, is_one_stage=False)
@@ -83,38 +84,44 @@ class _Subject:
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_what_a_block_costs_is_its_own_answers_whatever_its_neighbours_take(name: str) -> None:
+def test_what_a_block_costs_depends_on_its_own_solution_alone(name: str) -> None:
     subject = _Subject(name)
-    assert len(subject.answers) > 2
+    assert len(subject.shardings) > 2
     recompute = ("none", "selective", "full")
-    menus = join_menus([subject.menus(subject.model, one, number).make(recompute, True, {}) for number, one in enumerate(subject.answers)])
+    makers = [subject.option_maker(subject.model, sharding, number) for number, sharding in enumerate(subject.shardings)]
+    blocks = join_block_options([maker.make(recompute, True, {}) for maker in makers])
     generator = random.Random(name)
     for _ in range(3):
-        numbers = [generator.randrange(len(subject.answers)) for _ in menus]
-        model, sharding = mix(subject.model, subject.reads, subject.answers, numbers)
-        alone = subject.menus(model, sharding).make(recompute, True, {})
-        for number, menu, own in zip(numbers, menus, alone, strict=True):
-            assert menu.cut == own.cut
-            assert tuple(replace(one, solution=0) for one in menu.options if one.solution == number) == own.options, menu.name
+        numbers = [generator.randrange(len(subject.shardings)) for _ in blocks]
+        model, sharding = mix_solutions(subject.model, subject.reads, subject.shardings, numbers)
+        alone = subject.option_maker(model, sharding).make(recompute, True, {})
+        for number, block, block_alone in zip(numbers, blocks, alone, strict=True):
+            assert block.cut == block_alone.cut
+            options = tuple(replace(option, solution=0) for option in block.options if option.solution == number)
+            assert options == block_alone.options, block.name
 
 
 @pytest.mark.parametrize("name", DEEP)
-def test_answers_agree_on_what_blocks_share(name: str) -> None:
+def test_solutions_agree_on_what_blocks_share(name: str) -> None:
     subject = _Subject(name)
-    graph, folded, home = subject.model.folded.graph, subject.model.folded, subject.reads.block_of
-    makers = [subject.menus(subject.model, one) for one in subject.answers]
-    first = subject.answers[0]
-    for answer, maker in zip(subject.answers, makers, strict=True):
+    graph, folded, block_of = subject.model.folded.graph, subject.model.folded, subject.reads.block_of
+    makers = [subject.option_maker(subject.model, sharding) for sharding in subject.shardings]
+    first = subject.shardings[0]
+    for sharding, maker in zip(subject.shardings, makers, strict=True):
         for op in graph.ops:
             name_of = folded.representative[op.name]
-            readers = {home.get(reader) for reader in graph.readers.get(Value(op.name), ())}
-            if op.kind is OpKind.CALL and op.name not in home:
-                assert answer.placements[name_of] == first.placements[name_of], op.name
+            readers = {block_of.get(reader) for reader in graph.readers.get(Value(op.name), ())}
+            if op.kind is OpKind.CALL and op.name not in block_of:
+                assert sharding.placements[name_of] == first.placements[name_of], op.name
             if op.kind is OpKind.PARAMETER and len(readers) > 1:
-                assert answer.layouts[name_of] == first.layouts[name_of], op.name
+                assert sharding.layouts[name_of] == first.layouts[name_of], op.name
             for value in op.operands:
                 # An output is the affair of the block that makes it.
-                if home.get(op.name) != home.get(value.op) and OpKind.OUTPUT is not op.kind and graph.by_name[value.op].kind is OpKind.CALL:
+                if (
+                    block_of.get(op.name) != block_of.get(value.op)
+                    and OpKind.OUTPUT is not op.kind
+                    and graph.by_name[value.op].kind is OpKind.CALL
+                ):
                     assert maker.solved.made(value) == makers[0].solved.made(value), str(value)
 
 

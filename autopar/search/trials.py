@@ -26,9 +26,8 @@ from autopar.search.pipeline import (
     compute_cost,
     longest_path,
     make_problem,
-    sharding_of,
 )
-from autopar.search.placement import FORBIDDEN, Problem, Search, Solution, build_problem, least_bytes
+from autopar.search.placement import FORBIDDEN, Problem, Search, Solution, build_problem, least_bytes, sharding_of
 from autopar.structure import Chain, Model, read_chain
 from autopar.units import format_bytes
 

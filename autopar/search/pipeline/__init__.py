@@ -2,15 +2,15 @@
 
 Comes in: a `PipelineProblem` and configurations. Goes out: the fastest pipeline found, with its bound.
 
-Modules, in reading order: ``block_options``, ``assignment_problem``, ``greedy``, ``assignment_model``, ``assignment``, ``variants``,
-``configurations`` (which states what is proven), ``solutions``, ``best_first``.
+Modules, in reading order: ``block_options``, ``assignment_problem``, ``greedy``, ``assignment_model``, ``assignment``, ``option_maker``,
+``mixing``, ``configurations`` (which states what is proven), ``solutions``, ``best_first``.
 """
 
 from autopar.search.pipeline.assignment_problem import PHASES, AssignmentCost, RankMemory, compute_cost, longest_path, make_problem
 from autopar.search.pipeline.best_first import Pipelined, search_pipelines
 from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
 from autopar.search.pipeline.configurations import Configuration, find_configurations, make_pipeline_problem
-from autopar.search.pipeline.variants import BlockOptionMaker, sharding_of
+from autopar.search.pipeline.option_maker import BlockOptionMaker
 
 __all__ = [
     "PHASES",
@@ -28,5 +28,4 @@ __all__ = [
     "make_pipeline_problem",
     "make_problem",
     "search_pipelines",
-    "sharding_of",
 ]

@@ -303,15 +303,15 @@ def _used_options(problem: AssignmentProblem, point: Point) -> list[frozenset[in
     return [frozenset(options) for options in used]
 
 
-def _only(run: BlockRun, kept: Sequence[bool]) -> BlockRun:
+def _only(run: BlockRun, saved: Sequence[bool]) -> BlockRun:
     """A run with these of its options alone."""
-    mask = np.array(kept)
+    mask = np.array(saved)
     return replace(
         run,
-        indices=tuple(index for index, keeps in zip(run.indices, kept, strict=True) if keeps),
+        indices=tuple(index for index, keeps in zip(run.indices, saved, strict=True) if keeps),
         seconds=run.seconds[mask],
         once=run.once[mask],
-        kept=run.kept[mask],
+        saved=run.saved[mask],
         waiting=run.waiting[mask],
         static=run.static[mask],
         workspace=run.workspace[mask],

@@ -13,7 +13,7 @@ stages up to :math:`s`; :math:`z_{r,s} \in \{0, 1\}`, some are; :math:`T` the sc
     :math:`\sum_{r,o} n_{r,s,o} \ge 1`
 (2) every block takes one option:  :math:`P_{r,S-1} = L_r`
 (3) one rank's bytes, for every combination of micro-batches that it holds at once (:math:`h_s` from forward to backward, :math:`w_s`
-    from input to weight gradient): :math:`\sum_{s \in k} \sum_{r,o} n_{r,s,o} (\mathit{static} + h_s \mathit{kept} + w_s \mathit{waiting})
+    from input to weight gradient): :math:`\sum_{s \in k} \sum_{r,o} n_{r,s,o} (\mathit{static} + h_s \mathit{saved} + w_s \mathit{waiting})
     + \sum_{s \in k} h_s\, g_s + W_k + 2 R_k \le M_k`, with :math:`g_s` what the stage holds of values that blocks before have read, and
     :math:`W_k` no less than the workspace of any block on :math:`k`, :math:`R_k` than any message to it
 (4) no path through the schedule takes longer than the schedule: :math:`T \ge \sum_s c_s\, t_s + \sum_s d_s\, e_s`, with :math:`t_s` the
@@ -191,9 +191,9 @@ class AssignmentModel:
                 shared.append((excess, -1.0))
             for full, waiting in np.moveaxis(holdings, 2, 1) if len(holdings) else np.zeros((1, 2, len(own))):
                 columns = [ids for _, _, ids in here]
-                bytes_of = [run.static + full[at] * run.kept + waiting[at] * run.waiting for at, run, _ in here]
+                bytes_of = [run.static + full[at] * run.saved + waiting[at] * run.waiting for at, run, _ in here]
                 received = [
-                    self._end(stage - 1, [byte * often * run.cut.kept for run in problem.runs])
+                    self._end(stage - 1, [byte * often * run.cut.saved for run in problem.runs])
                     for often, stage in zip(full.tolist(), own, strict=True)
                     if stage
                 ]

@@ -36,7 +36,7 @@ class BlockRun:
         first: index of the first block; `length`: number of blocks.
         indices: indices into `BlockOptions.options` of the options that are worth choosing; there are `options` of them.
         seconds: forward, input, weight of each, shape (options, 3); `once` of each, shape (options,).
-        kept, waiting, static, workspace: bytes of each, shape (options,).
+        saved, waiting, static, workspace: bytes of each, shape (options,).
         cut: what it takes to end a stage after one of the blocks; `stage`: the one that the user pinned them to.
     """
 
@@ -45,7 +45,7 @@ class BlockRun:
     indices: tuple[int, ...]
     seconds: Floats
     once: Floats
-    kept: Ints
+    saved: Ints
     waiting: Ints
     static: Ints
     workspace: Ints
@@ -161,21 +161,21 @@ def compute_cost(problem: AssignmentProblem, stages: Sequence[int], options: Seq
     seconds = np.zeros((PHASES, count))
     cuts = np.zeros((2, count))
     once = np.zeros(count)
-    kept, waiting, static, workspace, message, read_before = np.zeros((6, count), dtype=np.int64)
+    saved, waiting, static, workspace, message, read_before = np.zeros((6, count), dtype=np.int64)
     for block, stage, index in zip(problem.blocks, stages, options, strict=True):
         option = block.options[index]
         seconds[:, stage] += (option.forward, option.input, option.weight)
         once[stage] += option.once
-        kept[stage] += option.kept
+        saved[stage] += option.saved
         waiting[stage] += option.waiting
         static[stage] += option.static
         workspace[stage] = max(workspace[stage], option.workspace)
-        cuts[:, stage], message[stage], read_before[stage] = block.cut[:2], block.cut.nbytes, block.cut.kept
-    kept[1:] += read_before[:-1]
+        cuts[:, stage], message[stage], read_before[stage] = block.cut[:2], block.cut.nbytes, block.cut.saved
+    saved[1:] += read_before[:-1]
     memory, longest = [], 0.0
     for own, holdings, messages in zip(problem.stages_of, problem.holdings, problem.messages_to, strict=True):
         at = list(own)
-        lived = holdings[:, :, 0] @ kept[at] + holdings[:, :, 1] @ waiting[at]
+        lived = holdings[:, :, 0] @ saved[at] + holdings[:, :, 1] @ waiting[at]
         buffers = RECEIVES_AT_ONCE * max((int(message[stage]) for stage in messages), default=0)
         memory.append(RankMemory(int(static[at].sum()), int(lived.max(initial=0)), buffers, int(workspace[at].max())))
         longest = max(longest, float(once[at].sum()))
@@ -236,12 +236,12 @@ def _make_run(number: int, block: BlockOptions, has_backward: bool, splits_backw
     """A run of one block, without the options that another one beats in all that counts under this schedule."""
     seconds = np.array([(option.forward, option.input, option.weight) for option in block.options])
     once = np.array([option.once for option in block.options])
-    kept, waiting, static, workspace = np.array(
-        [(option.kept, option.waiting, option.static, option.workspace) for option in block.options], dtype=np.int64
+    saved, waiting, static, workspace = np.array(
+        [(option.saved, option.waiting, option.static, option.workspace) for option in block.options], dtype=np.int64
     ).T
     merits = [seconds[:, 0], once, static, workspace]
     if has_backward:
-        merits.append(kept)
+        merits.append(saved)
     if splits_backward:
         merits += [seconds[:, 1], seconds[:, 2], waiting]
     elif has_backward:
@@ -258,7 +258,7 @@ def _make_run(number: int, block: BlockOptions, has_backward: bool, splits_backw
         indices=tuple(worthwhile.tolist()),
         seconds=seconds[worthwhile],
         once=once[worthwhile],
-        kept=kept[worthwhile],
+        saved=saved[worthwhile],
         waiting=waiting[worthwhile],
         static=static[worthwhile],
         workspace=workspace[worthwhile],

@@ -48,8 +48,8 @@ from autopar.search.pipeline.configurations import (
     find_schedules,
 )
 from autopar.search.pipeline.greedy import assign_greedily, find_leanest
+from autopar.search.pipeline.mixing import mix_solutions
 from autopar.search.pipeline.solutions import SolutionCache, SolutionSet
-from autopar.search.pipeline.variants import mix
 from autopar.search.placement import Solution
 from autopar.structure import Model, in_time
 
@@ -319,7 +319,7 @@ def try_blocks(
         if fastest is None or greedy.estimate_s < fastest.estimate_s:
             fastest = greedy
     if fastest is None:
-        needed = max(compute_cost(problem, *find_leanest(problem)).peak) + state.solutions.beside
+        needed = max(compute_cost(problem, *find_leanest(problem)).peak) + state.solutions.given_nbytes
         state.leanest_bytes[configuration] = min(state.leanest_bytes.get(configuration, needed), needed)
     return fastest
 
@@ -346,7 +346,7 @@ def _estimate_greedy(
         estimate_s=estimate_s,
         optimistic_estimate_s=min(optimistic_s, estimate_s),
         ranking_estimate_s=min(ranking_s, estimate_s),
-        nbytes=max(cost.peak) + state.solutions.beside,
+        nbytes=max(cost.peak) + state.solutions.given_nbytes,
     )
 
 
@@ -395,7 +395,7 @@ def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, ti
     if options is None:
         return None
     solutions, blocks = options
-    beside = state.solutions.beside
+    beside = state.solutions.given_nbytes
     try:
         assignment = assign(blocks, schedule, state.solutions.budget, time_limit=time_limit_s, gap=ASSIGN_GAP, cutoff=limit_s)
     except InfeasibleError as error:
@@ -441,12 +441,12 @@ def _describe(
     base = state.solutions.model_in_time(configuration.microbatches)
     assert base is not None
     options = [block.options[index] for block, index in zip(blocks, assignment.options, strict=True)]
-    model, sharding = mix(base, state.solutions.reads, solutions.shardings, [option.solution for option in options])
+    model, sharding = mix_solutions(base, state.solutions.reads, solutions.shardings, [option.solution for option in options])
     makers = state.solutions.makers(configuration, solutions)
     timeline = build_schedule(state.problem, schedule, configuration.ranks, configuration.microbatches)
     travel: Mapping[str, Layout] = {}
     if configuration.ranks * schedule.chunks > 1:
-        travel = {name: layout[1:] for name, layout in makers[0].travel().items()}
+        travel = {name: layout[1:] for name, layout in makers[0].find_travel_layouts().items()}
     choices_of_blocks = tuple(
         BlockChoice(block.name, block.path, stage, option.name)
         for block, stage, option in zip(state.problem.chain.blocks, assignment.stages, options, strict=True)

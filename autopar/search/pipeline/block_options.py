@@ -1,6 +1,14 @@
-"""The ways to run a block of the chain: what each takes in seconds and bytes, and what it takes to end a stage after the block.
+"""The ways to run a block of the chain, in seconds and bytes, and what it takes to end a stage after the block.
 
-Comes in: what `variants` counts for every block. Goes out: to the assignment of blocks to stages, which chooses an option per block.
+Comes in: what `option_maker` sums up for every block. Goes out: to the assignment, which chooses a stage and an option for every block.
+
+Some block options of a transformer layer (seconds of one micro-batch)::
+
+    name       solution  forward  input  weight  saved
+    none       0         1 ms     1 ms   1 ms    48 MB    nothing is run again
+    selective  0         1 ms     1.2 ms 1 ms    30 MB    the backward runs the attention core again
+    full       0         1 ms     2 ms   1 ms     8 MB    the backward runs the whole forward again
+    none       1         1.5 ms   1.5 ms 1 ms    24 MB    placements that split more, and communicate more
 """
 
 from __future__ import annotations
@@ -13,16 +21,19 @@ from autopar.costs import BlockCost
 
 @dataclass(frozen=True, slots=True)
 class BlockOption:
-    """One way to run a block; seconds are of one micro-batch.
+    """One way to run a block.
 
     Attributes:
-        name: what is run again; `solution`: index of its placements in the set of solutions that blocks may mix.
-        forward, input, weight: seconds of the forward, the input gradients (with what is recomputed for them), the weight gradients.
-        once: seconds per step outside of the schedule: the optimizer's update, reductions that nothing hides.
-        kept: bytes per micro-batch from the forward to the backward; `waiting`: from the input to the weight gradients.
-        static: bytes of parameters, gradients, optimizer state and the model's outputs that the block makes.
-        workspace: bytes needed only while the block runs.
-        cost: the table that the seconds and bytes are sums of; None for options that are made up.
+        name: what the backward runs again, of `autopar.plans.RECOMPUTE`.
+        forward, input, weight: seconds of one micro-batch: of the forward, of the input gradients (with the forward that is run again for
+            them), of the weight gradients.
+        once: seconds per step outside of the schedule: the optimizer's update, and gradient reductions that no computing overlaps.
+        saved: bytes that one micro-batch holds from its forward to its input gradients.
+        waiting: bytes that one micro-batch holds from its input gradients to its weight gradients.
+        static: bytes all the time: parameters, gradients, optimizer state, and outputs of the model that the block makes.
+        workspace: bytes only while the block runs.
+        solution: which solution its placements are of, by number among those that blocks may mix.
+        cost: the rows and bytes that the numbers above are sums of; None for made-up options, as in tests.
     """
 
     name: str
@@ -30,7 +41,7 @@ class BlockOption:
     input: float
     weight: float
     once: float
-    kept: int
+    saved: int
     waiting: int
     static: int
     workspace: int
@@ -39,22 +50,33 @@ class BlockOption:
 
 
 class Cut(NamedTuple):
-    """What it takes to end a stage after a block: seconds to move what crosses, forward and backward, and bytes of one receive buffer.
+    """What it takes, per micro-batch, to end a stage after a block.
 
-    `kept` are the bytes per micro-batch that the next stage holds of values which a block before has read: the first block that reads a
-    value counts it, and this stage has a copy of its own. `backward_nbytes` are those of a message of gradients.
+    Attributes:
+        forward, backward: seconds of the message with the values that cross, and of the one with their gradients.
+        nbytes: bytes of the message forward, and of one receive buffer.
+        saved: bytes that the next stage holds of values which blocks before the cut read too. The first block that reads a value counts its
+            bytes, but the next stage has a copy of its own.
+        backward_nbytes: bytes of the message of gradients.
     """
 
     forward: float
     backward: float
     nbytes: int
-    kept: int = 0
+    saved: int = 0
     backward_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class BlockOptions:
-    """A block of the chain, and the ways to run it; `stage` is the one that the user pinned it to."""
+    """A block of the chain and the ways to run it.
+
+    Attributes:
+        name: the block's, in the chain.
+        options: the ways to run it, one of which is chosen.
+        cut: what it takes to end a stage after it, whatever the option.
+        stage: the stage that the user pinned it to; None leaves it to the search.
+    """
 
     name: str
     options: tuple[BlockOption, ...]

@@ -24,7 +24,7 @@ import numpy as np
 
 from autopar.search.pipeline.assignment_problem import RECEIVES_AT_ONCE, AssignmentProblem, BlockRun
 
-# Halvings of the time that no stage exceeds, doublings to find one that can be kept, and turns of the two steps.
+# Halvings of the time that no stage exceeds, doublings to find one that can be met, and turns of the two steps.
 BISECTIONS = 12
 DOUBLINGS = 8
 TURNS = 3
@@ -61,7 +61,7 @@ def find_leanest(problem: AssignmentProblem) -> tuple[tuple[int, ...], tuple[int
     for block, stage in enumerate(stages):
         run = problem.runs[search.run_of[block]]
         full, waiting = search.held[stage]
-        options.append(run.indices[int((run.static + full * run.kept + waiting * run.waiting + run.workspace).argmin())])
+        options.append(run.indices[int((run.static + full * run.saved + waiting * run.waiting + run.workspace).argmin())])
     return stages, tuple(options)
 
 
@@ -228,7 +228,7 @@ class _GreedySearch:
         if key not in self._exchanges:
             run = self.problem.runs[index]
             seconds = run.seconds.sum(axis=1)
-            nbytes = run.static + held[0] * run.kept + held[1] * run.waiting
+            nbytes = run.static + held[0] * run.saved + held[1] * run.waiting
             at = int(np.lexsort((nbytes, seconds))[0])
             fastest, exchanges = at, []
             while True:
@@ -274,7 +274,7 @@ class _GreedySearch:
         moments = holdings if len(holdings) else np.zeros((1, len(self.problem.stages_of[rank]), 2), dtype=np.int64)
         # Per part: bytes of each option at each moment, shape (moments, options).
         nbytes = [
-            part.run.static + moments[:, part.position, :1] * part.run.kept + moments[:, part.position, 1:] * part.run.waiting
+            part.run.static + moments[:, part.position, :1] * part.run.saved + moments[:, part.position, 1:] * part.run.waiting
             for part in parts
         ]
         seconds = [part.run.seconds.sum(axis=1) for part in parts]
@@ -317,7 +317,7 @@ class _GreedySearch:
                 total = 0
                 for block in range(ends[stage - 1] if stage else 0, ends[stage]):
                     options_of = self.problem.blocks[block].options
-                    needs = [option.static + full * option.kept + waiting * option.waiting for option in options_of]
+                    needs = [option.static + full * option.saved + waiting * option.waiting for option in options_of]
                     at = needs.index(min(needs)) if options is None else options[block]
                     total += needs[at]
                     workspace = max(workspace, options_of[at].workspace)
@@ -336,11 +336,11 @@ def _message_bytes(problem: AssignmentProblem, rank: int, ends: Ends) -> int:
 
 def _received_bytes(problem: AssignmentProblem, stage: int, ends: Ends) -> int:
     """Bytes per micro-batch that a stage holds of values which a block before it has read."""
-    return problem.blocks[ends[stage - 1] - 1].cut.kept if stage else 0
+    return problem.blocks[ends[stage - 1] - 1].cut.saved if stage else 0
 
 
 def _find_limits(problem: AssignmentProblem) -> tuple[list[int], list[int]]:
-    """Per stage the least and the most blocks that may be on it and the stages before: none is empty, pins are kept."""
+    """Per stage the least and the most blocks that may be on it and the stages before: none is empty, pins are met."""
     stages, blocks = problem.schedule.stages, len(problem.blocks)
     least, most = list(range(1, stages + 1)), [blocks - (stages - 1 - stage) for stage in range(stages)]
     least[-1] = blocks

@@ -1,8 +1,11 @@
 """Solutions of the placement problem of one micro-batch for pipeline configurations, and the block options that they give.
 
 Comes in: configurations, one after another. Goes out: bounds and estimates of their work, numbers (1) and (4) of `configurations`; sets of
-solutions that blocks may mix; block options for `assignment`. Configurations whose devices compute and exchange the same for a
-micro-batch have the same *key* and share one search of their placements.
+solutions that blocks may mix (`mixing`); block options for `assignment`.
+
+Configurations whose devices compute and exchange the same for a micro-batch have the same *key*, and share one search of their placements:
+two pipeline ranks of four devices with 8 micro-batches of a batch of 64 see 2 rows per device and micro-batch, and so do four
+pipeline ranks of two devices with 16 micro-batches.
 """
 
 from __future__ import annotations
@@ -13,32 +16,26 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from autopar.cost_models import axis_link
-from autopar.costs import CostTables, Sharding, SolvedChain, call_seconds, given_nbytes
+from autopar.costs import CostTables, Sharding, SolvedChain, call_seconds, count_uses, given_nbytes, operand_layout_of, result_layout_of
 from autopar.errors import AutoparError, InputError
 from autopar.ir import MICROBATCH, Mesh, Op, OpKind, Split, fits, with_pipeline
 from autopar.search.options import AxisKind, Constraints, call_options
 from autopar.search.pipeline.block_options import BlockOptions
 from autopar.search.pipeline.configurations import Configuration, PipelineProblem
-from autopar.search.pipeline.variants import (
-    BlockOptionMaker,
-    find_shared,
-    join_menus,
-    once_seconds,
-    output_seconds,
-    sharding_of,
-)
-from autopar.search.placement import FORBIDDEN, Problem, Search, Solution, build_problem, restrict
+from autopar.search.pipeline.mixing import find_compatible_options, join_block_options
+from autopar.search.pipeline.option_maker import BlockOptionMaker
+from autopar.search.placement import FORBIDDEN, Problem, Search, Solution, build_problem, restrict, sharding_of
 from autopar.structure import MicroSplitter, Model, batch_size, in_time, read_chain
 
-# Solutions of a micro-batch that blocks may mix, at most, and the highest price of memory at which they are searched, as a multiple of the
-# step over the budget.
+# The most solutions that blocks may mix; and the highest price of memory at which these are searched, in units of the fastest step's
+# seconds per device's memory (at price 1 all of a device's memory costs as much as the step).
 SOLUTIONS = 6
 LEAN_PRICE = 128.0
 
 
 @dataclass(frozen=True, eq=False)
 class SolutionSet:
-    """Solutions of a placement problem that blocks may mix, from fast to lean: they agree on all that blocks share.
+    """Solutions of a placement problem that blocks may mix, from fast to lean: they agree on all that blocks share (see `mixing`).
 
     Attributes:
         shardings: placements and layouts of each solution.
@@ -57,13 +54,15 @@ class WorkEstimate(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class _Placed:
-    """The placement problem of a configuration, with the seconds and bytes of all its pipeline ranks together.
+class _PlacementSearch:
+    """The placement problem of a configuration, whose seconds and bytes are of all its pipeline ranks together.
 
     Attributes:
-        search: what solves it.
-        once_s: seconds of a step that micro-batches don't add to, in the fastest solution.
-        outputs_s: seconds that a micro-batch takes there to bring the outputs to the layouts that the user gets.
+        configuration: the one that the problem was built for; others with the same key use it too.
+        model: split into the configuration's micro-batches.
+        search: what solves the problem.
+        once_s: in the fastest solution, seconds of a step that don't grow with the number of micro-batches.
+        outputs_s: in the fastest solution, seconds per micro-batch to bring outputs to the layouts in which the user gets them.
     """
 
     configuration: Configuration
@@ -75,15 +74,16 @@ class _Placed:
 
 
 class SolutionCache:
-    """Searches placements of a micro-batch; what was found serves every configuration with the same key.
+    """Searches placements of a micro-batch, once for all configurations with the same key.
 
     Attributes:
         reads: who reads what in the chain of blocks.
-        beside: bytes of inputs and buffers, which every device has whole; `budget`: bytes of a device that they leave.
+        given_nbytes: bytes of inputs and buffers, which every device has whole.
+        budget: bytes that they leave of a device's memory.
     """
 
     def __init__(self, pipelines: PipelineProblem, refusals: list[AutoparError]) -> None:
-        """`refusals` gets an InputError for each reason why the model can't be split into so many micro-batches."""
+        """`refusals` is a list to append to: InputErrors that say why the model can't be split into some number of micro-batches."""
         model, cluster = pipelines.model, pipelines.cluster
         self.model = model
         self.graph = model.folded.graph
@@ -93,14 +93,14 @@ class SolutionCache:
         self.recompute = pipelines.recompute
         self.stages = pipelines.stages
         self.refusals = refusals
-        self.beside = given_nbytes(self.graph)
-        self.budget = cluster.machine.device.usable_bytes - self.beside
+        self.given_nbytes = given_nbytes(self.graph)
+        self.budget = cluster.machine.device.usable_bytes - self.given_nbytes
         self._splitter = MicroSplitter(self.graph, model.spaces, model.factors)
         self._products = [op for op in model.folded.ops if op.name in model.spaces and model.spaces[op.name].is_product]
         self._models: dict[int, Model | None] = {}
-        self._splits: dict[tuple[object, ...], bool] = {}
-        self._placed: dict[object, _Placed | None] = {}
-        self._sets: dict[object, list[SolutionSet]] = {}
+        self._splits: dict[tuple[object, ...], bool] = {}  # whether an axis can split an op
+        self._searches: dict[object, _PlacementSearch | None] = {}  # by key
+        self._sets: dict[object, list[SolutionSet]] = {}  # by key
         self._makers: dict[tuple[Configuration, SolutionSet], list[BlockOptionMaker]] = {}
         self._block_options: dict[tuple[Configuration, SolutionSet, bool], tuple[BlockOptions, ...]] = {}
 
@@ -115,67 +115,67 @@ class SolutionCache:
     # --- work of a configuration ---
 
     def work_lower_bound_s(self, configuration: Configuration) -> float | None:
-        """Lower bound (1): mean seconds of a pipeline rank for a micro-batch; None where the batch can't be split into so many.
+        """Lower bound (1): mean seconds that a pipeline rank works on a micro-batch; None where the batch can't be split into so many.
 
-        Every axis is taken to split every product that it can split alone, so that no placement splits one further.
+        Each product is counted as split by every axis that can split it alone: no placement splits it further.
         """
         model = self.model_in_time(configuration.microbatches)
         if model is None:
             return None
         seconds = 0.0
         for op in self._products:
-            ways = self._count_most_parts(model, op, configuration)
-            seconds += model.folded.count[op.name] * sum(call_seconds(model, self.cluster.machine.device, op, ways, 0))
+            parts = self._count_most_parts(model, op, configuration)
+            seconds += model.folded.count[op.name] * sum(call_seconds(model, self.cluster.machine.device, op, parts, 0))
         return seconds / configuration.ranks
 
     def _count_most_parts(self, model: Model, op: Op, configuration: Configuration) -> int:
-        """Parts into which micro-batches and the axes of a configuration's mesh split an op at most."""
+        """The most parts into which micro-batches and the axes of a configuration's mesh can split an op."""
         assert model.micro is not None
         mesh = configuration.trial.mesh
-        ways = configuration.microbatches if isinstance(model.micro.placements[op.name], Split) else 1
+        parts = configuration.microbatches if isinstance(model.micro.placements[op.name], Split) else 1
         for name, size, kind in zip(mesh.names, mesh.sizes, configuration.trial.constraints.kinds, strict=True):
             key = op.name, configuration.microbatches, size, kind
             if key not in self._splits:
                 alone = Mesh((MICROBATCH, name), (configuration.microbatches, size))
                 options = call_options(model, op, alone, Constraints((AxisKind.TIME, kind)))
                 self._splits[key] = any(isinstance(option[1], Split) for option in options)
-            ways *= size if self._splits[key] else 1
-        return ways
+            parts *= size if self._splits[key] else 1
+        return parts
 
     def estimate_work(self, configuration: Configuration) -> WorkEstimate | None:
-        """The work of estimate (4): that of the fastest placements without a limit of memory; None where some op has no placement."""
-        placed = self._place_alike(configuration)
-        if placed is None:
+        """The work of estimate (4): that of the fastest placements without a memory limit; None where some op has no placement."""
+        placement = self._search_placements_alike(configuration)
+        if placement is None:
             return None
-        work = (placed.search.bound_ns / 1e9 - placed.once_s) / placed.configuration.microbatches
-        if placed.configuration.trial.mesh == configuration.trial.mesh:
-            return WorkEstimate(work / configuration.ranks, placed.once_s / configuration.ranks)
-        # What devices that split the batch do together at the ends of a step, or with its outputs, depends on how many they are.
-        return WorkEstimate((work - placed.outputs_s) / configuration.ranks, 0.0)
+        work = (placement.search.bound_ns / 1e9 - placement.once_s) / placement.configuration.microbatches
+        if placement.configuration.trial.mesh == configuration.trial.mesh:
+            return WorkEstimate(work / configuration.ranks, placement.once_s / configuration.ranks)
+        # Gradient reductions once per step and gathered outputs depend on how many devices split the batch, which differs here.
+        return WorkEstimate((work - placement.outputs_s) / configuration.ranks, 0.0)
 
     def _key(self, configuration: Configuration) -> object:
-        """Equal for configurations whose devices see micro-batches of the same size on the same axes, but for those that split the batch.
+        """Equal for configurations of equal axes, except the sizes of dp axes, whose devices see equally many rows of a micro-batch.
 
-        What a device computes and exchanges for a micro-batch is then the same, but for the parameters' storage.
+        A device then computes and exchanges the same for a micro-batch; only the storage of parameters over dp axes differs.
         """
         mesh = configuration.trial.mesh
-        ways = math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name == AxisKind.DP.value)
-        # Devices that can't split the batch have no whole number of rows each.
-        rows = Fraction(batch_size(self.graph, self.model.factors), configuration.microbatches * ways)
-        sizes = tuple(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name != AxisKind.DP.value)
-        # One micro-batch splits no op.
-        return mesh.names, sizes, rows, configuration.trial.name, configuration.microbatches == 1
+        dp_size = math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name == AxisKind.DP.value)
+        # A fraction, since the batch may not be divisible.
+        rows = Fraction(batch_size(self.graph, self.model.factors), configuration.microbatches * dp_size)
+        other_sizes = tuple(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name != AxisKind.DP.value)
+        # A single micro-batch splits no op, several do.
+        return mesh.names, other_sizes, rows, configuration.trial.name, configuration.microbatches == 1
 
     # --- solutions ---
 
-    def _place_alike(self, configuration: Configuration) -> _Placed | None:
+    def _search_placements_alike(self, configuration: Configuration) -> _PlacementSearch | None:
         """The problem of a configuration, or of another with the same key; None where some op has no placement."""
         key = self._key(configuration)
-        if key not in self._placed:
-            self._placed[key] = self._place(configuration)
-        return self._placed[key]
+        if key not in self._searches:
+            self._searches[key] = self._search_placements(configuration)
+        return self._searches[key]
 
-    def _place(self, configuration: Configuration) -> _Placed | None:
+    def _search_placements(self, configuration: Configuration) -> _PlacementSearch | None:
         """The placement problem of this very configuration; None where some op has no placement."""
         model = self.model_in_time(configuration.microbatches)
         if model is None:
@@ -187,45 +187,49 @@ class SolutionCache:
             return None
         fastest = sharding_of(problem, search.solution_at(0.0).choice)
         tables = CostTables(model, problem.mesh, self.cluster)
-        return _Placed(configuration, model, problem, search, once_seconds(model, tables, fastest), output_seconds(model, tables, fastest))
+        once_s, outputs_s = _once_seconds(model, tables, fastest), _output_seconds(model, tables, fastest)
+        return _PlacementSearch(configuration, model, problem, search, once_s, outputs_s)
 
-    def _find_sets(self, placed: _Placed) -> list[SolutionSet]:
-        """Sets of solutions that blocks may mix: those that share what the fastest solution decides, and what a lean one does."""
+    def _find_sets(self, placement: _PlacementSearch) -> list[SolutionSet]:
+        """Sets of solutions that blocks may mix: one whose base is the fastest solution, and one whose base is lean, if that differs."""
         sets: list[SolutionSet] = []
-        model, problem, search = placed.model, placed.problem, placed.search
-        highest = LEAN_PRICE * search.bound_ns / (placed.configuration.ranks * self.cluster.machine.device.usable_bytes)
+        model, problem, search = placement.model, placement.problem, placement.search
+        highest = LEAN_PRICE * search.bound_ns / (placement.configuration.ranks * self.cluster.machine.device.usable_bytes)
         for price in (0.0, highest):
             base = search.solution_at(price)
-            inner = restrict(problem, find_shared(model, self.reads, problem, base.choice))
+            inner = restrict(problem, find_compatible_options(model, self.reads, problem, base.choice))
             shardings = tuple(sharding_of(inner, solution.choice) for solution in Search(inner).frontier(highest, SOLUTIONS))
-            if shardings not in (known.shardings for known in sets):
+            if shardings not in (solutions.shardings for solutions in sets):
                 sets.append(SolutionSet(shardings, base))
         return sets
 
     def solution_sets(self, configuration: Configuration) -> list[SolutionSet]:
         """Sets of solutions for this very configuration."""
-        placed = self._placed.get(self._key(configuration))
-        if placed is not None and placed.configuration is configuration:
-            return self.solution_sets_alike(configuration)  # its greedy assignments were made from its own
-        placed = self._place(configuration)
-        return self._find_sets(placed) if placed is not None else []
+        placement = self._searches.get(self._key(configuration))
+        if placement is not None and placement.configuration is configuration:
+            return self.solution_sets_alike(configuration)  # the search that is shared was made for this configuration
+        placement = self._search_placements(configuration)
+        return self._find_sets(placement) if placement is not None else []
 
     def solution_sets_alike(self, configuration: Configuration) -> list[SolutionSet]:
         """Sets of solutions for greedy assignments: those of another configuration with the same key, where they are legal here."""
         key = self._key(configuration)
-        model, placed = self.model_in_time(configuration.microbatches), self._place_alike(configuration)
-        if model is None or placed is None:
+        model, placement = self.model_in_time(configuration.microbatches), self._search_placements_alike(configuration)
+        if model is None or placement is None:
             return []
         if key not in self._sets:
-            self._sets[key] = self._find_sets(placed)
-        known = [sharding for solutions in self._sets[key] for sharding in solutions.shardings]
-        if not all(self._is_legal(sharding, model, configuration.trial.mesh) for sharding in known):
-            placed = self._placed[key] = self._place(configuration)
-            self._sets[key] = self._find_sets(placed) if placed is not None else []
+            self._sets[key] = self._find_sets(placement)
+        shardings = [sharding for solutions in self._sets[key] for sharding in solutions.shardings]
+        if not all(self._is_legal(sharding, model, configuration.trial.mesh) for sharding in shardings):
+            placement = self._searches[key] = self._search_placements(configuration)
+            self._sets[key] = self._find_sets(placement) if placement is not None else []
         return self._sets[key]
 
     def _is_legal(self, sharding: Sharding, model: Model, mesh: Mesh) -> bool:
-        """Whether micro-batches split every call so (one micro-batch splits none), and a mesh with these axes can store parameters so."""
+        """Whether a sharding can be used for this number of micro-batches and this mesh, though it was found for others.
+
+        Each call must be split over micro-batches as the model says, and the sizes of the mesh must divide parameters as they are stored.
+        """
         assert model.micro is not None
         over_batches = model.micro.placements
         parameters = (op for op in self.model.folded.ops if op.kind is OpKind.PARAMETER)
@@ -236,15 +240,18 @@ class SolutionCache:
     # --- block options ---
 
     def block_options(self, configuration: Configuration, solutions: SolutionSet, splits_backward: bool) -> tuple[BlockOptions, ...]:
-        """Every block's options: each solution of the set with each kind of recomputation, for whole backwards or for split ones."""
+        """Every block's options: each solution of the set with each kind of recomputation.
+
+        With `splits_backward`, weight gradients are a pass of their own, as the schedule has it; otherwise part of the backward.
+        """
         key = configuration, solutions, splits_backward
         if key not in self._block_options:
             makers = self.makers(configuration, solutions)
-            self._block_options[key] = join_menus([maker.make(self.recompute, splits_backward, self.stages) for maker in makers])
+            self._block_options[key] = join_block_options([maker.make(self.recompute, splits_backward, self.stages) for maker in makers])
         return self._block_options[key]
 
     def makers(self, configuration: Configuration, solutions: SolutionSet) -> list[BlockOptionMaker]:
-        """What makes the block options of each solution of a set."""
+        """Per solution of a set, what makes its block options."""
         if (configuration, solutions) not in self._makers:
             model = self.model_in_time(configuration.microbatches)
             assert model is not None
@@ -257,3 +264,31 @@ class SolutionCache:
                 for number, sharding in enumerate(solutions.shardings)
             ]
         return self._makers[configuration, solutions]
+
+
+def _once_seconds(model: Model, tables: CostTables, sharding: Sharding) -> float:
+    """Seconds of a step that don't grow with the number of micro-batches: optimizer updates, and gradient reductions not overlapped."""
+    folded, uses, total = model.folded, count_uses(model), 0.0
+    for op in folded.ops:
+        if op.kind is OpKind.PARAMETER:
+            total += folded.count[op.name] * tables.optimizer_seconds(op.results[0], sharding.layouts[op.name])
+    for edge in folded.edges:
+        producer, reader = folded.graph.by_name[edge.value.op], folded.graph.by_name[edge.consumer]
+        if producer.kind is OpKind.PARAMETER and reader.kind is OpKind.CALL:
+            need = operand_layout_of(model, reader, sharding.placements[reader.name], edge.operand)
+            start = sharding.layouts[producer.name]
+            total += edge.count * tables.parameter_seconds(producer.results[0], start, need, uses[producer.name])[1]
+    return total
+
+
+def _output_seconds(model: Model, tables: CostTables, sharding: Sharding) -> float:
+    """Seconds per micro-batch to bring the model's outputs from the layouts in which they are made to those in which the user gets them."""
+    (output,) = model.folded.graph.of_kind(OpKind.OUTPUT)
+    total = 0.0
+    for position, value in enumerate(output.operands):
+        producer = model.folded.graph.by_name[model.folded.representative[value.op]]
+        if producer.kind is OpKind.CALL:
+            start = result_layout_of(model, producer, sharding.placements[producer.name], value.index)
+            need = sharding.outputs[position]
+            total += tables.journey_seconds(model.folded.graph.tensor(value), start, need, backward=False)[0]
+    return total

@@ -12,9 +12,9 @@ from autopar.search.placement.problem import (
     Problem,
     build_problem,
     least_bytes,
-    output_decision,
     restrict,
     saved_nbytes,
+    sharding_of,
 )
 from autopar.search.placement.solve import Search, Solution
 
@@ -27,7 +27,7 @@ __all__ = [
     "Solution",
     "build_problem",
     "least_bytes",
-    "output_decision",
     "restrict",
     "saved_nbytes",
+    "sharding_of",
 ]

@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ from autopar.costs import (
     OPTIMIZER_COPIES,
     CostTables,
     SavedTensors,
+    Sharding,
     count_saved,
     count_uses,
     layout_numbers,
@@ -170,6 +172,17 @@ def restrict(problem: Problem, allowed: Mapping[Decision, Sequence[int]]) -> Pro
         Arc(arc.a, arc.b, arc.cost[np.ix_(rows[arc.a], rows[arc.b])], arc.nbytes[np.ix_(rows[arc.a], rows[arc.b])]) for arc in problem.arcs
     )
     return replace(problem, nodes=nodes, arcs=arcs)
+
+
+def sharding_of(problem: Problem, chosen_options: Mapping[Decision, int]) -> Sharding:
+    """The placements and layouts that a solution of the problem chose, by decision the number of the option."""
+    chosen: dict[DecisionKind, dict[Decision, Any]] = {kind: {} for kind in DecisionKind}
+    for node in problem.nodes:
+        chosen[node.decision.kind][node.decision] = node.options[chosen_options[node.decision]]
+    placements = {decision.op: option for decision, option in chosen[DecisionKind.CALL].items()}
+    layouts = {decision.op: option for decision, option in chosen[DecisionKind.STORED].items()}
+    outputs = chosen[DecisionKind.OUTPUT]
+    return Sharding(placements, layouts, tuple(outputs[output_decision(position)] for position in range(len(outputs))))
 
 
 class _Builder:

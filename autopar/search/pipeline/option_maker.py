@@ -1,0 +1,100 @@
+"""A chain of blocks under one solution of the placement problem -> the options of every block, and what each cut between blocks takes.
+
+Comes in: a `SolvedChain`, the link that stages send over, kinds of recomputation. Goes out: `BlockOptions` per block, which an assignment
+chooses from. Their seconds and bytes are sums of the rows and bytes of `autopar.costs.BlockCost`: a forward is the sum of its rows of
+`Phase.FORWARD`, and so on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+from autopar.cost_models import Link
+from autopar.costs import BlockCost, SolvedChain, block_kind, cost_block, cost_cut, cut_kind, travel_layout
+from autopar.ir import Layout
+from autopar.plans import RECOMPUTE, Phase
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
+
+
+class BlockOptionMaker:
+    """Makes the options of every block of a chain under one solution; equal blocks are costed once, and each kind of recomputation once."""
+
+    def __init__(self, solved: SolvedChain, link: Link | None, solution: int = 0) -> None:
+        """Remember what to make options for.
+
+        Args:
+            solved: the chain of blocks under the solution.
+            link: what messages between stages are sent over; None without a pipeline.
+            solution: the solution's number among those that blocks may mix, which its options have as `BlockOption.solution`.
+        """
+        self.solved = solved
+        self.link = link
+        self.solution = solution
+        self._kinds: list[tuple[object, Cut]] = []  # per block what its costs depend on, and its cut; found when first needed
+        self._options: dict[tuple[object, str], BlockOption] = {}
+
+    def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockOptions, ...]:
+        """Every block's options, in chain order.
+
+        Args:
+            recompute: kinds of recomputation (of `RECOMPUTE`) to make an option with, where they differ for a block.
+            splits_backward: whether the schedule runs weight gradients as a pass of their own; otherwise they are part of the backward.
+            pins: stages that the user pinned, by block name.
+        """
+        blocks = self.solved.chain.blocks
+        if not self._kinds:
+            self._kinds = self._find_kinds()
+        options: dict[object, tuple[BlockOption, ...]] = {}
+        for number, (kind, _) in enumerate(self._kinds):
+            if kind in options:
+                continue
+            if missing := [name for name in recompute if (kind, name) not in self._options]:
+                costs = cost_block(self.solved, number, missing)
+                self._options |= {(kind, name): self._make_option(*cost) for name, cost in zip(missing, costs, strict=True)}
+            # Selective recomputation of a block without an attention core is none.
+            distinct = dict.fromkeys(self._options[kind, name] for name in RECOMPUTE if name in recompute)
+            options[kind] = tuple(distinct if splits_backward else map(_join_backward, distinct))
+        return tuple(
+            BlockOptions(block.name, options[kind], cut, pins.get(block.name))
+            for block, (kind, cut) in zip(blocks, self._kinds, strict=True)
+        )
+
+    def _find_kinds(self) -> list[tuple[object, Cut]]:
+        """Per block something that is equal for blocks of equal costs, and the cut after it."""
+        cuts: dict[object, Cut] = {}
+        kinds: list[tuple[object, Cut]] = []
+        for number in range(len(self.solved.chain.blocks)):
+            key = cut_kind(self.solved, number)
+            if key not in cuts:
+                cost = cost_cut(self.solved, number, self.link)
+                cuts[key] = Cut(cost.forward, cost.backward, cost.nbytes, cost.saved, cost.backward_nbytes)
+            kinds.append((block_kind(self.solved, number), cuts[key]))
+        return kinds
+
+    def _make_option(self, name: str, cost: BlockCost) -> BlockOption:
+        """The option of a block that has this cost; `name` says what its backward runs again."""
+        seconds, memory = cost.seconds, cost.memory
+        return BlockOption(
+            name=name,
+            forward=seconds[Phase.FORWARD],
+            input=seconds[Phase.INPUT],
+            weight=seconds[Phase.WEIGHT],
+            once=seconds[Phase.STEP],
+            saved=memory.saved,
+            waiting=memory.waiting,
+            static=memory.static,
+            workspace=memory.workspace,
+            solution=self.solution,
+            cost=cost,
+        )
+
+    def find_travel_layouts(self) -> dict[str, Layout]:
+        """By the text of a value: the layout in which each value that may cross a cut is sent."""
+        values = dict.fromkeys(value for block in self.solved.chain.blocks for value in block.crossing)
+        return {str(value): travel_layout(self.solved, value, self.link) for value in values}
+
+
+def _join_backward(option: BlockOption) -> BlockOption:
+    """The option with input and weight gradients in one pass, counted as input gradients."""
+    return replace(option, input=option.input + option.weight, weight=0.0, waiting=0)
