@@ -167,7 +167,7 @@ def _solve_trial(
             return solved
         more = max(solved.needed - solution.nbytes, more + 1)
     # What was set aside is what faster choices need; a lean one may do with less.
-    lean = [measure(solution) for solution in search.lean(budget)]
+    lean = [measure(solution) for solution in search.find_lean(budget)]
     fitting = [solved for solved in lean if solved.needed <= budget]
     if fitting:
         return min(fitting, key=lambda solved: solved.solution.cost_ns)

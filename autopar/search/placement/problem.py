@@ -1,11 +1,22 @@
-"""The search problem as plain tables: per node its options with their cost and bytes, per arc the cost of each pair of options.
+"""The placement problem of one mesh as plain tables: per node its options with their cost and bytes, per arc those of each pair of options.
 
-Comes in: a folded graph with the space of every op, a mesh and a cluster. Goes out: a `Problem` that ``solve`` solves and brute force
-can check. Decisions are the placements of ops, the layouts of stored tensors and of outputs, and one *fan-out* per value that several
-ops read: a second layout in which the value is made once for all who need it so. Beside that second layout, and the one in which it is
-made, every reader pays for its own; the program, which makes a value once per distinct layout, is then cheaper than the table says.
+Comes in: a `Model`, a mesh, a cluster, constraints. Goes out: a `Problem`, which ``solve`` solves and brute force can check.
 
-Costs are integer nanoseconds of a whole training step, bytes are at one device's peak, both for all the ops that a node stands for.
+A node is a decision: the placement of a call, the layout of a stored tensor or of an output, or a *fan-out*. An arc joins a decision about
+a value's producer and one about its reader; its costs are those of resharding from the layout in which the value is made to the one in
+which it is read, forward and backward.
+
+Arcs alone would charge every reader of a value for resharding it, but a program makes a value once per layout that is needed. So between a
+value and its readers, if it has several, stands a fan-out. Its options are pairs of layouts: the one in which the value is made, and a
+second one, which is made from it once and which all readers that need it share::
+
+    made (S0, R)  --all-gather, paid once-->  copy (B, R)  --free-->  q, k and v, which read (B, R)
+                  --paid by this reader---------------------------->  a reader that needs (R, S1)
+
+Readers that need neither of the two pay each for itself. If several of these need the same third layout, the program makes that once too,
+and is then cheaper than the tables say.
+
+Costs are integer nanoseconds of a whole training step, bytes are at one device's peak, both of all the ops that a node stands for.
 """
 
 from __future__ import annotations
@@ -42,16 +53,16 @@ Table = npt.NDArray[np.int64]
 Option = Placement | Layout | tuple[Layout, Layout]
 
 FORBIDDEN = 1 << 50
-"""Cost of a pair of options that no journey connects; far above any real cost in nanoseconds, far below overflow."""
+"""Cost of a pair of options between whose layouts there is no resharding: far above any real cost in nanoseconds, far below overflow."""
 
 
 class DecisionKind(StrEnum):
     """What is decided about the subject of a decision."""
 
     CALL = "call"  # the placement of a call
-    STORED = "stored"  # the layout in which a parameter, buffer or input is
-    OUTPUT = "output"  # the layout in which an output is handed over
-    FAN_OUT = "fan-out"  # the layout in which a value is made once more for several of its readers
+    STORED = "stored"  # the layout in which a parameter, buffer or input is stored
+    OUTPUT = "output"  # the layout in which an output is returned
+    FAN_OUT = "fan-out"  # the second layout in which a value is made, for several of its readers
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +71,9 @@ class Decision:
 
     Attributes:
         kind: what is decided.
-        op: name of the call or of what is stored; of the op that makes the value for a fan-out; empty for an output.
-        number: position of the output; number of the fan-out's value among its op's results, and of its readers' set.
+        op: name of the call, or of the parameter, buffer or input; of the op that makes the value for a fan-out; empty for an output.
+        number: for an output its position; for a fan-out the value's index among its op's results, the number of the set of readers
+            (like calls may have different readers), and the number of the readers' group within that set; empty for other kinds.
     """
 
     kind: DecisionKind
@@ -82,8 +94,9 @@ def output_decision(position: int) -> Decision:
     return Decision(DecisionKind.OUTPUT, number=(position,))
 
 
-# Pairs of layouts that a fan-out may choose among, at most. Where there are more, as on several free axes, the linear model would grow too
-# large: only readers of one kind of op then share a copy, and others pay for theirs, which is never too little.
+# The most pairs of layouts that one fan-out for all readers of a value may have. Where there would be more, as on several free axes, the
+# linear model would grow too large. Readers then share a copy only with readers of the same operator, and what several operators need
+# alike is charged to each of them: never less than the program costs.
 FULL_FAN_OUT = 64
 
 
@@ -93,9 +106,10 @@ class Node:
 
     Attributes:
         decision: what is decided.
-        options: placements of a call; layouts of what is stored or handed over; of a fan-out pairs (made, copied) of layouts, alike where
-            there is no copy, or the layout of a copy that all of its readers take.
-        cost: nanoseconds per option; `nbytes`: bytes per option; shape (options,).
+        options: placements of a call; layouts of what is stored or returned; of a fan-out for all readers pairs of layouts (made, copied),
+            equal where there is no copy; of a fan-out for readers of one operator the layout of the copy that all of them read.
+        cost: nanoseconds per option, shape (options,).
+        nbytes: bytes per option, shape (options,).
     """
 
     decision: Decision
@@ -106,7 +120,13 @@ class Node:
 
 @dataclass(frozen=True)
 class Arc:
-    """Two decisions that meet: nanoseconds and bytes per pair of options, shape (options of a, options of b)."""
+    """Two decisions whose costs depend on each other.
+
+    Attributes:
+        a, b: indices of the two nodes.
+        cost: nanoseconds per pair of options, shape (options of a, options of b); `FORBIDDEN` where a pair can't be chosen.
+        nbytes: bytes per pair of options, same shape.
+    """
 
     a: int
     b: int
@@ -116,11 +136,13 @@ class Arc:
 
 @dataclass(frozen=True)
 class Problem:
-    """Everything the search needs.
+    """The placement problem of one mesh.
 
     Attributes:
-        mesh: the axes that options name.
-        fixed_ns, fixed_bytes: nanoseconds and bytes of whatever is chosen.
+        nodes: the decisions, one option of each of which is to be chosen.
+        arcs: pairs of decisions, at most one for each two nodes.
+        mesh: the axes that options refer to by position.
+        fixed_ns, fixed_bytes: nanoseconds and bytes that every choice has.
     """
 
     nodes: tuple[Node, ...]
@@ -131,28 +153,34 @@ class Problem:
 
 
 def nanoseconds(seconds: float) -> int:
-    """Seconds as the solver's integers; with seconds as floats solvers return wrong choices as optimal."""
+    """Seconds as integer nanoseconds: with seconds as floats, solvers return wrong choices as optimal."""
     return round(seconds * 1e9)
 
 
 def build_problem(model: Model, mesh: Mesh, cluster: Cluster, constraints: Constraints) -> Problem:
-    """The tables of one mesh."""
+    """The placement problem of a model on one mesh, under the constraints.
+
+    Where these leave some op no placement that fits its neighbours', every choice costs `FORBIDDEN` nanoseconds or more.
+    """
     return _Builder(model, mesh, CostTables(model, mesh, cluster), constraints).build()
 
 
 def saved_nbytes(model: Model, saved: SavedTensors, op: Op, placement: Placement, mesh: Mesh) -> int:
-    """Bytes on a rank that autograd saves of the calls that `op` stands for, without copies made for their readers."""
-    ways = math.prod(size for part, size in zip(placement, mesh.sizes, strict=True) if isinstance(part, Split))
+    """Bytes on one rank that autograd saves of the calls that `op` stands for under a placement, without resharded copies of operands."""
+    parts = math.prod(size for part, size in zip(placement, mesh.sizes, strict=True) if isinstance(part, Split))
     of_results = sum(
         saved.times[Value(op.name, index)] * local_nbytes(tensor, result_layout_of(model, op, placement, index), mesh)
         for index, tensor in enumerate(op.results)
         if saved.times[Value(op.name, index)]
     )
-    return of_results + -(-saved.extra_nbytes[op.name] // ways)
+    return of_results + -(-saved.extra_nbytes[op.name] // parts)
 
 
 def least_bytes(model: Model, ranks: int) -> int:
-    """Bytes that a rank needs at least where everything is split over all ranks and nothing is run again: no placement needs less."""
+    """A lower bound on the bytes that one rank needs without recomputation: everything split evenly over all ranks.
+
+    That is (saved tensors + parameters, gradients and optimizer state) / ranks, rounded up.
+    """
     graph = model.folded.graph
     saved = count_saved(model)
     total = sum(times * graph.tensor(value).nbytes for value, times in saved.times.items()) + sum(saved.extra_nbytes.values())
@@ -162,11 +190,11 @@ def least_bytes(model: Model, ranks: int) -> int:
 
 
 def restrict(problem: Problem, allowed: Mapping[Decision, Sequence[int]]) -> Problem:
-    """The problem with these options alone, by decision and position; decisions that aren't named keep all."""
+    """The problem with fewer options: those whose numbers are in `allowed`, and all options of decisions that aren't."""
     rows = [np.array(allowed.get(node.decision, range(len(node.options))), dtype=np.int64) for node in problem.nodes]
     nodes = tuple(
-        Node(node.decision, tuple(node.options[i] for i in left.tolist()), node.cost[left], node.nbytes[left])
-        for node, left in zip(problem.nodes, rows, strict=True)
+        Node(node.decision, tuple(node.options[i] for i in numbers.tolist()), node.cost[numbers], node.nbytes[numbers])
+        for node, numbers in zip(problem.nodes, rows, strict=True)
     )
     arcs = tuple(
         Arc(arc.a, arc.b, arc.cost[np.ix_(rows[arc.a], rows[arc.b])], arc.nbytes[np.ix_(rows[arc.a], rows[arc.b])]) for arc in problem.arcs
@@ -174,11 +202,11 @@ def restrict(problem: Problem, allowed: Mapping[Decision, Sequence[int]]) -> Pro
     return replace(problem, nodes=nodes, arcs=arcs)
 
 
-def sharding_of(problem: Problem, chosen_options: Mapping[Decision, int]) -> Sharding:
-    """The placements and layouts that a solution of the problem chose, by decision the number of the option."""
+def sharding_of(problem: Problem, choice: Mapping[Decision, int]) -> Sharding:
+    """The placements and layouts that a solution chose; `choice` has per decision the number of its option (`Solution.choice`)."""
     chosen: dict[DecisionKind, dict[Decision, Any]] = {kind: {} for kind in DecisionKind}
     for node in problem.nodes:
-        chosen[node.decision.kind][node.decision] = node.options[chosen_options[node.decision]]
+        chosen[node.decision.kind][node.decision] = node.options[choice[node.decision]]
     placements = {decision.op: option for decision, option in chosen[DecisionKind.CALL].items()}
     layouts = {decision.op: option for decision, option in chosen[DecisionKind.STORED].items()}
     outputs = chosen[DecisionKind.OUTPUT]
@@ -186,7 +214,14 @@ def sharding_of(problem: Problem, chosen_options: Mapping[Decision, int]) -> Sha
 
 
 class _Builder:
-    """Collects nodes and arcs; lives only while one problem is built."""
+    """Collects nodes and arcs of one problem.
+
+    Attributes:
+        made: per value, the layout in which each option of its op's decision makes it.
+        needs: per operand of a call (its decision, the operand's position), the layout in which each option reads it; of an output its own.
+        first: the first axis of ranks; an axis before it is that of micro-batches.
+        times: number of micro-batches, for costs that each of them adds to.
+    """
 
     def __init__(self, model: Model, mesh: Mesh, tables: CostTables, constraints: Constraints) -> None:
         self.model = model
@@ -194,18 +229,18 @@ class _Builder:
         self.mesh = mesh
         self.tables = tables
         self.constraints = constraints
-        self.whole: Layout = tuple(REPLICATE for _ in mesh.sizes)
+        self.replicated: Layout = tuple(REPLICATE for _ in mesh.sizes)
         self.nodes: list[Node] = []
         self.arcs: dict[tuple[int, int], tuple[Table, Table]] = {}
-        self.index: dict[Decision, int] = {}
+        self.index: dict[Decision, int] = {}  # of each decision's node
         self.saved = count_saved(model)
-        self.made: dict[Value, list[Layout]] = {}  # per value, per option of its op, the layout made
+        self.made: dict[Value, list[Layout]] = {}
         self.output = self.graph.output.name
         self.uses = count_uses(model)
         self.first = tables.first
         self.times = mesh.sizes[0] if tables.first else 1
-        self.pairs: dict[tuple[object, ...], Table] = {}  # per tensor type and layouts, the cost of one journey
-        self.needs: dict[tuple[Decision, int], list[Layout]] = {}  # per operand, per option of its op, the layout needed
+        self.pair_costs: dict[tuple[object, ...], Table] = {}  # tables of `_pair_costs` made so far
+        self.needs: dict[tuple[Decision, int], list[Layout]] = {}
 
     def build(self) -> Problem:
         for op in self.model.folded.ops:
@@ -250,7 +285,7 @@ class _Builder:
         count = self.model.folded.count[op.name]
         tensor = op.results[0]
         is_parameter = op.kind is OpKind.PARAMETER
-        options = parameter_options(self.model, op, self.mesh, self.constraints) if is_parameter else [self.whole]
+        options = parameter_options(self.model, op, self.mesh, self.constraints) if is_parameter else [self.replicated]
         self.made[Value(op.name)] = list(options)
         copies = 2 + OPTIMIZER_COPIES if is_parameter and tensor.requires_grad else 1
         costs = [nanoseconds(count * self.tables.optimizer_seconds(tensor, layout)) for layout in options]
@@ -260,46 +295,56 @@ class _Builder:
         returned = len(self.graph.returned)
         for position, value in enumerate(op.operands):
             decision = output_decision(position)
-            # The new value of a buffer goes where the old one was, and buffers are whole on every rank.
+            # Outputs after those that the model returns are new values of buffers, which are replicated.
             time = REPLICATE if self.model.micro is None else self.model.micro.states[value]
-            options = output_options(self.graph.tensor(value), self.mesh, time) if position < returned else [self.whole]
+            options = output_options(self.graph.tensor(value), self.mesh, time) if position < returned else [self.replicated]
             self.needs[decision, 0] = list(options)
             self._add(decision, options, [0] * len(options), [0] * len(options))
 
     def _connect(self, value: Value, number: int, readers: Sequence[tuple[str, int]], count: int) -> None:
-        """Arcs from `count` values like this one to those who read them all: straight to a single reader, to several by a fan-out."""
+        """Connect a value with its readers: with a single one by an arc, with several by a fan-out.
+
+        Args:
+            value: what is read.
+            number: of this set of readers among those that values like it have.
+            readers: names of calls, and positions of the operand that is the value.
+            count: how many values like it have these readers.
+        """
         needs_of = [self.needs[decision_of(self.graph.by_name[consumer]), operand] for consumer, operand in readers]
-        asked = Counter(need for needs in needs_of for need in set(needs))
-        shared = sorted((need for need, times in asked.items() if times > 1), key=str)
+        needed_by = Counter(need for needs in needs_of for need in set(needs))
+        shared = sorted((need for need, reader_count in needed_by.items() if reader_count > 1), key=str)
         is_full = len(set(self.made[value])) * len(shared) <= FULL_FAN_OUT
         groups: dict[object, list[tuple[str, int]]] = defaultdict(list)
         for consumer, operand in readers:
-            # Every rank makes a table and cuts its parts out of it, so that its readers have nothing to share.
-            alone = (consumer, operand) if value.op in self.model.tables else (self.graph.by_name[consumer].target, operand)
-            groups[None if is_full and value.op not in self.model.tables else alone].append((consumer, operand))
-        for part, group in enumerate(groups.values()):
-            decision = Decision(DecisionKind.FAN_OUT, value.op, (value.index, number, part))
-            if len(group) == 1:
-                self._connect_reader(value, *group[0], count)
-            elif is_full:
-                self._add_fan_out(decision, value, group, shared, count)
+            if value.op in self.model.tables:
+                group: object = consumer, operand  # every rank makes a table whole and cuts its part out: there is no copy to share
             else:
-                self._add_hub(decision, value, group, count)
+                group = None if is_full else (self.graph.by_name[consumer].target, operand)
+            groups[group].append((consumer, operand))
+        for group_number, group_readers in enumerate(groups.values()):
+            decision = Decision(DecisionKind.FAN_OUT, value.op, (value.index, number, group_number))
+            if len(group_readers) == 1:
+                self._connect_reader(value, *group_readers[0], count)
+            elif is_full:
+                self._add_fan_out(decision, value, group_readers, shared, count)
+            else:
+                self._add_single_layout_fan_out(decision, value, group_readers, count)
 
-    def _add_hub(self, decision: Decision, value: Value, readers: Sequence[tuple[str, int]], count: int) -> None:
-        """A node whose options are the one layout that a value is brought to for all of its readers."""
+    def _add_single_layout_fan_out(self, decision: Decision, value: Value, readers: Sequence[tuple[str, int]], count: int) -> None:
+        """A fan-out whose options are one layout, to which a value is brought once for all of these readers."""
         needs_of = [self.needs[decision_of(self.graph.by_name[consumer]), operand] for consumer, operand in readers]
         options = sorted({need for needs in needs_of for need in needs}, key=str)
         self._add(decision, options, [0] * len(options), [0] * len(options))
-        hub, tensor, made = self.index[decision], self.graph.tensor(value), self.made[value]
+        fan_out, tensor, made = self.index[decision], self.graph.tensor(value), self.made[value]
         nbytes = self._copy_nbytes(value, made, options, count, is_saved=True)
-        self._store(self.index[decision_of(self.graph.by_name[value.op])], hub, self._pair_costs(tensor, made, options, count), nbytes)
+        self._store(self.index[decision_of(self.graph.by_name[value.op])], fan_out, self._pair_costs(tensor, made, options, count), nbytes)
         for (consumer, operand), needs in zip(readers, needs_of, strict=True):
             nbytes = self._copy_nbytes(value, options, needs, count, is_saved=saves_operand(self.model, consumer, operand))
             reader = self.index[decision_of(self.graph.by_name[consumer])]
-            self._store(hub, reader, self._pair_costs(tensor, options, needs, count), nbytes)
+            self._store(fan_out, reader, self._pair_costs(tensor, options, needs, count), nbytes)
 
     def _connect_reader(self, value: Value, consumer: str, operand: int, count: int) -> None:
+        """An arc from a value's producer to one reader."""
         reader = decision_of(self.graph.by_name[consumer])
         starts, needs = self.made[value], self.needs[reader, operand]
         cost = self._pair_costs(self.graph.tensor(value), starts, needs, count)
@@ -309,61 +354,61 @@ class _Builder:
     def _add_fan_out(
         self, decision: Decision, value: Value, readers: Sequence[tuple[str, int]], shared: Sequence[Layout], count: int
     ) -> None:
-        """A node whose options are the layout in which a value is made, and beside it one of `shared` that is made for several readers."""
+        """A fan-out for all readers of a value: its options are pairs of the layout made and a copy in one of `shared`, or no copy."""
         tensor, (made, made_of) = self.graph.tensor(value), layout_numbers(self.made[value])
         is_saved = any(saves_operand(self.model, consumer, operand) for consumer, operand in readers)
-        prices = self._pair_costs(tensor, made, shared, count)
-        copies = self._copy_nbytes(value, made, shared, count, is_saved=is_saved)
-        # What costs nothing to make need not be shared.
-        priced = [(row, column) for row in range(len(made)) for column in range(len(shared)) if prices[row, column] > 0]
-        options = [(start, start) for start in made] + [(made[row], shared[column]) for row, column in priced]
-        none = [0] * len(made)
-        costs, nbytes = ([*none, *(int(table[pair]) for pair in priced)] for table in (prices, copies))
+        copy_costs = self._pair_costs(tensor, made, shared, count)
+        copy_nbytes = self._copy_nbytes(value, made, shared, count, is_saved=is_saved)
+        # A copy that costs nothing needn't be shared: each reader makes its own.
+        copies = [(row, column) for row in range(len(made)) for column in range(len(shared)) if copy_costs[row, column] > 0]
+        options = [(start, start) for start in made] + [(made[row], shared[column]) for row, column in copies]
+        without_copy = [0] * len(made)
+        costs, nbytes = ([*without_copy, *(int(table[pair]) for pair in copies)] for table in (copy_costs, copy_nbytes))
         self._add(decision, options, costs, nbytes)
-        fan, starts = self.index[decision], [start for start, _ in options]
-        # The producer decides how the value is made.
-        rows = [*range(len(made)), *(row for row, _ in priced)]
+        fan_out, starts = self.index[decision], [start for start, _ in options]
+        # Only options with the layout in which the producer makes the value may be chosen.
+        rows = [*range(len(made)), *(row for row, _ in copies)]
         differ = np.where(np.array(made_of)[:, None] == np.array(rows)[None], 0, FORBIDDEN)
-        self._store(self.index[decision_of(self.graph.by_name[value.op])], fan, differ, np.zeros(differ.shape, np.int64))
+        self._store(self.index[decision_of(self.graph.by_name[value.op])], fan_out, differ, np.zeros(differ.shape, np.int64))
         for consumer, operand in readers:
             reader = decision_of(self.graph.by_name[consumer])
             needs = self.needs[reader, operand]
-            own = self._pair_costs(tensor, starts, needs, count)
-            own_bytes = self._copy_nbytes(value, starts, needs, count, is_saved=saves_operand(self.model, consumer, operand))
-            _, kind_of = layout_numbers([*needs, *(copy for _, copy in options)])
-            has = np.array(kind_of[len(needs) :])[:, None] == np.array(kind_of[: len(needs)])[None]  # the copy is what the reader needs
-            self._store(fan, self.index[reader], np.where(has, 0, own), np.where(has, 0, own_bytes))
+            own_costs = self._pair_costs(tensor, starts, needs, count)
+            own_nbytes = self._copy_nbytes(value, starts, needs, count, is_saved=saves_operand(self.model, consumer, operand))
+            _, number_of = layout_numbers([*needs, *(copied for _, copied in options)])
+            is_needed = np.array(number_of[len(needs) :])[:, None] == np.array(number_of[: len(needs)])[None]  # the copy is
+            self._store(fan_out, self.index[reader], np.where(is_needed, 0, own_costs), np.where(is_needed, 0, own_nbytes))
 
     def _copy_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout], count: int, *, is_saved: bool) -> Table:
-        """Bytes of the copies that a journey makes: a consumer that saves its operand saves the copy that was made for it."""
+        """Bytes of resharded copies, per pair of `starts` and `needs`: a consumer that saves its operand saves the copy that was made for it."""
         tensor = self.graph.tensor(value)
 
-        def copied(start: Layout, need: Layout) -> int:
+        def copy_nbytes(start: Layout, need: Layout) -> int:
             is_made = is_saved and self.saved.saves_copy(self.graph.by_name[value.op].kind, value, start[self.first :], need[self.first :])
             return count * local_nbytes(tensor, need, self.mesh) if is_made else 0
 
-        return _expand(starts, needs, copied)
+        return _expand(starts, needs, copy_nbytes)
 
     def _pair_costs(self, tensor: Tensor, starts: Sequence[Layout], needs: Sequence[Layout], count: int) -> Table:
-        """Cost of getting from each of `starts` to each of `needs`; like tensors between like layouts share one table."""
+        """Nanoseconds of resharding from each of `starts` to each of `needs`; equal tensors and layouts share one table."""
 
         def cost(start: Layout, need: Layout) -> int:
             if start == need:
                 return 0
             if any(state.kind is StateKind.BROADCAST for state in start[self.first :]):
-                return FORBIDDEN  # what was gathered to work on in parts can't be handed on as a whole
+                return FORBIDDEN  # gathered for ops that each work on a part of it: not a replicated value that others may read
             forward, backward = self.tables.journey_seconds(tensor, start, need, backward=tensor.requires_grad)
             return min(nanoseconds(count * self.times * (forward + backward)), FORBIDDEN)
 
-        row_kinds, row_of = layout_numbers(starts)
-        column_kinds, column_of = layout_numbers(needs)
-        key = (tensor, tuple(row_kinds), tuple(column_kinds), count)
-        if key not in self.pairs:
-            self.pairs[key] = _expand(row_kinds, column_kinds, cost)
-        return self.pairs[key][np.ix_(row_of, column_of)]
+        distinct_starts, row_of = layout_numbers(starts)
+        distinct_needs, column_of = layout_numbers(needs)
+        key = (tensor, tuple(distinct_starts), tuple(distinct_needs), count)
+        if key not in self.pair_costs:
+            self.pair_costs[key] = _expand(distinct_starts, distinct_needs, cost)
+        return self.pair_costs[key][np.ix_(row_of, column_of)]
 
     def _add_arc(self, edge: Edge) -> None:
-        """The arc of a parameter that is read, or of a value that is returned."""
+        """The arc of an edge that no fan-out is for: from a parameter to a reader, or from a value to the output."""
         value, tensor = edge.value, self.graph.tensor(edge.value)
         producer = self.graph.by_name[value.op]
         is_output = edge.consumer == self.output
@@ -394,7 +439,7 @@ class _Builder:
         self._store(self.index[decision_of(producer)], self.index[reader], cost, nbytes)
 
     def _output_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout]) -> Table:
-        """Bytes of an output while the backward runs, where nobody else saves them."""
+        """Bytes of an output, which lives through the backward; none where they count already, as saved or as a stored tensor's."""
         tensor = self.graph.tensor(value)
         is_held = value in self.saved.times or self.graph.by_name[value.op].kind is not OpKind.CALL
 
@@ -404,22 +449,23 @@ class _Builder:
         return _expand(starts, needs, held)
 
     def _store(self, a: int, b: int, cost: Table, nbytes: Table) -> None:
-        if a == b:  # a layer that feeds the next like one: both ends are the same decision
+        """Add an arc between nodes `a` and `b`, with tables of shape (options of a, options of b), to what is between them already."""
+        if a == b:  # from a layer to the next like it: both ends are the same decision
             node = self.nodes[a]
             self.nodes[a] = Node(node.decision, node.options, node.cost + np.diagonal(cost), node.nbytes + np.diagonal(nbytes))
             return
         if a > b:
             a, b, cost, nbytes = b, a, cost.T, nbytes.T
         if (a, b) in self.arcs:
-            before = self.arcs[a, b]
-            self.arcs[a, b] = (np.minimum(before[0] + cost, FORBIDDEN), before[1] + nbytes)
+            previous_cost, previous_nbytes = self.arcs[a, b]
+            self.arcs[a, b] = (np.minimum(previous_cost + cost, FORBIDDEN), previous_nbytes + nbytes)
         else:
             self.arcs[a, b] = (cost, nbytes)
 
 
 def _expand(rows: Sequence[Layout], columns: Sequence[Layout], cost: Callable[[Layout, Layout], int]) -> Table:
-    """The table of `cost` over all pairs, calling it once per distinct pair."""
-    row_kinds, row_of = layout_numbers(rows)
-    column_kinds, column_of = layout_numbers(columns)
-    small = np.array([[cost(row, column) for column in column_kinds] for row in row_kinds], dtype=np.int64)
-    return small[np.ix_(row_of, column_of)]
+    """The table of `cost` over all pairs, shape (rows, columns); `cost` is called once per distinct pair."""
+    distinct_rows, row_of = layout_numbers(rows)
+    distinct_columns, column_of = layout_numbers(columns)
+    table = np.array([[cost(row, column) for column in distinct_columns] for row in distinct_rows], dtype=np.int64)
+    return table[np.ix_(row_of, column_of)]
