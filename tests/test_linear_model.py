@@ -57,6 +57,6 @@ def test_an_error_of_the_solver_is_tried_again_and_then_told(monkeypatch: pytest
     fails(1)
     assert knapsack().solve(10).bound == pytest.approx(-10)
     fails(2)
-    answer = knapsack().solve(10)
-    assert (answer.values, answer.bound, answer.is_infeasible) == (None, -math.inf, False)
-    assert "kError" in answer.termination
+    result = knapsack().solve(10)
+    assert (result.values, result.bound, result.is_infeasible) == (None, -math.inf, False)
+    assert "kError" in result.termination

@@ -1,22 +1,24 @@
-"""Block options, a schedule, a budget -> the assignment of blocks to stages and options of least simulated time, with a bound.
+"""The assignment of blocks to stages and options that takes the least simulated time, by cutting planes, with a lower bound.
 
-A step of a fixed schedule takes as long as the longest path through it: a maximum of linear functions of the stages' seconds, of which
-there are too many to write down. So the model (`assignment_model`, which states it) starts with few paths; its solution is simulated, the
-longest path joins the model, and so on, until the best assignment's simulated time is the model's bound: the cutting planes of
-Kelley (1960).
-In this order:
+Comes in: the options of every block, a schedule, memory budgets. Goes out: an `Assignment`.
 
-1. greedy assignments (`greedy assignments`), all that fit: something to return, and paths that matter;
-2. the relaxed model, where a round is cheap and most paths are found;
-3. the steps after this one on the model with those options alone that the relaxed model or the best greedy assignment uses: quick;
-4. where ranks hold one stage each, the model with whole blocks per stage in fractions of options: its bound is nearly that of the whole
-   model, at a fraction of the time; its stages, with whole options, make an assignment;
-5. where ranks hold several stages, the model with a guess: there the paths are so many that the model's own solutions stay poor for long;
-6. the whole model.
+Under a fixed schedule a step takes as long as the longest path through it: a maximum of linear functions of the stages' seconds, one for
+each path, of which there are too many to write down. So the model (stated in `assignment_model`) starts with few paths. Its solution is
+simulated, the longest path of the simulation is added to the model, and so on, until the simulated time of the best assignment is the
+model's bound: the cutting-plane method of Kelley (1960, "The cutting-plane method for solving convex programs"). The steps are:
 
-All paths are paths of the schedule, so every bound of the model with all options holds, to the solver's tolerance; the guess of step 5 and
-the few options of step 3 only propose assignments. One exception: where the tolerance let a solution use a little more memory than there
-is, the model is built again for that much less (`_AssignmentSearch.tighten`), and later bounds are of assignments that fit that.
+1. `start`: greedy assignments (`greedy`), all that fit: something to return, and paths that matter;
+2. `relax`: the model without integers, in which a round is cheap and most paths are found;
+3. `narrow`: steps 4 and 6 on a smaller model, of the options alone that the relaxed model or the best greedy assignment uses;
+4. `place`, if pipeline ranks hold one stage each: the model with whole blocks per stage in fractions of options. Its bound is nearly that
+   of the whole model in a fraction of the time, and its stages, with whole options, are an assignment;
+5. `guide`, if they hold several: the model with a guess of the schedule's seconds. Here paths are so many that without it the model's
+   solutions stay poor for long;
+6. `finish`: the whole model.
+
+All paths are paths of the schedule, so every bound of the model with all options holds, up to the solver's tolerance. The guess of step 5
+and the few options of step 3 only propose assignments. One exception: if the tolerance lets a solution use a little more memory than the
+budget, the model is built again for that much less (`_AssignmentSearch.tighten`), and later bounds are of assignments that fit that.
 """
 
 from __future__ import annotations
@@ -45,25 +47,24 @@ from autopar.search.pipeline.block_options import BlockOptions
 from autopar.search.pipeline.greedy import assign_greedily
 from autopar.units import format_bytes
 
-# Rounds of the relaxed models at most, and the share of the gap asked for at which a round has gained nothing.
+# The most rounds of `relax` and `place`; a round that gains less than this share of the requested gap has gained nothing.
 RELAXED_ROUNDS = 40
 PLACED_ROUNDS = 8
 GAP_SHARE = 0.25
-# Beside an assignment's own times, those with one rank this much slower are simulated: the paths that would matter next. That many actions
-# are walked at most.
+# After an assignment, the same with one pipeline rank slower by this factor is simulated: its longest path would matter next. The number of
+# ranks for which this is done is such that at most so many actions are simulated.
 TILT = 0.03
 TILTED_ACTIONS = 300_000
-# Share of the time left for the model with few options; and how many blocks must use an option in the relaxed model to make it one of
-# them.
+# `narrow` may use this share of the time left, on options of which the relaxed model has more than so many blocks on some stage.
 NARROW_SHARE = 0.6
 TRACE = 1e-3
-# Of the guided models: rounds, share of the time, and gap. A guess needs no proof.
+# `guide` has so many rounds at most, this share of the time, and stops at this gap: a guess needs no proof.
 GUIDED_ROUNDS = 3
 GUIDED_SHARE = 0.2
 GUIDED_GAP = 0.003
-# Of the leanest assignment's bytes above the budgets.
+# The gap at which the search for the assignment of the fewest bytes stops.
 LEANEST_GAP = 1e-4
-# The search ends when neither the best assignment nor the bound has got better for so many rounds and seconds.
+# `finish` ends when neither the best assignment nor the bound has improved for so many rounds and seconds.
 PATIENT_ROUNDS = 3
 PATIENCE = 2.0
 
@@ -73,13 +74,16 @@ class Assignment:
     """A stage and an option per block, and what is known about them.
 
     Attributes:
-        stages: of each block; `options`: of each block, as index into its options.
-        objective: seconds by the paths that the model has; `simulated`: by the whole schedule; both with the longest `once` of a rank.
-        bound: no assignment within the budget takes less; where the model was tightened, within the budget less the bytes of that.
-        status: ``optimal`` when `simulated` is within the gap asked for of the bound, ``feasible`` when the time was over first,
-            ``beyond`` when nothing can be better than the cutoff.
-        iterations: models solved.
-        peak: bytes per rank.
+        stages: stage of each block.
+        options: option of each block, as an index into its options.
+        objective: seconds of a step by the paths that the model has.
+        simulated: seconds of a step by the simulated schedule.
+        bound: a lower bound on the seconds of any assignment within the budget; where the model was tightened, of any within the tightened
+            budget.
+        status: ``optimal`` when `simulated` is within the requested gap of the bound, ``feasible`` when the time was up first,
+            ``beyond`` when it is known that nothing takes less than the cutoff.
+        iterations: number of models solved.
+        peak: bytes of each pipeline rank.
     """
 
     stages: tuple[int, ...]
@@ -105,15 +109,15 @@ def assign(
 
     Args:
         blocks: the options of every block, in the order of the chain.
-        schedule: of computing actions; its stages stand in a chain.
-        budget: bytes of every rank, or of each.
-        time_limit: seconds; when they are over, the best assignment found is returned with the bound that was reached.
+        schedule: computing actions of each pipeline rank; its stages stand in a chain.
+        budget: bytes of every pipeline rank, or of each.
+        time_limit: seconds; when they are up, the best assignment found is returned with the bound that was reached.
         gap: relative distance of `simulated` from `bound` at which the search ends.
-        cutoff: seconds; the search ends as soon as nothing better than this can be found.
+        cutoff: seconds; the search ends as soon as it is known that no assignment takes less.
 
     Raises InfeasibleError when nothing fits, with the bytes that the leanest assignment needs in its ``needed`` attribute, or when there
     are fewer blocks than stages, or pins that can't be met; InputError for a pin or budgets that aren't of this schedule; SolverError
-    when the time was over, or nothing better than the cutoff was left, before any assignment was found.
+    when the time was up, or nothing took less than the cutoff, before any assignment was found.
     """
     problem = make_problem(blocks, schedule, budget)
     search = _AssignmentSearch(problem, AssignmentModel(problem, problem.budgets), gap, cutoff, time.perf_counter() + time_limit)
@@ -127,15 +131,26 @@ def assign(
             search.place()
         search.finish()
     except InfeasibleError:
-        # Where something was found, it is the model for a little less memory that nothing fits.
+        # If there is an assignment, it is only the tightened model, for a little less memory, that nothing fits.
         if search.best is None:
-            _settle(search, time_limit)
+            _offer_leanest(search, time_limit)
     return search.result()
 
 
 @dataclass
 class _AssignmentSearch:
-    """One search on its way: the model with the paths so far, the best assignment, the bound."""
+    """The state of one search.
+
+    Attributes:
+        model: the model with the paths so far.
+        gap, cutoff: as of `assign`.
+        deadline: when to stop, in seconds of `time.perf_counter`.
+        best: the best assignment so far; `bound`, `status` and `iterations` are filled in by `result`.
+        bound: the lower bound so far.
+        rounds: number of models solved.
+        tightened_nbytes: bytes that the model's budgets are less than those of the problem.
+        relaxed_options: per run the options that the relaxed model uses.
+    """
 
     problem: AssignmentProblem
     model: AssignmentModel
@@ -145,8 +160,8 @@ class _AssignmentSearch:
     best: Assignment | None = None
     bound: float = 0.0
     rounds: int = 0
-    slack: int = 0
-    used: list[frozenset[int]] | None = None
+    tightened_nbytes: int = 0
+    relaxed_options: list[frozenset[int]] | None = None
 
     @property
     def seconds_left(self) -> float:
@@ -155,36 +170,36 @@ class _AssignmentSearch:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing is left to be gained, or no time."""
+        """Whether the gap is closed, the cutoff out of reach, or the time up."""
         closed = self.best is not None and self.best.simulated <= self.bound * (1 + self.gap)
         return closed or self.bound >= self.cutoff or self.seconds_left <= 0
 
     def start(self) -> None:
-        """Offer the greedy assignments."""
+        """Step 1: offer the greedy assignments."""
         for stages, options in assign_greedily(self.problem):
             self.offer(stages, options)
 
     def relax(self) -> None:
-        """Find paths with continuous counts, as long as the bound moves."""
-        before = 0.0
+        """Step 2: find paths with counts in fractions, as long as the bound improves."""
+        previous_bound = 0.0
         for _ in range(RELAXED_ROUNDS):
             point = self.solve(self.model, self.seconds_left, free=self.model.integers)
             if point is None or self.is_over:
                 return
-            self.used = _used_options(self.problem, point)
+            self.relaxed_options = _used_options(self.problem, point)
             simulated = self.add_paths(point.columns) + point.once
-            if simulated <= point.bound * (1 + GAP_SHARE * self.gap) or point.bound <= before * (1 + GAP_SHARE * self.gap):
+            if simulated <= point.bound * (1 + GAP_SHARE * self.gap) or point.bound <= previous_bound * (1 + GAP_SHARE * self.gap):
                 return
-            before = point.bound
+            previous_bound = point.bound
 
     def narrow(self) -> None:
-        """Solve the model with those options alone that the relaxed model or the best assignment uses: most are of no use here."""
-        if self.best is None or self.used is None or self.is_over:
+        """Step 3: solve the model with those options alone that the relaxed model or the best assignment uses."""
+        if self.best is None or self.relaxed_options is None or self.is_over:
             return
         runs = []
-        for run, used_relaxed in zip(self.problem.runs, self.used, strict=True):
-            used = used_relaxed | set(self.best.options[run.first : run.first + run.length])
-            runs.append(_only(run, [index in used for index in run.indices]))
+        for run, relaxed in zip(self.problem.runs, self.relaxed_options, strict=True):
+            used = relaxed | set(self.best.options[run.first : run.first + run.length])
+            runs.append(_select_options(run, [index in used for index in run.indices]))
         problem = replace(self.problem, runs=tuple(runs))
         if sum(len(run.indices) for run in runs) == sum(len(run.indices) for run in self.problem.runs):
             return
@@ -195,13 +210,13 @@ class _AssignmentSearch:
                 inner.place()
             inner.finish()
         except InfeasibleError:
-            pass  # beside what is there already
+            pass  # the best assignment is kept
         self.best, self.rounds = inner.best, self.rounds + inner.rounds
         for path in inner.model.paths:
             self.model.add_path(path)
 
     def place(self) -> None:
-        """Find paths, and assignments, with whole blocks per stage in fractions of options."""
+        """Step 4: find paths and assignments with whole blocks per stage in fractions of options."""
         for _ in range(PLACED_ROUNDS):
             if self.is_over:
                 return
@@ -209,43 +224,43 @@ class _AssignmentSearch:
             if point is None:
                 return
             simulated = self.add_paths(point.columns) + point.once
-            whole = self.model.solve(self.seconds_left, fixed=point, gap=GAP_SHARE * self.gap)
-            if whole is not None:
-                self.offer(*expand_counts(self.problem, whole.counts))
+            rounded = self.model.solve(self.seconds_left, fixed=point, gap=GAP_SHARE * self.gap)
+            if rounded is not None:
+                self.offer(*expand_counts(self.problem, rounded.counts))
             if simulated <= point.bound * (1 + GAP_SHARE * self.gap):
                 return
 
     def guide(self, seconds: float) -> None:
-        """Assignments from models that guess what a schedule of several stages per rank takes."""
+        """Step 5: find assignments with models that guess what a schedule of several stages per pipeline rank takes."""
         for _ in range(GUIDED_ROUNDS):
             if self.is_over:
                 return
-            before = self.best
+            previous_best = self.best
             guided = AssignmentModel(self.problem, self.problem.budgets, self.model.paths, is_guided=True)
             point = self.solve(guided, min(seconds, self.seconds_left), gap=GUIDED_GAP)
             if point is None:
                 return
             self.offer(*expand_counts(self.problem, point.counts))
-            if self.best is before:
+            if self.best is previous_best:
                 return
 
     def finish(self) -> None:
-        """Rounds of the model with integers."""
-        moved, since = time.perf_counter(), 0
-        while not self.is_over and (since < PATIENT_ROUNDS or time.perf_counter() - moved < PATIENCE):
-            best, bound = self.best, self.bound
+        """Step 6: rounds of the whole model, as long as the best assignment or the bound improves."""
+        improved_at, rounds_since = time.perf_counter(), 0
+        while not self.is_over and (rounds_since < PATIENT_ROUNDS or time.perf_counter() - improved_at < PATIENCE):
+            previous_best, previous_bound = self.best, self.bound
             point = self.solve(self.model, self.seconds_left, gap=GAP_SHARE * self.gap)
             if point is None:
                 return
-            expanded = expand_counts(self.problem, point.counts)
-            since += 1
-            if not self.offer(*expanded):
-                self.tighten(*expanded)
-            elif self.best is not best or self.bound > bound * (1 + GAP_SHARE * self.gap):
-                moved, since = time.perf_counter(), 0
+            stages, options = expand_counts(self.problem, point.counts)
+            rounds_since += 1
+            if not self.offer(stages, options):
+                self.tighten(stages, options)
+            elif self.best is not previous_best or self.bound > previous_bound * (1 + GAP_SHARE * self.gap):
+                improved_at, rounds_since = time.perf_counter(), 0
 
     def solve(self, model: AssignmentModel, seconds: float, *, free: Ints | None = None, gap: float = 0.0) -> Point | None:
-        """One round; its bound counts where the model is no guess."""
+        """Solve a model once, in at most `seconds`; unless the model has a guess, its bound is one for the search."""
         self.rounds += 1
         point = model.solve(seconds, free=free, gap=gap)
         if point is not None and not model.is_guided:
@@ -253,9 +268,12 @@ class _AssignmentSearch:
         return point
 
     def offer(self, stages: Sequence[int], options: Sequence[int]) -> bool:
-        """Simulate an assignment, for its paths and for its time; False when it doesn't fit."""
+        """Simulate an assignment, add its paths to the model, and keep it if it is the best.
+
+        Returns False, and does none of this, if it doesn't fit the budgets.
+        """
         cost = compute_cost(self.problem, stages, options)
-        if any(used > there for used, there in zip(cost.peak, self.problem.budgets, strict=True)):
+        if any(peak > budget for peak, budget in zip(cost.peak, self.problem.budgets, strict=True)):
             return False
         simulated = self.add_paths(cost.columns) + cost.once
         if self.best is None or simulated < self.best.simulated:
@@ -264,16 +282,20 @@ class _AssignmentSearch:
         return True
 
     def tighten(self, stages: Sequence[int], options: Sequence[int]) -> None:
-        """Build the model again for a little less memory: the solver keeps a row only as far as its tolerances go.
+        """Build the model again with less memory, by what an assignment exceeds the budgets: the solver meets rows up to its tolerance.
 
         Bounds from here on are of assignments that fit this memory.
         """
-        peak = compute_cost(self.problem, stages, options).peak
-        self.slack += max(used - there for used, there in zip(peak, self.problem.budgets, strict=True))
-        self.model = AssignmentModel(self.problem, [there - self.slack for there in self.problem.budgets], self.model.paths)
+        peaks = compute_cost(self.problem, stages, options).peak
+        self.tightened_nbytes += max(peak - budget for peak, budget in zip(peaks, self.problem.budgets, strict=True))
+        budgets = [budget - self.tightened_nbytes for budget in self.problem.budgets]
+        self.model = AssignmentModel(self.problem, budgets, self.model.paths)
 
     def add_paths(self, columns: Floats) -> float:
-        """Seconds of the schedule; its longest path joins the model, and those with one rank a little slower."""
+        """Simulate the schedule, and add its longest path to the model, and those with one pipeline rank a little slower.
+
+        Returns the seconds of the schedule.
+        """
         seconds, path = longest_path(self.problem, columns)
         self.model.add_path(path)
         stages, ranks = self.problem.schedule.stages, self.problem.schedule.ranks
@@ -286,7 +308,7 @@ class _AssignmentSearch:
         return seconds
 
     def result(self) -> Assignment:
-        """The best assignment, with what was proven."""
+        """The best assignment, with what was proven; raises SolverError if there is none."""
         if self.best is None:
             reason = "nothing takes less than the cutoff" if self.bound >= self.cutoff else "the time is over"
             raise SolverError(f"no assignment of {len(self.problem.blocks)} blocks to {self.problem.schedule.stages} stages: {reason}")
@@ -296,19 +318,19 @@ class _AssignmentSearch:
 
 
 def _used_options(problem: AssignmentProblem, point: Point) -> list[frozenset[int]]:
-    """Per run the options of which a point has more than a trace on any stage."""
+    """Per run the options of which a point has more than `TRACE` blocks on some stage."""
     used: list[set[int]] = [set() for _ in problem.runs]
     for (index, _), counts in point.counts.items():
         used[index].update(option for option, count in zip(problem.runs[index].indices, counts.tolist(), strict=True) if count > TRACE)
     return [frozenset(options) for options in used]
 
 
-def _only(run: BlockRun, saved: Sequence[bool]) -> BlockRun:
-    """A run with these of its options alone."""
-    mask = np.array(saved)
+def _select_options(run: BlockRun, is_selected: Sequence[bool]) -> BlockRun:
+    """The run with some of its options alone; `is_selected` has an entry per option."""
+    mask = np.array(is_selected)
     return replace(
         run,
-        indices=tuple(index for index, keeps in zip(run.indices, saved, strict=True) if keeps),
+        indices=tuple(index for index, selected in zip(run.indices, is_selected, strict=True) if selected),
         seconds=run.seconds[mask],
         once=run.once[mask],
         saved=run.saved[mask],
@@ -318,8 +340,8 @@ def _only(run: BlockRun, saved: Sequence[bool]) -> BlockRun:
     )
 
 
-def _settle(search: _AssignmentSearch, time_limit: float) -> None:
-    """Offer the leanest assignment; raises InfeasibleError, with what it needs, when it doesn't fit."""
+def _offer_leanest(search: _AssignmentSearch, time_limit: float) -> None:
+    """Offer the assignment that exceeds budgets least; raises InfeasibleError, with the bytes that it needs, when it doesn't fit."""
     problem = search.problem
     where = f"{len(problem.blocks)} blocks on {problem.schedule.stages} stages under schedule {problem.schedule.name!r}"
     point = AssignmentModel(problem, problem.budgets, is_leanest=True).solve(time_limit, gap=LEANEST_GAP)
@@ -328,10 +350,10 @@ def _settle(search: _AssignmentSearch, time_limit: float) -> None:
     leanest = expand_counts(problem, point.counts)
     if search.offer(*leanest):
         return
-    peak = compute_cost(problem, *leanest).peak
-    rank = int(np.argmax([used - there for used, there in zip(peak, problem.budgets, strict=True)]))
+    peaks = compute_cost(problem, *leanest).peak
+    rank = int(np.argmax([peak - budget for peak, budget in zip(peaks, problem.budgets, strict=True)]))
     error = InfeasibleError(
-        f"{where} need {format_bytes(peak[rank])} on pipeline rank {rank} at the leanest, {format_bytes(problem.budgets[rank])} are there"
+        f"{where} need {format_bytes(peaks[rank])} on pipeline rank {rank} at the leanest, {format_bytes(problem.budgets[rank])} are there"
     )
-    error.needed = peak[rank]
+    error.needed = peaks[rank]
     raise error

@@ -1,10 +1,14 @@
-r"""The mixed-integer model of an assignment of blocks to stages and options; `assignment` gives it its paths.
+r"""The mixed-integer model of an assignment of blocks to stages and options, with some of the schedule's paths.
 
-Data: blocks :math:`b` in a chain; consecutive blocks with equal options form a run :math:`r` of length :math:`L_r`, and only how many of
-a run go where is decided. Stages :math:`s` on ranks :math:`k`; options :math:`o`, those that another one beats in everything left out.
+Comes in: an `AssignmentProblem`, budgets, paths (`assignment` finds more and adds them). Goes out: a `Point`, a solution of the model or of
+a relaxation, with a bound.
 
-Variables: :math:`n_{r,s,o} \in \mathbb{N}`, blocks of run :math:`r` on stage :math:`s` in option :math:`o`; :math:`P_{r,s}`, those on
-stages up to :math:`s`; :math:`z_{r,s} \in \{0, 1\}`, some are; :math:`T` the schedule's seconds, :math:`U` those after it.
+Data: blocks :math:`b` in a chain; consecutive blocks with equal options form a run :math:`r` of length :math:`L_r`, and only how many
+blocks of a run are where is decided. Stages :math:`s` on pipeline ranks :math:`k`; options :math:`o` of a run, without dominated ones.
+
+Variables: :math:`n_{r,s,o} \in \mathbb{N}`, the number of blocks of run :math:`r` on stage :math:`s` in option :math:`o` (`counts`);
+:math:`P_{r,s}`, the number of its blocks on the stages up to :math:`s` (`prefix`); :math:`z_{r,s} \in \{0, 1\}`, whether there are any
+(`started`); :math:`T`, the schedule's seconds (`step`); :math:`U`, those after it (`once`).
 
 .. math:: \min\; T + U
 
@@ -12,10 +16,11 @@ stages up to :math:`s`; :math:`z_{r,s} \in \{0, 1\}`, some are; :math:`T` the sc
     :math:`P_{r,s} = P_{r,s-1} + \sum_o n_{r,s,o}`, :math:`z_{r,s} \le P_{r,s} \le L_r z_{r,s}`, :math:`L_r z_{r+1,s} \le P_{r,s}`,
     :math:`\sum_{r,o} n_{r,s,o} \ge 1`
 (2) every block takes one option:  :math:`P_{r,S-1} = L_r`
-(3) one rank's bytes, for every combination of micro-batches that it holds at once (:math:`h_s` from forward to backward, :math:`w_s`
-    from input to weight gradient): :math:`\sum_{s \in k} \sum_{r,o} n_{r,s,o} (\mathit{static} + h_s \mathit{saved} + w_s \mathit{waiting})
-    + \sum_{s \in k} h_s\, g_s + W_k + 2 R_k \le M_k`, with :math:`g_s` what the stage holds of values that blocks before have read, and
-    :math:`W_k` no less than the workspace of any block on :math:`k`, :math:`R_k` than any message to it
+(3) bytes of one pipeline rank, for every combination of micro-batches that it holds at once (:math:`h_s` from forward to backward,
+    :math:`w_s` from input to weight gradient): :math:`\sum_{s \in k} \sum_{r,o} n_{r,s,o} (\mathit{static} + h_s \mathit{saved} +
+    w_s \mathit{waiting}) + \sum_{s \in k} h_s\, g_s + W_k + 2 R_k \le M_k`, with :math:`g_s` the bytes that the stage holds of values
+    which blocks on earlier stages read too, :math:`W_k` no less than the workspace of any block on :math:`k`, and :math:`R_k` no less
+    than any message to it
 (4) no path through the schedule takes longer than the schedule: :math:`T \ge \sum_s c_s\, t_s + \sum_s d_s\, e_s`, with :math:`t_s` the
     sums of the blocks' seconds and :math:`e_s` the transfers, linear in :math:`n` and :math:`z`; :math:`c, d` count how often each
     lies on the path
@@ -34,10 +39,10 @@ from autopar.errors import InfeasibleError
 from autopar.search.linear_model import LinearModel
 from autopar.search.pipeline.assignment_problem import PHASES, RECEIVES_AT_ONCE, AssignmentProblem, BlockRun, Floats, Ints
 
-# The model's numbers: a step of about this many units of time, a budget of this many units of memory. Solvers keep absolute tolerances.
+# The model's units: a step takes about this many units of time, a budget is this many units of memory. Solvers' tolerances are absolute.
 TIME_UNITS = 1e4
 MEMORY_UNITS = 1e3
-# A solve is given this many seconds at least.
+# The least time limit of a solve, in seconds.
 LEAST_SECONDS = 0.05
 
 
@@ -46,9 +51,11 @@ class Point:
     """A solution of the model, or of a relaxation of it.
 
     Attributes:
-        bound: no solution takes less; seconds.
-        columns: of the `AssignmentProblem`; `once`: the longest of a rank.
-        counts: per run and stage the blocks per option; `prefixes`: the model's, in its order.
+        bound: a lower bound on the seconds of any solution.
+        columns: seconds of stages and transfers, in the order that `AssignmentProblem` states.
+        once: seconds U.
+        counts: per run and stage the number of blocks in each option of the run.
+        prefixes: the values of all P, in the model's order.
     """
 
     bound: float
@@ -59,9 +66,13 @@ class Point:
 
 
 class AssignmentModel:
-    """The model under construction, in units of its own.
+    """The model, which paths can be added to; its variables are in units of its own.
 
-    `is_leanest` leaves the time out and looks for the fewest bytes instead: of the rank that needs most, and above what each has.
+    Attributes:
+        paths: the paths that constraint (4) is stated for.
+        second, tick, byte: units of the model per second of a step, per second of a column, per byte.
+        counts, prefix, started: ids of the variables n, P and z, by (run, stage); n per option of the run.
+        step, once, columns: ids of the variables T, U and those of the seconds of stages and transfers.
     """
 
     def __init__(
@@ -73,20 +84,29 @@ class AssignmentModel:
         is_leanest: bool = False,
         is_guided: bool = False,
     ) -> None:
+        """State the model.
+
+        Args:
+            problem: what is assigned.
+            budgets: bytes of each pipeline rank.
+            paths: paths of the schedule for (4); by default each rank's computing actions, one after another.
+            is_leanest: instead of seconds, minimise the most bytes above its budget that any pipeline rank needs.
+            is_guided: add a guess of what the schedule takes (`_add_guide`): solutions are good with few paths, but bounds don't hold.
+        """
         self.problem = problem
         self.is_leanest = is_leanest
         self.is_guided = is_guided
         self.model = LinearModel()
         self.paths: list[Floats] = []
-        self.known: set[bytes] = set()
+        self._known_paths: set[bytes] = set()
         self.second = TIME_UNITS / (_rough_seconds(problem) or 1.0)
-        self.tick = self.second * problem.schedule.microbatches  # of columns: all micro-batches' seconds, so that they are of a step's size
+        self.tick = self.second * problem.schedule.microbatches  # so that the columns of all micro-batches are of a step's size
         self.byte = MEMORY_UNITS / max(1, *budgets)
-        self.counts: dict[tuple[int, int], Ints] = {}  # per run and stage, per option of the run
+        self.counts: dict[tuple[int, int], Ints] = {}
         self.prefix: dict[tuple[int, int], int] = {}
         self.started: dict[tuple[int, int], int] = {}
         self._add_blocks()
-        self._add_memory([self.byte * there for there in budgets], self._add_variable(0.0, np.inf, cost=1.0) if is_leanest else None)
+        self._add_memory([self.byte * budget for budget in budgets], self._add_variable(0.0, np.inf, cost=1.0) if is_leanest else None)
         if not is_leanest:
             self.step, self.once = self._add_variable(0.0, np.inf, cost=1.0), self._add_variable(0.0, np.inf, cost=1.0)
             self.columns = self._add_columns()
@@ -98,136 +118,147 @@ class AssignmentModel:
 
     @property
     def integers(self) -> Ints:
-        """All variables that are integer in the whole model."""
+        """Ids of all variables that are integers in the model."""
         return np.flatnonzero(self.model.integers())
 
     @property
     def option_counts(self) -> Ints:
-        """The variables that say how many blocks take which option."""
+        """Ids of all variables n."""
         return np.concatenate(list(self.counts.values()))
 
     def solve(self, seconds: float, *, free: Ints | None = None, fixed: Point | None = None, gap: float = 0.0) -> Point | None:
-        """The model's solution, up to a relative `gap`; None when the time was over first.
+        """The best solution of the model that is found; None when none is.
 
-        Variables in `free` needn't be integers. With `fixed`, blocks stay on the stages of that point, and None may say that they can't.
-        Raises InfeasibleError when nothing fits.
+        Args:
+            seconds: the time limit.
+            free: ids of variables that needn't be integers in this solve.
+            fixed: a point whose blocks per stage are kept, so that only options are chosen; None is returned if that can't be.
+            gap: relative distance from the bound at which to stop.
+
+        Raises InfeasibleError when it is proven that nothing fits, unless a point is `fixed`.
         """
         prefixes = np.array(list(self.prefix.values()))
-        held = None if fixed is None else (prefixes, np.rint(fixed.prefixes))
-        answer = self.model.solve(max(LEAST_SECONDS, seconds), free=free, fixed=held, gap=gap)
-        if answer.is_infeasible and fixed is None:
+        fixed_prefixes = None if fixed is None else (prefixes, np.rint(fixed.prefixes))
+        result = self.model.solve(max(LEAST_SECONDS, seconds), free=free, fixed=fixed_prefixes, gap=gap)
+        if result.is_infeasible and fixed is None:
             raise InfeasibleError("no assignment of blocks to stages fits the memory")
-        if answer.values is None:
+        if result.values is None:
             return None
-        counts = {key: answer.values[ids] for key, ids in self.counts.items()}
+        counts = {key: result.values[ids] for key, ids in self.counts.items()}
         if self.is_leanest:
             return Point(0.0, np.zeros(0), 0.0, counts, np.zeros(0))
-        columns = np.maximum(answer.values[self.columns], 0.0) / self.tick
-        return Point(answer.bound / self.second, columns, float(answer.values[self.once]) / self.second, counts, answer.values[prefixes])
+        columns = np.maximum(result.values[self.columns], 0.0) / self.tick
+        return Point(result.bound / self.second, columns, float(result.values[self.once]) / self.second, counts, result.values[prefixes])
 
     def add_path(self, path: Floats) -> None:
-        """Constraint (4) for one path: how often each column lies on it."""
-        if path.tobytes() not in self.known:
-            self.known.add(path.tobytes())
+        """Add constraint (4) for a path, given by how often each column lies on it, shape (columns,), unless the model has it."""
+        if path.tobytes() not in self._known_paths:
+            self._known_paths.add(path.tobytes())
             self.paths.append(path)
-            on = np.flatnonzero(path)
-            self.model.add_row([self.step, *self.columns[on]], [1.0, *(-path[on] / self.problem.schedule.microbatches)], 0.0, np.inf)
+            on_path = np.flatnonzero(path)
+            self.model.add_row(
+                [self.step, *self.columns[on_path]], [1.0, *(-path[on_path] / self.problem.schedule.microbatches)], 0.0, np.inf
+            )
 
     def _add_variable(self, lower: float, upper: float, *, cost: float = 0.0, is_integer: bool = False) -> int:
         return int(self.model.add_variables(np.array([cost]), lower=lower, upper=upper, is_integer=is_integer)[0])
 
     def _add_blocks(self) -> None:
-        """Constraints (1) and (2)."""
+        """Variables P, z and n, with constraints (1) and (2)."""
         runs, stages = self.problem.runs, self.problem.schedule.stages
         blocks = runs[-1].first + runs[-1].length
         for stage in range(stages):
-            # So many blocks are on the stages up to this one: one for each at least, and one is left for each of the others.
+            # Bounds of the number of blocks on the stages up to this one: each of these has a block, and so has each stage after it.
             least, most = stage + 1, blocks - (stages - 1 - stage)
             if stage == stages - 1:
                 least = blocks
-            filled: list[tuple[int, float]] = []
+            blocks_of_stage: list[tuple[int, float]] = []
             for index, run in enumerate(runs):
                 low, high = np.clip([least - run.first, most - run.first], 0, run.length).tolist()
                 prefix = self.prefix[index, stage] = self._add_variable(low, high, is_integer=True)
                 self.started[index, stage] = prefix if run.length == 1 else self._add_variable(low > 0, high > 0, is_integer=True)
-                parts = [(prefix, 1.0)]
+                terms = [(prefix, 1.0)]
                 if stage:
-                    parts.append((self.prefix[index, stage - 1], -1.0))
-                filled += parts
+                    terms.append((self.prefix[index, stage - 1], -1.0))
+                blocks_of_stage += terms
                 if run.stage is None or run.stage == stage:
                     counts = self.model.add_variables(np.zeros(len(run.indices)), upper=run.length, is_integer=True)
                     self.counts[index, stage] = counts
-                    parts += [(column, -1.0) for column in counts.tolist()]
-                self._add_sum(parts, 0.0, 0.0)
+                    terms += [(column, -1.0) for column in counts.tolist()]
+                self._add_sum(terms, 0.0, 0.0)
                 if run.length > 1:
                     self._add_sum([(prefix, 1.0), (self.started[index, stage], -1.0)], 0.0, np.inf)
                     self._add_sum([(prefix, 1.0), (self.started[index, stage], -run.length)], -np.inf, 0.0)
                 if index:
-                    above = runs[index - 1].length
-                    self._add_sum([(self.started[index, stage], above), (self.prefix[index - 1, stage], -1.0)], -np.inf, 0.0)
-            self._add_sum(filled, 1.0, np.inf)
+                    previous_length = runs[index - 1].length
+                    self._add_sum([(self.started[index, stage], previous_length), (self.prefix[index - 1, stage], -1.0)], -np.inf, 0.0)
+            self._add_sum(blocks_of_stage, 1.0, np.inf)
 
-    def _add_sum(self, parts: Sequence[tuple[int, float]], lower: float, upper: float) -> None:
-        self.model.add_row([column for column, _ in parts], [factor for _, factor in parts], lower, upper)
+    def _add_sum(self, terms: Sequence[tuple[int, float]], lower: float, upper: float) -> None:
+        """Add a row, given as (variable, factor)."""
+        self.model.add_row([column for column, _ in terms], [factor for _, factor in terms], lower, upper)
 
-    def _end(self, stage: int, numbers: Sequence[float]) -> tuple[float, list[tuple[int, float]]]:
-        """The number, of one per run, of the run that `stage` ends in: a constant, and factors of `started`."""
+    def _number_at_end(self, stage: int, numbers: Sequence[float]) -> tuple[float, list[tuple[int, float]]]:
+        """Of numbers per run, that of the run in which `stage` ends, as a linear expression: a constant, and terms (variable, factor).
+
+        Since runs start in order, it is the first number plus, for every later run that has started, the difference to the run before it.
+        """
         steps = [(self.started[index, stage], after - before) for index, (before, after) in enumerate(pairwise(numbers), 1)]
         return numbers[0], [(column, step) for column, step in steps if step]
 
     def _add_memory(self, budgets: Sequence[float], excess: int | None) -> None:
-        """Constraint (3); with `excess`, a variable that every budget grows by."""
+        """Constraint (3), in units of the model; `excess` is the id of a variable that every budget grows by."""
         problem, byte = self.problem, self.byte
         least = min(int(run.workspace.min()) for run in problem.runs)
-        for rank, (own, holdings) in enumerate(zip(problem.stages_of, problem.holdings, strict=True)):
-            above = self._add_workspace(own, least)
+        for rank, (stages, holdings) in enumerate(zip(problem.stages_of, problem.holdings, strict=True)):
+            workspace_above_least = self._add_workspace(stages, least)
             message = self._add_variable(0.0, np.inf)
             for stage in problem.messages_to[rank]:
-                constant, parts = self._end(stage, [byte * run.cut.nbytes for run in problem.runs])
-                self._add_sum([(message, 1.0), *((column, -factor) for column, factor in parts)], constant, np.inf)
-            here = [(position, run, self.counts[key]) for key, run, position in self._placed(own)]
-            shared: list[tuple[int, float]] = [(above, 1.0), (message, RECEIVES_AT_ONCE)]
+                constant, terms = self._number_at_end(stage, [byte * run.cut.nbytes for run in problem.runs])
+                self._add_sum([(message, 1.0), *((column, -factor) for column, factor in terms)], constant, np.inf)
+            possible = [(position, run, self.counts[key]) for key, run, position in self._possible_runs(stages)]
+            always: list[tuple[int, float]] = [(workspace_above_least, 1.0), (message, RECEIVES_AT_ONCE)]
             if excess is not None:
-                shared.append((excess, -1.0))
-            for full, waiting in np.moveaxis(holdings, 2, 1) if len(holdings) else np.zeros((1, 2, len(own))):
-                columns = [ids for _, _, ids in here]
-                bytes_of = [run.static + full[at] * run.saved + waiting[at] * run.waiting for at, run, _ in here]
-                received = [
-                    self._end(stage - 1, [byte * often * run.cut.saved for run in problem.runs])
-                    for often, stage in zip(full.tolist(), own, strict=True)
+                always.append((excess, -1.0))
+            for in_flight, waiting in np.moveaxis(holdings, 2, 1) if len(holdings) else np.zeros((1, 2, len(stages))):
+                columns = [ids for _, _, ids in possible]
+                bytes_of = [run.static + in_flight[position] * run.saved + waiting[position] * run.waiting for position, run, _ in possible]
+                read_before = [
+                    self._number_at_end(stage - 1, [byte * count * run.cut.saved for run in problem.runs])
+                    for count, stage in zip(in_flight.tolist(), stages, strict=True)
                     if stage
                 ]
-                others = [*shared, *(part for _, parts in received for part in parts)]
+                other_terms = [*always, *(term for _, terms in read_before for term in terms)]
                 self.model.add_row(
-                    np.concatenate([*columns, [column for column, _ in others]]),
-                    np.concatenate([byte * np.concatenate(bytes_of), [factor for _, factor in others]]),
+                    np.concatenate([*columns, [column for column, _ in other_terms]]),
+                    np.concatenate([byte * np.concatenate(bytes_of), [factor for _, factor in other_terms]]),
                     -np.inf,
-                    budgets[rank] - byte * least - sum(constant for constant, _ in received),
+                    budgets[rank] - byte * least - sum(constant for constant, _ in read_before),
                 )
 
-    def _placed(self, stages: Sequence[int]) -> Iterator[tuple[tuple[int, int], BlockRun, int]]:
-        """(key in `counts`, run, position of the stage) of the runs that may be on these stages."""
+    def _possible_runs(self, stages: Sequence[int]) -> Iterator[tuple[tuple[int, int], BlockRun, int]]:
+        """(key in `counts`, run, position of the stage among these) of the runs that pins let be on these stages."""
         for position, stage in enumerate(stages):
             for index, run in enumerate(self.problem.runs):
                 if (index, stage) in self.counts:
                     yield (index, stage), run, position
 
     def _add_workspace(self, stages: Sequence[int], least: int) -> int:
-        """A variable no less than the workspace above `least` of any block on these stages."""
+        """A variable no less than what any block on these stages needs of workspace above `least` bytes."""
         above = self._add_variable(0.0, np.inf)
-        for key, run, _ in self._placed(stages):
+        for key, run, _ in self._possible_runs(stages):
             counts, extra = self.counts[key], run.workspace - least
             if run.length == 1:
                 self.model.add_row([above, *counts], [1.0, *-(self.byte * extra)], 0.0, np.inf)
                 continue
             steps = np.unique(np.append(extra, 0))
-            parts = [(above, 1.0)]
+            terms = [(above, 1.0)]
             for below, step in pairwise(steps.tolist()):
-                # Whether any block needs this much.
+                # Whether any block of the run needs this much.
                 needed = self._add_variable(0.0, 1.0, is_integer=True)
                 self._add_sum([*((column, 1.0) for column in counts[extra >= step].tolist()), (needed, -run.length)], -np.inf, 0.0)
-                parts.append((needed, -self.byte * (step - below)))
-            self._add_sum(parts, 0.0, np.inf)
+                terms.append((needed, -self.byte * (step - below)))
+            self._add_sum(terms, 0.0, np.inf)
         return above
 
     def _add_columns(self) -> Ints:
@@ -238,62 +269,66 @@ class AssignmentModel:
             for stage in range(stages):
                 column = self._add_variable(0.0, np.inf)
                 columns.append(column)
-                parts = [(column, 1.0)]
-                for key, run, _ in self._placed([stage]):
-                    parts += zip(self.counts[key].tolist(), (-tick * run.seconds[:, phase]).tolist(), strict=True)
-                self._add_sum(parts, 0.0, 0.0)
-        for way in (0, 1):
+                terms = [(column, 1.0)]
+                for key, run, _ in self._possible_runs([stage]):
+                    terms += zip(self.counts[key].tolist(), (-tick * run.seconds[:, phase]).tolist(), strict=True)
+                self._add_sum(terms, 0.0, 0.0)
+        for direction in (0, 1):  # of `Cut`: forward, backward
             for stage in range(stages - 1):
-                constant, parts = self._end(stage, [tick * run.cut[way] for run in runs])
+                constant, terms = self._number_at_end(stage, [tick * run.cut[direction] for run in runs])
                 column = self._add_variable(0.0, np.inf)
                 columns.append(column)
-                self._add_sum([(column, 1.0), *((started, -step) for started, step in parts)], constant, constant)
+                self._add_sum([(column, 1.0), *((started, -step) for started, step in terms)], constant, constant)
         return np.array(columns)
 
     def _add_once(self) -> None:
         """Constraint (5)."""
-        for own in self.problem.stages_of:
-            parts = [(self.once, 1.0)]
-            for key, run, _ in self._placed(own):
-                parts += zip(self.counts[key].tolist(), (-self.second * run.once).tolist(), strict=True)
-            self._add_sum(parts, 0.0, np.inf)
+        for stages in self.problem.stages_of:
+            terms = [(self.once, 1.0)]
+            for key, run, _ in self._possible_runs(stages):
+                terms += zip(self.counts[key].tolist(), (-self.second * run.once).tolist(), strict=True)
+            self._add_sum(terms, 0.0, np.inf)
 
     def _add_guide(self) -> None:
-        """A step takes as long as the slowest of all ranks' first stages, and of their second, and so on: no constraint, but a guess."""
+        """A guess that needn't hold: a step takes as long as the slowest first stage of any rank, plus the slowest second stage, and so on.
+
+        Forwards and backwards count apart: T >= sum over j of (max over k of f[k, j] + max over k of b[k, j]), with the seconds of all
+        micro-batches of the j-th stage of pipeline rank k.
+        """
         stages = self.problem.schedule.stages
-        parts = [(self.step, 1.0)]
-        for group in zip_longest(*self.problem.stages_of):
+        terms = [(self.step, 1.0)]
+        for stages_of_round in zip_longest(*self.problem.stages_of):
             for phases in ((0,), (1, 2)):
                 slowest = self._add_variable(0.0, np.inf)
-                parts.append((slowest, -1.0))
-                for stage in group:
+                terms.append((slowest, -1.0))
+                for stage in stages_of_round:
                     if stage is not None:
-                        work = [(int(self.columns[phase * stages + stage]), -1.0) for phase in phases]
-                        self._add_sum([(slowest, 1.0), *work], 0.0, np.inf)
-        self._add_sum(parts, 0.0, np.inf)
+                        seconds = [(int(self.columns[phase * stages + stage]), -1.0) for phase in phases]
+                        self._add_sum([(slowest, 1.0), *seconds], 0.0, np.inf)
+        self._add_sum(terms, 0.0, np.inf)
 
 
 def _rough_seconds(problem: AssignmentProblem) -> float:
-    """About what a step takes: the fastest options, evenly over the ranks."""
+    """About what a step takes: the work of the fastest options, spread evenly over the pipeline ranks, without bubbles."""
     work = sum(run.length * float((run.seconds.sum(axis=1)).min()) for run in problem.runs)
     return work * problem.schedule.microbatches / problem.schedule.ranks
 
 
 def _computing_paths(problem: AssignmentProblem) -> list[Floats]:
-    """Each rank's computing, one action after the other: a path."""
-    cuts = []
-    for own in problem.stages_of:
-        cut = np.zeros(PHASES * problem.schedule.stages + 2 * (problem.schedule.stages - 1))
-        for stage in own:
-            cut[stage] = problem.schedule.microbatches
+    """A path for each pipeline rank: all of its computing actions, one after another."""
+    paths = []
+    for stages in problem.stages_of:
+        path = np.zeros(PHASES * problem.schedule.stages + 2 * (problem.schedule.stages - 1))
+        for stage in stages:
+            path[stage] = problem.schedule.microbatches
             if problem.has_backward:
-                cut[problem.schedule.stages + stage] = cut[2 * problem.schedule.stages + stage] = problem.schedule.microbatches
-        cuts.append(cut)
-    return cuts
+                path[problem.schedule.stages + stage] = path[2 * problem.schedule.stages + stage] = problem.schedule.microbatches
+        paths.append(path)
+    return paths
 
 
 def expand_counts(problem: AssignmentProblem, counts: dict[tuple[int, int], Floats]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(stage, option) of every block, from the number of blocks per run, stage and option."""
+    """(stages of all blocks, options of all blocks), from the number of blocks per run, stage and option (whole `Point.counts`)."""
     stages: list[int] = []
     options: list[int] = []
     for index, run in enumerate(problem.runs):

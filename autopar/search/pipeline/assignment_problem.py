@@ -1,7 +1,18 @@
-"""The problem of assigning blocks to stages and options, and what an assignment costs in seconds and bytes.
+r"""The problem of assigning blocks to stages and options, and what an assignment costs in seconds and bytes.
 
-Comes in: the options of every block (seconds of one micro-batch, bytes), a schedule, budgets. Goes out: an `AssignmentProblem`, in which
-like blocks stand together, and for any assignment its seconds and its bytes per rank, which brute force can compare.
+Comes in: the options of every block (seconds and bytes of one micro-batch), a schedule, memory budgets. Goes out: an `AssignmentProblem`,
+in which consecutive blocks with equal options are one run, and the cost of any assignment.
+
+An *assignment* gives every block a stage and one of its options. A pipeline rank :math:`k` holds :math:`h_s` micro-batches of its stage
+:math:`s` between their forward and their (input) backward and :math:`w_s` between input and weight gradients, in several combinations in
+the course of a schedule. With sums over the blocks of a stage, its peak is
+
+.. math:: \sum_{s \in k} \mathit{static}_s + \max_{(h, w)} \sum_{s \in k} (h_s\, \mathit{saved}_s + w_s\, \mathit{waiting}_s)
+    + 2 \max \mathit{message} + \max \mathit{workspace}
+
+bytes. The saved bytes of a stage include its own copies of values that blocks on earlier stages read too (`Cut.saved`), and receive buffers
+are of the size of the largest message to the rank. The step takes the seconds of the simulated schedule, and those of the rank whose
+:math:`\sum \mathit{once}` is longest.
 """
 
 from __future__ import annotations
@@ -25,19 +36,24 @@ Ints = npt.NDArray[np.int64]
 PHASES = 3
 """Forward, input gradients, weight gradients."""
 RECEIVES_AT_ONCE = 2
-"""Receive buffers that a rank has at once: of the message in use, and of the next one, posted one computing action ahead."""
+"""Receive buffers that a pipeline rank has at once: of the message in use, and of the next one, posted one computing action ahead."""
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRun:
     """Consecutive blocks with equal options, which a solver need not tell apart.
 
+    Arrays have an entry per option that is worth choosing, of which there are `options`.
+
     Attributes:
-        first: index of the first block; `length`: number of blocks.
-        indices: indices into `BlockOptions.options` of the options that are worth choosing; there are `options` of them.
-        seconds: forward, input, weight of each, shape (options, 3); `once` of each, shape (options,).
-        saved, waiting, static, workspace: bytes of each, shape (options,).
-        cut: what it takes to end a stage after one of the blocks; `stage`: the one that the user pinned them to.
+        first: index of the first block.
+        length: number of blocks.
+        indices: of these options in `BlockOptions.options`.
+        seconds: forward, input and weight gradients of one micro-batch, shape (options, 3).
+        once: seconds per step outside of the schedule, shape (options,).
+        saved, waiting, static, workspace: bytes as in `BlockOption`, shape (options,) each.
+        cut: what it takes to end a stage after one of the blocks.
+        stage: the stage that the user pinned them to, if any.
     """
 
     first: int
@@ -61,10 +77,13 @@ class AssignmentProblem:
     (3 S), then the transfers from each stage to the next, then those of gradients back (S - 1 each).
 
     Attributes:
-        budgets: bytes per rank.
-        stages_of: per rank its stages.
-        holdings: per rank, per combination that it holds at once and per stage of it, the micro-batches between forward and backward,
-            and those between input and weight gradients; shape (combinations, stages of the rank, 2).
+        blocks: the options of every block, in the order of the chain.
+        runs: the same blocks, those with equal options together.
+        schedule: computing actions of each pipeline rank; its stages stand in a chain.
+        budgets: bytes of each pipeline rank.
+        stages_of: per pipeline rank its stages, ascending.
+        holdings: per pipeline rank the numbers (h, w) of micro-batches that it holds at once, per combination in the course of the schedule
+            and per stage of the rank, shape (combinations, stages of the rank, 2).
     """
 
     blocks: tuple[BlockOptions, ...]
@@ -81,18 +100,25 @@ class AssignmentProblem:
 
     @cached_property
     def messages_to(self) -> tuple[tuple[int, ...], ...]:
-        """Per rank the stages at whose end there is a cut that a message to the rank crosses."""
-        of, last = self.schedule.rank_of, self.schedule.stages - 1
-        stages = []
-        for rank, own in enumerate(self.stages_of):
-            forward = [stage - 1 for stage in own if stage and of[stage - 1] != rank]
-            backward = [stage for stage in own if self.has_backward and stage < last and of[stage + 1] != rank]
-            stages.append(tuple(sorted({*forward, *backward})))
-        return tuple(stages)
+        """Per pipeline rank the cuts that messages to it cross, each by the stage that ends there."""
+        rank_of, last = self.schedule.rank_of, self.schedule.stages - 1
+        cuts = []
+        for rank, stages in enumerate(self.stages_of):
+            forward = [stage - 1 for stage in stages if stage and rank_of[stage - 1] != rank]
+            backward = [stage for stage in stages if self.has_backward and stage < last and rank_of[stage + 1] != rank]
+            cuts.append(tuple(sorted({*forward, *backward})))
+        return tuple(cuts)
 
 
 class RankMemory(NamedTuple):
-    """Bytes of a rank at its peak: what is there all the time, what micro-batches hold, receive buffers, the largest block's workspace."""
+    """Bytes of a pipeline rank at its peak.
+
+    Attributes:
+        static: what is there all the time: parameters, gradients, optimizer state, outputs.
+        held: what micro-batches hold for their backward.
+        messages: receive buffers.
+        workspace: the largest of any of its blocks.
+    """
 
     static: int
     held: int
@@ -101,7 +127,7 @@ class RankMemory(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all four."""
         return sum(self)
 
 
@@ -110,9 +136,9 @@ class AssignmentCost:
     """An assignment in numbers.
 
     Attributes:
-        columns: as `AssignmentProblem` numbers them, shape (3 S + 2 (S - 1),).
-        once: the longest `once` of a rank.
-        memory: bytes of each rank at its peak, by kind.
+        columns: seconds, in the order that `AssignmentProblem` states, shape (3 S + 2 (S - 1),).
+        once: seconds of the pipeline rank whose `once` add up to most.
+        memory: bytes of each pipeline rank at its peak, by kind.
     """
 
     columns: Floats
@@ -121,21 +147,26 @@ class AssignmentCost:
 
     @property
     def peak(self) -> tuple[int, ...]:
-        """Bytes of each rank at its peak."""
+        """Bytes of each pipeline rank at its peak."""
         return tuple(rank.total for rank in self.memory)
 
 
 def evaluate(
     blocks: Sequence[BlockOptions], schedule: Schedule, stages: Sequence[int], options: Sequence[int]
 ) -> tuple[float, tuple[int, ...]]:
-    """(seconds of a step, bytes of each rank at its peak) of an assignment, from the blocks' options alone."""
+    """(seconds of a step, bytes of each pipeline rank at its peak) of an assignment: a stage and the number of an option per block."""
     problem = make_problem(blocks, schedule, 0)
     cost = compute_cost(problem, stages, options)
     return longest_path(problem, cost.columns)[0] + cost.once, cost.peak
 
 
 def make_problem(blocks: Sequence[BlockOptions], schedule: Schedule, budget: int | Sequence[int]) -> AssignmentProblem:
-    """The problem of these blocks under a schedule: like blocks are joined to runs, options that aren't worth choosing are dropped.
+    """The problem of these blocks under a schedule: equal blocks are joined to runs, options that aren't worth choosing are left out.
+
+    Args:
+        blocks: the options of every block, in the order of the chain.
+        schedule: its actions; sends and receives don't matter.
+        budget: bytes of every pipeline rank, or of each.
 
     Raises InfeasibleError when stages would stay empty or pins can't be met, InputError when a pin or the budgets aren't of this schedule.
     """
@@ -150,7 +181,7 @@ def make_problem(blocks: Sequence[BlockOptions], schedule: Schedule, budget: int
             runs[-1] = replace(runs[-1], length=runs[-1].length + 1)
         else:
             runs.append(_make_run(number, block, has_backward, splits_backward))
-    stages_of = tuple(tuple(stage for stage, of in enumerate(schedule.rank_of) if of == rank) for rank in range(schedule.ranks))
+    stages_of = tuple(tuple(stage for stage, rank_of in enumerate(schedule.rank_of) if rank_of == rank) for rank in range(schedule.ranks))
     holdings = tuple(np.array(combinations, dtype=np.int64).reshape(len(combinations), -1, 2) for combinations in peaks_in_flight(schedule))
     return AssignmentProblem(tuple(blocks), tuple(runs), schedule, budgets, stages_of, holdings)
 
@@ -172,34 +203,39 @@ def compute_cost(problem: AssignmentProblem, stages: Sequence[int], options: Seq
         workspace[stage] = max(workspace[stage], option.workspace)
         cuts[:, stage], message[stage], read_before[stage] = block.cut[:2], block.cut.nbytes, block.cut.saved
     saved[1:] += read_before[:-1]
-    memory, longest = [], 0.0
-    for own, holdings, messages in zip(problem.stages_of, problem.holdings, problem.messages_to, strict=True):
-        at = list(own)
-        lived = holdings[:, :, 0] @ saved[at] + holdings[:, :, 1] @ waiting[at]
+    memory, longest_once = [], 0.0
+    for stages_of_rank, holdings, messages in zip(problem.stages_of, problem.holdings, problem.messages_to, strict=True):
+        own = list(stages_of_rank)
+        held = holdings[:, :, 0] @ saved[own] + holdings[:, :, 1] @ waiting[own]
         buffers = RECEIVES_AT_ONCE * max((int(message[stage]) for stage in messages), default=0)
-        memory.append(RankMemory(int(static[at].sum()), int(lived.max(initial=0)), buffers, int(workspace[at].max())))
-        longest = max(longest, float(once[at].sum()))
-    return AssignmentCost(np.concatenate([seconds.ravel(), cuts[:, : count - 1].ravel()]), longest, tuple(memory))
+        memory.append(RankMemory(int(static[own].sum()), int(held.max(initial=0)), buffers, int(workspace[own].max())))
+        longest_once = max(longest_once, float(once[own].sum()))
+    return AssignmentCost(np.concatenate([seconds.ravel(), cuts[:, : count - 1].ravel()]), longest_once, tuple(memory))
 
 
 def longest_path(problem: AssignmentProblem, columns: Floats) -> tuple[float, Floats]:
-    """(seconds of the schedule, how often each column lies on its longest path), shape of both as of `columns`."""
+    """Simulate the schedule with these seconds; returns its seconds, and how often each column lies on its longest path, shape (columns,).
+
+    The seconds are the product of the two: ``path @ columns``.
+    """
     count = problem.schedule.stages
     seconds = columns[: PHASES * count].reshape(PHASES, count)
     cuts = columns[PHASES * count :].reshape(2, count - 1)
-    times = [StageTimes(*phases) for phases in seconds.T.tolist()]
-    of = problem.schedule.rank_of
+    stage_times = [StageTimes(*phases) for phases in seconds.T.tolist()]
+    rank_of = problem.schedule.rank_of
     transfers = {
-        (stage, stage + 1): (forward, backward) for stage, (forward, backward) in enumerate(cuts.T.tolist()) if of[stage] != of[stage + 1]
+        (stage, stage + 1): (forward, backward)
+        for stage, (forward, backward) in enumerate(cuts.T.tolist())
+        if rank_of[stage] != rank_of[stage + 1]
     }
-    timeline = simulate(problem.schedule, times, transfers)
+    timeline = simulate(problem.schedule, stage_times, transfers)
     path = np.zeros_like(columns)
-    for part, often in timeline.critical.items():
-        match part:
+    for duration, times_on_path in timeline.critical.items():
+        match duration:
             case (producer, int(), kind):
-                path[PHASES * count + (count - 1) * (kind is Kind.SEND_BACKWARD) + producer] += often
+                path[PHASES * count + (count - 1) * (kind is Kind.SEND_BACKWARD) + producer] += times_on_path
             case (stage, kind):
-                path[[phase * count + stage for phase in _PHASES_OF[kind]]] += often
+                path[[phase * count + stage for phase in _PHASES_OF[kind]]] += times_on_path
     return timeline.seconds, path
 
 
@@ -207,6 +243,7 @@ _PHASES_OF = {Kind.FORWARD: (0,), Kind.INPUT: (1,), Kind.WEIGHT: (2,), Kind.BACK
 
 
 def _check_pins(blocks: Sequence[BlockOptions], schedule: Schedule) -> None:
+    """Raise InfeasibleError if no assignment fills every stage and meets the pins, InputError for pins to stages that there aren't."""
     stages = schedule.stages
     if len(blocks) < stages:
         raise InfeasibleError(
@@ -216,42 +253,43 @@ def _check_pins(blocks: Sequence[BlockOptions], schedule: Schedule) -> None:
     for number, stage in pins:
         if not 0 <= stage < stages:
             raise InputError(f"block {blocks[number].name!r} is pinned to stage {stage}; the stages are 0 to {stages - 1}")
-    # From a block to the next the stage stays or goes on by one: none is empty. The first block is on the first, the last on the last.
-    for (number, stage), (later, last) in pairwise([(-1, -1), *pins, (len(blocks), stages)]):
-        if last < stage:
+    # No stage is empty: the first block is on stage 0, the last on the last, and each other on the stage of the block before or the next.
+    for (number, stage), (next_number, next_stage) in pairwise([(-1, -1), *pins, (len(blocks), stages)]):
+        if next_stage < stage:
             raise InfeasibleError(
-                f"block {blocks[later].name!r} is pinned to stage {last}, block {blocks[number].name!r} before it to stage {stage}; "
-                "stages are in order; move a pin"
+                f"block {blocks[next_number].name!r} is pinned to stage {next_stage}, block {blocks[number].name!r} before it to stage "
+                f"{stage}; stages are in order; move a pin"
             )
-        if last - stage > later - number:
+        if next_stage - stage > next_number - number:
             start = "the chain's start" if number < 0 else f"block {blocks[number].name!r} pinned to stage {stage}"
-            end = "the chain's end" if later == len(blocks) else f"block {blocks[later].name!r} pinned to stage {last}"
+            is_end = next_number == len(blocks)
+            end = "the chain's end" if is_end else f"block {blocks[next_number].name!r} pinned to stage {next_stage}"
             raise InfeasibleError(
-                f"between {start} and {end} are {later - number - 1} blocks for {last - stage - 1} stages, and stages are in order, with a"
-                " block at least; move a pin"
+                f"between {start} and {end} are {next_number - number - 1} blocks for {next_stage - stage - 1} stages, and stages are in "
+                "order, with a block at least; move a pin"
             )
 
 
 def _make_run(number: int, block: BlockOptions, has_backward: bool, splits_backward: bool) -> BlockRun:
-    """A run of one block, without the options that another one beats in all that counts under this schedule."""
+    """A run of one block, without dominated options: those that another option is no worse than in all that counts under this schedule."""
     seconds = np.array([(option.forward, option.input, option.weight) for option in block.options])
     once = np.array([option.once for option in block.options])
     saved, waiting, static, workspace = np.array(
         [(option.saved, option.waiting, option.static, option.workspace) for option in block.options], dtype=np.int64
     ).T
-    merits = [seconds[:, 0], once, static, workspace]
+    criteria = [seconds[:, 0], once, static, workspace]
     if has_backward:
-        merits.append(saved)
+        criteria.append(saved)
     if splits_backward:
-        merits += [seconds[:, 1], seconds[:, 2], waiting]
+        criteria += [seconds[:, 1], seconds[:, 2], waiting]
     elif has_backward:
-        merits.append(seconds[:, 1] + seconds[:, 2])
-    merit = np.stack(merits, axis=1)
-    no_worse = (merit[:, None] <= merit[None]).all(axis=2)
-    # Of equal ones the first stays.
-    beaten = no_worse & (~no_worse.T | (np.arange(len(merit))[:, None] < np.arange(len(merit))[None]))
-    np.fill_diagonal(beaten, False)
-    worthwhile = np.flatnonzero(~beaten.any(axis=0))
+        criteria.append(seconds[:, 1] + seconds[:, 2])
+    table = np.stack(criteria, axis=1)
+    no_worse = (table[:, None] <= table[None]).all(axis=2)  # of each pair: the first option is no worse than the second
+    numbers = np.arange(len(table))
+    dominates = no_worse & (~no_worse.T | (numbers[:, None] < numbers[None]))  # of equal options the first is kept
+    np.fill_diagonal(dominates, False)
+    worthwhile = np.flatnonzero(~dominates.any(axis=0))
     return BlockRun(
         first=number,
         length=1,

@@ -2,16 +2,19 @@
 
 The cutting planes of `assignment` start from them, and pipeline configurations are ranked by them.
 
-Comes in: an `AssignmentProblem`. Goes out: stages and options per block that fit the memory. Two greedy steps take turns:
+Comes in: an `AssignmentProblem`. Goes out: assignments that fit the memory, as the stage and the option of every block. Two greedy steps
+take turns:
 
-- Options, given the stages (`_GreedySearch.choose`): a rank begins with the fastest of every block and, while its bytes are too many, makes
-  the exchange that saves most bytes for its time, as in a knapsack. Ranks are independent of each other.
-- Stages, given each stage's share of its rank's bytes (`_GreedySearch.split`): the least time that no stage exceeds, by bisection; for
-  a given time each stage takes as many blocks as it can.
+- Options, given the stages (`_GreedySearch.choose`). A pipeline rank starts with the fastest option of every block. While it needs too many
+  bytes, it exchanges the option of some blocks for a leaner one: the exchange with the least *slope*, more seconds / fewer bytes, as in the
+  greedy algorithm for a knapsack. Pipeline ranks are independent of each other.
+- Stages, given the bytes that each stage may use, its *share* (`_GreedySearch.split`). The least seconds that no stage exceeds are found by
+  bisection; for given seconds each stage, in order, gets as many blocks as it can.
 
-Where ranks hold several stages, the first ones of all ranks get one weight, the second ones another: with eight layers for a rank of three
-stages, 3, 3 and 2 are better than any mixture of twos and threes, since a round takes about the sum of its slowest first, second and third
-stages. On a V of stages the sums of ranks matter more: its last stage may use the seconds that its first doesn't (`is_pooled`).
+Where pipeline ranks hold several stages, their first stages have one weight, their second ones another, and so on: a round takes about the
+sum of the slowest first, second and third stage. So for eight blocks on each rank of three stages, 3, 3 and 2 on all ranks are better than
+3, 3 and 2 on some and 2, 3 and 3 on others. On a V of stages (ZB-V, V-Half), where the last stage is on the rank of the first, the sums of
+ranks matter more: the last stage of a rank may use the seconds that its others leave (`is_pooled`).
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy as np
 
 from autopar.search.pipeline.assignment_problem import RECEIVES_AT_ONCE, AssignmentProblem, BlockRun
 
-# Halvings of the time that no stage exceeds, doublings to find one that can be met, and turns of the two steps.
+# Halvings of the interval of seconds that no stage exceeds, doublings to find one that can be met, and turns of the two steps.
 BISECTIONS = 12
 DOUBLINGS = 8
 TURNS = 3
@@ -34,7 +37,10 @@ Ends = tuple[int, ...]
 
 
 def assign_greedily(problem: AssignmentProblem) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(stages, options) per block of assignments that fit the memory and the pins, if any; options are indices into a block's."""
+    """Assignments that fit the memory and meet the pins, if there are any.
+
+    Each is a pair: the stages of all blocks, and the options of all blocks as indices into `BlockOptions.options`.
+    """
     search = _GreedySearch(problem)
     seen: set[Ends] = set()
     for weights, is_pooled in search.find_weights():
@@ -54,14 +60,14 @@ def assign_greedily(problem: AssignmentProblem) -> Iterator[tuple[tuple[int, ...
 
 
 def find_leanest(problem: AssignmentProblem) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(stages, options) of even numbers of blocks, each in the option that needs least; they may not fit."""
+    """(stages, options) of all blocks, in equal numbers per stage, each in the option that needs the fewest bytes; they may not fit."""
     search = _GreedySearch(problem)
     stages = _stages_of(search.clip([search.blocks * (stage + 1) // search.stages for stage in range(search.stages)]))
     options = []
     for block, stage in enumerate(stages):
         run = problem.runs[search.run_of[block]]
-        full, waiting = search.held[stage]
-        options.append(run.indices[int((run.static + full * run.saved + waiting * run.waiting + run.workspace).argmin())])
+        in_flight, waiting = search.held[stage]
+        options.append(run.indices[int((run.static + in_flight * run.saved + waiting * run.waiting + run.workspace).argmin())])
     return stages, tuple(options)
 
 
@@ -72,7 +78,7 @@ def _stages_of(ends: Sequence[int]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Exchange:
-    """An exchange of one option for a leaner one, of every block of a run: seconds more and bytes less of each."""
+    """An exchange of one option for a leaner one, that any block of a run can make: `seconds` more and `nbytes` less."""
 
     slope: float
     seconds: float
@@ -81,17 +87,32 @@ class _Exchange:
 
 @dataclass(slots=True)
 class _RunOnStage:
-    """The blocks of one run on one stage: how many are in which option."""
+    """The blocks of one run on one stage.
+
+    Attributes:
+        stage: the stage; `position`: its index among the stages of its pipeline rank.
+        first: index of the first of these blocks.
+        counts: number of blocks in each option of the run.
+    """
 
     stage: int
-    position: int  # of the stage on its rank
-    first: int  # block
+    position: int
+    first: int
     run: BlockRun
     counts: list[int]
 
 
 class _GreedySearch:
-    """The two steps on one problem, and what both need to know of it."""
+    """The two greedy steps on one problem.
+
+    Attributes:
+        stages, ranks, blocks: numbers of stages, pipeline ranks and blocks.
+        run_of: per block the index of its run.
+        seconds: per block the seconds of its fastest option.
+        least, most: per stage the bounds of the number of blocks on it and on the stages before.
+        held: per stage the micro-batches between forward and backward, and between input and weight gradients, at the moment at which its
+            pipeline rank would hold most if all blocks were alike.
+    """
 
     def __init__(self, problem: AssignmentProblem) -> None:
         self.problem = problem
@@ -101,32 +122,33 @@ class _GreedySearch:
         self.run_of = [index for index, run in enumerate(problem.runs) for _ in range(run.length)]
         self.seconds = [float(run.seconds.sum(axis=1).min()) for run in problem.runs for _ in range(run.length)]
         self.least, self.most = _find_limits(problem)
-        # Micro-batches of each stage at the moment when its rank would hold most, were all blocks alike.
         self.held = [(0, 0)] * self.stages
-        for own, holdings in zip(problem.stages_of, problem.holdings, strict=True):
+        for stages, holdings in zip(problem.stages_of, problem.holdings, strict=True):
             if len(holdings):
                 fullest = holdings[int(holdings.sum(axis=(1, 2)).argmax())]
-                for stage, (full, waiting) in zip(own, fullest.tolist(), strict=True):
-                    self.held[stage] = (full, waiting)
-        self._begins = [run.first for run in problem.runs]
-        self._behind = [
-            run.length - position for run in problem.runs for position in range(run.length)
-        ]  # blocks of its run from each block on
-        self._known_seconds: dict[tuple[object, ...], float] = {}
+                for stage, (in_flight, waiting) in zip(stages, fullest.tolist(), strict=True):
+                    self.held[stage] = (in_flight, waiting)
+        # Per block, the number of blocks of its run from it on.
+        self._left_of_run = [run.length - position for run in problem.runs for position in range(run.length)]
+        self._stage_seconds_of: dict[tuple[object, ...], float] = {}
         self._exchanges: dict[tuple[int, tuple[int, int]], tuple[float, int, tuple[_Exchange, ...]]] = {}
 
     # --- stages ---
 
     def find_weights(self) -> Iterator[tuple[tuple[int, ...], bool]]:
-        """Weights of a rank's first stage, second, and so on, and whether the last may use the seconds that the others don't."""
+        """Arguments of `split` to try: weights of a pipeline rank's first stage, second stage and so on, and `is_pooled`."""
         rounds = self.stages // self.ranks
         if rounds == 1:
             yield (1,), False
             return
-        each, more = divmod(-(-self.blocks // self.ranks), rounds)
-        first, last = ([each + (number in large) for number in range(rounds)] for large in (range(more), range(rounds - more, rounds)))
+        blocks_of_stage, remainder = divmod(-(-self.blocks // self.ranks), rounds)
+        # Stages with a block more come first, or last.
+        larger_first, larger_last = (
+            tuple(blocks_of_stage + (number in larger) for number in range(rounds))
+            for larger in (range(remainder), range(rounds - remainder, rounds))
+        )
         is_v = self.problem.schedule.rank_of[-1] == 0
-        for weights in dict.fromkeys(((1,) * rounds, tuple(first), tuple(last))) if more else [(1,) * rounds]:
+        for weights in dict.fromkeys(((1,) * rounds, larger_first, larger_last)) if remainder else [(1,) * rounds]:
             yield weights, False
             if is_v:
                 yield weights, True
@@ -135,40 +157,48 @@ class _GreedySearch:
         return min(max(end, self.least[stage]), self.most[stage])
 
     def split_evenly(self, weights: Sequence[int]) -> Ends:
-        """Where stages of about equal time, but for the weights, end without regard to memory."""
-        done = np.cumsum(self.seconds)
-        parts = np.cumsum([weights[stage // self.ranks] for stage in range(self.stages)])
-        return self.clip([1 + int(np.abs(done - done[-1] * part / parts[-1]).argmin()) for part in parts.tolist()])
+        """Ends of stages whose seconds are about in proportion to the weights, without regard to memory."""
+        seconds = np.cumsum(self.seconds)
+        weight = np.cumsum([weights[stage // self.ranks] for stage in range(self.stages)])
+        return self.clip([1 + int(np.abs(seconds - seconds[-1] * part / weight[-1]).argmin()) for part in weight.tolist()])
 
-    def clip(self, wanted: Sequence[int]) -> Ends:
-        """Ends close to those wanted that leave no stage empty and keep the pins."""
+    def clip(self, ends_without_limits: Sequence[int]) -> Ends:
+        """Ends close to these that leave no stage empty and meet the pins."""
         ends: list[int] = []
-        for stage, end in enumerate(wanted):
+        for stage, end in enumerate(ends_without_limits):
             ends.append(max(self._clip(end, stage), ends[-1] + 1 if ends else 1))
         return tuple(ends)
 
     def split(self, weights: Sequence[int], shares: Sequence[float], is_pooled: bool) -> Ends | None:
-        """Where stages end so that the slowest, but for the weights, is as fast as can be; None when blocks don't fit into the shares."""
+        """Ends of stages such that the largest seconds / weight of any is as small as can be.
+
+        Args:
+            weights: of a pipeline rank's first stage, second stage and so on.
+            shares: bytes that each stage may use.
+            is_pooled: whether a rank's last stage may use the seconds that the others leave of those for the whole rank.
+
+        Returns None when no stages fit the shares.
+        """
         low, high = 0.0, sum(self.seconds) / self.ranks
-        best = None
+        best_ends = None
         for _ in range(DOUBLINGS):
-            best = self._fill(weights, shares, is_pooled, high)
-            if best is not None:
+            best_ends = self._fill(weights, shares, is_pooled, high)
+            if best_ends is not None:
                 break
             low, high = high, 2 * high
-        if best is None:
+        if best_ends is None:
             return None
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
-            filled = self._fill(weights, shares, is_pooled, middle)
-            if filled is None:
+            ends = self._fill(weights, shares, is_pooled, middle)
+            if ends is None:
                 low = middle
             else:
-                best, high = filled, middle
-        return best
+                best_ends, high = ends, middle
+        return best_ends
 
     def _fill(self, weights: Sequence[int], shares: Sequence[float], is_pooled: bool, seconds: float) -> Ends | None:
-        """Ends of stages that each hold as many blocks as their part of a rank's seconds allows; None when they don't hold all."""
+        """Ends of stages that have as many blocks each as fit their part of a pipeline rank's `seconds`; None if blocks are left over."""
         ends: list[int] = []
         used = [0.0] * self.ranks
         start = 0
@@ -193,16 +223,17 @@ class _GreedySearch:
         return tuple(ends)
 
     def _stage_seconds(self, stage: int, start: int, end: int, share: float) -> float:
-        """Seconds of a micro-batch on a stage of these blocks, in the options that its bytes allow; infinite when none do."""
-        first, last = self.run_of[start], self.run_of[end - 1]
-        # Of the blocks it matters only how many of each run there are.
-        counts = (self._behind[start], end - self._begins[last]) if first < last else (end - start,)
-        key = first, last, counts, self.held[stage], share
-        if key not in self._known_seconds:
-            self._known_seconds[key] = self._find_stage_seconds(start, end, self.held[stage], share)
-        return self._known_seconds[key]
+        """Seconds of a micro-batch on a stage of blocks `start` to `end` - 1, in options that fit `share` bytes; infinite if none do."""
+        first_run, last_run = self.run_of[start], self.run_of[end - 1]
+        # Only how many blocks of each run there are matters.
+        counts = (self._left_of_run[start], end - self.problem.runs[last_run].first) if first_run < last_run else (end - start,)
+        key = first_run, last_run, counts, self.held[stage], share
+        if key not in self._stage_seconds_of:
+            self._stage_seconds_of[key] = self._find_stage_seconds(start, end, self.held[stage], share)
+        return self._stage_seconds_of[key]
 
     def _find_stage_seconds(self, start: int, end: int, held: tuple[int, int], share: float) -> float:
+        """As `_stage_seconds`, when `held` micro-batches are held: exchanges are made in order of their slopes until the bytes fit."""
         seconds, excess = 0.0, -share
         exchanges: list[tuple[_Exchange, int]] = []
         for index in range(self.run_of[start], self.run_of[end - 1] + 1):
@@ -223,40 +254,41 @@ class _GreedySearch:
         return math.inf
 
     def _find_exchanges(self, index: int, held: tuple[int, int]) -> tuple[float, int, tuple[_Exchange, ...]]:
-        """A run's fastest option, and the exchanges for leaner ones worth making, cheapest first, where so many micro-batches are held."""
+        """(seconds of a run's fastest option, its bytes, exchanges from it to leaner ones by slope), while `held` micro-batches are held."""
         key = index, held
         if key not in self._exchanges:
             run = self.problem.runs[index]
             seconds = run.seconds.sum(axis=1)
             nbytes = run.static + held[0] * run.saved + held[1] * run.waiting
-            at = int(np.lexsort((nbytes, seconds))[0])
-            fastest, exchanges = at, []
+            fastest = option = int(np.lexsort((nbytes, seconds))[0])
+            exchanges = []
             while True:
-                leaner = np.flatnonzero(nbytes < nbytes[at])
+                leaner = np.flatnonzero(nbytes < nbytes[option])
                 if not len(leaner):
                     break
-                slopes = (seconds[leaner] - seconds[at]) / (nbytes[at] - nbytes[leaner])
-                to = int(leaner[slopes.argmin()])
-                exchanges.append(_Exchange(float(slopes.min()), float(seconds[to] - seconds[at]), int(nbytes[at] - nbytes[to])))
-                at = to
+                slopes = (seconds[leaner] - seconds[option]) / (nbytes[option] - nbytes[leaner])
+                best = int(leaner[slopes.argmin()])
+                exchanges.append(_Exchange(float(slopes.min()), float(seconds[best] - seconds[option]), int(nbytes[option] - nbytes[best])))
+                option = best
             self._exchanges[key] = float(seconds[fastest]), int(nbytes[fastest]), tuple(exchanges)
         return self._exchanges[key]
 
     # --- options ---
 
     def choose(self, ends: Ends) -> tuple[int, ...] | None:
-        """An option per block that lets every rank keep its budget; None when a rank can't."""
+        """An option per block with which every pipeline rank is within its budget; None when a rank can't be."""
         options = [0] * self.blocks
         for rank in range(self.ranks):
-            parts = self._runs_on(rank, ends)
-            if not self._fit(rank, ends, parts):
+            runs_on_stages = self._find_runs_on_stages(rank, ends)
+            if not self._fit(rank, ends, runs_on_stages):
                 return None
-            for part in parts:
+            for part in runs_on_stages:
                 chosen = [option for option, count in zip(part.run.indices, part.counts, strict=True) for _ in range(count)]
                 options[part.first : part.first + len(chosen)] = chosen
         return tuple(options)
 
-    def _runs_on(self, rank: int, ends: Ends) -> list[_RunOnStage]:
+    def _find_runs_on_stages(self, rank: int, ends: Ends) -> list[_RunOnStage]:
+        """The blocks on a pipeline rank, by stage and run, all in the fastest option of their run."""
         parts = []
         for position, stage in enumerate(self.problem.stages_of[rank]):
             start = ends[stage - 1] if stage else 0
@@ -269,10 +301,10 @@ class _GreedySearch:
         return parts
 
     def _fit(self, rank: int, ends: Ends, parts: Sequence[_RunOnStage]) -> bool:
-        """Exchange options until the rank's bytes are within its budget."""
+        """Exchange options, in `parts`, until the pipeline rank's bytes are within its budget; returns False if they can't be."""
         holdings = self.problem.holdings[rank]
         moments = holdings if len(holdings) else np.zeros((1, len(self.problem.stages_of[rank]), 2), dtype=np.int64)
-        # Per part: bytes of each option at each moment, shape (moments, options).
+        # Per part the bytes of each option at each moment of the schedule, shape (moments, options).
         nbytes = [
             part.run.static + moments[:, part.position, :1] * part.run.saved + moments[:, part.position, 1:] * part.run.waiting
             for part in parts
@@ -289,58 +321,61 @@ class _GreedySearch:
                 return True
             best: tuple[float, _RunOnStage, int, int, int] | None = None
             for part, table, seconds_of in zip(parts, nbytes, seconds, strict=True):
-                at = table[moment]
+                option_nbytes = table[moment]
                 for option, count in enumerate(part.counts):
                     if not count:
                         continue
-                    saved = at[option] - at
-                    for leaner in np.flatnonzero(saved > 0).tolist():
-                        slope = float((seconds_of[leaner] - seconds_of[option]) / saved[leaner])
+                    fewer_bytes = option_nbytes[option] - option_nbytes
+                    for leaner in np.flatnonzero(fewer_bytes > 0).tolist():
+                        slope = float((seconds_of[leaner] - seconds_of[option]) / fewer_bytes[leaner])
                         if best is None or slope < best[0]:
-                            best = slope, part, option, leaner, int(saved[leaner])
+                            best = slope, part, option, leaner, int(fewer_bytes[leaner])
             if best is None:
                 return False
-            _, part, option, leaner, saved_bytes = best
-            moved = min(part.counts[option], -(-excess // saved_bytes))
-            part.counts[option] -= moved
-            part.counts[leaner] += moved
+            _, part, option, leaner, fewer_per_block = best
+            exchanged = min(part.counts[option], -(-excess // fewer_per_block))
+            part.counts[option] -= exchanged
+            part.counts[leaner] += exchanged
         return False
 
     def share(self, ends: Ends, options: Sequence[int] | None) -> list[float]:
-        """Bytes of its rank that each stage may use: what it uses now, and an equal part of what the rank has unused."""
+        """Bytes of its pipeline rank that each stage may use: what it uses now, and an equal part of what the rank has unused.
+
+        Without `options`, blocks count in their leanest ones.
+        """
         shares = [0.0] * self.stages
-        for rank, own in enumerate(self.problem.stages_of):
+        for rank, stages in enumerate(self.problem.stages_of):
             used, received, workspace = [], 0, 0
-            for stage in own:
-                full, waiting = self.held[stage]
-                received += full * _received_bytes(self.problem, stage, ends)
-                total = 0
-                for block in range(ends[stage - 1] if stage else 0, ends[stage]):
-                    options_of = self.problem.blocks[block].options
-                    needs = [option.static + full * option.saved + waiting * option.waiting for option in options_of]
-                    at = needs.index(min(needs)) if options is None else options[block]
-                    total += needs[at]
-                    workspace = max(workspace, options_of[at].workspace)
-                used.append(total)
+            for stage in stages:
+                in_flight, waiting = self.held[stage]
+                received += in_flight * _received_bytes(self.problem, stage, ends)
+                stage_nbytes = 0
+                for number in range(ends[stage - 1] if stage else 0, ends[stage]):
+                    block_options = self.problem.blocks[number].options
+                    nbytes_of = [option.static + in_flight * option.saved + waiting * option.waiting for option in block_options]
+                    chosen = nbytes_of.index(min(nbytes_of)) if options is None else options[number]
+                    stage_nbytes += nbytes_of[chosen]
+                    workspace = max(workspace, block_options[chosen].workspace)
+                used.append(stage_nbytes)
             unused = self.problem.budgets[rank] - _message_bytes(self.problem, rank, ends) - workspace - received - sum(used)
-            for stage, nbytes in zip(own, used, strict=True):
-                shares[stage] = nbytes + unused / len(own)
+            for stage, nbytes in zip(stages, used, strict=True):
+                shares[stage] = nbytes + unused / len(stages)
         return shares
 
 
 def _message_bytes(problem: AssignmentProblem, rank: int, ends: Ends) -> int:
-    """Bytes of a rank's receive buffers."""
+    """Bytes of a pipeline rank's receive buffers."""
     cuts = (problem.blocks[ends[stage] - 1].cut.nbytes for stage in problem.messages_to[rank])
     return RECEIVES_AT_ONCE * max(cuts, default=0)
 
 
 def _received_bytes(problem: AssignmentProblem, stage: int, ends: Ends) -> int:
-    """Bytes per micro-batch that a stage holds of values which a block before it has read."""
+    """Bytes per micro-batch that a stage holds of values which blocks on earlier stages read too."""
     return problem.blocks[ends[stage - 1] - 1].cut.saved if stage else 0
 
 
 def _find_limits(problem: AssignmentProblem) -> tuple[list[int], list[int]]:
-    """Per stage the least and the most blocks that may be on it and the stages before: none is empty, pins are met."""
+    """Per stage the least and the most blocks on it and the stages before, such that no stage is empty and pins are met."""
     stages, blocks = problem.schedule.stages, len(problem.blocks)
     least, most = list(range(1, stages + 1)), [blocks - (stages - 1 - stage) for stage in range(stages)]
     least[-1] = blocks

@@ -380,7 +380,7 @@ class _Builder:
             self._store(fan_out, self.index[reader], np.where(is_needed, 0, own_costs), np.where(is_needed, 0, own_nbytes))
 
     def _copy_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout], count: int, *, is_saved: bool) -> Table:
-        """Bytes of resharded copies, per pair of `starts` and `needs`: a consumer that saves its operand saves the copy that was made for it."""
+        """Bytes of resharded copies, per pair of `starts` and `needs`: a consumer that saves its operand saves its copy."""
         tensor = self.graph.tensor(value)
 
         def copy_nbytes(start: Layout, need: Layout) -> int:
