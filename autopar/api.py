@@ -258,7 +258,7 @@ class _Planner:
             pins=self.pins if first is None else NO_PINS,
             mesh=self.mesh if first is None else first.mesh,
             stored=self.layouts(),
-            first=first,
+            first_plan=first,
             strict=self.strict,
             notes=captured.notes,
             progress=self.progress,

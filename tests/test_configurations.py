@@ -18,7 +18,7 @@ from autopar.ir.layout import StateKind, fits, is_legal
 from autopar.plans.pins import NO_PINS, Pins
 from autopar.rules.table import find_spaces
 from autopar.schedules.families import make_schedule, splits_backward
-from autopar.search.meshes import group_trials
+from autopar.search.meshes import find_pipeline_trials
 from autopar.search.pipeline.assignment_problem import evaluate, make_problem
 from autopar.search.pipeline.best_first import (
     SIMULATED_ROUNDS,
@@ -84,7 +84,7 @@ def make_search(
     if memory is not None:
         found = found.with_memory(found.machine.device.reserved_bytes + memory)
     problem = make_pipeline_problem(model, find_chain(folded, spaces), found, pins or NO_PINS, returns_loss=True)
-    configurations = find_configurations(problem, lambda ranks: group_trials(model, found, ranks, NO_PINS, None, {}), alone=True)
+    configurations = find_configurations(problem, lambda ranks: find_pipeline_trials(model, found, ranks, NO_PINS, None, {}), alone=True)
     return SearchState(problem, lambda _: None, math.inf), configurations
 
 

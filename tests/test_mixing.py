@@ -203,6 +203,6 @@ def test_a_later_program_keeps_every_layers_own_storage() -> None:
     later = prepare_reference(model, shorter, capture(model, shorter))
     mesh = dict(zip(first.mesh.names, first.mesh.sizes, strict=True))
     cluster = Cluster.parse("4xcpu")
-    plan = make_plan(later.captured.graph, cluster, mesh=mesh, stored=stored, first=first)
+    plan = make_plan(later.captured.graph, cluster, mesh=mesh, stored=stored, first_plan=first)
     assert {slot.name: slot.layout for slot in rewrite(later.captured, plan).parameters} == stored
     verify_against(later, plan).check()

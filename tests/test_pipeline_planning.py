@@ -21,7 +21,7 @@ from autopar.plans.pins import NO_PINS
 from autopar.plans.plan import Plan
 from autopar.rules.table import find_spaces
 from autopar.schedules.families import SCHEDULES
-from autopar.search.planner import keep_pipeline
+from autopar.search.planner import pin_pipeline
 from autopar.structure.blocks import find_chain
 from autopar.structure.layers import fold
 from tests.planning import make_plan
@@ -163,7 +163,7 @@ def test_a_later_program_recomputes_too() -> None:
     assert first.pipeline.is_trivial
     stored = {op.target: first.layouts[op.name] for op in graphs[0].of_kind(OpKind.PARAMETER) if op.name in first.layouts}
     whole = {op.target: stored.get(op.target, (REPLICATE,)) for op in graphs[0].of_kind(OpKind.PARAMETER)}
-    later = make_plan(graphs[1], cluster, mesh={"free": 1}, stored=whole, first=first)
+    later = make_plan(graphs[1], cluster, mesh={"free": 1}, stored=whole, first_plan=first)
     assert later.memory.total <= later.memory.budget
     assert not later.pipeline.keeps_all
 
@@ -196,7 +196,7 @@ def test_a_later_batch_keeps_the_stages(layers: Graph) -> None:
     first = plan_for(layers, pp=2, microbatches=8, schedule="1f1b", dp=2)
     graph = capture(Layers(), (torch.randn(6, 32), torch.randint(0, 8, (6,)))).graph
     chain = find_chain(fold(graph), find_spaces(graph)[0])
-    pins = keep_pipeline(NO_PINS, first, chain, 6)
+    pins = pin_pipeline(NO_PINS, first, chain, 6)
     assert (pins.pp, pins.schedule, pins.microbatches) == (2, "1f1b", 3)
     assert pins.stages == {block.name: block.stage for block in first.pipeline.blocks}
 

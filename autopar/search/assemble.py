@@ -1,4 +1,8 @@
-"""What was chosen -> Plan: names the axes after what they do, and sums the tables of costs that the search used."""
+"""The plan of what the search chose: its axes get names, and the costs that the search used are summed.
+
+Comes in: a `Chosen`. Goes out: a `Plan`, whose rows of seconds are those of a pipeline rank on average, and whose bytes are those of the
+fullest device.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +26,20 @@ class Chosen:
     """What the search decided, and the tables of costs that it decided by.
 
     Attributes:
-        model: folded as blocks are split; `mesh` and `sharding` have micro-batches as their first axis where there are some.
+        model: the model, folded so that like blocks with different placements are apart.
+        mesh: the mesh of a pipeline rank; its first axis is that of micro-batches, if there is one.
+        sharding: placements and layouts on this mesh, of the representatives of `model`.
         base: the folding whose names of layers the cost rows have.
         solution: the solution of the placement problem that decided on what blocks share.
-        options: the option of each block of `chain`; `cuts`: what it takes to end a stage after each.
+        pipeline: stages, schedule and recomputation.
+        chain: the blocks.
+        options: the option of each block of `chain`.
+        cuts: what it takes to end a stage after each block.
         rank_of: per stage its pipeline rank.
-        cost: of the assignment of blocks to stages.
-        step_seconds: of a step; `bound_seconds`: a lower bound of the search; `status`, `method`: how it ended.
+        cost: seconds and bytes of the assignment of blocks to stages.
+        step_seconds: seconds of a step.
+        bound_seconds: the lower bound on them that the search has proven.
+        status, method: how the search ended, for the plan's proof.
     """
 
     model: Model
@@ -48,7 +59,7 @@ class Chosen:
     method: str
 
     def blocks(self) -> Iterator[tuple[Block, int, BlockOption, BlockCost]]:
-        """Per block its pipeline rank, its option, and the option's table of costs."""
+        """Per block: the block, its pipeline rank, its option, and the option's table of costs."""
         for block, choice, option in zip(self.chain.blocks, self.pipeline.blocks, self.options, strict=True):
             assert option.cost is not None
             yield block, self.rank_of[choice.stage], option, option.cost
@@ -69,7 +80,17 @@ def assemble(
 ) -> Plan:
     """The plan of what was chosen; all costs are those that the search used.
 
-    `rename` names the axes after what they do; `candidate` is the position of what was chosen among the candidates.
+    Args:
+        chosen: what the search decided.
+        cluster: the devices.
+        rename: whether to name free axes after what they split.
+        model_name: the model's name, for the report.
+        fingerprint: of the captured graph, by which a plan is checked to be of it.
+        candidates: the outcome of everything that the search tried.
+        candidate: position of what was chosen among them.
+        unruled: ops without a rule.
+        notes: remarks for the report.
+        seconds: how long planning took.
     """
     model, solution = chosen.model, chosen.solution
     placements, layouts = chosen.sharding.placements, chosen.sharding.layouts
@@ -104,19 +125,22 @@ def assemble(
             candidates=candidates,
             chosen=candidate,
         ),
-        # Lines of the user's code hold whatever their editor lets in, a tab for one.
+        # Lines of the user's code may hold characters that can't be printed, such as tabs.
         unruled=tuple(Unruled(op.name, op.target, printable(op.source)) for op in unruled),
         notes=tuple(map(printable, notes)),
     )
 
 
 def _name_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) -> Mesh:
-    """Name free axes after the role that most of the work is split by; an axis that the user asked for keeps its name."""
+    """The mesh with free axes named after the role of what they split in most of the work; axes called dp, tp or cp keep their names.
+
+    If several axes have the same name, free ones among them get a number.
+    """
     kinds = set(KIND_OF_ROLE.values())
     names: list[str] = []
-    for axis, given in enumerate(mesh.names):
-        if given in kinds or given == MICROBATCH:
-            names.append(given)
+    for axis, mesh_name in enumerate(mesh.names):
+        if mesh_name in kinds or mesh_name == MICROBATCH:
+            names.append(mesh_name)
             continue
         weight: Counter[str] = Counter()
         for op in model.folded.ops:
@@ -127,48 +151,51 @@ def _name_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) ->
                     points = space.points() * max(1.0, space.flops) * model.folded.count[op.name]
                     weight[KIND_OF_ROLE[role_of(model.factors.of_loops[op.name], part)]] += int(points)
         names.append(weight.most_common(1)[0][0] if weight else "dp")
-    doubled = Counter(names)
+    counts = Counter(names)
     unique = [
-        f"{name}{names[:i].count(name)}" if doubled[name] > 1 and given not in kinds else name
-        for i, (name, given) in enumerate(zip(names, mesh.names, strict=True))
+        f"{name}{names[:i].count(name)}" if counts[name] > 1 and mesh_name not in kinds else name
+        for i, (name, mesh_name) in enumerate(zip(names, mesh.names, strict=True))
     ]
     return Mesh(tuple(unique), mesh.sizes)
 
 
 def _batch_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) -> tuple[str, ...]:
-    """Axes that split the batch in most of the contractions."""
+    """Names of the axes that split the batch in more than half of the contractions."""
     axes = []
     contractions = [name for name, space in model.spaces.items() if name in placements and space.is_contraction]
     for axis, name in enumerate(mesh.names):
         parts = [(op, placements[op][axis]) for op in contractions]
-        by_batch = sum(isinstance(p, Split) and role_of(model.factors.of_loops[op], p) is Role.BATCH for op, p in parts)
+        by_batch = sum(isinstance(part, Split) and role_of(model.factors.of_loops[op], part) is Role.BATCH for op, part in parts)
         if 2 * by_batch > len(contractions):
             axes.append(name)
     return tuple(axes)
 
 
 def _sum_rows(chosen: Chosen, axis_names: Mapping[str, str]) -> tuple[CostRow, ...]:
-    """What a step costs the mean rank: the rows of all blocks, of all micro-batches, then messages and the time that it waits."""
+    """What a step costs a pipeline rank on average: rows of all blocks for all micro-batches, messages between stages, and the bubble.
+
+    `axis_names` are the plan's names of axes, by those that the rows have.
+    """
     pipeline = chosen.pipeline
     base, final = chosen.base.layer_of, chosen.model.folded.layer_of
     sums = RowSums()
     for block, _, _, cost in chosen.blocks():
-        # Where like layers are split in several ways, each way has a name of its own.
+        # Runs of like layers with different placements have names of their own in the plan.
         names = {base[name]: final[name] for name in block.ops if name in base and name in final}
         for row in cost.rows:
             times = (1 if row.phase == Phase.STEP else pipeline.microbatches) / pipeline.ranks
             layer = names.get(row.layer, row.layer if row.layer in final.values() else "")
             sums.add_row(row, times, layer=layer, axis=axis_names.get(row.axis, row.axis))
     stages = [choice.stage for choice in pipeline.blocks]
-    for cut, stage, after in zip(chosen.cuts, stages, stages[1:], strict=False):
-        if chosen.rank_of[stage] != chosen.rank_of[after]:
+    for cut, stage, next_stage in zip(chosen.cuts, stages, stages[1:], strict=False):
+        if chosen.rank_of[stage] != chosen.rank_of[next_stage]:
             for phase, nbytes, seconds in (
                 (Phase.FORWARD, cut.nbytes, cut.forward),
                 (Phase.INPUT, cut.backward_nbytes, cut.backward),
             ):
                 if nbytes:
                     count = pipeline.microbatches
-                    # Ranks wait for a message only where the schedule has nothing else for them: that is the bubble's.
+                    # A rank that waits for a message has nothing to compute: its wait is in the bubble, so the message counts as hidden.
                     sums.add(
                         phase,
                         Purpose.MESSAGES,
@@ -185,7 +212,7 @@ def _sum_rows(chosen: Chosen, axis_names: Mapping[str, str]) -> tuple[CostRow, .
 
 
 def _mean_idle_seconds(chosen: Chosen) -> float:
-    """The part of the step in which the mean rank has nothing to run."""
+    """Seconds of the step in which a pipeline rank computes nothing, the mean over pipeline ranks."""
     busy = [0.0] * chosen.pipeline.ranks
     for _, rank, option, _ in chosen.blocks():
         busy[rank] += chosen.pipeline.microbatches * (option.forward + option.input + option.weight) + option.once
@@ -193,26 +220,26 @@ def _mean_idle_seconds(chosen: Chosen) -> float:
 
 
 def _memory(chosen: Chosen, cluster: Cluster) -> Memory:
-    """Bytes of one rank: of the fullest, under a pipeline."""
+    """Bytes of one device: under a pipeline of the fullest pipeline rank's."""
     peaks = chosen.cost.peak
     fullest = max(range(len(peaks)), key=peaks.__getitem__)
-    held = chosen.cost.memory[fullest]
-    here = [cost.memory for _, rank, _, cost in chosen.blocks() if rank == fullest]
+    rank_memory = chosen.cost.memory[fullest]
+    block_memories = [cost.memory for _, rank, _, cost in chosen.blocks() if rank == fullest]
     device = cluster.machine.device
     return Memory(
-        parameters=sum(memory.parameters for memory in here),
-        gradients=sum(memory.gradients for memory in here),
-        optimizer=sum(memory.optimizer for memory in here),
-        activations=held.held + held.messages + sum(memory.outputs for memory in here),
+        parameters=sum(memory.parameters for memory in block_memories),
+        gradients=sum(memory.gradients for memory in block_memories),
+        optimizer=sum(memory.optimizer for memory in block_memories),
+        activations=rank_memory.held + rank_memory.messages + sum(memory.outputs for memory in block_memories),
         buffers=given_nbytes(chosen.model.folded.graph),
-        workspace=held.workspace,
+        workspace=rank_memory.workspace,
         reserved=device.reserved_bytes,
         budget=device.memory_bytes,
     )
 
 
 def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
-    """One line per group of like layers, and one for what is outside of them."""
+    """What each axis splits in each group of like layers, and in what is outside of layers, with bytes of parameters and saved tensors."""
     model, sharding = chosen.model, chosen.sharding
     group_of = model.folded.layer_of
     paths = {layer.name: layer.paths for layer in model.folded.layer_groups}
@@ -249,7 +276,7 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
 
 
 def _is_gathered(model: Model, sharding: Sharding, parameter: Op, axis: int) -> bool:
-    """Whether some reader needs a parameter whole on an axis that splits its storage."""
+    """Whether some reader needs a parameter whole along an axis, which splits its storage: it is gathered there."""
     graph = model.folded.graph
     needs: list[Layout] = []
     for edge in model.folded.edges:
@@ -265,12 +292,13 @@ def _is_gathered(model: Model, sharding: Sharding, parameter: Op, axis: int) -> 
 
 
 def _append(texts: list[str], text: str) -> None:
+    """Add a text that isn't there yet."""
     if text not in texts:
         texts.append(text)
 
 
 def _note_splits(model: Model, mesh: Mesh, op: Op, placement: Placement, texts: Mapping[str, list[str]]) -> None:
-    """Say in words what an op's split divides, for the ops that hold the work."""
+    """Add to `texts`, by axis, in words what the placement of a contraction splits."""
     space = model.spaces.get(op.name)
     if space is None or not space.is_contraction:
         return

@@ -1,9 +1,16 @@
-"""Which meshes the search looks at, and what is asked of each: the user's pins, free meshes, and the named baselines.
+"""Which meshes the search tries, and under which constraints: the pinned mesh, or free meshes and the named baselines.
 
-Baselines are layouts that people use today, each stated as constraints on the same problem: plain DDP, FSDP (ZeRO-3), Megatron-LM's
-tensor parallelism (Shoeybi et al. 2019, section 3) and Redco's two rules (algorithms after Redco's paper: fully-connected layers alternate
-between splitting their outputs and their inputs; attention splits q, k, v by outputs and o by inputs), the latter found over
-dataflow instead of over names. Because they are candidates like any other, the search can't return a plan that it holds worse.
+Comes in: a `Model`, a cluster, pins, layouts of parameters that are stored already. Goes out: `Trial`s.
+
+Baselines are parallelisms in use today, each stated as constraints on the same problem:
+
+- DDP: the batch is split, parameters are whole;
+- FSDP (ZeRO-3, Rajbhandari et al. 2020): the batch is split, and parameters are stored split;
+- Megatron-LM's tensor parallelism (Shoeybi et al. 2019, section 3): contractions are split by features;
+- Redco's two rules: linear layers alternate between splitting their outputs and their inputs; attention splits q, k and v by outputs and o
+  by inputs. Redco finds these layers by name, here they are found over dataflow.
+
+Since they are candidates like any other, the search can't return a plan that it believes to be slower than one of them.
 """
 
 from __future__ import annotations
@@ -22,7 +29,14 @@ from autopar.structure import Model, Role, role_of
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A mesh with constraints, by name; `baseline` marks the layouts that people use today."""
+    """A mesh to try, with constraints.
+
+    Attributes:
+        name: ``search``, ``pipeline``, or that of a baseline.
+        mesh: the devices of one pipeline rank; of all devices without a pipeline.
+        constraints: what decisions on it must obey.
+        baseline: whether this is one of the baselines.
+    """
 
     name: str
     mesh: Mesh
@@ -31,22 +45,22 @@ class Trial:
 
 
 def find_trials(
-    model: Model, cluster: Cluster, pins: Pins, mesh: Mesh | None, stored: Mapping[str, Layout], groups: int = 1
+    model: Model, cluster: Cluster, pins: Pins, mesh: Mesh | None, stored: Mapping[str, Layout], pipeline_ranks: int = 1
 ) -> list[Trial]:
-    """Everything that the search tries on each of so many groups of ranks.
+    """The meshes to try for each pipeline rank; for the whole cluster without a pipeline.
 
     Args:
         model: the model to place.
-        cluster: all ranks, those of every group.
+        cluster: all devices.
         pins: what every trial obeys.
-        mesh: of a group of ranks, the only one to try; None leaves it to the search.
-        stored: layouts that parameters already have and keep, by name.
-        groups: of ranks, in a pipeline.
+        mesh: the only mesh of a pipeline rank to try; None leaves it to the search.
+        stored: layouts in which parameters are stored already, by name.
+        pipeline_ranks: number of pipeline ranks that the devices are spread over.
 
     Raises InputError on pins that can't be had.
     """
-    who = f"the cluster {cluster}" if groups == 1 else f"each of the {groups} groups of {cluster}"
-    cluster = cluster.part(groups)
+    who = f"the cluster {cluster}" if pipeline_ranks == 1 else f"each of the {pipeline_ranks} groups of {cluster}"
+    cluster = cluster.part(pipeline_ranks)
     world = cluster.world_size
     if mesh is not None:
         meshes = [mesh]
@@ -56,29 +70,35 @@ def find_trials(
         meshes = [_pinned_mesh(pins.axis_sizes, world, who)]
     else:
         meshes = _free_meshes(world)
-    asked = {*pins.axis_sizes, *(mesh.names if mesh is not None else ())}
+    requested = {*pins.axis_sizes, *(mesh.names if mesh is not None else ())}
     trials = []
-    for each in meshes:
-        constraints = _constrain(model, each, pins, stored)
-        for name, size, kind in zip(each.names, each.sizes, constraints.kinds, strict=True):
-            if kind is AxisKind.DP and name in asked:
+    for trial_mesh in meshes:
+        constraints = _constrain(model, trial_mesh, pins, stored)
+        for name, size, kind in zip(trial_mesh.names, trial_mesh.sizes, constraints.kinds, strict=True):
+            if kind is AxisKind.DP and name in requested:
                 _check_batch(model, size)
-        trials.append(Trial("search", each, constraints))
+        trials.append(Trial("search", trial_mesh, constraints))
     if not pins and mesh is None and not stored:
         trials += _baselines(model, cluster)
     return trials
 
 
-def group_trials(model: Model, cluster: Cluster, groups: int, pins: Pins, mesh: Mesh | None, stored: Mapping[str, Layout]) -> list[Trial]:
-    """What each of so many groups of ranks may do: as pinned, else a batch axis and, inside a machine, a tensor axis of every size."""
+def find_pipeline_trials(
+    model: Model, cluster: Cluster, pipeline_ranks: int, pins: Pins, mesh: Mesh | None, stored: Mapping[str, Layout]
+) -> list[Trial]:
+    """The meshes to try for each of so many pipeline ranks: the pinned one, else dp x tp with tp of every size inside a machine.
+
+    Raises InputError on a mesh or stored layouts that can't be had, and on pinned placements. Pinned axes that don't divide a pipeline rank
+    just have no trials.
+    """
     if mesh is not None or stored or pins.axis_sizes:
         try:
-            return [trial for trial in find_trials(model, cluster, pins, mesh, stored, groups) if not trial.baseline]
+            return [trial for trial in find_trials(model, cluster, pins, mesh, stored, pipeline_ranks) if not trial.baseline]
         except InputError:
             if mesh is not None or stored:
                 raise
-            return []  # the pinned axes don't divide this group
-    part = cluster.part(groups)
+            return []  # the pinned axes don't divide the devices of a pipeline rank
+    part = cluster.part(pipeline_ranks)
     world = part.world_size
     trials = []
     for tensor in range(1, part.devices_per_node + 1):
@@ -90,17 +110,17 @@ def group_trials(model: Model, cluster: Cluster, groups: int, pins: Pins, mesh: 
             continue  # nothing to store parameters split over
         if any(set(loops) - set(names) for loops in pins.placements.values()):
             continue
-        shape = Mesh(tuple(names), tuple(sizes[name] for name in names))
-        _check_placements(model, pins, shape)
-        trials.append(Trial("pipeline", shape, Constraints(tuple(AxisKind(name) for name in names), pins, stored)))
+        trial_mesh = Mesh(tuple(names), tuple(sizes[name] for name in names))
+        _check_placements(model, pins, trial_mesh)
+        trials.append(Trial("pipeline", trial_mesh, Constraints(tuple(AxisKind(name) for name in names), pins, stored)))
     return trials
 
 
 def _constrain(model: Model, mesh: Mesh, pins: Pins, stored: Mapping[str, Layout]) -> Constraints:
-    """What is asked of a mesh whose axes are called by their kinds, or otherwise are free. Raises InputError on pins that can't be had."""
-    # A later program over parameters that are stored already only keeps the mesh: a last, smaller batch must run too.
-    named = () if stored else ("dp", "tp", "cp")
-    constraints = Constraints(tuple(AxisKind(name) if name in named else AxisKind.FREE for name in mesh.names), pins, stored)
+    """The constraints of a mesh: axes called dp, tp or cp have that kind, others are free. Raises InputError on pins that can't be had."""
+    # For a later program over stored parameters the names are no constraints: a last, smaller batch must run too.
+    kind_names = () if stored else ("dp", "tp", "cp")
+    constraints = Constraints(tuple(AxisKind(name) if name in kind_names else AxisKind.FREE for name in mesh.names), pins, stored)
     if pins.fsdp is not None and AxisKind.DP not in constraints.kinds:
         constraints = replace(constraints, kinds=_with_batch_axis(constraints, mesh))
     _check_placements(model, pins, mesh)
@@ -108,7 +128,7 @@ def _constrain(model: Model, mesh: Mesh, pins: Pins, stored: Mapping[str, Layout
 
 
 def _with_batch_axis(constraints: Constraints, mesh: Mesh) -> tuple[AxisKind, ...]:
-    """Make the outermost free axis a batch axis: parameter storage is split over those."""
+    """The kinds with the outermost free axis as a dp axis, over which parameters are stored split. Raises InputError if there is none."""
     kinds = constraints.kinds
     if AxisKind.DP in constraints.barred:
         return kinds
@@ -147,6 +167,7 @@ def _check_placements(model: Model, pins: Pins, mesh: Mesh) -> None:
 
 
 def _check_batch(model: Model, size: int) -> None:
+    """Raise InputError if the batch, dim 0 of the inputs, can't be split over a dp axis of this size."""
     graph = model.folded.graph
     inputs = [op for op in graph.of_kind(OpKind.INPUT) if op.results[0].shape]
     if inputs and not any(op.results[0].shape[0] % size == 0 for op in inputs):
@@ -158,12 +179,18 @@ def _check_batch(model: Model, size: int) -> None:
 
 
 def _pinned_mesh(sizes: Mapping[str, int], world: int, who: str) -> Mesh:
-    """The pinned axes that have more than one rank, and a free one for the ranks that are left over."""
-    named = math.prod(sizes.values())
-    if world % named:
-        asked = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise InputError(f"pins {asked} need a multiple of {named} ranks, {who} has {world}")
-    rest = world // named
+    """The pinned axes of more than one rank, and a free axis for the ranks that these leave.
+
+    Args:
+        sizes: pinned size of each axis.
+        world: number of ranks of the mesh.
+        who: what has so many ranks, for messages.
+    """
+    pinned_ranks = math.prod(sizes.values())
+    if world % pinned_ranks:
+        requested = " x ".join(f"{name}={size}" for name, size in sizes.items())
+        raise InputError(f"pins {requested} need a multiple of {pinned_ranks} ranks, {who} has {world}")
+    rest = world // pinned_ranks
     pinned = [(name, size) for name, size in sizes.items() if size > 1]
     if rest > 1:
         if "dp" not in sizes:
@@ -176,7 +203,7 @@ def _pinned_mesh(sizes: Mapping[str, int], world: int, who: str) -> Mesh:
 
 
 def _free_meshes(world: int) -> list[Mesh]:
-    """One and two free axes of every size; more axes are for pins, or for what later searches compose."""
+    """All meshes of one and two free axes over so many ranks; meshes of more axes must be pinned."""
     meshes = [Mesh(("x",), (world,))]
     for inner in range(2, world // 2 + 1):
         if world % inner == 0:
@@ -185,6 +212,7 @@ def _free_meshes(world: int) -> list[Mesh]:
 
 
 def _baselines(model: Model, cluster: Cluster) -> list[Trial]:
+    """The baselines on all ranks of a cluster; none for a single rank."""
     world = cluster.world_size
     if world == 1:
         return []
@@ -193,17 +221,17 @@ def _baselines(model: Model, cluster: Cluster) -> list[Trial]:
         Trial("DDP", data, Constraints((AxisKind.DP,), Pins(fsdp=False)), baseline=True),
         Trial("FSDP", data, Constraints((AxisKind.DP,), Pins(fsdp=True)), baseline=True),
     ]
-    width = cluster.devices_per_node if world % cluster.devices_per_node == 0 else world
-    both = Mesh(("tp",), (world,)) if width == world else Mesh(("dp", "tp"), (world // width, width))
-    kinds = tuple(AxisKind(name) for name in both.names)
-    if width > 1:
+    tp_size = cluster.devices_per_node if world % cluster.devices_per_node == 0 else world
+    mesh = Mesh(("tp",), (world,)) if tp_size == world else Mesh(("dp", "tp"), (world // tp_size, tp_size))
+    kinds = tuple(AxisKind(name) for name in mesh.names)
+    if tp_size > 1:
         for name, accept in (("Megatron", _megatron(model, len(kinds) - 1)), ("Redco", _redco(model, len(kinds) - 1))):
-            trials.append(Trial(name, both, Constraints(kinds, Pins(fsdp=False), accept=accept), baseline=True))
+            trials.append(Trial(name, mesh, Constraints(kinds, Pins(fsdp=False), accept=accept), baseline=True))
     return trials
 
 
 def _megatron(model: Model, axis: int) -> Callable[[Op, Placement], bool]:
-    """Work split by features, everything between the blocks whole on every rank of the tensor axis."""
+    """Megatron's rule: along `axis` calls are split by features or not at all, so that between blocks values are whole."""
 
     def accept(op: Op, placement: Placement) -> bool:
         part = placement[axis]
@@ -213,14 +241,14 @@ def _megatron(model: Model, axis: int) -> Callable[[Op, Placement], bool]:
 
 
 def _redco(model: Model, axis: int) -> Callable[[Op, Placement], bool]:
-    """Linears alternate along dataflow: outputs split, then inputs split; what a lookup finds is split by features."""
+    """Redco's rule: along `axis` linear layers alternate over dataflow, outputs split, then inputs; other calls are split by features."""
     graph = model.folded.graph
     splits_outputs: dict[str, bool] = {}
-    upstream: dict[str, str | None] = {}  # nearest linear before each op, the latest in program order
+    upstream: dict[str, str | None] = {}  # per op the nearest linear layer before it; of several the latest in program order
     order = {op.name: position for position, op in enumerate(graph.ops)}
     for op in graph.ops:
-        before = [upstream[value.op] for value in op.operands if upstream.get(value.op)]
-        nearest = max((name for name in before if name), key=order.__getitem__, default=None)
+        linears = [upstream[value.op] for value in op.operands if upstream.get(value.op)]
+        nearest = max((name for name in linears if name), key=order.__getitem__, default=None)
         if _is_linear(model, op):
             splits_outputs[op.name] = nearest is None or not splits_outputs[nearest]
             upstream[op.name] = op.name
@@ -240,7 +268,8 @@ def _redco(model: Model, axis: int) -> Callable[[Op, Placement], bool]:
 
 
 def _is_linear(model: Model, op: Op) -> bool:
+    """Whether an op is a matrix product with a parameter."""
     space = model.spaces.get(op.name)
     graph = model.folded.graph
-    reads = any(graph.by_name[value.op].kind is OpKind.PARAMETER for value in op.operands)
-    return space is not None and space.family is Family.MATMUL and space.kernel is None and reads
+    reads_parameter = any(graph.by_name[value.op].kind is OpKind.PARAMETER for value in op.operands)
+    return space is not None and space.family is Family.MATMUL and space.kernel is None and reads_parameter

@@ -1,4 +1,9 @@
-"""What may be decided: the legal placements of every op and layouts of every stored tensor, under the user's constraints."""
+"""The options of single decisions: legal placements of calls, layouts of parameters and outputs, under pins and kinds of axes.
+
+Comes in: a `Model`, a mesh, `Constraints`. Goes out: lists of placements and layouts, over all axes of the mesh. For example, a linear
+layer ``m k, n k -> m n`` on a mesh of one axis may be run whole or be split by m, n or k; on an axis of kind DP only by m, if that is the
+loop over the batch.
+"""
 
 from __future__ import annotations
 
@@ -33,24 +38,24 @@ from autopar.structure import Model, Role, first_rank_axis, role_of
 
 
 class AxisKind(Enum):
-    """What an axis may be used for: splits of the batch, features or the sequence, or any; TIME is that of micro-batches."""
+    """What an axis of the mesh may split."""
 
-    TIME = "time"
-    FREE = "free"
-    DP = "dp"
-    TP = "tp"
-    CP = "cp"
+    TIME = "time"  # the axis of micro-batches, which is walked in time
+    FREE = "free"  # anything
+    DP = "dp"  # the batch
+    TP = "tp"  # features
+    CP = "cp"  # the sequence
 
 
 @dataclass(frozen=True, slots=True)
 class Constraints:
-    """What the user, or a named baseline, asks of a mesh.
+    """What the user, or a named baseline, demands of decisions on a mesh.
 
     Attributes:
-        kinds: per axis what it may do.
-        pins: of which `fsdp`, `vocabulary`, `placements` and kinds of one rank are obeyed here; a baseline pins too.
-        stored: layouts that parameters already have and keep (a second program over the same parameters).
-        accept: a baseline's own rule: (op, axis, part) -> allowed.
+        kinds: per axis what it may split.
+        pins: `fsdp`, `vocabulary`, `placements` and axis sizes of 1 are obeyed here, other pins elsewhere.
+        stored: layouts in which parameters are stored already, by name of the parameter (for a second program over the same parameters).
+        accept: a baseline's own rule, whether a call may have a placement.
     """
 
     kinds: tuple[AxisKind, ...]
@@ -60,14 +65,17 @@ class Constraints:
 
     @property
     def barred(self) -> frozenset[AxisKind]:
-        """Kinds that free axes may not be: a kind that is pinned to one rank is none at all, so what ranks are left over do is another."""
+        """Kinds pinned to one rank, such as tp=1: free axes may not split what these would."""
         return frozenset(AxisKind(name) for name, size in self.pins.axis_sizes.items() if size == 1 and not self.stored)
 
 
 def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Placement]:
-    """The legal placements of a call, those that the constraints allow."""
+    """The legal placements of a call that the constraints allow.
+
+    A call without a rule, and one that makes a small constant table, has one placement: replicated.
+    """
     first = first_rank_axis(mesh)
-    # What a micro-batch does isn't open: along time nothing can be exchanged, so one choice is as good as another.
+    # How micro-batches split a call is no decision: the model says it (`structure.microbatches`).
     time: Placement = () if model.micro is None else (model.micro.placements[op.name],)
     replicated: Placement = (*time, *(None for _ in mesh.sizes[first:]))
     space = model.spaces.get(op.name)
@@ -98,7 +106,12 @@ _ROLES = {AxisKind.DP: Role.BATCH, AxisKind.CP: Role.SEQUENCE, AxisKind.TP: Role
 def _of_kind(
     options: list[Placement], space: Space, loops: Mapping[str, Mapping[int, Role]], axis: int, constraints: Constraints
 ) -> list[Placement]:
-    """Keep what an axis of this kind may do; a kind is really used wherever it can be."""
+    """The placements in which an axis does what its kind may.
+
+    A dp or cp axis splits a call by the batch or by the sequence where that can be, and else not at all. A tp axis splits nothing by the
+    batch, and a contraction by features where that can be. A free axis doesn't split what kinds that are pinned to one rank would, unless
+    there is no other placement.
+    """
     kind = constraints.kinds[axis]
     if kind is AxisKind.TIME:
         return options
@@ -113,7 +126,7 @@ def _of_kind(
     if kind is AxisKind.TP:
         allowed = [option for option in options if role(option) is not Role.BATCH]
         if space.is_contraction:
-            # Between the blocks a tensor axis may split the sequence, as Megatron does; the work itself it splits by features.
+            # Pointwise ops and norms may be split by the sequence (sequence parallelism, Korthikanti et al. 2022), contractions may not.
             allowed = [option for option in allowed if role(option) is not Role.SEQUENCE]
             return [option for option in allowed if role(option) is Role.FEATURE] or allowed
         return allowed
@@ -122,7 +135,7 @@ def _of_kind(
 
 
 def _of_vocabulary(options: list[Placement], space: Space, *, splits_vocabulary: bool) -> list[Placement]:
-    """Split, or keep whole, the vocabulary of lookups and losses."""
+    """The placements that split, or that don't split, the vocabulary of a lookup or loss; all of them for other ops."""
     vocabulary = space.facts.loops_of(Meaning.VOCABULARY)
     if not vocabulary:
         return options
@@ -134,13 +147,13 @@ def _of_vocabulary(options: list[Placement], space: Space, *, splits_vocabulary:
 
 
 def _of_modules(options: list[Placement], op: Op, space: Space, mesh: Mesh, placements: Mapping[str, Mapping[str, str]]) -> list[Placement]:
-    """Keep the placements that the user pinned for the op's module; InputError where an op has the loop but can't be split so."""
+    """The placements of a contraction that the user pinned for its module; InputError if it has the loop but can't be split so."""
     for pattern, loops in placements.items():
         if not space.is_contraction or not is_inside(op.layer, pattern):
             continue
         for name, loop in loops.items():
             axis = mesh.names.index(name)
-            pinned = [option for option in options if isinstance(p := option[axis], Split) and p.loop == loop]
+            pinned = [option for option in options if isinstance(part := option[axis], Split) and part.loop == loop]
             if not pinned and loop in space.loops:
                 raise InputError(
                     f"pin {pattern!r} splits loop {loop} over {name}={mesh.sizes[axis]}, but {op.target} ({space}, {loop} has size "
@@ -157,7 +170,7 @@ def is_inside(path: str, pattern: str) -> bool:
 
 
 def parameter_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Layout]:
-    """The layouts that a parameter may be stored in."""
+    """The layouts that a parameter may be stored in: the one it is stored in already, or sharded and replicated ones as pinned."""
     if op.target in constraints.stored:
         return [(*(REPLICATE,) * first_rank_axis(mesh), *constraints.stored[op.target])]
     tensor = op.results[0]
@@ -167,17 +180,20 @@ def parameter_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints
     layouts = _fitting(tensor, states, mesh)
     for axis, kind in enumerate(constraints.kinds):
         if kind is AxisKind.DP and constraints.pins.fsdp is not None:
-            split = [x for x in layouts if (x[axis].kind is StateKind.SHARD) == constraints.pins.fsdp]
-            layouts = split or layouts
+            pinned = [layout for layout in layouts if (layout[axis].kind is StateKind.SHARD) == constraints.pins.fsdp]
+            layouts = pinned or layouts
         if kind is AxisKind.CP:
-            layouts = [x for x in layouts if x[axis] == REPLICATE]
+            layouts = [layout for layout in layouts if layout[axis] == REPLICATE]
     return layouts
 
 
 def output_options(tensor: Tensor, mesh: Mesh, time: State = REPLICATE) -> list[Layout]:
-    """The layouts that an output may be handed over in: scalars whole, larger tensors as the search likes.
+    """The layouts in which an output may be returned: replicated, or with any of its dims sharded.
 
-    Where time is an axis, `time` is what a micro-batch has of it; ranks split no more than that.
+    Args:
+        tensor: the output, of the whole batch.
+        mesh: the mesh; its first axis may be that of micro-batches.
+        time: the output's state along the axis of micro-batches. If that is a shard, ranks shard only what one micro-batch has.
     """
     states = [REPLICATE, *(shard(dim) for dim in range(len(tensor.shape)))]
     options = _fitting(tensor, states, mesh)
@@ -187,6 +203,6 @@ def output_options(tensor: Tensor, mesh: Mesh, time: State = REPLICATE) -> list[
 
 
 def _fitting(tensor: Tensor, states: Sequence[State], mesh: Mesh) -> list[Layout]:
-    """Layouts of these states, the whole one first; an axis of one rank splits nothing."""
+    """The legal layouts with one of these states on each axis of more than one rank, in the order of `states`."""
     per_axis = [states if size > 1 and name != MICROBATCH else [REPLICATE] for name, size in zip(mesh.names, mesh.sizes, strict=True)]
     return [option for option in itertools.product(*per_axis) if fits(tensor.shape, option, mesh)]

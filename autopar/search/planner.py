@@ -1,6 +1,6 @@
-"""Graph and cluster -> the best plan over all meshes tried, baselines included.
+"""A captured graph and a cluster to the best plan found: over meshes and baselines without a pipeline, then over pipelines.
 
-Pure: opens no process group, touches no device, reads no environment.
+Comes in: a `Graph`, a cluster, pins. Goes out: a `Plan` with its proof. Opens no process group, touches no device, reads no environment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan,
 from autopar.rules import find_spaces
 from autopar.schedules import make_schedule
 from autopar.search.assemble import Chosen, assemble
-from autopar.search.meshes import find_trials, group_trials
+from autopar.search.meshes import find_pipeline_trials, find_trials
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
 from autopar.search.trials import SolvedTrial, TrialResults, name_request, solve_trials
 from autopar.structure import Chain, Model, batch_size, find_chain, find_factors, find_tables, fold, regroup, relabel
@@ -27,7 +27,8 @@ from autopar.units import format_bytes
 
 Progress = Callable[[str], None]
 
-# Meshes of all ranks that are looked at with recomputation and a mixture of placements too, where memory is short.
+# Where memory is short, so many meshes without a pipeline, those of the least bounds, are also tried with recomputation and mixtures of
+# solutions.
 RECOMPUTED = 2
 
 LOSS_OUTSIDE = (
@@ -41,11 +42,12 @@ class _Request:
     """What to plan, and under what.
 
     Attributes:
-        model, chain: the folded graph, and its blocks.
-        cluster: the devices; all ranks.
-        pins: what the user fixed, or what an earlier program over the same parameters did.
-        mesh: of one group of ranks, the only one to look at; None leaves it to the search.
-        stored: layouts that parameters already have and keep, by name.
+        model: the folded graph.
+        chain: its blocks.
+        cluster: all devices.
+        pins: what the user fixed, or what an earlier program over the same parameters decided.
+        mesh: the only mesh of a pipeline rank to try; None leaves it to the search.
+        stored: layouts in which parameters are stored already, by name.
     """
 
     model: Model
@@ -62,8 +64,8 @@ class _Request:
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
-    """Collect no garbage meanwhile: planning makes little, and looking through a large graph for it again and again takes its time."""
+def _without_garbage_collection() -> Iterator[None]:
+    """Python's garbage collector switched off: planning makes little garbage, and searching a large graph for it takes long."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -73,7 +75,7 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-@_uncollected()
+@_without_garbage_collection()
 def make_plan(
     graph: Graph,
     cluster: Cluster,
@@ -82,7 +84,7 @@ def make_plan(
     pins: Pins = NO_PINS,
     mesh: Mesh | None = None,
     stored: Mapping[str, Layout] | None = None,
-    first: Plan | None = None,
+    first_plan: Plan | None = None,
     strict: bool = False,
     notes: tuple[str, ...] = (),
     progress: Progress | None = None,
@@ -94,37 +96,37 @@ def make_plan(
         cluster: the devices and links; its size is the number of ranks.
         model_name: for the report.
         pins: what the user fixed (`autopar.plans.reconcile` brings a mesh and pins together that are given side by side).
-        mesh: of one group of ranks, instead of searching meshes; dp, tp and cp are kinds, any other is a free axis.
-        stored: layouts that parameters already have and keep, by name; needs `mesh`.
-        first: the plan that decided where the parameters are: its groups, schedule and stages are kept.
+        mesh: the mesh of a pipeline rank, instead of searching meshes; axes called dp, tp and cp have that kind, others are free.
+        stored: layouts in which parameters are stored already, by name; needs `mesh`.
+        first_plan: the plan that the parameters are stored by, whose pipeline ranks, schedule and stages are obeyed.
         strict: raise UnknownOpError when an op has no rule, instead of running it replicated.
         notes: what capture dropped or changed, for the report.
-        progress: told what is being tried.
+        progress: called with a line of text for each thing that is tried.
 
-    Raises InfeasibleError when nothing fits the memory, InputError on pins that can't be had.
+    Raises InfeasibleError when nothing fits the memory, InputError on pins that can't be had, UnknownOpError as `strict` says.
     """
     start = time.perf_counter()
     tell = progress or (lambda _: None)
     tell("rules and costs")
     spaces, unruled = _read_rules(graph, strict=strict)
     model, chain = _fold(graph, spaces, stored or {})
-    if first is not None and not (first.pipeline.is_trivial and first.pipeline.keeps_all):
-        pins = keep_pipeline(pins, first, chain, batch_size(graph, model.factors))
+    if first_plan is not None and not (first_plan.pipeline.is_trivial and first_plan.pipeline.keeps_all):
+        pins = pin_pipeline(pins, first_plan, chain, batch_size(graph, model.factors))
     request = _Request(model, chain, cluster, pins, mesh, stored or {})
-    placed = _search_placements(request, tell)
-    pipelined, candidates = _search_pipelines(request, placed, tell)
-    candidates = (*placed.candidates, *candidates)
+    results = _search_placements(request, tell)
+    pipelined, candidates = _search_pipelines(request, results, tell)
+    candidates = (*results.candidates, *candidates)
     if pipelined is not None:
         chosen, trial = _choose_pipelined(pipelined, model, chain), pipelined.configuration.trial
-        candidate = len(placed.candidates) + pipelined.candidate
-    elif placed.best is not None:
-        chosen, trial = _choose_placed(placed.best, model, chain), placed.best.trial
-        candidate = placed.best.candidate
+        candidate = len(results.candidates) + pipelined.candidate
+    elif results.best is not None:
+        chosen, trial = _choose_solved(results.best, model, chain), results.best.trial
+        candidate = results.best.candidate
     else:
         raise _infeasible(request, candidates)
     return assemble(
         chosen,
-        # The user's own axes keep their names; those of the search are called after what they do.
+        # Axes that the user named keep their names.
         rename=trial.name == "search" and request.is_open and not pins.asks_for_pipeline,
         cluster=cluster,
         model_name=model_name,
@@ -137,21 +139,27 @@ def make_plan(
     )
 
 
-def keep_pipeline(pins: Pins, first: Plan, chain: Chain, batch: int) -> Pins:
-    """The pins of a later program over the same parameters as the plan `first`.
+def pin_pipeline(pins: Pins, first_plan: Plan, chain: Chain, batch: int) -> Pins:
+    """The pins of a later program over parameters that are stored by an earlier plan.
 
-    Groups of ranks, schedule and each block's stage are those of `first`; micro-batches as many as the new `batch` can be split into, but
-    not more than before; recomputation is left to the search.
+    Args:
+        pins: to which those of the pipeline are added.
+        first_plan: the earlier plan, whose pipeline ranks, schedule and stages of blocks are pinned.
+        chain: the blocks of the later program.
+        batch: rows of its batch. It has as many micro-batches as these can be split into, but not more than the earlier plan.
+
+    Recomputation is left to the search.
     """
-    pipeline = first.pipeline
-    known = {block.name: block.stage for block in pipeline.blocks}
+    pipeline = first_plan.pipeline
+    stage_of = {block.name: block.stage for block in pipeline.blocks}
     stages: dict[str, int] = {}
     stage = 0
     for block in chain.blocks:
-        # A block that the first program didn't have (its loss, say) stays with the one before it.
-        stage = stages[block.name] = known.get(block.name, stage)
-    ways = math.prod(size for name, size in zip(first.mesh.names, first.mesh.sizes, strict=True) if name in first.batch_axes)
-    rows = batch // ways if batch % ways == 0 else batch
+        # A block that the first program didn't have, such as a loss, is on the stage of the block before it.
+        stage = stages[block.name] = stage_of.get(block.name, stage)
+    mesh = first_plan.mesh
+    parts = math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name in first_plan.batch_axes)
+    rows = batch // parts if batch % parts == 0 else batch
     count = max(n for n in range(1, min(pipeline.microbatches, rows) + 1) if rows % n == 0)
     return replace(
         pins,
@@ -165,7 +173,7 @@ def keep_pipeline(pins: Pins, first: Plan, chain: Chain, batch: int) -> Pins:
 
 
 def _read_rules(graph: Graph, *, strict: bool) -> tuple[Mapping[str, Space], tuple[Op, ...]]:
-    """The loops of every op, by name, and the ops that no rule is known for; UnknownOpError if there are any and `strict`."""
+    """The space of every op with a rule, by name, and the ops without one; raises UnknownOpError if there are any and `strict`."""
     spaces, unruled = find_spaces(graph)
     if unruled and strict:
         lines = "\n".join(f"  {op.target} at {op.source or op.name}" for op in unruled)
@@ -174,11 +182,11 @@ def _read_rules(graph: Graph, *, strict: bool) -> tuple[Mapping[str, Space], tup
 
 
 def _fold(graph: Graph, spaces: Mapping[str, Space], stored: Mapping[str, Layout]) -> tuple[Model, Chain]:
-    """What no mesh changes: the folded graph with its roles, and its blocks."""
+    """What doesn't depend on the mesh: the folded graph with the roles of its dims, and its blocks."""
     folded = fold(graph)
     chain = find_chain(folded, spaces)
     if stored:
-        # Like blocks whose parameters are stored differently are no longer planned as one.
+        # Like blocks whose parameters are stored differently are not folded into one.
         numbers = {layout: number for number, layout in enumerate(dict.fromkeys(stored.values()))}
         folded = regroup(folded, {op.name: numbers[stored[op.target]] for op in graph.of_kind(OpKind.PARAMETER) if op.target in stored})
         chain = relabel(chain, folded)
@@ -186,41 +194,43 @@ def _fold(graph: Graph, spaces: Mapping[str, Space], stored: Mapping[str, Layout
 
 
 def _search_placements(request: _Request, tell: Progress) -> TrialResults:
-    """Solve every mesh without a pipeline; none when a pipeline is asked for. Raises InputError on pins that can't be had."""
+    """Solve every mesh without a pipeline; none when pins ask for a pipeline. Raises InputError on pins that can't be had."""
     cluster, pins = request.cluster, request.pins
-    groups = pins.pp or 1
-    if cluster.world_size % groups:
-        raise InputError(f"pin pp={groups} needs a multiple of {groups} ranks, the cluster {cluster} has {cluster.world_size}")
-    if pins.fsdp and groups == cluster.world_size > 1:
+    pipeline_ranks = pins.pp or 1
+    if cluster.world_size % pipeline_ranks:
         raise InputError(
-            f"pin fsdp=True stores parameters split over the ranks of a group, but pp={groups} leaves groups of one rank; "
+            f"pin pp={pipeline_ranks} needs a multiple of {pipeline_ranks} ranks, the cluster {cluster} has {cluster.world_size}"
+        )
+    if pins.fsdp and pipeline_ranks == cluster.world_size > 1:
+        raise InputError(
+            f"pin fsdp=True stores parameters split over the ranks of a group, but pp={pipeline_ranks} leaves groups of one rank; "
             "pin a smaller pp, or leave fsdp out"
         )
-    # Made under a pipeline too: that checks the pins against the model and the cluster.
-    trials = find_trials(request.model, cluster, pins, request.mesh, request.stored, groups)
+    # Also where a pipeline is asked for, since this checks the pins against the model and the cluster.
+    trials = find_trials(request.model, cluster, pins, request.mesh, request.stored, pipeline_ranks)
     if pins.asks_for_pipeline:
         return TrialResults()
     return solve_trials(request.model, request.chain, trials, cluster, pins, tell, is_open=request.is_open)
 
 
-def _search_pipelines(request: _Request, placed: TrialResults, tell: Progress) -> tuple[Pipelined | None, tuple[Candidate, ...]]:
-    """The fastest pipeline that beats what is `placed` without one, if any does, and the outcome of every one looked at.
+def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) -> tuple[Pipelined | None, tuple[Candidate, ...]]:
+    """(the fastest pipeline that is faster than the best of `results`, if there is one; the outcome of every pipeline looked at).
 
-    None is looked at when the mesh is given and no pipeline is asked for.
+    No pipeline is looked at when the mesh is given and pins don't ask for one.
     """
-    model, pins, best = request.model, request.pins, placed.best
+    model, pins, best = request.model, request.pins, results.best
     if not (pins.asks_for_pipeline or request.is_open):
         return None, ()
     problem = make_pipeline_problem(model, request.chain, request.cluster, pins, returns_loss=model.folded.graph.loss is not None)
-    # Without a pipeline, micro-batches and recomputation only save memory.
+    # On one pipeline rank, micro-batches and recomputation only save memory.
     is_tight = best is None or best.solution.status != "optimal"
     configurations = find_configurations(
         problem,
-        lambda ranks: group_trials(model, request.cluster, ranks, pins, request.mesh, request.stored),
+        lambda ranks: find_pipeline_trials(model, request.cluster, ranks, pins, request.mesh, request.stored),
         alone=pins.asks_for_pipeline or is_tight,
     )
     if is_tight:
-        configurations += [Configuration(1, trial, 1) for trial in placed.promising[:RECOMPUTED]]
+        configurations += [Configuration(1, trial, 1) for trial in results.by_bound[:RECOMPUTED]]
     searched = search_pipelines(problem, configurations, math.inf if best is None else best.solution.cost_ns / 1e9, tell)
     is_refused = searched.best is None and all(candidate.memory_bytes is None for candidate in searched.candidates)
     if is_refused and pins.asks_for_pipeline and searched.refusals:
@@ -229,7 +239,7 @@ def _search_pipelines(request: _Request, placed: TrialResults, tell: Progress) -
 
 
 def _choose_pipelined(pipelined: Pipelined, model: Model, chain: Chain) -> Chosen:
-    """A pipeline as what was chosen."""
+    """A pipeline, in the form that a plan is assembled from."""
     pipeline, assignment, solution = pipelined.pipeline, pipelined.assignment, pipelined.solution
     return Chosen(
         model=pipelined.model,
@@ -250,8 +260,8 @@ def _choose_pipelined(pipelined: Pipelined, model: Model, chain: Chain) -> Chose
     )
 
 
-def _choose_placed(solved: SolvedTrial, model: Model, chain: Chain) -> Chosen:
-    """A solution without a pipeline as what was chosen: all blocks on one stage."""
+def _choose_solved(solved: SolvedTrial, model: Model, chain: Chain) -> Chosen:
+    """A solution without a pipeline, in the form that a plan is assembled from: all blocks are on one stage."""
     blocks = tuple(BlockChoice(block.name, block.path, 0, "none") for block in chain.blocks)
     return Chosen(
         model=model,
@@ -273,14 +283,14 @@ def _choose_placed(solved: SolvedTrial, model: Model, chain: Chain) -> Chosen:
 
 
 def _note_loss(graph: Graph, pipeline: Pipeline) -> tuple[str, ...]:
-    """A note for the report where the loss is computed outside of the model, so that a schedule can't start a backward between forwards."""
+    """A note for the report if the loss is computed outside of the model, so that no backward can start before all forwards are done."""
     if graph.loss is not None or pipeline.schedule == "gpipe":
         return ()
     return (LOSS_OUTSIDE.format(pipeline.schedule),)
 
 
 def _infeasible(request: _Request, candidates: tuple[Candidate, ...]) -> InfeasibleError:
-    """The error for when no candidate can be had: the memory that the leanest of them lacks, or else the pins."""
+    """The error that says why there is no plan: the memory that the leanest candidate lacks, or pins that leave some op no placement."""
     needed = min((candidate.memory_bytes for candidate in candidates if candidate.memory_bytes is not None), default=None)
     if needed is None:
         return InfeasibleError(

@@ -1,6 +1,7 @@
-"""Placements without a pipeline: every mesh to try is solved within the memory of a device.
+"""Placements without a pipeline: the placement problem of every mesh to try is solved within the memory of a device.
 
-Comes in: trials. Goes out: a solution per trial that fits and isn't beaten by another, and what came of every trial.
+Comes in: `Trial`s. Goes out: `TrialResults`: a solution of each trial that has one within the memory and wasn't pruned, and the outcome of
+every trial.
 """
 
 from __future__ import annotations
@@ -39,10 +40,13 @@ class SolvedTrial:
     """A trial with a solution that fits the memory, or comes closest to it.
 
     Attributes:
+        problem: the placement problem of the trial.
+        solution: a solution of it.
         sharding: what the solution decides.
-        blocks: every block's table of costs, as its only option.
-        cost: of all blocks on one stage; `step_seconds`: of a step.
-        beside: bytes of inputs and buffers, which every rank has whole.
+        blocks: every block with a single option, without recomputation.
+        cost: seconds and bytes of all blocks on one stage.
+        step_seconds: seconds of a step.
+        given_nbytes: bytes of inputs and buffers, which every rank has whole.
         candidate: position of the trial among the candidates of the plan.
     """
 
@@ -53,32 +57,32 @@ class SolvedTrial:
     blocks: tuple[BlockOptions, ...]
     cost: AssignmentCost
     step_seconds: float
-    beside: int
+    given_nbytes: int
     candidate: int = 0
 
     @property
-    def needed(self) -> int:
-        """Bytes at the peak."""
-        return self.cost.peak[0] + self.beside
+    def needed_nbytes(self) -> int:
+        """Bytes of a rank at its peak."""
+        return self.cost.peak[0] + self.given_nbytes
 
 
 @dataclass(frozen=True)
 class TrialResults:
-    """What came of trials.
+    """The outcome of all trials.
 
     Attributes:
-        solved: those with a solution within the memory.
+        solved: the trials with a solution within the memory.
         candidates: the outcome of every trial, for the plan.
-        promising: trials that aren't baselines, those first that would cost least without a limit of memory.
+        by_bound: trials that aren't baselines, in the order of their bounds without a memory limit.
     """
 
     solved: Sequence[SolvedTrial] = ()
     candidates: tuple[Candidate, ...] = ()
-    promising: Sequence[Trial] = ()
+    by_bound: Sequence[Trial] = ()
 
     @property
     def best(self) -> SolvedTrial | None:
-        """The cheapest; of equals one that was searched rather than a baseline, with the fewest axes."""
+        """The cheapest; of equally cheap ones a trial of the search rather than a baseline, then the one with the fewest axes."""
 
         def rank(solved: SolvedTrial) -> tuple[int, bool, int]:
             return solved.solution.cost_ns, solved.trial.baseline, len(solved.trial.mesh.names)
@@ -89,16 +93,19 @@ class TrialResults:
 def solve_trials(
     model: Model, chain: Chain, trials: Sequence[Trial], cluster: Cluster, pins: Pins, tell: Progress, *, is_open: bool
 ) -> TrialResults:
-    """Solve all trials in which every op has a placement; none when pipelines are open and no split at all can save enough memory.
+    """Solve all trials in which every op has a placement.
+
+    None is solved if `is_open` and even everything split over all ranks needs more memory than there is without recomputation.
 
     Args:
         model: the model to place.
         chain: its blocks.
-        trials: meshes and what is asked of each, all ranks one group.
+        trials: meshes of all devices, with constraints.
         cluster: the devices and links.
         pins: for messages; the trials obey them already.
         tell: told what is being tried.
-        is_open: whether a pipeline may be had instead, so that trials needn't be brought within the memory at any price.
+        is_open: whether the search may choose a pipeline or a mixture of solutions instead, which save memory in finer steps; then less
+            effort is spent on fitting trials into the memory.
 
     Raises InfeasibleError when some op has no placement in any of the trials.
     """
@@ -126,67 +133,70 @@ def solve_trials(
         solved = SolvedChain(model, chain, reads, CostTables(model, problem.mesh, cluster), sharding, is_one_stage=True)
         return _measure(trial, problem, solution, solved)
 
-    # The most promising first: what they reach prunes the others by their bounds.
+    # In the order of their bounds: the costs of the first prune the others.
     searches.sort(key=lambda pair: pair[1].bound_ns)
     solved: list[SolvedTrial] = []
     candidates: list[Candidate] = []
     for trial, search in searches:
         tell(f"memory: {trial.name} on {trial.mesh}")
-        cutoff = min((rival.solution.cost_ns for rival in solved), default=None)
-        answer = _solve_trial(partial(measure, trial, search.problem), search, cluster, cutoff, tighten=not is_open)
-        if answer is None:
+        cutoff_ns = min((solved_trial.solution.cost_ns for solved_trial in solved), default=None)
+        solved_trial = _solve_trial(partial(measure, trial, search.problem), search, cluster, cutoff_ns, tighten=not is_open)
+        if solved_trial is None:
             candidates.append(Candidate(trial.name, str(trial.mesh), search.bound_in_memory_ns / 1e9, None, "pruned: costs at least this"))
-        elif answer.needed > cluster.machine.device.usable_bytes:
-            candidates.append(Candidate(trial.name, str(trial.mesh), None, answer.needed, "out of memory"))
+        elif solved_trial.needed_nbytes > cluster.machine.device.usable_bytes:
+            candidates.append(Candidate(trial.name, str(trial.mesh), None, solved_trial.needed_nbytes, "out of memory"))
         else:
-            solved.append(replace(answer, candidate=len(candidates)))
-            outcome = answer.solution.status
-            candidates.append(Candidate(trial.name, str(trial.mesh), answer.step_seconds, answer.needed, outcome))
+            solved.append(replace(solved_trial, candidate=len(candidates)))
+            outcome = solved_trial.solution.status
+            candidates.append(Candidate(trial.name, str(trial.mesh), solved_trial.step_seconds, solved_trial.needed_nbytes, outcome))
     return TrialResults(solved, tuple(candidates), [trial for trial, _ in searches if not trial.baseline])
 
 
 def _solve_trial(
     measure: Callable[[Solution], SolvedTrial], search: Search, cluster: Cluster, cutoff_ns: int | None, *, tighten: bool
 ) -> SolvedTrial | None:
-    """Solve one trial within the memory of a device, or None when it can't beat `cutoff_ns`; if nothing fits, what needs least memory.
+    """Solve one trial within the memory of a device.
 
-    The placement problem adds up bytes of single decisions. What they come to in blocks, with the space that calls need while they run, is
-    known only with a solution (`measure`), so the difference is found in rounds.
+    Returns the solution with the least cost that fits; if none does, the one that needs the least memory; None if it is known that none
+    costs less than `cutoff_ns`.
+
+    The placement problem adds up bytes of single decisions. What a solution needs in blocks, with the workspace of calls, is known only
+    with the solution (`measure`). So the problem is solved again with a budget that is smaller by the difference, in four rounds at most.
     """
     budget = cluster.machine.device.usable_bytes
-    more = 0
+    set_aside = 0
     for _ in range(4):
         try:
-            solution = search.fit(budget - more, cutoff_ns, tighten=tighten)
+            solution = search.fit(budget - set_aside, cutoff_ns, tighten=tighten)
         except InfeasibleError:
             break
         if solution is None:
             return None
         solved = measure(solution)
-        if solved.needed <= budget:
+        if solved.needed_nbytes <= budget:
             return solved
-        more = max(solved.needed - solution.nbytes, more + 1)
-    # What was set aside is what faster choices need; a lean one may do with less.
+        set_aside = max(solved.needed_nbytes - solution.nbytes, set_aside + 1)
+    # What was set aside is what faster solutions need; a lean one may do with less.
     lean = [measure(solution) for solution in search.find_lean(budget)]
-    fitting = [solved for solved in lean if solved.needed <= budget]
+    fitting = [solved for solved in lean if solved.needed_nbytes <= budget]
     if fitting:
         return min(fitting, key=lambda solved: solved.solution.cost_ns)
-    return min(lean, key=lambda solved: solved.needed)
+    return min(lean, key=lambda solved: solved.needed_nbytes)
 
 
 def _measure(trial: Trial, problem: Problem, solution: Solution, solved: SolvedChain) -> SolvedTrial:
-    """What a solution comes to with all blocks on one stage, by their tables of costs."""
-    beside = given_nbytes(solved.graph)
+    """Seconds and bytes of a solution with all blocks on one stage, by their tables of costs."""
+    given = given_nbytes(solved.graph)
     blocks = BlockOptionMaker(solved, None).make(("none",), False, {})
     if not blocks:
-        nothing = AssignmentCost(np.zeros(PHASES), 0.0, (RankMemory(0, 0, 0, 0),))
-        return SolvedTrial(trial, problem, solution, solved.sharding, blocks, nothing, 0.0, beside)
+        no_cost = AssignmentCost(np.zeros(PHASES), 0.0, (RankMemory(0, 0, 0, 0),))
+        return SolvedTrial(trial, problem, solution, solved.sharding, blocks, no_cost, 0.0, given)
     assignment = make_problem(blocks, make_schedule("gpipe", 1, 1, 1), 0)
     cost = compute_cost(assignment, [0] * len(blocks), [0] * len(blocks))
     step_seconds = longest_path(assignment, cost.columns)[0] + cost.once
-    return SolvedTrial(trial, problem, solution, solved.sharding, blocks, cost, step_seconds, beside)
+    return SolvedTrial(trial, problem, solution, solved.sharding, blocks, cost, step_seconds, given)
 
 
 def name_request(pins: Pins) -> str:
-    """What a message blames for a choice that isn't left to the search."""
+    """What the user requested, for messages that say why there is no plan."""
     return f"the pins {pins}" if pins else "the mesh and the stored layouts given"

@@ -1,8 +1,8 @@
-"""Best-first search over pipeline configurations -> the fastest pipeline found, and how far every configuration came.
+"""Best-first search over pipeline configurations: the fastest pipeline found, and how closely each configuration was looked at.
 
 Comes in: a `PipelineProblem`, configurations, the seconds to beat. Goes out: a `SearchedPipelines`. Numbers in parentheses are those of
-`configurations`, which says what they are and which of them are bounds. Configurations wait in a queue ordered by estimates, and the first
-one is refined by one level:
+`configurations`, which states what they are and which of them are bounds. Configurations wait in a queue ordered by estimates of their
+step, and the one with the least estimate gets the next, closer one:
 
 1. from products (3) to the fastest placements (4);
 2. from placements to a greedy assignment (5) under the first schedule, which (7) then ranks;
@@ -53,27 +53,33 @@ from autopar.search.pipeline.solutions import SolutionCache, SolutionSet
 from autopar.search.placement import Solution
 from autopar.structure import Model, in_time
 
-# Configurations that get greedy assignments under every schedule, at most.
+# The most configurations that get greedy assignments under every schedule.
 EXPLORED = 6
-# A step of very many micro-batches is simulated with this many for each pipeline rank, and one round less: from there on it grows evenly.
+# If a step has more micro-batches than this per pipeline rank, so many are simulated, and one round (a micro-batch per rank) less: from
+# there on every round takes as long as the one before.
 SIMULATED_ROUNDS = 4
-# Greedy assignments whose stages are searched, at most: of those within this factor of the best. A search gains some percent.
+# So many of the best greedy assignments are searched by cutting planes, if within this factor of the best: a search gains some percent.
 SEARCHED = 3
 SEARCHED_WITHIN = 1.05
-# Seconds for these searches together; what is found by then is returned with the bound that it has.
+# Seconds for these searches together, and the relative gap at which each ends.
 SEARCH_SECONDS = 3.0
 ASSIGN_GAP = 5e-3
 
 
 @dataclass(frozen=True)
 class Pipelined:
-    """The pipeline that was chosen: its placements, and what its blocks do.
+    """The pipeline that was chosen: placements, stages, recomputation, and their costs.
 
     Attributes:
+        configuration: pipeline ranks, the mesh of each, micro-batches.
+        mesh: that mesh with micro-batches as its outermost axis.
         solution: the solution of the placement problem that decided on what blocks share.
-        model: folded as blocks are split; `sharding`: of its representatives, the solutions of all blocks mixed.
+        model: the model, folded so that like blocks with different placements are apart.
+        sharding: the placements and layouts of its representatives, a mixture of solutions.
+        pipeline: the pipeline as a plan has it.
+        assignment: stages and options of the blocks.
         blocks: the options that `assignment` chose from.
-        cost: of the assignment, by rank.
+        cost: seconds and bytes of the assignment.
         candidate: position of this pipeline among the candidates of the search.
     """
 
@@ -96,7 +102,13 @@ class Pipelined:
 
 @dataclass(frozen=True)
 class SearchedPipelines:
-    """What came of a search: the fastest pipeline, None where none is fast enough; every configuration; reasons why some can't be had."""
+    """The outcome of a search.
+
+    Attributes:
+        best: the fastest pipeline; None where none takes less than the seconds to beat.
+        candidates: the outcome of every configuration, for the plan.
+        refusals: errors that say why some schedules, stages and numbers of micro-batches can't be had.
+    """
 
     best: Pipelined | None
     candidates: tuple[Candidate, ...]
@@ -108,9 +120,10 @@ class GreedyPipeline:
     """The fastest greedy assignment found for a configuration under one schedule.
 
     Attributes:
-        estimate_s: seconds of its step, number (5); `nbytes`: bytes of its fullest device.
-        optimistic_estimate_s: number (6), what another schedule may come to; at most `estimate_s`.
+        estimate_s: seconds of its step, number (5).
+        optimistic_estimate_s: number (6), what another schedule may take; at most `estimate_s`.
         ranking_estimate_s: number (7), by which the queue is ordered; at most `estimate_s`.
+        nbytes: bytes of its fullest device.
     """
 
     configuration: Configuration
@@ -122,7 +135,7 @@ class GreedyPipeline:
 
 
 class Level(IntEnum):
-    """What an estimate was made from."""
+    """What the estimate of a configuration in the queue was made from."""
 
     PRODUCTS = 0
     PLACEMENTS = 1
@@ -131,7 +144,7 @@ class Level(IntEnum):
 
 @dataclass(frozen=True, order=True)
 class QueuedConfiguration:
-    """A configuration in the queue, which is ordered by estimates; `greedy` is known at the last level."""
+    """A configuration in the queue, which is ordered by `estimate_s`, then by `number`; `greedy` is there at level GREEDY."""
 
     estimate_s: float
     number: int
@@ -142,13 +155,19 @@ class QueuedConfiguration:
 
 @dataclass
 class SearchState:
-    """What a search has found so far.
+    """The state of one search.
 
     Attributes:
-        best_s: the seconds to beat, of the best greedy assignment or given; `greedy`: all greedy assignments.
-        explored: configurations that got greedy assignments under all schedules.
-        leanest_bytes: of configurations that no greedy assignment fits, what the leanest even stages need of a device.
-        candidates: what the plan says of each configuration; `refusals`: why schedules and micro-batches can't be had.
+        tell: told what is being tried.
+        best_s: the seconds to beat: of the best greedy assignment so far, or those given.
+        explored: number of configurations that got greedy assignments under all schedules.
+        greedy: all greedy assignments so far.
+        leanest_bytes: for configurations that no greedy assignment fits: bytes that stages of equally many blocks in their leanest options
+            need on the fullest device.
+        candidates: outcomes of configurations, for the plan.
+        refusals: errors that say why some schedules, stages and numbers of micro-batches can't be had.
+        schedules: schedules to try, of the configurations looked at so far.
+        solutions: placements of a micro-batch, shared by configurations.
     """
 
     problem: PipelineProblem
@@ -174,7 +193,8 @@ def search_pipelines(
     rank_configurations(state, configurations)
     greedy = sorted(state.greedy, key=lambda assignment: assignment.estimate_s)
     if not greedy and state.leanest_bytes:
-        # The search of assignments may find what greedy ones don't, and knows what the leanest stages need. Nothing is estimated here.
+        # Cutting planes may find an assignment where greedy steps don't, and otherwise say what the leanest one needs. Without a greedy
+        # assignment there are no estimates.
         configuration = min(state.leanest_bytes, key=state.leanest_bytes.__getitem__)
         del state.leanest_bytes[configuration]
         greedy = [GreedyPipeline(configuration, schedule, 0.0, 0.0, 0.0, 0) for schedule in schedules_of(state, configuration)]
@@ -209,7 +229,7 @@ def rank_configurations(state: SearchState, configurations: Sequence[Configurati
             heapq.heappush(queue, refined)
         else:
             unfit.append(queued)
-    # What fits under neither the first schedule nor the leanest may fit under another.
+    # A configuration that fits under neither of the first schedules may fit under another.
     for queued in unfit:
         explore(state, queued.configuration, queued.estimate_s, known=first_schedules(state, queued.configuration))
 
@@ -230,7 +250,7 @@ def refine(state: SearchState, queued: QueuedConfiguration) -> QueuedConfigurati
 
 
 def explore(state: SearchState, configuration: Configuration, estimate_s: float, known: Sequence[ScheduleChoice]) -> None:
-    """Make greedy assignments under all schedules but the known ones, if the estimate is below the best and few were explored."""
+    """Make greedy assignments under all schedules that aren't `known`, if `estimate_s` is below the best and few were explored."""
     if estimate_s >= state.best_s or state.explored >= EXPLORED:
         return
     state.explored += 1
@@ -241,7 +261,7 @@ def explore(state: SearchState, configuration: Configuration, estimate_s: float,
 
 
 def add_greedy(state: SearchState, greedy: GreedyPipeline) -> None:
-    """Keep a greedy assignment, whose estimate may be the one to beat."""
+    """Add a greedy assignment, whose estimate may be the new one to beat."""
     state.greedy.append(greedy)
     state.best_s = min(state.best_s, greedy.estimate_s)
 
@@ -261,7 +281,7 @@ def estimate_from_placements(state: SearchState, configuration: Configuration) -
 
 
 def schedules_of(state: SearchState, configuration: Configuration) -> list[ScheduleChoice]:
-    """The schedules to try, the one that configurations are ranked by first; why a pinned one can't be had is noted once."""
+    """The schedules to try, first the one that configurations are ranked by; refusals of a configuration are recorded once."""
     if configuration not in state.schedules:
         state.schedules[configuration], refusals = find_schedules(state.problem, configuration)
         state.refusals += refusals
@@ -275,7 +295,7 @@ def first_schedules(state: SearchState, configuration: Configuration) -> list[Sc
 
 
 def note(state: SearchState, configuration: Configuration, seconds: float | None, nbytes: int | None, outcome: str) -> None:
-    """Add what came of a configuration to the plan's candidates."""
+    """Add the outcome of a configuration to the plan's candidates."""
     state.candidates.append(Candidate(configuration.kind, str(configuration), seconds, nbytes, outcome))
 
 
@@ -283,7 +303,7 @@ def note(state: SearchState, configuration: Configuration, seconds: float | None
 
 
 def try_first_schedules(state: SearchState, configuration: Configuration) -> GreedyPipeline | None:
-    """A greedy assignment under the first schedule, or where none fits under the leanest."""
+    """A greedy assignment under the first schedule that one fits under: the ranking one, else the leanest. None if neither."""
     for schedule in first_schedules(state, configuration):
         greedy = try_schedule(state, configuration, schedule)
         if greedy is not None:
@@ -293,7 +313,7 @@ def try_first_schedules(state: SearchState, configuration: Configuration) -> Gre
 
 
 def try_schedule(state: SearchState, configuration: Configuration, schedule: ScheduleChoice) -> GreedyPipeline | None:
-    """The fastest greedy assignment of all sets of solutions; None where none fits."""
+    """The fastest greedy assignment under a schedule, over all sets of solutions that blocks may mix; None where none fits."""
     fastest: GreedyPipeline | None = None
     for solutions in state.solutions.solution_sets_alike(configuration):
         blocks = state.solutions.block_options(configuration, solutions, splits_backward(schedule.family))
@@ -306,7 +326,7 @@ def try_schedule(state: SearchState, configuration: Configuration, schedule: Sch
 def try_blocks(
     state: SearchState, configuration: Configuration, schedule: ScheduleChoice, blocks: tuple[BlockOptions, ...]
 ) -> GreedyPipeline | None:
-    """The fastest greedy assignment of blocks with these options; None, with the reason in `state`, where none fits."""
+    """The fastest greedy assignment of blocks with these options; None, with the reason recorded in `state`, where none fits."""
     simulated = find_simulated_schedules(state.problem, configuration, schedule)
     try:
         problem = make_problem(blocks, simulated[0], state.solutions.budget)
@@ -333,7 +353,7 @@ def _estimate_greedy(
     stages: Sequence[int],
     options: Sequence[int],
 ) -> GreedyPipeline:
-    """A greedy assignment with numbers (5) to (7)."""
+    """A greedy assignment with its numbers (5) to (7); `simulated` are the schedules to simulate it with."""
     cost = compute_cost(problem, stages, options)
     estimate_s = simulate_schedules_s(problem, simulated, cost.columns, configuration) + cost.once
     work = cost.columns[: PHASES * problem.schedule.stages].reshape(PHASES, -1).sum(axis=0)
@@ -351,9 +371,9 @@ def _estimate_greedy(
 
 
 def find_simulated_schedules(problem: PipelineProblem, configuration: Configuration, schedule: ScheduleChoice) -> list[Schedule]:
-    """The schedule itself; where it has very many micro-batches, two shorter ones, the longer first."""
+    """The schedule itself; instead of one of very many micro-batches, two shorter ones, the longer first."""
     ranks, counts = configuration.ranks, [configuration.microbatches]
-    # From some rounds on every further one takes as long as the one before. Where all forwards come first there are no rounds.
+    # Where all forwards come first there are no rounds that could repeat.
     if schedule.family != "gpipe" and problem.returns_loss and configuration.microbatches > SIMULATED_ROUNDS * ranks:
         counts = [SIMULATED_ROUNDS * ranks, (SIMULATED_ROUNDS - 1) * ranks]
     return [build_schedule(problem, schedule, ranks, count) for count in counts]
@@ -370,7 +390,15 @@ def simulate_schedules_s(problem: AssignmentProblem, schedules: Sequence[Schedul
 
 
 def search_best(state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s: float) -> Pipelined | None:
-    """Search the stages of the best greedy assignments, and of all faster than what that found; each may use half of the time left."""
+    """Search assignments by cutting planes, for the best greedy ones and for all that are faster than the best found so far.
+
+    Args:
+        state: the search; outcomes are added to its candidates.
+        greedy: greedy assignments, the fastest first.
+        cutoff_s: seconds to beat.
+
+    Each search but the last may use half of the time left.
+    """
     best: Pipelined | None = None
     time_left_s = SEARCH_SECONDS
     for number, assignment in enumerate(greedy):
@@ -388,26 +416,29 @@ def search_best(state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s: 
 
 
 def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, time_limit_s: float) -> Pipelined | None:
-    """The best stages and options under a schedule, found in `time_limit_s`; None where none are found that take less than `limit_s`."""
+    """The best assignment found in `time_limit_s` for the configuration and schedule of a greedy one.
+
+    Returns None where none is found that takes less than `limit_s` seconds.
+    """
     configuration, choice = greedy.configuration, greedy.schedule
     schedule = build_schedule(state.problem, choice, configuration.ranks, configuration.microbatches)
-    options = _choose_solutions(state, configuration, choice, schedule)
-    if options is None:
+    solutions_and_blocks = _choose_solutions(state, configuration, choice, schedule)
+    if solutions_and_blocks is None:
         return None
-    solutions, blocks = options
-    beside = state.solutions.given_nbytes
+    solutions, blocks = solutions_and_blocks
+    given_nbytes = state.solutions.given_nbytes
     try:
         assignment = assign(blocks, schedule, state.solutions.budget, time_limit=time_limit_s, gap=ASSIGN_GAP, cutoff=limit_s)
     except InfeasibleError as error:
         if error.needed == 0:
             raise
-        note(state, configuration, None, error.needed + beside, "out of memory")
+        note(state, configuration, None, error.needed + given_nbytes, "out of memory")
         return None
     except SolverError:
         note(state, configuration, None, None, f"{choice}: no better one found in {time_limit_s:.0f} s")
         return None
     outcome = "can't beat the best found" if assignment.status == "beyond" else assignment.status
-    note(state, configuration, assignment.simulated, max(assignment.peak) + beside, f"{choice}: {outcome}")
+    note(state, configuration, assignment.simulated, max(assignment.peak) + given_nbytes, f"{choice}: {outcome}")
     if assignment.simulated >= limit_s:
         return None
     return _describe(state, greedy, solutions, blocks, assignment, candidate=len(state.candidates) - 1)
@@ -416,7 +447,7 @@ def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, ti
 def _choose_solutions(
     state: SearchState, configuration: Configuration, choice: ScheduleChoice, schedule: Schedule
 ) -> tuple[SolutionSet, tuple[BlockOptions, ...]] | None:
-    """The configuration's own set of solutions whose greedy assignment is the fastest, and the block options that it gives."""
+    """Of the sets of solutions of this very configuration the one with the fastest greedy assignment, and its block options."""
     chosen: tuple[SolutionSet, tuple[BlockOptions, ...]] | None = None
     fastest_s = math.inf
     for solutions in state.solutions.solution_sets(configuration):
@@ -436,18 +467,21 @@ def _describe(
     assignment: Assignment,
     candidate: int,
 ) -> Pipelined:
-    """What an assignment means: placements of the blocks as they mix solutions, and what is recomputed; `candidate` is its position."""
+    """The pipeline that an assignment means: placements of a mixture of solutions, stages, and what is recomputed.
+
+    `candidate` is its position among the candidates of the search.
+    """
     configuration, schedule = greedy.configuration, greedy.schedule
     base = state.solutions.model_in_time(configuration.microbatches)
     assert base is not None
     options = [block.options[index] for block, index in zip(blocks, assignment.options, strict=True)]
     model, sharding = mix_solutions(base, state.solutions.reads, solutions.shardings, [option.solution for option in options])
     makers = state.solutions.makers(configuration, solutions)
-    timeline = build_schedule(state.problem, schedule, configuration.ranks, configuration.microbatches)
-    travel: Mapping[str, Layout] = {}
+    built_schedule = build_schedule(state.problem, schedule, configuration.ranks, configuration.microbatches)
+    travel_layouts: Mapping[str, Layout] = {}
     if configuration.ranks * schedule.chunks > 1:
-        travel = {name: layout[1:] for name, layout in makers[0].find_travel_layouts().items()}
-    choices_of_blocks = tuple(
+        travel_layouts = {name: layout[1:] for name, layout in makers[0].find_travel_layouts().items()}
+    block_choices = tuple(
         BlockChoice(block.name, block.path, stage, option.name)
         for block, stage, option in zip(state.problem.chain.blocks, assignment.stages, options, strict=True)
     )
@@ -457,9 +491,9 @@ def _describe(
         solution=solutions.base,
         model=model,
         sharding=sharding,
-        pipeline=Pipeline(configuration.ranks, schedule.family, schedule.chunks, configuration.microbatches, choices_of_blocks, travel),
+        pipeline=Pipeline(configuration.ranks, schedule.family, schedule.chunks, configuration.microbatches, block_choices, travel_layouts),
         assignment=assignment,
         blocks=blocks,
-        cost=compute_cost(make_problem(blocks, timeline, 0), assignment.stages, assignment.options),
+        cost=compute_cost(make_problem(blocks, built_schedule, 0), assignment.stages, assignment.options),
         candidate=candidate,
     )

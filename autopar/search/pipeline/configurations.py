@@ -1,12 +1,15 @@
-r"""Pipeline configurations: which ones the search looks at, and how fast each may be before its stages are searched.
+r"""Pipeline configurations: which ones the search looks at, and estimates of each one's step, from cheap and rough to dear and close.
+
+Comes in: a model as a chain of blocks, a cluster, pins. Goes out: configurations, schedules for each, and estimates.
 
 A *pipeline configuration* :math:`(P, \mathit{mesh}, m)` has :math:`P` pipeline ranks, each a group of devices that runs the mesh under
 the constraints of its `Trial`, and :math:`m` micro-batches. A schedule for it is a family with :math:`v` stages on every pipeline rank. Its
 step takes :math:`T + U` seconds: :math:`T` for the schedule, :math:`U` for the updates of the pipeline rank where these take longest.
 
 Let :math:`W_k` be the seconds that pipeline rank :math:`k` computes and exchanges for one micro-batch, :math:`w = \frac 1P \sum_k W_k`. The
-search computes the numbers below, each dearer than those before. A *lower bound* is proven: no placements, stages, options and schedule
-of the configuration take less under the cost model. An *estimate* is a guess that only decides what is looked at next, and what isn't.
+search computes the numbers below; each takes longer to compute than those before. A *lower bound* is proven: no placements, stages, options
+and schedule of the configuration take less under the cost model. An *estimate* is a guess: it only decides what is looked at next, and
+what isn't.
 
 (1) Work of the products (`SolutionCache.work_lower_bound_s`), a **lower bound** of :math:`w`:
     :math:`w_1 = \frac 1P \sum_i (f_i + b_i)`, with :math:`f_i, b_i` the forward and backward seconds of matrix product or attention
@@ -57,9 +60,9 @@ from autopar.search.meshes import Trial
 from autopar.search.options import AxisKind, is_inside
 from autopar.structure import Chain, Model, batch_size
 
-# Rows of a micro-batch on one device that are tried when nobody says: more fill the device better, fewer make bubbles smaller.
+# Rows of a micro-batch on one device that are tried unless microbatches are pinned: more use the device better, fewer make bubbles smaller.
 ROWS = (1, 2, 4, 8, 16)
-# Schedules that are tried; configurations are ranked by the first, or where its memory doesn't suffice by the lean one.
+# Schedules that are tried; configurations are ranked by the first, or by the lean one where the first needs too much memory.
 FAMILIES = ("1f1b", "interleaved", "zb-h1", "zb-v", "v-half")
 LEAN_FAMILY = "v-half"
 # Stages per pipeline rank that an interleaved schedule is tried with.
@@ -68,9 +71,12 @@ INTERLEAVED = (2, 3, 4, 6, 8)
 
 @dataclass(frozen=True, eq=False)
 class PipelineProblem:
-    """What pipelines are searched for: a model as a chain of blocks, a cluster, and the user's pins.
+    """What pipelines are searched for.
 
     Attributes:
+        model: the folded model.
+        chain: its blocks, which stages are made of.
+        cluster: all devices.
         pins: what the user fixed.
         returns_loss: whether the model computes its loss; otherwise all forwards of a schedule run before its first backward.
         recompute: kinds of recomputation that blocks may use.
@@ -88,7 +94,7 @@ class PipelineProblem:
 
 @dataclass(frozen=True, eq=False)
 class Configuration:
-    """Pipeline ranks, mesh and constraints of each, micro-batches; equal only to itself."""
+    """A number of pipeline ranks, the mesh and constraints of each (`trial`), and a number of micro-batches; equal only to itself."""
 
     ranks: int
     trial: Trial
@@ -96,7 +102,7 @@ class Configuration:
 
     @property
     def kind(self) -> str:
-        """What the plan's candidates call it."""
+        """Its name among the plan's candidates."""
         return "pipeline" if self.ranks > 1 else "micro-batches" if self.microbatches > 1 else "recomputation"
 
     def __str__(self) -> str:
@@ -104,7 +110,7 @@ class Configuration:
 
 
 class ScheduleChoice(NamedTuple):
-    """A family of schedules and its stages per pipeline rank."""
+    """A family of schedules and the number of stages on each pipeline rank (`chunks`)."""
 
     family: str
     chunks: int
@@ -120,7 +126,7 @@ def make_pipeline_problem(model: Model, chain: Chain, cluster: Cluster, pins: Pi
 
 
 def _find_pinned_stages(model: Model, chain: Chain, pins: Pins) -> dict[str, int]:
-    """Stages by block, from those that the user gave by module."""
+    """The pinned stage of each block that has one, by the block's name; pins name modules. Raises InputError for one without a block."""
     by_name = model.folded.graph.by_name
     pinned: dict[str, int] = {}
     for pattern, stage in pins.stages.items():
@@ -145,7 +151,7 @@ def find_configurations(problem: PipelineProblem, find_trials: Callable[[int], S
     Args:
         problem: the model, the cluster and the pins.
         find_trials: meshes and constraints of one pipeline rank, given the number of pipeline ranks.
-        alone: also look at one pipeline rank, whose micro-batches and recomputation only save memory.
+        alone: also look at configurations of one pipeline rank, whose micro-batches and recomputation only save memory.
 
     Raises InputError on pins that can't be had.
     """
@@ -167,13 +173,13 @@ def find_configurations(problem: PipelineProblem, find_trials: Callable[[int], S
 
 
 def _find_microbatches(problem: PipelineProblem, ranks: int, trial: Trial) -> list[int]:
-    """Numbers of micro-batches to try."""
+    """Numbers of micro-batches to try, ascending."""
     if problem.pins.microbatches is not None:
         return [problem.pins.microbatches]
     batch = batch_size(problem.model.folded.graph, problem.model.factors)
     kinds = zip(trial.mesh.sizes, trial.constraints.kinds, strict=True)
-    ways = math.prod(size for size, kind in kinds if kind in (AxisKind.DP, AxisKind.FREE))
-    rows = batch if batch % ways else batch // ways  # where devices can't split the batch, each sees all of it
+    parts = math.prod(size for size, kind in kinds if kind in (AxisKind.DP, AxisKind.FREE))
+    rows = batch if batch % parts else batch // parts  # where devices can't split the batch, each sees all of it
     counts = {rows // size for size in ROWS if rows % size == 0}
     if ranks > 1:
         # Fewer micro-batches than pipeline ranks leave most of them idle most of the time.

@@ -254,7 +254,7 @@ class _GreedySearch:
         return math.inf
 
     def _find_exchanges(self, index: int, held: tuple[int, int]) -> tuple[float, int, tuple[_Exchange, ...]]:
-        """(seconds of a run's fastest option, its bytes, exchanges from it to leaner ones by slope), while `held` micro-batches are held."""
+        """(seconds of a run's fastest option, its bytes, exchanges from it to leaner ones by slope), with `held` micro-batches held."""
         key = index, held
         if key not in self._exchanges:
             run = self.problem.runs[index]
