@@ -95,19 +95,19 @@ def assemble(
     model, solution = chosen.model, chosen.solution
     placements, layouts = chosen.sharding.placements, chosen.sharding.layouts
     mesh = _name_axes(model, chosen.mesh, placements) if rename else chosen.mesh
-    first = first_rank_axis(mesh)
+    first_axis = first_rank_axis(mesh)
     objective = round(chosen.step_seconds * 1e9)
     bound = min(objective, round(chosen.bound_seconds * 1e9))
     return Plan(
         model=printable(model_name),
         fingerprint=fingerprint,
         cluster=printable(str(cluster)),
-        mesh=Mesh(mesh.names[first:], mesh.sizes[first:]),
+        mesh=Mesh(mesh.names[first_axis:], mesh.sizes[first_axis:]),
         pipeline=chosen.pipeline,
         inputs={op.target: str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},
-        layouts={name: layout[first:] for name, layout in layouts.items()},
-        outputs=tuple(layout[first:] for layout in chosen.sharding.outputs),
-        placements={name: placement[first:] for name, placement in placements.items()},
+        layouts={name: layout[first_axis:] for name, layout in layouts.items()},
+        outputs=tuple(layout[first_axis:] for layout in chosen.sharding.outputs),
+        placements={name: placement[first_axis:] for name, placement in placements.items()},
         batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICROBATCH),
         bucket_nbytes=BUCKET_NBYTES,
         costs=_sum_rows(chosen, dict(zip(chosen.mesh.names, mesh.names, strict=True))),

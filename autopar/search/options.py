@@ -74,10 +74,10 @@ def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> 
 
     A call without a rule, and one that makes a small constant table, has one placement: replicated.
     """
-    first = first_rank_axis(mesh)
+    first_axis = first_rank_axis(mesh)
     # How micro-batches split a call is no decision: the model says it (`structure.microbatches`).
     time: Placement = () if model.micro is None else (model.micro.placements[op.name],)
-    replicated: Placement = (*time, *(None for _ in mesh.sizes[first:]))
+    replicated: Placement = (*time, *(None for _ in mesh.sizes[first_axis:]))
     space = model.spaces.get(op.name)
     if space is None or op.name in model.tables:
         return [replicated]
@@ -87,7 +87,7 @@ def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> 
     parts += [split for split, role in splits if role is not Role.INNER] or [split for split, _ in splits]
     if space.linear:
         parts.append(PASS_PARTIAL)
-    options = [(*time, *option) for option in itertools.product(parts, repeat=len(mesh.sizes) - first)]
+    options = [(*time, *option) for option in itertools.product(parts, repeat=len(mesh.sizes) - first_axis)]
     legal: list[Placement] = [option for option in options if is_legal(space, option, mesh)]  # type: ignore[misc, arg-type]
     for axis in range(len(constraints.kinds)):
         legal = _of_kind(legal, space, loops, axis, constraints)

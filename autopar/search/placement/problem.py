@@ -219,7 +219,7 @@ class _Builder:
     Attributes:
         made: per value, the layout in which each option of its op's decision makes it.
         needs: per operand of a call (its decision, the operand's position), the layout in which each option reads it; of an output its own.
-        first: the first axis of ranks; an axis before it is that of micro-batches.
+        first_axis: the first axis of ranks; an axis before it is that of micro-batches.
         times: number of micro-batches, for costs that each of them adds to.
     """
 
@@ -237,7 +237,7 @@ class _Builder:
         self.made: dict[Value, list[Layout]] = {}
         self.output = self.graph.output.name
         self.uses = count_uses(model)
-        self.first = tables.first
+        self.first_axis = tables.first
         self.times = mesh.sizes[0] if tables.first else 1
         self.pair_costs: dict[tuple[object, ...], Table] = {}  # tables of `_pair_costs` made so far
         self.needs: dict[tuple[Decision, int], list[Layout]] = {}
@@ -384,7 +384,9 @@ class _Builder:
         tensor = self.graph.tensor(value)
 
         def copy_nbytes(start: Layout, need: Layout) -> int:
-            is_made = is_saved and self.saved.saves_copy(self.graph.by_name[value.op].kind, value, start[self.first :], need[self.first :])
+            is_made = is_saved and self.saved.saves_copy(
+                self.graph.by_name[value.op].kind, value, start[self.first_axis :], need[self.first_axis :]
+            )
             return count * local_nbytes(tensor, need, self.mesh) if is_made else 0
 
         return _expand(starts, needs, copy_nbytes)
@@ -395,7 +397,7 @@ class _Builder:
         def cost(start: Layout, need: Layout) -> int:
             if start == need:
                 return 0
-            if any(state.kind is StateKind.BROADCAST for state in start[self.first :]):
+            if any(state.kind is StateKind.BROADCAST for state in start[self.first_axis :]):
                 return FORBIDDEN  # gathered for ops that each work on a part of it: not a replicated value that others may read
             forward, backward = self.tables.journey_seconds(tensor, start, need, backward=tensor.requires_grad)
             return min(nanoseconds(count * self.times * (forward + backward)), FORBIDDEN)
@@ -444,7 +446,7 @@ class _Builder:
         is_held = value in self.saved.times or self.graph.by_name[value.op].kind is not OpKind.CALL
 
         def held(start: Layout, need: Layout) -> int:
-            return 0 if is_held and start[self.first :] == need[self.first :] else local_nbytes(tensor, need, self.mesh)
+            return 0 if is_held and start[self.first_axis :] == need[self.first_axis :] else local_nbytes(tensor, need, self.mesh)
 
         return _expand(starts, needs, held)
 
