@@ -149,7 +149,7 @@ def test_a_memory_below_what_the_device_takes_is_infeasible() -> None:
 @pytest.mark.parametrize(
     ("pin", "message"),
     [
-        ("zp=2", "unknown pin 'zp'; known are dp, tp, cp, pp, fsdp, vocabulary, schedule, microbatches, chunks, recompute"),
+        ("zp=2", f"unknown pin 'zp'; known are {', '.join(PIN_NAMES)}"),
         ("ep=2", "pin 'ep' is not supported yet; this version pins dp, tp, cp, pp, fsdp"),
         ("ep=tp:2", "pin 'ep' is not supported yet"),
         ("pp=0", "pin pp=0: an integer from 1 is needed"),
@@ -158,7 +158,7 @@ def test_a_memory_below_what_the_device_takes_is_infeasible() -> None:
         ("pp=tp:2", "pin pp='tp:2': an integer from 1 is needed"),
         ("microbatches=-4", "pin microbatches='-4': an integer from 1 is needed"),
         ("chunks=0", "pin chunks=0: an integer from 1 is needed"),
-        ("schedule=2f2b", "pin schedule='2f2b' is unknown; there are gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half"),
+        ("schedule=2f2b", f"pin schedule='2f2b' is unknown; there are {', '.join(SCHEDULES)}"),
         ("schedule", "pin schedule='' is unknown"),
         ("recompute", "pin recompute='' is unknown; there are none, selective, full"),
         ("recompute=half", "pin recompute='half' is unknown; there are none, selective, full"),

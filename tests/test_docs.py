@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import autopar
 from autopar.api import CompiledModule
 from autopar.cli.commands import main
+from autopar.schedules.families import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -197,3 +198,11 @@ def test_every_kind_of_error_is_explained() -> None:
         "SolverError",
     ):
         assert f"`{name}`" in text, name
+
+
+def test_pages_that_list_schedules_list_all() -> None:
+    """The plan's format says which there are, and the page on exactness has a column for each."""
+    form, exactness = ((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("plan-format", "exactness"))
+    (row,) = re.findall(r"^\| `schedule` \| (.*) \|$", form, flags=re.MULTILINE)
+    assert re.findall(r"`([^`]+)`", row) == list(SCHEDULES)
+    assert f"| model | gradients | {' | '.join(SCHEDULES)} |" in exactness

@@ -14,11 +14,11 @@ from autopar.rewrite.program import Boundary, PipelineProgram, StageOutput, Stag
 from autopar.runtime.executor import Executor, StageTensors
 from autopar.runtime.mailbox import find_finished_sends
 from autopar.schedules.actions import COMPUTING, SENDS, Action, Kind, Schedule, StageEdge, chain
-from autopar.schedules.families import forward_only, make_schedule
+from autopar.schedules.families import SCHEDULES, forward_only, make_schedule, splits_backward
 from autopar.schedules.messages import add_messages
 from autopar.structure.microbatches import MICROBATCH
 
-SCHEDULES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1), ("zb-v", 2), ("v-half", 2)]
+FAMILIES = [(name, family.chunks or 2) for name, family in SCHEDULES.items()]
 
 
 def make(name: str, ranks: int, microbatches: int, chunks: int) -> Schedule:
@@ -71,7 +71,7 @@ def receives_of(schedule: Schedule, action: Action) -> list[Action]:
     return [Action(peer, Kind.SEND_FORWARD if forward else Kind.SEND_BACKWARD, action.microbatch, action.stage)]
 
 
-@pytest.mark.parametrize(("name", "chunks"), SCHEDULES)
+@pytest.mark.parametrize(("name", "chunks"), FAMILIES)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_what_is_known_to_be_taken_is_taken_even_by_the_slowest_ranks(name: str, chunks: int, ranks: int) -> None:
     schedule = make(name, ranks, 6, chunks)
@@ -94,7 +94,7 @@ def test_what_is_known_to_be_taken_is_taken_even_by_the_slowest_ranks(name: str,
     assert checked
 
 
-@pytest.mark.parametrize(("name", "chunks"), [(name, chunks) for name, chunks in SCHEDULES if name != "gpipe"])
+@pytest.mark.parametrize(("name", "chunks"), [(name, chunks) for name, chunks in FAMILIES if name != "gpipe"])
 def test_sends_held_do_not_grow_with_the_micro_batches(name: str, chunks: int) -> None:
     most = {count: max(most_held(make(name, 3, count, chunks), group) for group in range(3)) for count in (12, 24)}
     assert most[12] == most[24]
@@ -169,7 +169,7 @@ class Unasked:
         return self.x
 
 
-@pytest.mark.parametrize(("name", "chunks"), [(name, chunks) for name, chunks in SCHEDULES if not name.startswith(("zb", "v"))])
+@pytest.mark.parametrize(("name", "chunks"), [(name, chunks) for name, chunks in FAMILIES if not splits_backward(name)])
 def test_sends_are_let_go_while_the_schedule_runs(name: str, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, count, rows = 3, 12, 2
     schedule = make(name, ranks, count, chunks)

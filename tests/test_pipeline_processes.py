@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 import autopar
 from autopar.errors import InputError
+from autopar.schedules.families import SCHEDULES
 from tests.helpers import tree_allclose
 from tests.processes import spawn
 from tests.zoo import DEEP, ROWS, SEQ, VOCAB, gpt2_deep, in_float64, labels, tokens
@@ -30,13 +31,11 @@ PINS: Mapping[str, Mapping[str, object]] = {
     "pp=2 x dp=2": {"pp": 2, "dp": 2, "fsdp": True, "schedule": "zb-v", "microbatches": 4},
     "tp=4": {"tp": 4, "vocabulary": True},
 }
-# Every schedule, each with some recomputation.
-SCHEDULES: Mapping[str, Mapping[str, object]] = {
-    "gpipe": {},
+# What some schedules are pinned with.
+WITH: Mapping[str, Mapping[str, object]] = {
     "1f1b": {"recompute": "full"},
     "interleaved": {"chunks": 2, "recompute": "selective"},
     "zb-h1": {"recompute": "full"},
-    "zb-v": {},
     "v-half": {"recompute": "selective"},
 }
 
@@ -336,8 +335,8 @@ def test_a_checkpoint_of_a_pipeline_loads_under_every_plan(tmp_path: Path) -> No
 
 
 def _every_schedule(rank: int) -> None:
-    for schedule, more in SCHEDULES.items():
-        pins = {"pp": 2, "microbatches": 4, "schedule": schedule, **more}
+    for schedule in SCHEDULES:
+        pins = {"pp": 2, "microbatches": 4, "schedule": schedule, **WITH.get(schedule, {})}
         reference, model = _model("llama_tied"), _compile("llama_tied", pins)
         _train(model, reference, 2)
         _check_stored(model, pins)

@@ -306,7 +306,7 @@ def _shift_stages(pipeline: dict[str, Any]) -> None:
         (_set("microbatches", to=-1), "plan.pipeline.microbatches is -1, an integer from 1 is needed"),
         (_set("microbatches", to=2.0), "plan.pipeline.microbatches: int is needed, not float"),
         (_set("microbatches", to=True), "plan.pipeline.microbatches: int is needed, not bool"),
-        (_set("schedule", to="2f2b"), "unknown schedule '2f2b'; there are gpipe, 1f1b, interleaved, zb-h1, zb-v, v-half"),
+        (_set("schedule", to="2f2b"), f"unknown schedule '2f2b'; there are {', '.join(SCHEDULES)}"),
         (_set("schedule", to=["1f1b"]), "plan.pipeline.schedule: str is needed, not list"),
         (_set("schedule", to="1f1b"), "schedule '1f1b' has 1 stages per rank, not 2"),
         (_set("chunks", to=1), "schedule 'interleaved' needs 2 or more stages per rank, not 1"),

@@ -55,15 +55,16 @@ from autopar.cost_models import Cluster
 from autopar.errors import InputError
 from autopar.ir import with_pipeline
 from autopar.plans import RECOMPUTE, Pins
-from autopar.schedules import Schedule, check_schedule, forwards_first, make_schedule, splits_backward
+from autopar.schedules import SCHEDULES, Schedule, check_schedule, forwards_first, make_schedule, splits_backward
 from autopar.search.meshes import Trial
 from autopar.search.options import AxisKind, is_inside
 from autopar.structure import Chain, Model, batch_size
 
 # Rows of a micro-batch on one device that are tried unless microbatches are pinned: more use the device better, fewer make bubbles smaller.
 ROWS = (1, 2, 4, 8, 16)
-# Schedules that are tried; configurations are ranked by the first, or by the lean one where the first needs too much memory.
-FAMILIES = ("1f1b", "interleaved", "zb-h1", "zb-v", "v-half")
+# Schedules that are tried: all but GPipe, which takes as long as 1F1B and more memory. Configurations are ranked by the first, or where its
+# memory doesn't suffice by the lean one.
+FAMILIES = tuple(family for family in SCHEDULES if family != "gpipe")
 LEAN_FAMILY = "v-half"
 # Stages per pipeline rank that an interleaved schedule is tried with.
 INTERLEAVED = (2, 3, 4, 6, 8)
