@@ -3,13 +3,12 @@
 Comes in: a `Model`, a mesh, a cluster, and for whole blocks a solution of the placement problem. Goes out: prices of single decisions
 (`CostTables`), and per block of the chain its rows of seconds and its bytes (`BlockCost`).
 
-Modules, in reading order: ``saved``, ``tables``, ``solved``, ``memory``, ``blocks``, ``cuts``.
+Modules, in reading order: ``tables``, ``solved``, ``memory``, ``blocks``, ``cuts``.
 """
 
 from autopar.costs.blocks import BlockCost, block_kind, cost_block
 from autopar.costs.cuts import cost_cut, cut_kind, travel_layout
 from autopar.costs.memory import given_nbytes
-from autopar.costs.saved import SavedTensors, count_saved, saves_operand
 from autopar.costs.solved import Sharding, SolvedChain
 from autopar.costs.tables import (
     BUCKET_NBYTES,
@@ -28,14 +27,12 @@ __all__ = [
     "OPTIMIZER_COPIES",
     "BlockCost",
     "CostTables",
-    "SavedTensors",
     "Sharding",
     "SolvedChain",
     "block_kind",
     "call_seconds",
     "cost_block",
     "cost_cut",
-    "count_saved",
     "count_uses",
     "cut_kind",
     "given_nbytes",
@@ -43,6 +40,5 @@ __all__ = [
     "local_nbytes",
     "operand_layout_of",
     "result_layout_of",
-    "saves_operand",
     "travel_layout",
 ]

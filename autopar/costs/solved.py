@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from autopar.costs.saved import count_saved, saves_operand
 from autopar.costs.tables import CostTables, local_nbytes, operand_layout_of, result_layout_of
 from autopar.ir import Graph, Layout, Mesh, Op, OpKind, Placement, Split, Value
 from autopar.structure import Chain, ChainReads, Model
@@ -70,7 +69,6 @@ class SolvedChain:
         self.mesh: Mesh = tables.mesh
         self.sharding = sharding
         self.is_one_stage = is_one_stage
-        self.saved = count_saved(model)
         self.layer_of = model.folded.layer_of
         self._made: dict[Value, Layout] = {}
         self._needs: dict[str, tuple[Layout, ...]] = {}
@@ -113,7 +111,7 @@ class SolvedChain:
         if op.name not in self._journeys:
             representative = self.model.folded.representative[op.name]
             self._journeys[op.name] = tuple(
-                Journey(value, self.made(value), need, saves_operand(self.model, representative, index))
+                Journey(value, self.made(value), need, self.model.saves_operand(representative, index))
                 for index, (value, need) in enumerate(zip(op.operands, self.needs(op), strict=True))
             )
         return self._journeys[op.name]
@@ -130,7 +128,7 @@ class SolvedChain:
         """Whether autograd saves the copy that a journey makes."""
         first, kind = self.tables.first, self.graph.by_name[journey.value.op].kind
         representative = self.model.folded.representative_of(journey.value)
-        return journey.is_saved and self.saved.saves_copy(kind, representative, journey.start[first:], journey.need[first:])
+        return journey.is_saved and self.model.saved.saves_copy(kind, representative, journey.start[first:], journey.need[first:])
 
     @cached_property
     def first_movers(self) -> Mapping[tuple[Value, Layout], int]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autopar.cost_models import Cluster
-from autopar.costs import BUCKET_NBYTES, BlockCost, Sharding, count_saved, given_nbytes, local_nbytes, operand_layout_of
+from autopar.costs import BUCKET_NBYTES, BlockCost, Sharding, given_nbytes, local_nbytes, operand_layout_of
 from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
 from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled, printable
 from autopar.search.pipeline import AssignmentCost, BlockOption, Cut
@@ -248,13 +248,12 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
     axes: dict[str, dict[str, list[str]]] = {name: {axis: [] for axis in mesh.names} for name in names}
     parameters: Counter[str] = Counter()
     activations: Counter[str] = Counter()
-    saved = count_saved(model)
     for op in model.folded.ops:
         group = group_of.get(op.name, OUTSIDE)
         if op.kind in (OpKind.PARAMETER, OpKind.BUFFER):
             tensors[group][op.name] = op.target
         if op.kind is OpKind.CALL:
-            activations[group] += saved_nbytes(model, saved, op, sharding.placements[op.name], chosen.mesh)
+            activations[group] += saved_nbytes(model, op, sharding.placements[op.name], chosen.mesh)
             _note_splits(model, mesh, op, sharding.placements[op.name], axes[group])
         elif op.kind is OpKind.PARAMETER:
             layout = sharding.layouts[op.name]

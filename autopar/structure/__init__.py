@@ -3,7 +3,7 @@
 Comes in: a `Graph` and the spaces of its calls. Goes out: a `Model` and a `Chain` of blocks.
 
 Modules, in reading order: ``measures``, ``repeats``, ``layers``, ``roles``, ``weights``, ``chain_order``, ``chain_cuts``, ``blocks``,
-``attention_cores``, ``chain_reads``, ``microbatches``, ``model``.
+``attention_cores``, ``chain_reads``, ``microbatches``, ``saved``, ``model``.
 """
 
 from autopar.structure.attention_cores import find_cores

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from autopar.ir import MICROBATCH, Graph, Layout, Mesh, OpKind, Route, Space, Split
 from autopar.structure.layers import Folded
 from autopar.structure.microbatches import MicroSplit
 from autopar.structure.roles import Factors, Role
+from autopar.structure.saved import SavedTensors, count_saved
 
 RouteKey = tuple[Layout, Layout, tuple[tuple[int, ...], tuple[int, ...]] | None]
 """Layouts at both ends of a journey and, where one of them is blocked (``S0/3``), the sizes of the tensor and of the mesh; else None."""
@@ -39,6 +41,22 @@ class Model:
     tables: frozenset[str]
     micro: MicroSplit | None = None
     routes: dict[RouteKey, Route] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def saved(self) -> SavedTensors:
+        """What autograd saves for the backward, counted once for all meshes and solutions."""
+        return count_saved(self.folded, self.spaces)
+
+    def saves_operand(self, consumer: str, operand: int) -> bool:
+        """Whether the op `consumer`, a representative, may save its operand number `operand` for its backward.
+
+        The derivative of an op that is linear in an operand doesn't need that operand. A view is linear too, but counts as saving: its
+        result shares the operand's storage, and whoever reads the view may save it.
+        """
+        space = self.spaces.get(consumer)
+        if not any(tensor.requires_grad for tensor in self.folded.graph.by_name[consumer].results):
+            return False
+        return space is None or space.view or operand not in space.linear
 
 
 def in_time(mesh: Mesh, count: int) -> Mesh:

@@ -35,15 +35,12 @@ from autopar.cost_models import Cluster
 from autopar.costs import (
     OPTIMIZER_COPIES,
     CostTables,
-    SavedTensors,
     Sharding,
-    count_saved,
     count_uses,
     layout_numbers,
     local_nbytes,
     operand_layout_of,
     result_layout_of,
-    saves_operand,
 )
 from autopar.ir import REPLICATE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Tensor, Value
 from autopar.search.options import Constraints, call_options, output_options, parameter_options
@@ -165,8 +162,9 @@ def build_problem(model: Model, mesh: Mesh, cluster: Cluster, constraints: Const
     return _Builder(model, mesh, CostTables(model, mesh, cluster), constraints).build()
 
 
-def saved_nbytes(model: Model, saved: SavedTensors, op: Op, placement: Placement, mesh: Mesh) -> int:
+def saved_nbytes(model: Model, op: Op, placement: Placement, mesh: Mesh) -> int:
     """Bytes on one rank that autograd saves of the calls that `op` stands for under a placement, without resharded copies of operands."""
+    saved = model.saved
     parts = math.prod(size for part, size in zip(placement, mesh.sizes, strict=True) if isinstance(part, Split))
     of_results = sum(
         saved.times[Value(op.name, index)] * local_nbytes(tensor, result_layout_of(model, op, placement, index), mesh)
@@ -182,7 +180,7 @@ def least_bytes(model: Model, ranks: int) -> int:
     That is (saved tensors + parameters, gradients and optimizer state) / ranks, rounded up.
     """
     graph = model.folded.graph
-    saved = count_saved(model)
+    saved = model.saved
     total = sum(times * graph.tensor(value).nbytes for value, times in saved.times.items()) + sum(saved.extra_nbytes.values())
     for op in graph.of_kind(OpKind.PARAMETER):
         total += op.results[0].nbytes * (2 + OPTIMIZER_COPIES if op.results[0].requires_grad else 1)
@@ -233,7 +231,6 @@ class _Builder:
         self.nodes: list[Node] = []
         self.arcs: dict[tuple[int, int], tuple[Table, Table]] = {}
         self.index: dict[Decision, int] = {}  # of each decision's node
-        self.saved = count_saved(model)
         self.made: dict[Value, list[Layout]] = {}
         self.output = self.graph.output.name
         self.uses = count_uses(model)
@@ -279,7 +276,7 @@ class _Builder:
         for i in range(len(op.results)):
             self.made[Value(op.name, i)] = [result_layout_of(self.model, op, option, i) for option in options]
         costs = [nanoseconds(count * self.times * sum(self.tables.op_seconds(op, option))) for option in options]
-        self._add(decision_of(op), options, costs, [saved_nbytes(self.model, self.saved, op, option, self.mesh) for option in options])
+        self._add(decision_of(op), options, costs, [saved_nbytes(self.model, op, option, self.mesh) for option in options])
 
     def _add_stored(self, op: Op) -> None:
         count = self.model.folded.count[op.name]
@@ -339,7 +336,7 @@ class _Builder:
         nbytes = self._copy_nbytes(value, made, options, count, is_saved=True)
         self._store(self.index[decision_of(self.graph.by_name[value.op])], fan_out, self._pair_costs(tensor, made, options, count), nbytes)
         for (consumer, operand), needs in zip(readers, needs_of, strict=True):
-            nbytes = self._copy_nbytes(value, options, needs, count, is_saved=saves_operand(self.model, consumer, operand))
+            nbytes = self._copy_nbytes(value, options, needs, count, is_saved=self.model.saves_operand(consumer, operand))
             reader = self.index[decision_of(self.graph.by_name[consumer])]
             self._store(fan_out, reader, self._pair_costs(tensor, options, needs, count), nbytes)
 
@@ -348,7 +345,7 @@ class _Builder:
         reader = decision_of(self.graph.by_name[consumer])
         starts, needs = self.made[value], self.needs[reader, operand]
         cost = self._pair_costs(self.graph.tensor(value), starts, needs, count)
-        nbytes = self._copy_nbytes(value, starts, needs, count, is_saved=saves_operand(self.model, consumer, operand))
+        nbytes = self._copy_nbytes(value, starts, needs, count, is_saved=self.model.saves_operand(consumer, operand))
         self._store(self.index[decision_of(self.graph.by_name[value.op])], self.index[reader], cost, nbytes)
 
     def _add_fan_out(
@@ -356,7 +353,7 @@ class _Builder:
     ) -> None:
         """A fan-out for all readers of a value: its options are pairs of the layout made and a copy in one of `shared`, or no copy."""
         tensor, (made, made_of) = self.graph.tensor(value), layout_numbers(self.made[value])
-        is_saved = any(saves_operand(self.model, consumer, operand) for consumer, operand in readers)
+        is_saved = any(self.model.saves_operand(consumer, operand) for consumer, operand in readers)
         copy_costs = self._pair_costs(tensor, made, shared, count)
         copy_nbytes = self._copy_nbytes(value, made, shared, count, is_saved=is_saved)
         # A copy that costs nothing needn't be shared: each reader makes its own.
@@ -374,7 +371,7 @@ class _Builder:
             reader = decision_of(self.graph.by_name[consumer])
             needs = self.needs[reader, operand]
             own_costs = self._pair_costs(tensor, starts, needs, count)
-            own_nbytes = self._copy_nbytes(value, starts, needs, count, is_saved=saves_operand(self.model, consumer, operand))
+            own_nbytes = self._copy_nbytes(value, starts, needs, count, is_saved=self.model.saves_operand(consumer, operand))
             _, number_of = layout_numbers([*needs, *(copied for _, copied in options)])
             is_needed = np.array(number_of[len(needs) :])[:, None] == np.array(number_of[: len(needs)])[None]  # the copy is
             self._store(fan_out, self.index[reader], np.where(is_needed, 0, own_costs), np.where(is_needed, 0, own_nbytes))
@@ -384,7 +381,7 @@ class _Builder:
         tensor = self.graph.tensor(value)
 
         def copy_nbytes(start: Layout, need: Layout) -> int:
-            is_made = is_saved and self.saved.saves_copy(
+            is_made = is_saved and self.model.saved.saves_copy(
                 self.graph.by_name[value.op].kind, value, start[self.first_axis :], need[self.first_axis :]
             )
             return count * local_nbytes(tensor, need, self.mesh) if is_made else 0
@@ -436,14 +433,14 @@ class _Builder:
         if is_output:
             nbytes = self._output_nbytes(value, starts, needs)
         else:
-            is_saved = saves_operand(self.model, edge.consumer, edge.operand)
+            is_saved = self.model.saves_operand(edge.consumer, edge.operand)
             nbytes = self._copy_nbytes(value, starts, needs, edge.count, is_saved=is_saved)
         self._store(self.index[decision_of(producer)], self.index[reader], cost, nbytes)
 
     def _output_nbytes(self, value: Value, starts: Sequence[Layout], needs: Sequence[Layout]) -> Table:
         """Bytes of an output, which lives through the backward; none where they count already, as saved or as a stored tensor's."""
         tensor = self.graph.tensor(value)
-        is_held = value in self.saved.times or self.graph.by_name[value.op].kind is not OpKind.CALL
+        is_held = value in self.model.saved.times or self.graph.by_name[value.op].kind is not OpKind.CALL
 
         def held(start: Layout, need: Layout) -> int:
             return 0 if is_held and start[self.first_axis :] == need[self.first_axis :] else local_nbytes(tensor, need, self.mesh)

@@ -1,8 +1,8 @@
 """What autograd saves for the backward: which results of which calls, and which copies that resharding makes for a reader.
 
-Comes in: a `Model`, whose ops say what `autopar.capture` saw autograd save (`Op.saved`, `Op.saved_nbytes`). Goes out: counts per
-representative (`SavedTensors`), and whether a reader saves what it reads. No mesh is known here, so bytes of one rank's parts are computed
-by the users: ``costs.memory`` per block, ``search.placement`` per decision.
+Comes in: a folded graph, whose ops say what `autopar.capture` saw autograd save (`Op.saved`, `Op.saved_nbytes`). Goes out: counts per
+representative (`SavedTensors`). No mesh is known here; bytes of one rank's parts are computed by ``costs.memory`` per block and by
+``search.placement`` per decision.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autopar.ir import Layout, OpKind, StateKind, Value
-from autopar.structure import Model
+from autopar.ir import Layout, OpKind, Space, StateKind, Value
+from autopar.structure.layers import Folded
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SavedTensors:
     saved_or_view: frozenset[Value]
 
     def saves_copy(self, kind: OpKind, value: Value, start: Layout, need: Layout) -> bool:
-        """Whether autograd saves a copy of a value that was resharded for a reader which saves its operands (`saves_operand`).
+        """Whether autograd saves a copy of a value that was resharded for a reader which saves its operands (`Model.saves_operand`).
 
         Args:
             kind: of the op that makes the value.
@@ -49,29 +49,17 @@ class SavedTensors:
         return any(s != n and (s.kind, n.kind) != (StateKind.REPLICATE, StateKind.BROADCAST) for s, n in zip(start, need, strict=True))
 
 
-def count_saved(model: Model) -> SavedTensors:
-    """Count what autograd saves of the model's calls, by representative."""
+def count_saved(folded: Folded, spaces: Mapping[str, Space]) -> SavedTensors:
+    """Count what autograd saves of the calls of a folded graph, by representative; `spaces` are those of the calls that have a rule."""
     times: Counter[Value] = Counter()
     extra_nbytes: Counter[str] = Counter()
-    for op in model.folded.graph.of_kind(OpKind.CALL):
-        name = model.folded.representative[op.name]
+    for op in folded.graph.of_kind(OpKind.CALL):
+        name = folded.representative[op.name]
         times.update(Value(name, index) for index in op.saved)
         extra_nbytes[name] += op.saved_nbytes
     saved_or_view = set(times)
-    for op in model.folded.ops:
-        space = model.spaces.get(op.name)
-        if space is not None and space.view and model.folded.representative_of(op.operands[0]) in saved_or_view:
+    for op in folded.ops:
+        space = spaces.get(op.name)
+        if space is not None and space.view and folded.representative_of(op.operands[0]) in saved_or_view:
             saved_or_view.update(Value(op.name, index) for index in range(len(op.results)))
     return SavedTensors(times, extra_nbytes, frozenset(saved_or_view))
-
-
-def saves_operand(model: Model, consumer: str, operand: int) -> bool:
-    """Whether the op `consumer`, a representative, may save its operand number `operand` for its backward.
-
-    The derivative of an op that is linear in an operand doesn't need that operand. A view is linear too, but counts as saving: its result
-    shares the operand's storage, and whoever reads the view may save it.
-    """
-    space = model.spaces.get(consumer)
-    if not any(tensor.requires_grad for tensor in model.folded.graph.by_name[consumer].results):
-        return False
-    return space is None or space.view or operand not in space.linear
