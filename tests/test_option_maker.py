@@ -208,7 +208,7 @@ def test_the_least_bytes_of_all_ranks_are_those_of_one(maker: BlockOptionMaker) 
 
 def test_representatives_save_for_all_that_they_stand_for(maker: BlockOptionMaker) -> None:
     saved = {
-        op.name: saved_nbytes(maker.solved.model, maker.solved.saved, op, maker.solved.sharding.placements[op.name], maker.solved.mesh)
+        op.name: saved_nbytes(maker.solved.model, op, maker.solved.sharding.placements[op.name], maker.solved.mesh)
         for op in maker.solved.model.folded.ops
         if op.kind is OpKind.CALL
     }
