@@ -7,15 +7,16 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from autopar.costs.cuts import CutCost
 from autopar.schedules.actions import Schedule
 from autopar.search.pipeline.assignment_problem import evaluate
-from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions
 
 
 def random_option(rng: np.random.Generator, name: str) -> BlockOption:
-    forward, backward, weight, once = rng.integers(1, 30, 4).tolist()
+    forward, backward, weight, per_step = rng.integers(1, 30, 4).tolist()
     kept, waiting, static, workspace = rng.integers(1, 40, 4).tolist()
-    return BlockOption(name, forward * 1e-3, backward * 1e-3, weight * 1e-3, once * 1e-3, kept, waiting, static, workspace)
+    return BlockOption(name, forward * 1e-3, backward * 1e-3, weight * 1e-3, per_step * 1e-3, kept, waiting, static, workspace)
 
 
 def random_blocks(seed: int, blocks: int, options: int, *, alike: bool) -> list[BlockOptions]:
@@ -29,7 +30,7 @@ def random_blocks(seed: int, blocks: int, options: int, *, alike: bool) -> list[
         else:
             options_of = tuple(random_option(rng, f"v{i}") for i in range(options if inside else 1))
             cut = rng.integers(0, 9, 3).tolist()
-            made.append(BlockOptions(f"b{block}", options_of, Cut(cut[0] * 1e-3, cut[1] * 1e-3, cut[2], int(left.integers(0, 9)))))
+            made.append(BlockOptions(f"b{block}", options_of, CutCost(cut[0] * 1e-3, cut[1] * 1e-3, cut[2], int(left.integers(0, 9)))))
     return made
 
 

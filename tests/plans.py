@@ -98,9 +98,9 @@ def make_pipelined_plan() -> Plan:
         pipeline=Pipeline(2, "interleaved", 2, 4, blocks, {"add_3": parse_layout("S0,R"), "add_7": parse_layout("S0,S2")}),
         costs=(
             *plan.costs,
-            make_row("transformer.h.*", Phase.INPUT, Purpose.RECOMPUTE, 0.00125),
+            make_row("transformer.h.*", Phase.BACKWARD_INPUT, Purpose.RECOMPUTE, 0.00125),
             make_row("", Phase.FORWARD, Purpose.MESSAGES, 0.0, "pp", "send", 12, 48_000_000, hidden=0.0021),
-            make_row("", Phase.INPUT, Purpose.MESSAGES, 0.0, "pp", "send", 12, 48_000_000),
+            make_row("", Phase.BACKWARD_INPUT, Purpose.MESSAGES, 0.0, "pp", "send", 12, 48_000_000),
             make_row("", Phase.STEP, Purpose.BUBBLE, 0.00275),
         ),
         proof=replace(
@@ -145,9 +145,9 @@ def _make_rows() -> tuple[CostRow, ...]:
     return (
         make_row(layers, Phase.FORWARD, Purpose.COMPUTE, 0.0027),
         make_row("", Phase.FORWARD, Purpose.COMPUTE, 0.0003),
-        make_row(layers, Phase.INPUT, Purpose.COMPUTE, 0.0028),
-        make_row(layers, Phase.WEIGHT, Purpose.COMPUTE, 0.0025),
-        make_row("", Phase.INPUT, Purpose.COMPUTE, 0.0007),
+        make_row(layers, Phase.BACKWARD_INPUT, Purpose.COMPUTE, 0.0028),
+        make_row(layers, Phase.BACKWARD_WEIGHT, Purpose.COMPUTE, 0.0025),
+        make_row("", Phase.BACKWARD_INPUT, Purpose.COMPUTE, 0.0007),
         make_row("", Phase.STEP, Purpose.OPTIMIZER, 0.0005),
         make_row(layers, Phase.STEP, Purpose.GRADIENTS, 0.0004, "dp", "all_reduce", 26, 512_000_000),
         make_row(layers, Phase.FORWARD, Purpose.ACTIVATIONS, 0.001, "tp", "all_reduce", 44, 3_700_000_000),

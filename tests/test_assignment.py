@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from autopar.costs.cuts import CutCost
 from autopar.errors import InfeasibleError, InputError
 from autopar.schedules.actions import Schedule
 from autopar.schedules.families import forward_only, make_schedule
 from autopar.search.pipeline.assignment import Assignment, assign
 from autopar.search.pipeline.assignment_problem import evaluate
-from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions
 from tests.block_options import measure_all, random_blocks, random_option
 
 FAMILIES = [
@@ -107,7 +108,7 @@ def llama(layers: int, recompute: int, *, cut: float = 1e-4) -> list[BlockOption
     )
     embedding = BlockOption("e", 2e-4, 0.0, 3e-4, 1e-4, 16 * 10**6, 0, 2 * 10**9, 10**8)
     head = BlockOption("h", 1.5e-3, 1.5e-3, 1.5e-3, 1e-4, 64 * 10**6, 0, 2 * 10**9, 10**9)
-    ends = Cut(cut, cut, 16 * 10**6)
+    ends = CutCost(cut, cut, 16 * 10**6)
     return [
         BlockOptions("embedding", (embedding,), ends),
         *(BlockOptions(f"layers.{i}", layer, ends) for i in range(layers)),
@@ -157,7 +158,7 @@ def test_tight_memory_mixes_options_and_stages() -> None:
     """By hand: rank 0 holds two micro-batches. It can't keep all of two blocks, rank 1 can."""
     fast = BlockOption("fast", 1.0, 1.0, 1.0, 0.0, 10, 0, 0, 0)
     lean = BlockOption("lean", 1.0, 2.0, 1.0, 0.0, 1, 0, 0, 0)
-    blocks = [BlockOptions(f"b{i}", (fast, lean), Cut(0.0, 0.0, 0)) for i in range(4)]
+    blocks = [BlockOptions(f"b{i}", (fast, lean), CutCost(0.0, 0.0, 0)) for i in range(4)]
     schedule = make_schedule("1f1b", 2, 8)
     found = assign(blocks, schedule, 22, gap=GAP)
     # One of rank 0's two blocks recomputes: 2 (10 + 1) = 22 bytes.
@@ -173,7 +174,7 @@ def test_tight_memory_mixes_options_and_stages() -> None:
 def test_an_option_that_lets_less_wait_is_worth_taking() -> None:
     fast = BlockOption("fast", 1.0, 1.0, 1.0, 0.0, 1, 10, 0, 0)
     lean = BlockOption("lean", 1.0, 1.0, 2.0, 0.0, 1, 0, 0, 0)
-    blocks = [BlockOptions(f"b{i}", (fast, lean), Cut(0.0, 0.0, 0)) for i in range(2)]
+    blocks = [BlockOptions(f"b{i}", (fast, lean), CutCost(0.0, 0.0, 0)) for i in range(2)]
     assert assign(blocks, make_schedule("zb-h1", 2, 4), 5).options == (1, 1)
     assert assign(blocks, make_schedule("1f1b", 2, 4), 5).options == (0, 0)
 
@@ -190,7 +191,7 @@ def test_many_layers_are_counted_not_listed() -> None:
 def test_a_chain_without_repeats() -> None:
     rng = np.random.default_rng(5)
     blocks = [
-        BlockOptions(f"b{i}", tuple(random_option(rng, f"v{j}") for j in range(3)), Cut(1e-4, 1e-4, int(rng.integers(1, 9))))
+        BlockOptions(f"b{i}", tuple(random_option(rng, f"v{j}") for j in range(3)), CutCost(1e-4, 1e-4, int(rng.integers(1, 9))))
         for i in range(40)
     ]
     schedule = make_schedule("1f1b", 4, 16)

@@ -7,32 +7,33 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from autopar.costs.cuts import CutCost
 from autopar.schedules.families import forward_only, make_schedule
 from autopar.search.pipeline.assignment_problem import PHASES, RECEIVES_AT_ONCE, compute_cost, longest_path, make_problem
-from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions
 from tests.block_options import random_blocks
 
 PLAIN = BlockOption("plain", 1.0, 2.0, 3.0, 4.0, 10, 20, 100, 7)
 
 
 def test_an_assignment_in_numbers() -> None:
-    wide = replace(PLAIN, name="wide", workspace=9, once=8.0)
-    blocks = [BlockOptions(f"b{i}", (PLAIN, wide), Cut(0.25 + i, 0.5 + i, 3 + i, 1000)) for i in range(4)]
+    wide = replace(PLAIN, name="wide", workspace=9, per_step=8.0)
+    blocks = [BlockOptions(f"b{i}", (PLAIN, wide), CutCost(0.25 + i, 0.5 + i, 3 + i, 1000)) for i in range(4)]
     problem = make_problem(blocks, make_schedule("1f1b", 2, 5), 0)
     measured = compute_cost(problem, (0, 0, 0, 1), (0, 1, 0, 1))
     # Forwards, both backwards, and what crosses behind the third block.
     assert measured.columns.tolist() == [3.0, 1.0, 6.0, 2.0, 9.0, 3.0, 2.25, 2.5]
-    assert measured.once == 4.0 + 8.0 + 4.0
+    assert measured.per_step == 4.0 + 8.0 + 4.0
     # The first rank holds two micro-batches of three blocks; the second one, with a copy of what was read before.
     message = RECEIVES_AT_ONCE * 5
     assert measured.peak == (2 * 3 * 10 + 3 * 100 + 9 + message, 10 + 1000 + 100 + 9 + message)
 
 
 def test_ranks_of_two_stages_add_them_up() -> None:
-    blocks = [BlockOptions(f"b{i}", (replace(PLAIN, once=float(1 + i), workspace=i),), Cut(0.0, 0.0, i)) for i in range(4)]
+    blocks = [BlockOptions(f"b{i}", (replace(PLAIN, per_step=float(1 + i), workspace=i),), CutCost(0.0, 0.0, i)) for i in range(4)]
     problem = make_problem(blocks, make_schedule("zb-v", 2, 1), 0)
     measured = compute_cost(problem, (0, 1, 2, 3), (0, 0, 0, 0))
-    assert measured.once == 1.0 + 4.0
+    assert measured.per_step == 1.0 + 4.0
     # Stages 0 and 3 on the first rank: two are held between forward and backward, or one that waits beside one that is.
     assert measured.peak[0] == max(20, 30) + 200 + (0 + 3) + RECEIVES_AT_ONCE * 2
 
@@ -50,7 +51,7 @@ def test_messages_to_a_rank_cross_its_stages_ends() -> None:
 def test_the_longest_paths_columns_add_up_to_its_seconds(name: str, ranks: int) -> None:
     for seed in range(3):
         blocks = random_blocks(seed, blocks=6, options=1, alike=False)
-        problem = make_problem([replace(block, cut=Cut(0.5, 0.01, 1)) for block in blocks], make_schedule(name, ranks, 4), 0)
+        problem = make_problem([replace(block, cut=CutCost(0.5, 0.01, 1)) for block in blocks], make_schedule(name, ranks, 4), 0)
         stages = tuple(np.repeat(np.arange(problem.schedule.stages), 6)[:: problem.schedule.stages].tolist())
         columns = compute_cost(problem, stages, (0,) * 6).columns
         seconds, path = longest_path(problem, columns)
@@ -75,11 +76,11 @@ def test_an_option_is_kept_where_it_is_better_in_what_counts(better: dict[str, f
     other = replace(PLAIN, **better, name="other", static=1000)  # type: ignore[arg-type]
     for schedule in (make_schedule("gpipe", 2, 2), make_schedule("zb-h1", 2, 2), forward_only((0, 1), 2)):
         name = "forward" if not schedule.has_backward else schedule.name
-        blocks = [BlockOptions(f"b{i}", (PLAIN, other), Cut(0.0, 0.0, 0)) for i in range(2)]
+        blocks = [BlockOptions(f"b{i}", (PLAIN, other), CutCost(0.0, 0.0, 0)) for i in range(2)]
         kept = (0, 1) if name in schedules else (0,)
         assert make_problem(blocks, schedule, 0).runs[0].indices == kept, name
 
 
 def test_of_equal_options_only_one_is_kept() -> None:
-    blocks = [BlockOptions(f"b{i}", (PLAIN, replace(PLAIN, name="same"), PLAIN), Cut(0.0, 0.0, 0)) for i in range(2)]
+    blocks = [BlockOptions(f"b{i}", (PLAIN, replace(PLAIN, name="same"), PLAIN), CutCost(0.0, 0.0, 0)) for i in range(2)]
     assert make_problem(blocks, make_schedule("1f1b", 2, 2), 0).runs[0].indices == (0,)

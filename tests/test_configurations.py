@@ -13,6 +13,7 @@ from zoo import DEEP
 
 from autopar.capture.export import capture
 from autopar.cost_models import Cluster
+from autopar.costs.cuts import CutCost
 from autopar.ir.graph import OpKind
 from autopar.ir.layout import StateKind, fits, is_legal
 from autopar.plans.pins import NO_PINS, Pins
@@ -29,7 +30,7 @@ from autopar.search.pipeline.best_first import (
     try_first_schedules,
     try_schedule,
 )
-from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions
 from autopar.search.pipeline.configurations import (
     Configuration,
     ScheduleChoice,
@@ -140,7 +141,9 @@ def test_without_a_pipeline_blocks_come_to_what_the_search_says(name: str) -> No
         solutions = search.solutions.solution_sets(configuration)[0]
         blocks = search.solutions.block_options(configuration, solutions, False)
         plain = [next(option for option in block.options if option.solution == 0 and option.name == "none") for block in blocks]
-        seconds = configuration.microbatches * sum(option.forward + option.input for option in plain) + sum(option.once for option in plain)
+        seconds = configuration.microbatches * sum(option.forward + option.backward_input for option in plain) + sum(
+            option.per_step for option in plain
+        )
         if name == "t5_deep":
             # Its masks are gathered for all layers at once, but a stage gathers for its own: each block is priced as if it were alone.
             assert 0.9999 <= seconds / (solutions.base.cost_ns / 1e9) < 1.5, str(configuration)
@@ -164,7 +167,7 @@ def test_a_shared_parameter_is_updated_once(ranks: int) -> None:
     stored = 4 * (32 * 32 + 32)
     shared = 2 * stored if ranks > 1 else 0
     assert [option.static for option in plain] == [8 * stored, *(4 * stored + shared for _ in range(5))]
-    assert plain[0].once == pytest.approx(2 * plain[1].once)
+    assert plain[0].per_step == pytest.approx(2 * plain[1].per_step)
 
 
 @pytest.mark.parametrize(("name", "cluster"), [("gpt2_deep", "8xcpu"), ("t5_deep", "2x4xH100"), ("bert_deep", "4x1xH100")])
@@ -194,7 +197,7 @@ def test_no_schedule_of_equal_stages_takes_less_than_estimated(ranks: int, count
         # A forward, the input gradients and the weight gradients take as long as each other.
         each, split = 1.0 / chunks, splits_backward(family)
         option = BlockOption("none", each, each if split else 2 * each, each if split else 0.0, 0.0, 0, 0, 0, 0)
-        blocks = [BlockOptions(f"b{stage}", (option,), Cut(0.0, 0.0, 0)) for stage in range(stages)]
+        blocks = [BlockOptions(f"b{stage}", (option,), CutCost(0.0, 0.0, 0)) for stage in range(stages)]
         seconds, _ = evaluate(blocks, make_schedule(family, ranks, count, chunks), range(stages), [0] * stages)
         assert seconds >= estimate_schedule_s(configuration, ScheduleChoice(family, chunks), 3.0) * (1 - 1e-9), (family, chunks)
         best = min(best, seconds)
@@ -208,7 +211,7 @@ def test_the_estimate_of_equal_stages_bounds_no_others() -> None:
 
     def take(*seconds: float) -> float:
         options = [BlockOption("none", each / 3, 2 * each / 3, 0.0, 0.0, 0, 0, 0, 0) for each in seconds]
-        blocks = [BlockOptions(f"b{stage}", (option,), Cut(0.0, 0.0, 0)) for stage, option in enumerate(options)]
+        blocks = [BlockOptions(f"b{stage}", (option,), CutCost(0.0, 0.0, 0)) for stage, option in enumerate(options)]
         return evaluate(blocks, make_schedule("1f1b", 2, 2), range(2), [0, 0])[0]
 
     assert take(1.0, 1.0) == pytest.approx(estimate_schedule_s(configuration, ScheduleChoice("1f1b", 1), 1.0))
@@ -256,7 +259,7 @@ def test_stages_are_searched_with_the_placements_of_their_own_configuration() ->
         search.solutions.estimate_work(configuration)
     shared = []
     for configuration in configurations:
-        placed = search.solutions._placed[search.solutions._key(configuration)]
+        placed = search.solutions._searches[search.solutions._key(configuration)]
         assert placed is not None
         if placed.configuration is not configuration:
             shared.append(configuration)

@@ -62,7 +62,7 @@ def run_to(schedule: Schedule, group: int, end: int) -> list[int]:
 
 def receives_of(schedule: Schedule, action: Action) -> list[Action]:
     """The sends, of other ranks, that a computing action waits for, in a chain of stages."""
-    if action.kind not in COMPUTING or action.kind is Kind.WEIGHT:
+    if action.kind not in COMPUTING or action.kind is Kind.BACKWARD_WEIGHT:
         return []
     forward = action.kind is Kind.FORWARD
     peer = action.stage - 1 if forward else action.stage + 1
@@ -78,7 +78,7 @@ def test_what_is_known_to_be_taken_is_taken_even_by_the_slowest_ranks(name: str,
     checked = 0
     for group in range(ranks):
         for step, sends in find_finished_sends(schedule, group).items():
-            kinds = (Kind.FORWARD,) if step.is_forward else (Kind.BACKWARD, Kind.INPUT)
+            kinds = (Kind.FORWARD,) if step.is_forward else (Kind.BACKWARD, Kind.BACKWARD_INPUT)
             here = next(
                 i
                 for i, a in enumerate(schedule.actions[group])
@@ -107,7 +107,7 @@ def most_held(schedule: Schedule, group: int) -> int:
     for action in schedule.actions[group]:
         for step, sends in taken.items():
             if (step.stage, step.microbatch) == (action.stage, action.microbatch) and (
-                action.kind is Kind.FORWARD if step.is_forward else action.kind in (Kind.BACKWARD, Kind.INPUT)
+                action.kind is Kind.FORWARD if step.is_forward else action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT)
             ):
                 going -= set(sends)
         if action.kind in SENDS:

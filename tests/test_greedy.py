@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from autopar.costs.cuts import CutCost
 from autopar.schedules.families import make_schedule
 from autopar.search.pipeline.assignment_problem import PHASES, AssignmentProblem, compute_cost, longest_path, make_problem
-from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions
 from autopar.search.pipeline.greedy import _GreedySearch, assign_greedily, find_leanest
 from tests.block_options import all_assignments, measure_all, random_blocks
 
@@ -35,7 +36,7 @@ def check(problem: AssignmentProblem, stages: tuple[int, ...], options: tuple[in
 
 
 def like(count: int, *options: BlockOption) -> list[BlockOptions]:
-    return [BlockOptions(f"b{i}", options, Cut(0.0, 0.0, 0)) for i in range(count)]
+    return [BlockOptions(f"b{i}", options, CutCost(0.0, 0.0, 0)) for i in range(count)]
 
 
 def stage_seconds(problem: AssignmentProblem, stages: tuple[int, ...], options: tuple[int, ...]) -> np.ndarray:
@@ -110,7 +111,7 @@ def test_with_little_memory_the_slowest_rank_is_nearly_as_fast_as_can_be(
 def test_a_stage_is_timed_with_the_cheapest_exchanges_that_its_bytes_ask_for() -> None:
     fast = BlockOption("fast", 1.0, 1.0, 1.0, 0.0, 10, 0, 0, 0)
     cheap, dear = (BlockOption(name, 1.0, seconds, 1.0, 0.0, 1, 0, 0, 0) for name, seconds in (("cheap", 2.0), ("dear", 6.0)))
-    blocks = [BlockOptions("first", (fast, dear), Cut(0.0, 0.0, 0)), BlockOptions("second", (fast, cheap), Cut(0.0, 0.0, 0))]
+    blocks = [BlockOptions("first", (fast, dear), CutCost(0.0, 0.0, 0)), BlockOptions("second", (fast, cheap), CutCost(0.0, 0.0, 0))]
     search = _GreedySearch(make_problem(blocks, make_schedule("1f1b", 1, 1), PLENTY))
     assert [search._stage_seconds(0, 0, 2, share) for share in (20, 19, 11, 10, 2)] == [6.0, 7.0, 7.0, 12.0, 12.0]
     assert search._stage_seconds(0, 0, 2, 1) == np.inf
@@ -124,7 +125,7 @@ def test_workspace_counts_where_a_block_takes_the_option_that_needs_it() -> None
 @pytest.mark.parametrize("what", ["static", "saved", "workspace"])
 def test_the_leanest_counts_all_that_an_option_needs(what: str) -> None:
     lean = BlockOption("lean", 1.0, 3.0, 1.0, 0.0, 5, 0, 5, 5)
-    heavy = replace(lean, name="heavy", input=1.0, **{what: 40})  # type: ignore[arg-type]
+    heavy = replace(lean, name="heavy", backward_input=1.0, **{what: 40})  # type: ignore[arg-type]
     assert find_leanest(make_problem(like(2, heavy, lean), make_schedule("1f1b", 2, 2), 1))[1] == (1, 1)
 
 
@@ -140,7 +141,7 @@ def test_like_blocks_recompute_no_more_than_they_must() -> None:
 
 def test_of_two_exchanges_the_one_that_saves_more_for_its_time_is_made() -> None:
     fast = BlockOption("fast", 1.0, 1.0, 1.0, 0.0, 100, 0, 0, 0)
-    dear, cheap = replace(fast, name="dear", input=3.0, saved=10), replace(fast, name="cheap", input=1.5, saved=40)
+    dear, cheap = replace(fast, name="dear", backward_input=3.0, saved=10), replace(fast, name="cheap", backward_input=1.5, saved=40)
     problem = make_problem(like(2, fast, dear, cheap), make_schedule("1f1b", 1, 2), 150)
     # One cheap exchange leaves 140 bytes; a dear one would take 1.5 s more.
     assert sorted(next(assign_greedily(problem))[1]) == [0, 2]
@@ -163,7 +164,7 @@ def test_ranks_of_several_stages_get_whole_layers_in_each_round() -> None:
 def test_on_a_v_a_rank_uses_what_its_first_stage_leaves() -> None:
     """A heavy head sits with the first stage on rank 0; a bound for each stage alone would leave that rank idle."""
     layer, head = BlockOption("layer", 1.0, 1.0, 1.0, 0.0, 1, 0, 0, 0), BlockOption("head", 5.0, 5.0, 5.0, 0.0, 1, 0, 0, 0)
-    blocks = [*like(31, layer), BlockOptions("head", (head,), Cut(0.0, 0.0, 0))]
+    blocks = [*like(31, layer), BlockOptions("head", (head,), CutCost(0.0, 0.0, 0))]
     problem = make_problem(blocks, make_schedule("zb-v", 4, 16), PLENTY)
     slowest = []
     for one in assign_greedily(problem):

@@ -170,7 +170,7 @@ def test_stored_bytes_are_parameters_gradients_and_the_optimizers(by_name: dict[
     # The head has a copy of the table and its gradient, and makes the loss; the optimizer is where the table is read first.
     stored = [by_name[name].options[0].static for name in ("table", "layers.0", "layers.1", "head")]
     assert stored == [TRAINED * TABLE, TRAINED * MATRIX, TRAINED * MATRIX, 2 * TABLE + 4]
-    assert [block.options[0].once > 0 for block in by_name.values()] == [True, True, True, True, False]
+    assert [block.options[0].per_step > 0 for block in by_name.values()] == [True, True, True, True, False]
 
 
 def test_an_output_counts_where_it_is_made(by_name: dict[str, BlockOptions]) -> None:
@@ -180,8 +180,13 @@ def test_an_output_counts_where_it_is_made(by_name: dict[str, BlockOptions]) -> 
 def test_running_again_takes_the_forward_and_room_for_what_it_saves(by_name: dict[str, BlockOptions]) -> None:
     for block in by_name.values():
         none, full = block.options
-        assert full.input == pytest.approx(none.forward + none.input)
-        assert (full.forward, full.weight, full.once, full.static) == (none.forward, none.weight, none.once, none.static)
+        assert full.backward_input == pytest.approx(none.forward + none.backward_input)
+        assert (full.forward, full.backward_weight, full.per_step, full.static) == (
+            none.forward,
+            none.backward_weight,
+            none.per_step,
+            none.static,
+        )
     saved = [block.options[1].workspace - block.options[0].workspace for block in by_name.values()]
     loss = by_name["head"].options[0].saved - HIDDEN
     assert saved == [2 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, 2 * HIDDEN, loss]
@@ -191,10 +196,10 @@ def test_weight_gradients_take_half_a_products_backward(maker: BlockOptionMaker,
     joined = maker.make(("none",), False, {})
     for block, joined_block in zip(by_name.values(), joined, strict=True):
         none, whole = block.options[0], joined_block.options[0]
-        assert (whole.weight, whole.waiting) == (0.0, 0)
-        assert whole.input == pytest.approx(none.input + none.weight)
+        assert (whole.backward_weight, whole.waiting) == (0.0, 0)
+        assert whole.backward_input == pytest.approx(none.backward_input + none.backward_weight)
     # Nothing needs the gradient of a row's number.
-    assert [block.options[0].weight > 0 for block in by_name.values()] == [False, True, True, True, True]
+    assert [block.options[0].backward_weight > 0 for block in by_name.values()] == [False, True, True, True, True]
 
 
 def test_the_least_bytes_of_all_ranks_are_those_of_one(maker: BlockOptionMaker) -> None:
@@ -264,8 +269,8 @@ def test_rows_add_up_to_what_the_search_sums(by_name: dict[str, BlockOptions]) -
         for option in block.options:
             assert option.cost is not None
             seconds, memory = option.cost.seconds, option.cost.memory
-            assert (option.forward, option.input) == (seconds[Phase.FORWARD], seconds[Phase.INPUT])
-            assert (option.weight, option.once) == (seconds[Phase.WEIGHT], seconds[Phase.STEP])
+            assert (option.forward, option.backward_input) == (seconds[Phase.FORWARD], seconds[Phase.BACKWARD_INPUT])
+            assert (option.backward_weight, option.per_step) == (seconds[Phase.BACKWARD_WEIGHT], seconds[Phase.STEP])
             assert sum(row.seconds for row in option.cost.rows) == pytest.approx(sum(seconds.values()))
             assert option.static == memory.parameters + memory.gradients + memory.optimizer + memory.outputs
 

@@ -78,8 +78,8 @@ def test_rows_say_when_and_what_for() -> None:
     kinds = {(row.phase, row.purpose, row.axis) for row in plan.costs}
     assert {
         (Phase.FORWARD, Purpose.PARAMETERS, "dp"),  # gathered
-        (Phase.INPUT, Purpose.PARAMETERS, "dp"),  # and again
-        (Phase.INPUT, Purpose.GRADIENTS, "dp"),  # scattered
+        (Phase.BACKWARD_INPUT, Purpose.PARAMETERS, "dp"),  # and again
+        (Phase.BACKWARD_INPUT, Purpose.GRADIENTS, "dp"),  # scattered
         (Phase.STEP, Purpose.OPTIMIZER, ""),
     } <= kinds
     layers = {row.layer for row in plan.costs}

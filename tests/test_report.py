@@ -112,7 +112,7 @@ def test_micro_batches_alone() -> None:
 def test_recomputation_alone() -> None:
     plan = make_plan()
     blocks = tuple(replace(block, recompute="full" if 4 <= number < 9 else "none") for number, block in enumerate(plan.pipeline.blocks))
-    plan = replace(_change_pipeline(plan, blocks=blocks), costs=(*plan.costs, make_row("", Phase.INPUT, Purpose.RECOMPUTE, 0.001)))
+    plan = replace(_change_pipeline(plan, blocks=blocks), costs=(*plan.costs, make_row("", Phase.BACKWARD_INPUT, Purpose.RECOMPUTE, 0.001)))
     assert count_recompute(plan) == {"none": 9, "full": 5}
     assert describe_pipeline(plan) == ""
     assert "compute 9.00 ms + recompute 1.00 ms (full in 5 of 14 blocks) + optimizer" in summarize(plan)
@@ -129,7 +129,7 @@ def test_recomputation_alone() -> None:
 
 def test_costs_of_a_pipeline_are_the_plans_own() -> None:
     plan = make_pipelined_plan()
-    changed = set_seconds(set_seconds(plan, Phase.STEP, Purpose.BUBBLE, 0.3456), Phase.INPUT, Purpose.RECOMPUTE, 0.789)
+    changed = set_seconds(set_seconds(plan, Phase.STEP, Purpose.BUBBLE, 0.3456), Phase.BACKWARD_INPUT, Purpose.RECOMPUTE, 0.789)
     for text in (summarize(changed), _render(changed)):
         assert "346 ms" in text
         assert "789 ms" in text
@@ -218,7 +218,7 @@ def test_a_bound_of_a_pipeline_speaks_of_its_schedule() -> None:
 
 def test_costs_are_the_plans_own() -> None:
     plan = make_plan()
-    row = make_row("", Phase.INPUT, Purpose.ACTIVATIONS, 0.777 - plan.seconds.communication, "tp", "all_gather")
+    row = make_row("", Phase.BACKWARD_INPUT, Purpose.ACTIVATIONS, 0.777 - plan.seconds.communication, "tp", "all_gather")
     changed = replace(plan, costs=(*plan.costs, row))
     assert changed.seconds.communication == pytest.approx(0.777)
     assert "777 ms" in _render(changed)

@@ -202,9 +202,9 @@ def test_held_is_the_largest_sum_at_any_moment() -> None:
                             now += full[action.stage]
                         case Kind.BACKWARD:
                             now -= full[action.stage]
-                        case Kind.INPUT:
+                        case Kind.BACKWARD_INPUT:
                             now += waiting[action.stage] - full[action.stage]
-                        case Kind.WEIGHT:
+                        case Kind.BACKWARD_WEIGHT:
                             now -= waiting[action.stage]
                     peak = max(peak, now)
                 sums = [
@@ -299,7 +299,7 @@ def test_passes_that_nothing_parts_are_one() -> None:
     kinds = {
         stage: {action.kind for actions in lowered.actions for action in actions if action.stage == stage} & COMPUTING for stage in range(4)
     }
-    split = {Kind.FORWARD, Kind.INPUT, Kind.WEIGHT}
+    split = {Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT}
     assert kinds == {0: {Kind.FORWARD, Kind.BACKWARD}, 1: split, 2: split, 3: split}
     validate(lowered, chain(4))
     # No more is peaks_in_flight, and the time is the same.
@@ -335,7 +335,7 @@ def test_few_receives_are_posted_at_once(name: str) -> None:
             posted += action.kind in RECEIVES
             peak = max(peak, posted)
             ahead = (Kind.RECEIVE_FORWARD,) if action.kind is Kind.FORWARD else (Kind.RECEIVE_BACKWARD,)
-            if action.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT):
+            if action.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT):
                 posted -= any(
                     one.kind in ahead and (one.stage, one.microbatch) == (action.stage, action.microbatch) for one in actions[:step]
                 )
@@ -530,7 +530,7 @@ class Threads:
                     else:
                         self._take(inbox, "activation", stage, index, edge.producer)
             ran["F"].add(here)
-        elif action.kind in (Kind.BACKWARD, Kind.INPUT):
+        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
             self._need(here in ran["F"] and here not in ran["back"], f"{action} without forward, or again")
             for edge in self.edges:
                 if edge.producer == stage and edge.has_gradient:
@@ -539,8 +539,8 @@ class Threads:
                     else:
                         self._take(inbox, "gradient", stage, index, edge.consumer)
             ran["back"].add(here)
-            ran["I" if action.kind is Kind.INPUT else "grad"].add(here)
-        elif action.kind is Kind.WEIGHT:
+            ran["I" if action.kind is Kind.BACKWARD_INPUT else "grad"].add(here)
+        elif action.kind is Kind.BACKWARD_WEIGHT:
             self._need(here in ran["I"] and here not in ran["grad"], f"{action} without I, or again")
             ran["grad"].add(here)
         elif action.kind is Kind.REDUCE:

@@ -46,7 +46,7 @@ def naive(schedule: Schedule, times: Sequence[StageTimes], transfers: Transfers,
                     for edge in edges:
                         if edge.consumer == action.stage and action.kind is Kind.FORWARD:
                             messages.append(Action(edge.producer, Kind.SEND_FORWARD, action.microbatch, edge.consumer))
-                        if edge.producer == action.stage and action.kind in (Kind.BACKWARD, Kind.INPUT) and edge.has_gradient:
+                        if edge.producer == action.stage and action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT) and edge.has_gradient:
                             messages.append(Action(edge.consumer, Kind.SEND_BACKWARD, action.microbatch, edge.producer))
                     messages = [one for one in messages if schedule.rank_of[one.stage] != rank]
                     if any(one not in arrivals for one in messages):

@@ -7,7 +7,7 @@ Modules, in reading order: ``tables``, ``solved``, ``memory``, ``blocks``, ``cut
 """
 
 from autopar.costs.blocks import BlockCost, block_kind, cost_block
-from autopar.costs.cuts import cost_cut, cut_kind, travel_layout
+from autopar.costs.cuts import CutCost, cost_cut, cut_kind, travel_layout
 from autopar.costs.memory import given_nbytes
 from autopar.costs.solved import Sharding, SolvedChain
 from autopar.costs.tables import (
@@ -27,6 +27,7 @@ __all__ = [
     "OPTIMIZER_COPIES",
     "BlockCost",
     "CostTables",
+    "CutCost",
     "Sharding",
     "SolvedChain",
     "block_kind",

@@ -81,7 +81,7 @@ def cost_block(solved: SolvedChain, number: int, recompute: Iterable[str]) -> It
         for name in (name for region in rerun for name in region):
             for row in forward[name]:
                 again.add(
-                    Phase.INPUT,
+                    Phase.BACKWARD_INPUT,
                     Purpose.RECOMPUTE,
                     row.seconds,
                     layer=row.layer,
@@ -184,25 +184,33 @@ def _add_backward(solved: SolvedChain, number: int, moves: Mapping[str, Sequence
         exchanged = 0.0
         for axis, collective, nbytes, seconds in solved.tables.exchanges(representative, placement):
             exchanged += seconds
-            sums.add(Phase.INPUT, Purpose.KERNEL, seconds, layer=layer, axis=solved.mesh.names[axis], collective=collective, nbytes=nbytes)
+            sums.add(
+                Phase.BACKWARD_INPUT,
+                Purpose.KERNEL,
+                seconds,
+                layer=layer,
+                axis=solved.mesh.names[axis],
+                collective=collective,
+                nbytes=nbytes,
+            )
         backward = solved.tables.op_seconds(representative, placement)[1] - exchanged
         # Of a product with a weight, one of two products is the weight's gradient.
         weight = backward / 2 if name in solved.reads.deferrable and _has_activation(solved, op) else 0.0
-        sums.add(Phase.INPUT, Purpose.COMPUTE, backward - weight, layer=layer)
+        sums.add(Phase.BACKWARD_INPUT, Purpose.COMPUTE, backward - weight, layer=layer)
         if weight:
-            sums.add(Phase.WEIGHT, Purpose.COMPUTE, weight, layer=layer)
+            sums.add(Phase.BACKWARD_WEIGHT, Purpose.COMPUTE, weight, layer=layer)
         for tensor, is_parameter, move, nbytes in moves[name]:
             if not tensor.requires_grad:
                 continue
             if not is_parameter:
                 if move.backward is not Collective.NONE:
-                    _add_move(solved, sums, Phase.INPUT, Purpose.ACTIVATION_GRADIENTS, move.backward, move, nbytes, layer)
+                    _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.ACTIVATION_GRADIENTS, move.backward, move, nbytes, layer)
             elif move.forward is not Collective.NONE:
                 # A gathered parameter isn't saved: it is gathered again (ZeRO-3, Rajbhandari et al. 2020).
                 if move.forward is Collective.ALL_GATHER:
-                    _add_move(solved, sums, Phase.INPUT, Purpose.PARAMETERS, move.forward, move, nbytes, layer)
+                    _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.PARAMETERS, move.forward, move, nbytes, layer)
                 if move.backward is not Collective.NONE:
-                    _add_move(solved, sums, Phase.INPUT, Purpose.GRADIENTS, move.backward, move, nbytes, layer)
+                    _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.GRADIENTS, move.backward, move, nbytes, layer)
 
 
 def _has_activation(solved: SolvedChain, op: Op) -> bool:

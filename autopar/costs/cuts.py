@@ -21,15 +21,20 @@ class CutCost:
         forward: seconds from the end of the stage until the next one has what crosses; no compute on either rank is in them.
         backward: the same for the gradients on their way back.
         nbytes: of the message forward, and so of one receive buffer.
-        backward_nbytes: of the message of gradients.
         saved: bytes of values that a block before the cut reads and counts as saved, and of which the next stage has a copy of its own.
+        backward_nbytes: of the message of gradients.
     """
 
     forward: float
     backward: float
     nbytes: int
-    backward_nbytes: int
-    saved: int
+    saved: int = 0
+    backward_nbytes: int = 0
+
+    @property
+    def seconds(self) -> tuple[float, float]:
+        """Seconds of both messages, forward and backward."""
+        return self.forward, self.backward
 
 
 def travel_layout(solved: SolvedChain, value: Value, link: Link | None) -> Layout:
@@ -101,6 +106,6 @@ def cost_cut(solved: SolvedChain, number: int, link: Link | None) -> CutCost:
     held += [value for value in solved.reads.made_again[number] if solved.is_saved(value)]
     saved = sum(solved.nbytes(value) for value in held)
     if link is None:
-        return CutCost(0.0, 0.0, forward_nbytes, backward_nbytes, saved)
+        return CutCost(0.0, 0.0, forward_nbytes, saved, backward_nbytes)
     forward, backward = (collective_seconds("p2p", nbytes, 2, link) if nbytes else 0.0 for nbytes in (forward_nbytes, backward_nbytes))
-    return CutCost(forward + gathers / 2, backward + gathers / 2, forward_nbytes, backward_nbytes, saved)
+    return CutCost(forward + gathers / 2, backward + gathers / 2, forward_nbytes, saved, backward_nbytes)

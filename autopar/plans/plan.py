@@ -285,7 +285,7 @@ class Plan:
         """What the step's seconds are made of."""
         return Seconds(
             forward=self._sum(Purpose.COMPUTE, Phase.FORWARD),
-            backward=self._sum(Purpose.COMPUTE, Phase.INPUT) + self._sum(Purpose.COMPUTE, Phase.WEIGHT),
+            backward=self._sum(Purpose.COMPUTE, Phase.BACKWARD_INPUT) + self._sum(Purpose.COMPUTE, Phase.BACKWARD_WEIGHT),
             recompute=self._sum(Purpose.RECOMPUTE),
             optimizer=self._sum(Purpose.OPTIMIZER),
             communication=sum((row.seconds for row in self.costs if row.is_communication), 0.0),

@@ -15,8 +15,8 @@ class Phase(StrEnum):
     """When something is done: in a micro-batch's forward, in one of the two passes of its backward, or once per step."""
 
     FORWARD = "forward"
-    INPUT = "input gradient"
-    WEIGHT = "weight gradient"
+    BACKWARD_INPUT = "input gradient"
+    BACKWARD_WEIGHT = "weight gradient"
     STEP = "step"
 
 

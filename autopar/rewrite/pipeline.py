@@ -98,7 +98,7 @@ def _make_stages(
 ) -> dict[int, StageProgram]:
     """The programs of the stages of one group of ranks, or of all, by number."""
     recomputed = find_recomputed(planned.graph, planned.spaces, chain, planned.plan.pipeline)
-    split = {action.stage for actions in schedule.actions for action in actions if action.kind is Kind.INPUT}
+    split = {action.stage for actions in schedule.actions for action in actions if action.kind is Kind.BACKWARD_INPUT}
     return {
         number: _make_stage(planned, stage, recomputed, splits_backward=number in split)
         for number, stage in enumerate(stages)

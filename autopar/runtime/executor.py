@@ -249,8 +249,8 @@ class Executor:
 _METHODS = {
     Kind.FORWARD: "_forward",
     Kind.BACKWARD: "_backward",
-    Kind.INPUT: "_input",
-    Kind.WEIGHT: "_weight",
+    Kind.BACKWARD_INPUT: "_input",
+    Kind.BACKWARD_WEIGHT: "_weight",
     Kind.SEND_FORWARD: "_send_forward",
     Kind.RECEIVE_FORWARD: "_receive",
     Kind.SEND_BACKWARD: "_send_backward",
@@ -270,8 +270,8 @@ def _explain(schedule: Schedule, pipeline_rank: int, action: Action, error: Exce
     words = {
         Kind.FORWARD: "forward",
         Kind.BACKWARD: "backward",
-        Kind.INPUT: "backward of inputs",
-        Kind.WEIGHT: "backward of weights",
+        Kind.BACKWARD_INPUT: "backward of inputs",
+        Kind.BACKWARD_WEIGHT: "backward of weights",
         Kind.SEND_FORWARD: "send",
         Kind.SEND_BACKWARD: "send of gradients",
         Kind.RECEIVE_FORWARD: "receive",

@@ -45,7 +45,7 @@ def find_finished_sends(schedule: Schedule, pipeline_rank: int) -> FinishedSends
     for rank, actions in enumerate(schedule.actions):
         received: list[Action] = []
         for action in actions if rank != pipeline_rank else ():
-            if action.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT):
+            if action.kind in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT):
                 received += sends.get(AwaitedPass(action.kind is Kind.FORWARD, action.stage, action.microbatch), ())
             elif action.kind in SENDS and schedule.rank_of[action.peer] == pipeline_rank and received:
                 awaited = AwaitedPass(action.kind is Kind.SEND_FORWARD, action.peer, action.microbatch)

@@ -20,9 +20,9 @@ class Kind(StrEnum):
     FORWARD = "F"
     BACKWARD = "B"
     """The whole backward: gradients of inputs and of weights."""
-    INPUT = "I"
+    BACKWARD_INPUT = "I"
     """The first half of a split backward: gradients of inputs."""
-    WEIGHT = "W"
+    BACKWARD_WEIGHT = "W"
     """The second half of a split backward: gradients of weights."""
     SEND_FORWARD = "SF"
     RECEIVE_FORWARD = "RF"
@@ -35,7 +35,7 @@ class Kind(StrEnum):
     __hash__ = str.__hash__
 
 
-COMPUTING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT})
+COMPUTING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
 SENDS: Mapping[Kind, Kind] = {Kind.SEND_FORWARD: Kind.RECEIVE_FORWARD, Kind.SEND_BACKWARD: Kind.RECEIVE_BACKWARD}
 """Each kind of send -> the kind of receive at the other end."""
 RECEIVES: Mapping[Kind, Kind] = {receive: send for send, receive in SENDS.items()}
@@ -129,12 +129,14 @@ class Schedule:
     @property
     def splits_backward(self) -> bool:
         """Whether any backward runs as two actions, INPUT and WEIGHT."""
-        return any(action.kind is Kind.INPUT for actions in self.actions for action in actions)
+        return any(action.kind is Kind.BACKWARD_INPUT for actions in self.actions for action in actions)
 
     @property
     def has_backward(self) -> bool:
         """Whether there are backwards at all; a schedule for inference has none."""
-        return any(action.kind in (Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT) for actions in self.actions for action in actions)
+        return any(
+            action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) for actions in self.actions for action in actions
+        )
 
 
 def chain(stages: int) -> tuple[StageEdge, ...]:

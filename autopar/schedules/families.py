@@ -181,12 +181,12 @@ def _zero_bubble_h1(ranks: int, microbatches: int, chunks: int) -> Schedule:
     """
     lists = []
     for rank in range(ranks):
-        forward, inputs = _repeat(rank, Kind.FORWARD, microbatches), _repeat(rank, Kind.INPUT, microbatches)
-        pending_weights = deque(_repeat(rank, Kind.WEIGHT, microbatches))
+        forward, inputs = _repeat(rank, Kind.FORWARD, microbatches), _repeat(rank, Kind.BACKWARD_INPUT, microbatches)
+        pending_weights = deque(_repeat(rank, Kind.BACKWARD_WEIGHT, microbatches))
         actions = []
         for action in _alternate(forward, inputs, ranks - rank - 1):
             actions.append(action)
-            if action.kind is Kind.INPUT and action.microbatch >= rank:
+            if action.kind is Kind.BACKWARD_INPUT and action.microbatch >= rank:
                 actions.append(pending_weights.popleft())
         lists.append([*actions, *pending_weights])
     return _finish("zb-h1", microbatches, range(ranks), lists)
@@ -206,7 +206,9 @@ def _zero_bubble_v(ranks: int, microbatches: int, chunks: int) -> Schedule:
     lists = []
     for rank in range(ranks):
         down, up = rank, 2 * ranks - 1 - rank
-        forward, inputs, weight = ([(stage, kind) for stage in (down, up)] for kind in (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT))
+        forward, inputs, weight = (
+            [(stage, kind) for stage in (down, up)] for kind in (Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+        )
         passes = [forward[0]] * (2 * (ranks - rank) - 1)
         passes += [forward[1], forward[0]] * rank
         passes += [forward[1], inputs[1], weight[1]] * (ranks - rank)
@@ -251,8 +253,8 @@ def _v_half(ranks: int, microbatches: int, chunks: int) -> Schedule:
         offsets: dict[StagePass, int] = {
             (down, Kind.FORWARD): 2 * rank,
             (up, Kind.FORWARD): 3 * ranks - 2 - rank,
-            (up, Kind.INPUT): 3 * ranks - 1 + 2 * rank + x,
-            (down, Kind.INPUT): 6 * ranks - 3 - rank + y,
+            (up, Kind.BACKWARD_INPUT): 3 * ranks - 1 + 2 * rank + x,
+            (down, Kind.BACKWARD_INPUT): 6 * ranks - 3 - rank + y,
         }
         units = {6 * index + offset: stage_pass for stage_pass, offset in offsets.items() for index in range(microbatches)}
         head: list[StagePass] = []
@@ -261,12 +263,12 @@ def _v_half(ranks: int, microbatches: int, chunks: int) -> Schedule:
             if unit in units:
                 stage, kind = units[unit]
                 head.append((stage, kind))
-                if kind is Kind.INPUT:
-                    pending_weights.append((stage, Kind.WEIGHT))
+                if kind is Kind.BACKWARD_INPUT:
+                    pending_weights.append((stage, Kind.BACKWARD_WEIGHT))
             elif pending_weights:
                 head.append(pending_weights.popleft())
         heads.append(_number(head))
-        rests.append([(stage, kind) for kind in (Kind.INPUT, Kind.WEIGHT) for stage in (down, up)])
+        rests.append([(stage, kind) for kind in (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) for stage in (down, up)])
     return _finish("v-half", microbatches, _v_shape(ranks), _run_ahead(_v_shape(ranks), microbatches, heads, rests))
 
 
@@ -295,9 +297,9 @@ def _run_ahead(
     def is_ready(stage: int, kind: Kind, index: int) -> bool:
         if kind is Kind.FORWARD:
             return stage == 0 or (stage - 1, kind, index) in done
-        if kind is Kind.INPUT:
+        if kind is Kind.BACKWARD_INPUT:
             return ((stage, Kind.FORWARD, index) if stage == last else (stage + 1, kind, index)) in done
-        return (stage, Kind.INPUT, index) in done
+        return (stage, Kind.BACKWARD_INPUT, index) in done
 
     while pending:
         chosen = []

@@ -94,15 +94,15 @@ def _join_passes(schedule: Schedule, links: _StageLinks) -> Schedule:
     apart = {stage for stage in range(schedule.stages) if links.returning[stage]}
     for actions in schedule.actions:
         for action, following in zip_longest(actions, actions[1:]):
-            if action.kind is Kind.INPUT and following != replace(action, kind=Kind.WEIGHT):
+            if action.kind is Kind.BACKWARD_INPUT and following != replace(action, kind=Kind.BACKWARD_WEIGHT):
                 apart.add(action.stage)
     return replace(
         schedule,
         actions=tuple(
             tuple(
-                replace(action, kind=Kind.BACKWARD) if action.kind is Kind.INPUT and action.stage not in apart else action
+                replace(action, kind=Kind.BACKWARD) if action.kind is Kind.BACKWARD_INPUT and action.stage not in apart else action
                 for action in actions
-                if action.kind is not Kind.WEIGHT or action.stage in apart
+                if action.kind is not Kind.BACKWARD_WEIGHT or action.stage in apart
             )
             for actions in schedule.actions
         ),
@@ -144,10 +144,10 @@ def peaks_in_flight(schedule: Schedule) -> tuple[tuple[InFlight, ...], ...]:
                 continue
             # A backward follows each forward, so only a moment before something is let go can be a peak.
             moments.add(tuple(counts.values()))
-            if action.kind is Kind.WEIGHT:
+            if action.kind is Kind.BACKWARD_WEIGHT:
                 counts[action.stage] = (full, waiting - 1)
             else:
-                counts[action.stage] = (full - 1, waiting + (action.kind is Kind.INPUT))
+                counts[action.stage] = (full - 1, waiting + (action.kind is Kind.BACKWARD_INPUT))
         rank_peaks: list[InFlight] = []
         # From the largest sum down, so that whoever exceeds a moment stands before it.
         for moment in sorted(moments, key=lambda moment: (-sum(map(sum, moment)), moment)):
@@ -289,7 +289,7 @@ def _check_progress(schedule: Schedule, links: _StageLinks) -> None:
         raise _fault(schedule, stuck, f"it never starts, since ranks wait for each other: {'; '.join(waits)}")
 
 
-_PASSES = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT)
+_PASSES = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
 
 def _fault(schedule: Schedule, marks: Sequence[tuple[int, int]], why: str) -> ScheduleError:
@@ -333,7 +333,7 @@ class _StageLinks:
         if action.kind is Kind.FORWARD:
             for peer in self.readers[action.stage]:
                 yield Action(action.stage, Kind.SEND_FORWARD, action.microbatch, peer)
-        elif action.kind in (Kind.BACKWARD, Kind.INPUT):
+        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
             for peer in self.returning[action.stage]:
                 yield Action(action.stage, Kind.SEND_BACKWARD, action.microbatch, peer)
 
@@ -342,7 +342,7 @@ class _StageLinks:
         if action.kind is Kind.FORWARD:
             for peer in self.makers[action.stage]:
                 yield Action(action.stage, Kind.RECEIVE_FORWARD, action.microbatch, peer)
-        elif action.kind in (Kind.BACKWARD, Kind.INPUT):
+        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
             for peer in self.awaited[action.stage]:
                 yield Action(action.stage, Kind.RECEIVE_BACKWARD, action.microbatch, peer)
 
@@ -352,9 +352,9 @@ class _StageLinks:
         if action.kind is Kind.FORWARD:
             for stage in self.makers_here[action.stage]:
                 yield (Action(stage, Kind.FORWARD, index),)
-        elif action.kind in (Kind.BACKWARD, Kind.INPUT):
+        elif action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT):
             yield (Action(action.stage, Kind.FORWARD, index),)
             for stage in self.awaited_here[action.stage]:
-                yield Action(stage, Kind.BACKWARD, index), Action(stage, Kind.INPUT, index)
-        elif action.kind is Kind.WEIGHT:
-            yield (Action(action.stage, Kind.INPUT, index),)
+                yield Action(stage, Kind.BACKWARD, index), Action(stage, Kind.BACKWARD_INPUT, index)
+        elif action.kind is Kind.BACKWARD_WEIGHT:
+            yield (Action(action.stage, Kind.BACKWARD_INPUT, index),)

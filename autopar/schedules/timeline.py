@@ -138,9 +138,9 @@ def _seconds_of(activity: Activity | None, times: Sequence[StageTimes], transfer
             return transfers.get((producer, consumer), (0.0, 0.0))[kind is Kind.SEND_BACKWARD]
         case (stage, Kind.FORWARD):
             return times[stage].forward
-        case (stage, Kind.INPUT):
+        case (stage, Kind.BACKWARD_INPUT):
             return times[stage].input
-        case (stage, Kind.WEIGHT):
+        case (stage, Kind.BACKWARD_WEIGHT):
             return times[stage].weight
         case (stage, _):
             return times[stage].input + times[stage].weight
@@ -168,7 +168,7 @@ class _Graph:
     pairs: frozenset[tuple[int, int]]
 
 
-_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.INPUT, Kind.WEIGHT)
+_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
 
 def _index_of(stage: int, kind: Kind) -> int:
@@ -188,7 +188,7 @@ def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
             raise InputError(f"edge {edge.producer} -> {edge.consumer} isn't from an earlier to a later of the {schedule.stages} stages")
         ways: list[tuple[int, int, Kind, tuple[Kind, ...]]] = [(edge.producer, edge.consumer, Kind.SEND_FORWARD, (Kind.FORWARD,))]
         if edge.has_gradient:
-            ways.append((edge.consumer, edge.producer, Kind.SEND_BACKWARD, (Kind.BACKWARD, Kind.INPUT)))
+            ways.append((edge.consumer, edge.producer, Kind.SEND_BACKWARD, (Kind.BACKWARD, Kind.BACKWARD_INPUT)))
         for source, target, send, kinds in ways:
             for kind in kinds:
                 makes[_index_of(source, kind)].append((len(activities), schedule.rank_of[target]))

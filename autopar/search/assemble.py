@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from autopar.cost_models import Cluster
-from autopar.costs import BUCKET_NBYTES, BlockCost, Sharding, given_nbytes, local_nbytes, operand_layout_of
+from autopar.costs import BUCKET_NBYTES, BlockCost, CutCost, Sharding, given_nbytes, local_nbytes, operand_layout_of
 from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
 from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled, printable
-from autopar.search.pipeline import AssignmentCost, BlockOption, Cut
+from autopar.search.pipeline import AssignmentCost, BlockOption
 from autopar.search.placement import Solution, saved_nbytes
 from autopar.structure import Block, Chain, Folded, Model, Role, first_rank_axis, role_of
 
@@ -50,7 +50,7 @@ class Chosen:
     pipeline: Pipeline
     chain: Chain
     options: tuple[BlockOption, ...]
-    cuts: tuple[Cut, ...]
+    cuts: tuple[CutCost, ...]
     rank_of: tuple[int, ...]
     cost: AssignmentCost
     step_seconds: float
@@ -191,7 +191,7 @@ def _sum_rows(chosen: Chosen, axis_names: Mapping[str, str]) -> tuple[CostRow, .
         if chosen.rank_of[stage] != chosen.rank_of[next_stage]:
             for phase, nbytes, seconds in (
                 (Phase.FORWARD, cut.nbytes, cut.forward),
-                (Phase.INPUT, cut.backward_nbytes, cut.backward),
+                (Phase.BACKWARD_INPUT, cut.backward_nbytes, cut.backward),
             ):
                 if nbytes:
                     count = pipeline.microbatches
@@ -215,7 +215,7 @@ def _mean_idle_seconds(chosen: Chosen) -> float:
     """Seconds of the step in which a pipeline rank computes nothing, the mean over pipeline ranks."""
     busy = [0.0] * chosen.pipeline.ranks
     for _, rank, option, _ in chosen.blocks():
-        busy[rank] += chosen.pipeline.microbatches * (option.forward + option.input + option.weight) + option.once
+        busy[rank] += chosen.pipeline.microbatches * (option.forward + option.backward_input + option.backward_weight) + option.per_step
     return sum(chosen.step_seconds - seconds for seconds in busy) / len(busy)
 
 

@@ -193,7 +193,7 @@ def _measure(trial: Trial, problem: Problem, solution: Solution, solved: SolvedC
         return SolvedTrial(trial, problem, solution, solved.sharding, blocks, no_cost, 0.0, given)
     assignment = make_problem(blocks, make_schedule("gpipe", 1, 1, 1), 0)
     cost = compute_cost(assignment, [0] * len(blocks), [0] * len(blocks))
-    step_seconds = longest_path(assignment, cost.columns)[0] + cost.once
+    step_seconds = longest_path(assignment, cost.columns)[0] + cost.per_step
     return SolvedTrial(trial, problem, solution, solved.sharding, blocks, cost, step_seconds, given)
 
 

@@ -8,7 +8,7 @@ Modules, in reading order: ``block_options``, ``assignment_problem``, ``greedy``
 
 from autopar.search.pipeline.assignment_problem import PHASES, AssignmentCost, RankMemory, compute_cost, longest_path, make_problem
 from autopar.search.pipeline.best_first import Pipelined, search_pipelines
-from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions
 from autopar.search.pipeline.configurations import Configuration, find_configurations, make_pipeline_problem
 from autopar.search.pipeline.option_maker import BlockOptionMaker
 
@@ -19,7 +19,6 @@ __all__ = [
     "BlockOptionMaker",
     "BlockOptions",
     "Configuration",
-    "Cut",
     "Pipelined",
     "RankMemory",
     "compute_cost",

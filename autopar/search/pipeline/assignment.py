@@ -187,7 +187,7 @@ class _AssignmentSearch:
             if point is None or self.is_over:
                 return
             self.relaxed_options = _used_options(self.problem, point)
-            simulated = self.add_paths(point.columns) + point.once
+            simulated = self.add_paths(point.columns) + point.per_step
             if simulated <= point.bound * (1 + GAP_SHARE * self.gap) or point.bound <= previous_bound * (1 + GAP_SHARE * self.gap):
                 return
             previous_bound = point.bound
@@ -223,7 +223,7 @@ class _AssignmentSearch:
             point = self.solve(self.model, self.seconds_left, free=self.model.option_counts, gap=GAP_SHARE * self.gap)
             if point is None:
                 return
-            simulated = self.add_paths(point.columns) + point.once
+            simulated = self.add_paths(point.columns) + point.per_step
             rounded = self.model.solve(self.seconds_left, fixed=point, gap=GAP_SHARE * self.gap)
             if rounded is not None:
                 self.offer(*expand_counts(self.problem, rounded.counts))
@@ -275,9 +275,9 @@ class _AssignmentSearch:
         cost = compute_cost(self.problem, stages, options)
         if any(peak > budget for peak, budget in zip(cost.peak, self.problem.budgets, strict=True)):
             return False
-        simulated = self.add_paths(cost.columns) + cost.once
+        simulated = self.add_paths(cost.columns) + cost.per_step
         if self.best is None or simulated < self.best.simulated:
-            objective = max(float(path @ cost.columns) for path in self.model.paths) + cost.once
+            objective = max(float(path @ cost.columns) for path in self.model.paths) + cost.per_step
             self.best = Assignment(tuple(stages), tuple(options), objective, simulated, 0.0, "", 0, cost.peak)
         return True
 
@@ -332,7 +332,7 @@ def _select_options(run: BlockRun, is_selected: Sequence[bool]) -> BlockRun:
         run,
         indices=tuple(index for index, selected in zip(run.indices, is_selected, strict=True) if selected),
         seconds=run.seconds[mask],
-        once=run.once[mask],
+        per_step=run.per_step[mask],
         saved=run.saved[mask],
         waiting=run.waiting[mask],
         static=run.static[mask],

@@ -8,7 +8,7 @@ blocks of a run are where is decided. Stages :math:`s` on pipeline ranks :math:`
 
 Variables: :math:`n_{r,s,o} \in \mathbb{N}`, the number of blocks of run :math:`r` on stage :math:`s` in option :math:`o` (`counts`);
 :math:`P_{r,s}`, the number of its blocks on the stages up to :math:`s` (`prefix`); :math:`z_{r,s} \in \{0, 1\}`, whether there are any
-(`started`); :math:`T`, the schedule's seconds (`step`); :math:`U`, those after it (`once`).
+(`started`); :math:`T`, the schedule's seconds (`step`); :math:`U`, those after it (`per_step`).
 
 .. math:: \min\; T + U
 
@@ -24,7 +24,7 @@ Variables: :math:`n_{r,s,o} \in \mathbb{N}`, the number of blocks of run :math:`
 (4) no path through the schedule takes longer than the schedule: :math:`T \ge \sum_s c_s\, t_s + \sum_s d_s\, e_s`, with :math:`t_s` the
     sums of the blocks' seconds and :math:`e_s` the transfers, linear in :math:`n` and :math:`z`; :math:`c, d` count how often each
     lies on the path
-(5) every rank updates its parameters when the schedule is over: :math:`U \ge \sum_{s \in k} \sum_{r,o} n_{r,s,o} \mathit{once}`
+(5) every rank updates its parameters when the schedule is over: :math:`U \ge \sum_{s \in k} \sum_{r,o} n_{r,s,o} \mathit{per_step}`
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ class Point:
     Attributes:
         bound: a lower bound on the seconds of any solution.
         columns: seconds of stages and transfers, in the order that `AssignmentProblem` states.
-        once: seconds U.
+        per_step: seconds U.
         counts: per run and stage the number of blocks in each option of the run.
         prefixes: the values of all P, in the model's order.
     """
 
     bound: float
     columns: Floats
-    once: float
+    per_step: float
     counts: dict[tuple[int, int], Floats]
     prefixes: Floats
 
@@ -72,7 +72,7 @@ class AssignmentModel:
         paths: the paths that constraint (4) is stated for.
         second, tick, byte: units of the model per second of a step, per second of a column, per byte.
         counts, prefix, started: ids of the variables n, P and z, by (run, stage); n per option of the run.
-        step, once, columns: ids of the variables T, U and those of the seconds of stages and transfers.
+        step, per_step, columns: ids of the variables T, U and those of the seconds of stages and transfers.
     """
 
     def __init__(
@@ -108,9 +108,9 @@ class AssignmentModel:
         self._add_blocks()
         self._add_memory([self.byte * budget for budget in budgets], self._add_variable(0.0, np.inf, cost=1.0) if is_leanest else None)
         if not is_leanest:
-            self.step, self.once = self._add_variable(0.0, np.inf, cost=1.0), self._add_variable(0.0, np.inf, cost=1.0)
+            self.step, self.per_step = self._add_variable(0.0, np.inf, cost=1.0), self._add_variable(0.0, np.inf, cost=1.0)
             self.columns = self._add_columns()
-            self._add_once()
+            self._add_per_step()
             for path in paths or _computing_paths(problem):
                 self.add_path(path)
         if is_guided:
@@ -148,7 +148,9 @@ class AssignmentModel:
         if self.is_leanest:
             return Point(0.0, np.zeros(0), 0.0, counts, np.zeros(0))
         columns = np.maximum(result.values[self.columns], 0.0) / self.tick
-        return Point(result.bound / self.second, columns, float(result.values[self.once]) / self.second, counts, result.values[prefixes])
+        return Point(
+            result.bound / self.second, columns, float(result.values[self.per_step]) / self.second, counts, result.values[prefixes]
+        )
 
     def add_path(self, path: Floats) -> None:
         """Add constraint (4) for a path, given by how often each column lies on it, shape (columns,), unless the model has it."""
@@ -273,20 +275,20 @@ class AssignmentModel:
                 for key, run, _ in self._possible_runs([stage]):
                     terms += zip(self.counts[key].tolist(), (-tick * run.seconds[:, phase]).tolist(), strict=True)
                 self._add_sum(terms, 0.0, 0.0)
-        for direction in (0, 1):  # of `Cut`: forward, backward
+        for direction in (0, 1):  # of `CutCost.seconds`: forward, backward
             for stage in range(stages - 1):
-                constant, terms = self._number_at_end(stage, [tick * run.cut[direction] for run in runs])
+                constant, terms = self._number_at_end(stage, [tick * run.cut.seconds[direction] for run in runs])
                 column = self._add_variable(0.0, np.inf)
                 columns.append(column)
                 self._add_sum([(column, 1.0), *((started, -step) for started, step in terms)], constant, constant)
         return np.array(columns)
 
-    def _add_once(self) -> None:
+    def _add_per_step(self) -> None:
         """Constraint (5)."""
         for stages in self.problem.stages_of:
-            terms = [(self.once, 1.0)]
+            terms = [(self.per_step, 1.0)]
             for key, run, _ in self._possible_runs(stages):
-                terms += zip(self.counts[key].tolist(), (-self.second * run.once).tolist(), strict=True)
+                terms += zip(self.counts[key].tolist(), (-self.second * run.per_step).tolist(), strict=True)
             self._add_sum(terms, 0.0, np.inf)
 
     def _add_guide(self) -> None:

@@ -10,9 +10,9 @@ the course of a schedule. With sums over the blocks of a stage, its peak is
 .. math:: \sum_{s \in k} \mathit{static}_s + \max_{(h, w)} \sum_{s \in k} (h_s\, \mathit{saved}_s + w_s\, \mathit{waiting}_s)
     + 2 \max \mathit{message} + \max \mathit{workspace}
 
-bytes. The saved bytes of a stage include its own copies of values that blocks on earlier stages read too (`Cut.saved`), and receive buffers
-are of the size of the largest message to the rank. The step takes the seconds of the simulated schedule, and those of the rank whose
-:math:`\sum \mathit{once}` is longest.
+bytes. The saved bytes of a stage include its own copies of values that blocks on earlier stages read too (`CutCost.saved`), and receive
+buffers are of the size of the largest message to the rank. The step takes the seconds of the simulated schedule, and those of the rank
+whose :math:`\sum \mathit{per\_step}` is longest.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from autopar.costs import CutCost
 from autopar.errors import InfeasibleError, InputError
 from autopar.schedules import Kind, Schedule, StageTimes, peaks_in_flight, simulate
-from autopar.search.pipeline.block_options import BlockOptions, Cut
+from autopar.search.pipeline.block_options import BlockOptions
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -50,7 +51,7 @@ class BlockRun:
         length: number of blocks.
         indices: of these options in `BlockOptions.options`.
         seconds: forward, input and weight gradients of one micro-batch, shape (options, 3).
-        once: seconds per step outside of the schedule, shape (options,).
+        per_step: seconds per step outside of the schedule, shape (options,).
         saved, waiting, static, workspace: bytes as in `BlockOption`, shape (options,) each.
         cut: what it takes to end a stage after one of the blocks.
         stage: the stage that the user pinned them to, if any.
@@ -60,12 +61,12 @@ class BlockRun:
     length: int
     indices: tuple[int, ...]
     seconds: Floats
-    once: Floats
+    per_step: Floats
     saved: Ints
     waiting: Ints
     static: Ints
     workspace: Ints
-    cut: Cut
+    cut: CutCost
     stage: int | None
 
 
@@ -137,12 +138,12 @@ class AssignmentCost:
 
     Attributes:
         columns: seconds, in the order that `AssignmentProblem` states, shape (3 S + 2 (S - 1),).
-        once: seconds of the pipeline rank whose `once` add up to most.
+        per_step: seconds of the pipeline rank whose `per_step` add up to most.
         memory: bytes of each pipeline rank at its peak, by kind.
     """
 
     columns: Floats
-    once: float
+    per_step: float
     memory: tuple[RankMemory, ...]
 
     @property
@@ -157,7 +158,7 @@ def evaluate(
     """(seconds of a step, bytes of each pipeline rank at its peak) of an assignment: a stage and the number of an option per block."""
     problem = make_problem(blocks, schedule, 0)
     cost = compute_cost(problem, stages, options)
-    return longest_path(problem, cost.columns)[0] + cost.once, cost.peak
+    return longest_path(problem, cost.columns)[0] + cost.per_step, cost.peak
 
 
 def make_problem(blocks: Sequence[BlockOptions], schedule: Schedule, budget: int | Sequence[int]) -> AssignmentProblem:
@@ -191,26 +192,26 @@ def compute_cost(problem: AssignmentProblem, stages: Sequence[int], options: Seq
     count = problem.schedule.stages
     seconds = np.zeros((PHASES, count))
     cuts = np.zeros((2, count))
-    once = np.zeros(count)
+    per_step = np.zeros(count)
     saved, waiting, static, workspace, message, read_before = np.zeros((6, count), dtype=np.int64)
     for block, stage, index in zip(problem.blocks, stages, options, strict=True):
         option = block.options[index]
-        seconds[:, stage] += (option.forward, option.input, option.weight)
-        once[stage] += option.once
+        seconds[:, stage] += (option.forward, option.backward_input, option.backward_weight)
+        per_step[stage] += option.per_step
         saved[stage] += option.saved
         waiting[stage] += option.waiting
         static[stage] += option.static
         workspace[stage] = max(workspace[stage], option.workspace)
-        cuts[:, stage], message[stage], read_before[stage] = block.cut[:2], block.cut.nbytes, block.cut.saved
+        cuts[:, stage], message[stage], read_before[stage] = block.cut.seconds, block.cut.nbytes, block.cut.saved
     saved[1:] += read_before[:-1]
-    memory, longest_once = [], 0.0
+    memory, longest_per_step = [], 0.0
     for stages_of_rank, holdings, messages in zip(problem.stages_of, problem.holdings, problem.messages_to, strict=True):
         own = list(stages_of_rank)
         held = holdings[:, :, 0] @ saved[own] + holdings[:, :, 1] @ waiting[own]
         buffers = RECEIVES_AT_ONCE * max((int(message[stage]) for stage in messages), default=0)
         memory.append(RankMemory(int(static[own].sum()), int(held.max(initial=0)), buffers, int(workspace[own].max())))
-        longest_once = max(longest_once, float(once[own].sum()))
-    return AssignmentCost(np.concatenate([seconds.ravel(), cuts[:, : count - 1].ravel()]), longest_once, tuple(memory))
+        longest_per_step = max(longest_per_step, float(per_step[own].sum()))
+    return AssignmentCost(np.concatenate([seconds.ravel(), cuts[:, : count - 1].ravel()]), longest_per_step, tuple(memory))
 
 
 def longest_path(problem: AssignmentProblem, columns: Floats) -> tuple[float, Floats]:
@@ -239,7 +240,7 @@ def longest_path(problem: AssignmentProblem, columns: Floats) -> tuple[float, Fl
     return timeline.seconds, path
 
 
-_PHASES_OF = {Kind.FORWARD: (0,), Kind.INPUT: (1,), Kind.WEIGHT: (2,), Kind.BACKWARD: (1, 2)}
+_PHASES_OF = {Kind.FORWARD: (0,), Kind.BACKWARD_INPUT: (1,), Kind.BACKWARD_WEIGHT: (2,), Kind.BACKWARD: (1, 2)}
 
 
 def _check_pins(blocks: Sequence[BlockOptions], schedule: Schedule) -> None:
@@ -272,12 +273,12 @@ def _check_pins(blocks: Sequence[BlockOptions], schedule: Schedule) -> None:
 
 def _make_run(number: int, block: BlockOptions, has_backward: bool, splits_backward: bool) -> BlockRun:
     """A run of one block, without dominated options: those that another option is no worse than in all that counts under this schedule."""
-    seconds = np.array([(option.forward, option.input, option.weight) for option in block.options])
-    once = np.array([option.once for option in block.options])
+    seconds = np.array([(option.forward, option.backward_input, option.backward_weight) for option in block.options])
+    per_step = np.array([option.per_step for option in block.options])
     saved, waiting, static, workspace = np.array(
         [(option.saved, option.waiting, option.static, option.workspace) for option in block.options], dtype=np.int64
     ).T
-    criteria = [seconds[:, 0], once, static, workspace]
+    criteria = [seconds[:, 0], per_step, static, workspace]
     if has_backward:
         criteria.append(saved)
     if splits_backward:
@@ -295,7 +296,7 @@ def _make_run(number: int, block: BlockOptions, has_backward: bool, splits_backw
         length=1,
         indices=tuple(worthwhile.tolist()),
         seconds=seconds[worthwhile],
-        once=once[worthwhile],
+        per_step=per_step[worthwhile],
         saved=saved[worthwhile],
         waiting=waiting[worthwhile],
         static=static[worthwhile],

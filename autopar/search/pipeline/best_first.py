@@ -355,11 +355,11 @@ def _estimate_greedy(
 ) -> GreedyPipeline:
     """A greedy assignment with its numbers (5) to (7); `simulated` are the schedules to simulate it with."""
     cost = compute_cost(problem, stages, options)
-    estimate_s = simulate_schedules_s(problem, simulated, cost.columns, configuration) + cost.once
+    estimate_s = simulate_schedules_s(problem, simulated, cost.columns, configuration) + cost.per_step
     work = cost.columns[: PHASES * problem.schedule.stages].reshape(PHASES, -1).sum(axis=0)
     schedules = schedules_of(state, configuration)
-    optimistic_s = estimate_fastest_s(configuration, schedules, float(work.sum()) / configuration.ranks) + cost.once
-    ranking_s = estimate_finest_s(configuration, schedules, [float(work[list(own)].sum()) for own in problem.stages_of]) + cost.once
+    optimistic_s = estimate_fastest_s(configuration, schedules, float(work.sum()) / configuration.ranks) + cost.per_step
+    ranking_s = estimate_finest_s(configuration, schedules, [float(work[list(own)].sum()) for own in problem.stages_of]) + cost.per_step
     return GreedyPipeline(
         configuration=configuration,
         schedule=schedule,

@@ -14,9 +14,8 @@ Some block options of a transformer layer (seconds of one micro-batch)::
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
-from autopar.costs import BlockCost
+from autopar.costs import BlockCost, CutCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +24,9 @@ class BlockOption:
 
     Attributes:
         name: what the backward runs again, of `autopar.plans.RECOMPUTE`.
-        forward, input, weight: seconds of one micro-batch: of the forward, of the input gradients (with the forward that is run again for
-            them), of the weight gradients.
-        once: seconds per step outside of the schedule: the optimizer's update, and gradient reductions that no computing overlaps.
+        forward, backward_input, backward_weight: seconds of one micro-batch: of the forward, of the input gradients (with the forward that
+            is run again for them), of the weight gradients.
+        per_step: seconds per step outside of the schedule: the optimizer's update, and gradient reductions that no computing overlaps.
         saved: bytes that one micro-batch holds from its forward to its input gradients.
         waiting: bytes that one micro-batch holds from its input gradients to its weight gradients.
         static: bytes all the time: parameters, gradients, optimizer state, and outputs of the model that the block makes.
@@ -38,33 +37,15 @@ class BlockOption:
 
     name: str
     forward: float
-    input: float
-    weight: float
-    once: float
+    backward_input: float
+    backward_weight: float
+    per_step: float
     saved: int
     waiting: int
     static: int
     workspace: int
     solution: int = 0
     cost: BlockCost | None = field(default=None, compare=False, repr=False)
-
-
-class Cut(NamedTuple):
-    """What it takes, per micro-batch, to end a stage after a block.
-
-    Attributes:
-        forward, backward: seconds of the message with the values that cross, and of the one with their gradients.
-        nbytes: bytes of the message forward, and of one receive buffer.
-        saved: bytes that the next stage holds of values which blocks before the cut read too. The first block that reads a value counts its
-            bytes, but the next stage has a copy of its own.
-        backward_nbytes: bytes of the message of gradients.
-    """
-
-    forward: float
-    backward: float
-    nbytes: int
-    saved: int = 0
-    backward_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,5 +61,5 @@ class BlockOptions:
 
     name: str
     options: tuple[BlockOption, ...]
-    cut: Cut
+    cut: CutCost
     stage: int | None = None

@@ -11,10 +11,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from autopar.cost_models import Link
-from autopar.costs import BlockCost, SolvedChain, block_kind, cost_block, cost_cut, cut_kind, travel_layout
+from autopar.costs import BlockCost, CutCost, SolvedChain, block_kind, cost_block, cost_cut, cut_kind, travel_layout
 from autopar.ir import Layout
 from autopar.plans import RECOMPUTE, Phase
-from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions
 
 
 class BlockOptionMaker:
@@ -31,7 +31,7 @@ class BlockOptionMaker:
         self.solved = solved
         self.link = link
         self.solution = solution
-        self._kinds: list[tuple[object, Cut]] = []  # per block what its costs depend on, and its cut; found when first needed
+        self._kinds: list[tuple[object, CutCost]] = []  # per block what its costs depend on, and its cut; found when first needed
         self._options: dict[tuple[object, str], BlockOption] = {}
 
     def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockOptions, ...]:
@@ -60,15 +60,14 @@ class BlockOptionMaker:
             for block, (kind, cut) in zip(blocks, self._kinds, strict=True)
         )
 
-    def _find_kinds(self) -> list[tuple[object, Cut]]:
+    def _find_kinds(self) -> list[tuple[object, CutCost]]:
         """Per block something that is equal for blocks of equal costs, and the cut after it."""
-        cuts: dict[object, Cut] = {}
-        kinds: list[tuple[object, Cut]] = []
+        cuts: dict[object, CutCost] = {}
+        kinds: list[tuple[object, CutCost]] = []
         for number in range(len(self.solved.chain.blocks)):
             key = cut_kind(self.solved, number)
             if key not in cuts:
-                cost = cost_cut(self.solved, number, self.link)
-                cuts[key] = Cut(cost.forward, cost.backward, cost.nbytes, cost.saved, cost.backward_nbytes)
+                cuts[key] = cost_cut(self.solved, number, self.link)
             kinds.append((block_kind(self.solved, number), cuts[key]))
         return kinds
 
@@ -78,9 +77,9 @@ class BlockOptionMaker:
         return BlockOption(
             name=name,
             forward=seconds[Phase.FORWARD],
-            input=seconds[Phase.INPUT],
-            weight=seconds[Phase.WEIGHT],
-            once=seconds[Phase.STEP],
+            backward_input=seconds[Phase.BACKWARD_INPUT],
+            backward_weight=seconds[Phase.BACKWARD_WEIGHT],
+            per_step=seconds[Phase.STEP],
             saved=memory.saved,
             waiting=memory.waiting,
             static=memory.static,
@@ -97,4 +96,4 @@ class BlockOptionMaker:
 
 def _join_backward(option: BlockOption) -> BlockOption:
     """The option with input and weight gradients in one pass, counted as input gradients."""
-    return replace(option, input=option.input + option.weight, weight=0.0, waiting=0)
+    return replace(option, backward_input=option.backward_input + option.backward_weight, backward_weight=0.0, waiting=0)
