@@ -31,8 +31,8 @@ from autopar.search.placement.solve import solve
 from autopar.structure.blocks import Chain, find_chain
 from autopar.structure.layers import fold, regroup
 from autopar.structure.microbatches import MicroSplit, split_microbatches
-from autopar.structure.model import Model, find_tables, in_time, role_of
-from autopar.structure.roles import Role, find_factors
+from autopar.structure.model import AnalyzedGraph, find_constants, role_of, with_microbatch_axis
+from autopar.structure.roles import Role, find_roles
 from tests.planning import make_plan
 from tests.zoo import DEEP, ZOO
 
@@ -60,7 +60,7 @@ class Subject:
         self.reference: Reference = prepare_reference(model, inputs, capture(model, inputs))
         self.graph = self.reference.captured.graph
         spaces, _ = find_spaces(self.graph)
-        self.model = Model(fold(self.graph), spaces, find_factors(self.graph, spaces), find_tables(self.graph))
+        self.model = AnalyzedGraph(fold(self.graph), spaces, find_roles(self.graph, spaces), find_constants(self.graph))
         output = model(**inputs)
         (output if isinstance(output, torch.Tensor) else output.loss).backward()
         self.with_gradient = frozenset(name for name, p in model.named_parameters() if p.grad is not None)
@@ -148,14 +148,14 @@ class Subject:
         stages = [sum(cut <= number for cut in cuts) for number in range(len(blocks))]
         choices = tuple(BlockChoice(block.name, block.path, stage, draws(RECOMPUTE)) for block, stage in zip(blocks, stages, strict=True))
         crossing = dict.fromkeys(value for block in blocks for value in block.crossing)
-        micro = in_time(plan.mesh, pipeline.microbatches)
-        travel = {str(value): self._draw_travel(value, micro, generator) for value in crossing}
+        micro_split = with_microbatch_axis(plan.mesh, pipeline.microbatches)
+        travel = {str(value): self._draw_travel(value, micro_split, generator) for value in crossing}
         return dataclasses.replace(plan, pipeline=dataclasses.replace(pipeline, blocks=choices, travel=travel))
 
     def _in_time(self, microbatches: int) -> MicroSplit:
         """How the graph splits into micro-batches."""
         if microbatches not in self._micro:
-            self._micro[microbatches] = split_microbatches(self.graph, self.model.spaces, self.model.factors, microbatches)
+            self._micro[microbatches] = split_microbatches(self.graph, self.model.spaces, self.model.roles, microbatches)
         return self._micro[microbatches]
 
     def _drawn_in_time(
@@ -166,13 +166,13 @@ class Subject:
         key = (axes, microbatches, fsdp)
         if key not in self._timed or is_mixed:
             kinds = tuple(AxisKind(name) if name in ("dp", "tp", "cp") else AxisKind.FREE for name in mesh.names)
-            constraints = Constraints((AxisKind.TIME, *kinds), Pins(fsdp=fsdp))
+            constraints = Constraints((AxisKind.MICROBATCH, *kinds), Pins(fsdp=fsdp))
             folded = self.model.folded
             if is_mixed:
                 instances = [instance for layer in folded.layer_groups for instance in layer.instances]
                 folded = regroup(folded, {name: number for one in instances for number in [generator.randrange(2)] for name in one})
-            model = dataclasses.replace(self.model, folded=folded, micro=self._in_time(microbatches))
-            problem = build_problem(model, in_time(mesh, microbatches), _cluster(mesh.sizes), constraints)
+            model = dataclasses.replace(self.model, folded=folded, micro_split=self._in_time(microbatches))
+            problem = build_problem(model, with_microbatch_axis(mesh, microbatches), _cluster(mesh.sizes), constraints)
             if is_mixed:
                 return self._written(problem, draw(problem, generator), mesh)
             self._timed[key] = problem
@@ -236,7 +236,7 @@ class Subject:
             elif part.loop in ("h", "g", "r") and _is_attention(op):
                 uses.append("heads")
             else:
-                role = role_of(self.model.factors.of_loops[op.name], part)
+                role = role_of(self.model.roles.of_loops[op.name], part)
                 uses.append("features" if role is Role.FEATURE else role.name.lower())
         return uses
 

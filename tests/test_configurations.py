@@ -43,8 +43,8 @@ from autopar.search.pipeline.configurations import (
 from autopar.search.pipeline.greedy import assign_greedily
 from autopar.structure.blocks import find_chain
 from autopar.structure.layers import fold
-from autopar.structure.model import Model, find_tables, in_time
-from autopar.structure.roles import find_factors
+from autopar.structure.model import AnalyzedGraph, find_constants, with_microbatch_axis
+from autopar.structure.roles import find_roles
 
 
 class Odd(nn.Module):
@@ -80,7 +80,7 @@ def make_search(
     graph = capture(module, inputs).graph
     spaces, _ = find_spaces(graph)
     folded = fold(graph)
-    model = Model(folded, spaces, find_factors(graph, spaces), find_tables(graph))
+    model = AnalyzedGraph(folded, spaces, find_roles(graph, spaces), find_constants(graph))
     found = Cluster.parse(cluster)
     if memory is not None:
         found = found.with_memory(found.machine.device.reserved_bytes + memory)
@@ -114,12 +114,12 @@ def test_placements_that_configurations_share_are_legal_for_each(subject: str, g
         keys.add(search.solutions._key(configuration))
         model = search.solutions.model_in_time(configuration.microbatches)
         assert model is not None
-        assert model.micro is not None
-        mesh = in_time(configuration.trial.mesh, configuration.microbatches)
+        assert model.micro_split is not None
+        mesh = with_microbatch_axis(configuration.trial.mesh, configuration.microbatches)
         solutions = search.solutions.solution_sets_alike(configuration)
         assert solutions
         for sharding in (sharding for solution_set in solutions for sharding in solution_set.shardings):
-            assert all(placement[0] == model.micro.placements[name] for name, placement in sharding.placements.items())
+            assert all(placement[0] == model.micro_split.placements[name] for name, placement in sharding.placements.items())
             for name, placement in sharding.placements.items():
                 # A configuration with one rank on an axis may share with another that has more: it splits nothing there.
                 real = tuple(part if size > 1 else None for part, size in zip(placement, mesh.sizes, strict=True))

@@ -16,13 +16,13 @@ from autopar.costs.tables import BUCKET_NBYTES, CostTables, local_nbytes
 from autopar.ir.facts import Exchange
 from autopar.ir.graph import Graph, Op, OpKind
 from autopar.ir.graph import Tensor as IrTensor
-from autopar.ir.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, Split, fits, format_layout, shard
+from autopar.ir.layout import PARTIAL, REPLICATE, REPLICATE_PARTIAL_GRAD, Layout, Mesh, Split, fits, format_layout, shard
 from autopar.ir.reshard import Collective, journey
 from autopar.plans.plan import Plan
 from autopar.rules.table import find_spaces
 from autopar.structure.layers import fold
-from autopar.structure.model import Model, find_tables
-from autopar.structure.roles import find_factors
+from autopar.structure.model import AnalyzedGraph, find_constants
+from autopar.structure.roles import find_roles
 from tests.planning import make_plan
 
 BATCH, WIDTH, HIDDEN = 64, 256, 1024
@@ -44,9 +44,9 @@ def graph() -> Graph:
     return capture(TwoLinears(), (torch.randn(BATCH, WIDTH),)).graph
 
 
-def model_of(found: Graph) -> Model:
+def model_of(found: Graph) -> AnalyzedGraph:
     spaces, _ = find_spaces(found)
-    return Model(fold(found), spaces, find_factors(found, spaces), find_tables(found))
+    return AnalyzedGraph(fold(found), spaces, find_roles(found, spaces), find_constants(found))
 
 
 def tables(*sizes: int, cluster: Cluster = SHARED) -> CostTables:
@@ -89,7 +89,7 @@ def test_a_route_costs_what_its_journey_does(sizes: tuple[int, ...]) -> None:
         tensor = IrTensor(shape, "float32", requires_grad=True)
         states = [REPLICATE, PARTIAL, *(shard(dim, outer) for dim in range(2) for outer in (1, 2, 3))]
         starts = [x for x in itertools.product(states, repeat=len(sizes)) if fits(shape, x, costs.mesh)]
-        needs = [x for x in itertools.product([*states, BROADCAST], repeat=len(sizes)) if fits(shape, x, costs.mesh)]
+        needs = [x for x in itertools.product([*states, REPLICATE_PARTIAL_GRAD], repeat=len(sizes)) if fits(shape, x, costs.mesh)]
         for start, need in itertools.product(starts, needs):
             expected = by_steps(costs, tensor, start, need)
             got = costs.journey_seconds(tensor, start, need, backward=True)
@@ -102,11 +102,11 @@ def test_zero_is_two_gathers_and_a_reduce_scatter() -> None:
     costs = tables(8)
     weight = IrTensor((HIDDEN, WIDTH), "float32", requires_grad=True)
     link = axis_link(SHARED, (8,), 0)
-    gathered, deferred = costs.parameter_seconds(weight, (shard(0),), (BROADCAST,), 1)
+    gathered, deferred = costs.parameter_seconds(weight, (shard(0),), (REPLICATE_PARTIAL_GRAD,), 1)
     gather, scatter = (collective_seconds(kind, weight.nbytes, 8, link) for kind in ("all_gather", "reduce_scatter"))
     assert (gathered, deferred) == (pytest.approx(2 * gather + scatter), 0.0)
     frozen = IrTensor((HIDDEN, WIDTH), "float32")
-    assert costs.parameter_seconds(frozen, (shard(0),), (BROADCAST,), 1) == (pytest.approx(gather), 0.0)
+    assert costs.parameter_seconds(frozen, (shard(0),), (REPLICATE_PARTIAL_GRAD,), 1) == (pytest.approx(gather), 0.0)
 
 
 def test_a_partial_gradient_is_reduced_once_a_step_in_its_share_of_a_bucket() -> None:
@@ -115,7 +115,7 @@ def test_a_partial_gradient_is_reduced_once_a_step_in_its_share_of_a_bucket() ->
     bucket = collective_seconds("all_reduce", BUCKET_NBYTES, 8, axis_link(SHARED, (8,), 0))
     exposed = bucket * weight.nbytes / BUCKET_NBYTES * (1 - DEVICE.overlap)
     for uses in (1, 2, 5):
-        gathered, deferred = costs.parameter_seconds(weight, (REPLICATE,), (BROADCAST,), uses)
+        gathered, deferred = costs.parameter_seconds(weight, (REPLICATE,), (REPLICATE_PARTIAL_GRAD,), uses)
         assert gathered == 0.0
         assert uses * deferred == pytest.approx(exposed)
 

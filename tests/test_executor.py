@@ -157,7 +157,7 @@ class Unasked:
 
     late = False
 
-    def __init__(self, exchange: comm.Exchange, source: int, to: int, number: int, x: Tensor) -> None:
+    def __init__(self, exchange: comm.Rendezvous, source: int, to: int, number: int, x: Tensor) -> None:
         self.where, self.exchange, self.x = (source, to, number), exchange, x
 
     def is_done(self) -> bool:
@@ -255,7 +255,7 @@ def make_executor(
     monkeypatch.setattr(comm.ThreadAxis, "receive", receive)
     x = torch.ones(8, 3, dtype=torch.float64)
     tensors = {rank: StageTensors([torch.eye(3, dtype=torch.float64).requires_grad_()], [], [x])}
-    axis = comm.ThreadAxis(PIPELINE, rank, comm.Exchange(2))
+    axis = comm.ThreadAxis(PIPELINE, rank, comm.Rendezvous(2))
     output_gradients = {0: torch.ones((), dtype=torch.float64)}
     return Executor(
         pipeline,

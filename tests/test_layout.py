@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from autopar.ir.layout import (
-    BROADCAST,
     PARTIAL,
     REPLICATE,
+    REPLICATE_PARTIAL_GRAD,
     Mesh,
     fits,
     format_layout,
@@ -94,7 +94,7 @@ def test_outer_blocks_as_a_rank_sees_them() -> None:
 
 
 def test_text_forms_round_trip_and_refuse_nonsense() -> None:
-    assert parse_layout("S0/3,R,B,P") == (shard(0, 3), REPLICATE, BROADCAST, PARTIAL)
+    assert parse_layout("S0/3,R,B,P") == (shard(0, 3), REPLICATE, REPLICATE_PARTIAL_GRAD, PARTIAL)
     with pytest.raises(ValueError, match="no state of a layout"):
         parse_layout("S")
     with pytest.raises(ValueError, match="no part of a placement"):

@@ -24,7 +24,7 @@ from autopar.rules.notation import argument
 from autopar.rules.table import find_spaces
 from autopar.structure import microbatches
 from autopar.structure.microbatches import MICROBATCH, MicroSplit, reads_locally, split_microbatches
-from autopar.structure.roles import find_factors
+from autopar.structure.roles import find_roles
 from tests.zoo import ZOO
 
 # Training batch norm couples the samples of a batch.
@@ -39,7 +39,7 @@ class Subject:
         self.captured: Captured = _widened(capture(model, inputs))
         self.graph = self.captured.graph
         self.spaces, _ = find_spaces(self.graph)
-        self.factors = find_factors(self.graph, self.spaces)
+        self.roles = find_roles(self.graph, self.spaces)
         self.nodes: dict[str, fx.Node] = {node.name: node for node in self.captured.fx.graph.nodes}
         known = dict(model.named_parameters()) | dict(model.named_buffers()) | dict(self.captured.constants)
         given = {**known, **dict(zip(self.captured.inputs, self.captured.bind((), inputs), strict=True))}
@@ -47,7 +47,7 @@ class Subject:
         (self.output,) = self.graph.of_kind(OpKind.OUTPUT)
 
     def split(self, count: int) -> MicroSplit:
-        return split_microbatches(self.graph, self.spaces, self.factors, count)
+        return split_microbatches(self.graph, self.spaces, self.roles, count)
 
     def states(self, split: MicroSplit) -> list[State]:
         return [split.states[value] for value in self.output.operands]

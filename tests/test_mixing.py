@@ -23,13 +23,13 @@ from autopar.search.options import AxisKind, Constraints
 from autopar.search.pipeline.mixing import find_compatible_options, join_block_options, mix_solutions
 from autopar.search.pipeline.option_maker import BlockOptionMaker
 from autopar.search.placement.problem import build_problem, restrict, sharding_of
-from autopar.search.placement.solve import Search
+from autopar.search.placement.solve import PlacementSolver
 from autopar.structure.blocks import find_chain, relabel
 from autopar.structure.chain_reads import read_chain
 from autopar.structure.layers import fold, fold_as_planned, regroup
 from autopar.structure.microbatches import split_microbatches
-from autopar.structure.model import Model, find_tables, in_time
-from autopar.structure.roles import find_factors
+from autopar.structure.model import AnalyzedGraph, find_constants, with_microbatch_axis
+from autopar.structure.roles import find_roles
 from tests.planning import make_plan
 from tests.zoo import DEEP
 
@@ -62,21 +62,21 @@ class _Subject:
     def __init__(self, name: str) -> None:
         graph = _graph(name)
         spaces, _ = find_spaces(graph)
-        factors = find_factors(graph, spaces)
-        micro = split_microbatches(graph, spaces, factors, 2)
+        roles = find_roles(graph, spaces)
+        micro_split = split_microbatches(graph, spaces, roles, 2)
         self.cluster = Cluster.parse("8xcpu")
-        self.model = Model(fold(graph), spaces, factors, find_tables(graph), micro)
+        self.model = AnalyzedGraph(fold(graph), spaces, roles, find_constants(graph), micro_split)
         self.chain = find_chain(self.model.folded, spaces)
-        self.mesh = in_time(Mesh(("dp", "tp"), (2, 2)), 2)
+        self.mesh = with_microbatch_axis(Mesh(("dp", "tp"), (2, 2)), 2)
         self.reads = read_chain(graph, spaces, self.chain)
-        problem = build_problem(self.model, self.mesh, self.cluster, Constraints((AxisKind.TIME, AxisKind.DP, AxisKind.TP)))
-        search = Search(problem)
+        problem = build_problem(self.model, self.mesh, self.cluster, Constraints((AxisKind.MICROBATCH, AxisKind.DP, AxisKind.TP)))
+        search = PlacementSolver(problem)
         compatible = find_compatible_options(self.model, self.reads, problem, search.solution_at(0.0).choice)
         self.inner = restrict(problem, compatible)
         highest = 1000 * search.bound_ns / search.solution_at(0.0).nbytes
-        self.shardings = [sharding_of(self.inner, solution.choice) for solution in Search(self.inner).frontier(highest, 5)]
+        self.shardings = [sharding_of(self.inner, solution.choice) for solution in PlacementSolver(self.inner).frontier(highest, 5)]
 
-    def option_maker(self, model: Model, sharding: Sharding, number: int = 0) -> BlockOptionMaker:
+    def option_maker(self, model: AnalyzedGraph, sharding: Sharding, number: int = 0) -> BlockOptionMaker:
         chain = relabel(self.chain, model.folded)
         tables = CostTables(model, self.mesh, self.cluster)
         solved = SolvedChain(model, chain, self.reads, tables, sharding, is_one_stage=False)

@@ -98,7 +98,7 @@ def _plan(kind: Kind, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[s
         up = call(collectives.all_gather, (up, axis, 0, 2), {"save": False})
         down = call(collectives.all_gather, (down, axis, 0), {"save": False})
     if kind.name == "tp":
-        x = call(collectives.broadcast, (x, axis))
+        x = call(collectives.sum_gradient, (x, axis))
     halves = call(torch.chunk, (call(F.linear, (x, up, up_bias)), 2, -1))
     gate, value = (call(lambda pair, index: pair[index], (halves, index)) for index in (0, 1))
     hidden = call(torch.mul, (call(F.silu, (gate,)), value))

@@ -24,13 +24,13 @@ from autopar.search.options import AxisKind, Constraints
 from autopar.search.pipeline.block_options import BlockOptions
 from autopar.search.pipeline.option_maker import BlockOptionMaker
 from autopar.search.placement.problem import build_problem, least_bytes, saved_nbytes, sharding_of
-from autopar.search.placement.solve import Search
+from autopar.search.placement.solve import PlacementSolver
 from autopar.structure.blocks import find_chain
 from autopar.structure.chain_reads import read_chain
 from autopar.structure.layers import fold
 from autopar.structure.microbatches import split_microbatches
-from autopar.structure.model import Model, find_tables, in_time
-from autopar.structure.roles import find_factors
+from autopar.structure.model import AnalyzedGraph, find_constants, with_microbatch_axis
+from autopar.structure.roles import find_roles
 
 WIDTH, TOKENS, ROWS = 16, 48, 8
 CLUSTER = Cluster.parse("2xcpu")
@@ -89,12 +89,12 @@ def make_maker(
     """On one rank or two, for two micro-batches, by the fastest solution; the results of the calls in `whole` are on both ranks."""
     graph = capture(module, inputs).graph
     spaces, _ = find_spaces(graph)
-    factors = find_factors(graph, spaces)
-    model = Model(fold(graph), spaces, factors, find_tables(graph), split_microbatches(graph, spaces, factors, 2))
-    mesh = in_time(Mesh(("tp",), (2,)) if tensor_parallel else Mesh(("dp",), (1,)), 2)
-    problem = build_problem(model, mesh, CLUSTER, Constraints((AxisKind.TIME, AxisKind.TP if tensor_parallel else AxisKind.DP)))
+    roles = find_roles(graph, spaces)
+    model = AnalyzedGraph(fold(graph), spaces, roles, find_constants(graph), split_microbatches(graph, spaces, roles, 2))
+    mesh = with_microbatch_axis(Mesh(("tp",), (2,)) if tensor_parallel else Mesh(("dp",), (1,)), 2)
+    problem = build_problem(model, mesh, CLUSTER, Constraints((AxisKind.MICROBATCH, AxisKind.TP if tensor_parallel else AxisKind.DP)))
     chain = find_chain(model.folded, spaces)
-    sharding = sharding_of(problem, Search(problem).solution_at(0.0).choice)
+    sharding = sharding_of(problem, PlacementSolver(problem).solution_at(0.0).choice)
     placements = {name: (placement[0], None) if name in whole else placement for name, placement in sharding.placements.items()}
     sharding = replace(sharding, placements=placements)
     reads = read_chain(graph, spaces, chain)

@@ -26,8 +26,8 @@ from autopar.search.options import AxisKind, Constraints
 from autopar.search.placement.problem import Problem, build_problem
 from autopar.search.placement.solve import evaluate, solve
 from autopar.structure.layers import fold
-from autopar.structure.model import Model, find_tables
-from autopar.structure.roles import Role, find_factors
+from autopar.structure.model import AnalyzedGraph, find_constants
+from autopar.structure.roles import Role, find_roles
 from tests.planning import make_plan
 
 
@@ -54,9 +54,9 @@ def llama(layers: int) -> Captured:
     return capture(model, {"input_ids": ids, "labels": ids})
 
 
-def model_of(found: Captured) -> Model:
+def model_of(found: Captured) -> AnalyzedGraph:
     spaces, _ = find_spaces(found.graph)
-    return Model(fold(found.graph), spaces, find_factors(found.graph, spaces), find_tables(found.graph))
+    return AnalyzedGraph(fold(found.graph), spaces, find_roles(found.graph, spaces), find_constants(found.graph))
 
 
 @pytest.mark.parametrize("cluster", ["8xH100", "2x8xA100", "4xcpu"])
@@ -113,7 +113,7 @@ def test_a_pinned_kind_is_really_used(pins: Mapping[str, object], axes: dict[str
             if op.target == "aten.linear.default":
                 part = plan.placements[op.name][axis]
                 assert isinstance(part, Split)
-                assert model.factors.of_loops[op.name][part.loop][part.outer] is role
+                assert model.roles.of_loops[op.name][part.loop][part.outer] is role
 
 
 def test_modules_can_be_pinned() -> None:
@@ -160,14 +160,14 @@ def test_a_fused_weight_is_split_inside() -> None:
     found = captured("gpt2")
     model = model_of(found)
     weight = next(op for op in found.graph.ops if op.target.endswith("attn.c_attn.weight"))
-    bounds = model.factors.of_dims[Value(weight.name)]
+    bounds = model.roles.of_dims[Value(weight.name)]
     assert 3 in bounds[1]  # Conv1D stores (in, out), and out is (three heads head_dim)
 
 
 def test_inputs_tell_batch_from_sequence() -> None:
     model = model_of(captured("llama"))
     linear = next(op for op in model.folded.ops if op.target == "aten.linear.default")
-    roles = {name: bounds[1] for name, bounds in model.factors.of_loops[linear.name].items()}
+    roles = {name: bounds[1] for name, bounds in model.roles.of_loops[linear.name].items()}
     assert (roles["b"], roles["s"], roles["o"]) == (Role.BATCH, Role.SEQUENCE, Role.FEATURE)
 
 
@@ -189,7 +189,7 @@ def brute_force(problem: Problem) -> int:
 def test_a_real_problem_against_brute_force(cluster: str) -> None:
     graph = capture(Mlp(), (torch.randn(4, 8),)).graph
     spaces, _ = find_spaces(graph)
-    model = Model(fold(graph), spaces, find_factors(graph, spaces), find_tables(graph))
+    model = AnalyzedGraph(fold(graph), spaces, find_roles(graph, spaces), find_constants(graph))
     problem = build_problem(model, Mesh(("x",), (2,)), Cluster.parse(cluster), Constraints((AxisKind.FREE,)))
     assert 1000 < len(list(itertools.product(*(range(len(node.options)) for node in problem.nodes)))) < 10**6
     assert solve(problem, 10**15).cost_ns == brute_force(problem)

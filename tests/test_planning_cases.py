@@ -20,7 +20,7 @@ from autopar.plans.fits import fingerprint
 from autopar.rewrite.emit import rewrite
 from autopar.search.placement.eliminate import eliminate
 from autopar.search.placement.problem import Arc, Decision, DecisionKind, Node, Problem
-from autopar.search.placement.solve import Search, evaluate
+from autopar.search.placement.solve import PlacementSolver, evaluate
 from autopar.structure.layers import fold
 from tests.planning import make_plan
 
@@ -236,7 +236,7 @@ def test_bounds_hold_when_bytes_have_a_price() -> None:
     for price in (0.5, 0.6, 0.9):
         core = eliminate(problem.nodes, problem.arcs, price)
         assert sum(int(left.weight.min()) for left in core.nodes.values()) <= cost + price * nbytes
-    assert Search(problem).fit(nbytes) is not None
+    assert PlacementSolver(problem).fit(nbytes) is not None
 
 
 PLAN = """

@@ -189,7 +189,7 @@ def test_regions_within_regions_and_two_backwards() -> None:
 
 def _parallel(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Megatron's MLP, with dropout inside the split."""
-    hidden = F.gelu(collectives.broadcast(x, "tp") @ up)
+    hidden = F.gelu(collectives.sum_gradient(x, "tp") @ up)
     hidden = kernels.dropout(hidden, 0.5, True, splits={"f": ("tp",)})
     return x + collectives.all_reduce((hidden * hidden) @ down, "tp").tanh()
 
@@ -218,7 +218,7 @@ def test_the_backward_finds_the_axes_of_its_forward() -> None:
 
     module = Recomputed(_graph(region, 1))
     (x,) = _tensors((3,))
-    times = [{"micro": comm.ThreadAxis("micro", at, comm.Exchange(2))} for at in range(2)]
+    times = [{"micro": comm.ThreadAxis("micro", at, comm.Rendezvous(2))} for at in range(2)]
     results = []
     for time in times:
         with comm.active(time):

@@ -10,7 +10,7 @@ import torch
 
 from autopar.checks import threads
 from autopar.checks.shards import cut, join
-from autopar.ir.layout import BROADCAST, PARTIAL, REPLICATE, Layout, Mesh, StateKind, fits, format_layout, parse_layout, shard
+from autopar.ir.layout import PARTIAL, REPLICATE, REPLICATE_PARTIAL_GRAD, Layout, Mesh, StateKind, fits, format_layout, parse_layout, shard
 from autopar.ir.reshard import PAIRS, Collective, journey
 from autopar.ops import collectives
 
@@ -19,7 +19,7 @@ SHAPE = (8, 12)
 CUBE = Mesh(("x", "y", "z"), (2, 2, 2))
 CUBE_SHAPE = (16, 24)
 STARTS = (REPLICATE, PARTIAL, shard(0), shard(1), shard(1, 3))
-NEEDS = (*STARTS, BROADCAST)
+NEEDS = (*STARTS, REPLICATE_PARTIAL_GRAD)
 
 
 def pairs() -> list[tuple[Layout, Layout]]:
@@ -32,7 +32,7 @@ def pairs_on_three_axes() -> list[tuple[Layout, Layout]]:
     """A part of all pairs, and some in which an axis that has arrived must make way for one outside of it."""
     states = (REPLICATE, PARTIAL, shard(0), shard(0, 2), shard(0, 4), shard(1), shard(1, 3))
     starts = [s for s in itertools.product(states, repeat=3) if fits(CUBE_SHAPE, s, CUBE)]
-    needs = [n for n in itertools.product((*states, BROADCAST), repeat=3) if fits(CUBE_SHAPE, n, CUBE)]
+    needs = [n for n in itertools.product((*states, REPLICATE_PARTIAL_GRAD), repeat=3) if fits(CUBE_SHAPE, n, CUBE)]
     hard = [
         ("R,S0,R", "S0,S0,S1"),
         ("R,S0/2,R", "S0/2,S0/2,S0"),
@@ -50,7 +50,7 @@ def move(x: torch.Tensor, start: Layout, need: Layout, mesh: Mesh, shape: tuple[
         axis = mesh.names[step.axis]
         assert tuple(x.shape) == step.shape_before
         if step.forward is Collective.NONE:
-            x = x if step.backward is Collective.NONE else collectives.broadcast(x, axis)
+            x = x if step.backward is Collective.NONE else collectives.sum_gradient(x, axis)
         elif step.forward is Collective.ALL_REDUCE:
             x = collectives.all_reduce(x, axis, grad="all_reduce" if step.backward is Collective.ALL_REDUCE else "identity")
         elif step.forward is Collective.KEEP_FIRST:
@@ -80,8 +80,8 @@ def test_every_journey_carries_value_and_gradient(mesh: Mesh, shape: tuple[int, 
         for start, need in cases:
             x = cut(whole, start, mesh, rank).clone().requires_grad_()
             y = move(x, start, need, mesh, shape)
-            # A Broadcast need is used in parts: the gradient that comes back is a share. A Partial value's gradient is whole.
-            back = tuple(PARTIAL if s == BROADCAST else REPLICATE if s == PARTIAL else s for s in need)
+            # A need of kind B is used in parts: the gradient that comes back is a share. A Partial value's gradient is whole.
+            back = tuple(PARTIAL if s == REPLICATE_PARTIAL_GRAD else REPLICATE if s == PARTIAL else s for s in need)
             y.backward(cut(weight, back, mesh, rank).contiguous())
             assert x.grad is not None
             results.append((y.detach(), x.grad))
@@ -90,7 +90,7 @@ def test_every_journey_carries_value_and_gradient(mesh: Mesh, shape: tuple[int, 
     ranks = threads.run(mesh, run)
     for number, (start, need) in enumerate(cases):
         name = f"{format_layout(start)} -> {format_layout(need)}"
-        value = join([r[number][0] for r in ranks], tuple(REPLICATE if s == BROADCAST else s for s in need), mesh)
+        value = join([r[number][0] for r in ranks], tuple(REPLICATE if s == REPLICATE_PARTIAL_GRAD else s for s in need), mesh)
         torch.testing.assert_close(value.whole, whole, rtol=1e-12, atol=1e-12, msg=name)
         gradient = join([r[number][1] for r in ranks], tuple(REPLICATE if s == PARTIAL else s for s in start), mesh)
         torch.testing.assert_close(gradient.whole, weight, rtol=1e-12, atol=1e-12, msg=name)
@@ -114,5 +114,5 @@ def test_cut_and_join_are_inverse(layout: Layout) -> None:
 
 def test_the_table_has_every_pair_that_one_collective_carries() -> None:
     kinds = set(StateKind)
-    missing = {(a, b) for a in kinds - {StateKind.BROADCAST} for b in kinds} - set(PAIRS)
+    missing = {(a, b) for a in kinds - {StateKind.REPLICATE_PARTIAL_GRAD} for b in kinds} - set(PAIRS)
     assert missing == {(StateKind.SHARD, StateKind.PARTIAL)}  # gathered first

@@ -83,11 +83,11 @@ def test_stages_read(golden: Callable[[str, str], None]) -> None:
     golden("program_stages.txt", "\n".join(parts))
 
 
-def test_only_the_stages_of_a_group_are_made() -> None:
+def test_only_the_stages_of_a_pipeline_rank_are_made() -> None:
     model = Tagger()
     captured = capture(model, inputs())
     plan = find_plan(model, inputs(), "2xcpu", pins={"pp": 2, "microbatches": 4, "schedule": "1f1b"})
-    everything, second = (rewrite(captured, plan, group=group) for group in (None, 1))
+    everything, second = (rewrite(captured, plan, pipeline_rank=pipeline_rank) for pipeline_rank in (None, 1))
     assert everything.pipeline is not None
     assert second.pipeline is not None
     assert list(everything.pipeline.stages) == [0, 1]

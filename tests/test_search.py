@@ -11,7 +11,7 @@ import pytest
 from autopar.errors import InfeasibleError
 from autopar.ir.layout import Mesh
 from autopar.search.placement.problem import FORBIDDEN, Arc, Decision, DecisionKind, Node, Problem, restrict
-from autopar.search.placement.solve import Search, evaluate, solve
+from autopar.search.placement.solve import PlacementSolver, evaluate, solve
 
 
 def random_problem(seed: int, nodes: int, options: int, arcs: int) -> Problem:
@@ -96,7 +96,7 @@ def test_the_frontier_has_the_best_choice_at_every_price(seed: int) -> None:
     problem = random_problem(seed, nodes=6, options=3, arcs=8)
     every = all_choices(problem)
     highest = 20.0
-    found = Search(problem).frontier(highest, 1000)
+    found = PlacementSolver(problem).frontier(highest, 1000)
     costs = [one.cost_ns for one in found]
     assert costs == sorted(set(costs))
     assert [one.nbytes for one in found] == sorted({one.nbytes for one in found}, reverse=True)
@@ -112,7 +112,7 @@ def test_a_short_frontier_fills_the_widest_gap_first() -> None:
     problem = Problem(
         (Node(Decision(DecisionKind.CALL, "a"), ((None,),) * 5, costs, nbytes),), (), Mesh(("x",), (2,)), fixed_ns=0, fixed_bytes=0
     )
-    search = Search(problem)
+    search = PlacementSolver(problem)
     assert [one.cost_ns for one in search.frontier(100.0, 2)] == [0, 100]
     assert [one.cost_ns for one in search.frontier(100.0, 3)] == [0, 10, 100]
     assert [one.cost_ns for one in search.frontier(100.0, 4)] == [0, 10, 31, 100]
@@ -123,7 +123,7 @@ def test_at_the_highest_price_the_leanest_possible_choice_is_best() -> None:
     problem = random_problem(3, nodes=6, options=3, arcs=8)
     nodes = tuple(replace(node, nbytes=node.nbytes * 10**9) for node in problem.nodes)
     big = replace(problem, nodes=nodes, arcs=tuple(replace(arc, nbytes=arc.nbytes * 10**9) for arc in problem.arcs))
-    found = Search(big).solution_at(1e12)
+    found = PlacementSolver(big).solution_at(1e12)
     assert found.nbytes == min(nbytes for _, nbytes in all_choices(big))
     assert found.cost_ns < FORBIDDEN
 

@@ -569,8 +569,8 @@ def test_gathered_and_broadcast_weights(recomputed: bool) -> None:
         def layer(x: Tensor, up: Tensor, bias: Tensor, down: Tensor) -> Tensor:
             full = collectives.all_gather(up, "dp", 0, save=False)
             seen.append(StorageRef(full))
-            y = F.gelu(linear(x, full, collectives.broadcast(bias, "dp")))
-            return x + linear(y, collectives.broadcast(down.to(torch.float64), "dp"))
+            y = F.gelu(linear(x, full, collectives.sum_gradient(bias, "dp")))
+            return x + linear(y, collectives.sum_gradient(down.to(torch.float64), "dp"))
 
         graph = fx.Graph()
         graph.output(graph.call_function(layer, tuple(graph.placeholder(f"x{at}") for at in range(4))))

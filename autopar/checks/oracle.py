@@ -189,15 +189,15 @@ def _compare(space: Space, mesh: Mesh, placement: Placement, whole: _Run, runs: 
             dual = tuple(_DUAL.get(state.kind, state) for state in layout)
             _expect(_join(pieces, dual, mesh, gradient, f"{text}: gradient {index}"), gradient, f"{text}: gradient of operand {index}")
         elif not any(state.kind is StateKind.PARTIAL for state in layout):
-            # Buffers that the op updates in place; a Broadcast operand is whole on every rank.
-            same = tuple(State(StateKind.REPLICATE) if state.kind is StateKind.BROADCAST else state for state in layout)
+            # Buffers that the op updates in place; an operand with a partial gradient is whole on every rank.
+            same = tuple(State(StateKind.REPLICATE) if state.kind is StateKind.REPLICATE_PARTIAL_GRAD else state for state in layout)
             pieces = [run.operands[index] for run in runs]
             _expect(_join(pieces, same, mesh, expected, f"{text}: operand {index}"), expected, f"{text}: operand {index} afterwards")
 
 
 # State of an operand -> state of its gradient, where these differ.
 _DUAL: Mapping[StateKind, State] = {
-    StateKind.BROADCAST: State(StateKind.PARTIAL),
+    StateKind.REPLICATE_PARTIAL_GRAD: State(StateKind.PARTIAL),
     StateKind.PARTIAL: State(StateKind.REPLICATE),
 }
 

@@ -18,15 +18,15 @@ T = TypeVar("T")
 
 
 def axes_by_rank(mesh: Mesh) -> list[dict[str, comm.ThreadAxis]]:
-    """Per rank its axes by name; ranks that differ along one axis only share the `Exchange` of that axis."""
-    exchanges: dict[tuple[int, tuple[int, ...]], comm.Exchange] = {}
+    """Per rank its axes by name; ranks that differ along one axis only share the `Rendezvous` of that axis."""
+    exchanges: dict[tuple[int, tuple[int, ...]], comm.Rendezvous] = {}
     ranks: list[dict[str, comm.ThreadAxis]] = []
     for rank in range(mesh.world_size):
         coordinates = mesh.coordinates(rank)
         axes: dict[str, comm.ThreadAxis] = {}
         for position, (name, size) in enumerate(zip(mesh.names, mesh.sizes, strict=True)):
             line = (position, coordinates[:position] + coordinates[position + 1 :])
-            exchange = exchanges.setdefault(line, comm.Exchange(size))
+            exchange = exchanges.setdefault(line, comm.Rendezvous(size))
             axes[name] = comm.ThreadAxis(name, coordinates[position], exchange)
         ranks.append(axes)
     return ranks

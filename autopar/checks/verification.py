@@ -315,20 +315,22 @@ def _run_program(
         return joined.whole
 
     outputs = [
-        whole(slot.name, [rank.outputs[i] for rank in by_pipeline_rank[slot.groups[0]]], slot.layout)
+        whole(slot.name, [rank.outputs[i] for rank in by_pipeline_rank[slot.pipeline_ranks[0]]], slot.layout)
         for i, slot in enumerate(program.outputs)
     ]
     gradients = {}
     for slot in program.parameters:
         layout = tuple(PARTIAL if name in slot.partial_axes else state for name, state in zip(mesh.names, slot.layout, strict=True))
-        users = [by_pipeline_rank[group] for group in slot.groups if slot.name in by_pipeline_rank[group][0].gradients]
+        users = [by_pipeline_rank[group] for group in slot.pipeline_ranks if slot.name in by_pipeline_rank[group][0].gradients]
         if users:
             summed = [
                 sum((group[i].gradients[slot.name] for group in users[1:]), users[0][i].gradients[slot.name])
                 for i in range(mesh.world_size)
             ]
             gradients[slot.name] = whole(f"gradient of {slot.name}", summed, layout)
-    buffers = {s.name: whole(s.name, [rank.buffers[s.name] for rank in by_pipeline_rank[s.groups[0]]], s.layout) for s in program.buffers}
+    buffers = {
+        s.name: whole(s.name, [rank.buffers[s.name] for rank in by_pipeline_rank[s.pipeline_ranks[0]]], s.layout) for s in program.buffers
+    }
     return _Run(outputs, gradients, buffers), disagreements
 
 
@@ -369,8 +371,8 @@ def _run_stages(
     axes = dict(comm.current())
     axis = axes.pop(PIPELINE, comm.alone(PIPELINE))
     input_parts = [cut(x, slot.layout, mesh, mesh_rank) for x, slot in zip(inputs, program.inputs, strict=True)]
-    leaves = {slot.name: _part(slot, tensors, mesh, mesh_rank) for slot in program.parameters if pipeline_rank in slot.groups}
-    buffers = {slot.name: _part(slot, tensors, mesh, mesh_rank) for slot in program.buffers if pipeline_rank in slot.groups}
+    leaves = {slot.name: _part(slot, tensors, mesh, mesh_rank) for slot in program.parameters if pipeline_rank in slot.pipeline_ranks}
+    buffers = {slot.name: _part(slot, tensors, mesh, mesh_rank) for slot in program.buffers if pipeline_rank in slot.pipeline_ranks}
     stage_tensors = {
         stage: StageTensors(
             [leaves[program.parameters[position].name] for position in stage_program.parameters],
@@ -390,7 +392,7 @@ def _run_stages(
     )
     executor.run()
     assert executor.is_idle, "a schedule ended with micro-batches still under way"
-    outputs = {i: executor.join(i) for i, slot in enumerate(program.outputs) if slot.groups[0] == pipeline_rank}
+    outputs = {i: executor.join(i) for i, slot in enumerate(program.outputs) if slot.pipeline_ranks[0] == pipeline_rank}
     updates = dict(enumerate(program.mutated_buffers, len(program.outputs)))
     buffers.update({updates[i]: executor.join(i) for i in [*executor.output_parts] if i in updates})
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

@@ -1,7 +1,7 @@
 """Seconds and bytes of decisions on one mesh, from machine profiles: one table of costs that the search, the plan and the report share.
 
-Comes in: a `Model`, a mesh, a cluster, and for whole blocks a solution of the placement problem. Goes out: prices of single decisions
-(`CostTables`), and per block of the chain its rows of seconds and its bytes (`BlockCost`).
+Comes in: an `AnalyzedGraph`, a mesh, a cluster, and for whole blocks a solution of the placement problem. Goes out: prices of single
+decisions (`CostTables`), and per block of the chain its rows of seconds and its bytes (`BlockCost`).
 
 Modules, in reading order: ``tables``, ``solved``, ``memory``, ``blocks``, ``cuts``.
 """

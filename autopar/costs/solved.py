@@ -1,8 +1,8 @@
 """A chain of blocks under one solution of the placement problem: in which layout each value is made, read, moved and saved.
 
-Comes in: a `Model`, its chain of blocks, and a `Sharding`, what one solution of the placement problem decides. Goes out: a `SolvedChain`,
-which answers for every op and value of the whole graph what the sharding says of their representatives. ``memory``, ``blocks`` and
-``cuts`` price what it says.
+Comes in: an `AnalyzedGraph`, its chain of blocks, and a `Sharding`, what one solution of the placement problem decides. Goes out: a
+`SolvedChain`, which answers for every op and value of the whole graph what the sharding says of their representatives. ``memory``,
+``blocks`` and ``cuts`` price what it says.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cached_property
 
 from autopar.costs.tables import CostTables, local_nbytes, operand_layout_of, result_layout_of
 from autopar.ir import Graph, Layout, Mesh, Op, OpKind, Placement, Split, Value
-from autopar.structure import Chain, ChainReads, Model
+from autopar.structure import AnalyzedGraph, Chain, ChainReads
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SolvedChain:
     """
 
     def __init__(
-        self, model: Model, chain: Chain, reads: ChainReads, tables: CostTables, sharding: Sharding, *, is_one_stage: bool
+        self, model: AnalyzedGraph, chain: Chain, reads: ChainReads, tables: CostTables, sharding: Sharding, *, is_one_stage: bool
     ) -> None:
         """With `is_one_stage` all blocks run on the same ranks, so that what several blocks need is moved and stored once."""
         self.model = model

@@ -1,6 +1,7 @@
 """Seconds and bytes of single decisions on one mesh: a call under a placement, a tensor's journey, a parameter's update.
 
-Comes in: a `Model`, a mesh, a cluster. Goes out: `CostTables`, which the search tables, and of whose prices ``costs.blocks`` makes rows.
+Comes in: an `AnalyzedGraph`, a mesh, a cluster. Goes out: `CostTables`, which the search tables, and of whose prices ``costs.blocks`` makes
+rows.
 
 Seconds are those of one rank. On a mesh with micro-batches as its first axis (`in_time`) they are those of one micro-batch, bytes too. The
 formulas of devices and links are those of `autopar.cost_models`; here stands what they are applied to:
@@ -40,7 +41,7 @@ from autopar.ir import (
     result_layout,
     route,
 )
-from autopar.structure import Model, RouteKey, first_rank_axis
+from autopar.structure import AnalyzedGraph, RouteKey, first_rank_axis
 
 # AdamW keeps two moments of the parameter's own dtype (torch.optim.AdamW).
 OPTIMIZER_COPIES = 2
@@ -59,13 +60,13 @@ COLLECTIVE_KIND: Mapping[Collective, str] = {
 }
 
 
-def operand_layout_of(model: Model, op: Op, placement: Placement, index: int) -> Layout:
+def operand_layout_of(model: AnalyzedGraph, op: Op, placement: Placement, index: int) -> Layout:
     """The layout in which `op` reads its operand number `index`; an op without a rule reads it whole."""
     space = model.spaces.get(op.name)
     return tuple(REPLICATE for _ in placement) if space is None else operand_layout(space, placement, index)
 
 
-def result_layout_of(model: Model, op: Op, placement: Placement, index: int) -> Layout:
+def result_layout_of(model: AnalyzedGraph, op: Op, placement: Placement, index: int) -> Layout:
     """The layout in which `op` makes its result number `index`; an op without a rule makes it whole."""
     space = model.spaces.get(op.name)
     return tuple(REPLICATE for _ in placement) if space is None else result_layout(space, placement, index)
@@ -76,7 +77,7 @@ def local_nbytes(tensor: Tensor, layout: Layout, mesh: Mesh) -> int:
     return math.prod(local_shape(tensor.shape, layout, mesh)) * ITEMSIZE[tensor.dtype]
 
 
-def call_seconds(model: Model, device: Device, op: Op, ways: int, nbytes: int) -> tuple[float, float]:
+def call_seconds(model: AnalyzedGraph, device: Device, op: Op, ways: int, nbytes: int) -> tuple[float, float]:
     """(forward, backward) seconds of a part of a call on one device.
 
     The backward takes as many flops and bytes as the forward, times a factor of the op's family (`Family.backward_work`); none when no
@@ -109,7 +110,7 @@ class CostTables:
         links: per axis of the mesh the link between its ranks.
     """
 
-    def __init__(self, model: Model, mesh: Mesh, cluster: Cluster) -> None:
+    def __init__(self, model: AnalyzedGraph, mesh: Mesh, cluster: Cluster) -> None:
         self.model = model
         self.mesh = mesh
         self.device = cluster.machine.device
@@ -260,7 +261,7 @@ class CostTables:
         return op_seconds(self.device, flops=0, nbytes=nbytes, dtype=tensor.dtype, family="pointwise")
 
 
-def count_uses(model: Model) -> Counter[str]:
+def count_uses(model: AnalyzedGraph) -> Counter[str]:
     """Per representative how many operands read a result of one of the ops that it stands for, on average, rounded down; at least 1.
 
     What nothing reads isn't there: its count is 0.

@@ -10,12 +10,12 @@ Modules, in reading order: ``graph``, ``facts``, ``space``, ``layout``, ``reshar
 from autopar.ir.facts import Exchange, Facts, Family, Meaning, TargetMean, WholeBatch
 from autopar.ir.graph import ITEMSIZE, Graph, Op, Operand, OpKind, Tensor, Value, freeze
 from autopar.ir.layout import (
-    BROADCAST,
     MICROBATCH,
     PARTIAL,
     PASS_PARTIAL,
     PIPELINE,
     REPLICATE,
+    REPLICATE_PARTIAL_GRAD,
     AxisPlacement,
     Layout,
     Mesh,
@@ -41,13 +41,13 @@ from autopar.ir.reshard import Collective, ReshardStep, Route, RouteStep, journe
 from autopar.ir.space import Dims, LoopKind, Space, parse
 
 __all__ = [
-    "BROADCAST",
     "ITEMSIZE",
     "MICROBATCH",
     "PARTIAL",
     "PASS_PARTIAL",
     "PIPELINE",
     "REPLICATE",
+    "REPLICATE_PARTIAL_GRAD",
     "AxisPlacement",
     "Collective",
     "Dims",

@@ -13,8 +13,8 @@ The states of a tensor on one axis, with their text forms:
       S0/3   rank 0: 0 1     4 5     8 9             rank 1: 2 3     6 7     10 11
 
 - Replicate (``R``): every rank has the whole tensor, and its gradient is whole on every rank.
-- Broadcast (``B``), only as what a consumer needs: every rank has the whole tensor but computes a part of what follows, so that its
-  gradient is Partial. This is what data parallelism needs of a weight.
+- Replicate with a partial gradient (``B``), only as what a consumer needs: every rank has the whole tensor but computes a part of what
+  follows, so that its gradient is Partial. This is what data parallelism needs of a weight.
 - Partial (``P``): every rank has a summand, the tensor is the sum over the axis. Its gradient is whole on every rank.
 """
 
@@ -83,7 +83,7 @@ class StateKind(StrEnum):
 
     SHARD = "S"
     REPLICATE = "R"
-    BROADCAST = "B"
+    REPLICATE_PARTIAL_GRAD = "B"
     PARTIAL = "P"
 
 
@@ -102,7 +102,7 @@ class State:
 
 
 REPLICATE = State(StateKind.REPLICATE)
-BROADCAST = State(StateKind.BROADCAST)
+REPLICATE_PARTIAL_GRAD = State(StateKind.REPLICATE_PARTIAL_GRAD)
 PARTIAL = State(StateKind.PARTIAL)
 
 
@@ -206,10 +206,10 @@ def _operand_state(space: Space, axis_placement: AxisPlacement, index: int) -> S
     if axis_placement is None:
         return REPLICATE
     if isinstance(axis_placement, PassPartial):
-        return PARTIAL if index in space.linear else BROADCAST
+        return PARTIAL if index in space.linear else REPLICATE_PARTIAL_GRAD
     if index in space.added and space.loops[axis_placement.loop].kind is LoopKind.SUM:
         return PARTIAL
-    return _split_state(space, axis_placement, space.operands[index]) or BROADCAST
+    return _split_state(space, axis_placement, space.operands[index]) or REPLICATE_PARTIAL_GRAD
 
 
 def _result_state(space: Space, axis_placement: AxisPlacement, dims: Dims) -> State:

@@ -30,10 +30,10 @@ class Collective(Enum):
     KEEP_FIRST = "keep_first"
 
 
-S, R, B, P = StateKind.SHARD, StateKind.REPLICATE, StateKind.BROADCAST, StateKind.PARTIAL
+S, R, B, P = StateKind.SHARD, StateKind.REPLICATE, StateKind.REPLICATE_PARTIAL_GRAD, StateKind.PARTIAL
 
 # (producer's state, consumer's need) -> (what the value does, what its gradient does on the way back).
-# A Shard or a Replicate value has a gradient of the same state; a Partial value's gradient is Replicate; a Broadcast need returns
+# A Shard or a Replicate value has a gradient of the same state; a Partial value's gradient is Replicate; a need of kind B returns
 # a Partial gradient. Megatron's f is (R, B), its g is (P, R) (Shoeybi et al. 2019, section 3); with sequence parallelism they
 # become (S, B) and (P, S) (Korthikanti et al. 2022, section 4.2.2).
 PAIRS: Mapping[tuple[StateKind, StateKind], tuple[Collective, Collective]] = {
@@ -86,7 +86,7 @@ def journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> 
     Args:
         shape: global sizes of the tensor.
         start: the layout in which it was made: Shard, Replicate and Partial states.
-        need: the layout in which it is needed; may have Broadcast states too. Both layouts must fit the shape (`layout.fits`).
+        need: the layout in which it is needed; may have states of kind B too. Both layouts must fit the shape (`layout.fits`).
         mesh: the mesh whose axes the layouts are of.
     """
     return _journey(shape, start, need, mesh)

@@ -118,7 +118,7 @@ class _Shard(torch.autograd.Function):
         return _join(axis.gather_stack(grads[0]), dim, outer), None, None, None
 
 
-class _Broadcast(torch.autograd.Function):
+class _SumGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: comm.Axis) -> Tensor:
         ctx.axis = axis
@@ -161,15 +161,15 @@ def all_gather(
     grad: Literal["reduce_scatter", "slice"] = "reduce_scatter",
     save: bool = True,
 ) -> Tensor:
-    """Shard -> Replicate or Broadcast: the parts of all ranks joined along `dim`.
+    """Shard -> Replicate, with a whole or a partial gradient: the parts of all ranks joined along `dim`.
 
     Args:
         x: this rank's part.
         axis: the mesh axis.
         dim: the dim that is joined.
         outer: number of its outer blocks in `x`.
-        grad: what the gradient does. ``reduce_scatter``: it is summed over the ranks, and each rank gets its part (the result was needed as
-            Broadcast). ``slice``: it is whole on every rank, which takes its part (the result was needed as Replicate).
+        grad: what the gradient does. ``reduce_scatter``: it is summed over the ranks, and each rank gets its part (each used the result in
+            part). ``slice``: it is whole on every rank, which takes its part (each used all of the result).
         save: whether autograd may save the joined tensor for the backward. If not, and inside `regather`, it saves the part `x` instead.
     """
     mesh_axis = comm.axis(axis)
@@ -183,7 +183,7 @@ def reduce_scatter(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
 
 
 def all_reduce(x: Tensor, axis: str, grad: Literal["identity", "all_reduce"] = "identity") -> Tensor:
-    """Partial -> Replicate or Broadcast: the sum over the ranks.
+    """Partial -> Replicate, with a whole or a partial gradient: the sum over the ranks.
 
     With ``grad="identity"`` the gradient is whole on every rank and passes unchanged (Megatron's g); with ``"all_reduce"`` each rank has a
     summand of the gradient, and the sum is passed on.
@@ -198,10 +198,10 @@ def shard(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
     return x.contiguous() if mesh_axis.size == 1 else _apply(_Shard, x, mesh_axis, dim, outer)
 
 
-def broadcast(x: Tensor, axis: str) -> Tensor:
-    """Replicate -> Broadcast: `x` itself, without communication; the ranks' gradients, which are summands, are summed (Megatron's f)."""
+def sum_gradient(x: Tensor, axis: str) -> Tensor:
+    """Whole to whole, for ranks that each use a part of `x`: no communication, but their gradients are summed (Megatron's f)."""
     mesh_axis = comm.axis(axis)
-    return x if mesh_axis.size == 1 else _apply(_Broadcast, x, mesh_axis)
+    return x if mesh_axis.size == 1 else _apply(_SumGradient, x, mesh_axis)
 
 
 def keep_first(x: Tensor, axis: str) -> Tensor:

@@ -216,7 +216,7 @@ _EMPTY = ("", torch.empty(0))
 
 
 @final
-class Exchange:
+class Rendezvous:
     """Where the threads of one axis exchange tensors: a slot per rank for collectives, an inbox per pair of ranks for messages.
 
     In a collective every rank fills its slot, all wait for each other, all read the slots, and all wait again before the next one.
@@ -299,9 +299,9 @@ class Exchange:
 
 @final
 class ThreadAxis(Axis):
-    """An axis whose ranks are threads of this process that share an `Exchange`; results are the same bits on every rank."""
+    """An axis whose ranks are threads of this process that share a `Rendezvous`; results are the same bits on every rank."""
 
-    def __init__(self, name: str, index: int, exchange: Exchange) -> None:
+    def __init__(self, name: str, index: int, exchange: Rendezvous) -> None:
         self.name = name
         self.size = exchange.size
         self.index = index
@@ -430,7 +430,7 @@ class MicrobatchAxis(Axis):
 
 def alone(name: str) -> Axis:
     """An axis of size 1, for a process without process groups."""
-    return ThreadAxis(name, 0, Exchange(1))
+    return ThreadAxis(name, 0, Rendezvous(1))
 
 
 class _Stack(threading.local):

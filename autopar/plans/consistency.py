@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from autopar.errors import InputError, PlanError
-from autopar.ir import BROADCAST, MICROBATCH, PARTIAL, PIPELINE, Layout, Placement
+from autopar.ir import MICROBATCH, PARTIAL, PIPELINE, REPLICATE_PARTIAL_GRAD, Layout, Placement
 from autopar.plans.rows import OUTSIDE, Phase, Purpose
 from autopar.schedules import check_schedule
 
@@ -91,7 +91,7 @@ def _list_layouts(plan: Plan) -> Iterator[tuple[str, str, Layout]]:
 def _check_layouts(plan: Plan) -> None:
     for where, name, layout in _list_layouts(plan):
         _check_axes(plan, where, name, layout)
-        if BROADCAST in layout:
+        if REPLICATE_PARTIAL_GRAD in layout:
             raise PlanError(f"{where}: {name!r} has the state B, which is what an op may need, but no state in which a tensor is kept")
     for name, layout in plan.layouts.items():
         if PARTIAL in layout:

@@ -46,8 +46,8 @@ def call(builder: GraphBuilder, op: Op, *, splits_backward: bool = False) -> Non
     if space is not None and space.kernel is not None and (splits or space.random):
         target = getattr(kernels, space.kernel)
         kwargs["splits"] = splits
-        if planned.micro is not None and op.name in planned.micro.counted:
-            kwargs["counted"] = builder.whole_batch[BatchValue(planned.micro.counted[op.name], op.name)]
+        if planned.micro_split is not None and op.name in planned.micro_split.counted:
+            kwargs["counted"] = builder.whole_batch[BatchValue(planned.micro_split.counted[op.name], op.name)]
     elif splits_backward and is_deferrable(planned.graph, planned.spaces, op):
         target = DEFERRABLE[op.target]
     if planned.device is not None and not op.operands and takes(captured.target, "device"):

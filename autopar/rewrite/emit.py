@@ -24,14 +24,14 @@ from autopar.rules import find_spaces
 from autopar.structure import Chain, find_chain, fold
 
 
-def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, group: int | None = None) -> Program:
+def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, pipeline_rank: int | None = None) -> Program:
     """Carry out `plan` on `captured`.
 
     Args:
         captured: the model; it isn't changed.
         plan: made for this model and inputs of these sizes.
         device: where the program makes new tensors; None leaves it to each call.
-        group: under a pipeline, the group of ranks whose stages are wanted; None for those of all groups.
+        pipeline_rank: under a pipeline, the group of ranks whose stages are wanted; None for those of all groups.
 
     Raises:
         PlanError: the plan was made for another graph, or was edited and can't be carried out.
@@ -43,7 +43,7 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, 
     chain = find_chain(folded, spaces)
     if not plan.pipeline.is_trivial or not plan.pipeline.keeps_all:
         _check_blocks(plan.pipeline, chain)
-    return _rewrite_whole(planned, chain) if plan.pipeline.is_trivial else rewrite_pipeline(planned, chain, group)
+    return _rewrite_whole(planned, chain) if plan.pipeline.is_trivial else rewrite_pipeline(planned, chain, pipeline_rank)
 
 
 def _rewrite_whole(planned: PlannedGraph, chain: Chain) -> Program:

@@ -94,7 +94,7 @@ def build_prologue(planned: PlannedGraph, stage: Stage, batch_values: Sequence[B
             count_targets = losses.count_targets(labels, None, -100)
             return (count_targets,)
     """
-    planned = replace(planned, micro=None)
+    planned = replace(planned, micro_split=None)
     graph, builder = planned.graph, GraphBuilder(planned)
     buffers = (op for op in graph.of_kind(OpKind.BUFFER) if op.name in stage.stored)
     _place(builder, [*buffers, *graph.of_kind(OpKind.INPUT)])

@@ -54,7 +54,7 @@ def read_operand(builder: GraphBuilder, op: Op, operand: int) -> fx.Node:
     With micro-batches, an op that needs the whole batch reads what the prologue computed; others begin with their micro-batch's part.
     """
     value, need = op.operands[operand], needed_layout(builder.planned, op, operand)
-    if builder.planned.micro is None:
+    if builder.planned.micro_split is None:
         return move(builder, builder.made[value], need, op).node
     if needs_whole_batch(builder.planned, value, need):
         made = made_layout(builder.planned, value)
@@ -166,7 +166,7 @@ def _take_step(builder: GraphBuilder, node: fx.Node, step: ReshardStep, value: V
     is_summed_later = is_parameter and axis in planned.partial_axes[producer.name]
     if step.backward is Collective.NONE or not requires_grad or is_summed_later:
         return node
-    return builder.call(reader, collectives.broadcast, (node, axis))
+    return builder.call(reader, collectives.sum_gradient, (node, axis))
 
 
 def _arguments_of(step: ReshardStep, *, is_parameter: bool, requires_grad: bool) -> tuple[tuple[int, ...], Mapping[str, Any]]:

@@ -23,10 +23,10 @@ from autopar.rewrite.stages import Stage, edges_of, partition
 from autopar.rewrite.whole_batch import find_batch_values, with_prologue
 from autopar.rules import facts_of
 from autopar.schedules import Kind, Schedule, StageEdge, add_messages, forward_only, make_schedule
-from autopar.structure import Chain, find_factors, split_microbatches
+from autopar.structure import Chain, find_roles, split_microbatches
 
 
-def rewrite_pipeline(planned: PlannedGraph, chain: Chain, group: int | None) -> Program:
+def rewrite_pipeline(planned: PlannedGraph, chain: Chain, pipeline_rank: int | None) -> Program:
     """Carry out a plan that has several stages or micro-batches.
 
     Before, a plan of two stages and four micro-batches, and the calls of the graph::
@@ -44,7 +44,7 @@ def rewrite_pipeline(planned: PlannedGraph, chain: Chain, group: int | None) -> 
     Args:
         planned: with neither stages nor micro-batches yet.
         chain: the blocks of its graph, as many as the plan has.
-        group: the group of ranks whose stages are wanted; None for those of all groups.
+        pipeline_rank: the group of ranks whose stages are wanted; None for those of all groups.
 
     Raises:
         PlanError: the batch can't be split into the plan's micro-batches, or stages of several groups write to one buffer.
@@ -60,16 +60,16 @@ def rewrite_pipeline(planned: PlannedGraph, chain: Chain, group: int | None) -> 
     written = _find_written(graph, planned.spaces)
     users = _find_users(graph, stages, schedule)
     _check_written(written, users)
-    programs = _make_stages(planned, chain, stages, schedule, group)
+    programs = _make_stages(planned, chain, stages, schedule, pipeline_rank)
     makers = {position: schedule.rank_of[number] for number, stage in enumerate(stages) for position in stage.outputs}
     program = make_program(planned, nn.ModuleDict({f"stage {number}": stage.module for number, stage in programs.items()}))
     # What no stage uses belongs to the last.
     users = {slot.name: users.get(slot.name, (schedule.rank_of[-1],)) for slot in (*program.parameters, *program.buffers)}
     return replace(
         program,
-        parameters=tuple(replace(slot, groups=users[slot.name]) for slot in program.parameters),
-        buffers=tuple(replace(slot, groups=users[slot.name]) for slot in program.buffers),
-        outputs=tuple(replace(slot, groups=(makers[position],)) for position, slot in enumerate(program.outputs)),
+        parameters=tuple(replace(slot, pipeline_ranks=users[slot.name]) for slot in program.parameters),
+        buffers=tuple(replace(slot, pipeline_ranks=users[slot.name]) for slot in program.buffers),
+        outputs=tuple(replace(slot, pipeline_ranks=(makers[position],)) for position, slot in enumerate(program.outputs)),
         pipeline=PipelineProgram(
             stages=programs,
             schedule=schedule,
@@ -87,14 +87,14 @@ def rewrite_pipeline(planned: PlannedGraph, chain: Chain, group: int | None) -> 
 def _with_microbatches(planned: PlannedGraph) -> PlannedGraph:
     """`planned` for programs that run on one micro-batch."""
     graph, spaces, count = planned.graph, planned.spaces, planned.plan.pipeline.microbatches
-    micro = split_microbatches(graph, spaces, find_factors(graph, spaces), count)
-    if micro.reasons:
-        raise PlanError(f"the plan has {count} micro-batches, but {'; '.join(micro.reasons)}")
-    return replace(planned, micro=micro)
+    micro_split = split_microbatches(graph, spaces, find_roles(graph, spaces), count)
+    if micro_split.reasons:
+        raise PlanError(f"the plan has {count} micro-batches, but {'; '.join(micro_split.reasons)}")
+    return replace(planned, micro_split=micro_split)
 
 
 def _make_stages(
-    planned: PlannedGraph, chain: Chain, stages: Sequence[Stage], schedule: Schedule, group: int | None
+    planned: PlannedGraph, chain: Chain, stages: Sequence[Stage], schedule: Schedule, pipeline_rank: int | None
 ) -> dict[int, StageProgram]:
     """The programs of the stages of one group of ranks, or of all, by number."""
     recomputed = find_recomputed(planned.graph, planned.spaces, chain, planned.plan.pipeline)
@@ -102,7 +102,7 @@ def _make_stages(
     return {
         number: _make_stage(planned, stage, recomputed, splits_backward=number in split)
         for number, stage in enumerate(stages)
-        if group is None or schedule.rank_of[number] == group
+        if pipeline_rank is None or schedule.rank_of[number] == pipeline_rank
     }
 
 
@@ -130,15 +130,15 @@ def _find_users(graph: Graph, stages: Sequence[Stage], schedule: Schedule) -> di
     for number, stage in enumerate(stages):
         for name in stage.stored:
             users[graph.by_name[name].target][schedule.rank_of[number]] = None
-    return {name: tuple(groups) for name, groups in users.items()}
+    return {name: tuple(pipeline_ranks) for name, pipeline_ranks in users.items()}
 
 
 def _check_written(written: frozenset[str], users: Mapping[str, Sequence[int]]) -> None:
     """Raise PlanError when several groups of ranks write to one buffer."""
     for name in sorted(written):
-        if len(groups := sorted(users.get(name, ()))) > 1:
+        if len(pipeline_ranks := sorted(users.get(name, ()))) > 1:
             raise PlanError(
-                f"buffer {name} is written to on pipeline groups {', '.join(map(str, groups))}, each with a copy of its own; "
+                f"buffer {name} is written to on pipeline groups {', '.join(map(str, pipeline_ranks))}, each with a copy of its own; "
                 "pin what uses it to one stage"
             )
 

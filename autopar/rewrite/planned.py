@@ -4,7 +4,7 @@ Comes in: `Captured` and a `Plan`. Goes out: a `PlannedGraph`, from which the fu
 carries out. No other module of this package reads the plan's placements and layouts.
 
 A plan decides for representatives of like layers and for mesh axes of ranks. The functions here answer for every op. With micro-batches
-they answer for the axes ``(micro, *ranks)``: what a micro-batch does or has on the first, what the plan says on the others.
+they answer for the axes ``(micro_split, *ranks)``: what a micro-batch does or has on the first, what the plan says on the others.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from autopar.ir import (
     result_layout,
 )
 from autopar.plans import Plan
-from autopar.structure import Folded, MicroSplit, fold_as_planned, in_time
+from autopar.structure import Folded, MicroSplit, fold_as_planned, with_microbatch_axis
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PlannedGraph:
         folded: the graph with those layers folded into one that share decisions in `plan`.
         spaces: the loops of every call that has a rule; other calls run whole on every rank.
         device: where new tensors are made; None leaves it to the call.
-        micro: how the graph splits into micro-batches; None for programs that run on the whole batch at once.
+        micro_split: how the graph splits into micro-batches; None for programs that run on the whole batch at once.
     """
 
     captured: Captured
@@ -61,7 +61,7 @@ class PlannedGraph:
     folded: Folded
     spaces: Mapping[str, Space]
     device: torch.device | None = None
-    micro: MicroSplit | None = None
+    micro_split: MicroSplit | None = None
 
     @property
     def graph(self) -> Graph:
@@ -71,7 +71,7 @@ class PlannedGraph:
     @cached_property
     def mesh(self) -> Mesh:
         """The plan's mesh; with micro-batches, these are its outermost axis."""
-        return self.plan.mesh if self.micro is None else in_time(self.plan.mesh, self.plan.pipeline.microbatches)
+        return self.plan.mesh if self.micro_split is None else with_microbatch_axis(self.plan.mesh, self.plan.pipeline.microbatches)
 
     @cached_property
     def fx_nodes(self) -> Mapping[str, fx.Node]:
@@ -121,7 +121,7 @@ def returned_layout(planned: PlannedGraph, position: int) -> Layout:
 def placement_of(planned: PlannedGraph, op: Op) -> Placement:
     """How a call is split."""
     placement = planned.plan.placements[planned.folded.representative[op.name]]
-    return placement if planned.micro is None else (planned.micro.placements[op.name], *placement)
+    return placement if planned.micro_split is None else (planned.micro_split.placements[op.name], *placement)
 
 
 def made_layout(planned: PlannedGraph, value: Value) -> Layout:
@@ -129,7 +129,7 @@ def made_layout(planned: PlannedGraph, value: Value) -> Layout:
     op = planned.graph.by_name[value.op]
     if op.kind is not OpKind.CALL:
         layout = stored_layout(planned, op)
-        return layout if planned.micro is None else (REPLICATE, *layout)
+        return layout if planned.micro_split is None else (REPLICATE, *layout)
     space = planned.spaces.get(op.name)
     return _whole(planned) if space is None else result_layout(space, placement_of(planned, op), value.index)
 
@@ -138,7 +138,7 @@ def needed_layout(planned: PlannedGraph, op: Op, operand: int) -> Layout:
     """The layout in which `op` reads its operand of this number; the output reads what a micro-batch makes, as it makes it."""
     if op.kind is OpKind.OUTPUT:
         layout = returned_layout(planned, operand)
-        return layout if planned.micro is None else (made_layout(planned, op.operands[operand])[0], *layout)
+        return layout if planned.micro_split is None else (made_layout(planned, op.operands[operand])[0], *layout)
     space = planned.spaces.get(op.name)
     return _whole(planned) if space is None else operand_layout(space, placement_of(planned, op), operand)
 
@@ -148,7 +148,7 @@ def sent_layout(planned: PlannedGraph, value: Value) -> Layout:
     layout = planned.plan.pipeline.travel.get(str(value))
     if layout is None:
         raise PlanError(f"plan.pipeline.travel has no layout for {str(value)!r}, which crosses from a stage to another; plan again")
-    return layout if planned.micro is None else (planned.micro.states[value], *layout)
+    return layout if planned.micro_split is None else (planned.micro_split.states[value], *layout)
 
 
 def _whole(planned: PlannedGraph) -> Layout:
@@ -156,7 +156,7 @@ def _whole(planned: PlannedGraph) -> Layout:
 
 
 def _find_partial_axes(planned: PlannedGraph, parameter: Op) -> frozenset[str]:
-    """Axes along which `parameter` is stored Replicate and every reader needs it Broadcast: there its gradient is left Partial.
+    """Axes along which `parameter` is stored Replicate and every reader needs it so that its gradient comes back Partial.
 
     Being returned is a use too: the output needs the parameter Replicate, and this part of the gradient comes back whole on every rank.
     To sum it over ranks would count it several times, so then the other readers' gradients are summed where they read.
@@ -172,7 +172,7 @@ def _find_broadcast_axes(planned: PlannedGraph, parameter: Op, need: Layout) -> 
     """Axes along which a reader has nothing to do to get from the stored parameter to `need`, though the gradient has to be summed."""
     stored = stored_layout(planned, parameter)
     # Gradients of micro-batches add up where they arrive, whatever the layout says of time.
-    start = stored if planned.micro is None else (need[0], *stored)
+    start = stored if planned.micro_split is None else (need[0], *stored)
     steps = journey(parameter.results[0].shape, start, need, planned.mesh)
     return frozenset(planned.mesh.names[step.axis] for step in steps if step.forward is Collective.NONE)
 

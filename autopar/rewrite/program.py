@@ -40,7 +40,7 @@ class Slot:
         dtype: torch's name without the ``torch.`` prefix.
         partial_axes: for a parameter, the axes over which its local gradient still has to be summed, once per step.
         requires_grad: whether the tensor takes part in the backward.
-        groups: the pipeline's groups of ranks that use the parameter or make the output; the first owns it.
+        pipeline_ranks: the pipeline's groups of ranks that use the parameter or make the output; the first owns it.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Slot:
     dtype: str
     partial_axes: tuple[str, ...] = ()
     requires_grad: bool = False
-    groups: tuple[int, ...] = (0,)
+    pipeline_ranks: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True, slots=True)

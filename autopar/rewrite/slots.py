@@ -71,7 +71,7 @@ def _joined_layout(planned: PlannedGraph, layout: Layout) -> Layout:
     Ranks split each micro-batch, so of the whole batch they have a part inside of each of as many blocks as there are micro-batches:
     with 4 micro-batches, ``S0,S0`` becomes ``S0/4``.
     """
-    if planned.micro is None:
+    if planned.micro_split is None:
         return layout
     time, *states = layout
     count = planned.mesh.sizes[0]

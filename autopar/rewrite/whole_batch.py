@@ -27,7 +27,7 @@ class BatchValue:
 
 def find_batch_values(planned: PlannedGraph, stage: Stage) -> tuple[BatchValue, ...]:
     """What the calls of `stage` need of the whole batch, each once; nothing without micro-batches."""
-    if planned.micro is None:
+    if planned.micro_split is None:
         return ()
     needed: dict[BatchValue, None] = {}
     for name in stage.calls:
@@ -35,16 +35,16 @@ def find_batch_values(planned: PlannedGraph, stage: Stage) -> tuple[BatchValue, 
         for index, value in enumerate(op.operands):
             if needs_whole_batch(planned, value, needed_layout(planned, op, index)):
                 needed[BatchValue(value)] = None
-        if name in planned.micro.counted:
-            needed[BatchValue(planned.micro.counted[name], name)] = None
+        if name in planned.micro_split.counted:
+            needed[BatchValue(planned.micro_split.counted[name], name)] = None
     return tuple(needed)
 
 
 def needs_whole_batch(planned: PlannedGraph, value: Value, need: Layout) -> bool:
     """Whether an op that works on a micro-batch needs all of `value`, of which the micro-batch makes a part or a summand."""
     return (
-        planned.micro is not None
-        and need[0].kind in (StateKind.REPLICATE, StateKind.BROADCAST)
+        planned.micro_split is not None
+        and need[0].kind in (StateKind.REPLICATE, StateKind.REPLICATE_PARTIAL_GRAD)
         and made_layout(planned, value)[0].kind is not StateKind.REPLICATE
     )
 

@@ -123,7 +123,7 @@ class GradientReducer:
         """Remove a stash; the gradients accumulated in it are dropped."""
         self._stashes.remove(stash)
 
-    def settle(self) -> None:
+    def reduce_unsynced(self) -> None:
         """Sum over the ranks what any program accumulated under `no_sync`, and add it to the parameters' ``grad``."""
         self._finish()
 
@@ -188,7 +188,7 @@ class GradientReducer:
                     _add_to_grad(entry.parameter, entry.leaf.grad.detach())
                     entry.leaf.grad = None
         for stash in self._stashes:
-            stash.settle()
+            stash.reduce_unsynced()
         self._backward = -1
 
 
@@ -250,7 +250,7 @@ class StashedGradients:
             scaled = gradient * scale
             self._unsynced[name] = self._unsynced[name] + scaled if name in self._unsynced else scaled
 
-    def settle(self) -> None:
+    def reduce_unsynced(self) -> None:
         """Sum over the ranks what was accumulated, and add it to the parameters' ``grad``."""
         if not self._unsynced:
             return
@@ -268,7 +268,7 @@ class StashedGradients:
 
     def apply(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
         """Add summed gradients, scaled, and all that any program accumulated under `no_sync`, to the parameters' ``grad``."""
-        self._reducer.settle()
+        self._reducer.reduce_unsynced()
         for name, gradient in gradients.items():
             _add_to_grad(self._tracked[name].parameter, gradient.mul_(scale))
 

@@ -208,7 +208,7 @@ class ParallelModule(nn.Module):
             with torch.inference_mode(False), plain_parameters(self._original):
                 program = self._planner(self._original, args, kwargs, self.training)
             with torch.inference_mode(False), torch.no_grad():
-                program = self._storage.settle(program)
+                program = self._storage.place_parameters(program)
             self._programs[key] = program
         self._last = program
         return program

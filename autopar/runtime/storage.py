@@ -112,7 +112,7 @@ class Storage:
         """The process group over which the gradient of a program's parameter is summed; None when it is complete on every rank."""
         return self._groups.get(slot.partial_axes)
 
-    def settle(self, program: Program) -> Program:
+    def place_parameters(self, program: Program) -> Program:
         """Store the parameters as the first program needs them, or check that a later program reads them as they are stored.
 
         Returns the program; parameters that its pipeline ranks need and another stores are shared by their owner. Raises PlanError when a
@@ -134,7 +134,7 @@ class Storage:
                 layouts={},
                 owners={},
             )
-            layouts, owners = self._exchange(program, deployment)
+            layouts, owners = self._exchange_parameters(program, deployment)
             self.deployment = dataclasses.replace(deployment, layouts=layouts, owners=owners)
         deployment = self.deployment
         if pipeline_ranks != deployment.pipeline_ranks:
@@ -160,7 +160,7 @@ class Storage:
             deployment.alarm.watch(self._groups.values())
         return program
 
-    def _exchange(self, program: Program, deployment: Deployment) -> tuple[dict[str, Layout], dict[str, int | None]]:
+    def _exchange_parameters(self, program: Program, deployment: Deployment) -> tuple[dict[str, Layout], dict[str, int | None]]:
         """Exchange every parameter for the part that this rank stores; returns all layouts and owners by name."""
         mesh, device_mesh = deployment.mesh, deployment.device_mesh
         named = dict(self.model.named_parameters(remove_duplicate=False))
@@ -172,7 +172,7 @@ class Storage:
             # What the program doesn't use stays whole, on the same mesh, so that gradient clipping sees a single mesh.
             slot = by_object.get(id(parameter))
             layout = layouts[name] = slot.layout if slot is not None else (REPLICATE,) * len(mesh.names)
-            owner = owners[name] = slot.groups[0] if slot is not None and deployment.pipeline_ranks > 1 else None
+            owner = owners[name] = slot.pipeline_ranks[0] if slot is not None and deployment.pipeline_ranks > 1 else None
             if id(parameter) in exchanged:
                 continue
             exchanged.add(id(parameter))
@@ -295,7 +295,11 @@ def _like(parameter: nn.Parameter, stored: nn.Parameter) -> nn.Parameter:
 
 def _with_owner(slot: Slot, owner: int | None) -> Slot:
     """The slot with the parameter's owner among the pipeline ranks that have it, in first place."""
-    return slot if owner in (None, slot.groups[0]) else dataclasses.replace(slot, groups=tuple(dict.fromkeys((owner, *slot.groups))))
+    return (
+        slot
+        if owner in (None, slot.pipeline_ranks[0])
+        else dataclasses.replace(slot, pipeline_ranks=tuple(dict.fromkeys((owner, *slot.pipeline_ranks))))
+    )
 
 
 Place = tuple[dict[str, Any], str]

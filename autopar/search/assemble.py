@@ -16,7 +16,7 @@ from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement
 from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled, printable
 from autopar.search.pipeline import AssignmentCost, BlockOption
 from autopar.search.placement import Solution, saved_nbytes
-from autopar.structure import Block, Chain, Folded, Model, Role, first_rank_axis, role_of
+from autopar.structure import AnalyzedGraph, Block, Chain, Folded, Role, first_rank_axis, role_of
 
 KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp", Role.INNER: "tp"}
 
@@ -42,7 +42,7 @@ class Chosen:
         status, method: how the search ended, for the plan's proof.
     """
 
-    model: Model
+    model: AnalyzedGraph
     mesh: Mesh
     sharding: Sharding
     base: Folded
@@ -131,7 +131,7 @@ def assemble(
     )
 
 
-def _name_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) -> Mesh:
+def _name_axes(model: AnalyzedGraph, mesh: Mesh, placements: Mapping[str, Placement]) -> Mesh:
     """The mesh with free axes named after the role of what they split in most of the work; axes called dp, tp or cp keep their names.
 
     If several axes have the same name, free ones among them get a number.
@@ -149,7 +149,7 @@ def _name_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) ->
                 part = placements[op.name][axis]
                 if isinstance(part, Split):
                     points = space.points() * max(1.0, space.flops) * model.folded.count[op.name]
-                    weight[KIND_OF_ROLE[role_of(model.factors.of_loops[op.name], part)]] += int(points)
+                    weight[KIND_OF_ROLE[role_of(model.roles.of_loops[op.name], part)]] += int(points)
         names.append(weight.most_common(1)[0][0] if weight else "dp")
     counts = Counter(names)
     unique = [
@@ -159,13 +159,13 @@ def _name_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) ->
     return Mesh(tuple(unique), mesh.sizes)
 
 
-def _batch_axes(model: Model, mesh: Mesh, placements: Mapping[str, Placement]) -> tuple[str, ...]:
+def _batch_axes(model: AnalyzedGraph, mesh: Mesh, placements: Mapping[str, Placement]) -> tuple[str, ...]:
     """Names of the axes that split the batch in more than half of the contractions."""
     axes = []
     contractions = [name for name, space in model.spaces.items() if name in placements and space.is_contraction]
     for axis, name in enumerate(mesh.names):
         parts = [(op, placements[op][axis]) for op in contractions]
-        by_batch = sum(isinstance(part, Split) and role_of(model.factors.of_loops[op], part) is Role.BATCH for op, part in parts)
+        by_batch = sum(isinstance(part, Split) and role_of(model.roles.of_loops[op], part) is Role.BATCH for op, part in parts)
         if 2 * by_batch > len(contractions):
             axes.append(name)
     return tuple(axes)
@@ -274,7 +274,7 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
     )
 
 
-def _is_gathered(model: Model, sharding: Sharding, parameter: Op, axis: int) -> bool:
+def _is_gathered(model: AnalyzedGraph, sharding: Sharding, parameter: Op, axis: int) -> bool:
     """Whether some reader needs a parameter whole along an axis, which splits its storage: it is gathered there."""
     graph = model.folded.graph
     needs: list[Layout] = []
@@ -296,7 +296,7 @@ def _append(texts: list[str], text: str) -> None:
         texts.append(text)
 
 
-def _note_splits(model: Model, mesh: Mesh, op: Op, placement: Placement, texts: Mapping[str, list[str]]) -> None:
+def _note_splits(model: AnalyzedGraph, mesh: Mesh, op: Op, placement: Placement, texts: Mapping[str, list[str]]) -> None:
     """Add to `texts`, by axis, in words what the placement of a contraction splits."""
     space = model.spaces.get(op.name)
     if space is None or not space.is_contraction:
@@ -304,7 +304,7 @@ def _note_splits(model: Model, mesh: Mesh, op: Op, placement: Placement, texts: 
     for axis, part in enumerate(placement):
         if not isinstance(part, Split):
             continue
-        role = role_of(model.factors.of_loops[op.name], part)
+        role = role_of(model.roles.of_loops[op.name], part)
         if role is Role.BATCH:
             text = "batch"
         elif role is Role.SEQUENCE:

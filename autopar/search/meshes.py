@@ -1,6 +1,6 @@
 """Which meshes the search tries, and under which constraints: the pinned mesh, or free meshes and the named baselines.
 
-Comes in: a `Model`, a cluster, pins, layouts of parameters that are stored already. Goes out: `Trial`s.
+Comes in: an `AnalyzedGraph`, a cluster, pins, layouts of parameters that are stored already. Goes out: `Trial`s.
 
 Baselines are parallelisms in use today, each stated as constraints on the same problem:
 
@@ -24,7 +24,7 @@ from autopar.errors import InputError
 from autopar.ir import Family, Layout, Mesh, Op, OpKind, Placement, Split
 from autopar.plans import Pins
 from autopar.search.options import AxisKind, Constraints, is_inside
-from autopar.structure import Model, Role, role_of
+from autopar.structure import AnalyzedGraph, Role, role_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Trial:
 
 
 def find_trials(
-    model: Model, cluster: Cluster, pins: Pins, mesh: Mesh | None, stored: Mapping[str, Layout], pipeline_ranks: int = 1
+    model: AnalyzedGraph, cluster: Cluster, pins: Pins, mesh: Mesh | None, stored: Mapping[str, Layout], pipeline_ranks: int = 1
 ) -> list[Trial]:
     """The meshes to try for each pipeline rank; for the whole cluster without a pipeline.
 
@@ -84,7 +84,7 @@ def find_trials(
 
 
 def find_pipeline_trials(
-    model: Model, cluster: Cluster, pipeline_ranks: int, pins: Pins, mesh: Mesh | None, stored: Mapping[str, Layout]
+    model: AnalyzedGraph, cluster: Cluster, pipeline_ranks: int, pins: Pins, mesh: Mesh | None, stored: Mapping[str, Layout]
 ) -> list[Trial]:
     """The meshes to try for each of so many pipeline ranks: the pinned one, else dp x tp with tp of every size inside a machine.
 
@@ -116,7 +116,7 @@ def find_pipeline_trials(
     return trials
 
 
-def _constrain(model: Model, mesh: Mesh, pins: Pins, stored: Mapping[str, Layout]) -> Constraints:
+def _constrain(model: AnalyzedGraph, mesh: Mesh, pins: Pins, stored: Mapping[str, Layout]) -> Constraints:
     """The constraints of a mesh: axes called dp, tp or cp have that kind, others are free. Raises InputError on pins that can't be had."""
     # For a later program over stored parameters the names are no constraints: a last, smaller batch must run too.
     kind_names = () if stored else ("dp", "tp", "cp")
@@ -143,7 +143,7 @@ def _with_batch_axis(constraints: Constraints, mesh: Mesh) -> tuple[AxisKind, ..
     return kinds
 
 
-def _check_placements(model: Model, pins: Pins, mesh: Mesh) -> None:
+def _check_placements(model: AnalyzedGraph, pins: Pins, mesh: Mesh) -> None:
     """Raise InputError for pinned placements that name no module with work, no loop of its ops or no axis of the mesh."""
     work = [op for op in model.folded.graph.of_kind(OpKind.CALL) if op.name in model.spaces and model.spaces[op.name].is_contraction]
     for pattern, pinned in pins.placements.items():
@@ -166,7 +166,7 @@ def _check_placements(model: Model, pins: Pins, mesh: Mesh) -> None:
                 raise InputError(f"pin {pattern!r} names axis {name!r}, the mesh has {', '.join(mesh.names)}")
 
 
-def _check_batch(model: Model, size: int) -> None:
+def _check_batch(model: AnalyzedGraph, size: int) -> None:
     """Raise InputError if the batch, dim 0 of the inputs, can't be split over a dp axis of this size."""
     graph = model.folded.graph
     inputs = [op for op in graph.of_kind(OpKind.INPUT) if op.results[0].shape]
@@ -211,7 +211,7 @@ def _free_meshes(world: int) -> list[Mesh]:
     return meshes
 
 
-def _baselines(model: Model, cluster: Cluster) -> list[Trial]:
+def _baselines(model: AnalyzedGraph, cluster: Cluster) -> list[Trial]:
     """The baselines on all ranks of a cluster; none for a single rank."""
     world = cluster.world_size
     if world == 1:
@@ -230,17 +230,17 @@ def _baselines(model: Model, cluster: Cluster) -> list[Trial]:
     return trials
 
 
-def _megatron(model: Model, axis: int) -> Callable[[Op, Placement], bool]:
+def _megatron(model: AnalyzedGraph, axis: int) -> Callable[[Op, Placement], bool]:
     """Megatron's rule: along `axis` calls are split by features or not at all, so that between blocks values are whole."""
 
     def accept(op: Op, placement: Placement) -> bool:
         part = placement[axis]
-        return not isinstance(part, Split) or role_of(model.factors.of_loops[op.name], part) is Role.FEATURE
+        return not isinstance(part, Split) or role_of(model.roles.of_loops[op.name], part) is Role.FEATURE
 
     return accept
 
 
-def _redco(model: Model, axis: int) -> Callable[[Op, Placement], bool]:
+def _redco(model: AnalyzedGraph, axis: int) -> Callable[[Op, Placement], bool]:
     """Redco's rule: along `axis` linear layers alternate over dataflow, outputs split, then inputs; other calls are split by features."""
     graph = model.folded.graph
     splits_outputs: dict[str, bool] = {}
@@ -258,7 +258,7 @@ def _redco(model: Model, axis: int) -> Callable[[Op, Placement], bool]:
     def accept(op: Op, placement: Placement) -> bool:
         part = placement[axis]
         if op.name not in splits_outputs:
-            return not isinstance(part, Split) or role_of(model.factors.of_loops[op.name], part) is Role.FEATURE
+            return not isinstance(part, Split) or role_of(model.roles.of_loops[op.name], part) is Role.FEATURE
         if not isinstance(part, Split):
             return False
         in_results = model.spaces[op.name].find(model.spaces[op.name].results[0], part.loop) is not None
@@ -267,7 +267,7 @@ def _redco(model: Model, axis: int) -> Callable[[Op, Placement], bool]:
     return accept
 
 
-def _is_linear(model: Model, op: Op) -> bool:
+def _is_linear(model: AnalyzedGraph, op: Op) -> bool:
     """Whether an op is a matrix product with a parameter."""
     space = model.spaces.get(op.name)
     graph = model.folded.graph

@@ -1,8 +1,8 @@
 """The options of single decisions: legal placements of calls, layouts of parameters and outputs, under pins and kinds of axes.
 
-Comes in: a `Model`, a mesh, `Constraints`. Goes out: lists of placements and layouts, over all axes of the mesh. For example, a linear
-layer ``m k, n k -> m n`` on a mesh of one axis may be run whole or be split by m, n or k; on an axis of kind DP only by m, if that is the
-loop over the batch.
+Comes in: an `AnalyzedGraph`, a mesh, `Constraints`. Goes out: lists of placements and layouts, over all axes of the mesh. For example, a
+linear layer ``m k, n k -> m n`` on a mesh of one axis may be run whole or be split by m, n or k; on an axis of kind DP only by m, if that
+is the loop over the batch.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from autopar.ir import (
     shard,
 )
 from autopar.plans import NO_PINS, Pins
-from autopar.structure import Model, Role, first_rank_axis, role_of
+from autopar.structure import AnalyzedGraph, Role, first_rank_axis, role_of
 
 
 class AxisKind(Enum):
     """What an axis of the mesh may split."""
 
-    TIME = "time"  # the axis of micro-batches, which is walked in time
+    MICROBATCH = "micro-batches"
     FREE = "free"  # anything
     DP = "dp"  # the batch
     TP = "tp"  # features
@@ -69,19 +69,19 @@ class Constraints:
         return frozenset(AxisKind(name) for name, size in self.pins.axis_sizes.items() if size == 1 and not self.stored)
 
 
-def call_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Placement]:
+def call_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constraints) -> list[Placement]:
     """The legal placements of a call that the constraints allow.
 
     A call without a rule, and one that makes a small constant table, has one placement: replicated.
     """
     first_axis = first_rank_axis(mesh)
     # How micro-batches split a call is no decision: the model says it (`structure.microbatches`).
-    time: Placement = () if model.micro is None else (model.micro.placements[op.name],)
+    time: Placement = () if model.micro_split is None else (model.micro_split.placements[op.name],)
     replicated: Placement = (*time, *(None for _ in mesh.sizes[first_axis:]))
     space = model.spaces.get(op.name)
-    if space is None or op.name in model.tables:
+    if space is None or op.name in model.constants:
         return [replicated]
-    loops = model.factors.of_loops[op.name]
+    loops = model.roles.of_loops[op.name]
     parts: list[Split | object | None] = [None]
     splits = [(Split(loop.name, outer), role) for loop in space.splittable for outer, role in loops[loop.name].items()]
     parts += [split for split, role in splits if role is not Role.INNER] or [split for split, _ in splits]
@@ -113,7 +113,7 @@ def _of_kind(
     there is no other placement.
     """
     kind = constraints.kinds[axis]
-    if kind is AxisKind.TIME:
+    if kind is AxisKind.MICROBATCH:
         return options
 
     def role(option: Placement) -> Role | None:
@@ -169,13 +169,13 @@ def is_inside(path: str, pattern: str) -> bool:
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")
 
 
-def parameter_options(model: Model, op: Op, mesh: Mesh, constraints: Constraints) -> list[Layout]:
+def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constraints) -> list[Layout]:
     """The layouts that a parameter may be stored in: the one it is stored in already, or sharded and replicated ones as pinned."""
     if op.target in constraints.stored:
         return [(*(REPLICATE,) * first_rank_axis(mesh), *constraints.stored[op.target])]
     tensor = op.results[0]
     states = [REPLICATE]
-    for dim, bounds in enumerate(model.factors.of_dims[Value(op.name)]):
+    for dim, bounds in enumerate(model.roles.of_dims[Value(op.name)]):
         states += [shard(dim, outer) for outer in bounds]
     layouts = _fitting(tensor, states, mesh)
     for axis, kind in enumerate(constraints.kinds):

@@ -22,7 +22,7 @@ from autopar.search.assemble import Chosen, assemble
 from autopar.search.meshes import find_pipeline_trials, find_trials
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
 from autopar.search.trials import SolvedTrial, TrialResults, name_request, solve_trials
-from autopar.structure import Chain, Model, batch_size, find_chain, find_factors, find_tables, fold, regroup, relabel
+from autopar.structure import AnalyzedGraph, Chain, batch_size, find_chain, find_constants, find_roles, fold, regroup, relabel
 from autopar.units import format_bytes
 
 Progress = Callable[[str], None]
@@ -50,7 +50,7 @@ class _Request:
         stored: layouts in which parameters are stored already, by name.
     """
 
-    model: Model
+    model: AnalyzedGraph
     chain: Chain
     cluster: Cluster
     pins: Pins
@@ -111,7 +111,7 @@ def make_plan(
     spaces, unruled = _read_rules(graph, strict=strict)
     model, chain = _fold(graph, spaces, stored or {})
     if first_plan is not None and not (first_plan.pipeline.is_trivial and first_plan.pipeline.keeps_all):
-        pins = pin_pipeline(pins, first_plan, chain, batch_size(graph, model.factors))
+        pins = pin_pipeline(pins, first_plan, chain, batch_size(graph, model.roles))
     request = _Request(model, chain, cluster, pins, mesh, stored or {})
     results = _search_placements(request, tell)
     pipelined, candidates = _search_pipelines(request, results, tell)
@@ -181,7 +181,7 @@ def _read_rules(graph: Graph, *, strict: bool) -> tuple[Mapping[str, Space], tup
     return spaces, unruled
 
 
-def _fold(graph: Graph, spaces: Mapping[str, Space], stored: Mapping[str, Layout]) -> tuple[Model, Chain]:
+def _fold(graph: Graph, spaces: Mapping[str, Space], stored: Mapping[str, Layout]) -> tuple[AnalyzedGraph, Chain]:
     """What doesn't depend on the mesh: the folded graph with the roles of its dims, and its blocks."""
     folded = fold(graph)
     chain = find_chain(folded, spaces)
@@ -190,7 +190,7 @@ def _fold(graph: Graph, spaces: Mapping[str, Space], stored: Mapping[str, Layout
         numbers = {layout: number for number, layout in enumerate(dict.fromkeys(stored.values()))}
         folded = regroup(folded, {op.name: numbers[stored[op.target]] for op in graph.of_kind(OpKind.PARAMETER) if op.target in stored})
         chain = relabel(chain, folded)
-    return Model(folded, spaces, find_factors(graph, spaces), find_tables(graph)), chain
+    return AnalyzedGraph(folded, spaces, find_roles(graph, spaces), find_constants(graph)), chain
 
 
 def _search_placements(request: _Request, tell: Progress) -> TrialResults:
@@ -238,7 +238,7 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
     return searched.best, searched.candidates
 
 
-def _choose_pipelined(pipelined: Pipelined, model: Model, chain: Chain) -> Chosen:
+def _choose_pipelined(pipelined: Pipelined, model: AnalyzedGraph, chain: Chain) -> Chosen:
     """A pipeline, in the form that a plan is assembled from."""
     pipeline, assignment, solution = pipelined.pipeline, pipelined.assignment, pipelined.solution
     return Chosen(
@@ -260,7 +260,7 @@ def _choose_pipelined(pipelined: Pipelined, model: Model, chain: Chain) -> Chose
     )
 
 
-def _choose_solved(solved: SolvedTrial, model: Model, chain: Chain) -> Chosen:
+def _choose_solved(solved: SolvedTrial, model: AnalyzedGraph, chain: Chain) -> Chosen:
     """A solution without a pipeline, in the form that a plan is assembled from: all blocks are on one stage."""
     blocks = tuple(BlockChoice(block.name, block.path, 0, "none") for block in chain.blocks)
     return Chosen(

@@ -28,8 +28,8 @@ from autopar.search.pipeline import (
     longest_path,
     make_problem,
 )
-from autopar.search.placement import FORBIDDEN, Problem, Search, Solution, build_problem, least_bytes, sharding_of
-from autopar.structure import Chain, Model, read_chain
+from autopar.search.placement import FORBIDDEN, PlacementSolver, Problem, Solution, build_problem, least_bytes, sharding_of
+from autopar.structure import AnalyzedGraph, Chain, read_chain
 from autopar.units import format_bytes
 
 Progress = Callable[[str], None]
@@ -91,7 +91,7 @@ class TrialResults:
 
 
 def solve_trials(
-    model: Model, chain: Chain, trials: Sequence[Trial], cluster: Cluster, pins: Pins, tell: Progress, *, is_open: bool
+    model: AnalyzedGraph, chain: Chain, trials: Sequence[Trial], cluster: Cluster, pins: Pins, tell: Progress, *, is_open: bool
 ) -> TrialResults:
     """Solve all trials in which every op has a placement.
 
@@ -113,12 +113,12 @@ def solve_trials(
     if is_open and least > cluster.machine.device.usable_bytes:
         outcome = f"out of memory: without recomputation {format_bytes(least)} and more on each device, however it is split"
         return TrialResults(candidates=(Candidate("search", f"any of {len(trials)} meshes", None, None, outcome),))
-    searches: list[tuple[Trial, Search]] = []
+    searches: list[tuple[Trial, PlacementSolver]] = []
     for trial in trials:
         tell(f"costs: {trial.name} on {trial.mesh}")
         problem = build_problem(model, trial.mesh, cluster, trial.constraints)
         tell(f"search: {trial.name} on {trial.mesh}")
-        search = Search(problem)
+        search = PlacementSolver(problem)
         if search.bound_ns < FORBIDDEN:
             searches.append((trial, search))
     if not searches:
@@ -153,7 +153,7 @@ def solve_trials(
 
 
 def _solve_trial(
-    measure: Callable[[Solution], SolvedTrial], search: Search, cluster: Cluster, cutoff_ns: int | None, *, tighten: bool
+    measure: Callable[[Solution], SolvedTrial], search: PlacementSolver, cluster: Cluster, cutoff_ns: int | None, *, tighten: bool
 ) -> SolvedTrial | None:
     """Solve one trial within the memory of a device.
 

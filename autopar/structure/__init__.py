@@ -1,6 +1,6 @@
 """What is read off a graph before any mesh is known: repeated layers, roles of dims, blocks, micro-batches.
 
-Comes in: a `Graph` and the spaces of its calls. Goes out: a `Model` and a `Chain` of blocks.
+Comes in: a `Graph` and the spaces of its calls. Goes out: an `AnalyzedGraph` and a `Chain` of blocks.
 
 Modules, in reading order: ``measures``, ``repeats``, ``layers``, ``roles``, ``weights``, ``chain_order``, ``chain_cuts``, ``blocks``,
 ``attention_cores``, ``chain_reads``, ``microbatches``, ``saved``, ``model``.
@@ -11,11 +11,12 @@ from autopar.structure.blocks import Block, Chain, find_chain, relabel
 from autopar.structure.chain_reads import ChainReads, read_chain
 from autopar.structure.layers import Edge, Folded, fold, fold_as_planned, regroup
 from autopar.structure.microbatches import MicroSplit, MicroSplitter, batch_size, split_microbatches
-from autopar.structure.model import Model, RouteKey, find_tables, first_rank_axis, in_time, role_of
-from autopar.structure.roles import Role, find_factors
+from autopar.structure.model import AnalyzedGraph, RouteKey, find_constants, first_rank_axis, role_of, with_microbatch_axis
+from autopar.structure.roles import Role, find_roles
 from autopar.structure.weights import find_source, is_deferrable
 
 __all__ = [
+    "AnalyzedGraph",
     "Block",
     "Chain",
     "ChainReads",
@@ -23,23 +24,22 @@ __all__ = [
     "Folded",
     "MicroSplit",
     "MicroSplitter",
-    "Model",
     "Role",
     "RouteKey",
     "batch_size",
     "find_chain",
+    "find_constants",
     "find_cores",
-    "find_factors",
+    "find_roles",
     "find_source",
-    "find_tables",
     "first_rank_axis",
     "fold",
     "fold_as_planned",
-    "in_time",
     "is_deferrable",
     "read_chain",
     "regroup",
     "relabel",
     "role_of",
     "split_microbatches",
+    "with_microbatch_axis",
 ]

@@ -28,10 +28,10 @@ from dataclasses import dataclass
 
 from autopar.errors import InputError
 from autopar.ir import (
-    BROADCAST,
     MICROBATCH,
     PASS_PARTIAL,
     REPLICATE,
+    REPLICATE_PARTIAL_GRAD,
     AxisPlacement,
     Dims,
     Graph,
@@ -51,7 +51,7 @@ from autopar.ir import (
     shard,
 )
 from autopar.rules import facts_of, is_random
-from autopar.structure.roles import Factors, Role
+from autopar.structure.roles import GraphRoles, Role
 
 WHOLE_NBYTES = 1 << 28
 """Bytes of the largest tensor that is computed from the whole batch at once: a step is split into micro-batches to have no large ones."""
@@ -88,7 +88,7 @@ def reads_locally(state: State, need: State) -> bool:
     return state in (need, REPLICATE)
 
 
-def split_microbatches(graph: Graph, spaces: Mapping[str, Space], factors: Factors, count: int) -> MicroSplit:
+def split_microbatches(graph: Graph, spaces: Mapping[str, Space], roles: GraphRoles, count: int) -> MicroSplit:
     """Split the batch of `graph` into `count` micro-batches of equal size.
 
     The batch is dim 0 of the inputs. Where inputs differ in its size, those of the most frequent size are split; if there is a reason
@@ -97,12 +97,12 @@ def split_microbatches(graph: Graph, spaces: Mapping[str, Space], factors: Facto
     Args:
         graph: as captured for the whole batch.
         spaces: of every call that has a rule.
-        factors: the roles of the inputs' dims.
+        roles: the roles of the inputs' dims.
         count: number of micro-batches. With 1 nothing is split and every value is the same in all.
 
     Raises InputError when `count` is below 1. That the graph can't be split is no error: `MicroSplit.reasons` says why.
     """
-    return MicroSplitter(graph, spaces, factors).split(count)
+    return MicroSplitter(graph, spaces, roles).split(count)
 
 
 class MicroSplitter:
@@ -112,10 +112,10 @@ class MicroSplitter:
     share a split.
     """
 
-    def __init__(self, graph: Graph, spaces: Mapping[str, Space], factors: Factors) -> None:
+    def __init__(self, graph: Graph, spaces: Mapping[str, Space], roles: GraphRoles) -> None:
         self.graph = graph
         self.spaces = spaces
-        self.batches = _find_batches(graph, factors)
+        self.batches = _find_batches(graph, roles)
         self._walks: list[tuple[_Walk, MicroSplit]] = []  # those that ended without a reason
 
     def split(self, count: int) -> MicroSplit:
@@ -159,16 +159,16 @@ def _refuse(reason: str) -> MicroSplit:
     return MicroSplit({}, {}, frozenset(), {}, (reason,))
 
 
-def batch_size(graph: Graph, factors: Factors) -> int:
+def batch_size(graph: Graph, roles: GraphRoles) -> int:
     """Number of samples of a step: the size of dim 0 that most inputs have; 1 without any input of more."""
-    return next(iter(_find_batches(graph, factors)), 1)
+    return next(iter(_find_batches(graph, roles)), 1)
 
 
-def _find_batches(graph: Graph, factors: Factors) -> dict[int, list[str]]:
+def _find_batches(graph: Graph, roles: GraphRoles) -> dict[int, list[str]]:
     """Sizes that the batch may have, that of most inputs first -> names of the inputs whose dim 0 has this size."""
     inputs: dict[int, list[str]] = {}
     for op in graph.of_kind(OpKind.INPUT):
-        shape, dims = op.results[0].shape, factors.of_dims[Value(op.name)]
+        shape, dims = op.results[0].shape, roles.of_dims[Value(op.name)]
         if shape and shape[0] > 1 and dims[0].get(1) is Role.BATCH:
             inputs.setdefault(shape[0], []).append(op.name)
     order = Counter({size: len(names) for size, names in inputs.items()}).most_common()
@@ -363,7 +363,7 @@ class _Walk:
             need = _operand_state(space, placement, index)
             if reads_locally(self.states[value], need):
                 continue
-            if need not in (REPLICATE, BROADCAST) or self._why_not_whole(value):
+            if need not in (REPLICATE, REPLICATE_PARTIAL_GRAD) or self._why_not_whole(value):
                 return None
             whole.add(value)
         if (mean := _find_counted(space, placement)) is not None:

@@ -1,7 +1,7 @@
 """What is known of a captured model before any mesh is: its folded graph, the loops and roles of its ops, its micro-batches.
 
-Comes in: what the other modules of this package found. Goes out: a `Model`, which every mesh's costs and search start from, and the meaning
-of the mesh axis of micro-batches.
+Comes in: what the other modules of this package found. Goes out: an `AnalyzedGraph`, which every mesh's costs and search start from, and
+the meaning of the mesh axis of micro-batches.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import cached_property
 from autopar.ir import MICROBATCH, Graph, Layout, Mesh, OpKind, Route, Space, Split
 from autopar.structure.layers import Folded
 from autopar.structure.microbatches import MicroSplit
-from autopar.structure.roles import Factors, Role
+from autopar.structure.roles import GraphRoles, Role
 from autopar.structure.saved import SavedTensors, count_saved
 
 RouteKey = tuple[Layout, Layout, tuple[tuple[int, ...], tuple[int, ...]] | None]
@@ -21,25 +21,25 @@ RouteKey = tuple[Layout, Layout, tuple[tuple[int, ...], tuple[int, ...]] | None]
 
 
 @dataclass(frozen=True)
-class Model:
+class AnalyzedGraph:
     """What is computed once and shared by all meshes.
 
     Attributes:
         folded: the graph, like layers folded into one.
         spaces: of every call that has a rule.
-        factors: boundaries and roles of dims and loops.
-        tables: the calls that every rank computes whole (`find_tables`).
-        micro: how the step splits into micro-batches, which are then the first axis of every mesh (`in_time`); None for a step in one
-            piece.
+        roles: boundaries and roles of dims and loops.
+        constants: the calls that every rank computes whole (`find_constants`).
+        micro_split: how the step splits into micro-batches, which are then the first axis of every mesh (`with_microbatch_axis`); None for
+            a step in one piece.
         routes: how to get from one layout to another, as far as was asked; the same on all meshes, but for blocked layouts. A cache that
             users of the model fill.
     """
 
     folded: Folded
     spaces: Mapping[str, Space]
-    factors: Factors
-    tables: frozenset[str]
-    micro: MicroSplit | None = None
+    roles: GraphRoles
+    constants: frozenset[str]
+    micro_split: MicroSplit | None = None
     routes: dict[RouteKey, Route] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -59,13 +59,13 @@ class Model:
         return space is None or space.view or operand not in space.linear
 
 
-def in_time(mesh: Mesh, count: int) -> Mesh:
+def with_microbatch_axis(mesh: Mesh, count: int) -> Mesh:
     """The mesh of ranks with an axis of `count` micro-batches before its own."""
     return Mesh((MICROBATCH, *mesh.names), (count, *mesh.sizes))
 
 
 def first_rank_axis(mesh: Mesh) -> int:
-    """Number of the first axis that consists of ranks: 1 where micro-batches are an axis (`in_time`), else 0."""
+    """Number of the first axis that consists of ranks: 1 where micro-batches are an axis (`with_microbatch_axis`), else 0."""
     return int(mesh.names[:1] == (MICROBATCH,))
 
 
@@ -73,20 +73,20 @@ def first_rank_axis(mesh: Mesh) -> int:
 TABLE_ELEMENTS = 1 << 24
 
 
-def find_tables(graph: Graph) -> frozenset[str]:
+def find_constants(graph: Graph) -> frozenset[str]:
     """Calls that depend on no input and no parameter and are small: position ids, rotary tables, masks of a fixed form.
 
     Every rank computes these whole, which costs next to nothing, and takes its part where it needs one. They touch every layer, so
     leaving their placement open would tie everything to everything.
     """
-    tables: set[str] = set()
+    constants: set[str] = set()
     for op in graph.of_kind(OpKind.CALL):
-        is_constant = all(value.op in tables or graph.by_name[value.op].kind is OpKind.BUFFER for value in op.operands)
+        is_constant = all(value.op in constants or graph.by_name[value.op].kind is OpKind.BUFFER for value in op.operands)
         if is_constant and all(tensor.numel <= TABLE_ELEMENTS for tensor in op.results):
-            tables.add(op.name)
-    return frozenset(tables)
+            constants.add(op.name)
+    return frozenset(constants)
 
 
 def role_of(loops: Mapping[str, Mapping[int, Role]], part: Split) -> Role:
-    """What a split of a call divides; `loops` has the boundaries of the call's loops (`Factors.of_loops`)."""
+    """What a split of a call divides; `loops` has the boundaries of the call's loops (`GraphRoles.of_loops`)."""
     return loops[part.loop].get(part.outer, Role.FEATURE)

@@ -1,6 +1,6 @@
 """Where, inside a dim, a split makes sense, and what is split there: the batch, the sequence or features.
 
-Comes in: a `Graph` and the spaces of its calls. Goes out: `Factors`: for every dim of a value and every loop of a call its *boundaries*,
+Comes in: a `Graph` and the spaces of its calls. Goes out: `GraphRoles`: for every dim of a value and every loop of a call its *boundaries*,
 each with a `Role`.
 
 A view that merges ``b s`` into one dim, or splits ``o`` into ``(three heads head_dim)``, tells something about every tensor that the dim
@@ -9,7 +9,7 @@ may be useful (`State.outer`); boundary 1 is the split of the dim as a whole. Di
 
     {1: BATCH, 8: SEQUENCE}      split the 128 rows as they are, or the 16 rows of each of 8 samples
 
-`find_factors` carries boundaries from tensors to loops and back, through all ops, forward and backward, until nothing changes. Roles let a
+`find_roles` carries boundaries from tensors to loops and back, through all ops, forward and backward, until nothing changes. Roles let a
 user say "split the batch" without knowing any op.
 """
 
@@ -44,7 +44,7 @@ MAX_BOUNDARIES = 4
 
 
 @dataclass(frozen=True)
-class Factors:
+class GraphRoles:
     """Boundaries of dims and loops.
 
     Attributes:
@@ -56,7 +56,7 @@ class Factors:
     of_loops: Mapping[str, Mapping[str, Boundaries]]
 
 
-def find_factors(graph: Graph, spaces: Mapping[str, Space]) -> Factors:
+def find_roles(graph: Graph, spaces: Mapping[str, Space]) -> GraphRoles:
     """Carry boundaries and roles through `graph`; `spaces` gives the space of every call that has a rule.
 
     Ends, as every pass but the last adds one of at most `MAX_BOUNDARIES` boundaries to a dim or loop or raises a role.
@@ -76,7 +76,7 @@ def find_factors(graph: Graph, spaces: Mapping[str, Space]) -> Factors:
         for op, space in order:
             changed |= _unify(op, space, of_dims, of_loops[op.name])
         order = order[::-1]
-    return Factors(of_dims, of_loops)
+    return GraphRoles(of_dims, of_loops)
 
 
 def _find_weights(graph: Graph, spaces: Mapping[str, Space]) -> set[str]:

@@ -33,7 +33,9 @@ class SavedTensors:
     saved_or_view: frozenset[Value]
 
     def saves_copy(self, kind: OpKind, value: Value, start: Layout, need: Layout) -> bool:
-        """Whether autograd saves a copy of a value that was resharded for a reader which saves its operands (`Model.saves_operand`).
+        """Whether autograd saves a copy of a value that was resharded for a reader that saves the operand.
+
+        Which readers do is asked of `AnalyzedGraph.saves_operand`.
 
         Args:
             kind: of the op that makes the value.
@@ -46,7 +48,9 @@ class SavedTensors:
             return False
         if kind is OpKind.PARAMETER and any(s.kind is StateKind.SHARD and s != n for s, n in zip(start, need, strict=True)):
             return False  # gathered again in the backward
-        return any(s != n and (s.kind, n.kind) != (StateKind.REPLICATE, StateKind.BROADCAST) for s, n in zip(start, need, strict=True))
+        return any(
+            s != n and (s.kind, n.kind) != (StateKind.REPLICATE, StateKind.REPLICATE_PARTIAL_GRAD) for s, n in zip(start, need, strict=True)
+        )
 
 
 def count_saved(folded: Folded, spaces: Mapping[str, Space]) -> SavedTensors:

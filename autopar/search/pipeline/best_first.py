@@ -51,7 +51,7 @@ from autopar.search.pipeline.greedy import assign_greedily, find_leanest
 from autopar.search.pipeline.mixing import mix_solutions
 from autopar.search.pipeline.solutions import SolutionCache, SolutionSet
 from autopar.search.placement import Solution
-from autopar.structure import Model, in_time
+from autopar.structure import AnalyzedGraph, with_microbatch_axis
 
 # The most configurations that get greedy assignments under every schedule.
 EXPLORED = 6
@@ -86,7 +86,7 @@ class Pipelined:
     configuration: Configuration
     mesh: Mesh
     solution: Solution
-    model: Model
+    model: AnalyzedGraph
     sharding: Sharding
     pipeline: Pipeline
     assignment: Assignment
@@ -487,7 +487,7 @@ def _describe(
     )
     return Pipelined(
         configuration=configuration,
-        mesh=in_time(configuration.trial.mesh, configuration.microbatches),
+        mesh=with_microbatch_axis(configuration.trial.mesh, configuration.microbatches),
         solution=solutions.base,
         model=model,
         sharding=sharding,

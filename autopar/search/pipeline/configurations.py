@@ -34,8 +34,8 @@ what isn't.
 (7) Step in finer stages (`GreedyPipeline.ranking_estimate_s`), an **estimate** that puts configurations in order: both terms of (2)
     with whole backwards, with the longest :math:`W_k` of (5) for each :math:`w` but that of :math:`P w`, and with the largest
     :math:`v` of all schedules (`estimate_finest_s`).
-(8) Assignment by cutting planes (`assignment`). Its ``simulated`` seconds are of all micro-batches: the step's own. Its ``bound`` is a
-    **lower bound** of all assignments that fit, of the block options that it was given and under its schedule (the solver's tolerance,
+(8) Assignment by cutting planes (`assignment`). Its ``simulated`` seconds are of all micro-batches: the step's own. Its ``bound`` is
+    a **lower bound** of all assignments that fit, of the block options that it was given and under its schedule (the solver's tolerance,
     which `assignment` states, aside).
 
 What is proven is (8), and the plan's proof claims no more: with the configuration, the schedule and the solutions of the placement problem
@@ -58,7 +58,7 @@ from autopar.plans import RECOMPUTE, Pins
 from autopar.schedules import SCHEDULES, Schedule, check_schedule, forwards_first, make_schedule, splits_backward
 from autopar.search.meshes import Trial
 from autopar.search.options import AxisKind, is_inside
-from autopar.structure import Chain, Model, batch_size
+from autopar.structure import AnalyzedGraph, Chain, batch_size
 
 # Rows of a micro-batch on one device that are tried unless microbatches are pinned: more use the device better, fewer make bubbles smaller.
 ROWS = (1, 2, 4, 8, 16)
@@ -84,7 +84,7 @@ class PipelineProblem:
         stages: the stage that a block is pinned to, by name of the block.
     """
 
-    model: Model
+    model: AnalyzedGraph
     chain: Chain
     cluster: Cluster
     pins: Pins
@@ -120,13 +120,13 @@ class ScheduleChoice(NamedTuple):
         return f"{self.family} x{self.chunks}" if self.chunks > 1 else self.family
 
 
-def make_pipeline_problem(model: Model, chain: Chain, cluster: Cluster, pins: Pins, *, returns_loss: bool) -> PipelineProblem:
+def make_pipeline_problem(model: AnalyzedGraph, chain: Chain, cluster: Cluster, pins: Pins, *, returns_loss: bool) -> PipelineProblem:
     """The pipelines to search for. Raises InputError where a pinned stage is of a module that no block has."""
     recompute = RECOMPUTE if pins.recompute is None else (pins.recompute,)
     return PipelineProblem(model, chain, cluster, pins, returns_loss, tuple(recompute), _find_pinned_stages(model, chain, pins))
 
 
-def _find_pinned_stages(model: Model, chain: Chain, pins: Pins) -> dict[str, int]:
+def _find_pinned_stages(model: AnalyzedGraph, chain: Chain, pins: Pins) -> dict[str, int]:
     """The pinned stage of each block that has one, by the block's name; pins name modules. Raises InputError for one without a block."""
     by_name = model.folded.graph.by_name
     pinned: dict[str, int] = {}
@@ -177,7 +177,7 @@ def _find_microbatches(problem: PipelineProblem, ranks: int, trial: Trial) -> li
     """Numbers of micro-batches to try, ascending."""
     if problem.pins.microbatches is not None:
         return [problem.pins.microbatches]
-    batch = batch_size(problem.model.folded.graph, problem.model.factors)
+    batch = batch_size(problem.model.folded.graph, problem.model.roles)
     kinds = zip(trial.mesh.sizes, trial.constraints.kinds, strict=True)
     parts = math.prod(size for size, kind in kinds if kind in (AxisKind.DP, AxisKind.FREE))
     rows = batch if batch % parts else batch // parts  # where devices can't split the batch, each sees all of it

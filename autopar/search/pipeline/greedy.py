@@ -77,7 +77,7 @@ def _stages_of(ends: Sequence[int]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Exchange:
+class _OptionSwap:
     """An exchange of one option for a leaner one, that any block of a run can make: `seconds` more and `nbytes` less."""
 
     slope: float
@@ -131,7 +131,7 @@ class _GreedySearch:
         # Per block, the number of blocks of its run from it on.
         self._left_of_run = [run.length - position for run in problem.runs for position in range(run.length)]
         self._stage_seconds_of: dict[tuple[object, ...], float] = {}
-        self._exchanges: dict[tuple[int, tuple[int, int]], tuple[float, int, tuple[_Exchange, ...]]] = {}
+        self._exchanges: dict[tuple[int, tuple[int, int]], tuple[float, int, tuple[_OptionSwap, ...]]] = {}
 
     # --- stages ---
 
@@ -235,7 +235,7 @@ class _GreedySearch:
     def _find_stage_seconds(self, start: int, end: int, held: tuple[int, int], share: float) -> float:
         """As `_stage_seconds`, when `held` micro-batches are held: exchanges are made in order of their slopes until the bytes fit."""
         seconds, excess = 0.0, -share
-        exchanges: list[tuple[_Exchange, int]] = []
+        exchanges: list[tuple[_OptionSwap, int]] = []
         for index in range(self.run_of[start], self.run_of[end - 1] + 1):
             run = self.problem.runs[index]
             count = min(end, run.first + run.length) - max(start, run.first)
@@ -253,7 +253,7 @@ class _GreedySearch:
                 return seconds
         return math.inf
 
-    def _find_exchanges(self, index: int, held: tuple[int, int]) -> tuple[float, int, tuple[_Exchange, ...]]:
+    def _find_exchanges(self, index: int, held: tuple[int, int]) -> tuple[float, int, tuple[_OptionSwap, ...]]:
         """(seconds of a run's fastest option, its bytes, exchanges from it to leaner ones by slope), with `held` micro-batches held."""
         key = index, held
         if key not in self._exchanges:
@@ -268,7 +268,9 @@ class _GreedySearch:
                     break
                 slopes = (seconds[leaner] - seconds[option]) / (nbytes[option] - nbytes[leaner])
                 best = int(leaner[slopes.argmin()])
-                exchanges.append(_Exchange(float(slopes.min()), float(seconds[best] - seconds[option]), int(nbytes[option] - nbytes[best])))
+                exchanges.append(
+                    _OptionSwap(float(slopes.min()), float(seconds[best] - seconds[option]), int(nbytes[option] - nbytes[best]))
+                )
                 option = best
             self._exchanges[key] = float(seconds[fastest]), int(nbytes[fastest]), tuple(exchanges)
         return self._exchanges[key]

@@ -11,9 +11,9 @@ block's costs depend on what other blocks chose. They don't for solutions of one
 So one solution, the *base*, decides these; the problem is restricted to options that agree with it (`find_compatible_options`, then
 `placement.restrict`), and solved again at several prices of memory::
 
-    base = Search(problem).solution_at(0.0)
+    base = PlacementSolver(problem).solution_at(0.0)
     inner = restrict(problem, find_compatible_options(model, reads, problem, base.choice))
-    shardings = [sharding_of(inner, solution.choice) for solution in Search(inner).frontier(price, most)]
+    shardings = [sharding_of(inner, solution.choice) for solution in PlacementSolver(inner).frontier(price, most)]
 
 Comes in: a placement problem and its base; the solutions, by their shardings, and their block options; which solution each block chose.
 Goes out: the options that agree with the base; the options of every block under any of the solutions; the model and the sharding of a
@@ -29,10 +29,12 @@ from autopar.costs import Sharding, result_layout_of
 from autopar.ir import Layout, OpKind, Placement, Value
 from autopar.search.pipeline.block_options import BlockOptions
 from autopar.search.placement import Decision, DecisionKind, Problem
-from autopar.structure import ChainReads, Model, regroup
+from autopar.structure import AnalyzedGraph, ChainReads, regroup
 
 
-def find_compatible_options(model: Model, reads: ChainReads, problem: Problem, base: Mapping[Decision, int]) -> dict[Decision, list[int]]:
+def find_compatible_options(
+    model: AnalyzedGraph, reads: ChainReads, problem: Problem, base: Mapping[Decision, int]
+) -> dict[Decision, list[int]]:
     """The options of a problem that agree with a base solution on what blocks share: arguments for `placement.restrict`.
 
     Args:
@@ -85,8 +87,8 @@ def join_block_options(by_solution: Sequence[Sequence[BlockOptions]]) -> tuple[B
 
 
 def mix_solutions(
-    model: Model, reads: ChainReads, shardings: Sequence[Sharding], solution_of_block: Sequence[int]
-) -> tuple[Model, Sharding]:
+    model: AnalyzedGraph, reads: ChainReads, shardings: Sequence[Sharding], solution_of_block: Sequence[int]
+) -> tuple[AnalyzedGraph, Sharding]:
     """The mixture in which each block has the placements of a solution of its own.
 
     Args:

@@ -24,8 +24,8 @@ from autopar.search.pipeline.block_options import BlockOptions
 from autopar.search.pipeline.configurations import Configuration, PipelineProblem
 from autopar.search.pipeline.mixing import find_compatible_options, join_block_options
 from autopar.search.pipeline.option_maker import BlockOptionMaker
-from autopar.search.placement import FORBIDDEN, Problem, Search, Solution, build_problem, restrict, sharding_of
-from autopar.structure import MicroSplitter, Model, batch_size, in_time, read_chain
+from autopar.search.placement import FORBIDDEN, PlacementSolver, Problem, Solution, build_problem, restrict, sharding_of
+from autopar.structure import AnalyzedGraph, MicroSplitter, batch_size, read_chain, with_microbatch_axis
 
 # The most solutions that blocks may mix; and the highest price of memory at which these are searched, in units of the fastest step's
 # seconds per device's memory (at price 1 all of a device's memory costs as much as the step).
@@ -66,9 +66,9 @@ class _PlacementSearch:
     """
 
     configuration: Configuration
-    model: Model
+    model: AnalyzedGraph
     problem: Problem
-    search: Search
+    search: PlacementSolver
     once_s: float
     outputs_s: float
 
@@ -95,21 +95,21 @@ class SolutionCache:
         self.refusals = refusals
         self.given_nbytes = given_nbytes(self.graph)
         self.budget = cluster.machine.device.usable_bytes - self.given_nbytes
-        self._splitter = MicroSplitter(self.graph, model.spaces, model.factors)
+        self._splitter = MicroSplitter(self.graph, model.spaces, model.roles)
         self._products = [op for op in model.folded.ops if op.name in model.spaces and model.spaces[op.name].is_product]
-        self._models: dict[int, Model | None] = {}
+        self._models: dict[int, AnalyzedGraph | None] = {}
         self._splits: dict[tuple[object, ...], bool] = {}  # whether an axis can split an op
         self._searches: dict[object, _PlacementSearch | None] = {}  # by key
         self._sets: dict[object, list[SolutionSet]] = {}  # by key
         self._makers: dict[tuple[Configuration, SolutionSet], list[BlockOptionMaker]] = {}
         self._block_options: dict[tuple[Configuration, SolutionSet, bool], tuple[BlockOptions, ...]] = {}
 
-    def model_in_time(self, count: int) -> Model | None:
+    def model_in_time(self, count: int) -> AnalyzedGraph | None:
         """The model split into `count` micro-batches; None, with the reasons in `refusals`, where it can't be split so."""
         if count not in self._models:
-            micro = self._splitter.split(count)
-            self.refusals += map(InputError, micro.reasons)
-            self._models[count] = None if micro.reasons else replace(self.model, micro=micro)
+            micro_split = self._splitter.split(count)
+            self.refusals += map(InputError, micro_split.reasons)
+            self._models[count] = None if micro_split.reasons else replace(self.model, micro_split=micro_split)
         return self._models[count]
 
     # --- work of a configuration ---
@@ -128,16 +128,16 @@ class SolutionCache:
             seconds += model.folded.count[op.name] * sum(call_seconds(model, self.cluster.machine.device, op, parts, 0))
         return seconds / configuration.ranks
 
-    def _count_most_parts(self, model: Model, op: Op, configuration: Configuration) -> int:
+    def _count_most_parts(self, model: AnalyzedGraph, op: Op, configuration: Configuration) -> int:
         """The most parts into which micro-batches and the axes of a configuration's mesh can split an op."""
-        assert model.micro is not None
+        assert model.micro_split is not None
         mesh = configuration.trial.mesh
-        parts = configuration.microbatches if isinstance(model.micro.placements[op.name], Split) else 1
+        parts = configuration.microbatches if isinstance(model.micro_split.placements[op.name], Split) else 1
         for name, size, kind in zip(mesh.names, mesh.sizes, configuration.trial.constraints.kinds, strict=True):
             key = op.name, configuration.microbatches, size, kind
             if key not in self._splits:
                 alone = Mesh((MICROBATCH, name), (configuration.microbatches, size))
-                options = call_options(model, op, alone, Constraints((AxisKind.TIME, kind)))
+                options = call_options(model, op, alone, Constraints((AxisKind.MICROBATCH, kind)))
                 self._splits[key] = any(isinstance(option[1], Split) for option in options)
             parts *= size if self._splits[key] else 1
         return parts
@@ -161,7 +161,7 @@ class SolutionCache:
         mesh = configuration.trial.mesh
         dp_size = math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name == AxisKind.DP.value)
         # A fraction, since the batch may not be divisible.
-        rows = Fraction(batch_size(self.graph, self.model.factors), configuration.microbatches * dp_size)
+        rows = Fraction(batch_size(self.graph, self.model.roles), configuration.microbatches * dp_size)
         other_sizes = tuple(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name != AxisKind.DP.value)
         # A single micro-batch splits no op, several do.
         return mesh.names, other_sizes, rows, configuration.trial.name, configuration.microbatches == 1
@@ -180,9 +180,11 @@ class SolutionCache:
         model = self.model_in_time(configuration.microbatches)
         if model is None:
             return None
-        constraints = replace(configuration.trial.constraints, kinds=(AxisKind.TIME, *configuration.trial.constraints.kinds))
-        problem = build_problem(model, in_time(configuration.trial.mesh, configuration.microbatches), self.cluster, constraints)
-        search = Search(problem)
+        constraints = replace(configuration.trial.constraints, kinds=(AxisKind.MICROBATCH, *configuration.trial.constraints.kinds))
+        problem = build_problem(
+            model, with_microbatch_axis(configuration.trial.mesh, configuration.microbatches), self.cluster, constraints
+        )
+        search = PlacementSolver(problem)
         if search.bound_ns >= FORBIDDEN:
             return None
         fastest = sharding_of(problem, search.solution_at(0.0).choice)
@@ -198,7 +200,7 @@ class SolutionCache:
         for price in (0.0, highest):
             base = search.solution_at(price)
             inner = restrict(problem, find_compatible_options(model, self.reads, problem, base.choice))
-            shardings = tuple(sharding_of(inner, solution.choice) for solution in Search(inner).frontier(highest, SOLUTIONS))
+            shardings = tuple(sharding_of(inner, solution.choice) for solution in PlacementSolver(inner).frontier(highest, SOLUTIONS))
             if shardings not in (solutions.shardings for solutions in sets):
                 sets.append(SolutionSet(shardings, base))
         return sets
@@ -225,13 +227,13 @@ class SolutionCache:
             self._sets[key] = self._find_sets(placement) if placement is not None else []
         return self._sets[key]
 
-    def _is_legal(self, sharding: Sharding, model: Model, mesh: Mesh) -> bool:
+    def _is_legal(self, sharding: Sharding, model: AnalyzedGraph, mesh: Mesh) -> bool:
         """Whether a sharding can be used for this number of micro-batches and this mesh, though it was found for others.
 
         Each call must be split over micro-batches as the model says, and the sizes of the mesh must divide parameters as they are stored.
         """
-        assert model.micro is not None
-        over_batches = model.micro.placements
+        assert model.micro_split is not None
+        over_batches = model.micro_split.placements
         parameters = (op for op in self.model.folded.ops if op.kind is OpKind.PARAMETER)
         return all(placement[0] == over_batches[name] for name, placement in sharding.placements.items()) and all(
             fits(op.results[0].shape, sharding.layouts[op.name][1:], mesh) for op in parameters
@@ -258,7 +260,7 @@ class SolutionCache:
             mesh, link = configuration.trial.mesh, None
             if configuration.ranks > 1:
                 link = axis_link(self.cluster, with_pipeline(mesh, configuration.ranks).sizes, 0)
-            tables = CostTables(model, in_time(mesh, configuration.microbatches), self.cluster)
+            tables = CostTables(model, with_microbatch_axis(mesh, configuration.microbatches), self.cluster)
             self._makers[configuration, solutions] = [
                 BlockOptionMaker(SolvedChain(model, self.chain, self.reads, tables, sharding, is_one_stage=link is None), link, number)
                 for number, sharding in enumerate(solutions.shardings)
@@ -266,7 +268,7 @@ class SolutionCache:
         return self._makers[configuration, solutions]
 
 
-def _once_seconds(model: Model, tables: CostTables, sharding: Sharding) -> float:
+def _once_seconds(model: AnalyzedGraph, tables: CostTables, sharding: Sharding) -> float:
     """Seconds of a step that don't grow with the number of micro-batches: optimizer updates, and gradient reductions not overlapped."""
     folded, uses, total = model.folded, count_uses(model), 0.0
     for op in folded.ops:
@@ -281,7 +283,7 @@ def _once_seconds(model: Model, tables: CostTables, sharding: Sharding) -> float
     return total
 
 
-def _output_seconds(model: Model, tables: CostTables, sharding: Sharding) -> float:
+def _output_seconds(model: AnalyzedGraph, tables: CostTables, sharding: Sharding) -> float:
     """Seconds per micro-batch to bring the model's outputs from the layouts in which they are made to those in which the user gets them."""
     (output,) = model.folded.graph.of_kind(OpKind.OUTPUT)
     total = 0.0

@@ -1,6 +1,6 @@
 """Placements of ops and layouts of tensors on one mesh: tables of costs, exact elimination, LP or MIP, prices of memory.
 
-Comes in: a `Model`, a mesh, constraints. Goes out: a `Solution` with its bound.
+Comes in: an `AnalyzedGraph`, a mesh, constraints. Goes out: a `Solution` with its bound.
 
 Modules, in reading order: ``problem``, ``eliminate``, ``solve``.
 """
@@ -16,14 +16,14 @@ from autopar.search.placement.problem import (
     saved_nbytes,
     sharding_of,
 )
-from autopar.search.placement.solve import Search, Solution
+from autopar.search.placement.solve import PlacementSolver, Solution
 
 __all__ = [
     "FORBIDDEN",
     "Decision",
     "DecisionKind",
+    "PlacementSolver",
     "Problem",
-    "Search",
     "Solution",
     "build_problem",
     "least_bytes",

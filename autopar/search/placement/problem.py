@@ -1,6 +1,6 @@
 """The placement problem of one mesh as plain tables: per node its options with their cost and bytes, per arc those of each pair of options.
 
-Comes in: a `Model`, a mesh, a cluster, constraints. Goes out: a `Problem`, which ``solve`` solves and brute force can check.
+Comes in: an `AnalyzedGraph`, a mesh, a cluster, constraints. Goes out: a `Problem`, which ``solve`` solves and brute force can check.
 
 A node is a decision: the placement of a call, the layout of a stored tensor or of an output, or a *fan-out*. An arc joins a decision about
 a value's producer and one about its reader; its costs are those of resharding from the layout in which the value is made to the one in
@@ -44,7 +44,7 @@ from autopar.costs import (
 )
 from autopar.ir import REPLICATE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Tensor, Value
 from autopar.search.options import Constraints, call_options, output_options, parameter_options
-from autopar.structure import Edge, Model
+from autopar.structure import AnalyzedGraph, Edge
 
 Table = npt.NDArray[np.int64]
 Option = Placement | Layout | tuple[Layout, Layout]
@@ -154,7 +154,7 @@ def nanoseconds(seconds: float) -> int:
     return round(seconds * 1e9)
 
 
-def build_problem(model: Model, mesh: Mesh, cluster: Cluster, constraints: Constraints) -> Problem:
+def build_problem(model: AnalyzedGraph, mesh: Mesh, cluster: Cluster, constraints: Constraints) -> Problem:
     """The placement problem of a model on one mesh, under the constraints.
 
     Where these leave some op no placement that fits its neighbours', every choice costs `FORBIDDEN` nanoseconds or more.
@@ -162,7 +162,7 @@ def build_problem(model: Model, mesh: Mesh, cluster: Cluster, constraints: Const
     return _Builder(model, mesh, CostTables(model, mesh, cluster), constraints).build()
 
 
-def saved_nbytes(model: Model, op: Op, placement: Placement, mesh: Mesh) -> int:
+def saved_nbytes(model: AnalyzedGraph, op: Op, placement: Placement, mesh: Mesh) -> int:
     """Bytes on one rank that autograd saves of the calls that `op` stands for under a placement, without resharded copies of operands."""
     saved = model.saved
     parts = math.prod(size for part, size in zip(placement, mesh.sizes, strict=True) if isinstance(part, Split))
@@ -174,7 +174,7 @@ def saved_nbytes(model: Model, op: Op, placement: Placement, mesh: Mesh) -> int:
     return of_results + -(-saved.extra_nbytes[op.name] // parts)
 
 
-def least_bytes(model: Model, ranks: int) -> int:
+def least_bytes(model: AnalyzedGraph, ranks: int) -> int:
     """A lower bound on the bytes that one rank needs without recomputation: everything split evenly over all ranks.
 
     That is (saved tensors + parameters, gradients and optimizer state) / ranks, rounded up.
@@ -221,7 +221,7 @@ class _Builder:
         times: number of micro-batches, for costs that each of them adds to.
     """
 
-    def __init__(self, model: Model, mesh: Mesh, tables: CostTables, constraints: Constraints) -> None:
+    def __init__(self, model: AnalyzedGraph, mesh: Mesh, tables: CostTables, constraints: Constraints) -> None:
         self.model = model
         self.graph = model.folded.graph
         self.mesh = mesh
@@ -293,7 +293,7 @@ class _Builder:
         for position, value in enumerate(op.operands):
             decision = output_decision(position)
             # Outputs after those that the model returns are new values of buffers, which are replicated.
-            time = REPLICATE if self.model.micro is None else self.model.micro.states[value]
+            time = REPLICATE if self.model.micro_split is None else self.model.micro_split.states[value]
             options = output_options(self.graph.tensor(value), self.mesh, time) if position < returned else [self.replicated]
             self.needs[decision, 0] = list(options)
             self._add(decision, options, [0] * len(options), [0] * len(options))
@@ -313,7 +313,7 @@ class _Builder:
         is_full = len(set(self.made[value])) * len(shared) <= FULL_FAN_OUT
         groups: dict[object, list[tuple[str, int]]] = defaultdict(list)
         for consumer, operand in readers:
-            if value.op in self.model.tables:
+            if value.op in self.model.constants:
                 group: object = consumer, operand  # every rank makes a table whole and cuts its part out: there is no copy to share
             else:
                 group = None if is_full else (self.graph.by_name[consumer].target, operand)
@@ -394,7 +394,7 @@ class _Builder:
         def cost(start: Layout, need: Layout) -> int:
             if start == need:
                 return 0
-            if any(state.kind is StateKind.BROADCAST for state in start[self.first_axis :]):
+            if any(state.kind is StateKind.REPLICATE_PARTIAL_GRAD for state in start[self.first_axis :]):
                 return FORBIDDEN  # gathered for ops that each work on a part of it: not a replicated value that others may read
             forward, backward = self.tables.journey_seconds(tensor, start, need, backward=tensor.requires_grad)
             return min(nanoseconds(count * self.times * (forward + backward)), FORBIDDEN)

@@ -20,7 +20,7 @@ The problem is reduced first (``eliminate``); what is left is solved as an LP, w
 Otherwise the same model is solved with integer :math:`x`. If the optimum doesn't fit the budget, prices :math:`\lambda` per byte are tried:
 :math:`\min (c + \lambda m)` is solved again, and since every choice that fits needs at most :math:`M` bytes,
 :math:`\min (c + \lambda m) - \lambda M` is a lower bound on the cost of any that fits (the Lagrangian bound). If a gap is left after
-that, (4) itself goes into a model in which few nodes stay open (`Search._tighten`).
+that, (4) itself goes into a model in which few nodes stay open (`PlacementSolver._tighten`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Solution:
 
 @dataclass(frozen=True, slots=True)
 class _Optimum:
-    """The best choice at one price of memory, or under the memory limit of `Search._tighten`.
+    """The best choice at one price of memory, or under the memory limit of `PlacementSolver._tighten`.
 
     Attributes:
         choice: index of each node of the problem -> index of its option.
@@ -94,7 +94,7 @@ class _Optimum:
 
 
 @dataclass
-class Search:
+class PlacementSolver:
     """The search of one problem; what was solved for one budget is used again for the next.
 
     Attributes:
@@ -268,7 +268,7 @@ class Search:
 
 def solve(problem: Problem, budget: int) -> Solution:
     """The cheapest choice that needs at most `budget` bytes; raises InfeasibleError when none does."""
-    solution = Search(problem).fit(budget)
+    solution = PlacementSolver(problem).fit(budget)
     assert solution is not None
     return solution
 
