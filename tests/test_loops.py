@@ -294,7 +294,7 @@ def an_input_that_comes_later_lends_its_parameters() -> None:
 
 
 def a_norm_on_two_stages_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"norm\.running_mean is written to on pipeline groups 0, 1"):
+    with pytest.raises(PlanError, match=r"norm\.running_mean is written to on pipeline ranks 0, 1"):
         _compile(SharedNorm(), {"pp": 2, "schedule": "gpipe", "microbatches": 1})(*_batch())
 
 

@@ -115,8 +115,8 @@ def test_a_mesh_of_all_ranks_goes_with_micro_batches_and_recomputation(layers: G
         (None, ["dp=4"], "a dict is needed"),
         (None, {"schedule": ["1f1b"]}, "is unknown; there are gpipe"),
         (None, {"layers.*": {"tp": 3}}, "tp=3 is no loop"),
-        (None, {"pp": 2, "tp": 4}, "pins tp=4 need a multiple of 4 ranks, each of the 2 groups of 1x4xcpu has 2"),
-        ({"pp": 2, "tp": 4}, {}, "mesh tp=4 has 4 ranks, each of the 2 groups of 1x4xcpu has 2"),
+        (None, {"pp": 2, "tp": 4}, "pins tp=4 need a multiple of 4 ranks, each of the 2 pipeline ranks of 1x4xcpu has 2"),
+        ({"pp": 2, "tp": 4}, {}, "mesh tp=4 has 4 ranks, each of the 2 pipeline ranks of 1x4xcpu has 2"),
     ],
 )
 def test_meshes_and_pins_that_can_not_be_used_say_why(layers: Graph, mesh: Any, pins: Any, message: str) -> None:

@@ -150,7 +150,7 @@ def _without(plan: Plan, part: str, name: str) -> Plan:
         (lambda plan, call, _: replace(plan, placements={**plan.placements, call: (None, None)}), "is no way to split"),
         (lambda plan, _, tensor: _without(plan, "layouts", tensor), "plan.layouts has nothing for"),
         (lambda plan, _, tensor: replace(plan, layouts={**plan.layouts, tensor: (shard(9),)}), "doesn't fit"),
-        (lambda plan, *_: replace(plan, mesh=Mesh(("micro",), plan.mesh.sizes)), "no axis of a group"),
+        (lambda plan, *_: replace(plan, mesh=Mesh(("micro",), plan.mesh.sizes)), "no axis of the mesh of a pipeline rank"),
         (lambda plan, *_: replace(plan, pipeline=replace(plan.pipeline, travel={"nobody": (shard(0),)})), "names nothing of the model"),
     ],
 )

@@ -22,7 +22,7 @@ from functools import cached_property
 
 from autopar.costs.memory import BlockMemory, find_memory, recompute_memory
 from autopar.costs.solved import SolvedChain
-from autopar.costs.tables import COLLECTIVE_KIND
+from autopar.costs.tables import COLLECTIVE_KIND, parameter_backward
 from autopar.ir import Collective, Layout, Op, OpKind, RouteStep, Tensor, Value
 from autopar.plans import CostRow, Phase, Purpose, RowSums, seconds_of
 from autopar.structure import find_cores
@@ -200,17 +200,11 @@ def _add_backward(solved: SolvedChain, number: int, moves: Mapping[str, Sequence
         if weight:
             sums.add(Phase.BACKWARD_WEIGHT, Purpose.COMPUTE, weight, layer=layer)
         for tensor, is_parameter, move, nbytes in moves[name]:
-            if not tensor.requires_grad:
-                continue
-            if not is_parameter:
-                if move.backward is not Collective.NONE:
-                    _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.ACTIVATION_GRADIENTS, move.backward, move, nbytes, layer)
-            elif move.forward is not Collective.NONE:
-                # A gathered parameter isn't saved: it is gathered again (ZeRO-3, Rajbhandari et al. 2020).
-                if move.forward is Collective.ALL_GATHER:
-                    _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.PARAMETERS, move.forward, move, nbytes, layer)
-                if move.backward is not Collective.NONE:
-                    _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.GRADIENTS, move.backward, move, nbytes, layer)
+            if is_parameter:
+                for purpose, collective in parameter_backward(tensor, move):
+                    _add_move(solved, sums, Phase.BACKWARD_INPUT, purpose, collective, move, nbytes, layer)
+            elif tensor.requires_grad and move.backward is not Collective.NONE:
+                _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.ACTIVATION_GRADIENTS, move.backward, move, nbytes, layer)
 
 
 def _has_activation(solved: SolvedChain, op: Op) -> bool:

@@ -41,6 +41,7 @@ from autopar.ir import (
     result_layout,
     route,
 )
+from autopar.plans import Purpose
 from autopar.structure import AnalyzedGraph, RouteKey, first_rank_axis
 
 # AdamW keeps two moments of the parameter's own dtype (torch.optim.AdamW).
@@ -227,9 +228,9 @@ class CostTables:
     def parameter_seconds(self, tensor: Tensor, start: Layout, need: Layout, uses: int) -> tuple[float, float]:
         """Seconds of one use of a parameter, as (those of every micro-batch, those once per step).
 
-        A parameter that is stored split and needed whole is gathered in the forward and again in the backward (the gathered tensor isn't
-        saved), and its gradient is reduce-scattered (ZeRO-3, Rajbhandari et al. 2020). The gradient of a parameter that is stored whole may
-        be a part of a sum over ranks: it is added up once per step, in a bucket, and overlapped with the backward as far as the device can.
+        Every micro-batch takes the steps from the stored layout to the one that is read, and what `parameter_backward` says for each. The
+        gradient of a parameter that is stored whole may be a part of a sum over ranks: it is added up once per step, in a bucket, and
+        overlapped with the backward as far as the device can.
 
         Args:
             tensor: the parameter.
@@ -243,9 +244,8 @@ class CostTables:
             if step.forward is Collective.NONE:
                 deferred += self.bucket_seconds(step.backward, step.axis, nbytes) / uses if tensor.requires_grad else 0.0
             else:
-                backward = self.collective_seconds(step.backward, step.axis, nbytes) if tensor.requires_grad else 0.0
-                again = forward if step.forward is Collective.ALL_GATHER and tensor.requires_grad else 0.0
-                gathered += forward + again + backward
+                in_backward = parameter_backward(tensor, step)
+                gathered += forward + sum(self.collective_seconds(collective, step.axis, nbytes) for _, collective in in_backward)
         return gathered, deferred * (1 - self.device.overlap)
 
     def bucket_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
@@ -259,6 +259,20 @@ class CostTables:
             return 0.0
         nbytes = OPTIMIZER_PASSES * local_nbytes(tensor, layout, self.mesh)
         return op_seconds(self.device, flops=0, nbytes=nbytes, dtype=tensor.dtype, family="pointwise")
+
+
+def parameter_backward(tensor: Tensor, step: RouteStep) -> tuple[tuple[Purpose, Collective], ...]:
+    """What the backward of every micro-batch does, in this order, for a step of the way from a parameter's stored layout to a reader's.
+
+    What was gathered in the forward isn't saved, so it is gathered again; then the gradient goes back, as with ZeRO-3 (Rajbhandari et al.
+    2020): for an all-gather, (all-gather of the parameter, reduce-scatter of its gradient). A step that moves nothing in the forward leaves
+    its gradient to the sum over ranks once per step.
+    """
+    if not tensor.requires_grad or step.forward is Collective.NONE:
+        return ()
+    again = ((Purpose.PARAMETERS, step.forward),) if step.forward is Collective.ALL_GATHER else ()
+    back = ((Purpose.GRADIENTS, step.backward),) if step.backward is not Collective.NONE else ()
+    return again + back
 
 
 def count_uses(model: AnalyzedGraph) -> Counter[str]:

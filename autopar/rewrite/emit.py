@@ -31,7 +31,7 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, 
         captured: the model; it isn't changed.
         plan: made for this model and inputs of these sizes.
         device: where the program makes new tensors; None leaves it to each call.
-        pipeline_rank: under a pipeline, the group of ranks whose stages are wanted; None for those of all groups.
+        pipeline_rank: under a pipeline, the pipeline rank whose stages are made; None makes those of all.
 
     Raises:
         PlanError: the plan was made for another graph, or was edited and can't be carried out.

@@ -44,10 +44,10 @@ def rewrite_pipeline(planned: PlannedGraph, chain: Chain, pipeline_rank: int | N
     Args:
         planned: with neither stages nor micro-batches yet.
         chain: the blocks of its graph, as many as the plan has.
-        pipeline_rank: the group of ranks whose stages are wanted; None for those of all groups.
+        pipeline_rank: the pipeline rank whose stages are made; None makes those of all.
 
     Raises:
-        PlanError: the batch can't be split into the plan's micro-batches, or stages of several groups write to one buffer.
+        PlanError: the batch can't be split into the plan's micro-batches, or stages of several pipeline ranks write to one buffer.
     """
     pipeline = planned.plan.pipeline
     planned = _with_microbatches(planned)
@@ -96,7 +96,7 @@ def _with_microbatches(planned: PlannedGraph) -> PlannedGraph:
 def _make_stages(
     planned: PlannedGraph, chain: Chain, stages: Sequence[Stage], schedule: Schedule, pipeline_rank: int | None
 ) -> dict[int, StageProgram]:
-    """The programs of the stages of one group of ranks, or of all, by number."""
+    """The programs of the stages of one pipeline rank, or of all, by number."""
     recomputed = find_recomputed(planned.graph, planned.spaces, chain, planned.plan.pipeline)
     split = {action.stage for actions in schedule.actions for action in actions if action.kind is Kind.BACKWARD_INPUT}
     return {
@@ -125,7 +125,7 @@ def _make_stage(planned: PlannedGraph, stage: Stage, recomputed: Mapping[str, Re
 
 
 def _find_users(graph: Graph, stages: Sequence[Stage], schedule: Schedule) -> dict[str, tuple[int, ...]]:
-    """The user's name of a parameter or buffer -> the groups of ranks whose stages read it, in order of the stages."""
+    """The user's name of a parameter or buffer -> the pipeline ranks whose stages read it, in order of the stages."""
     users: dict[str, dict[int, None]] = defaultdict(dict)
     for number, stage in enumerate(stages):
         for name in stage.stored:
@@ -134,11 +134,11 @@ def _find_users(graph: Graph, stages: Sequence[Stage], schedule: Schedule) -> di
 
 
 def _check_written(written: frozenset[str], users: Mapping[str, Sequence[int]]) -> None:
-    """Raise PlanError when several groups of ranks write to one buffer."""
+    """Raise PlanError when several pipeline ranks write to one buffer."""
     for name in sorted(written):
         if len(pipeline_ranks := sorted(users.get(name, ()))) > 1:
             raise PlanError(
-                f"buffer {name} is written to on pipeline groups {', '.join(map(str, pipeline_ranks))}, each with a copy of its own; "
+                f"buffer {name} is written to on pipeline ranks {', '.join(map(str, pipeline_ranks))}, each with a copy of its own; "
                 "pin what uses it to one stage"
             )
 

@@ -184,7 +184,7 @@ def _check_decisions(planned: PlannedGraph) -> None:
     """Raise PlanError where the plan decides too little, or what can't be carried out."""
     plan, graph, mesh = planned.plan, planned.graph, planned.plan.mesh
     if reserved := {MICROBATCH, PIPELINE} & set(mesh.names):
-        raise PlanError(f"plan.mesh has an axis {reserved.pop()!r}, which is no axis of a group of ranks; plan again")
+        raise PlanError(f"plan.mesh has an axis {reserved.pop()!r}, which is no axis of the mesh of a pipeline rank; plan again")
     for op in planned.folded.ops:
         if op.kind is OpKind.CALL:
             _check_placement(plan, op, planned.spaces.get(op.name))

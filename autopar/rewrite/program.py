@@ -40,7 +40,7 @@ class Slot:
         dtype: torch's name without the ``torch.`` prefix.
         partial_axes: for a parameter, the axes over which its local gradient still has to be summed, once per step.
         requires_grad: whether the tensor takes part in the backward.
-        pipeline_ranks: the pipeline's groups of ranks that use the parameter or make the output; the first owns it.
+        pipeline_ranks: the pipeline ranks that use the parameter or make the output; the first owns it.
     """
 
     name: str
@@ -110,7 +110,7 @@ class PipelineProgram:
         loss: position of the output that is the loss; None when the loss is computed outside.
         trained: names of the parameters that get a gradient from the loss, or from any output; `reached`: from each output, by position.
         written: buffers that ops of the stages write to, such as running statistics; others get new values from the outputs.
-        makers: group that makes each output and each new value of a buffer, by position.
+        makers: the pipeline rank that makes each output and each new value of a buffer, by position.
         random: whether some op draws random numbers.
     """
 

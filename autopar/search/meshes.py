@@ -59,7 +59,7 @@ def find_trials(
 
     Raises InputError on pins that can't be had.
     """
-    who = f"the cluster {cluster}" if pipeline_ranks == 1 else f"each of the {pipeline_ranks} groups of {cluster}"
+    who = f"the cluster {cluster}" if pipeline_ranks == 1 else f"each of the {pipeline_ranks} pipeline ranks of {cluster}"
     cluster = cluster.part(pipeline_ranks)
     world = cluster.world_size
     if mesh is not None:

@@ -203,8 +203,8 @@ def _search_placements(request: _Request, tell: Progress) -> TrialResults:
         )
     if pins.fsdp and pipeline_ranks == cluster.world_size > 1:
         raise InputError(
-            f"pin fsdp=True stores parameters split over the ranks of a group, but pp={pipeline_ranks} leaves groups of one rank; "
-            "pin a smaller pp, or leave fsdp out"
+            f"pin fsdp=True stores parameters split over the ranks of a mesh, but pp={pipeline_ranks} leaves each pipeline rank a mesh of"
+            " one rank; pin a smaller pp, or leave fsdp out"
         )
     # Also where a pipeline is asked for, since this checks the pins against the model and the cluster.
     trials = find_trials(request.model, cluster, pins, request.mesh, request.stored, pipeline_ranks)
