@@ -201,8 +201,8 @@ def _add_backward(solved: SolvedChain, number: int, moves: Mapping[str, Sequence
             sums.add(Phase.BACKWARD_WEIGHT, Purpose.COMPUTE, weight, layer=layer)
         for tensor, is_parameter, move, nbytes in moves[name]:
             if is_parameter:
-                for purpose, collective in parameter_backward(tensor, move):
-                    _add_move(solved, sums, Phase.BACKWARD_INPUT, purpose, collective, move, nbytes, layer)
+                for purpose, direction in parameter_backward(tensor, move):
+                    _add_move(solved, sums, Phase.BACKWARD_INPUT, purpose, direction, move, nbytes, layer)
             elif tensor.requires_grad and move.backward is not Collective.NONE:
                 _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.ACTIVATION_GRADIENTS, move.backward, move, nbytes, layer)
 
