@@ -103,8 +103,8 @@ class Facts:
         meanings: loops that run over something else than features.
         softmax: the op turns scores into weights that add up to one; the attention core is found around it.
         target_mean: the op is a mean over the targets that count.
-        whole_batch: why the op needs the whole batch at once, for the message that refuses micro-batches. That it does follows from `writes`
-            and from the loops that only a kernel with exchanges may split.
+        whole_batch: why the op needs the whole batch at once, for the message that refuses micro-batches. That it does follows from
+            `writes` and from the loops that only a kernel with exchanges may split.
     """
 
     weights: tuple[int, ...] = ()

@@ -125,7 +125,10 @@ def _make_stage(planned: PlannedGraph, stage: Stage, recomputed: Mapping[str, Re
 
 
 def _find_users(graph: Graph, stages: Sequence[Stage], schedule: Schedule) -> dict[str, tuple[int, ...]]:
-    """The user's name of a parameter or buffer -> the pipeline ranks whose stages read it, in order of the stages."""
+    """The user's name of a parameter or buffer -> the pipeline ranks whose stages read it, in order of the stages: the first owns it.
+
+    The costs count its optimizer state there too (`ChainReads.owner`).
+    """
     users: dict[str, dict[int, None]] = defaultdict(dict)
     for number, stage in enumerate(stages):
         for name in stage.stored:
