@@ -256,6 +256,13 @@ def test_a_mesh_of_another_size() -> None:
         make_plan(captured("llama").graph, Cluster.parse("8xcpu"), mesh={"dp": 2, "tp": 2})
 
 
+def test_a_dtype_without_a_peak_is_named() -> None:
+    model = nn.Linear(8, 8).to(torch.bfloat16)
+    graph = capture(model, (torch.randn(4, 8, dtype=torch.bfloat16),)).graph
+    with pytest.raises(InputError, match="has no peak_flops for bfloat16, only for float16"):
+        make_plan(graph, Cluster.parse("8xV100"))
+
+
 def unruled_model() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     class Odd(nn.Module):
         def __init__(self) -> None:

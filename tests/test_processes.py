@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import autopar
-from autopar.errors import PlanError
+from autopar.errors import AutoparError, PlanError
+from autopar.runtime import world
 from tests.helpers import tree_allclose
 from tests.processes import spawn
 from tests.zoo import BATCH, SEQ, VOCAB, ZOO, in_float64, labels, tokens
@@ -172,3 +173,22 @@ def _on_four_ranks(rank: int, name: str, folder: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_a_training_loop_on_four_ranks_is_that_of_one_device(name: str, tmp_path: Path) -> None:
     spawn(4, tmp_path, _on_four_ranks, name, str(tmp_path))
+
+
+class _Refused(ValueError):
+    """An error that is none of autopar's."""
+
+
+def _fail_to_plan(rank: int, error: type[Exception]) -> None:
+    def plan() -> Any:
+        raise error("no such plan")
+
+    expected = error if rank == 0 or issubclass(error, AutoparError) else AutoparError
+    with pytest.raises(expected, match="no such plan") as caught:
+        world.agree(plan)
+    assert ("on the first rank" in str(caught.value)) == (rank == 1)
+
+
+@pytest.mark.parametrize("error", [PlanError, _Refused])
+def test_no_rank_waits_for_a_plan_that_the_first_cannot_make(error: type[Exception], tmp_path: Path) -> None:
+    spawn(2, tmp_path, _fail_to_plan, error)

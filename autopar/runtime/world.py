@@ -128,27 +128,27 @@ def agree(make: Callable[[], Plan], device: torch.device | None = None) -> Plan:
     """The plan that the first rank makes, on every rank; without a process group just the plan.
 
     Solvers stop at time limits, so ranks that each made their own could get different plans. When the first rank can't make a plan,
-    every rank raises its error.
+    every rank raises its error, whatever it is: as AutoparError where its type isn't one of `autopar.errors`.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return make()
     plan: Plan | None = None
-    failure: AutoparError | None = None
+    failure: Exception | None = None
     text = ""
     if dist.get_rank() == 0:
         try:
             plan = make()
             text = to_json(plan)
-        except AutoparError as error:
+        except Exception as error:  # whatever it is, the other ranks wait for an answer
             failure = error
             text = f"{type(error).__name__}:{error}"
     text = _broadcast_text(text, device)
     if failure is not None:
         raise failure
     if plan is None:
-        name, separator, message = text.partition(":")
-        if separator and name in ERROR_TYPES:
-            raise ERROR_TYPES[name](f"on the first rank: {message}")
+        if not text.startswith("{"):  # an error, not a plan's JSON
+            name, _, message = text.partition(":")
+            raise ERROR_TYPES.get(name, AutoparError)(f"on the first rank: {message if name in ERROR_TYPES else text}")
         plan = from_json(text)
     return plan
 

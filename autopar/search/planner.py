@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from autopar.cost_models import Cluster
+from autopar.cost_models import Cluster, HardwareError
 from autopar.errors import InfeasibleError, InputError, UnknownOpError
 from autopar.ir import Graph, Layout, Mesh, Op, OpKind, Space
 from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
@@ -75,7 +75,17 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def _profile_errors_as_input_errors() -> Iterator[None]:
+    """Errors about the machine's profile, such as a dtype that the device has no peak for, as InputError."""
+    try:
+        yield
+    except HardwareError as error:
+        raise InputError(str(error)) from error
+
+
 @_without_garbage_collection()
+@_profile_errors_as_input_errors()
 def make_plan(
     graph: Graph,
     cluster: Cluster,
@@ -103,7 +113,8 @@ def make_plan(
         notes: what capture dropped or changed, for the report.
         progress: called with a line of text for each thing that is tried.
 
-    Raises InfeasibleError when nothing fits the memory, InputError on pins that can't be had, UnknownOpError as `strict` says.
+    Raises InfeasibleError when nothing fits the memory, InputError on pins that can't be had and on dtypes that the machine's profile
+    doesn't know, UnknownOpError as `strict` says.
     """
     start = time.perf_counter()
     tell = progress or (lambda _: None)

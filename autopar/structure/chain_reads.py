@@ -32,8 +32,8 @@ class ChainReads:
         cheap: per block the cheap calls that it is the first to need, directly or for another cheap call, the last to run first.
         deferrable: calls whose weight gradients can wait for a pass of its own (`is_deferrable`).
         parameters: per block the parameters that it reads; the last block also has those that no block reads.
-        owner: parameter -> the first block that has it in `parameters`: its optimizer state counts there. The program follows the same rule:
-            `Slot.pipeline_ranks` begins with the first pipeline rank that uses it.
+        owner: parameter -> the first block that has it in `parameters`: its optimizer state counts there. The program follows the same
+            rule: `Slot.pipeline_ranks` begins with the first pipeline rank that uses it.
         shared: per block its operands, as (call, number of the operand), whose values other blocks read too and which aren't parameters.
     """
 
