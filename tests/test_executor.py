@@ -10,7 +10,7 @@ from autopar.checks import threads
 from autopar.errors import CommError, PipelineError
 from autopar.ir.layout import PIPELINE, Mesh, State, StateKind
 from autopar.ops import comm
-from autopar.rewrite.program import Boundary, PipelineProgram, StageOutput, StageProgram
+from autopar.rewrite.program import CrossingTensor, PipelineProgram, StageOutput, StageProgram
 from autopar.runtime.executor import Executor, StageTensors
 from autopar.runtime.mailbox import find_finished_sends
 from autopar.schedules.actions import COMPUTING, SENDS, Action, Kind, Schedule, StageEdge, chain
@@ -135,7 +135,7 @@ class Scale(nn.Module):
 
 def make_pipeline(schedule: Schedule, rows: int) -> PipelineProgram:
     last = schedule.stages - 1
-    boundary = Boundary("x", (rows, 3), torch.float64, True)
+    boundary = CrossingTensor("x", (rows, 3), torch.float64, True)
     stages = {
         stage: StageProgram(
             module=Scale(stage == 0, stage == last),
@@ -324,7 +324,7 @@ class Sum(nn.Module):
 def test_an_inference_keeps_results_until_the_last_stage_that_reads_them_has_its_own() -> None:
     """Stage 0 sends to stages 1 and 2."""
     rows, count = 2, 3
-    boundary = Boundary("x", (rows, 3), torch.float64, False)
+    boundary = CrossingTensor("x", (rows, 3), torch.float64, False)
     edges = [(0, 1), (0, 2), (1, 2)]
     stages = {
         stage: StageProgram(

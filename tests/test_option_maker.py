@@ -204,7 +204,7 @@ def test_weight_gradients_take_half_a_products_backward(maker: BlockOptionMaker,
 
 def test_the_least_bytes_of_all_ranks_are_those_of_one(maker: BlockOptionMaker) -> None:
     # Eight activations of the batch, what the loss saves of it, and all parameters.
-    loss = maker.solved.graph.by_name["cross_entropy_loss"].saved_nbytes
+    loss = maker.solved.graph.by_name["cross_entropy_loss"].extra_saved_nbytes
     least = 8 * 2 * HIDDEN + loss + TRAINED * (TABLE + 3 * MATRIX)
     assert [least_bytes(maker.solved.model, ranks) for ranks in (1, 4, 1000)] == [least, -(-least // 4), -(-least // 1000)]
     frozen = make_tied(frozen=True)
@@ -217,7 +217,7 @@ def test_representatives_save_for_all_that_they_stand_for(maker: BlockOptionMake
         for op in maker.solved.model.folded.ops
         if op.kind is OpKind.CALL
     }
-    loss = maker.solved.graph.by_name["cross_entropy_loss"].saved_nbytes // 2
+    loss = maker.solved.graph.by_name["cross_entropy_loss"].extra_saved_nbytes // 2
     counts = {"embedding": HIDDEN, "sin": HIDDEN, "tanh": 3 * HIDDEN, "add": 3 * HIDDEN, "cross_entropy_loss": loss}
     assert {name: nbytes for name, nbytes in saved.items() if nbytes} == counts
 

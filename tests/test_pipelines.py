@@ -196,7 +196,7 @@ def _step(model: nn.Module, captured: Captured, plan: Plan, inputs: Mapping[str,
         axis = axes.pop(PIPELINE, None)
         leaves, tracked, parameters = {}, [], {}
         for slot in program.parameters:
-            owns, uses = slot.pipeline_ranks[0] == pipeline_rank, pipeline_rank in slot.pipeline_ranks
+            owns, uses = slot.owner == pipeline_rank, pipeline_rank in slot.users
             local = cut(named[slot.name].detach(), slot.layout, mesh, place).clone() if owns else torch.zeros(0, dtype=torch.float64)
             parameters[slot.name] = nn.Parameter(local)
             leaf = parameters[slot.name].detach().requires_grad_()
@@ -210,7 +210,7 @@ def _step(model: nn.Module, captured: Captured, plan: Plan, inputs: Mapping[str,
         parts = [cut(x, slot.layout, mesh, place) for x, slot in zip(captured.bind((), inputs), program.inputs, strict=True)]
         run = runner.run(held, parts, random_seed=number, trains=True, syncs=True)
         run.hand_over(torch.tensor(1.0, dtype=torch.float64))
-        loss = run.executor.join(0) if program.outputs[0].pipeline_ranks[0] == pipeline_rank else None
+        loss = run.executor.join(0) if program.outputs[0].owner == pipeline_rank else None
         return loss, {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 
     ranks = threads.run(with_pipeline(mesh, plan.pipeline.ranks), work)
@@ -218,7 +218,7 @@ def _step(model: nn.Module, captured: Captured, plan: Plan, inputs: Mapping[str,
 
 
 def _shared(program: Program) -> list[str]:
-    return [slot.name for slot in program.parameters if len(slot.pipeline_ranks) > 1]
+    return [slot.name for slot in program.parameters if len(slot.users) > 1]
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-v"])

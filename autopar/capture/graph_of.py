@@ -74,7 +74,7 @@ def _op(
         layer=layer_of(node),
         source=source_of(node),
         saved=frozenset(record.saved.get(node.name, ())),
-        saved_nbytes=record.saved_nbytes.get(node.name, 0),
+        extra_saved_nbytes=record.saved_nbytes.get(node.name, 0),
     )
 
 

@@ -25,7 +25,7 @@ from autopar.errors import InputError, VerificationError
 from autopar.ir import PARTIAL, PIPELINE, Layout, Mesh, OpKind, Split, StateKind, with_pipeline
 from autopar.ops import collectives, comm
 from autopar.plans import Plan
-from autopar.rewrite import Boundary, Program, Slot, rewrite
+from autopar.rewrite import CrossingTensor, Program, Slot, rewrite
 from autopar.runtime import Executor, StageTensors
 
 ZERO_SCALE = 1e-6
@@ -176,14 +176,14 @@ def _widen_messages(program: Program) -> Program:
     if program.pipeline is None:
         return program
 
-    def raised(boundary: Boundary) -> Boundary:
-        return dataclasses.replace(boundary, dtype=torch.float64) if boundary.dtype.is_floating_point else boundary
+    def raised(tensor: CrossingTensor) -> CrossingTensor:
+        return dataclasses.replace(tensor, dtype=torch.float64) if tensor.dtype.is_floating_point else tensor
 
     stages = {
         number: dataclasses.replace(
             stage,
-            receives={peer: tuple(map(raised, boundaries)) for peer, boundaries in stage.receives.items()},
-            sends={peer: tuple((index, raised(boundary)) for index, boundary in sent) for peer, sent in stage.sends.items()},
+            receives={peer: tuple(map(raised, crossing)) for peer, crossing in stage.receives.items()},
+            sends={peer: tuple((index, raised(tensor)) for index, tensor in sent) for peer, sent in stage.sends.items()},
         )
         for number, stage in program.pipeline.stages.items()
     }
@@ -315,22 +315,19 @@ def _run_program(
         return joined.whole
 
     outputs = [
-        whole(slot.name, [rank.outputs[i] for rank in by_pipeline_rank[slot.pipeline_ranks[0]]], slot.layout)
-        for i, slot in enumerate(program.outputs)
+        whole(slot.name, [rank.outputs[i] for rank in by_pipeline_rank[slot.owner]], slot.layout) for i, slot in enumerate(program.outputs)
     ]
     gradients = {}
     for slot in program.parameters:
         layout = tuple(PARTIAL if name in slot.partial_axes else state for name, state in zip(mesh.names, slot.layout, strict=True))
-        users = [by_pipeline_rank[group] for group in slot.pipeline_ranks if slot.name in by_pipeline_rank[group][0].gradients]
+        users = [by_pipeline_rank[user] for user in slot.users if slot.name in by_pipeline_rank[user][0].gradients]
         if users:
             summed = [
                 sum((group[i].gradients[slot.name] for group in users[1:]), users[0][i].gradients[slot.name])
                 for i in range(mesh.world_size)
             ]
             gradients[slot.name] = whole(f"gradient of {slot.name}", summed, layout)
-    buffers = {
-        s.name: whole(s.name, [rank.buffers[s.name] for rank in by_pipeline_rank[s.pipeline_ranks[0]]], s.layout) for s in program.buffers
-    }
+    buffers = {s.name: whole(s.name, [rank.buffers[s.name] for rank in by_pipeline_rank[s.owner]], s.layout) for s in program.buffers}
     return _Run(outputs, gradients, buffers), disagreements
 
 
@@ -371,8 +368,8 @@ def _run_stages(
     axes = dict(comm.current())
     axis = axes.pop(PIPELINE, comm.alone(PIPELINE))
     input_parts = [cut(x, slot.layout, mesh, mesh_rank) for x, slot in zip(inputs, program.inputs, strict=True)]
-    leaves = {slot.name: _part(slot, tensors, mesh, mesh_rank) for slot in program.parameters if pipeline_rank in slot.pipeline_ranks}
-    buffers = {slot.name: _part(slot, tensors, mesh, mesh_rank) for slot in program.buffers if pipeline_rank in slot.pipeline_ranks}
+    leaves = {slot.name: _part(slot, tensors, mesh, mesh_rank) for slot in program.parameters if pipeline_rank in slot.users}
+    buffers = {slot.name: _part(slot, tensors, mesh, mesh_rank) for slot in program.buffers if pipeline_rank in slot.users}
     stage_tensors = {
         stage: StageTensors(
             [leaves[program.parameters[position].name] for position in stage_program.parameters],
@@ -392,7 +389,7 @@ def _run_stages(
     )
     executor.run()
     assert executor.is_idle, "a schedule ended with micro-batches still under way"
-    outputs = {i: executor.join(i) for i, slot in enumerate(program.outputs) if slot.pipeline_ranks[0] == pipeline_rank}
+    outputs = {i: executor.join(i) for i, slot in enumerate(program.outputs) if slot.owner == pipeline_rank}
     updates = dict(enumerate(program.mutated_buffers, len(program.outputs)))
     buffers.update({updates[i]: executor.join(i) for i in [*executor.output_parts] if i in updates})
     gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}

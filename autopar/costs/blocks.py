@@ -115,7 +115,9 @@ def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
     )
     block = solved.chain.blocks[number]
     # Like blocks have like parameters, but other blocks may read them before, and the last block has those that none reads.
-    parameters = tuple((solved.representative(graph.by_name[name]).name, reads.owner[name] == number) for name in reads.parameters[number])
+    parameters = tuple(
+        (solved.representative(graph.by_name[name]).name, reads.first_block[name] == number) for name in reads.parameters[number]
+    )
     return block.like, read, cheap, shared, parameters, outputs
 
 
@@ -232,7 +234,7 @@ def _add_step(solved: SolvedChain, number: int, sums: RowSums) -> None:
     """
     for name in solved.reads.parameters[number]:
         tensor, start = solved.graph.by_name[name].results[0], solved.made(Value(name))
-        if not tensor.requires_grad or solved.reads.owner[name] != number:
+        if not tensor.requires_grad or solved.reads.first_block[name] != number:
             continue
         layer = solved.layer_of.get(name, "")
         sums.add(Phase.STEP, Purpose.OPTIMIZER, solved.tables.optimizer_seconds(tensor, start), layer=layer)

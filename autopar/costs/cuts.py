@@ -47,7 +47,7 @@ def travel_layout(solved: SolvedChain, value: Value, link: Link | None) -> Layou
     """
     tensor, mesh = solved.graph.tensor(value), solved.mesh
     layout = list(solved.made(value))
-    for axis in range(solved.tables.first, len(layout)):
+    for axis in range(solved.tables.first_axis, len(layout)):
         if layout[axis].kind is StateKind.SHARD:
             continue
         is_sum = layout[axis].kind is StateKind.PARTIAL

@@ -63,7 +63,7 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
     parameters = gradients = optimizer = 0
     for name in solved.reads.parameters[number]:
         nbytes = solved.nbytes(Value(name))
-        is_first = solved.reads.owner[name] == number
+        is_first = solved.reads.first_block[name] == number
         if solved.is_one_stage and not is_first:
             continue
         parameters += nbytes
@@ -135,7 +135,7 @@ def _saved_nbytes(solved: SolvedChain, number: int, regions: Sequence[Sequence[s
             is_read_here = any(reads.block_of.get(reader) == number for reader in readers.get(value, ()))
             if solved.is_saved(value) and is_read_here:
                 hold(value, solved.made(value))
-        extra_nbytes += -(-op.saved_nbytes // solved.ways(op))
+        extra_nbytes += -(-op.extra_saved_nbytes // solved.ways(op))
         for journey in solved.journeys(op):
             if solved.saves_copy(journey) and not solved.is_moved_before(number, journey.value, journey.need):
                 hold(journey.value, journey.need)
@@ -164,13 +164,13 @@ def workspace_nbytes(solved: SolvedChain, number: int) -> int:
 
     Parameters count only where they were moved for the call, as by ZeRO's gathers. An estimate: there is no liveness analysis.
     """
-    largest, first = 0, solved.tables.first
+    largest, first_axis = 0, solved.tables.first_axis
     for name in solved.chain.blocks[number].ops:
         op = solved.graph.by_name[name]
         total = sum(solved.nbytes(value) for value in op.values)
         for value, need in dict.fromkeys(zip(op.operands, solved.needs(op), strict=True)):
             is_stored = solved.graph.by_name[value.op].kind is OpKind.PARAMETER
-            if not is_stored or need[first:] != solved.made(value)[first:]:
+            if not is_stored or need[first_axis:] != solved.made(value)[first_axis:]:
                 total += solved.nbytes(value, need)
         largest = max(largest, total)
     return 2 * largest
@@ -181,7 +181,7 @@ def _region_nbytes(solved: SolvedChain, region: Sequence[str]) -> int:
     total = 0
     for name in region:
         op = solved.graph.by_name[name]
-        total += -(-op.saved_nbytes // solved.ways(op))
+        total += -(-op.extra_saved_nbytes // solved.ways(op))
         total += sum(solved.nbytes(value) for value in op.values if solved.is_saved(value))
         total += sum(solved.nbytes(journey.value, journey.need) for journey in solved.journeys(op) if solved.saves_copy(journey))
     return total

@@ -126,9 +126,9 @@ class SolvedChain:
 
     def saves_copy(self, journey: Journey) -> bool:
         """Whether autograd saves the copy that a journey makes."""
-        first, kind = self.tables.first, self.graph.by_name[journey.value.op].kind
+        first_axis, kind = self.tables.first_axis, self.graph.by_name[journey.value.op].kind
         representative = self.model.folded.representative_of(journey.value)
-        return journey.is_saved and self.model.saved.saves_copy(kind, representative, journey.start[first:], journey.need[first:])
+        return journey.is_saved and self.model.saved.saves_copy(kind, representative, journey.start[first_axis:], journey.need[first_axis:])
 
     @cached_property
     def first_movers(self) -> Mapping[tuple[Value, Layout], int]:

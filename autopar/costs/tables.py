@@ -1,10 +1,10 @@
 """Seconds and bytes of single decisions on one mesh: a call under a placement, a tensor's journey, a parameter's update.
 
-Comes in: an `AnalyzedGraph`, a mesh, a cluster. Goes out: `CostTables`, which the search tables, and of whose prices ``costs.blocks`` makes
-rows.
+Comes in: an `AnalyzedGraph`, a mesh, a cluster. Goes out: `CostTables`, whose prices the placement problem asks for, and of which
+``costs.blocks`` makes rows.
 
-Seconds are those of one rank. On a mesh with micro-batches as its first axis (`in_time`) they are those of one micro-batch, bytes too. The
-formulas of devices and links are those of `autopar.cost_models`; here stands what they are applied to:
+Seconds are those of one rank. On a mesh with micro-batches as its first axis (`with_microbatch_axis`) they are those of one micro-batch,
+bytes too. The formulas of devices and links are those of `autopar.cost_models`; here stands what they are applied to:
 
 - a call: flops / parts that its placement makes, bytes of a rank's parts of operands and results; what its kernel exchanges;
 - a journey: every step as its collective over the larger of a rank's parts before and after it;
@@ -107,7 +107,7 @@ class CostTables:
     """Costs of single decisions on one mesh; what was asked for once is remembered.
 
     Attributes:
-        first: number of the first axis that consists of ranks (`first_rank_axis`).
+        first_axis: number of the first axis that consists of ranks (`first_rank_axis`).
         links: per axis of the mesh the link between its ranks.
     """
 
@@ -115,10 +115,10 @@ class CostTables:
         self.model = model
         self.mesh = mesh
         self.device = cluster.machine.device
-        self.first = first_rank_axis(mesh)
-        ranks = mesh.sizes[self.first :]
+        self.first_axis = first_rank_axis(mesh)
+        ranks = mesh.sizes[self.first_axis :]
         links = tuple(axis_link(cluster, ranks, axis) for axis in range(len(ranks)))
-        self.links: tuple[Link, ...] = (*links[: self.first], *links)  # an axis of micro-batches has no link: its entry is never used
+        self.links: tuple[Link, ...] = (*links[: self.first_axis], *links)  # an axis of micro-batches has no link: its entry is never used
         self._collectives: dict[tuple[str, int, int], float] = {}
         self._calls: dict[tuple[str, Placement], tuple[float, float]] = {}
         self._steps: dict[RouteKey, list[tuple[RouteStep, int]]] = {}
@@ -154,7 +154,7 @@ class CostTables:
         for exchange in space.facts.exchanges:
             nbytes = self._exchanged_nbytes(space, exchange, placement)
             for axis, part in enumerate(placement):
-                if axis >= self.first and isinstance(part, Split) and part.loop in exchange.split:
+                if axis >= self.first_axis and isinstance(part, Split) and part.loop in exchange.split:
                     size = self.mesh.sizes[axis]
                     total = nbytes if exchange.collective == "all_reduce" else nbytes * size
                     times = exchange.forward + exchange.backward
@@ -196,8 +196,8 @@ class CostTables:
         """The steps that take a tensor from one layout to another, each with the bytes of the larger of a rank's parts before and after."""
         # Along the axis of micro-batches nothing is exchanged: a micro-batch takes its part of what is there. Ranks' parts lie inside of
         # that part, so what ranks have split of the whole batch they must gather first.
-        if not (self.first and start[0] == REPLICATE and need[0].kind is StateKind.SHARD):
-            start = (*need[: self.first], *start[self.first :])
+        if not (self.first_axis and start[0] == REPLICATE and need[0].kind is StateKind.SHARD):
+            start = (*need[: self.first_axis], *start[self.first_axis :])
         # Whether blocks fit into one another on the way depends on the sizes; without blocks, all tensors go the same way.
         has_blocks = any(state.outer > 1 for state in start) or any(state.outer > 1 for state in need)
         key = (start, need, (tensor.shape, self.mesh.sizes) if has_blocks else None)
@@ -207,7 +207,7 @@ class CostTables:
             if path is None:
                 path = self.model.routes[key] = route(tensor.shape, start, need, self.mesh)
             steps = self._steps[key] = [
-                (step, min(self._ways(step.split_before), self._ways(step.split_after))) for step in path if step.axis >= self.first
+                (step, min(self._ways(step.split_before), self._ways(step.split_after))) for step in path if step.axis >= self.first_axis
             ]
         nbytes = tensor.nbytes
         return [(step, nbytes // ways) for step, ways in steps]

@@ -7,7 +7,7 @@ that axis, and where two ops disagree about a tensor a table says which collecti
 Modules, in reading order: ``graph``, ``facts``, ``space``, ``layout``, ``reshard``.
 """
 
-from autopar.ir.facts import Exchange, Facts, Family, Meaning, TargetMean, WholeBatch
+from autopar.ir.facts import Exchange, Facts, Family, Meaning, MicrobatchRefusal, TargetMean
 from autopar.ir.graph import ITEMSIZE, Graph, Op, Operand, OpKind, Tensor, Value, freeze
 from autopar.ir.layout import (
     MICROBATCH,
@@ -59,6 +59,7 @@ __all__ = [
     "LoopKind",
     "Meaning",
     "Mesh",
+    "MicrobatchRefusal",
     "Op",
     "OpKind",
     "Operand",
@@ -73,7 +74,6 @@ __all__ = [
     "TargetMean",
     "Tensor",
     "Value",
-    "WholeBatch",
     "fits",
     "format_layout",
     "format_placement",

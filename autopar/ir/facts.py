@@ -82,7 +82,7 @@ class TargetMean:
 
 
 @dataclass(frozen=True, slots=True)
-class WholeBatch:
+class MicrobatchRefusal:
     """Why an op needs the whole batch at once, and what to use instead: words of the message that refuses micro-batches."""
 
     reason: str
@@ -103,7 +103,7 @@ class Facts:
         meanings: loops that run over something else than features.
         softmax: the op turns scores into weights that add up to one; the attention core is found around it.
         target_mean: the op is a mean over the targets that count.
-        whole_batch: why the op needs the whole batch at once, for the message that refuses micro-batches. That it does follows from
+        microbatch_refusal: why the op needs the whole batch at once, for the message that refuses micro-batches. That it does follows from
             `writes` and from the loops that only a kernel with exchanges may split.
     """
 
@@ -114,7 +114,7 @@ class Facts:
     meanings: Mapping[str, Meaning] = field(default_factory=dict)
     softmax: bool = False
     target_mean: TargetMean | None = None
-    whole_batch: WholeBatch | None = None
+    microbatch_refusal: MicrobatchRefusal | None = None
 
     def meaning_of(self, loop: str) -> Meaning:
         """What a loop runs over."""

@@ -106,7 +106,7 @@ class Op:
         layer: path of the module that the op belongs to, such as ``transformer.h.0.mlp``; empty at the root.
         source: the user's line, ``file.py:12: y = self.fc(x)``; empty when unknown.
         saved: indices of the results that autograd saves for the backward.
-        saved_nbytes: bytes that autograd saves for this op beyond its operands and results, such as the statistics of a norm.
+        extra_saved_nbytes: bytes that autograd saves for this op beyond its operands and results, such as the statistics of a norm.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Op:
     layer: str = ""
     source: str = ""
     saved: frozenset[int] = frozenset()
-    saved_nbytes: int = 0
+    extra_saved_nbytes: int = 0
 
     @property
     def values(self) -> tuple[Value, ...]:

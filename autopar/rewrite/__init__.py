@@ -7,6 +7,6 @@ Modules, in reading order: ``program``, ``stages``, ``planned``, ``whole_batch``
 """
 
 from autopar.rewrite.emit import rewrite
-from autopar.rewrite.program import Boundary, PipelineProgram, Program, Slot, StageProgram
+from autopar.rewrite.program import CrossingTensor, PipelineProgram, Program, Slot, StageProgram
 
-__all__ = ["Boundary", "PipelineProgram", "Program", "Slot", "StageProgram", "rewrite"]
+__all__ = ["CrossingTensor", "PipelineProgram", "Program", "Slot", "StageProgram", "rewrite"]

@@ -18,7 +18,7 @@ from autopar.rewrite.outline import outline
 from autopar.rewrite.planned import PlannedGraph
 from autopar.rewrite.program import PipelineProgram, Program, StageProgram
 from autopar.rewrite.regions import Region, find_layers, find_recomputed
-from autopar.rewrite.slots import find_stage_outputs, make_boundary, make_program
+from autopar.rewrite.slots import find_stage_outputs, make_crossing, make_program
 from autopar.rewrite.stages import Stage, edges_of, partition
 from autopar.rewrite.whole_batch import find_batch_values, with_prologue
 from autopar.rules import facts_of
@@ -67,9 +67,9 @@ def rewrite_pipeline(planned: PlannedGraph, chain: Chain, pipeline_rank: int | N
     users = {slot.name: users.get(slot.name, (schedule.rank_of[-1],)) for slot in (*program.parameters, *program.buffers)}
     return replace(
         program,
-        parameters=tuple(replace(slot, pipeline_ranks=users[slot.name]) for slot in program.parameters),
-        buffers=tuple(replace(slot, pipeline_ranks=users[slot.name]) for slot in program.buffers),
-        outputs=tuple(replace(slot, pipeline_ranks=(makers[position],)) for position, slot in enumerate(program.outputs)),
+        parameters=tuple(replace(slot, users=users[slot.name]) for slot in program.parameters),
+        buffers=tuple(replace(slot, users=users[slot.name]) for slot in program.buffers),
+        outputs=tuple(replace(slot, users=(makers[position],)) for position, slot in enumerate(program.outputs)),
         pipeline=PipelineProgram(
             stages=programs,
             schedule=schedule,
@@ -115,9 +115,9 @@ def _make_stage(planned: PlannedGraph, stage: Stage, recomputed: Mapping[str, Re
         prologue=build_prologue(planned, stage, batch_values) if batch_values else None,
         parameters=tuple(number for number, op in enumerate(graph.of_kind(OpKind.PARAMETER)) if op.name in stage.stored),
         buffers=tuple(number for number, op in enumerate(graph.of_kind(OpKind.BUFFER)) if op.name in stage.stored),
-        receives={producer: tuple(make_boundary(planned, value) for value in values) for producer, values in stage.receives.items()},
+        receives={producer: tuple(make_crossing(planned, value) for value in values) for producer, values in stage.receives.items()},
         sends={
-            consumer: tuple((stage.sent.index(value), make_boundary(planned, value)) for value in values)
+            consumer: tuple((stage.sent.index(value), make_crossing(planned, value)) for value in values)
             for consumer, values in stage.sends.items()
         },
         outputs=find_stage_outputs(planned, stage),
@@ -127,7 +127,7 @@ def _make_stage(planned: PlannedGraph, stage: Stage, recomputed: Mapping[str, Re
 def _find_users(graph: Graph, stages: Sequence[Stage], schedule: Schedule) -> dict[str, tuple[int, ...]]:
     """The user's name of a parameter or buffer -> the pipeline ranks whose stages read it, in order of the stages: the first owns it.
 
-    The costs count its optimizer state there too (`ChainReads.owner`).
+    The costs count its optimizer state there too (`ChainReads.first_block`).
     """
     users: dict[str, dict[int, None]] = defaultdict(dict)
     for number, stage in enumerate(stages):

@@ -164,11 +164,11 @@ def _find_partial_axes(planned: PlannedGraph, parameter: Op) -> frozenset[str]:
     value = Value(parameter.name)
     readers = [planned.graph.by_name[name] for name in dict.fromkeys(planned.graph.readers.get(value, ()))]
     needs = [needed_layout(planned, op, index) for op in readers for index, operand in enumerate(op.operands) if operand == value]
-    axes = [_find_broadcast_axes(planned, parameter, need) for need in needs]
+    axes = [_find_partial_gradient_axes(planned, parameter, need) for need in needs]
     return frozenset.intersection(*axes) if axes else frozenset()
 
 
-def _find_broadcast_axes(planned: PlannedGraph, parameter: Op, need: Layout) -> frozenset[str]:
+def _find_partial_gradient_axes(planned: PlannedGraph, parameter: Op, need: Layout) -> frozenset[str]:
     """Axes along which a reader has nothing to do to get from the stored parameter to `need`, though the gradient has to be summed."""
     stored = stored_layout(planned, parameter)
     # Gradients of micro-batches add up where they arrive, whatever the layout says of time.

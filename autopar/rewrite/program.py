@@ -40,7 +40,7 @@ class Slot:
         dtype: torch's name without the ``torch.`` prefix.
         partial_axes: for a parameter, the axes over which its local gradient still has to be summed, once per step.
         requires_grad: whether the tensor takes part in the backward.
-        pipeline_ranks: the pipeline ranks that use the parameter or make the output; the first owns it.
+        users: the pipeline ranks that use the parameter, in order of their stages, or the one that makes the output.
     """
 
     name: str
@@ -49,11 +49,16 @@ class Slot:
     dtype: str
     partial_axes: tuple[str, ...] = ()
     requires_grad: bool = False
-    pipeline_ranks: tuple[int, ...] = (0,)
+    users: tuple[int, ...] = (0,)
+
+    @property
+    def owner(self) -> int:
+        """The pipeline rank that stores the parameter, or that makes the output: the first of the users."""
+        return self.users[0]
 
 
 @dataclass(frozen=True, slots=True)
-class Boundary:
+class CrossingTensor:
     """A tensor that a stage receives for every micro-batch: a rank's part of it."""
 
     name: str
@@ -95,8 +100,8 @@ class StageProgram:
     prologue: torch.nn.Module | None
     parameters: tuple[int, ...]
     buffers: tuple[int, ...]
-    receives: Mapping[int, tuple[Boundary, ...]]
-    sends: Mapping[int, tuple[tuple[int, Boundary], ...]]
+    receives: Mapping[int, tuple[CrossingTensor, ...]]
+    sends: Mapping[int, tuple[tuple[int, CrossingTensor], ...]]
     outputs: tuple[StageOutput, ...]
 
 

@@ -1,4 +1,4 @@
-"""What goes into and comes out of a program and its stages: slots, boundaries between stages, outputs of stages."""
+"""What goes into and comes out of a program and its stages: slots, tensors that cross between stages, outputs of stages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from autopar.ir import Layout, OpKind, State, StateKind, Value, local_outer, local_shape, shard
 from autopar.rewrite.planned import PlannedGraph, needed_layout, sent_layout, stored_layout
-from autopar.rewrite.program import Boundary, Program, Slot, StageOutput
+from autopar.rewrite.program import CrossingTensor, Program, Slot, StageOutput
 from autopar.rewrite.stages import Stage
 
 
@@ -49,11 +49,11 @@ def find_output_slots(planned: PlannedGraph) -> tuple[Slot, ...]:
     return tuple(slots)
 
 
-def make_boundary(planned: PlannedGraph, value: Value) -> Boundary:
+def make_crossing(planned: PlannedGraph, value: Value) -> CrossingTensor:
     """What a stage that reads `value` receives of it per micro-batch."""
     tensor = planned.graph.tensor(value)
     shape = local_shape(tensor.shape, sent_layout(planned, value), planned.mesh)
-    return Boundary(str(value), shape, getattr(torch, tensor.dtype), tensor.requires_grad)
+    return CrossingTensor(str(value), shape, getattr(torch, tensor.dtype), tensor.requires_grad)
 
 
 def find_stage_outputs(planned: PlannedGraph, stage: Stage) -> tuple[StageOutput, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autopar.ir import Exchange, Facts, Op, Space, Tensor, WholeBatch
+from autopar.ir import Exchange, Facts, MicrobatchRefusal, Op, Space, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, floats, is_float, letters, named, normal, normals, operand, space
 
 
@@ -181,7 +181,7 @@ def batch_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
             # A mean and a variance per channel, and their gradients.
             exchanges=(Exchange(frozenset(reduced), "all_reduce", ("c",), forward=2, backward=2),),
             coupled=frozenset("c"),
-            whole_batch=WholeBatch(
+            microbatch_refusal=MicrobatchRefusal(
                 "takes its statistics over the whole batch",
                 "use a norm that works on each sample (GroupNorm, LayerNorm), put this layer into eval mode",
             ),

@@ -152,10 +152,10 @@ class Executor:
     def _forward(self, action: Action) -> None:
         program, tensors = self.pipeline.stages[action.stage], self.tensors[action.stage]
         received: dict[int, list[Tensor]] = {}
-        for peer, boundaries in sorted(program.receives.items()):
+        for peer, crossing in sorted(program.receives.items()):
             values = self.mailbox.wait_for(Delivery(Kind.FORWARD, action.stage, peer, action.microbatch))
             received[peer] = [
-                x.requires_grad_() if self.trains and boundary.requires_grad else x for x, boundary in zip(values, boundaries, strict=True)
+                x.requires_grad_() if self.trains and tensor.requires_grad else x for x, tensor in zip(values, crossing, strict=True)
             ]
         self.mailbox.release_sends(AwaitedPass(True, action.stage, action.microbatch))
         whole_values = self._find_whole_values(action.stage, program, tensors)
@@ -200,7 +200,7 @@ class Executor:
                 gradient = _cut_gradient(self.output_gradients[out.position], out.state, action.microbatch, self.microbatches)
                 _add(gradients, out.result, gradient)
         for consumer, sent in sorted(program.sends.items()):
-            differentiable = [index for index, boundary in sent if boundary.requires_grad]
+            differentiable = [index for index, tensor in sent if tensor.requires_grad]
             if differentiable:
                 received = self.mailbox.wait_for(Delivery(Kind.BACKWARD, action.stage, consumer, action.microbatch))
                 for index, gradient in zip(differentiable, received, strict=True):
@@ -239,10 +239,10 @@ class Executor:
         """Begin to receive: values from an earlier stage, or gradients from a later one, in the shapes in which they are sent."""
         program = self.pipeline.stages[action.stage]
         if action.kind is Kind.RECEIVE_FORWARD:
-            boundaries = tuple(program.receives[action.peer])
+            crossing = tuple(program.receives[action.peer])
         else:
-            boundaries = tuple(boundary for _, boundary in program.sends[action.peer] if boundary.requires_grad)
-        self.mailbox.receive(action, boundaries, device_of(self.tensors[action.stage]))
+            crossing = tuple(tensor for _, tensor in program.sends[action.peer] if tensor.requires_grad)
+        self.mailbox.receive(action, crossing, device_of(self.tensors[action.stage]))
 
 
 # By name: bound methods stored in an executor would be a reference cycle, and all its tensors would stay until garbage is collected.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from autopar.errors import CommError
 from autopar.ops import Axis, Message
-from autopar.rewrite import Boundary
+from autopar.rewrite import CrossingTensor
 from autopar.schedules import SENDS, Action, Kind, Schedule
 
 
@@ -110,15 +110,15 @@ class Mailbox:
         to = self._rank_of[action.peer]
         self.pending_sends[action] = [self._axis.send(x, to) for x in tensors]
 
-    def receive(self, action: Action, boundaries: Sequence[Boundary], device: torch.device) -> None:
-        """Begin a receive of the schedule, of tensors with the shapes and dtypes of these boundaries."""
+    def receive(self, action: Action, tensors: Sequence[CrossingTensor], device: torch.device) -> None:
+        """Begin a receive of the schedule, of tensors with the shapes and dtypes of these tensors."""
         source = self._rank_of[action.peer]
         kind = Kind.FORWARD if action.kind is Kind.RECEIVE_FORWARD else Kind.BACKWARD
-        messages = [self._axis.receive(source, boundary.shape, boundary.dtype, device) for boundary in boundaries]
+        messages = [self._axis.receive(source, tensor.shape, tensor.dtype, device) for tensor in tensors]
         self._inbox[Delivery(kind, action.stage, action.peer, action.microbatch)] = messages
 
     def wait_for(self, delivery: Delivery) -> list[Tensor]:
-        """Wait for the tensors of a delivery and return them. Raises CommError when they never do."""
+        """Wait for the tensors of a delivery and return them. Raises CommError when they don't arrive."""
         if delivery in self._local:
             return self._local.pop(delivery)
         try:

@@ -67,7 +67,7 @@ class StageRunner:
         self.leaves = leaves
         self.stash = stash
         self.alarm = alarm or Alarm()
-        self._shared = [slot for slot in program.parameters if len(slot.pipeline_ranks) > 1 and pipeline_rank in slot.pipeline_ranks]
+        self._shared = [slot for slot in program.parameters if len(slot.users) > 1 and pipeline_rank in slot.users]
         own_stages = {
             number: stage for number, stage in self.pipeline.stages.items() if self.pipeline.schedule.rank_of[number] == pipeline_rank
         }
@@ -78,7 +78,7 @@ class StageRunner:
         self._stages_using: dict[int, set[int]] = {}
         for number, stage in own_stages.items():
             for position in stage.parameters:
-                if len(program.parameters[position].pipeline_ranks) == 1:
+                if len(program.parameters[position].users) == 1:
                     self._stages_using.setdefault(position, set()).add(number)
         self._finished_sends = (
             find_finished_sends(self.pipeline.schedule, pipeline_rank),
@@ -179,10 +179,10 @@ class StageRunner:
         axis = self.axis
         messages = []
         for slot in self._shared:
-            leaf, owner = self.leaves[slot.name].detach(), slot.pipeline_ranks[0]
+            leaf, owner = self.leaves[slot.name].detach(), slot.owner
             with self.step_context(f"before micro-batch 0, the value of the shared parameter {slot.name} from pipeline rank {owner}"):
                 if owner == self.pipeline_rank:
-                    messages += [axis.send(leaf, user) for user in slot.pipeline_ranks[1:]]
+                    messages += [axis.send(leaf, user) for user in slot.users[1:]]
                 else:
                     value = _wait(axis.receive(owner, leaf.shape, leaf.dtype, leaf.device), owner)
                     # A later backward may have saved the leaf, and would refuse even a write of the same value.
@@ -199,7 +199,7 @@ class StageRunner:
         axis = self.axis
         messages = []
         for slot in self._shared:
-            leaf, owner = self.leaves[slot.name], slot.pipeline_ranks[0]
+            leaf, owner = self.leaves[slot.name], slot.owner
             if owner != self.pipeline_rank and leaf.requires_grad:
                 with self.step_context(
                     f"after the last micro-batch, the gradient of the shared parameter {slot.name} to pipeline rank {owner}"
@@ -208,8 +208,8 @@ class StageRunner:
                 leaf.grad = None
         for slot in self._shared:
             leaf = self.leaves[slot.name]
-            if slot.pipeline_ranks[0] == self.pipeline_rank and leaf.requires_grad:
-                for user in slot.pipeline_ranks[1:]:
+            if slot.owner == self.pipeline_rank and leaf.requires_grad:
+                for user in slot.users[1:]:
                     with self.step_context(
                         f"after the last micro-batch, the gradient of the shared parameter {slot.name} from pipeline rank {user}"
                     ):
@@ -227,7 +227,7 @@ class StageRunner:
 
     def broadcast(self, x: Tensor | None, slot: Slot, device: torch.device) -> Tensor:
         """This rank's part of an output, or of a buffer's new value, sent by the pipeline rank that made it to all others."""
-        maker = slot.pipeline_ranks[0]
+        maker = slot.owner
         if self.axis is None:
             assert x is not None
             return x
@@ -271,7 +271,7 @@ class PipelineRun:
         runner.sum_shared_gradients()
         with runner.step_context("after the last micro-batch, the sum of gradients over the ranks of the mesh"):
             if self.syncs:
-                runner.stash.start([slot.name for slot in runner._shared if slot.pipeline_ranks[0] == runner.pipeline_rank])
+                runner.stash.start([slot.name for slot in runner._shared if slot.owner == runner.pipeline_rank])
             # A parameter that the loss doesn't reach may have zeros that another pipeline rank sent; as on one device it gets none.
             self.gradients = {name: x for name, x in runner.stash.collect().items() if name in self.trained}
         for slot in runner.program.parameters:

@@ -39,7 +39,7 @@ class PipelineCalls:
     def find_runner(self, program: Program) -> StageRunner:
         """The runner of a program, whose leaves share the storage that the parameters have now."""
         deployment = self._deployment
-        used = [slot for slot in program.parameters if deployment.pipeline_rank in slot.pipeline_ranks]
+        used = [slot for slot in program.parameters if deployment.pipeline_rank in slot.users]
         parameters = {slot.name: self._storage.parameter(slot.name) for slot in program.parameters}
         stored = [slot.name for slot in used if deployment.owners[slot.name] in (deployment.pipeline_rank, None)]
         if id(program) in self._runners:
@@ -105,7 +105,7 @@ class PipelineCalls:
                 results.append(hand_over_on_backward(shared[position], run))
                 continue
             is_refused = trains and not has_outside_loss and position in differentiable
-            owner = None if position in shared else slot.pipeline_ranks[0]
+            owner = None if position in shared else slot.owner
             local = shared.get(position, parts.get(position))
             if local is None:
                 local = empty_part(slot.shape, slot.layout, self._deployment.mesh, getattr(torch, slot.dtype), self._storage.device)
@@ -124,7 +124,7 @@ class PipelineCalls:
         assert pipeline is not None
         slots = {slot.name: slot for slot in program.buffers}
         for position, name in enumerate(program.mutated_buffers, len(program.outputs)):
-            maker = dataclasses.replace(slots[name], pipeline_ranks=(pipeline.makers[position],))
+            maker = dataclasses.replace(slots[name], users=(pipeline.makers[position],))
             value = runner.broadcast(parts.get(position), maker, self._storage.device)
             buffers[name].copy_(gather_whole(value, slots[name].layout, self._deployment.mesh, self._deployment.axes))
         for name in sorted(pipeline.written):

@@ -172,7 +172,7 @@ class Storage:
             # What the program doesn't use stays whole, on the same mesh, so that gradient clipping sees a single mesh.
             slot = by_object.get(id(parameter))
             layout = layouts[name] = slot.layout if slot is not None else (REPLICATE,) * len(mesh.names)
-            owner = owners[name] = slot.pipeline_ranks[0] if slot is not None and deployment.pipeline_ranks > 1 else None
+            owner = owners[name] = slot.owner if slot is not None and deployment.pipeline_ranks > 1 else None
             if id(parameter) in exchanged:
                 continue
             exchanged.add(id(parameter))
@@ -295,11 +295,7 @@ def _like(parameter: nn.Parameter, stored: nn.Parameter) -> nn.Parameter:
 
 def _with_owner(slot: Slot, owner: int | None) -> Slot:
     """The slot with the parameter's owner among the pipeline ranks that have it, in first place."""
-    return (
-        slot
-        if owner in (None, slot.pipeline_ranks[0])
-        else dataclasses.replace(slot, pipeline_ranks=tuple(dict.fromkeys((owner, *slot.pipeline_ranks))))
-    )
+    return slot if owner in (None, slot.owner) else dataclasses.replace(slot, users=tuple(dict.fromkeys((owner, *slot.users))))
 
 
 Place = tuple[dict[str, Any], str]

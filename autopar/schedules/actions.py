@@ -128,7 +128,7 @@ class Schedule:
 
     @property
     def splits_backward(self) -> bool:
-        """Whether any backward runs as two actions, INPUT and WEIGHT."""
+        """Whether any backward runs as two actions, BACKWARD_INPUT and BACKWARD_WEIGHT."""
         return any(action.kind is Kind.BACKWARD_INPUT for actions in self.actions for action in actions)
 
     @property

@@ -31,7 +31,7 @@ class Family:
     Attributes:
         chunks: stages per rank; None where any number from 2 on will do.
         build: from numbers of ranks, micro-batches and chunks to the schedule.
-        splits_backward: whether a backward runs as two actions, INPUT and WEIGHT.
+        splits_backward: whether a backward runs as two actions, BACKWARD_INPUT and BACKWARD_WEIGHT.
     """
 
     chunks: int | None

@@ -152,7 +152,8 @@ class _Graph:
     """Actions and transfers as numbered nodes, each after the nodes that it waits for; node 0 is the start of the step.
 
     Attributes:
-        activities: what nodes do; None, which takes no time, is what nodes do that only join others, where more than three are waited for.
+        activities: what nodes do. A node waits for three others at most; where an action waits for more, further nodes join them, whose
+            activity is None and takes no time.
         activity_of: per node from 1 the index of its activity.
         before: per node from 0 the three nodes that it waits for; the start stands for those that aren't needed.
         nodes: per rank its computing actions with their nodes, in order.

@@ -130,7 +130,7 @@ def _constrain(model: AnalyzedGraph, mesh: Mesh, pins: Pins, stored: Mapping[str
 def _with_batch_axis(constraints: Constraints, mesh: Mesh) -> tuple[AxisKind, ...]:
     """The kinds with the outermost free axis as a dp axis, over which parameters are stored split. Raises InputError if there is none."""
     kinds = constraints.kinds
-    if AxisKind.DP in constraints.barred:
+    if AxisKind.DP in constraints.unused_kinds:
         return kinds
     if AxisKind.FREE in kinds:
         axis = kinds.index(AxisKind.FREE)
@@ -226,7 +226,7 @@ def _baselines(model: AnalyzedGraph, cluster: Cluster) -> list[Trial]:
     kinds = tuple(AxisKind(name) for name in mesh.names)
     if tp_size > 1:
         for name, accept in (("Megatron", _megatron(model, len(kinds) - 1)), ("Redco", _redco(model, len(kinds) - 1))):
-            trials.append(Trial(name, mesh, Constraints(kinds, Pins(fsdp=False), accept=accept), baseline=True))
+            trials.append(Trial(name, mesh, Constraints(kinds, Pins(fsdp=False), baseline_filter=accept), baseline=True))
     return trials
 
 

@@ -55,16 +55,16 @@ class Constraints:
         kinds: per axis what it may split.
         pins: `fsdp`, `vocabulary`, `placements` and axis sizes of 1 are obeyed here, other pins elsewhere.
         stored: layouts in which parameters are stored already, by name of the parameter (for a second program over the same parameters).
-        accept: a baseline's own rule, whether a call may have a placement.
+        baseline_filter: a baseline's own rule, whether a call may have a placement.
     """
 
     kinds: tuple[AxisKind, ...]
     pins: Pins = NO_PINS
     stored: Mapping[str, Layout] = field(default_factory=dict)
-    accept: Callable[[Op, Placement], bool] | None = None
+    baseline_filter: Callable[[Op, Placement], bool] | None = None
 
     @property
-    def barred(self) -> frozenset[AxisKind]:
+    def unused_kinds(self) -> frozenset[AxisKind]:
         """Kinds pinned to one rank, such as tp=1: free axes may not split what these would."""
         return frozenset(AxisKind(name) for name, size in self.pins.axis_sizes.items() if size == 1 and not self.stored)
 
@@ -94,8 +94,8 @@ def call_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constrai
     if constraints.pins.vocabulary is not None:
         legal = _of_vocabulary(legal, space, splits_vocabulary=constraints.pins.vocabulary)
     legal = _of_modules(legal, op, space, mesh, constraints.pins.placements)
-    if constraints.accept is not None:
-        accept = constraints.accept
+    if constraints.baseline_filter is not None:
+        accept = constraints.baseline_filter
         legal = [option for option in legal if accept(op, option)] or legal
     return legal
 
@@ -121,7 +121,7 @@ def _of_kind(
         return role_of(loops, part) if isinstance(part, Split) else None
 
     if kind is AxisKind.FREE:
-        roles = {_ROLES[barred] for barred in constraints.barred}
+        roles = {_ROLES[unused_kinds] for unused_kinds in constraints.unused_kinds}
         return [option for option in options if role(option) not in roles] or options
     if kind is AxisKind.TP:
         allowed = [option for option in options if role(option) is not Role.BATCH]

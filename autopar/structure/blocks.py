@@ -73,7 +73,7 @@ def relabel(chain: Chain, folded: Folded) -> Chain:
 
 
 def _number_like(ops: Iterable[str], folded: Folded, likes: dict[tuple[str, ...], int]) -> int:
-    """The number of the representatives of `ops` in `likes`, where it is added if it isn't there."""
+    """`Block.like` of a block of these calls: `likes` numbers every sequence of representatives, in the order in which they are met."""
     return likes.setdefault(tuple(folded.representative[name] for name in ops), len(likes))
 
 

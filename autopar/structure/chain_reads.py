@@ -24,16 +24,17 @@ class ChainReads:
     Attributes:
         block_of: call -> the block that it is in; cheap calls are in none.
         first_reader: value that crosses between blocks, or that a cheap call makes and a block reads -> the first block that reads it,
-            without the block that makes it.
+            other than the block that makes it.
         first_read: per block the values whose first reader it is.
         made_again: per block the values of cheap calls that this block or one before it reads, and a later one too: a stage that begins
             after this block makes them again.
         outputs: per block the outputs that it makes, as (position among the graph's outputs, value).
-        cheap: per block the cheap calls that it is the first to need, directly or for another cheap call, the last to run first.
+        cheap: per block the cheap calls that it is the first to need, directly or for another cheap call, in reverse order of running.
         deferrable: calls whose weight gradients can wait for a pass of its own (`is_deferrable`).
         parameters: per block the parameters that it reads; the last block also has those that no block reads.
-        owner: parameter -> the first block that has it in `parameters`: its optimizer state counts there. The program follows the same
-            rule: `Slot.pipeline_ranks` begins with the first pipeline rank that uses it.
+        first_block: parameter -> the first block that has it in `parameters`: its optimizer state counts there. The program follows the
+            same
+            rule: `Slot.owner` is the first pipeline rank that uses it.
         shared: per block its operands, as (call, number of the operand), whose values other blocks read too and which aren't parameters.
     """
 
@@ -45,7 +46,7 @@ class ChainReads:
     cheap: tuple[tuple[str, ...], ...]
     deferrable: frozenset[str]
     parameters: tuple[tuple[str, ...], ...]
-    owner: Mapping[str, int]
+    first_block: Mapping[str, int]
     shared: tuple[tuple[tuple[str, int], ...], ...]
 
 
@@ -70,7 +71,7 @@ def read_chain(graph: Graph, spaces: Mapping[str, Space], chain: Chain) -> Chain
         cheap=_find_cheap_calls(graph, chain, block_of),
         deferrable=frozenset(name for name in block_of if is_deferrable(graph, spaces, graph.by_name[name])),
         parameters=parameters,
-        owner={name: number for number in reversed(range(len(parameters))) for name in parameters[number]},
+        first_block={name: number for number in reversed(range(len(parameters))) for name in parameters[number]},
         shared=_find_shared_operands(graph, chain, block_of),
     )
 

@@ -214,8 +214,8 @@ class _Walk:
         origins: op -> what its results were computed from.
         splits_work: whether any call that depends on a parameter is split: without one the split would be for nothing.
         options: what was decided for like calls with like operands.
-        legality: whether the number of micro-batches may split a loop, for all that was asked, by space and split; another number for which
-            all of it is the same gives the same walk (`holds_for`).
+        legality: (space, split) -> whether the number of micro-batches may split that loop so, for every pair that the walk asked about. It
+            is a cache key: another number of micro-batches with the same answers gives the same walk (`holds_for`).
     """
 
     def __init__(self, graph: Graph, spaces: Mapping[str, Space], inputs: frozenset[str], count: int) -> None:
@@ -387,7 +387,7 @@ class _Walk:
         """Why an op can't be run on a micro-batch, with its line and what to do."""
         where = f"{op.target} at {op.source or op.layer or op.name}"
         count = self.mesh.sizes[0]
-        if (needs_all := facts_of(op, space).whole_batch) is not None:
+        if (needs_all := facts_of(op, space).microbatch_refusal) is not None:
             return f"{where} {needs_all.reason}, which no one of {count} micro-batches sees; {needs_all.remedy}, or pin microbatches=1"
         blocked = []
         for value in dict.fromkeys(op.operands):

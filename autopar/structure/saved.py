@@ -1,6 +1,6 @@
 """What autograd saves for the backward: which results of which calls, and which copies that resharding makes for a reader.
 
-Comes in: a folded graph, whose ops say what `autopar.capture` saw autograd save (`Op.saved`, `Op.saved_nbytes`). Goes out: counts per
+Comes in: a folded graph, whose ops say what `autopar.capture` saw autograd save (`Op.saved`, `Op.extra_saved_nbytes`). Goes out: counts per
 representative (`SavedTensors`). No mesh is known here; bytes of one rank's parts are computed by ``costs.memory`` per block and by
 ``search.placement`` per decision.
 """
@@ -60,7 +60,7 @@ def count_saved(folded: Folded, spaces: Mapping[str, Space]) -> SavedTensors:
     for op in folded.graph.of_kind(OpKind.CALL):
         name = folded.representative[op.name]
         times.update(Value(name, index) for index in op.saved)
-        extra_nbytes[name] += op.saved_nbytes
+        extra_nbytes[name] += op.extra_saved_nbytes
     saved_or_view = set(times)
     for op in folded.ops:
         space = spaces.get(op.name)

@@ -472,7 +472,7 @@ def _describe(
     `candidate` is its position among the candidates of the search.
     """
     configuration, schedule = greedy.configuration, greedy.schedule
-    base = state.solutions.model_in_time(configuration.microbatches)
+    base = state.solutions.model_of_microbatch(configuration.microbatches)
     assert base is not None
     options = [block.options[index] for block, index in zip(blocks, assignment.options, strict=True)]
     model, sharding = mix_solutions(base, state.solutions.reads, solutions.shardings, [option.solution for option in options])

@@ -104,7 +104,7 @@ class SolutionCache:
         self._makers: dict[tuple[Configuration, SolutionSet], list[BlockOptionMaker]] = {}
         self._block_options: dict[tuple[Configuration, SolutionSet, bool], tuple[BlockOptions, ...]] = {}
 
-    def model_in_time(self, count: int) -> AnalyzedGraph | None:
+    def model_of_microbatch(self, count: int) -> AnalyzedGraph | None:
         """The model split into `count` micro-batches; None, with the reasons in `refusals`, where it can't be split so."""
         if count not in self._models:
             micro_split = self._splitter.split(count)
@@ -119,7 +119,7 @@ class SolutionCache:
 
         Each product is counted as split by every axis that can split it alone: no placement splits it further.
         """
-        model = self.model_in_time(configuration.microbatches)
+        model = self.model_of_microbatch(configuration.microbatches)
         if model is None:
             return None
         seconds = 0.0
@@ -177,7 +177,7 @@ class SolutionCache:
 
     def _search_placements(self, configuration: Configuration) -> _PlacementSearch | None:
         """The placement problem of this very configuration; None where some op has no placement."""
-        model = self.model_in_time(configuration.microbatches)
+        model = self.model_of_microbatch(configuration.microbatches)
         if model is None:
             return None
         constraints = replace(configuration.trial.constraints, kinds=(AxisKind.MICROBATCH, *configuration.trial.constraints.kinds))
@@ -216,7 +216,7 @@ class SolutionCache:
     def solution_sets_alike(self, configuration: Configuration) -> list[SolutionSet]:
         """Sets of solutions for greedy assignments: those of another configuration with the same key, where they are legal here."""
         key = self._key(configuration)
-        model, placement = self.model_in_time(configuration.microbatches), self._search_placements_alike(configuration)
+        model, placement = self.model_of_microbatch(configuration.microbatches), self._search_placements_alike(configuration)
         if model is None or placement is None:
             return []
         if key not in self._sets:
@@ -255,7 +255,7 @@ class SolutionCache:
     def makers(self, configuration: Configuration, solutions: SolutionSet) -> list[BlockOptionMaker]:
         """Per solution of a set, what makes its block options."""
         if (configuration, solutions) not in self._makers:
-            model = self.model_in_time(configuration.microbatches)
+            model = self.model_of_microbatch(configuration.microbatches)
             assert model is not None
             mesh, link = configuration.trial.mesh, None
             if configuration.ranks > 1:

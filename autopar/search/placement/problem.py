@@ -234,8 +234,8 @@ class _Builder:
         self.made: dict[Value, list[Layout]] = {}
         self.output = self.graph.output.name
         self.uses = count_uses(model)
-        self.first_axis = tables.first
-        self.times = mesh.sizes[0] if tables.first else 1
+        self.first_axis = tables.first_axis
+        self.microbatches = mesh.sizes[0] if tables.first_axis else 1
         self.pair_costs: dict[tuple[object, ...], Table] = {}  # tables of `_pair_costs` made so far
         self.needs: dict[tuple[Decision, int], list[Layout]] = {}
 
@@ -275,7 +275,7 @@ class _Builder:
             self.needs[decision_of(op), i] = [operand_layout_of(self.model, op, option, i) for option in options]
         for i in range(len(op.results)):
             self.made[Value(op.name, i)] = [result_layout_of(self.model, op, option, i) for option in options]
-        costs = [nanoseconds(count * self.times * sum(self.tables.op_seconds(op, option))) for option in options]
+        costs = [nanoseconds(count * self.microbatches * sum(self.tables.op_seconds(op, option))) for option in options]
         self._add(decision_of(op), options, costs, [saved_nbytes(self.model, op, option, self.mesh) for option in options])
 
     def _add_stored(self, op: Op) -> None:
@@ -303,7 +303,7 @@ class _Builder:
 
         Args:
             value: what is read.
-            number: of this set of readers among those that values like it have.
+            number: like values may have several sets of readers; this is the number of the set, which tells their fan-outs apart.
             readers: names of calls, and positions of the operand that is the value.
             count: how many values like it have these readers.
         """
@@ -397,7 +397,7 @@ class _Builder:
             if any(state.kind is StateKind.REPLICATE_PARTIAL_GRAD for state in start[self.first_axis :]):
                 return FORBIDDEN  # gathered for ops that each work on a part of it: not a replicated value that others may read
             forward, backward = self.tables.journey_seconds(tensor, start, need, backward=tensor.requires_grad)
-            return min(nanoseconds(count * self.times * (forward + backward)), FORBIDDEN)
+            return min(nanoseconds(count * self.microbatches * (forward + backward)), FORBIDDEN)
 
         distinct_starts, row_of = layout_numbers(starts)
         distinct_needs, column_of = layout_numbers(needs)
@@ -420,14 +420,14 @@ class _Builder:
                 if start == need:
                     return 0
                 gathered, deferred = self.tables.parameter_seconds(tensor, start, need, uses)
-                return nanoseconds(edge.count * (self.times * gathered + deferred))
+                return nanoseconds(edge.count * (self.microbatches * gathered + deferred))
 
             cost = _expand(starts, needs, parameter_cost)
         else:
 
             def output_cost(start: Layout, need: Layout) -> int:
                 # Whether a gradient comes back depends on the user's loop; what is returned beside a loss gets none.
-                return nanoseconds(edge.count * self.times * self.tables.journey_seconds(tensor, start, need, backward=False)[0])
+                return nanoseconds(edge.count * self.microbatches * self.tables.journey_seconds(tensor, start, need, backward=False)[0])
 
             cost = _expand(starts, needs, output_cost)
         if is_output:
