@@ -32,6 +32,7 @@ from autopar.schedules import Kind
 SECOND_BACKWARD = "this pipelined step has had its backward already: call the model again before the next backward()"
 FIRST_HALF_SCALE = 2.0**16
 """The factor by which the loss of a first step over float16 parameters is assumed to be scaled: torch GradScaler's initial one."""
+# What runs before the user has the outputs, where the loss is computed outside; planning prices that by `schedules.forwards_first`.
 FORWARD_KINDS = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
 
 

@@ -109,7 +109,8 @@ def forward_only(stages: Schedule | Sequence[int], microbatches: int) -> Schedul
 def forwards_first(schedule: Schedule) -> Schedule:
     """The schedule with all forwards of a rank moved before all else, each in its order.
 
-    This is what runs when the loss is computed outside of the model: no backward can begin before the user has all outputs.
+    This is what runs when the loss is computed outside of the model: no backward can begin before the user has all outputs. It is for
+    pricing; `runtime.pipeline` runs the two halves of the schedule itself, the second when the user calls backward.
 
     >>> print(*forwards_first(make_schedule("1f1b", 2, 3)).actions[0])
     0F0 0F1 0F2 0B0 0B1 0B2 0G0
