@@ -6,9 +6,9 @@ recomputation. The search sums its rows, the plan stores them, the report prints
 A block's rows are, by phase:
 
 - FORWARD: compute of its calls, journeys of their operands, and of the outputs that it makes;
-- INPUT: the backward of its calls without weight gradients that can wait, what kernels exchange (of both directions), the journeys of
-  gradients, ZeRO's second gathers, and the forward rows of the calls that are run again (Purpose.RECOMPUTE);
-- WEIGHT: the weight gradients that can wait: of a product with a weight half of the backward;
+- BACKWARD_INPUT: the backward of its calls without weight gradients that can wait, what kernels exchange (of both directions), the
+  journeys of gradients, ZeRO's second gathers, and the forward rows of the calls that are run again (Purpose.RECOMPUTE);
+- BACKWARD_WEIGHT: the weight gradients that can wait: of a product with a weight half of the backward;
 - STEP: updates of parameters, and sums of gradients over ranks.
 
 What several blocks share counts in one of them, as `ChainReads` says.
@@ -102,8 +102,7 @@ def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
     read = tuple((graph.tensor(value), solved.made(value), solved.is_saved(value)) for value in reads.first_read[number])
     cheap = tuple(
         solved.tables.op_seconds(solved.representative(op), solved.placement(op))
-        for op in map(graph.by_name.get, reads.cheap[number])
-        if op
+        for op in map(graph.by_name.__getitem__, reads.cheap[number])
     )
     shared = tuple(
         solved.is_moved_before(number, graph.by_name[name].operands[index], solved.needs(graph.by_name[name])[index])

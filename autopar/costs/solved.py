@@ -53,14 +53,16 @@ class SolvedChain:
     """A chain of blocks under one solution; what was asked for once is remembered.
 
     Attributes:
-        saved: what autograd saves, by representative.
-        layer_of: op -> name of the group of its layer.
+        model: the folded model; `graph` is its whole graph, `layer_of` the name of the group of each op's layer.
+        chain: the blocks, and `reads` who reads what in them.
+        tables: prices of single decisions on `mesh`.
+        sharding: what the solution decides.
+        is_one_stage: whether all blocks run on the same ranks, so that what several blocks need is moved and stored once.
     """
 
     def __init__(
         self, model: AnalyzedGraph, chain: Chain, reads: ChainReads, tables: CostTables, sharding: Sharding, *, is_one_stage: bool
     ) -> None:
-        """With `is_one_stage` all blocks run on the same ranks, so that what several blocks need is moved and stored once."""
         self.model = model
         self.graph: Graph = model.folded.graph
         self.chain = chain

@@ -217,8 +217,8 @@ def _result_state(space: Space, axis_placement: AxisPlacement, dims: Dims) -> St
         return REPLICATE
     if isinstance(axis_placement, PassPartial):
         return PARTIAL
-    # Results of ops with several results may lack a FREE loop (a statistic): such a result is a sum over the parts only
-    # when the loop is a SUM loop; rules must not leave a FREE loop out of a result.
+    # A kernel makes results that lack its KERNEL loop complete on every rank. Rules must not leave a FREE loop out of one of several
+    # results: each rank would make another value of it, and only a SUM loop says that these add up.
     without_the_loop = PARTIAL if space.loops[axis_placement.loop].kind is LoopKind.SUM else REPLICATE
     return _split_state(space, axis_placement, dims) or without_the_loop
 

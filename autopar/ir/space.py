@@ -51,7 +51,8 @@ class Loop:
 class Space:
     """The loops of one op, which of its tensors run over them, and what else must be known to split it.
 
-    Raises ValueError on construction when a tensor runs over a loop twice, or when KERNEL loops and the kernel don't fit together.
+    Raises ValueError on construction when a tensor runs over a loop twice, when KERNEL loops and the kernel don't fit together, or when the
+    facts name a loop that isn't there.
 
     Attributes:
         loops: every loop, by name.

@@ -23,14 +23,16 @@ def fingerprint(graph: Graph) -> str:
 
 def check_fits(plan: Plan, graph: Graph) -> None:
     """Raise PlanError when `plan` was made for another graph than this."""
-    found = fingerprint(graph)
-    if found == plan.fingerprint:
+    actual = fingerprint(graph)
+    if actual == plan.fingerprint:
         return
     inputs = {op.target: str(op.results[0]) for op in graph.of_kind(OpKind.INPUT)}
-    planned = ((name, plan.inputs.get(name, "absent"), here) for name, here in inputs.items())
-    differing = [f"input {name} is {there} in the plan, {here} here" for name, there, here in planned if there != here]
+    types = ((name, plan.inputs.get(name, "absent"), actual_type) for name, actual_type in inputs.items())
+    differing = [
+        f"input {name} is {planned} in the plan, {actual_type} here" for name, planned, actual_type in types if planned != actual_type
+    ]
     reason = "; ".join(differing) or "its ops or parameters differ"
     raise PlanError(
-        f"the plan was made for another model: {plan.model} with fingerprint {plan.fingerprint}, this one has {found} ({reason}). "
+        f"the plan was made for another model: {plan.model} with fingerprint {plan.fingerprint}, this one has {actual} ({reason}). "
         "Make a plan for this model and these inputs with `autopar plan`"
     )

@@ -38,7 +38,7 @@ _MESSAGE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device, by kind, at the peak."""
+    """Bytes on one device, by kind, at the peak (``docs/costs.md`` says what each kind holds); `budget` is what the device has."""
 
     parameters: int
     gradients: int
@@ -138,7 +138,8 @@ class Pipeline:
 class Traffic:
     """Communication of one kind on one axis in one step: sums of a plan's cost rows.
 
-    `seconds` are exposed, `hidden` are overlapped with other work; `nbytes` are what a rank's parts amount to.
+    The numbers are those of `CostRow`: `count` calls, which move `nbytes` bytes together; `seconds` are exposed, `hidden` ones are
+    overlapped with other work.
     """
 
     axis: str
@@ -254,6 +255,10 @@ class Plan:
         bucket_nbytes: bytes of gradients that are summed over ranks together.
         costs: what a step costs the mean rank, by layer, phase, purpose, axis and collective. Seconds of the step, communication and the
             bubble are sums of these rows. Messages between stages are those of all stages together.
+        memory: bytes of one device, under a pipeline of the fullest pipeline rank's.
+        groups: layers that are alike and split alike, then what is outside of layers.
+        proof: the bound, and everything that the search looked at.
+        unruled: ops without a rule.
         notes: what capture dropped or changed, for the user to know.
     """
 

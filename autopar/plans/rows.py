@@ -90,13 +90,13 @@ class RowSums:
         nbytes: float = 0.0,
         hidden: float = 0.0,
     ) -> None:
-        """Add one entry."""
+        """Add `count` calls, which take `seconds` and move `nbytes` bytes together, to the row of their kind; arguments are `CostRow`'s."""
         entry = self.sums.setdefault((layer, phase, purpose, axis, collective), [0.0, 0.0, 0.0, 0.0])
         for index, number in enumerate((count, nbytes, seconds, hidden)):
             entry[index] += number
 
     def add_row(self, row: CostRow, times: float = 1.0, *, layer: str | None = None, axis: str | None = None) -> None:
-        """Add a row so many times, under another layer's or axis' name if one is given."""
+        """Add `times` times the numbers of a row, under another layer's or axis' name if one is given."""
         self.add(
             row.phase,
             row.purpose,
@@ -115,5 +115,5 @@ class RowSums:
 
 
 def seconds_of(rows: Iterable[CostRow], *phases: str) -> float:
-    """Seconds of the rows of these phases together."""
+    """Seconds of the rows of these phases together, without what is overlapped with other work."""
     return sum(row.seconds for row in rows if row.phase in phases)
