@@ -7,7 +7,7 @@ from typing import Any
 
 from autopar.ir import Facts, Graph, Op, OpKind, Space, Tensor, freeze
 from autopar.rules import contract, index, pointwise, view
-from autopar.rules.notation import Rule as Rule
+from autopar.rules.notation import Rule
 
 RULES: dict[str, Rule] = {**pointwise.RULES, **contract.RULES, **view.RULES, **index.RULES}
 

@@ -178,13 +178,14 @@ def _sum_rows(chosen: Chosen, axis_names: Mapping[str, str]) -> tuple[CostRow, .
     """
     pipeline = chosen.pipeline
     base, final = chosen.base.layer_of, chosen.model.folded.layer_of
+    layers = set(final.values())
     sums = RowSums()
     for block, _, _, cost in chosen.blocks():
         # Runs of like layers with different placements have names of their own in the plan.
         names = {base[name]: final[name] for name in block.ops if name in base and name in final}
         for row in cost.rows:
             times = (1 if row.phase == Phase.STEP else pipeline.microbatches) / pipeline.ranks
-            layer = names.get(row.layer, row.layer if row.layer in final.values() else "")
+            layer = names.get(row.layer, row.layer if row.layer in layers else "")
             sums.add_row(row, times, layer=layer, axis=axis_names.get(row.axis, row.axis))
     stages = [choice.stage for choice in pipeline.blocks]
     for cut, stage, next_stage in zip(chosen.cuts, stages, stages[1:], strict=False):

@@ -18,6 +18,7 @@ from autopar.ir import (
     MICROBATCH,
     PASS_PARTIAL,
     REPLICATE,
+    AxisPlacement,
     Layout,
     Meaning,
     Mesh,
@@ -65,7 +66,7 @@ class Constraints:
 
     @property
     def unused_kinds(self) -> frozenset[AxisKind]:
-        """Kinds pinned to one rank, such as tp=1: free axes may not split what these would."""
+        """Kinds pinned to one rank, such as tp=1: free axes may not split what these would. None where parameters are stored already."""
         return frozenset(AxisKind(name) for name, size in self.pins.axis_sizes.items() if size == 1 and not self.stored)
 
 
@@ -82,13 +83,13 @@ def call_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constrai
     if space is None or op.name in model.constants:
         return [replicated]
     loops = model.roles.of_loops[op.name]
-    parts: list[Split | object | None] = [None]
+    parts: list[AxisPlacement] = [None]
     splits = [(Split(loop.name, outer), role) for loop in space.splittable for outer, role in loops[loop.name].items()]
     parts += [split for split, role in splits if role is not Role.INNER] or [split for split, _ in splits]
     if space.linear:
         parts.append(PASS_PARTIAL)
-    options = [(*time, *option) for option in itertools.product(parts, repeat=len(mesh.sizes) - first_axis)]
-    legal: list[Placement] = [option for option in options if is_legal(space, option, mesh)]  # type: ignore[misc, arg-type]
+    options: list[Placement] = [(*time, *option) for option in itertools.product(parts, repeat=len(mesh.sizes) - first_axis)]
+    legal = [option for option in options if is_legal(space, option, mesh)]
     for axis in range(len(constraints.kinds)):
         legal = _of_kind(legal, space, loops, axis, constraints)
     if constraints.pins.vocabulary is not None:
@@ -170,7 +171,10 @@ def is_inside(path: str, pattern: str) -> bool:
 
 
 def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constraints) -> list[Layout]:
-    """The layouts that a parameter may be stored in: the one it is stored in already, or sharded and replicated ones as pinned."""
+    """The layouts that a parameter may be stored in: the one it is stored in already, or sharded and replicated ones as pinned.
+
+    A cp axis shards no parameter.
+    """
     if op.target in constraints.stored:
         return [(*(REPLICATE,) * first_rank_axis(mesh), *constraints.stored[op.target])]
     tensor = op.results[0]

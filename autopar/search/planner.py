@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -21,11 +21,9 @@ from autopar.schedules import make_schedule
 from autopar.search.assemble import Chosen, assemble
 from autopar.search.meshes import find_pipeline_trials, find_trials
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
-from autopar.search.trials import SolvedTrial, TrialResults, name_request, solve_trials
+from autopar.search.trials import Progress, SolvedTrial, TrialResults, name_request, solve_trials
 from autopar.structure import AnalyzedGraph, Chain, batch_size, find_chain, find_constants, find_roles, fold, regroup, relabel
 from autopar.units import format_bytes
-
-Progress = Callable[[str], None]
 
 # Where memory is short, so many meshes without a pipeline, those of the least bounds, are also tried with recomputation and mixtures of
 # solutions.

@@ -33,6 +33,7 @@ from autopar.structure import AnalyzedGraph, Chain, read_chain
 from autopar.units import format_bytes
 
 Progress = Callable[[str], None]
+"""Told what is being tried, a line of text at a time."""
 
 
 @dataclass(frozen=True)

@@ -285,9 +285,8 @@ def _once_seconds(model: AnalyzedGraph, tables: CostTables, sharding: Sharding) 
 
 def _output_seconds(model: AnalyzedGraph, tables: CostTables, sharding: Sharding) -> float:
     """Seconds per micro-batch to bring the model's outputs from the layouts in which they are made to those in which the user gets them."""
-    (output,) = model.folded.graph.of_kind(OpKind.OUTPUT)
     total = 0.0
-    for position, value in enumerate(output.operands):
+    for position, value in enumerate(model.folded.graph.output.operands):
         producer = model.folded.graph.by_name[model.folded.representative[value.op]]
         if producer.kind is OpKind.CALL:
             start = result_layout_of(model, producer, sharding.placements[producer.name], value.index)
