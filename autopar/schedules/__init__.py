@@ -1,8 +1,8 @@
 """Schedules of pipelines: lists of actions per rank; made by name, completed with messages, proven to run, simulated.
 
 Comes in: a family's name, numbers of ranks, stages and micro-batches, seconds of stages. Goes out: a `Schedule` that the executor runs,
-its time and which seconds it depends on. The one idea: a schedule is a list of actions per rank, messages included, and what is drawn,
-proven and simulated is the list that runs.
+its time and which seconds it depends on. The one idea: a schedule is a list of actions per rank, messages included, and the
+list that is proven and simulated is the one that runs.
 
 Modules, in reading order: ``actions``, ``families``, ``messages``, ``timeline``.
 """

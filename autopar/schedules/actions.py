@@ -1,7 +1,7 @@
 """Actions of pipeline ranks and schedules made of them: the data, its text form, and a table of it.
 
-Comes in: text, or what `families` and `messages` put together. Goes out: `Schedule`, a list of `Action`s per pipeline rank. The one idea:
-a schedule is what each rank does, in order, messages included; what is drawn, simulated and proven is the list that runs.
+Comes in: text, or what `families` and `messages` put together. Goes out: `Schedule`, a list of `Action`s per pipeline rank. In this
+package "rank" alone means a pipeline rank.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class Kind(StrEnum):
     __hash__ = str.__hash__
 
 
-COMPUTING = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
+PASSES = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+"""What a stage computes for a micro-batch: the forward, and either the whole backward or its two halves."""
+COMPUTING = frozenset(PASSES)
 SENDS: Mapping[Kind, Kind] = {Kind.SEND_FORWARD: Kind.RECEIVE_FORWARD, Kind.SEND_BACKWARD: Kind.RECEIVE_BACKWARD}
 """Each kind of send -> the kind of receive at the other end."""
 RECEIVES: Mapping[Kind, Kind] = {receive: send for send, receive in SENDS.items()}
@@ -134,9 +136,7 @@ class Schedule:
     @property
     def has_backward(self) -> bool:
         """Whether there are backwards at all; a schedule for inference has none."""
-        return any(
-            action.kind in (Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT) for actions in self.actions for action in actions
-        )
+        return any(action.kind in COMPUTING and action.kind is not Kind.FORWARD for actions in self.actions for action in actions)
 
 
 def chain(stages: int) -> tuple[StageEdge, ...]:

@@ -20,6 +20,7 @@ from itertools import zip_longest
 from autopar.errors import InputError, ScheduleError
 from autopar.schedules.actions import (
     COMPUTING,
+    PASSES,
     RECEIVES,
     SENDS,
     Action,
@@ -205,7 +206,7 @@ def _check_computing(schedule: Schedule, links: _StageLinks, steps: Mapping[Acti
         end = [(rank, len(schedule.actions[rank]))]
         last = 0
         for index in range(schedule.microbatches):
-            forward, backward, inputs, weight = (Action(stage, kind, index) for kind in _PASSES)
+            forward, backward, inputs, weight = (Action(stage, kind, index) for kind in PASSES)
             if forward not in steps:
                 raise _fault(schedule, end, f"{forward} is missing")
             is_whole, split = backward in steps, (inputs in steps, weight in steps)
@@ -287,9 +288,6 @@ def _check_progress(schedule: Schedule, links: _StageLinks) -> None:
             send = next(counterpart(receive) for receive in links.needs(action) if counterpart(receive) not in sent)
             waits.append(f"{action} of rank {rank} waits for {send} of rank {schedule.rank_of[send.stage]}")
         raise _fault(schedule, stuck, f"it never starts, since ranks wait for each other: {'; '.join(waits)}")
-
-
-_PASSES = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
 
 def _fault(schedule: Schedule, marks: Sequence[tuple[int, int]], why: str) -> ScheduleError:

@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from types import MappingProxyType
 
 from autopar.errors import InputError, ScheduleError
-from autopar.schedules.actions import COMPUTING, Action, Kind, Schedule, StageEdge, chain
+from autopar.schedules.actions import COMPUTING, PASSES, Action, Kind, Schedule, StageEdge, chain
 
 Activity = tuple[int, Kind] | tuple[int, int, Kind]
 """What takes time: a pass (stage, F, B, I or W), or a transfer (producer, consumer, SEND_FORWARD or SEND_BACKWARD)."""
@@ -169,19 +169,16 @@ class _Graph:
     pairs: frozenset[tuple[int, int]]
 
 
-_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
-
-
 def _index_of(stage: int, kind: Kind) -> int:
     """The index of a stage's pass among all activities; 0 is None's."""
-    return 1 + len(_KINDS) * stage + _KINDS.index(kind)
+    return 1 + len(PASSES) * stage + PASSES.index(kind)
 
 
 # A search simulates the same few schedules under many times, and building the graph takes longer than walking it.
 @lru_cache(maxsize=16)
 def _build_graph(schedule: Schedule, edges: tuple[StageEdge, ...]) -> _Graph:
     """The graph of a schedule, found by running the ranks in turns, each as far as it gets."""
-    activities: list[Activity | None] = [None, *((stage, kind) for stage in range(schedule.stages) for kind in _KINDS)]
+    activities: list[Activity | None] = [None, *((stage, kind) for stage in range(schedule.stages) for kind in PASSES)]
     needs: dict[int, list[int]] = defaultdict(list)  # per pass of a stage: the messages that it waits for
     makes: dict[int, list[tuple[int, int]]] = defaultdict(list)  # per pass of a stage: the messages that it makes, and for which rank
     for edge in edges:
