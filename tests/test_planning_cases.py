@@ -229,8 +229,6 @@ def test_bounds_hold_when_bytes_have_a_price() -> None:
         nodes,
         tuple(Arc(i, i + 1, np.ones((2, 2), np.int64), np.ones((2, 2), np.int64)) for i in range(39)),
         Mesh(("x",), (2,)),
-        fixed_ns=0,
-        fixed_bytes=0,
     )
     cost, nbytes = evaluate(problem, dict.fromkeys(range(40), 0))
     for price in (0.5, 0.6, 0.9):

@@ -33,7 +33,7 @@ def random_problem(seed: int, nodes: int, options: int, arcs: int) -> Problem:
         if options > 2:
             cost[0, options - 1] = FORBIDDEN
         tables.append(Arc(*pairs[index], cost, rng.integers(0, 20, (options, options))))
-    return Problem(made, tuple(tables), Mesh(("x",), (2,)), fixed_ns=0, fixed_bytes=0)
+    return Problem(made, tuple(tables), Mesh(("x",), (2,)))
 
 
 def brute_force(problem: Problem, budget: int) -> int | None:
@@ -81,7 +81,7 @@ def test_infeasible_says_what_is_needed() -> None:
 
 def test_an_isolated_node_takes_its_cheapest_option() -> None:
     node = Node(Decision(DecisionKind.CALL, "a"), ((None,), (None,)), np.array([5, 3]), np.array([0, 0]))
-    problem = Problem((node, node), (), Mesh(("x",), (2,)), fixed_ns=0, fixed_bytes=0)
+    problem = Problem((node, node), (), Mesh(("x",), (2,)))
     assert solve(problem, 10).cost_ns == 6
 
 
@@ -109,9 +109,7 @@ def test_the_frontier_has_the_best_choice_at_every_price(seed: int) -> None:
 
 def test_a_short_frontier_fills_the_widest_gap_first() -> None:
     costs, nbytes = np.array([0, 1, 10, 31, 100]), np.array([100, 95, 60, 40, 0])
-    problem = Problem(
-        (Node(Decision(DecisionKind.CALL, "a"), ((None,),) * 5, costs, nbytes),), (), Mesh(("x",), (2,)), fixed_ns=0, fixed_bytes=0
-    )
+    problem = Problem((Node(Decision(DecisionKind.CALL, "a"), ((None,),) * 5, costs, nbytes),), (), Mesh(("x",), (2,)))
     search = PlacementSolver(problem)
     assert [one.cost_ns for one in search.frontier(100.0, 2)] == [0, 100]
     assert [one.cost_ns for one in search.frontier(100.0, 3)] == [0, 10, 100]

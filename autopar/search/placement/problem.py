@@ -139,14 +139,11 @@ class Problem:
         nodes: the decisions, one option of each of which is to be chosen.
         arcs: pairs of decisions, at most one for each two nodes.
         mesh: the axes that options refer to by position.
-        fixed_ns, fixed_bytes: nanoseconds and bytes that every choice has.
     """
 
     nodes: tuple[Node, ...]
     arcs: tuple[Arc, ...]
     mesh: Mesh
-    fixed_ns: int
-    fixed_bytes: int
 
 
 def nanoseconds(seconds: float) -> int:
@@ -255,7 +252,7 @@ class _Builder:
                 for number, (readers, count) in enumerate(sets.items()):
                     self._connect(value, number, [reader for reader in readers if reader[0] != self.output], count)
         arcs = tuple(Arc(a, b, cost, nbytes) for (a, b), (cost, nbytes) in self.arcs.items())
-        return Problem(tuple(self.nodes), arcs, self.mesh, fixed_ns=0, fixed_bytes=0)
+        return Problem(tuple(self.nodes), arcs, self.mesh)
 
     def _add(self, decision: Decision, options: Sequence[Option], cost: Iterable[int], nbytes: Iterable[int]) -> None:
         self.index[decision] = len(self.nodes)

@@ -263,7 +263,7 @@ class PlacementSolver:
         byte_range = {i: int(node.nbytes.max() - node.nbytes.min()) for i, node in enumerate(self.problem.nodes)}
         open_nodes = sorted(byte_range, key=byte_range.__getitem__, reverse=True)[:OPEN_NODES]
         core = eliminate(self.problem.nodes, self.problem.arcs, price, open_nodes)
-        return _solve_core(core, budget - self.problem.fixed_bytes, min(self.time_limit, TIGHTEN_SECONDS), ceiling)
+        return _solve_core(core, budget, min(self.time_limit, TIGHTEN_SECONDS), ceiling)
 
 
 def solve(problem: Problem, budget: int) -> Solution:
@@ -275,7 +275,7 @@ def solve(problem: Problem, budget: int) -> Solution:
 
 def evaluate(problem: Problem, choice: Mapping[int, int]) -> tuple[int, int]:
     """(nanoseconds, bytes) of a choice (index of each node -> index of its option): sums over the problem's tables."""
-    cost, nbytes = problem.fixed_ns, problem.fixed_bytes
+    cost = nbytes = 0
     for i, node in enumerate(problem.nodes):
         cost += int(node.cost[choice[i]])
         nbytes += int(node.nbytes[choice[i]])
