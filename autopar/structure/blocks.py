@@ -29,7 +29,6 @@ class Block:
         ops: names of the calls, in the order in which they run.
         like: blocks with the same number have the same representatives: they are isomorphic, and planned as one.
         crossing: values made by this block or one before it and read by a later one: what is sent when a stage ends after this block.
-        crossing_nbytes: bytes of these, of the whole batch and of whole tensors.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Block:
     ops: tuple[str, ...]
     like: int
     crossing: tuple[Value, ...]
-    crossing_nbytes: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +118,6 @@ def _make_blocks(folded: Folded, spaces: Mapping[str, Space], units: Sequence[Un
             ops=tuple(op.name for op in unit.ops),
             like=_number_like((op.name for op in unit.ops), folded, likes),
             crossing=tuple(values),
-            crossing_nbytes=sum(folded.graph.tensor(value).nbytes for value in values),
         )
         for name, path, unit, values in zip(_number(paths), paths, units, crossing, strict=True)
     )
