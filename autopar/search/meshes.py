@@ -88,8 +88,8 @@ def find_pipeline_trials(
 ) -> list[Trial]:
     """The meshes to try for each of so many pipeline ranks: the pinned one, else dp x tp with tp of every size inside a machine.
 
-    Raises InputError on a mesh or stored layouts that can't be had, and on pinned placements. Pinned axes that don't divide a pipeline rank
-    just have no trials.
+    Raises InputError on a mesh or stored layouts that can't be had, and on pinned placements. Pinned axes that don't divide the devices of
+    a pipeline rank have no trials.
     """
     if mesh is not None or stored or pins.axis_sizes:
         try:
