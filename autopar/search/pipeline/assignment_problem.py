@@ -231,8 +231,8 @@ def longest_path(problem: AssignmentProblem, columns: Floats) -> tuple[float, Fl
     }
     timeline = simulate(problem.schedule, stage_times, transfers)
     path = np.zeros_like(columns)
-    for duration, times_on_path in timeline.critical.items():
-        match duration:
+    for activity, times_on_path in timeline.critical.items():
+        match activity:
             case (producer, int(), kind):
                 path[PHASES * count + (count - 1) * (kind is Kind.SEND_BACKWARD) + producer] += times_on_path
             case (stage, kind):

@@ -157,10 +157,10 @@ def find_configurations(problem: PipelineProblem, find_trials: Callable[[int], S
     Raises InputError on pins that can't be had.
     """
     pins, blocks = problem.pins, problem.chain.blocks
-    ranks, chunks = pins.pp or 1, pins.chunks or 1
-    if ranks * chunks > len(blocks):
+    least_ranks, least_chunks = pins.pp or 1, pins.chunks or 1
+    if least_ranks * least_chunks > len(blocks):
         raise InputError(
-            f"pins pp={ranks}, chunks={chunks} make {ranks * chunks} stages, but the model can be cut into "
+            f"pins pp={least_ranks}, chunks={least_chunks} make {least_ranks * least_chunks} stages, but the model can be cut into "
             f"{len(blocks)} blocks at most ({', '.join(block.name for block in blocks[:8])}, ...); pin fewer"
         )
     world = problem.cluster.world_size

@@ -150,7 +150,8 @@ class PlacementSolver:
     def find_lean(self, budget: int) -> list[Solution]:
         """The best choices at all prices tried so far, and at two high ones.
 
-        Of these two one is infinite (the choice of the fewest bytes), at the other a full `budget` costs many times the fastest step.
+        The high ones are an infinite price, whose best choice has the fewest bytes, and one at which `budget` bytes cost `LEAN_PRICE` times
+        as much as the fastest step.
         """
         bound = self._optimum_at(0.0).weight_bound
         for price in (math.inf, self._capped(LEAN_PRICE * max(1.0, bound) / budget)):
