@@ -96,7 +96,9 @@ def verify(
         ranks: number of CPU processes to plan for when neither a plan nor a cluster is given; 4 by default.
         tolerance: the relative error that is accepted in float64.
 
-    Raises InputError for arguments that contradict each other, PlanError for a plan of another model or number of ranks.
+    Raises InputError for arguments that contradict each other and for a model on the meta device, PlanError for a plan of another model or
+    number of ranks, CaptureError for a model that can't be one graph; without a plan also what `plan` raises. A disagreement isn't raised:
+    `Verification.check` does that.
     """
     if plan is not None and (pins or cluster is not None):
         raise InputError("a plan says what to check; leave out pins and cluster, or the plan")

@@ -31,10 +31,10 @@ def call(builder: GraphBuilder, op: Op, *, splits_backward: bool = False) -> Non
         embedding = kernels.embedding(weight, tokens, splits={'v': ('tp',)})
         view = reshape(linear, [8, 16, 1, 8])
 
-    With `splits_backward`, an op whose weight gradient can wait (`is_deferrable`) is replaced by the function of
-    `autopar.ops.weight_gradients` that computes it in a pass of its own::
+    With `splits_backward`, an op whose weight gradient can wait (`is_deferrable`) is replaced by its function in
+    `autopar.ops.deferrable`, whose backward leaves the weight gradient to a pass of its own::
 
-        linear = weight_gradients.linear(x, weight)
+        linear = deferrable.linear(x, weight)
     """
     planned = builder.planned
     captured, space = planned.fx_nodes[op.name], planned.spaces.get(op.name)

@@ -35,6 +35,7 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, 
 
     Raises:
         PlanError: the plan was made for another graph, or was edited and can't be carried out.
+        InputError: an op that the backward shall run again draws random numbers in a way that can't be repeated.
     """
     check_fits(plan, captured.graph)
     folded = fold(captured.graph)

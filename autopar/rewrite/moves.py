@@ -33,7 +33,7 @@ from autopar.rewrite.builder import GraphBuilder, LocalValue
 from autopar.rewrite.planned import made_layout, needed_layout
 from autopar.rewrite.whole_batch import BatchValue, needs_whole_batch
 
-GRADIENT_OF_GATHER = {Collective.REDUCE_SCATTER: "reduce_scatter", Collective.SLICE: "slice"}
+_GRADIENT_OF_GATHER = {Collective.REDUCE_SCATTER: "reduce_scatter", Collective.SLICE: "slice"}
 
 
 def read_operand(builder: GraphBuilder, op: Op, operand: int) -> fx.Node:
@@ -82,7 +82,7 @@ def move(builder: GraphBuilder, local: LocalValue, need: Layout, reader: Op) -> 
     if key in builder.moved:
         return builder.moved[key]
     moved = _carry(builder, local, need, reader)
-    # A gathered parameter is gathered for each use, as it was priced: kept for a later one, a tied embedding would lie
+    # A gathered parameter is gathered for each use, as it was priced: held for a later one, a tied embedding would lie
     # whole in memory from the first layer to the last.
     if not _gathers_parameter(builder, local, need):
         builder.moved[key] = moved
@@ -174,12 +174,14 @@ def _arguments_of(step: ReshardStep, *, is_parameter: bool, requires_grad: bool)
     if step.forward is Collective.ALL_TO_ALL:
         blocks = {"from_outer": step.outer, "to_outer": step.to_outer}
         return (step.dim, step.to_dim), {name: outer for name, outer in blocks.items() if outer != 1}
-    if step.forward in (Collective.ALL_REDUCE, Collective.KEEP_FIRST):
+    if step.forward is Collective.KEEP_FIRST:
+        return (), {}
+    if step.forward is Collective.ALL_REDUCE:
         sums_gradient = step.backward is Collective.ALL_REDUCE and requires_grad
         return (), {"grad": "all_reduce"} if sums_gradient else {}
     kwargs: dict[str, Any] = {} if step.outer == 1 else {"outer": step.outer}
     if step.forward is Collective.ALL_GATHER:
-        kwargs["grad"] = GRADIENT_OF_GATHER[step.backward]
+        kwargs["grad"] = _GRADIENT_OF_GATHER[step.backward]
         if is_parameter and requires_grad:
             kwargs["save"] = False  # the backward gathers it again (ZeRO-3)
     return (step.dim,), kwargs

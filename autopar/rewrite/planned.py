@@ -4,7 +4,7 @@ Comes in: `Captured` and a `Plan`. Goes out: a `PlannedGraph`, from which the fu
 carries out. No other module of this package reads the plan's placements and layouts.
 
 A plan decides for representatives of like layers and for mesh axes of ranks. The functions here answer for every op. With micro-batches
-they answer for the axes ``(micro_split, *ranks)``: what a micro-batch does or has on the first, what the plan says on the others.
+they answer for the axes of `with_microbatch_axis`: what a micro-batch does or has on the first, what the plan says on the others.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Slot:
     """One tensor that goes into or comes out of the program.
 
     Attributes:
-        name: the user's name of the parameter, buffer, input or output.
+        name: the user's name of the parameter, buffer or input; of an output ``output`` and its position.
         layout: per mesh axis Shard or Replicate; what the program takes or gives.
         shape: global sizes.
         dtype: torch's name without the ``torch.`` prefix.
@@ -59,7 +59,14 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class CrossingTensor:
-    """A tensor that a stage receives for every micro-batch: a rank's part of it."""
+    """A tensor that a stage receives for every micro-batch.
+
+    Attributes:
+        name: the value that it is, as text (`autopar.ir.Value`).
+        shape: sizes of a rank's part of it, for one micro-batch.
+        dtype: its dtype.
+        requires_grad: whether its gradient is sent back.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -91,8 +98,8 @@ class StageProgram:
             in order of their numbers. Under the axis `autopar.ir.layout.MICROBATCH` it takes a micro-batch's part of all this.
         prologue: takes the buffers and inputs and gives what is computed once per step from the whole batch; None when nothing is.
         parameters, buffers: positions in the program's slots; inputs are all taken.
-        receives: per stage before, what it sends; `sends`: per stage after, which results of the module it gets. The gradients of
-            those that have one come back.
+        receives: number of an earlier stage -> what it sends to this one.
+        sends: number of a later stage -> what this one sends to it, each as (index of a result of the module, what it is).
         outputs: the results that are the user's outputs or new values of buffers.
     """
 
@@ -111,9 +118,11 @@ class PipelineProgram:
 
     Attributes:
         stages: the programs of this rank's stages, or of all, by number.
-        schedule: of a training step, `inference`: of a forward without gradients; both with messages.
+        schedule: the schedule of a training step, with messages.
+        inference: the schedule of a forward without gradients, with messages.
         loss: position of the output that is the loss; None when the loss is computed outside.
-        trained: names of the parameters that get a gradient from the loss, or from any output; `reached`: from each output, by position.
+        trained: names of the parameters that get a gradient from the loss, or from any output where the loss is computed outside.
+        reached: position of an output -> names of the parameters that get a gradient from it.
         written: buffers that ops of the stages write to, such as running statistics; others get new values from the outputs.
         makers: the pipeline rank that makes each output and each new value of a buffer, by position.
         random: whether some op draws random numbers.
@@ -140,10 +149,10 @@ class Program:
         parameters, buffers, inputs, outputs: what goes in and comes out.
         captured: binds a user's call to the inputs, gives the outputs the user's structure.
         mutated_buffers: names of the buffers whose new values follow the user's outputs.
-        regather: gathered parameters are gathered again in the backward instead of kept.
+        regather: whether parameters that are gathered in the forward are gathered again in the backward, instead of saved for it.
         batch_axes: the axes that split the batch, in the order in which they number the parts.
-        pipeline: with stages or micro-batches, how they run; `module` then holds the modules of the stages.
-        bucket_nbytes: gradients that are summed over ranks together.
+        pipeline: with stages or micro-batches, how they run; `module` then holds the modules of the stages. None without.
+        bucket_nbytes: bytes of gradients that are summed over ranks together.
     """
 
     module: torch.nn.Module

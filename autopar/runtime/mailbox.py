@@ -100,7 +100,7 @@ class Mailbox:
         self._local[delivery] = list(tensors)
 
     def pop(self, delivery: Delivery) -> list[Tensor]:
-        """The tensors that were put aside under this key."""
+        """The tensors that `put` stored for this delivery. Raises KeyError when there are none."""
         return self._local.pop(delivery)
 
     def send(self, action: Action, tensors: Sequence[Tensor]) -> None:

@@ -46,7 +46,7 @@ class ParallelModule(nn.Module):
         init: makes the values of what is on the meta device; without it, that holds NaN until a state is loaded.
         device: where what is on the meta device is stored.
 
-    When a rank dies, the others fail after `autopar.runtime.world.TIMEOUT`.
+    When a rank dies, the others fail after the timeout of the default process group (`autopar.runtime.world`).
     """
 
     def __init__(

@@ -149,7 +149,7 @@ def _redistribute_part(local: Tensor, current_spec: DTensorSpec, target_spec: DT
         return local
     inner, target = (with_placements(spec, replicated(spec.placements)) for spec in (current_spec, target_spec))
     if current_owner == target_owner and current_owner is not None and not _is_owner(current_owner, mesh):
-        # The process groups of all other axes consist of ranks that aren't owners, so target_owner is nothing to exchange.
+        # The process groups of all other axes consist of ranks that aren't owners, so there is nothing to exchange.
         return _empty_part(shape, mesh, target.placements, local.dtype, local.device)
     if current_owner != target_owner and current_owner is not None:
         local = _broadcast(local, current_owner, inner)
