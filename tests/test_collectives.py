@@ -62,7 +62,7 @@ def _check_steps(rank: int, size: int, dim: int, outer: int) -> None:
         "reduce": (total, wholes[rank]),
         "reduce, Partial gradient": (total, total),
         "shard": (parts[rank], gathered),
-        "broadcast": (wholes[rank], total),
+        "sum gradient": (wholes[rank], total),
         "keep first": (wholes[rank] * (rank == 0), wholes[rank]),
     }
     actual = {
@@ -72,7 +72,7 @@ def _check_steps(rank: int, size: int, dim: int, outer: int) -> None:
         "reduce": _differentiate(lambda x: c.all_reduce(x, "x"), wholes[rank], wholes[rank]),
         "reduce, Partial gradient": _differentiate(lambda x: c.all_reduce(x, "x", "all_reduce"), wholes[rank], wholes[rank]),
         "shard": _differentiate(lambda x: c.shard(x, "x", dim, outer), whole, part_grads[rank]),
-        "broadcast": _differentiate(lambda x: c.broadcast(x, "x"), wholes[rank], wholes[rank]),
+        "sum gradient": _differentiate(lambda x: c.sum_gradient(x, "x"), wholes[rank], wholes[rank]),
         "keep first": _differentiate(lambda x: c.keep_first(x, "x"), wholes[rank], wholes[rank]),
     }
     assert tree_allclose(actual, expected, rtol=1e-12) == 16
