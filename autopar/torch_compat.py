@@ -1,7 +1,7 @@
-"""The only module that touches private parts of torch, or parts whose names differ between its versions 2.11 to 2.13.
+"""Private parts of torch's autograd, process groups and DTensors, and parts whose names differ between its versions 2.11 to 2.13.
 
-Each function wraps one such part under a name that says what autopar uses it for. A new version of torch is supported by changing this
-module alone.
+Each function wraps one such part under a name that says what autopar uses it for. Fake tensors, pytrees, the schemas of operators and the
+dicts of `nn.Module` are private to torch too, and are used directly where they are needed.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ __all__ = [
     "all_to_all_single",
     "backward_id",
     "close_group",
+    "copy_hooks",
     "default_store",
     "group_over",
     "has_hooks",
@@ -140,6 +141,14 @@ def run_post_accumulate_hooks(parameter: Tensor) -> None:
     hooks: Mapping[int, Callable[[Tensor], None]] = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
     for hook in tuple(hooks.values()):
         hook(parameter)
+
+
+def copy_hooks(source: Tensor, target: Tensor) -> None:
+    """Register the user's hooks on the gradient of the leaf `source`, before and after it is added to ``grad``, on `target` too."""
+    for hook in (source._backward_hooks or {}).values():
+        target.register_hook(hook)  # type: ignore[no-untyped-call]
+    for hook in (getattr(source, "_post_accumulate_grad_hooks", None) or {}).values():
+        target.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def local_of(x: Tensor) -> Tensor:

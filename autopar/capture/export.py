@@ -71,11 +71,6 @@ class Captured:
         """The user's names of the flat tensor inputs, in placeholder order."""
         return self.call.inputs
 
-    @property
-    def in_spec(self) -> pytree.TreeSpec:
-        """Structure of the call's (positional, keyword) arguments in canonical form."""
-        return self.call.in_spec
-
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The flat tensor inputs of a call. Raises InputError that names every argument which differs from the captured call."""
         return self.call.bind(args, kwargs)
@@ -275,7 +270,7 @@ def _read_placeholders(graph: fx.Graph, program: ExportedProgram, originals: _Or
     return placeholders
 
 
-def order_placeholders(graph: fx.Graph, placeholders: _Placeholders) -> fx.Graph:
+def _order_placeholders(graph: fx.Graph, placeholders: _Placeholders) -> fx.Graph:
     """The graph with parameters first, then buffers, then inputs; tied tensors once, and constant scalars as calls."""
     new = fx.Graph()
     old = {node.name: node for node in graph.nodes if node.op == "placeholder"}
@@ -321,7 +316,7 @@ def _assemble(
     """Run the passes over an exported program, in order, and put the results together."""
     graph = inline_regions(program.graph_module)
     placeholders = _read_placeholders(graph, program, originals, spec)
-    graph = order_placeholders(graph, placeholders)
+    graph = _order_placeholders(graph, placeholders)
     graph, written = functionalize(graph, {*placeholders.buffers, *placeholders.inputs})
     tensors, results = _read_results(graph, program)
     mutated = [name for name in placeholders.buffers if name in written]

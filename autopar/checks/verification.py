@@ -320,11 +320,12 @@ def _run_program(
     gradients = {}
     for slot in program.parameters:
         layout = tuple(PARTIAL if name in slot.partial_axes else state for name, state in zip(mesh.names, slot.layout, strict=True))
+        # Of each pipeline rank that has a gradient of it, what the ranks of its mesh have.
         users = [by_pipeline_rank[user] for user in slot.users if slot.name in by_pipeline_rank[user][0].gradients]
         if users:
             summed = [
-                sum((group[i].gradients[slot.name] for group in users[1:]), users[0][i].gradients[slot.name])
-                for i in range(mesh.world_size)
+                sum((user[rank].gradients[slot.name] for user in users[1:]), users[0][rank].gradients[slot.name])
+                for rank in range(mesh.world_size)
             ]
             gradients[slot.name] = whole(f"gradient of {slot.name}", summed, layout)
     buffers = {s.name: whole(s.name, [rank.buffers[s.name] for rank in by_pipeline_rank[s.owner]], s.layout) for s in program.buffers}

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from autopar.errors import InputError
 from autopar.ops import comm
@@ -131,7 +130,7 @@ class _SumGradient(torch.autograd.Function):
 
 class _KeepFirst(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, axis: comm.Axis) -> Tensor:
+    def forward(ctx: Any, x: Tensor, axis: comm.Axis) -> Tensor:
         return x.view_as(x) if axis.index == 0 else torch.zeros_like(x)
 
     @staticmethod

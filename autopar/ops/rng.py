@@ -49,7 +49,11 @@ def isolated(seed: int) -> Iterator[None]:
 
 def derive(number: int, *parts: int) -> int:
     """A seed for each combination of `number` and `parts`, such as a stage and a micro-batch; the same wherever these are the same."""
-    text = "|".join(map(str, (number, *parts)))
+    return _hash("|".join(map(str, (number, *parts))))
+
+
+def _hash(text: str) -> int:
+    """A seed of 63 bits; Python's own ``hash`` of a text differs between processes."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 1
 
 
@@ -137,8 +141,7 @@ def stream(axes: Sequence[str], device: torch.device) -> Iterator[None]:
         device: where the op's tensors are.
     """
     with _DRAWING:
-        place = f"{_draw()}|{','.join(axes)}|{comm.index(axes) if axes else 0}"
-        seed = int.from_bytes(hashlib.blake2b(place.encode(), digest_size=8).digest()) >> 1
+        seed = _hash(f"{_draw()}|{','.join(axes)}|{comm.index(axes) if axes else 0}")
         generator = _generator(device)
         if generator is None:  # a device without generators of its own, such as meta, draws nothing
             yield

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import fields
 
 from autopar.ir import PIPELINE, with_pipeline
-from autopar.plans import RECOMPUTE, Plan, Unruled
+from autopar.plans import RECOMPUTE, Memory, Plan, Unruled
 from autopar.units import format_bytes, format_seconds, format_share
 
-MEMORY_KINDS = ("parameters", "gradients", "optimizer", "activations", "buffers", "workspace", "reserved")
+MEMORY_KINDS = tuple(field.name for field in fields(Memory) if field.name != "budget")
 """The parts of `Memory.total`, in the order shown."""
 
 _UNRULED_SHOWN = 3

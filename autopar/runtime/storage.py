@@ -286,10 +286,7 @@ def plain_parameters(model: nn.Module) -> Iterator[None]:
 def _like(parameter: nn.Parameter, stored: nn.Parameter) -> nn.Parameter:
     """`stored`, with the attributes and hooks of the user's `parameter`."""
     stored.__dict__.update(parameter.__dict__)
-    for hook in (parameter._backward_hooks or {}).values():
-        stored.register_hook(hook)  # type: ignore[no-untyped-call]
-    for hook in (getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values():
-        stored.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    torch_compat.copy_hooks(parameter, stored)
     return stored
 
 
