@@ -148,8 +148,8 @@ class Subject:
         stages = [sum(cut <= number for cut in cuts) for number in range(len(blocks))]
         choices = tuple(BlockChoice(block.name, block.path, stage, draws(RECOMPUTE)) for block, stage in zip(blocks, stages, strict=True))
         crossing = dict.fromkeys(value for block in blocks for value in block.crossing)
-        micro_split = with_microbatch_axis(plan.mesh, pipeline.microbatches)
-        travel = {str(value): self._draw_travel(value, micro_split, generator) for value in crossing}
+        mesh = with_microbatch_axis(plan.mesh, pipeline.microbatches)
+        travel = {str(value): self._draw_travel(value, mesh, generator) for value in crossing}
         return dataclasses.replace(plan, pipeline=dataclasses.replace(pipeline, blocks=choices, travel=travel))
 
     def _in_time(self, microbatches: int) -> MicroSplit:

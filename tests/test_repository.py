@@ -95,6 +95,12 @@ def test_the_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> 
     assert run("-m", "autopar", "verify", "mlp.py:build", "--ranks", "2").startswith("ok: ")
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "benchmarks").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_benchmarks_can_be_imported(path: Path) -> None:
+    """No other test runs them, so that a name which is gone would only show when somebody measures."""
+    assert callable(importlib.import_module(f"tests.benchmarks.{path.stem}").main)
+
+
 def test_cost_models_is_one_module_under_one_name() -> None:
     path = importlib.import_module("autopar.cost_models").__file__
     assert path is not None

@@ -1,7 +1,7 @@
 """Measure the assignment search alone: 126 like layers between an embedding and a head, on 16 pipeline ranks with 512 micro-batches.
 
 ``python -m tests.benchmarks.assignment`` prints a table. Seconds and bytes of the layers are made up, of the size of a 405B model's on
-8 devices; a option keeps less and takes longer.
+8 devices; each further option saves less for the backward and takes longer.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+from autopar.costs.cuts import CutCost
 from autopar.schedules.families import make_schedule
 from autopar.search.pipeline.assignment import Assignment, assign
-from autopar.search.pipeline.block_options import BlockOption, BlockOptions, Cut
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions
 
 LAYERS, RANKS, MICROBATCHES = 126, 16, 512
 # Schedule, chunks, options, bytes of a rank: plenty, and little.
@@ -45,7 +46,7 @@ def layers(options: int) -> list[BlockOptions]:
     )
     embedding = BlockOption("all", 2e-4, 0.0, 3e-4, 1e-4, 16 * 10**6, 0, 2 * 10**9, 10**8)
     head = BlockOption("all", 1.5e-3, 1.5e-3, 1.5e-3, 1e-4, 64 * 10**6, 0, 2 * 10**9, 10**9)
-    cut = Cut(1e-4, 1e-4, 16 * 10**6)
+    cut = CutCost(1e-4, 1e-4, 16 * 10**6)
     return [
         BlockOptions("embedding", (embedding,), cut),
         *(BlockOptions(f"layers.{index}", layer, cut) for index in range(LAYERS)),

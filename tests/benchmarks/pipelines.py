@@ -39,10 +39,10 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
+from autopar.ir import MICROBATCH
 from autopar.ops import comm
 from autopar.ops.deferrable import DEFERRABLE
 from autopar.rewrite.program import Program, StageProgram
-from autopar.structure.microbatches import MICROBATCH
 from autopar.torch_compat import StorageRef
 
 BATCH, SEQ, VOCABULARY = 16, 64, 2048
