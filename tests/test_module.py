@@ -342,6 +342,18 @@ def test_names_and_attributes_are_the_originals() -> None:
         _ = model.nothing_of_this_name
 
 
+def test_the_program_is_printed_stage_by_stage() -> None:
+    x = torch.randn(8, WIDTH)
+    whole = autopar.compile(nn.Linear(WIDTH, WIDTH), cluster="1xcpu")
+    with pytest.raises(PlanError, match="call the module once"):
+        whole.print_program()
+    whole(x)
+    assert "aten.linear.default" in whole.print_program()
+    pipelined = autopar.compile(nn.Linear(WIDTH, WIDTH), (x,), cluster="1xcpu", pins={"microbatches": 2})
+    assert pipelined.print_program().startswith("# stage 0\n")
+    assert "take_microbatch" in pipelined.print_program()
+
+
 def test_a_plan_for_more_ranks_is_refused() -> None:
     with pytest.raises(PlanError, match=r"the plan is for 2 ranks \(tp=2\), 1 are running"):
         _compile("tp", _reference())(*_batch(0))
