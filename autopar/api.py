@@ -54,7 +54,8 @@ def plan(
 
     Raises:
         CaptureError: the model can't be one graph.
-        InputError: pins, mesh or inputs that can't be used.
+        InputError: pins, mesh or inputs that can't be used, or a dtype that the machine's profile doesn't know.
+        HardwareError: text of a cluster that can't be read, or names no known machine; a ValueError of `autopar.cost_models`.
         InfeasibleError: no plan fits the memory; the message says how much is needed.
         UnknownOpError: under `strict`, an op has no rule.
     """

@@ -94,7 +94,7 @@ class Facts:
     """Facts of one call of an op; the defaults hold for most ops.
 
     Attributes:
-        weights: the operands that are the op's weight and bias, the weight first, if `autopar.ops.weight_gradients` can compute
+        weights: the operands that are the op's weight and bias, the weight first, if `autopar.ops.deferrable` can compute
             their gradients in a pass of its own; empty for ops that it has no function for.
         writes: operands that the op changes in place.
         exchanges: the collectives inside the op's kernel that cost models count; every KERNEL loop is in the `split` of one.
