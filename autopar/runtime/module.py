@@ -271,7 +271,7 @@ def _widen(args: Any, kwargs: Any, count: int) -> tuple[Any, Any, dict[int, Tens
         if not isinstance(x, Tensor) or x.ndim == 0:
             return x
         # Sizes without memory: nothing reads the values of a stand-in.
-        stand_in = x.new_zeros(1).expand(x.shape[0] * count, *x.shape[1:])
+        stand_in = x.new_zeros(1).expand(x.shape[0] * count, *x.shape[1:]).requires_grad_(x.requires_grad)
         local_tensors[id(stand_in)] = x
         return stand_in
 
