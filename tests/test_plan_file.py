@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+import autopar
 from autopar.errors import PlanError
 from autopar.ir.layout import PARTIAL, PASS_PARTIAL, REPLICATE, Layout, Mesh, Placement, Split, shard
 from autopar.plans import OUTSIDE, CostRow, Phase, Purpose
@@ -131,7 +135,7 @@ def _plans(draw: st.DrawFn) -> Plan:
         pipeline=pipeline,
         inputs=draw(st.dictionaries(_NAME, tensors, max_size=2)),
         layouts=layouts,
-        outputs=tuple(draw(st.lists(st.tuples(*[_STATE] * len(names)), max_size=2))),
+        outputs=tuple(draw(st.lists(st.tuples(*[_STORED] * len(names)), max_size=2))),
         placements=placements,
         batch_axes=names[: draw(st.integers(0, len(names)))],
         bucket_nbytes=draw(st.integers(0, 2**40)),
@@ -353,3 +357,18 @@ def test_a_document_without_a_plan_is_refused(plan: object) -> None:
     document = {**json.loads(to_json(make_plan())), "plan": plan}
     with pytest.raises(PlanError, match="plan: an object is needed"):
         from_json(json.dumps(document))
+
+
+def test_names_that_no_terminal_should_see_are_escaped_in_a_plan() -> None:
+    names = ("a\tb", "joined \u200d emoji", "\x1b[2J")
+    model: Any = type("", (nn.Module,), {})()
+    model.layers = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
+    model.forward = lambda batch: functools.reduce(lambda x, layer: layer(x), model.layers.values(), batch["in\tput"]).sum()
+    for pins in ({}, {"pp": 2}):
+        plan = autopar.plan(model, ({"in\tput": torch.randn(4, 4)},), "2xcpu", pins=pins)
+        text = to_json(plan)
+        assert from_json(text) == plan
+        assert plan.model == "model"
+        assert list(plan.inputs) == ["batch.in\\tput"]
+        assert text.replace("\n", "").isprintable()
+        autopar.verify(model, ({"in\tput": torch.randn(4, 4)},), plan).check()

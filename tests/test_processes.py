@@ -192,3 +192,34 @@ def _fail_to_plan(rank: int, error: type[Exception]) -> None:
 @pytest.mark.parametrize("error", [PlanError, _Refused])
 def test_no_rank_waits_for_a_plan_that_the_first_cannot_make(error: type[Exception], tmp_path: Path) -> None:
     spawn(2, tmp_path, _fail_to_plan, error)
+
+
+class _Scorer(nn.Module):
+    """A loss of features that may be trained outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 256, dtype=torch.float64), nn.Linear(256, 64, dtype=torch.float64)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features + self.down(nn.functional.gelu(self.up(features)))).square().mean()
+
+
+def _train_features(rank: int, pins: Mapping[str, object]) -> None:
+    features = torch.randn(32, 64, dtype=torch.float64)
+    scorer = _Scorer()
+    expected = features.clone().requires_grad_()
+    copy.deepcopy(scorer)(expected).backward()
+    for inputs in ("global", "local"):
+        model = autopar.compile(copy.deepcopy(scorer), (features,), cluster="2xcpu", pins=pins, inputs=inputs)
+        index, count = model.data_shard if inputs == "local" else (0, 1)
+        assert count == (pins.get("dp", 1) if inputs == "local" else 1)
+        own = features.chunk(count)[index].clone().requires_grad_()
+        model(own).backward()
+        assert expected.grad is not None
+        _agree(own.grad, expected.grad.chunk(count)[index])
+
+
+@pytest.mark.parametrize("pins", [{"tp": 2}, {"dp": 2}], ids=["tp", "dp"])
+def test_inputs_have_gradients(pins: Mapping[str, object], tmp_path: Path) -> None:
+    spawn(2, tmp_path, _train_features, pins)

@@ -14,7 +14,7 @@ from autopar.api import plan as find_plan
 from autopar.capture.export import capture
 from autopar.errors import PlanError
 from autopar.ir.graph import OpKind
-from autopar.ir.layout import Mesh, Split, shard
+from autopar.ir.layout import Mesh, Split, parse_layout, shard
 from autopar.plans.plan import Plan
 from autopar.rewrite.emit import rewrite
 
@@ -93,6 +93,46 @@ def test_only_the_stages_of_a_pipeline_rank_are_made() -> None:
     assert list(everything.pipeline.stages) == [0, 1]
     assert list(second.pipeline.stages) == [1]
     assert (second.parameters, second.outputs) == (everything.parameters, everything.outputs)
+
+
+def test_a_micro_batch_must_be_as_large_as_its_parts() -> None:
+    model = Tagger()
+    rows = len(inputs()[0])
+    plan = find_plan(model, inputs(), "2xcpu", pins={"dp": 2, "microbatches": rows // 2})
+    rewrite(capture(model, inputs()), plan)
+    with pytest.raises(
+        PlanError, match=rf"plan\.pipeline\.microbatches is {rows}: a micro-batch of .* at .* can't be split as plan\.placements"
+    ):
+        rewrite(capture(model, inputs()), replace(plan, pipeline=replace(plan.pipeline, microbatches=rows)))
+
+
+class Counter(nn.Module):
+    """Writes a mean over the batch to a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(8, 8)
+        self.register_buffer("mean", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.out(x)
+        self.mean.mul_(0.9).add_(y.detach().mean(0))
+        return y.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("position", "layout", "message"),
+    [
+        (0, "P", r"plan\.outputs\[0\] has the state P"),
+        (1, "S0", r"plan\.outputs\[1\], the new value of the buffer 'mean', must have the layout in which it is stored"),
+    ],
+)
+def test_outputs_are_whole_or_split_and_buffers_as_they_are_stored(position: int, layout: str, message: str) -> None:
+    model, batch = Counter(), (torch.randn(8, 8),)
+    plan = find_plan(model, batch, "2xcpu", pins={"dp": 2})
+    outputs = [*plan.outputs[:position], parse_layout(layout), *plan.outputs[position + 1 :]]
+    with pytest.raises(PlanError, match=message):
+        rewrite(capture(model, batch), replace(plan, outputs=tuple(outputs)))
 
 
 def test_a_value_that_crosses_needs_a_layout() -> None:

@@ -6,6 +6,7 @@ import hashlib
 
 from autopar.errors import PlanError
 from autopar.ir import Graph, OpKind, freeze
+from autopar.plans.files import printable
 from autopar.plans.plan import Plan
 
 
@@ -26,7 +27,7 @@ def check_fits(plan: Plan, graph: Graph) -> None:
     actual = fingerprint(graph)
     if actual == plan.fingerprint:
         return
-    inputs = {op.target: str(op.results[0]) for op in graph.of_kind(OpKind.INPUT)}
+    inputs = {printable(op.target): str(op.results[0]) for op in graph.of_kind(OpKind.INPUT)}
     types = ((name, plan.inputs.get(name, "absent"), actual_type) for name, actual_type in inputs.items())
     differing = [
         f"input {name} is {planned} in the plan, {actual_type} here" for name, planned, actual_type in types if planned != actual_type

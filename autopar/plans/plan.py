@@ -319,7 +319,7 @@ class Plan:
         return tuple(row for row in self.costs if row.layer == layer and row.purpose not in (Purpose.BUBBLE, Purpose.MESSAGES))
 
     def group_seconds(self, group: Group) -> tuple[float, float]:
-        """(compute, exposed communication) seconds of a group."""
+        """(compute, exposed communication) seconds of a group on the mean pipeline rank."""
         rows = self.rows_of(group)
         compute = sum((row.seconds for row in rows if row.purpose == Purpose.COMPUTE), 0.0)
         return compute, sum((row.seconds for row in rows if row.is_communication), 0.0)

@@ -23,7 +23,7 @@ def select_groups(plan: Plan, layer: str | None) -> tuple[Group, ...]:
     if named := _find_group(plan, layer):
         return (named,)
     pattern = layer.split(".")
-    groups = tuple(group for group in plan.groups if _is_group_meant(plan, group, pattern))
+    groups = tuple(group for group in plan.groups if any(_list_matches(plan, group, pattern)))
     if not groups:
         names = ", ".join(repr(group.name) for group in plan.groups) or "none"
         raise InputError(f"no layer of this plan matches {layer!r}; its groups of layers are {names}")
@@ -35,19 +35,13 @@ def select_blocks(plan: Plan, layer: str | None) -> list[BlockChoice]:
     if layer is None:
         return list(plan.pipeline.blocks)
     outside = {block.name for block in _find_blocks_outside(plan)}
-    if named := _find_group(plan, layer):
-        return [
-            block
-            for block in plan.pipeline.blocks
-            if (block.name in outside if named.name == OUTSIDE else any(_is_around(block.path, path) for path in named.paths))
-        ]
-    selected = {group.name for group in select_groups(plan, layer)}
+    named = _find_group(plan, layer)
+    if named is not None and named.name == OUTSIDE:
+        return [block for block in plan.pipeline.blocks if block.name in outside]
     pattern = layer.split(".")
-    return [
-        block
-        for block in plan.pipeline.blocks
-        if _matches_overlap(block.path, pattern) and (block.name not in outside or OUTSIDE in selected)
-    ]
+    groups = select_groups(plan, layer)
+    paths = named.paths if named is not None else [path for group in groups for path in _list_matches(plan, group, pattern)]
+    return [block for block in plan.pipeline.blocks if any(_is_around(block.path, path) for path in paths)]
 
 
 def select_layouts(plan: Plan, layer: str) -> Mapping[str, str]:
@@ -62,7 +56,7 @@ def select_layouts(plan: Plan, layer: str) -> Mapping[str, str]:
         name: format_layout(plan.layouts[op])
         for group in select_groups(plan, layer)
         for op, name in group.tensors.items()
-        if named is not None or any(_matches_whole(alike, pattern) for alike in _list_names(group, name))
+        if named is not None or any(_matches(alike, pattern) for alike in _list_names(group, name))
     }
 
 
@@ -79,15 +73,12 @@ def _find_group(plan: Plan, layer: str) -> Group | None:
     return next((group for group in plan.groups if group.name == name), None)
 
 
-def _is_group_meant(plan: Plan, group: Group, pattern: Sequence[str]) -> bool:
-    """Whether a layer of the group is inside or around what `pattern` names, or one of the group's tensors is.
-
-    What is outside of layers has no paths of its own: a block or a tensor there must be named.
-    """
-    tensors = (alike for name in group.tensors.values() for alike in _list_names(group, name))
-    if any(_matches_overlap(path, pattern) for path in group.paths) or any(_matches_whole(name, pattern) for name in tensors):
-        return True
-    return group.name == OUTSIDE and any(_matches_whole(block.path, pattern) for block in _find_blocks_outside(plan))
+def _list_matches(plan: Plan, group: Group, pattern: Sequence[str]) -> Iterator[str]:
+    """Paths in which `pattern` is found: of the group's layers, of the tensors in them, and of blocks outside of layers."""
+    yield from (path for path in group.paths if _matches(path, pattern))
+    yield from (alike for name in group.tensors.values() for alike in _list_names(group, name) if _matches(alike, pattern))
+    if group.name == OUTSIDE:
+        yield from (block.path for block in _find_blocks_outside(plan) if _matches(block.path, pattern))
 
 
 def _find_blocks_outside(plan: Plan) -> list[BlockChoice]:
@@ -110,17 +101,9 @@ def _is_around(path: str, other: str) -> bool:
     return f"{path}.".startswith(f"{other}.") or f"{other}.".startswith(f"{path}.")
 
 
-def _matches_whole(name: str, pattern: Sequence[str]) -> bool:
+def _matches(name: str, pattern: Sequence[str]) -> bool:
     """Whether `pattern` is found in the parts of a dotted name, all of it."""
     parts = name.split(".")
-    return any(_matches_from(parts[start:], pattern) for start in range(len(parts) - len(pattern) + 1))
-
-
-def _matches_overlap(path: str, pattern: Sequence[str]) -> bool:
-    """Whether `pattern` is found in a module path, or goes on inside of that module: ``h.3.mlp`` in ``transformer.h.3``."""
-    parts = path.split(".")
-    return any(_matches_from(parts[start:], pattern) for start in range(len(parts)))
-
-
-def _matches_from(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    return all(map(fnmatchcase, parts, pattern))
+    starts = range(len(parts) - len(pattern) + 1)
+    # A part may have a bracket in its name: what is equal matches, whatever it means as a pattern.
+    return any(all(part == text or fnmatchcase(part, text) for part, text in zip(parts[start:], pattern, strict=False)) for start in starts)

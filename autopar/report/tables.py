@@ -235,7 +235,7 @@ def _tabulate_groups(plan: Plan, groups: Sequence[Group]) -> Stack:
     columns: dict[str, _Justify] = {"layers": "left", "count": "right", "compute": "right", "communication": "right"}
     columns |= {"of the step": "right", "parameters": "right", "activations": "right"}
     remarks = [
-        *(["all stages together"] if pipeline.ranks > 1 else []),
+        *(["seconds of the mean pipeline rank", "bytes of all stages"] if pipeline.ranks > 1 else []),
         *(["without what is run again"] if not plan.pipeline.keeps_all else []),
         *(["activations of one micro-batch"] if pipeline.microbatches > 1 else []),
     ]
@@ -297,11 +297,13 @@ def _word_proof(plan: Plan) -> list[str]:
     else:
         # A baseline is solved under constraints of its own, so its bound speaks of such plans only.
         plans = "plan" if chosen.name == "search" else f"{chosen.name} plan"
-        lines.append(f"{costs} No {plans} on this mesh, within the pins given, costs less than {proof.bound_ns:,} ns.")
+        lines.append(
+            f"{costs} By the search's costs no {plans} on this mesh, within the pins given, costs less than {proof.bound_ns:,} ns."
+        )
     if proof.objective_ns == proof.bound_ns:
-        lines.append("The two are equal: nothing there is cheaper.")
+        lines.append("The two are equal: nothing cheaper is known there.")
     else:
-        lines.append(f"So it is within {format_gap(proof.gap)} of the cheapest there.")
+        lines.append(f"So it is within {format_gap(proof.gap)} of that.")
     if is_spread:
         lines.append("Other placements, schedules, micro-batches and meshes were compared by what was found for each, not by bounds.")
     lines.append(

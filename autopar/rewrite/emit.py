@@ -11,7 +11,7 @@ import torch
 from autopar.capture import Captured
 from autopar.errors import PlanError
 from autopar.ir import OpKind
-from autopar.plans import Pipeline, Plan, check_fits
+from autopar.plans import Pipeline, Plan, check_fits, printable
 from autopar.rewrite.graphs import build_whole
 from autopar.rewrite.outline import outline
 from autopar.rewrite.pipeline import rewrite_pipeline
@@ -60,6 +60,6 @@ def _rewrite_whole(planned: PlannedGraph, chain: Chain) -> Program:
 
 
 def _check_blocks(pipeline: Pipeline, chain: Chain) -> None:
-    planned, names = ([block.name for block in blocks] for blocks in (pipeline.blocks, chain.blocks))
+    planned, names = [block.name for block in pipeline.blocks], [printable(block.name) for block in chain.blocks]
     if planned != names:
         raise PlanError(f"the plan's blocks are {', '.join(planned)}; the model has {', '.join(names)}")

@@ -12,10 +12,10 @@ from dataclasses import replace
 from torch import nn
 
 from autopar.errors import PlanError
-from autopar.ir import Graph, OpKind, Space, Value
+from autopar.ir import Graph, OpKind, Space, Value, is_legal
 from autopar.rewrite.graphs import build_prologue, build_stage
 from autopar.rewrite.outline import outline
-from autopar.rewrite.planned import PlannedGraph
+from autopar.rewrite.planned import PlannedGraph, placement_of
 from autopar.rewrite.program import PipelineProgram, Program, StageProgram
 from autopar.rewrite.regions import Region, find_layers, find_recomputed
 from autopar.rewrite.slots import find_stage_outputs, make_crossing, make_program
@@ -90,7 +90,14 @@ def _with_microbatches(planned: PlannedGraph) -> PlannedGraph:
     micro_split = split_microbatches(graph, spaces, find_roles(graph, spaces), count)
     if micro_split.reasons:
         raise PlanError(f"the plan has {count} micro-batches, but {'; '.join(micro_split.reasons)}")
-    return replace(planned, micro_split=micro_split)
+    planned = replace(planned, micro_split=micro_split)
+    for op in graph.of_kind(OpKind.CALL) if count > 1 else ():
+        if op.name in spaces and not is_legal(spaces[op.name], placement_of(planned, op), planned.mesh):
+            raise PlanError(
+                f"plan.pipeline.microbatches is {count}: a micro-batch of {op.target} at {op.source or op.layer or op.name} can't be"
+                " split as plan.placements says, as its sizes don't divide; take fewer micro-batches"
+            )
+    return planned
 
 
 def _make_stages(

@@ -20,6 +20,7 @@ from autopar.capture import Captured
 from autopar.errors import PlanError
 from autopar.ir import (
     MICROBATCH,
+    PARTIAL,
     PIPELINE,
     REPLICATE,
     Collective,
@@ -198,6 +199,15 @@ def _check_decisions(planned: PlannedGraph) -> None:
         raise PlanError(f"plan.outputs has {len(plan.outputs)} layouts, the model has {len(outputs)} outputs; plan again")
     for position, (tensor, layout) in enumerate(zip(outputs, plan.outputs, strict=True)):
         _check_layout(f"plan.outputs[{position}]", layout, tensor, mesh)
+        if PARTIAL in layout:
+            raise PlanError(f"plan.outputs[{position}] has the state P; what is returned is split or replicated, but no part of a sum")
+    stored = {op.target: op.name for op in graph.of_kind(OpKind.BUFFER)}
+    for position, name in enumerate(graph.updates, start=len(graph.returned)):
+        if plan.outputs[position] != plan.layouts[stored[name]]:
+            raise PlanError(
+                f"plan.outputs[{position}], the new value of the buffer {name!r}, must have the layout in which it is stored,"
+                f" plan.layouts[{stored[name]!r}]; plan again"
+            )
     for name, layout in plan.pipeline.travel.items():
         sent = _find_tensor(graph, name)
         if sent is None or not fits(sent.shape, layout, mesh):

@@ -116,10 +116,11 @@ class ParallelModule(nn.Module):
     @property
     def data_shard(self) -> tuple[int, int]:
         """(index, count): this rank computes part `index` of `count` parts of the batch. Raises PlanError before the first plan."""
-        if self._storage.deployment is None or self._last is None:
+        deployment = self._storage.deployment
+        if deployment is None:
             raise PlanError("there is no plan yet that says how the batch is split: compile with example inputs, or call once")
-        with comm.active(self._storage.deployment.axes):
-            return comm.index(self._last.batch_axes), comm.count(self._last.batch_axes)
+        with comm.active(deployment.axes):
+            return comm.index(deployment.batch_axes), comm.count(deployment.batch_axes)
 
     def prepare(self, *args: Any, **kwargs: Any) -> Program:
         """Plan for a call with these arguments, of the global sizes, and store the parameters so, without running anything."""
@@ -164,7 +165,7 @@ class ParallelModule(nn.Module):
             with torch.inference_mode(False):
                 runner = self._pipelines.find_runner(program)
             with deployment.alarm.guard(runner.where):
-                inputs = [_gather_batch(x, local_tensors, deployment, program) for x in tensors]
+                inputs = [_gather_batch(x, local_tensors, deployment) for x in tensors]
                 return program.captured.unflatten(self._pipelines.run(program, runner, inputs))
         parts = []
         for slot, x in zip(program.inputs, tensors, strict=True):
@@ -172,7 +173,7 @@ class ParallelModule(nn.Module):
             if local is None:
                 parts.append(shard_whole(x, slot.layout, deployment.mesh, deployment.axes))
             else:
-                parts.append(_reshard_local(local, slot.layout, deployment, program.batch_axes))
+                parts.append(_reshard_local(local, slot.layout, deployment))
         buffers = self._storage.buffers_of(program)
         with torch.inference_mode(False):
             leaves = self._find_leaves(program)
@@ -247,8 +248,9 @@ _SHARED = (
 )
 
 
-def _reshard_local(x: Tensor, layout: Layout, deployment: Deployment, batch_axes: Sequence[str]) -> Tensor:
+def _reshard_local(x: Tensor, layout: Layout, deployment: Deployment) -> Tensor:
     """This rank's part, in `layout`, of an input of which every rank was passed its rows of the batch; other rows are gathered."""
+    batch_axes = deployment.batch_axes
     if all(layout[deployment.mesh.names.index(name)] == shard(0) for name in batch_axes):
         return shard_whole(x, layout, deployment.mesh, deployment.axes, batch_axes)
     for name in reversed(batch_axes):
@@ -257,10 +259,10 @@ def _reshard_local(x: Tensor, layout: Layout, deployment: Deployment, batch_axes
     return shard_whole(x, layout, deployment.mesh, deployment.axes)
 
 
-def _gather_batch(x: Tensor, local_tensors: Mapping[int, Tensor], deployment: Deployment, program: Program) -> Tensor:
+def _gather_batch(x: Tensor, local_tensors: Mapping[int, Tensor], deployment: Deployment) -> Tensor:
     """An input of the whole batch; where every rank passed its part, the parts are gathered."""
     local = local_tensors.get(id(x))
-    return x if local is None else _reshard_local(local, tuple(REPLICATE for _ in deployment.mesh.names), deployment, program.batch_axes)
+    return x if local is None else _reshard_local(local, tuple(REPLICATE for _ in deployment.mesh.names), deployment)
 
 
 def _widen(args: Any, kwargs: Any, count: int) -> tuple[Any, Any, dict[int, Tensor]]:

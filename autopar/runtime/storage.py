@@ -39,6 +39,8 @@ class Deployment:
 
     Attributes:
         mesh: the mesh that every pipeline rank runs; its axes are those that layouts name.
+        batch_axes: the axes that the first plan splits the batch over: with ``inputs="local"`` every rank passes its part along these,
+            whatever a later plan does with the batch.
         device_mesh: torch's mesh of all ranks, whose first axis is the pipeline's where there are several pipeline ranks; None for a single
             process without process groups.
         axes: what a program's names of axes stand for on this rank.
@@ -51,6 +53,7 @@ class Deployment:
     """
 
     mesh: Mesh
+    batch_axes: tuple[str, ...]
     device_mesh: DeviceMesh | None
     axes: Mapping[str, comm.Axis]
     pipeline_rank: int
@@ -125,6 +128,7 @@ class Storage:
             alarm = form_alarm(device_mesh, axis) if device_mesh is not None and program.pipeline is not None else Alarm()
             deployment = Deployment(
                 mesh=program.mesh,
+                batch_axes=program.batch_axes,
                 device_mesh=device_mesh,
                 axes=axes_of(program.mesh, device_mesh),
                 pipeline_rank=axis.index if axis is not None else 0,

@@ -99,12 +99,12 @@ def assemble(
     objective = round(chosen.step_seconds * 1e9)
     bound = min(objective, round(chosen.bound_seconds * 1e9))
     return Plan(
-        model=printable(model_name),
+        model=printable(model_name) or "model",
         fingerprint=fingerprint,
         cluster=printable(str(cluster)),
         mesh=Mesh(mesh.names[first_axis:], mesh.sizes[first_axis:]),
         pipeline=chosen.pipeline,
-        inputs={op.target: str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},
+        inputs={printable(op.target): str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},
         layouts={name: layout[first_axis:] for name, layout in layouts.items()},
         outputs=tuple(layout[first_axis:] for layout in chosen.sharding.outputs),
         placements={name: placement[first_axis:] for name, placement in placements.items()},
@@ -186,7 +186,7 @@ def _sum_rows(chosen: Chosen, axis_names: Mapping[str, str]) -> tuple[CostRow, .
         for row in cost.rows:
             times = (1 if row.phase == Phase.STEP else pipeline.microbatches) / pipeline.ranks
             layer = names.get(row.layer, row.layer if row.layer in layers else "")
-            sums.add_row(row, times, layer=layer, axis=axis_names.get(row.axis, row.axis))
+            sums.add_row(row, times, layer=printable(layer), axis=axis_names.get(row.axis, row.axis))
     stages = [choice.stage for choice in pipeline.blocks]
     for cut, stage, next_stage in zip(chosen.cuts, stages, stages[1:], strict=False):
         if chosen.rank_of[stage] != chosen.rank_of[next_stage]:
@@ -252,7 +252,7 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
     for op in model.folded.ops:
         group = group_of.get(op.name, OUTSIDE)
         if op.kind in (OpKind.PARAMETER, OpKind.BUFFER):
-            tensors[group][op.name] = op.target
+            tensors[group][op.name] = printable(op.target)
         if op.kind is OpKind.CALL:
             activations[group] += saved_nbytes(model, op, sharding.placements[op.name], chosen.mesh)
             _note_splits(model, mesh, op, sharding.placements[op.name], axes[group])
@@ -264,8 +264,8 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
                     _append(axes[group][mesh.names[axis]], "parameter storage")
     return tuple(
         Group(
-            name=name,
-            paths=paths.get(name, ()),
+            name=printable(name),
+            paths=tuple(map(printable, paths.get(name, ()))),
             tensors=tensors[name],
             axes={axis: ", ".join(texts) or "nothing" for axis, texts in axes[name].items() if axis != MICROBATCH},
             parameter_bytes=parameters[name],

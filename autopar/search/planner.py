@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from autopar.cost_models import Cluster, HardwareError
 from autopar.errors import InfeasibleError, InputError, UnknownOpError
 from autopar.ir import Graph, Layout, Mesh, Op, OpKind, Space
-from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
+from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint, printable
 from autopar.rules import find_spaces
 from autopar.schedules import make_schedule
 from autopar.search.assemble import Chosen, assemble
@@ -165,7 +165,7 @@ def pin_pipeline(pins: Pins, first_plan: Plan, chain: Chain, batch: int) -> Pins
     stage = 0
     for block in chain.blocks:
         # A block that the first program didn't have, such as a loss, is on the stage of the block before it.
-        stage = stages[block.name] = stage_of.get(block.name, stage)
+        stage = stages[block.name] = stage_of.get(printable(block.name), stage)
     mesh = first_plan.mesh
     parts = math.prod(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name in first_plan.batch_axes)
     rows = batch // parts if batch % parts == 0 else batch
@@ -240,7 +240,7 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
     )
     if is_tight:
         configurations += [Configuration(1, trial, 1) for trial in results.by_bound[:RECOMPUTED]]
-    searched = search_pipelines(problem, configurations, math.inf if best is None else best.solution.cost_ns / 1e9, tell)
+    searched = search_pipelines(problem, configurations, math.inf if best is None else best.step_seconds, tell)
     is_refused = searched.best is None and all(candidate.memory_bytes is None for candidate in searched.candidates)
     if is_refused and pins.asks_for_pipeline and searched.refusals:
         raise type(searched.refusals[0])(f"the pins {pins} can't be had: {searched.refusals[0]}")
@@ -271,7 +271,7 @@ def _choose_pipelined(pipelined: Pipelined, model: AnalyzedGraph, chain: Chain) 
 
 def _choose_solved(solved: SolvedTrial, model: AnalyzedGraph, chain: Chain) -> Chosen:
     """A solution without a pipeline, in the form that a plan is assembled from: all blocks are on one stage."""
-    blocks = tuple(BlockChoice(block.name, block.path, 0, "none") for block in chain.blocks)
+    blocks = tuple(BlockChoice(printable(block.name), printable(block.path), 0, "none") for block in chain.blocks)
     return Chosen(
         model=model,
         mesh=solved.problem.mesh,

@@ -36,6 +36,10 @@ Progress = Callable[[str], None]
 """Told what is being tried, a line of text at a time."""
 
 
+PRUNED = "pruned: costs at least this for the search"
+"""The outcome of a trial whose bound isn't below the cost of one that was solved: both in the search's costs, not the plan's."""
+
+
 @dataclass(frozen=True)
 class SolvedTrial:
     """A trial with a solution that fits the memory, or comes closest to it.
@@ -83,10 +87,10 @@ class TrialResults:
 
     @property
     def best(self) -> SolvedTrial | None:
-        """The cheapest; of equally cheap ones a trial of the search rather than a baseline, then the one with the fewest axes."""
+        """The fastest by its tables of costs; of equally fast ones a trial of the search rather than a baseline, then the fewest axes."""
 
         def rank(solved: SolvedTrial) -> tuple[int, bool, int]:
-            return solved.solution.cost_ns, solved.trial.baseline, len(solved.trial.mesh.names)
+            return round(1e9 * solved.step_seconds), solved.trial.baseline, len(solved.trial.mesh.names)
 
         return min(self.solved, key=rank, default=None)
 
@@ -143,7 +147,7 @@ def solve_trials(
         cutoff_ns = min((solved_trial.solution.cost_ns for solved_trial in solved), default=None)
         solved_trial = _solve_trial(partial(measure, trial, search.problem), search, cluster, cutoff_ns, tighten=not is_open)
         if solved_trial is None:
-            candidates.append(Candidate(trial.name, str(trial.mesh), search.bound_in_memory_ns / 1e9, None, "pruned: costs at least this"))
+            candidates.append(Candidate(trial.name, str(trial.mesh), search.bound_in_memory_ns / 1e9, None, PRUNED))
         elif solved_trial.needed_nbytes > cluster.machine.device.usable_bytes:
             candidates.append(Candidate(trial.name, str(trial.mesh), None, solved_trial.needed_nbytes, "out of memory"))
         else:
@@ -181,7 +185,7 @@ def _solve_trial(
     lean = [measure(solution) for solution in search.find_lean(budget)]
     fitting = [solved for solved in lean if solved.needed_nbytes <= budget]
     if fitting:
-        return min(fitting, key=lambda solved: solved.solution.cost_ns)
+        return min(fitting, key=lambda solved: solved.step_seconds)
     return min(lean, key=lambda solved: solved.needed_nbytes)
 
 

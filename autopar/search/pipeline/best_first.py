@@ -24,7 +24,7 @@ from enum import IntEnum
 from autopar.costs import Sharding
 from autopar.errors import AutoparError, InfeasibleError, InputError, SolverError
 from autopar.ir import Layout, Mesh
-from autopar.plans import BlockChoice, Candidate, Pipeline
+from autopar.plans import BlockChoice, Candidate, Pipeline, printable
 from autopar.schedules import Schedule, splits_backward
 from autopar.search.pipeline.assignment import Assignment, assign
 from autopar.search.pipeline.assignment_problem import (
@@ -482,7 +482,7 @@ def _describe(
     if configuration.ranks * schedule.chunks > 1:
         travel_layouts = {name: layout[1:] for name, layout in makers[0].find_travel_layouts().items()}
     block_choices = tuple(
-        BlockChoice(block.name, block.path, stage, option.name)
+        BlockChoice(printable(block.name), printable(block.path), stage, option.name)
         for block, stage, option in zip(state.problem.chain.blocks, assignment.stages, options, strict=True)
     )
     return Pipelined(
