@@ -112,7 +112,7 @@ def test_placements_that_configurations_share_are_legal_for_each(subject: str, g
         if search.solutions.estimate_work(configuration) is None:
             continue
         keys.add(search.solutions._key(configuration))
-        model = search.solutions.model_in_time(configuration.microbatches)
+        model = search.solutions.model_of_microbatch(configuration.microbatches)
         assert model is not None
         assert model.micro_split is not None
         mesh = with_microbatch_axis(configuration.trial.mesh, configuration.microbatches)
@@ -136,7 +136,7 @@ def test_without_a_pipeline_blocks_come_to_what_the_search_says(name: str) -> No
     search, configurations = deep(name, "8xcpu")
     checked = 0
     for configuration in configurations:
-        if configuration.ranks > 1 or search.solutions.model_in_time(configuration.microbatches) is None:
+        if configuration.ranks > 1 or search.solutions.model_of_microbatch(configuration.microbatches) is None:
             continue
         solutions = search.solutions.solution_sets(configuration)[0]
         blocks = search.solutions.block_options(configuration, solutions, False)
@@ -175,7 +175,7 @@ def test_estimates_are_below_all_greedy_assignments(name: str, cluster: str) -> 
     search, configurations = deep(name, cluster)
     tight = 0
     for configuration in configurations:
-        if search.solutions.model_in_time(configuration.microbatches) is None:
+        if search.solutions.model_of_microbatch(configuration.microbatches) is None:
             continue
         least, fastest = estimate_from_products(search, configuration), estimate_from_placements(search, configuration)
         tried = [try_schedule(search, configuration, schedule) for schedule in schedules_of(search, configuration)]
