@@ -201,12 +201,12 @@ def _check_decisions(planned: PlannedGraph) -> None:
         _check_layout(f"plan.outputs[{position}]", layout, tensor, mesh)
         if PARTIAL in layout:
             raise PlanError(f"plan.outputs[{position}] has the state P; what is returned is split or replicated, but no part of a sum")
-    stored = {op.target: op.name for op in graph.of_kind(OpKind.BUFFER)}
+    buffers = {op.target: op for op in graph.of_kind(OpKind.BUFFER)}
     for position, name in enumerate(graph.updates, start=len(graph.returned)):
-        if plan.outputs[position] != plan.layouts[stored[name]]:
+        if plan.outputs[position] != stored_layout(planned, buffers[name]):
             raise PlanError(
                 f"plan.outputs[{position}], the new value of the buffer {name!r}, must have the layout in which it is stored,"
-                f" plan.layouts[{stored[name]!r}]; plan again"
+                f" plan.layouts[{planned.folded.representative[buffers[name].name]!r}]; plan again"
             )
     for name, layout in plan.pipeline.travel.items():
         sent = _find_tensor(graph, name)
