@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from autopar.ir.layout import Mesh, Split, parse_layout
 from autopar.plans import OUTSIDE, CostRow, Phase, Purpose
@@ -160,3 +162,15 @@ def _make_blocks(stages: list[int], *recompute: str) -> tuple[BlockChoice, ...]:
     names = ["transformer.wte", *(f"transformer.h.{number}" for number in range(12)), "lm_head"]
     kinds = [recompute[min(stages[:place].count(stage), len(recompute) - 1)] for place, stage in enumerate(stages)]
     return tuple(map(BlockChoice, names, names, stages, kinds))
+
+
+def set_field(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
+    """A change of a plan's JSON data: the field at `path`, keys and positions from the top, becomes `to`."""
+
+    def change(plan: dict[str, Any]) -> None:
+        target: Any = plan
+        for key in path[:-1]:
+            target = target[key]
+        target[path[-1]] = to
+
+    return change

@@ -20,19 +20,9 @@ from autopar.plans.plan import Plan, from_json, to_json
 from autopar.report.summary import summarize
 from autopar.report.tables import explain
 from tests.commands import refuse
-from tests.plans import make_pipelined_plan, make_plan
+from tests.plans import make_pipelined_plan, make_plan, set_field
 
 HUGE = 10**400
-
-
-def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
-    def change(plan: dict[str, Any]) -> None:
-        target: Any = plan
-        for key in path[:-1]:
-            target = target[key]
-        target[path[-1]] = to
-
-    return change
 
 
 def _all(*changes: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], None]:
@@ -56,26 +46,26 @@ def _spoil(plan: Plan, change: Callable[[dict[str, Any]], Any]) -> str:
 
 # Faults by what they were first seen as, in files of version 2.
 FAULTS = {
-    "cluster_garbage": (_set("cluster", to="nonsense"), "plan.cluster is 'nonsense', which is no cluster"),
-    "escape": (_set("model", to="\x1b]0;pwned\x07\x1b[2JM"), r"plan.model holds '\x1b', which is no printable character"),
-    "layout_outer0": (_set("layouts", "input_ids", to="S0/0,R"), "plan.layouts['input_ids']: S0/0 splits inside 0 outer blocks"),
-    "mesh_not_cluster": (_set("mesh", "sizes", to=[10**30, 1]), "plan.mesh.sizes[0] is larger than any number of 64 bits"),
+    "cluster_garbage": (set_field("cluster", to="nonsense"), "plan.cluster is 'nonsense', which is no cluster"),
+    "escape": (set_field("model", to="\x1b]0;pwned\x07\x1b[2JM"), r"plan.model holds '\x1b', which is no printable character"),
+    "layout_outer0": (set_field("layouts", "input_ids", to="S0/0,R"), "plan.layouts['input_ids']: S0/0 splits inside 0 outer blocks"),
+    "mesh_not_cluster": (set_field("mesh", "sizes", to=[10**30, 1]), "plan.mesh.sizes[0] is larger than any number of 64 bits"),
     "nothing": (_set_memory(0), "plan.memory.budget is 0, an integer from 1 is needed"),
     "negative_memory": (
-        _set("memory", "parameters", to=-(10**12)),
+        set_field("memory", "parameters", to=-(10**12)),
         "plan.memory.parameters is -1000000000000, an integer from 0 is needed",
     ),
-    "negative_seconds": (_set("costs", 0, "seconds", to=-5.0), "plan.costs[0].seconds is -5.0, a number from 0 is needed"),
+    "negative_seconds": (set_field("costs", 0, "seconds", to=-5.0), "plan.costs[0].seconds is -5.0, a number from 0 is needed"),
     "objective_contradicts_step": (
-        _set("proof", "objective_ns", to=5),
+        set_field("proof", "objective_ns", to=5),
         "plan.proof.objective_ns is 5, but plan.costs add up to a step of 11000000 ns",
     ),
-    "over_budget": (_set("memory", "budget", to=1), "plan.memory adds up to 19595678901 bytes, more than plan.memory.budget, 1"),
-    "memory_1e30": (_set("memory", "optimizer", to=10**30), "plan.memory.optimizer is larger than any number of 64 bits"),
-    "memory_bigint": (_set("memory", "workspace", to=HUGE), "plan.memory.workspace is larger than any number of 64 bits"),
-    "mesh_huge": (_set("mesh", "sizes", to=[10**3000, 10**3000]), "plan.mesh.sizes[0] is larger than any number of 64 bits"),
-    "seconds_bigint": (_set("costs", 0, "seconds", to=HUGE), "plan.costs[0].seconds is larger than any number of 64 bits"),
-    "surrogate": (_set("model", to="\ud800"), r"plan.model holds '\ud800', which is no printable character"),
+    "over_budget": (set_field("memory", "budget", to=1), "plan.memory adds up to 19595678901 bytes, more than plan.memory.budget, 1"),
+    "memory_1e30": (set_field("memory", "optimizer", to=10**30), "plan.memory.optimizer is larger than any number of 64 bits"),
+    "memory_bigint": (set_field("memory", "workspace", to=HUGE), "plan.memory.workspace is larger than any number of 64 bits"),
+    "mesh_huge": (set_field("mesh", "sizes", to=[10**3000, 10**3000]), "plan.mesh.sizes[0] is larger than any number of 64 bits"),
+    "seconds_bigint": (set_field("costs", 0, "seconds", to=HUGE), "plan.costs[0].seconds is larger than any number of 64 bits"),
+    "surrogate": (set_field("model", to="\ud800"), r"plan.model holds '\ud800', which is no printable character"),
 }
 
 
@@ -98,94 +88,115 @@ def test_a_field_that_stands_twice_is_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_set("cluster", to="1x0xh100"), "plan.cluster is '1x0xh100', which is no cluster"),
-        (_set("cluster", to="8xh100"), "plan.cluster is '8xh100', which is no cluster"),
-        (_set("cluster", to="-1x-8xh100"), "plan.cluster is '-1x-8xh100', which is no cluster"),
-        (_set("cluster", to="1x8x"), "plan.cluster is '1x8x', which is no cluster"),
-        (_set("cluster", to="1x4xh100"), "plan.mesh is dp=2 x tp=4, 8 ranks; plan.cluster is '1x4xh100', 4 devices"),
-        (_set("cluster", to=f"1x{10**9}xh100"), "plan.mesh is dp=2 x tp=4, 8 ranks; plan.cluster is"),
-        (_set("cluster", to=f"{10**9}x{10**9}xh100"), "plan.cluster is '1000000000x1000000000xh100'; there are clusters of up to"),
-        (_set("cluster", to=f"1x{HUGE}xh100"), "plan.cluster is '1x10000"),
-        (_set("mesh", "sizes", to=[2**40, 2**40]), "plan.mesh is dp=1099511627776 x tp=1099511627776 and plan.pipeline.ranks 1, more than"),
-        (_set("mesh", "names", to=["dp", "dp"]), "plan.mesh: axes ('dp', 'dp') and sizes (2, 4) don't match"),
-        (_set("mesh", "names", to=["dp", ""]), "plan.mesh.names[1] is empty"),
-        (_set("mesh", "names", to=["dp", "micro"]), "plan.mesh has an axis 'micro', which is no axis of the mesh of a pipeline rank"),
-        (_set("mesh", "names", to=["pp", "tp"]), "plan.mesh has an axis 'pp', which is no axis of the mesh of a pipeline rank"),
-        (_set("batch_axes", to=["dp", "dp"]), "plan.batch_axes is dp, dp; each axis is named once, in the order of the mesh"),
-        (_set("batch_axes", to=["tp", "dp"]), "plan.batch_axes is tp, dp; each axis is named once, in the order of the mesh"),
-        (_set("layouts", "input_ids", to="S-1,R"), "plan.layouts['input_ids']: 'S-1' is no state of a layout"),
-        (_set("layouts", "input_ids", to=f"S{2**63},R"), "plan.layouts['input_ids']: the dim is larger than any number of 64 bits"),
-        (_set("layouts", "input_ids", to=f"S0/{2**63},R"), "plan.layouts['input_ids']: S0/9223372036854775808 splits inside"),
-        (_set("layouts", "input_ids", to=f"S{'9' * 5000},R"), "plan.layouts['input_ids']: Exceeds the limit"),
+        (set_field("cluster", to="1x0xh100"), "plan.cluster is '1x0xh100', which is no cluster"),
+        (set_field("cluster", to="8xh100"), "plan.cluster is '8xh100', which is no cluster"),
+        (set_field("cluster", to="-1x-8xh100"), "plan.cluster is '-1x-8xh100', which is no cluster"),
+        (set_field("cluster", to="1x8x"), "plan.cluster is '1x8x', which is no cluster"),
+        (set_field("cluster", to="1x4xh100"), "plan.mesh is dp=2 x tp=4, 8 ranks; plan.cluster is '1x4xh100', 4 devices"),
+        (set_field("cluster", to=f"1x{10**9}xh100"), "plan.mesh is dp=2 x tp=4, 8 ranks; plan.cluster is"),
+        (set_field("cluster", to=f"{10**9}x{10**9}xh100"), "plan.cluster is '1000000000x1000000000xh100'; there are clusters of up to"),
+        (set_field("cluster", to=f"1x{HUGE}xh100"), "plan.cluster is '1x10000"),
         (
-            _set("layouts", "input_ids", to="P,R"),
+            set_field("mesh", "sizes", to=[2**40, 2**40]),
+            "plan.mesh is dp=1099511627776 x tp=1099511627776 and plan.pipeline.ranks 1, more than",
+        ),
+        (set_field("mesh", "names", to=["dp", "dp"]), "plan.mesh: axes ('dp', 'dp') and sizes (2, 4) don't match"),
+        (set_field("mesh", "names", to=["dp", ""]), "plan.mesh.names[1] is empty"),
+        (set_field("mesh", "names", to=["dp", "micro"]), "plan.mesh has an axis 'micro', which is no axis of the mesh of a pipeline rank"),
+        (set_field("mesh", "names", to=["pp", "tp"]), "plan.mesh has an axis 'pp', which is no axis of the mesh of a pipeline rank"),
+        (set_field("batch_axes", to=["dp", "dp"]), "plan.batch_axes is dp, dp; each axis is named once, in the order of the mesh"),
+        (set_field("batch_axes", to=["tp", "dp"]), "plan.batch_axes is tp, dp; each axis is named once, in the order of the mesh"),
+        (set_field("layouts", "input_ids", to="S-1,R"), "plan.layouts['input_ids']: 'S-1' is no state of a layout"),
+        (set_field("layouts", "input_ids", to=f"S{2**63},R"), "plan.layouts['input_ids']: the dim is larger than any number of 64 bits"),
+        (set_field("layouts", "input_ids", to=f"S0/{2**63},R"), "plan.layouts['input_ids']: S0/9223372036854775808 splits inside"),
+        (set_field("layouts", "input_ids", to=f"S{'9' * 5000},R"), "plan.layouts['input_ids']: Exceeds the limit"),
+        (
+            set_field("layouts", "input_ids", to="P,R"),
             "plan.layouts: 'input_ids' has the state P; what is stored or returned is",
         ),
-        (_set("layouts", "input_ids", to="B,R"), "plan.layouts: 'input_ids' has the state B"),
-        (_set("layouts", "", to="R,R"), "plan.layouts: a name is empty"),
-        (_set("layouts", "\x9b2J", to="R,R"), r"plan.layouts: a name holds '\x9b', which is no printable character"),
-        (_set("outputs", 0, to="R,B"), "plan.outputs: 'output 0' has the state B"),
-        (_set("outputs", 0, to="R,P"), "plan.outputs: 'output 0' has the state P"),
-        (_set("outputs", 0, to="R,S1/0"), "plan.outputs[0]: S1/0 splits inside 0 outer blocks"),
-        (_set("placements", "view", to="b/0,-"), "plan.placements['view']: b/0 splits inside 0 outer blocks"),
-        (_set("inputs", "labels", to="int64[8, -128]"), "plan.inputs: 'labels' is 'int64[8, -128]', which is no type of a tensor"),
-        (_set("memory", to=dict.fromkeys(json.loads(to_json(make_plan()))["plan"]["memory"], 2**62)), "plan.memory adds up to"),
-        (_set("bucket_nbytes", to=-1), "plan.bucket_nbytes is -1, an integer from 0 is needed"),
-        (_set("costs", 6, "axis", to="cp"), "plan.costs[6].axis is 'cp', the mesh has dp=2 x tp=4"),
-        (_set("costs", 6, "axis", to="pp"), "plan.costs[6].axis is 'pp', the mesh has dp=2 x tp=4"),
-        (_set("costs", 6, "axis", to=""), "plan.costs[6] has axis '' and collective 'all_reduce'; both are empty, or neither"),
-        (_set("costs", 0, "collective", to="send"), "plan.costs[0] has axis '' and collective 'send'; both are empty, or neither"),
-        (_set("costs", 0, "phase", to="night"), "plan.costs[0].phase is 'night'; known are forward, input gradient, weight gradient, step"),
-        (_set("costs", 0, "purpose", to="fun"), "plan.costs[0].purpose is 'fun'; known are compute, recompute, optimizer"),
-        (_set("costs", 0, "layer", to="encoder.*"), "plan.costs[0].layer is 'encoder.*', which is the name of no group in plan.groups"),
-        (_set("costs", 1, "count", to=-1), "plan.costs[1].count is -1, a number from 0 is needed"),
-        (_set("costs", 1, "nbytes", to=2**63), "plan.costs[1].nbytes is larger than any number of 64 bits"),
-        (_set("costs", 1, "seconds", to=-1e-9), "plan.costs[1].seconds is -1e-09, a number from 0 is needed"),
-        (_set("costs", 1, "hidden", to=1e300), "plan.costs[1].hidden is larger than any number of 64 bits"),
-        (_set("groups", 0, "axes", to={"cp": "sequence"}), "plan.groups[0].axes names 'cp', the mesh has dp=2 x tp=4"),
-        (_set("groups", 0, "paths", to=[]), "plan.groups[0].paths has 0 layers; only the group 'outside of layers' has none"),
-        (_set("groups", 1, "paths", to=["lm_head"]), "plan.groups[1].paths has 1 layers; only the group 'outside of layers' has none"),
-        (_set("groups", 0, "paths", 2, to="transformer.h.0"), "plan.groups[0].paths lists 'transformer.h.0' a second time"),
-        (_set("groups", 0, "paths", 2, to=""), "plan.groups[0].paths[2] is empty"),
-        (_set("groups", 0, "tensors", "p_lm_head", to="lm_head"), "plan.groups[0].tensors names 'p_lm_head', which has no layout"),
+        (set_field("layouts", "input_ids", to="B,R"), "plan.layouts: 'input_ids' has the state B"),
+        (set_field("layouts", "", to="R,R"), "plan.layouts: a name is empty"),
+        (set_field("layouts", "\x9b2J", to="R,R"), r"plan.layouts: a name holds '\x9b', which is no printable character"),
+        (set_field("outputs", 0, to="R,B"), "plan.outputs: 'output 0' has the state B"),
+        (set_field("outputs", 0, to="R,P"), "plan.outputs: 'output 0' has the state P"),
+        (set_field("outputs", 0, to="R,S1/0"), "plan.outputs[0]: S1/0 splits inside 0 outer blocks"),
+        (set_field("placements", "view", to="b/0,-"), "plan.placements['view']: b/0 splits inside 0 outer blocks"),
+        (set_field("inputs", "labels", to="int64[8, -128]"), "plan.inputs: 'labels' is 'int64[8, -128]', which is no type of a tensor"),
+        (set_field("memory", to=dict.fromkeys(json.loads(to_json(make_plan()))["plan"]["memory"], 2**62)), "plan.memory adds up to"),
+        (set_field("bucket_nbytes", to=-1), "plan.bucket_nbytes is -1, an integer from 0 is needed"),
+        (set_field("costs", 6, "axis", to="cp"), "plan.costs[6].axis is 'cp', the mesh has dp=2 x tp=4"),
+        (set_field("costs", 6, "axis", to="pp"), "plan.costs[6].axis is 'pp', the mesh has dp=2 x tp=4"),
+        (set_field("costs", 6, "axis", to=""), "plan.costs[6] has axis '' and collective 'all_reduce'; both are empty, or neither"),
+        (set_field("costs", 0, "collective", to="send"), "plan.costs[0] has axis '' and collective 'send'; both are empty, or neither"),
         (
-            _set("groups", 0, "tensors", "p_transformer_wte_weight", to="wte"),
+            set_field("costs", 0, "phase", to="night"),
+            "plan.costs[0].phase is 'night'; known are forward, input gradient, weight gradient, step",
+        ),
+        (set_field("costs", 0, "purpose", to="fun"), "plan.costs[0].purpose is 'fun'; known are compute, recompute, optimizer"),
+        (
+            set_field("costs", 0, "layer", to="encoder.*"),
+            "plan.costs[0].layer is 'encoder.*', which is the name of no group in plan.groups",
+        ),
+        (set_field("costs", 1, "count", to=-1), "plan.costs[1].count is -1, a number from 0 is needed"),
+        (set_field("costs", 1, "nbytes", to=2**63), "plan.costs[1].nbytes is larger than any number of 64 bits"),
+        (set_field("costs", 1, "seconds", to=-1e-9), "plan.costs[1].seconds is -1e-09, a number from 0 is needed"),
+        (set_field("costs", 1, "hidden", to=1e300), "plan.costs[1].hidden is larger than any number of 64 bits"),
+        (set_field("groups", 0, "axes", to={"cp": "sequence"}), "plan.groups[0].axes names 'cp', the mesh has dp=2 x tp=4"),
+        (set_field("groups", 0, "paths", to=[]), "plan.groups[0].paths has 0 layers; only the group 'outside of layers' has none"),
+        (set_field("groups", 1, "paths", to=["lm_head"]), "plan.groups[1].paths has 1 layers; only the group 'outside of layers' has none"),
+        (set_field("groups", 0, "paths", 2, to="transformer.h.0"), "plan.groups[0].paths lists 'transformer.h.0' a second time"),
+        (set_field("groups", 0, "paths", 2, to=""), "plan.groups[0].paths[2] is empty"),
+        (set_field("groups", 0, "tensors", "p_lm_head", to="lm_head"), "plan.groups[0].tensors names 'p_lm_head', which has no layout"),
+        (
+            set_field("groups", 0, "tensors", "p_transformer_wte_weight", to="wte"),
             "plan.groups[1].tensors lists 'p_transformer_wte_weight', 'transformer.wte.weight' a second time; a tensor is in one group",
         ),
         (
-            _set("groups", 1, "tensors", "p_transformer_wte_weight", to="transformer.h.0.mlp.c_fc.weight"),
+            set_field("groups", 1, "tensors", "p_transformer_wte_weight", to="transformer.h.0.mlp.c_fc.weight"),
             "plan.groups[1].tensors lists 'p_transformer_wte_weight', 'transformer.h.0.mlp.c_fc.weight' a second time",
         ),
-        (_set("groups", 1, "name", to="transformer.h.*"), "plan.groups[1].name is 'transformer.h.*'; each group has a name of its own"),
-        (_set("costs", 1, "hidden", to=float("-inf")), "plan.costs[1].hidden: a finite number is needed, not -inf"),
         (
-            _set("proof", "bound_ns", to=11_000_001),
+            set_field("groups", 1, "name", to="transformer.h.*"),
+            "plan.groups[1].name is 'transformer.h.*'; each group has a name of its own",
+        ),
+        (set_field("costs", 1, "hidden", to=float("-inf")), "plan.costs[1].hidden: a finite number is needed, not -inf"),
+        (
+            set_field("proof", "bound_ns", to=11_000_001),
             "plan.proof.bound_ns is 11000001, a lower bound above plan.proof.objective_ns, 11000000",
         ),
-        (_set("proof", "gap", to=0.5), "plan.proof.gap is 0.5, but objective_ns and bound_ns are 0.005 apart"),
-        (_set("proof", "gap", to=-3.0), "plan.proof.gap is -3.0, a number from 0 is needed"),
-        (_set("proof", "chosen", to=-1), "plan.proof.chosen is -1, an integer from 0 is needed"),
-        (_set("proof", "chosen", to=None), "plan.proof.chosen: int is needed, not NoneType"),
-        (_set("proof", "chosen", to=5), "plan.proof.chosen is 5, but there are 5 candidates, numbered from 0"),
-        (_set("proof", "candidates", to=[]), "plan.proof.chosen is 0, but there are 0 candidates"),
+        (set_field("proof", "gap", to=0.5), "plan.proof.gap is 0.5, but objective_ns and bound_ns are 0.005 apart"),
+        (set_field("proof", "gap", to=-3.0), "plan.proof.gap is -3.0, a number from 0 is needed"),
+        (set_field("proof", "chosen", to=-1), "plan.proof.chosen is -1, an integer from 0 is needed"),
+        (set_field("proof", "chosen", to=None), "plan.proof.chosen: int is needed, not NoneType"),
+        (set_field("proof", "chosen", to=5), "plan.proof.chosen is 5, but there are 5 candidates, numbered from 0"),
+        (set_field("proof", "candidates", to=[]), "plan.proof.chosen is 0, but there are 0 candidates"),
         (
-            _set("proof", "chosen", to=1),
+            set_field("proof", "chosen", to=1),
             "plan.proof.chosen is 1, a candidate whose step takes 0.0123 s, but plan.proof.objective_ns is 11000000",
         ),
-        (_set("proof", "chosen", to=2), "plan.proof.chosen is 2, a candidate whose step takes None s"),
+        (set_field("proof", "chosen", to=2), "plan.proof.chosen is 2, a candidate whose step takes None s"),
         (
-            _set("costs", 0, "purpose", to="recompute"),
+            set_field("costs", 0, "purpose", to="recompute"),
             "plan.costs[0] is 0.0027 s of recompute, but no block in plan.pipeline.blocks is run again",
         ),
-        (_set("proof", "variables", to=-1), "plan.proof.variables is -1, an integer from 0 is needed"),
-        (_set("proof", "candidates", 0, "memory_bytes", to=-1), "plan.proof.candidates[0].memory_bytes is -1, an integer from 0 is needed"),
-        (_set("proof", "candidates", 0, "step_seconds", to=-0.5), "plan.proof.candidates[0].step_seconds is -0.5, a number from 0 is"),
-        (_set("proof", "candidates", 0, "mesh", to="dp=8\x1b[1A"), r"plan.proof.candidates[0].mesh holds '\x1b', which is no printable"),
-        (_set("costs", 0, "seconds", to=6e18), "plan.proof.objective_ns is 11000000, but plan.costs add up to a step of "),
-        (_set("notes", 0, to="one line\nanother"), r"plan.notes[0] holds '\n', which is no printable character"),
-        (_set("unruled", 0, "source", to="x = 1  # \u202e"), r"plan.unruled[0].source holds '\u202e', which is no printable character"),
-        (_set("fingerprint", to=""), "plan.fingerprint is empty"),
-        (_set("\x1b[2J", to=1), r"plan: fields unknown: \x1b[2J"),
+        (set_field("proof", "variables", to=-1), "plan.proof.variables is -1, an integer from 0 is needed"),
+        (
+            set_field("proof", "candidates", 0, "memory_bytes", to=-1),
+            "plan.proof.candidates[0].memory_bytes is -1, an integer from 0 is needed",
+        ),
+        (set_field("proof", "candidates", 0, "step_seconds", to=-0.5), "plan.proof.candidates[0].step_seconds is -0.5, a number from 0 is"),
+        (
+            set_field("proof", "candidates", 0, "mesh", to="dp=8\x1b[1A"),
+            r"plan.proof.candidates[0].mesh holds '\x1b', which is no printable",
+        ),
+        (set_field("costs", 0, "seconds", to=6e18), "plan.proof.objective_ns is 11000000, but plan.costs add up to a step of "),
+        (set_field("notes", 0, to="one line\nanother"), r"plan.notes[0] holds '\n', which is no printable character"),
+        (
+            set_field("unruled", 0, "source", to="x = 1  # \u202e"),
+            r"plan.unruled[0].source holds '\u202e', which is no printable character",
+        ),
+        (set_field("fingerprint", to=""), "plan.fingerprint is empty"),
+        (set_field("\x1b[2J", to=1), r"plan: fields unknown: \x1b[2J"),
     ],
 )
 def test_contradictions_are_named(change: Callable[[dict[str, Any]], Any], message: str) -> None:
@@ -206,26 +217,26 @@ def _make_many_ranks(plan: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (
-            _set("cluster", to="1x8xh100"),
+            set_field("cluster", to="1x8xh100"),
             "plan.mesh is dp=2 x tp=4 on each of 2 pipeline ranks (plan.pipeline.ranks), 16 ranks; plan.cluster is '1x8xh100'",
         ),
-        (_set("pipeline", "ranks", to=2**62), "plan.mesh is dp=2 x tp=4 and plan.pipeline.ranks 4611686018427387904, more than"),
+        (set_field("pipeline", "ranks", to=2**62), "plan.mesh is dp=2 x tp=4 and plan.pipeline.ranks 4611686018427387904, more than"),
         (
-            _set("pipeline", "microbatches", to=10**12),
+            set_field("pipeline", "microbatches", to=10**12),
             "plan.pipeline.microbatches is 1000000000000, plan.pipeline.ranks is 2: on 4 stages a step",
         ),
         (_make_many_ranks, "plan.pipeline.microbatches is 4, plan.pipeline.ranks is 2000: on 2000 stages a step has more than"),
-        (_set("pipeline", "blocks", 2, "name", to=""), "plan.pipeline.blocks[2].name is empty"),
+        (set_field("pipeline", "blocks", 2, "name", to=""), "plan.pipeline.blocks[2].name is empty"),
         (
-            _set("pipeline", "blocks", 2, "name", to="transformer.h.0"),
+            set_field("pipeline", "blocks", 2, "name", to="transformer.h.0"),
             "plan.pipeline.blocks[2].name is 'transformer.h.0', as that of a block before it",
         ),
-        (_set("pipeline", "travel", "add_3", to="B,R"), "plan.pipeline.travel: 'add_3' has the state B"),
-        (_set("pipeline", "travel", "add_3.-1", to="R,R"), "plan.pipeline.travel names 'add_3.-1', which is no value"),
-        (_set("pipeline", "travel", "add_3." + "9" * 5000, to="R,R"), "plan.pipeline.travel names 'add_3.999"),
+        (set_field("pipeline", "travel", "add_3", to="B,R"), "plan.pipeline.travel: 'add_3' has the state B"),
+        (set_field("pipeline", "travel", "add_3.-1", to="R,R"), "plan.pipeline.travel names 'add_3.-1', which is no value"),
+        (set_field("pipeline", "travel", "add_3." + "9" * 5000, to="R,R"), "plan.pipeline.travel names 'add_3.999"),
         (
             _all(
-                _set("cluster", to="1x8xh100"),
+                set_field("cluster", to="1x8xh100"),
                 lambda plan: plan["pipeline"].update(ranks=1, schedule="gpipe", chunks=1, blocks=[]),
             ),
             "plan.pipeline.travel names 'add_3', but from a single stage nothing travels",
@@ -240,24 +251,24 @@ def test_contradictions_of_pipelines_are_named(change: Callable[[dict[str, Any]]
 
 def test_the_machine_of_a_plan_may_be_unknown_here() -> None:
     """A profile of one's own has a name of its own, and isn't opened."""
-    plan = from_json(_spoil(make_plan(), _set("cluster", to="2x4xour machines, 2nd floor")))
+    plan = from_json(_spoil(make_plan(), set_field("cluster", to="2x4xour machines, 2nd floor")))
     assert plan.cluster == "2x4xour machines, 2nd floor"
 
 
 def test_what_rounding_makes_is_no_contradiction() -> None:
-    plan = from_json(_spoil(make_plan(), _all(_set("costs", 0, "seconds", to=0.002701), _set("proof", "gap", to=0.0050000001))))
+    plan = from_json(_spoil(make_plan(), _all(set_field("costs", 0, "seconds", to=0.002701), set_field("proof", "gap", to=0.0050000001))))
     assert plan.seconds.forward == pytest.approx(0.003001)
 
 
 def test_whole_numbers_may_stand_for_seconds() -> None:
-    plan = from_json(_spoil(make_plan(), _set("costs", 0, "hidden", to=0)))
+    plan = from_json(_spoil(make_plan(), set_field("costs", 0, "hidden", to=0)))
     assert isinstance(plan.costs[0].hidden, float)
     assert to_json(plan) == to_json(make_plan())
 
 
 def test_messages_are_short_whatever_the_file_holds(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    for change in (_set("cluster", to="x" * 10**6), _set("x" * 10**6, to=1), _set("layouts", "y" * 10**6, to="Q")):
+    for change in (set_field("cluster", to="x" * 10**6), set_field("x" * 10**6, to=1), set_field("layouts", "y" * 10**6, to="Q")):
         path.write_text(_spoil(make_plan(), change), encoding="utf-8")
         with pytest.raises(PlanError) as caught:
             Plan.load(path)
@@ -275,7 +286,7 @@ def test_a_path_that_no_file_can_have_is_refused() -> None:
 
 def test_printable_texts_are_those_that_a_plan_holds() -> None:
     assert printable("x = f(a,\tb)  # \x1b[2J é 你好") == r"x = f(a,\tb)  # \x1b[2J é 你好"
-    plan = from_json(_spoil(make_plan(), _set("notes", 0, to=printable("\x00\u2028\ud800"))))
+    plan = from_json(_spoil(make_plan(), set_field("notes", 0, to=printable("\x00\u2028\ud800"))))
     assert plan.notes == (r"\x00\u2028\ud800",)
 
 

@@ -36,7 +36,7 @@ from autopar.plans.plan import (
     to_json,
 )
 from autopar.schedules.families import SCHEDULES, make_schedule
-from tests.plans import make_pipelined_plan, make_plan
+from tests.plans import make_pipelined_plan, make_plan, set_field
 
 _TEXT = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), max_size=8)
 _NAME = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=8)
@@ -243,49 +243,39 @@ def test_an_older_version_is_refused_with_what_it_lacks(version: int, lacks: str
     assert f"(a plan of version {version} has no fields {lacks}); make the plan again with `autopar plan`" in str(caught.value)
 
 
-def _set(*path: Any, to: Any) -> Callable[[dict[str, Any]], None]:
-    def change(plan: dict[str, Any]) -> None:
-        target: Any = plan
-        for key in path[:-1]:
-            target = target[key]
-        target[path[-1]] = to
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_set("model", to=3), "plan.model: str is needed, not int"),
-        (_set("costs", to={}), "plan.costs: a list is needed, not dict"),
-        (_set("costs", 0, to=[]), "plan.costs[0]: an object is needed, not list"),
-        (_set("costs", 0, "seconds", to="0.1"), "plan.costs[0].seconds: float is needed, not str"),
-        (_set("costs", 0, "seconds", to=float("nan")), "plan.costs[0].seconds: a finite number is needed, not nan"),
-        (_set("memory", "budget", to=1.5), "plan.memory.budget: int is needed, not float"),
-        (_set("memory", "budget", to=True), "plan.memory.budget: int is needed, not bool"),
-        (_set("notes", to="text"), "plan.notes: a list is needed, not str"),
-        (_set("notes", 0, to=None), "plan.notes[0]: str is needed, not NoneType"),
-        (_set("costs", 1, "count", to=None), "plan.costs[1].count: float is needed, not NoneType"),
-        (_set("proof", "candidates", 0, "outcome", to=1), "plan.proof.candidates[0].outcome: str is needed, not int"),
-        (_set("groups", 0, "axes", to={"tp": 1}), "plan.groups[0].axes['tp']: str is needed, not int"),
-        (_set("layouts", to=[]), "plan.layouts: an object is needed, not list"),
-        (_set("layouts", "input_ids", to=1), "plan.layouts['input_ids']: str is needed, not int"),
-        (_set("layouts", "input_ids", to="S0,Q"), "plan.layouts['input_ids']: 'Q' is no state of a layout"),
-        (_set("outputs", 1, to="S0,Q"), "plan.outputs[1]: 'Q' is no state of a layout"),
-        (_set("outputs", 1, to="S0"), "plan.outputs: 'output 1' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
-        (_set("placements", "view", to="b,1"), "plan.placements['view']: '1' is no part of a placement"),
-        (_set("mesh", to="dp=2"), "plan.mesh: an object with lists names (texts) and sizes (integers from 1) is needed"),
+        (set_field("model", to=3), "plan.model: str is needed, not int"),
+        (set_field("costs", to={}), "plan.costs: a list is needed, not dict"),
+        (set_field("costs", 0, to=[]), "plan.costs[0]: an object is needed, not list"),
+        (set_field("costs", 0, "seconds", to="0.1"), "plan.costs[0].seconds: float is needed, not str"),
+        (set_field("costs", 0, "seconds", to=float("nan")), "plan.costs[0].seconds: a finite number is needed, not nan"),
+        (set_field("memory", "budget", to=1.5), "plan.memory.budget: int is needed, not float"),
+        (set_field("memory", "budget", to=True), "plan.memory.budget: int is needed, not bool"),
+        (set_field("notes", to="text"), "plan.notes: a list is needed, not str"),
+        (set_field("notes", 0, to=None), "plan.notes[0]: str is needed, not NoneType"),
+        (set_field("costs", 1, "count", to=None), "plan.costs[1].count: float is needed, not NoneType"),
+        (set_field("proof", "candidates", 0, "outcome", to=1), "plan.proof.candidates[0].outcome: str is needed, not int"),
+        (set_field("groups", 0, "axes", to={"tp": 1}), "plan.groups[0].axes['tp']: str is needed, not int"),
+        (set_field("layouts", to=[]), "plan.layouts: an object is needed, not list"),
+        (set_field("layouts", "input_ids", to=1), "plan.layouts['input_ids']: str is needed, not int"),
+        (set_field("layouts", "input_ids", to="S0,Q"), "plan.layouts['input_ids']: 'Q' is no state of a layout"),
+        (set_field("outputs", 1, to="S0,Q"), "plan.outputs[1]: 'Q' is no state of a layout"),
+        (set_field("outputs", 1, to="S0"), "plan.outputs: 'output 1' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
+        (set_field("placements", "view", to="b,1"), "plan.placements['view']: '1' is no part of a placement"),
+        (set_field("mesh", to="dp=2"), "plan.mesh: an object with lists names (texts) and sizes (integers from 1) is needed"),
         (
-            _set("mesh", "sizes", to=[2, 0]),
+            set_field("mesh", "sizes", to=[2, 0]),
             "plan.mesh: an object with lists names (texts) and sizes (integers from 1) is needed",
         ),
-        (_set("mesh", "sizes", to=[2]), "don't match"),
-        (_set("surprise", to=1), "plan: fields unknown: surprise"),
-        (_set("proof", "why", to=""), "plan.proof: fields unknown: why"),
+        (set_field("mesh", "sizes", to=[2]), "don't match"),
+        (set_field("surprise", to=1), "plan: fields unknown: surprise"),
+        (set_field("proof", "why", to=""), "plan.proof: fields unknown: why"),
         (lambda plan: plan.pop("notes"), "plan: fields missing: notes"),
-        (_set("layouts", "input_ids", to="S0"), "plan.layouts: 'input_ids' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
-        (_set("placements", "view", to="b,-,-"), "plan.placements: 'view' has 3 axes, the mesh has 2 (dp=2 x tp=4)"),
-        (_set("batch_axes", to=["pp"]), "plan.batch_axes names 'pp', the mesh has dp=2 x tp=4"),
+        (set_field("layouts", "input_ids", to="S0"), "plan.layouts: 'input_ids' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
+        (set_field("placements", "view", to="b,-,-"), "plan.placements: 'view' has 3 axes, the mesh has 2 (dp=2 x tp=4)"),
+        (set_field("batch_axes", to=["pp"]), "plan.batch_axes names 'pp', the mesh has dp=2 x tp=4"),
     ],
 )
 def test_damage_is_named(damage: Callable[[dict[str, Any]], Any], message: str) -> None:
@@ -305,32 +295,35 @@ def _shift_stages(pipeline: dict[str, Any]) -> None:
     ("damage", "message"),
     [
         (dict.clear, "plan.pipeline: fields missing: blocks, chunks, microbatches, ranks, schedule, travel"),
-        (_set("ranks", to=0), "plan.pipeline.ranks is 0, an integer from 1 is needed"),
-        (_set("chunks", to=-2), "plan.pipeline.chunks is -2, an integer from 1 is needed"),
-        (_set("microbatches", to=-1), "plan.pipeline.microbatches is -1, an integer from 1 is needed"),
-        (_set("microbatches", to=2.0), "plan.pipeline.microbatches: int is needed, not float"),
-        (_set("microbatches", to=True), "plan.pipeline.microbatches: int is needed, not bool"),
-        (_set("schedule", to="2f2b"), f"unknown schedule '2f2b'; there are {', '.join(SCHEDULES)}"),
-        (_set("schedule", to=["1f1b"]), "plan.pipeline.schedule: str is needed, not list"),
-        (_set("schedule", to="1f1b"), "schedule '1f1b' has 1 stages per rank, not 2"),
-        (_set("chunks", to=1), "schedule 'interleaved' needs 2 or more stages per rank, not 1"),
-        (_set("chunks", to=3), "plan.pipeline.blocks must be on stages 0 to 5, ascending and none left out; they are on [0, 0, 0, 0, 1"),
-        (_set("chunks", to=10**12), "plan.pipeline.blocks must be on stages 0 to 1999999999999, "),
-        (_set("blocks", to=[]), "plan.pipeline.blocks must be on stages 0 to 3, ascending and none left out; they are on []"),
-        (_set("blocks", 3, "stage", to=2), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
-        (_set("blocks", 0, "stage", to=-1), "plan.pipeline.blocks[0].stage is -1, an integer from 0 is needed"),
-        (_set("blocks", 13, "stage", to=4), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
+        (set_field("ranks", to=0), "plan.pipeline.ranks is 0, an integer from 1 is needed"),
+        (set_field("chunks", to=-2), "plan.pipeline.chunks is -2, an integer from 1 is needed"),
+        (set_field("microbatches", to=-1), "plan.pipeline.microbatches is -1, an integer from 1 is needed"),
+        (set_field("microbatches", to=2.0), "plan.pipeline.microbatches: int is needed, not float"),
+        (set_field("microbatches", to=True), "plan.pipeline.microbatches: int is needed, not bool"),
+        (set_field("schedule", to="2f2b"), f"unknown schedule '2f2b'; there are {', '.join(SCHEDULES)}"),
+        (set_field("schedule", to=["1f1b"]), "plan.pipeline.schedule: str is needed, not list"),
+        (set_field("schedule", to="1f1b"), "schedule '1f1b' has 1 stages per rank, not 2"),
+        (set_field("chunks", to=1), "schedule 'interleaved' needs 2 or more stages per rank, not 1"),
+        (
+            set_field("chunks", to=3),
+            "plan.pipeline.blocks must be on stages 0 to 5, ascending and none left out; they are on [0, 0, 0, 0, 1",
+        ),
+        (set_field("chunks", to=10**12), "plan.pipeline.blocks must be on stages 0 to 1999999999999, "),
+        (set_field("blocks", to=[]), "plan.pipeline.blocks must be on stages 0 to 3, ascending and none left out; they are on []"),
+        (set_field("blocks", 3, "stage", to=2), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
+        (set_field("blocks", 0, "stage", to=-1), "plan.pipeline.blocks[0].stage is -1, an integer from 0 is needed"),
+        (set_field("blocks", 13, "stage", to=4), "plan.pipeline.blocks must be on stages 0 to 3, ascending"),
         (_shift_stages, "ascending and none left out; they are on [1, 1, 1, 1, 2"),
-        (_set("blocks", 13, "stage", to="3"), "plan.pipeline.blocks[13].stage: int is needed, not str"),
+        (set_field("blocks", 13, "stage", to="3"), "plan.pipeline.blocks[13].stage: int is needed, not str"),
         (
             lambda one: one.update(blocks=[block for block in one["blocks"] if block["stage"] != 2]),
             "none left out; they are on [0, 0, 0, 0, 1",
         ),
-        (_set("blocks", 1, "recompute", to="half"), "plan.pipeline.blocks[1].recompute is 'half'; known are none, selective, full"),
-        (_set("blocks", 1, "recompute", to=True), "plan.pipeline.blocks[1].recompute: str is needed, not bool"),
-        (_set("blocks", 1, to="transformer.h.0"), "plan.pipeline.blocks[1]: an object is needed, not str"),
-        (_set("travel", "add_3", to="S0,Q"), "plan.pipeline.travel['add_3']: 'Q' is no state of a layout"),
-        (_set("travel", "add_3", to="S0"), "plan.pipeline.travel: 'add_3' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
+        (set_field("blocks", 1, "recompute", to="half"), "plan.pipeline.blocks[1].recompute is 'half'; known are none, selective, full"),
+        (set_field("blocks", 1, "recompute", to=True), "plan.pipeline.blocks[1].recompute: str is needed, not bool"),
+        (set_field("blocks", 1, to="transformer.h.0"), "plan.pipeline.blocks[1]: an object is needed, not str"),
+        (set_field("travel", "add_3", to="S0,Q"), "plan.pipeline.travel['add_3']: 'Q' is no state of a layout"),
+        (set_field("travel", "add_3", to="S0"), "plan.pipeline.travel: 'add_3' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
     ],
 )
 def test_damage_to_a_pipeline_is_named(damage: Callable[[dict[str, Any]], Any], message: str) -> None:

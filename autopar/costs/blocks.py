@@ -17,7 +17,7 @@ What several blocks share counts in one of them, as `ChainReads` says.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from autopar.costs.memory import BlockMemory, find_memory, recompute_memory
@@ -80,16 +80,7 @@ def cost_block(solved: SolvedChain, number: int, recompute: Iterable[str]) -> It
         again = RowSums()
         for name in (name for region in rerun for name in region):
             for row in forward[name]:
-                again.add(
-                    Phase.BACKWARD_INPUT,
-                    Purpose.RECOMPUTE,
-                    row.seconds,
-                    layer=row.layer,
-                    axis=row.axis,
-                    collective=row.collective,
-                    count=row.count,
-                    nbytes=row.nbytes,
-                )
+                again.add_row(replace(row, phase=Phase.BACKWARD_INPUT, purpose=Purpose.RECOMPUTE))
         yield kind if rerun else "none", BlockCost((*plain, *again.rows()), recompute_memory(solved, number, memory, rerun))
 
 

@@ -15,7 +15,7 @@ from autopar.costs import BUCKET_NBYTES, BlockCost, CutCost, Sharding, given_nby
 from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
 from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled, printable
 from autopar.search.pipeline import AssignmentCost, BlockOption
-from autopar.search.placement import Solution, saved_nbytes
+from autopar.search.placement import Solution, nanoseconds, saved_nbytes
 from autopar.structure import AnalyzedGraph, Block, Chain, Folded, Role, first_rank_axis, role_of
 
 KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp", Role.INNER: "tp"}
@@ -96,8 +96,8 @@ def assemble(
     placements, layouts = chosen.sharding.placements, chosen.sharding.layouts
     mesh = _name_axes(model, chosen.mesh, placements) if rename else chosen.mesh
     first_axis = first_rank_axis(mesh)
-    objective = round(chosen.step_seconds * 1e9)
-    bound = min(objective, round(chosen.bound_seconds * 1e9))
+    objective = nanoseconds(chosen.step_seconds)
+    bound = min(objective, nanoseconds(chosen.bound_seconds))
     return Plan(
         model=printable(model_name) or "model",
         fingerprint=fingerprint,

@@ -28,7 +28,7 @@ from autopar.search.pipeline import (
     longest_path,
     make_problem,
 )
-from autopar.search.placement import FORBIDDEN, PlacementSolver, Problem, Solution, build_problem, least_bytes, sharding_of
+from autopar.search.placement import FORBIDDEN, PlacementSolver, Problem, Solution, build_problem, least_bytes, nanoseconds, sharding_of
 from autopar.structure import AnalyzedGraph, Chain, read_chain
 from autopar.units import format_bytes
 
@@ -90,7 +90,7 @@ class TrialResults:
         """The fastest by its tables of costs; of equally fast ones a trial of the search rather than a baseline, then the fewest axes."""
 
         def rank(solved: SolvedTrial) -> tuple[int, bool, int]:
-            return round(1e9 * solved.step_seconds), solved.trial.baseline, len(solved.trial.mesh.names)
+            return nanoseconds(solved.step_seconds), solved.trial.baseline, len(solved.trial.mesh.names)
 
         return min(self.solved, key=rank, default=None)
 
