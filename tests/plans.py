@@ -8,7 +8,7 @@ from typing import Any
 
 from autopar.ir.layout import Mesh, Split, parse_layout
 from autopar.plans import OUTSIDE, CostRow, Phase, Purpose
-from autopar.plans.plan import BlockChoice, Candidate, Group, Memory, Pipeline, Plan, Proof, Unruled
+from autopar.plans.plan import BlockChoice, Candidate, Group, Memory, Pipeline, Plan, Proof, RepeatedWork, Unruled
 
 
 def make_plan() -> Plan:
@@ -79,6 +79,11 @@ def make_plan() -> Plan:
                 Candidate("Megatron", "dp=2 x tp=4", 0.011, 19_595_678_901, "optimal"),
             ),
             chosen=0,
+        ),
+        repeated=(
+            RepeatedWork(
+                "linear_3", "aten.linear.default", "transformer.h.0.attn", "model.py:40: q = self.q(x)", "b 8, i 12, o 12", 12, 2, 0.03
+            ),
         ),
         unruled=(
             Unruled("foo", "aten.foo.default", "model.py:12: y = x[0].foo()"),

@@ -30,6 +30,7 @@ from autopar.plans.plan import (
     Pipeline,
     Plan,
     Proof,
+    RepeatedWork,
     Seconds,
     Unruled,
     from_json,
@@ -143,6 +144,9 @@ def _plans(draw: st.DrawFn) -> Plan:
         memory=draw(_memories()),
         groups=groups,
         proof=draw(_proofs(costs)),
+        repeated=tuple(
+            draw(st.lists(st.builds(RepeatedWork, *[_TEXT] * 5, st.integers(1, 9), st.integers(1, 9), st.floats(0, 1)), max_size=2))
+        ),
         unruled=tuple(draw(st.lists(st.builds(Unruled, _TEXT, _TEXT, _TEXT), max_size=2))),
         notes=tuple(draw(st.lists(_TEXT, max_size=2))),
     )

@@ -24,12 +24,13 @@ from autopar.plans.files import Among, Count, Name
 from autopar.plans.rows import OUTSIDE, CostRow, Phase, Purpose
 
 FORMAT = "autopar-plan"
-VERSION = 3
+VERSION = 4
 
 # What older versions lack, and why they can't be read.
 _LACKS = {
     1: " (a plan of version 1 has no fields pipeline, outputs, bucket_nbytes and costs)",
     2: " (a plan of version 2 has no fields outputs, bucket_nbytes and costs)",
+    3: " (a plan of version 3 has no field repeated)",
 }
 
 # Characters of a message at most: a file may name anything.
@@ -238,6 +239,31 @@ class Unruled:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class RepeatedWork:
+    """A contraction that several ranks run alike, because some axes split nothing of it.
+
+    Attributes:
+        op: its name, of like ops the representative's.
+        target: the operator.
+        path: of the module.
+        source: the user's line.
+        loops: its loops with their sizes, as text: what an axis would have to divide.
+        count: number of like ops.
+        ranks: number of ranks that run the same.
+        share: of the flops that all ranks run together in contractions, the part that is repeated here, from 0 to 1.
+    """
+
+    op: str
+    target: str
+    path: str
+    source: str
+    loops: str
+    count: Count
+    ranks: Count
+    share: float
+
+
 @dataclass(frozen=True)
 class Plan:
     """Every decision about one model on one cluster.
@@ -258,6 +284,7 @@ class Plan:
         memory: bytes of one device, under a pipeline of the fullest pipeline rank's.
         groups: layers that are alike and split alike, then what is outside of layers.
         proof: the bound, and everything that the search looked at.
+        repeated: contractions that several ranks run alike, those that waste most first; less than a thousandth isn't listed.
         unruled: ops without a rule.
         notes: what capture dropped or changed, for the user to know.
     """
@@ -277,6 +304,7 @@ class Plan:
     memory: Memory
     groups: tuple[Group, ...]
     proof: Proof
+    repeated: tuple[RepeatedWork, ...]
     unruled: tuple[Unruled, ...]
     notes: tuple[str, ...]
 

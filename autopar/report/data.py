@@ -43,6 +43,7 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
         "groups": [_group_data(plan, group) for group in groups],
         "costs": [asdict(row) for row in plan.costs],
         "proof": asdict(plan.proof),
+        "repeated": [asdict(work) for work in plan.repeated],
         "unruled": [asdict(op) for op in plan.unruled],
         "notes": list(plan.notes),
     }

@@ -15,6 +15,10 @@ MEMORY_KINDS = tuple(field.name for field in fields(Memory) if field.name != "bu
 
 _UNRULED_SHOWN = 3
 
+_REPEATED_SHOWN = 2
+
+_LEAST_REPEATED = 0.01
+
 
 def summarize(plan: Plan) -> str:
     """Describe `plan` in a few plain lines: mesh, predicted time and memory, proof, and ops without a rule."""
@@ -24,6 +28,7 @@ def summarize(plan: Plan) -> str:
         f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}",
         "axes    " + ("; ".join(f"{axis} splits {role}" for axis, role in describe_axes(plan).items()) or "none: one rank"),
         *(f"stages  {text}" for text in [describe_pipeline(plan)] if text),
+        *(f"repeats {text}" for text in [describe_repeated(plan)] if text),
         f"step    {format_seconds(seconds.step)} predicted = " + " + ".join(_word_parts(plan)),
         f"memory  {format_bytes(memory.total)} of {format_bytes(memory.budget)} per device: {kinds or 'nothing'}",
         f"proof   {proof.status} ({proof.method}): objective {proof.objective_ns:,} ns, bound {proof.bound_ns:,} ns,"
@@ -68,6 +73,21 @@ def describe_pipeline(plan: Plan) -> str:
     each = f", {pipeline.chunks} on each" if pipeline.chunks > 1 else ""
     microbatches = f"{pipeline.microbatches} micro-batches" if pipeline.microbatches > 1 else "1 micro-batch"
     return f"{pipeline.stages}{where}{each}; schedule {pipeline.schedule}, {microbatches}"
+
+
+def describe_repeated(plan: Plan) -> str:
+    """Say which share of the work is done by several ranks alike, and by which ops; empty when that is less than a hundredth."""
+    total = sum(work.share for work in plan.repeated)
+    if total < _LEAST_REPEATED:
+        return ""
+    lines = [f"{format_share(total, 1.0)} of the work of all ranks repeats what other ranks do, since nothing of it could be split:"]
+    for work in plan.repeated[:_REPEATED_SHOWN]:
+        alike = f" and {work.count - 1} like it" if work.count > 1 else ""
+        where = f" at {work.source}" if work.source else ""
+        lines.append(f"{work.path or work.op}: {work.target}{alike} on {work.ranks} ranks, loops {work.loops}{where}")
+    if len(plan.repeated) > _REPEATED_SHOWN:
+        lines.append(f"and {len(plan.repeated) - _REPEATED_SHOWN} more")
+    return "\n        ".join(lines)
 
 
 def count_recompute(plan: Plan) -> dict[str, int]:

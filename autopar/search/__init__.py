@@ -2,7 +2,8 @@
 
 Comes in: a `Graph`, a cluster, pins. Goes out: a `Plan` with its proof.
 
-Modules, in reading order: ``linear_model``, ``options``, ``meshes``, ``placement``, ``pipeline``, ``assemble``, ``trials``, ``planner``.
+Modules, in reading order: ``linear_model``, ``options``, ``meshes``, ``placement``, ``pipeline``, ``repeated``, ``assemble``, ``trials``,
+``planner``.
 """
 
 from autopar.search.planner import make_plan

@@ -14,8 +14,10 @@ from autopar.cost_models import Cluster
 from autopar.costs import BUCKET_NBYTES, BlockCost, CutCost, Sharding, given_nbytes, local_nbytes, operand_layout_of
 from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
 from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled, printable
+from autopar.search.options import AxisKind, kind_of
 from autopar.search.pipeline import AssignmentCost, BlockOption
 from autopar.search.placement import Solution, nanoseconds, saved_nbytes
+from autopar.search.repeated import find_repeated
 from autopar.structure import AnalyzedGraph, Block, Chain, Folded, Role, first_rank_axis, role_of
 
 KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp", Role.INNER: "tp"}
@@ -125,6 +127,7 @@ def assemble(
             candidates=candidates,
             chosen=candidate,
         ),
+        repeated=find_repeated(model, mesh, placements),
         # Lines of the user's code may hold characters that can't be printed, such as tabs.
         unruled=tuple(Unruled(op.name, op.target, printable(op.source)) for op in unruled),
         notes=tuple(map(printable, notes)),
@@ -132,14 +135,14 @@ def assemble(
 
 
 def _name_axes(model: AnalyzedGraph, mesh: Mesh, placements: Mapping[str, Placement]) -> Mesh:
-    """The mesh with free axes named after the role of what they split in most of the work; axes called dp, tp or cp keep their names.
+    """The mesh with free axes named after the role of what they split in most of the work; axes named for a kind keep their names.
 
     If several axes have the same name, free ones among them get a number.
     """
-    kinds = set(KIND_OF_ROLE.values())
+    named = {name for name in mesh.names if name == MICROBATCH or kind_of(name) is not AxisKind.FREE}
     names: list[str] = []
     for axis, mesh_name in enumerate(mesh.names):
-        if mesh_name in kinds or mesh_name == MICROBATCH:
+        if mesh_name in named:
             names.append(mesh_name)
             continue
         weight: Counter[str] = Counter()
@@ -153,7 +156,7 @@ def _name_axes(model: AnalyzedGraph, mesh: Mesh, placements: Mapping[str, Placem
         names.append(weight.most_common(1)[0][0] if weight else "dp")
     counts = Counter(names)
     unique = [
-        f"{name}{names[:i].count(name)}" if counts[name] > 1 and mesh_name not in kinds else name
+        f"{name}{names[:i].count(name)}" if counts[name] > 1 and mesh_name not in named else name
         for i, (name, mesh_name) in enumerate(zip(names, mesh.names, strict=True))
     ]
     return Mesh(tuple(unique), mesh.sizes)

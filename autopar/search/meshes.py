@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
-from autopar.ir import Family, Layout, Mesh, Op, OpKind, Placement, Split
+from autopar.ir import Family, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
 from autopar.plans import Pins
-from autopar.search.options import AxisKind, Constraints, is_inside
-from autopar.structure import AnalyzedGraph, Role, role_of
+from autopar.search.options import AxisKind, Constraints, is_inside, kind_of, parameter_options
+from autopar.structure import AnalyzedGraph, Role, grouped_heads, role_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,15 @@ def find_trials(
         meshes = _free_meshes(world)
     requested = {*pins.axis_sizes, *(mesh.names if mesh is not None else ())}
     trials = []
+    if mesh is None and not pins.placements:
+        meshes += [factored for trial_mesh in meshes if (factored := _factor_heads(model, trial_mesh)) is not None]
     for trial_mesh in meshes:
         constraints = _constrain(model, trial_mesh, pins, stored)
         for name, size, kind in zip(trial_mesh.names, trial_mesh.sizes, constraints.kinds, strict=True):
             if kind is AxisKind.DP and name in requested:
                 _check_batch(model, size)
+        if pins.fsdp:
+            _check_storage(model, trial_mesh, constraints)
         trials.append(Trial("search", trial_mesh, constraints))
     if not pins and mesh is None and not stored:
         trials += _baselines(model, cluster)
@@ -112,15 +116,36 @@ def find_pipeline_trials(
             continue
         trial_mesh = Mesh(tuple(names), tuple(sizes[name] for name in names))
         _check_placements(model, pins, trial_mesh)
-        trials.append(Trial("pipeline", trial_mesh, Constraints(tuple(AxisKind(name) for name in names), pins, stored)))
+        factored = _factor_heads(model, trial_mesh) if not pins.placements else None
+        for pipeline_mesh in (trial_mesh, factored):
+            if pipeline_mesh is not None:
+                kinds = tuple(kind_of(name) for name in pipeline_mesh.names)
+                trials.append(Trial("pipeline", pipeline_mesh, Constraints(kinds, pins, stored)))
     return trials
+
+
+def _factor_heads(model: AnalyzedGraph, mesh: Mesh) -> Mesh | None:
+    """The mesh with its tp axis in two, of which the outer splits the groups of heads of attention, the inner the queries of a group.
+
+    This is what replicating heads of keys and values over a part of the ranks amounts to: with 2 of them and 8 queries, tp=8 becomes
+    tp=2 x tp2=4. None where nothing is gained: every number of groups is a multiple of the axis, or has no divisor in common with it.
+    """
+    if "tp" not in mesh.names:
+        return None
+    axis = mesh.names.index("tp")
+    ranks = mesh.sizes[axis]
+    groups = {grouped_heads(model.spaces[op.name])[0] for op in model.folded.ops if op.name in model.spaces}
+    outer = math.gcd(ranks, *(number for number in groups if number > 1))
+    if outer in (1, ranks):
+        return None
+    names, sizes = mesh.names, mesh.sizes
+    return Mesh((*names[: axis + 1], "tp2", *names[axis + 1 :]), (*sizes[:axis], outer, ranks // outer, *sizes[axis + 1 :]))
 
 
 def _constrain(model: AnalyzedGraph, mesh: Mesh, pins: Pins, stored: Mapping[str, Layout]) -> Constraints:
     """The constraints of a mesh: axes called dp, tp or cp have that kind, others are free. Raises InputError on pins that can't be had."""
     # For a later program over stored parameters the names are no constraints: a last, smaller batch must run too.
-    kind_names = () if stored else ("dp", "tp", "cp")
-    constraints = Constraints(tuple(AxisKind(name) if name in kind_names else AxisKind.FREE for name in mesh.names), pins, stored)
+    constraints = Constraints(tuple(AxisKind.FREE if stored else kind_of(name) for name in mesh.names), pins, stored)
     if pins.fsdp is not None and AxisKind.DP not in constraints.kinds:
         constraints = replace(constraints, kinds=_with_batch_axis(constraints, mesh))
     _check_placements(model, pins, mesh)
@@ -176,6 +201,24 @@ def _check_batch(model: AnalyzedGraph, size: int) -> None:
             f"input {op.target!r} has {op.results[0].shape[0]} rows in dim 0 (the batch), which an axis of {size} (dp={size}) "
             f"doesn't divide; use a batch that is a multiple of {size}, or a smaller dp"
         )
+
+
+def _check_storage(model: AnalyzedGraph, mesh: Mesh, constraints: Constraints) -> None:
+    """Raise InputError if no parameter at all can be stored split over the dp axes, as the pin fsdp asks."""
+    axes = [axis for axis, kind in enumerate(constraints.kinds) if kind is AxisKind.DP]
+    parameters = [op for op in model.folded.ops if op.kind is OpKind.PARAMETER and op.results[0].numel > 1]
+    if not axes or not parameters:
+        return
+    for op in parameters:
+        for layout in parameter_options(model, op, mesh, constraints):
+            if any(layout[axis].kind is StateKind.SHARD for axis in axes):
+                return
+    largest = max(parameters, key=lambda op: op.results[0].nbytes)
+    sizes = " x ".join(f"{mesh.names[axis]}={mesh.sizes[axis]}" for axis in axes)
+    raise InputError(
+        f"pin fsdp=True stores parameters split over {sizes}, which divides no dim of any of them (the largest, {largest.target!r}, is "
+        f"{largest.results[0]}); use a number of ranks that divides their dims, or leave fsdp out"
+    )
 
 
 def _pinned_mesh(sizes: Mapping[str, int], world: int, who: str) -> Mesh:

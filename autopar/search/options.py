@@ -48,6 +48,12 @@ class AxisKind(Enum):
     CP = "cp"  # the sequence
 
 
+def kind_of(axis: str) -> AxisKind:
+    """The kind of an axis by its name: ``dp``, ``tp`` and ``cp``, also with a number behind (``tp2``), have that kind, others are free."""
+    name = axis.rstrip("0123456789")
+    return AxisKind(name) if name in ("dp", "tp", "cp") else AxisKind.FREE
+
+
 @dataclass(frozen=True, slots=True)
 class Constraints:
     """What the user, or a named baseline, demands of decisions on a mesh.

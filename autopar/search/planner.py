@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 
 from autopar.cost_models import Cluster, HardwareError
 from autopar.errors import InfeasibleError, InputError, UnknownOpError
-from autopar.ir import Graph, Layout, Mesh, Op, OpKind, Space
+from autopar.ir import REPLICATE, Graph, Layout, Mesh, Op, OpKind, Space
 from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint, printable
 from autopar.rules import find_spaces
 from autopar.schedules import make_schedule
 from autopar.search.assemble import Chosen, assemble
 from autopar.search.meshes import find_pipeline_trials, find_trials
+from autopar.search.options import AxisKind, kind_of
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
 from autopar.search.trials import Progress, SolvedTrial, TrialResults, name_request, solve_trials
 from autopar.structure import AnalyzedGraph, Chain, batch_size, find_chain, find_constants, find_roles, fold, regroup, relabel
@@ -118,7 +119,7 @@ def make_plan(
     tell = progress or (lambda _: None)
     tell("rules and costs")
     spaces, unruled = _read_rules(graph, strict=strict)
-    model, chain = _fold(graph, spaces, stored or {})
+    model, chain = _fold(graph, spaces, stored or {}, _widest_axis(cluster, pins, mesh))
     if first_plan is not None and not (first_plan.pipeline.is_trivial and first_plan.pipeline.keeps_all):
         pins = pin_pipeline(pins, first_plan, chain, batch_size(graph, model.roles))
     request = _Request(model, chain, cluster, pins, mesh, stored or {})
@@ -143,7 +144,7 @@ def make_plan(
         candidates=candidates,
         candidate=candidate,
         unruled=unruled,
-        notes=(*notes, *_note_loss(graph, chosen.pipeline)),
+        notes=(*notes, *_note_loss(graph, chosen.pipeline), *_note_storage(chosen, pins)),
         seconds=time.perf_counter() - start,
     )
 
@@ -190,8 +191,15 @@ def _read_rules(graph: Graph, *, strict: bool) -> tuple[Mapping[str, Space], tup
     return spaces, unruled
 
 
-def _fold(graph: Graph, spaces: Mapping[str, Space], stored: Mapping[str, Layout]) -> tuple[AnalyzedGraph, Chain]:
-    """What doesn't depend on the mesh: the folded graph with the roles of its dims, and its blocks."""
+def _widest_axis(cluster: Cluster, pins: Pins, mesh: Mesh | None) -> int:
+    """The largest number of ranks that an axis may have which splits heads; without a pin as many as a machine has."""
+    if mesh is not None:
+        return max(mesh.sizes)
+    return pins.tp or min(cluster.devices_per_node, cluster.world_size)
+
+
+def _fold(graph: Graph, spaces: Mapping[str, Space], stored: Mapping[str, Layout], ranks: int) -> tuple[AnalyzedGraph, Chain]:
+    """What depends on no more of the mesh than the `ranks` of its widest axis: the folded graph, the roles of its dims, its blocks."""
     folded = fold(graph)
     chain = find_chain(folded, spaces)
     if stored:
@@ -199,7 +207,7 @@ def _fold(graph: Graph, spaces: Mapping[str, Space], stored: Mapping[str, Layout
         numbers = {layout: number for number, layout in enumerate(dict.fromkeys(stored.values()))}
         folded = regroup(folded, {op.name: numbers[stored[op.target]] for op in graph.of_kind(OpKind.PARAMETER) if op.target in stored})
         chain = relabel(chain, folded)
-    return AnalyzedGraph(folded, spaces, find_roles(graph, spaces), find_constants(graph)), chain
+    return AnalyzedGraph(folded, spaces, find_roles(graph, spaces, ranks), find_constants(graph)), chain
 
 
 def _search_placements(request: _Request, tell: Progress) -> TrialResults:
@@ -296,6 +304,24 @@ def _note_loss(graph: Graph, pipeline: Pipeline) -> tuple[str, ...]:
     if graph.loss is not None or pipeline.schedule == "gpipe":
         return ()
     return (LOSS_OUTSIDE.format(pipeline.schedule),)
+
+
+def _note_storage(chosen: Chosen, pins: Pins) -> tuple[str, ...]:
+    """A note for the report if fsdp is pinned, but a hundredth or more of the parameters' bytes can't be split over the dp axes."""
+    axes = [axis for axis, name in enumerate(chosen.mesh.names) if kind_of(name) is AxisKind.DP]
+    if not (pins.fsdp and axes):
+        return ()
+    layouts, folded = chosen.sharding.layouts, chosen.model.folded
+    parameters = [op for op in folded.ops if op.kind is OpKind.PARAMETER and op.name in layouts]
+    whole = [op for op in parameters if all(layouts[op.name][axis] == REPLICATE for axis in axes)]
+    nbytes, total = (sum(op.results[0].nbytes * folded.count[op.name] for op in ops) for ops in (whole, parameters))
+    if nbytes < total / 100:
+        return ()
+    largest = max(whole, key=lambda op: op.results[0].nbytes)
+    return (
+        f"fsdp=true leaves {format_bytes(nbytes)} of {format_bytes(total)} of parameters whole on every rank of {chosen.mesh},"
+        f" since no dim of theirs divides; the largest is {largest.target} ({largest.results[0]})",
+    )
 
 
 def _infeasible(request: _Request, candidates: tuple[Candidate, ...]) -> InfeasibleError:

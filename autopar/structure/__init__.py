@@ -10,9 +10,10 @@ from autopar.structure.attention_cores import find_cores
 from autopar.structure.blocks import Block, Chain, find_chain, relabel
 from autopar.structure.chain_reads import ChainReads, read_chain
 from autopar.structure.layers import Edge, Folded, fold, fold_as_planned, regroup
+from autopar.structure.measures import count_flops
 from autopar.structure.microbatches import MicroSplit, MicroSplitter, batch_size, split_microbatches
 from autopar.structure.model import AnalyzedGraph, RouteKey, find_constants, first_rank_axis, role_of, with_microbatch_axis
-from autopar.structure.roles import Role, find_roles
+from autopar.structure.roles import Role, find_roles, grouped_heads
 from autopar.structure.weights import find_source, is_deferrable
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Role",
     "RouteKey",
     "batch_size",
+    "count_flops",
     "find_chain",
     "find_constants",
     "find_cores",
@@ -35,6 +37,7 @@ __all__ = [
     "first_rank_axis",
     "fold",
     "fold_as_planned",
+    "grouped_heads",
     "is_deferrable",
     "read_chain",
     "regroup",

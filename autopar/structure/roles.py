@@ -11,6 +11,9 @@ may be useful (`State.outer`); boundary 1 is the split of the dim as a whole. Di
 
 `find_roles` carries boundaries from tensors to loops and back, through all ops, forward and backward, until nothing changes. Roles let a
 user say "split the batch" without knowing any op.
+
+With grouped queries (Ainslie et al. 2023) the heads of q are ``(g r)``: r heads for each of g heads of keys and values. Where an axis has
+more ranks than g divides into, r is worth splitting too: each rank then has all keys and values of its groups, and some of their queries.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
-from autopar.ir import Dims, Graph, LoopKind, Op, OpKind, Space, Value
+from autopar.ir import Dims, Graph, LoopKind, Meaning, Op, OpKind, Space, Value
 
 
 class Role(IntEnum):
@@ -56,8 +59,14 @@ class GraphRoles:
     of_loops: Mapping[str, Mapping[str, Boundaries]]
 
 
-def find_roles(graph: Graph, spaces: Mapping[str, Space]) -> GraphRoles:
-    """Carry boundaries and roles through `graph`; `spaces` gives the space of every call that has a rule.
+def find_roles(graph: Graph, spaces: Mapping[str, Space], ranks: int = 1) -> GraphRoles:
+    """Carry boundaries and roles through `graph`.
+
+    Args:
+        graph: the captured program.
+        spaces: the space of every call that has a rule, by name.
+        ranks: of the widest axis that may split heads. Query heads inside of a group get a boundary of their own where the number of groups
+            isn't a multiple of it.
 
     Ends, as every pass but the last adds one of at most `MAX_BOUNDARIES` boundaries to a dim or loop or raises a role.
     """
@@ -69,6 +78,10 @@ def find_roles(graph: Graph, spaces: Mapping[str, Space]) -> GraphRoles:
             of_dims[Value(op.name, index)] = tuple({1: role} for role in roles)
     calls = [(op, spaces[op.name]) for op in graph.ops if op.name in spaces]
     of_loops: dict[str, dict[str, Boundaries]] = {op.name: {name: {} for name in space.loops} for op, space in calls}
+    for op, space in calls:
+        groups, queries = grouped_heads(space)
+        if queries is not None and groups % ranks:
+            of_loops[op.name][queries][1] = Role.FEATURE
     changed = True
     order = calls
     while changed:
@@ -77,6 +90,17 @@ def find_roles(graph: Graph, spaces: Mapping[str, Space]) -> GraphRoles:
             changed |= _unify(op, space, of_dims, of_loops[op.name])
         order = order[::-1]
     return GraphRoles(of_dims, of_loops)
+
+
+def grouped_heads(space: Space) -> tuple[int, str | None]:
+    """(number of groups, loop of the query heads in each group) of an attention with grouped queries; (1, None) of other calls."""
+    heads = space.facts.loops_of(Meaning.HEADS)
+    for dims in space.operands:
+        for dim in dims:
+            inner = [name for name in dim if name in heads]
+            if len(inner) == 2:
+                return space.loops[inner[0]].size, inner[1]
+    return 1, None
 
 
 def _find_weights(graph: Graph, spaces: Mapping[str, Space]) -> set[str]:

@@ -1,0 +1,98 @@
+"""Pins are kept or refused: no rank repeats what others do without a word, and heads are split where key/value heads alone don't divide."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import autopar
+from autopar.errors import InputError
+from autopar.ir import Split
+from autopar.report import summarize
+
+
+def grouped(heads: int, groups: int) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=96,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        max_position_embeddings=64,
+    )
+    return transformers.LlamaForCausalLM(config).double()
+
+
+def tokens() -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 64, (8, 16), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "pins", "mesh", "loops"),
+    [
+        (8, 2, {"tp": 8}, "tp=2 x tp2=4", {"g", "r"}),
+        (8, 2, {"dp": 2, "tp": 4}, "dp=2 x tp=2 x tp2=2", {"b", "g", "r"}),
+        (8, 2, {"pp": 2, "tp": 4, "microbatches": 2}, "tp=2 x tp2=2", {"g", "r"}),
+        (12, 3, {"tp": 4}, "tp=4", {"r"}),  # no common divisor: every rank has all key/value heads
+        (8, 1, {"tp": 8}, "tp=8", {"r"}),
+        (8, 4, {"tp": 4}, "tp=4", {"g"}),
+    ],
+)
+def test_attention_is_split_over_more_ranks_than_there_are_key_value_heads(
+    heads: int, groups: int, pins: dict[str, object], mesh: str, loops: set[str]
+) -> None:
+    model, inputs = grouped(heads, groups), tokens()
+    plan = autopar.plan(model, inputs, f"{math.prod(v for k, v in pins.items() if k in ('dp', 'tp', 'pp'))}xcpu", pins=pins)  # type: ignore[misc]
+    assert str(plan.mesh) == mesh
+    (attention,) = (placement for name, placement in plan.placements.items() if "attention" in name)
+    assert {part.loop for part in attention if isinstance(part, Split)} == loops
+    assert not any("attention" in work.target for work in plan.repeated)
+    assert "repeats" not in summarize(plan)
+    autopar.verify(model, inputs, plan).check()
+
+
+class Wide(nn.Module):
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x.square().mean()
+
+
+def test_work_that_every_rank_repeats_is_said_in_the_first_lines() -> None:
+    plan = autopar.plan(Wide(64, 64, 64), (torch.zeros(8, 64),), "7xH100")
+    assert sum(work.share for work in plan.repeated) == pytest.approx(6 / 7)
+    assert {work.ranks for work in plan.repeated} == {7}
+    lines = summarize(plan).splitlines()
+    assert lines[2] == "repeats 85.7% of the work of all ranks repeats what other ranks do, since nothing of it could be split:"
+    assert lines[3].startswith("        layers.0: aten.linear.default and 1 like it on 7 ranks, loops n 8, i 64, o 64 at ")
+
+
+def test_a_share_that_is_repeated_is_of_all_ranks_work() -> None:
+    """Two products of equal work, of which tp=3 divides one: the other is run by three ranks, 2/3 of three quarters of all that is run."""
+    plan = autopar.plan(Wide(64, 63, 64), (torch.zeros(8, 64),), "3xcpu", pins={"tp": 3, "dp": 1})
+    assert plan.repeated == ()
+    plan = autopar.plan(Wide(64, 64, 63, 64, 64), (torch.zeros(8, 64),), "3xcpu", pins={"tp": 3, "dp": 1})
+    flops = {"split": 2 * 64 * 63, "whole": 2 * 64 * 64}
+    assert sum(work.share for work in plan.repeated) == pytest.approx(2 * flops["whole"] / (flops["split"] + 3 * flops["whole"]))
+
+
+def test_fsdp_that_can_split_no_parameter_is_refused() -> None:
+    with pytest.raises(InputError, match=r"pin fsdp=True stores parameters split over dp=5, which divides no dim .*'layers.0.weight'.*64"):
+        autopar.plan(Wide(64, 64), (torch.zeros(10, 64),), "5xcpu", pins={"fsdp": True, "dp": 5})
+
+
+def test_fsdp_that_leaves_parameters_whole_says_how_many() -> None:
+    plan = autopar.plan(Wide(64, 64, 65), (torch.zeros(10, 64),), "5xcpu", pins={"fsdp": True, "dp": 5})
+    assert any("fsdp=true leaves" in note and "layers.0.weight (float32[64, 64])" in note for note in plan.notes)
