@@ -90,7 +90,8 @@ def test_a_plan_adds_up() -> None:
 @pytest.mark.parametrize(
     ("pins", "axes", "wanted"),
     [
-        ({"tp": 4}, {"tp": 4}, {"tp": StateKind.SHARD}),
+        # The model has 2 key/value heads.
+        ({"tp": 4}, {"tp": 2, "tp2": 2}, {"tp": StateKind.SHARD, "tp2": StateKind.SHARD}),
         ({"dp": 2, "tp": 2}, {"dp": 2, "tp": 2}, {"tp": StateKind.SHARD}),
         ({"dp": 4, "fsdp": True}, {"dp": 4}, {"dp": StateKind.SHARD}),
         ({"dp": 4, "fsdp": False}, {"dp": 4}, {"dp": StateKind.REPLICATE}),
@@ -105,7 +106,7 @@ def test_a_pinned_kind_is_really_used(pins: Mapping[str, object], axes: dict[str
         axis = plan.mesh.names.index(name)
         states = [plan.layouts[op.name][axis].kind for op in model.folded.ops if op.kind is OpKind.PARAMETER]
         assert states.count(kind) >= len(states) // 2
-    for name, role in (("dp", Role.BATCH), ("tp", Role.FEATURE)):
+    for name, role in (("dp", Role.BATCH), ("tp", Role.FEATURE), ("tp2", Role.FEATURE)):
         if name not in axes:
             continue
         axis = plan.mesh.names.index(name)

@@ -132,6 +132,10 @@ def test_every_plan_computes_what_the_model_does(name: str, pins: str) -> None:
         with pytest.raises(InputError, match="doesn't divide"):
             make_plan(capture(model, inputs).graph, Cluster.parse("4xcpu"), pins=PINS[pins])
         return
+    if name == "nothing divides" and PINS[pins].get("fsdp"):
+        with pytest.raises(InputError, match="divides no dim"):
+            make_plan(capture(model, inputs).graph, Cluster.parse("4xcpu"), pins=PINS[pins])
+        return
     plan = make_plan(capture(model, inputs).graph, Cluster.parse("4xcpu"), pins=PINS[pins])
     verify_plan(model, inputs, plan).check()
 
