@@ -56,7 +56,7 @@ def llama(layers: int) -> Captured:
 
 def model_of(found: Captured) -> AnalyzedGraph:
     spaces, _ = find_spaces(found.graph)
-    return AnalyzedGraph(fold(found.graph), spaces, find_roles(found.graph, spaces), find_constants(found.graph))
+    return AnalyzedGraph(fold(found.graph), spaces, find_roles(found.graph, spaces, ranks=4), find_constants(found.graph))
 
 
 @pytest.mark.parametrize("cluster", ["8xH100", "2x8xA100", "4xcpu"])
