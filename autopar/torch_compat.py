@@ -41,6 +41,7 @@ __all__ = [
     "after_backward",
     "all_gather_single",
     "all_to_all_single",
+    "assert_on_device",
     "backward_id",
     "close_group",
     "copy_hooks",
@@ -93,6 +94,11 @@ class StorageRef:
 def after_backward(callback: Callable[[], None]) -> None:
     """Call `callback` when the backward that runs now has ended; only to be called from within a backward."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Queue the check that `condition`, a bool scalar on a GPU, is true; when it isn't, the device fails and prints `message`."""
+    torch._assert_async(condition, message)
 
 
 def backward_id() -> int:

@@ -1,7 +1,7 @@
 """One check for all rules: split each loop of an op, run the op on every part, join the results, and compare with the whole op.
 
-Comes in: an op, the space that its rule gave, and tensors. Goes out: the placements that were compared, each in values and gradients. A
-wrong rule raises VerificationError with the placement, the tensor and the largest difference.
+Comes in: an op, the space that its rule gave, and tensors. Goes out: the placements that were compared, each in values, gradients and
+second derivatives. A wrong rule raises VerificationError with the placement, the tensor and the largest difference.
 """
 
 from __future__ import annotations
@@ -46,11 +46,21 @@ _TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One run on one rank: results, gradients of the operands, and the operands afterwards, which the op may have updated."""
+    """One run on one rank.
+
+    Attributes:
+        results: the op's results.
+        gradients: the gradients of the operands.
+        operands: the operands afterwards, which the op may have updated.
+        second: the gradients of ``sum(gradients * directions)``, of the operands.
+        second_of_cotangents: likewise of the results' gradients, from which `gradients` were computed.
+    """
 
     results: list[Tensor]
     gradients: list[Tensor | None]
     operands: list[Tensor]
+    second: list[Tensor | None]
+    second_of_cotangents: list[Tensor | None]
 
 
 def trace(target: str, *args: Any, **kwargs: Any) -> tuple[Op, list[Tensor]]:
@@ -103,7 +113,9 @@ def check_rule(
     function: Callable[..., Any] | None = None,
     unused: Collection[int] = (),
 ) -> tuple[str, ...]:
-    """Compare an op that is split in every way that its space allows with the whole op, in values and gradients.
+    """Compare an op that is split in every way that its space allows with the whole op, in values, gradients and second derivatives.
+
+    Second derivatives are compared if the whole op has them.
 
     Args:
         op: the op, with the arguments of the call.
@@ -118,12 +130,17 @@ def check_rule(
     generator = torch.Generator().manual_seed(0)
     whole = _run(function, op.args, op.kwargs, tensors, None)
     cotangents = [_random(result, generator) if result.is_floating_point() else None for result in whole.results]
-    whole = _run(function, op.args, op.kwargs, tensors, cotangents)
+    directions: list[Tensor | None] | None = [_random(x, generator) if x.requires_grad else None for x in tensors]
+    try:
+        whole = _run(function, op.args, op.kwargs, tensors, cotangents, directions)
+    except (NotImplementedError, RuntimeError):  # torch's own op has no second derivative
+        directions = None
+        whole = _run(function, op.args, op.kwargs, tensors, cotangents)
     compared = []
     for mesh, placement in placements(space):
         text = f"{op.target} [{space}] split {format_placement(placement)} over {mesh}"
         try:
-            runs = _run_split(function, op, space, mesh, placement, tensors, cotangents, generator)
+            runs = _run_split(function, op, space, mesh, placement, tensors, cotangents, directions, generator)
         except (RuntimeError, IndexError) as error:  # what torch raises for sizes that don't fit together
             raise VerificationError(f"{text}: a part can't be run: {error}") from error
         _compare(space, mesh, placement, whole, runs, text, unused)
@@ -139,6 +156,7 @@ def _run_split(
     placement: Placement,
     tensors: Sequence[Tensor],
     cotangents: Sequence[Tensor | None],
+    directions: Sequence[Tensor | None] | None,
     generator: torch.Generator,
 ) -> list[_Run]:
     splits = splits_of(space, mesh, placement)
@@ -157,9 +175,17 @@ def _run_split(
         for rank in range(mesh.world_size)
     ]
     kwargs = {**op.kwargs, "splits": splits} if splits or space.random else op.kwargs
+    # The gradient's gradient has the operand's own state: the dual of the dual.
+    rank_directions: Sequence[Sequence[Tensor | None] | None] = [None] * mesh.world_size
+    if directions is not None:
+        scattered = [
+            [None] * mesh.world_size if direction is None else _scatter(direction, layout, mesh, generator)
+            for direction, layout in zip(directions, operand_layouts, strict=True)
+        ]
+        rank_directions = [[shares[rank] for shares in scattered] for rank in range(mesh.world_size)]
 
     def run(rank: int) -> _Run:
-        return _run(function, args, kwargs, [part[rank] for part in parts], rank_cotangents[rank])
+        return _run(function, args, kwargs, [part[rank] for part in parts], rank_cotangents[rank], rank_directions[rank])
 
     return threads.run(mesh, run) if splits or space.random else [run(rank) for rank in range(mesh.world_size)]
 
@@ -188,11 +214,31 @@ def _compare(space: Space, mesh: Mesh, placement: Placement, whole: _Run, runs: 
             pieces = [torch.zeros_like(operand) if piece is None else piece for piece, operand in rank_gradients]
             dual = tuple(_DUAL.get(state.kind, state) for state in layout)
             _expect(_join(pieces, dual, mesh, gradient, f"{text}: gradient {index}"), gradient, f"{text}: gradient of operand {index}")
+            _compare_second([run.second[index] for run in runs], whole.second[index], gradient, dual, mesh, f"{text}: operand {index}")
         elif not any(state.kind is StateKind.PARTIAL for state in layout):
             # Buffers that the op updates in place; an operand with a partial gradient is whole on every rank.
             same = tuple(State(StateKind.REPLICATE) if state.kind is StateKind.REPLICATE_PARTIAL_GRAD else state for state in layout)
             pieces = [run.operands[index] for run in runs]
             _expect(_join(pieces, same, mesh, expected, f"{text}: operand {index}"), expected, f"{text}: operand {index} afterwards")
+
+    for index, expected in enumerate(whole.results):
+        if index not in unused and expected.is_floating_point():
+            pieces_of_cotangent = [run.second_of_cotangents[index] for run in runs]
+            layout, of_whole = result_layout(space, placement, index), whole.second_of_cotangents[index]
+            _compare_second(pieces_of_cotangent, of_whole, expected, layout, mesh, f"{text}: gradient of result {index}")
+
+
+def _compare_second(pieces: list[Tensor | None], whole: Tensor | None, like: Tensor, layout: Layout, mesh: Mesh, text: str) -> None:
+    """Compare a second derivative, which is of the shape of `like`; None stands for zeros."""
+    expected = torch.zeros_like(like) if whole is None else whole
+    parts = [piece for piece in pieces if piece is not None]
+    if not parts:
+        _expect(torch.zeros_like(like), expected, f"{text}: second derivative, which no rank has,")
+        return
+    joined = _join(
+        [torch.zeros_like(parts[0]) if piece is None else piece for piece in pieces], layout, mesh, like, f"{text}: second derivative"
+    )
+    _expect(joined, expected, f"{text}: second derivative")
 
 
 # State of an operand -> state of its gradient, where these differ.
@@ -270,19 +316,39 @@ def _run(
     kwargs: Mapping[str, Any],
     tensors: Sequence[Tensor],
     cotangents: Sequence[Tensor | None] | None,
+    directions: Sequence[Tensor | None] | None = None,
 ) -> _Run:
+    """Run the op, its backward from `cotangents`, and the backward's backward from `directions`."""
     operands = _copies(tensors)
     results = _results(function(*_fill(args, operands), **_fill_by_name(kwargs, operands)))
     gradients: list[Tensor | None] = [None] * len(operands)
-    pairs = [(y, g) for y, g in zip(results, cotangents or [], strict=False) if g is not None and y.requires_grad]
+    second: list[Tensor | None] = [None] * len(operands)
+    second_of_cotangents: list[Tensor | None] = [None] * len(results)
+    starts = {
+        index: gradient.detach().requires_grad_(directions is not None)
+        for index, gradient in enumerate(cotangents or [])
+        if gradient is not None and results[index].requires_grad
+    }
     trained = [index for index, operand in enumerate(operands) if operand.requires_grad]
-    if pairs and trained:
+    if starts and trained:
+        leaves = [operands[index] for index in trained]
         computed = torch.autograd.grad(
-            [y for y, _ in pairs], [operands[index] for index in trained], [g for _, g in pairs], allow_unused=True
+            [results[index] for index in starts], leaves, [*starts.values()], allow_unused=True, create_graph=directions is not None
         )
         for index, gradient in zip(trained, computed, strict=True):
-            gradients[index] = gradient
-    return _Run([y.detach() for y in results], gradients, [operand.detach() for operand in operands])
+            gradients[index] = None if gradient is None else gradient.detach()
+        pairs = [
+            (g, directions[index]) for index, g in zip(trained, computed, strict=True) if directions and g is not None and g.requires_grad
+        ]
+        if pairs:
+            again = torch.autograd.grad(
+                [g for g, _ in pairs], [*leaves, *starts.values()], [direction for _, direction in pairs], allow_unused=True
+            )
+            for index, derivative in zip(trained, again, strict=False):
+                second[index] = derivative
+            for index, derivative in zip(starts, again[len(trained) :], strict=True):
+                second_of_cotangents[index] = derivative
+    return _Run([y.detach() for y in results], gradients, [x.detach() for x in operands], second, second_of_cotangents)
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

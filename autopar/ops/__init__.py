@@ -3,13 +3,14 @@
 Comes in: a rank's parts of tensors. Goes out: a rank's parts of tensors, with autograd through the communication. The one idea: a program
 is the same for all ranks, names the axes of the mesh by text, and asks them at run time which part is this rank's.
 
-Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``losses``, ``kernels``, ``weight_gradients``, ``deferrable``,
-``recompute``, ``attention``.
+Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``bounds``, ``losses``, ``kernels``, ``double_backward``,
+``weight_gradients``, ``deferrable``, ``recompute``, ``attention``.
 """
 
 from autopar.ops.collectives import gather_along, join_parts, regather, take_part
 from autopar.ops.comm import Axis, GroupAxis, Message, MicrobatchAxis
 from autopar.ops.deferrable import DEFERRABLE
+from autopar.ops.double_backward import refuse_double_backward
 from autopar.ops.recompute import Recomputed
 from autopar.ops.weight_gradients import Deferred, deferring
 
@@ -24,6 +25,7 @@ __all__ = [
     "deferring",
     "gather_along",
     "join_parts",
+    "refuse_double_backward",
     "regather",
     "take_part",
 ]

@@ -2,6 +2,7 @@
 
 Comes in: this rank's part of a tensor in one layout. Goes out: its part in another layout, with autograd. Each function is a step on one
 axis between two states of `autopar.ir.layout`, and its backward is the dual step for the gradient; `autopar.ir.reshard.PAIRS` lists which.
+The dual of the dual is the step itself, so a backward that calls the dual can be differentiated again, any number of times.
 
 Axes are names, looked up in `autopar.ops.comm` when the forward runs; the backward, which may run on another thread, uses the same axes.
 `dim` is split inside each of `outer` equal blocks, `outer` being the number of those blocks in this rank's part
@@ -74,11 +75,8 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         axis, dim, outer, grad = ctx.step
-        if grad == "slice":
-            part = take_part(grads[0], dim, outer, axis.index, axis.size)
-        else:
-            part = axis.reduce_stack(_split(grads[0], dim, outer, axis.size))
-        return part, None, None, None, None, None
+        dual = _Shard if grad == "slice" else _ReduceScatter
+        return _apply(dual, grads[0], axis, dim, outer), None, None, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -90,7 +88,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         axis, dim, outer = ctx.step
-        return _join(axis.gather_stack(grads[0]), dim, outer), None, None, None
+        return _apply(_AllGather, grads[0], axis, dim, outer, "reduce_scatter", True), None, None, None
 
 
 class _AllReduce(torch.autograd.Function):
@@ -102,7 +100,9 @@ class _AllReduce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         axis, grad = ctx.step
-        return axis.all_reduce(grads[0]) if grad == "all_reduce" else grads[0], None, None
+        if grad == "all_reduce":
+            return _apply(_AllReduce, grads[0], axis, grad), None, None
+        return _pass_on(_SumGradient, grads[0], axis), None, None
 
 
 class _Shard(torch.autograd.Function):
@@ -114,7 +114,7 @@ class _Shard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         axis, dim, outer = ctx.step
-        return _join(axis.gather_stack(grads[0]), dim, outer), None, None, None
+        return _apply(_AllGather, grads[0], axis, dim, outer, "slice", True), None, None, None
 
 
 class _SumGradient(torch.autograd.Function):
@@ -125,17 +125,31 @@ class _SumGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return ctx.axis.all_reduce(grads[0]), None
+        return _apply(_AllReduce, grads[0], ctx.axis, "identity"), None
 
 
 class _KeepFirst(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: comm.Axis) -> Tensor:
+        ctx.axis = axis
         return x.view_as(x) if axis.index == 0 else torch.zeros_like(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0], None
+        return _pass_on(_KeepFirstGradient, grads[0], ctx.axis), None
+
+
+class _KeepFirstGradient(torch.autograd.Function):
+    """The dual of `_KeepFirst`: a whole tensor whose gradient, whole on every rank, becomes summands."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: comm.Axis) -> Tensor:
+        ctx.axis = axis
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _apply(_KeepFirst, grads[0], ctx.axis), None
 
 
 class _AllToAll(torch.autograd.Function):
@@ -148,8 +162,7 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         axis, from_dim, to_dim, from_outer, to_outer = ctx.step
-        received = axis.exchange_stack(_split(grads[0], from_dim, from_outer, axis.size))
-        return _join(received, to_dim, to_outer), None, None, None, None, None
+        return _apply(_AllToAll, grads[0], axis, to_dim, from_dim, to_outer, from_outer), None, None, None, None, None
 
 
 def all_gather(
@@ -258,6 +271,11 @@ def shard_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
 def _apply(function: type[torch.autograd.Function], x: Tensor, *arguments: object) -> Tensor:
     result: Tensor = function.apply(x, *arguments)  # type: ignore[no-untyped-call]
     return result
+
+
+def _pass_on(dual: type[torch.autograd.Function], gradient: Tensor, axis: comm.Axis) -> Tensor:
+    """A gradient that passes a step unchanged, as itself, so that autograd may still own it; by the dual if it is differentiated."""
+    return _apply(dual, gradient, axis) if torch.is_grad_enabled() else gradient
 
 
 # --- gathered parameters that are freed after the forward, and gathered again in the backward --------------------------------

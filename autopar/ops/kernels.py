@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.ops import comm, rng
-from autopar.ops.losses import Splits, all_axes, count_parts, reduce_over, wider
+from autopar.ops.bounds import check_bounds
+from autopar.ops.collectives import all_reduce
+from autopar.ops.losses import Splits, all_axes, count_parts, wider
 from autopar.ops.losses import binary_cross_entropy as binary_cross_entropy
 from autopar.ops.losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from autopar.ops.losses import cross_entropy as cross_entropy
@@ -54,6 +56,8 @@ def embedding(
         scale_grad_by_freq: False; otherwise the rule doesn't let the table be split.
         sparse: False, likewise.
         splits: the axes that split ``v``, the vocabulary.
+
+    Raises IndexError for an index that isn't in the whole table.
     """
     local, is_local = _local_rows(weight, indices, splits["v"])
     padding = padding_idx - comm.index(splits["v"]) * weight.shape[0]
@@ -63,7 +67,13 @@ def embedding(
 
 
 def _local_rows(weight: Tensor, indices: Tensor, axes: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Indices into this rank's part of the table, 0 for rows that other ranks have; and a mask of those that this rank has."""
+    """Indices into this rank's part of the table, 0 for rows that other ranks have; and a mask of those that this rank has.
+
+    Raises IndexError for an index that isn't in the whole table.
+    """
+    check_bounds(
+        indices, weight.shape[0] * comm.count(axes), f"index out of range in self: {{index}}, of {weight.shape[0] * comm.count(axes)} rows"
+    )
     local = indices - comm.index(axes) * weight.shape[0]
     is_local = (local >= 0) & (local < weight.shape[0])
     return local.masked_fill(~is_local, 0), is_local
@@ -97,14 +107,15 @@ def embedding_bag(
         include_last_offset: False.
         padding_idx: row of the whole table that counts as zero; negative or None for none.
         splits: splits ``v``, ``o`` or both.
+
+    Raises IndexError for an index that isn't in the whole table.
     """
     bags, vocabulary = splits.get("o", ()), splits.get("v", ())
     samples = torch.ones_like(indices, dtype=weight.dtype) if per_sample_weights is None else per_sample_weights
-    if padding_idx is not None and padding_idx >= 0:
-        samples = samples * (indices != padding_idx)
+    is_summed = torch.ones_like(indices, dtype=torch.bool) if padding_idx is None or padding_idx < 0 else indices != padding_idx
     if vocabulary:
         indices, is_local = _local_rows(weight, indices, vocabulary)
-        samples = samples * is_local
+        is_summed = is_summed & is_local
     if bags:
         starts = offsets
         for axis in reversed(bags):
@@ -113,7 +124,10 @@ def embedding_bag(
         begin = int(starts[first_bag])
         next_bag = first_bag + offsets.shape[0]
         end = int(starts[next_bag]) if next_bag < starts.shape[0] else indices.shape[0]
-        indices, samples, offsets = indices[begin:end], samples[begin:end], offsets - begin
+        indices, samples, offsets, is_summed = indices[begin:end], samples[begin:end], offsets - begin, is_summed[begin:end]
+    # Left out, not weighted with zero: zero times a row that isn't finite wouldn't be zero.
+    offsets = F.pad(is_summed.cumsum(0), (1, 0))[offsets]
+    indices, samples = indices[is_summed], samples[is_summed]
     results: tuple[Tensor, ...] = aten.embedding_bag.padding_idx(weight, indices, offsets, False, 0, False, samples, False, None)
     return (results[0],)
 
@@ -237,8 +251,10 @@ def batch_norm(
     axes = tuple(axis for loop, names in splits.items() if loop != "c" for axis in names)
     y, average, variance = _BatchNorm.apply(x, weight, bias, axes, eps)  # type: ignore[no-untyped-call]
     if running_mean is not None and running_var is not None:
-        count = x.numel() // x.shape[1] * comm.count(axes)
-        statistics = torch.stack([average, variance * (count / (count - 1))], dim=1)
+        count = _values_per_channel(x, axes)
+        # Of a single value the unbiased variance is 0 / 0.
+        correction = count / (count - 1) if count > 1 else math.inf
+        statistics = torch.stack([average, variance * correction], dim=1)
         for axis in reversed(splits.get("c", ())):
             statistics = torch.cat(comm.axis(axis).all_gather(statistics))
         with torch.no_grad():
@@ -255,12 +271,7 @@ class _BatchNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, axes: tuple[str, ...], eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        dims = [dim for dim in range(x.dim()) if dim != 1]
-        count = x.numel() // x.shape[1] * comm.count(axes)
-        wide = x.to(wider(x.dtype))
-        average = reduce_over(wide.sum(dims), axes) / count
-        centred = wide - _per_channel(average, x)
-        variance = reduce_over(centred.square().sum(dims), axes) / count
+        centred, average, variance = _batch_statistics(x, axes)
         inverse = (variance + eps).rsqrt()
         y = centred * _per_channel(inverse, x)
         if weight is not None:
@@ -270,25 +281,55 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, average, inverse)
         # The backward may run where the program's axes aren't active any more.
         ctx.axes, ctx.world = axes, comm.current()
-        ctx.count, ctx.bias_dtype = count, None if bias is None else bias.dtype
+        ctx.eps, ctx.bias_dtype = eps, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(average, variance)
         return y.to(x.dtype), average, variance
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _average: Tensor, _variance: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
         x, weight, average, inverse = ctx.saved_tensors
-        dims = [dim for dim in range(x.dim()) if dim != 1]
-        wide, wide_grad = x.to(average.dtype), grad.to(average.dtype)
-        normalised = (wide - _per_channel(average, x)) * _per_channel(inverse, x)
-        # The parameters' own gradients stay sums over this part, which are Partial; only what flows through the statistics is exchanged.
-        local_sums = torch.stack([wide_grad.sum(dims), (wide_grad * normalised).sum(dims)])
+        wide_grad = grad.to(average.dtype)
         with comm.active(ctx.world):
-            means = reduce_over(local_sums, ctx.axes) / ctx.count
+            if torch.is_grad_enabled():
+                # What was saved is a number to autograd; for a second derivative it must be known as a function of x.
+                centred, average, variance = _batch_statistics(x, ctx.axes)
+                inverse = (variance + ctx.eps).rsqrt()
+            else:
+                centred = x.to(average.dtype) - _per_channel(average, x)
+            normalised = centred * _per_channel(inverse, x)
+            # The parameters' own gradients stay sums over this part, which are Partial; what flows through the statistics is exchanged.
+            local_sums = torch.stack([_sum_per_channel(wide_grad), _sum_per_channel(wide_grad * normalised)])
+            means = _sum_over(local_sums, ctx.axes) / _values_per_channel(x, ctx.axes)
         centred_grad = wide_grad - _per_channel(means[0], x) - normalised * _per_channel(means[1], x)
         factor = inverse if weight is None else inverse * weight.to(inverse.dtype)
         weight_grad = None if weight is None else local_sums[1].to(weight.dtype)
         bias_grad = None if ctx.bias_dtype is None else local_sums[0].to(ctx.bias_dtype)
         return (centred_grad * _per_channel(factor, x)).to(x.dtype), weight_grad, bias_grad, None, None
+
+
+def _batch_statistics(x: Tensor, axes: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    """This part of a batch without its mean, and the whole batch's mean and biased variance per channel; in the dtype of sums."""
+    wide, count = x.to(wider(x.dtype)), _values_per_channel(x, axes)
+    average = _sum_over(_sum_per_channel(wide), axes) / count
+    centred = wide - _per_channel(average, x)
+    variance = _sum_over(_sum_per_channel(centred.square()), axes) / count
+    return centred, average, variance
+
+
+def _values_per_channel(x: Tensor, axes: Sequence[str]) -> int:
+    """The number of values per channel in the whole batch."""
+    return x.numel() // x.shape[1] * comm.count(axes)
+
+
+def _sum_per_channel(x: Tensor) -> Tensor:
+    return x.sum([dim for dim in range(x.dim()) if dim != 1])
+
+
+def _sum_over(x: Tensor, axes: Sequence[str]) -> Tensor:
+    """The sum of the ranks' `x` over several axes, of which every rank uses its own part's share."""
+    for axis in axes:
+        x = all_reduce(x, axis, grad="all_reduce")
+    return x
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:

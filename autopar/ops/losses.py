@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.ops import comm
+from autopar.ops.bounds import check_bounds
+from autopar.ops.collectives import all_reduce
 from autopar.ops.comm import Reduction
 
 Splits = Mapping[str, tuple[str, ...]]
@@ -96,7 +98,7 @@ def count_targets(target: Tensor, weight: Tensor | None, ignore_index: int) -> T
     """
     counts = target != ignore_index
     # An ignored class may be negative, or beyond the table.
-    return counts.sum() if weight is None else (weight[target.masked_fill(~counts, 0)] * counts).sum()
+    return counts.sum() if weight is None else weight[target.masked_fill(~counts, 0)].masked_fill(~counts, 0.0).sum()
 
 
 def _count_all(target: Tensor, weight: Tensor | None, ignore_index: int, axes: Sequence[str], counted: Tensor | None) -> Tensor:
@@ -120,8 +122,13 @@ def nll_loss(
     counted: Tensor | None = None,
 ) -> Tensor:
     """A summand of the mean negative log likelihood over the tokens of the whole batch; arguments as for `cross_entropy`."""
-    total = F.nll_loss(log_probabilities, target, weight, ignore_index=ignore_index, reduction="sum")
-    return total / _count_all(target, weight, ignore_index, all_axes(splits), counted).to(total.dtype)
+    losses = F.nll_loss(log_probabilities, target, weight, ignore_index=ignore_index, reduction="none")
+    return _divide(losses, _count_all(target, weight, ignore_index, all_axes(splits), counted))
+
+
+def _divide(losses: Tensor, count: Tensor | int) -> Tensor:
+    """The sum of these losses, divided by the count. The sum of a batch may be beyond what a half-precision number can hold."""
+    return (losses.sum(dtype=wider(losses.dtype)) / count).to(losses.dtype)
 
 
 def cross_entropy(
@@ -147,59 +154,93 @@ def cross_entropy(
         splits: may split the vocabulary ``v`` and any loop of tokens; the mean is over the tokens of the whole batch.
         counted: `count_targets` of all micro-batches of this rank, when micro-batches split the tokens of a mean over classes.
 
-    Returns the loss per token, complete on every rank of the vocabulary's axes, or a summand of the mean or sum.
+    Returns the loss per token, complete on every rank of the vocabulary's axes, or a summand of the mean or sum. Raises IndexError for a
+    class that isn't in the vocabulary.
     """
     vocabulary = splits.get("v", ())
     tokens = tuple(axis for loop, axes in splits.items() if loop != "v" for axis in axes)
     if vocabulary:
         losses: Tensor = _VocabularyCrossEntropy.apply(logits.movedim(1, -1), target, vocabulary, ignore_index, label_smoothing)  # type: ignore[no-untyped-call]
-        if reduction == 0:
-            return losses
-        total = losses.sum()
     else:
-        total = F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing)
-    if reduction != 1:
-        return total
+        losses = F.cross_entropy(logits, target, weight, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
+    if reduction == 0:
+        return losses
+    if reduction == 2:
+        return losses.sum()
     if target.is_floating_point():
-        return total / (target.numel() // target.shape[1] * comm.count(tokens))
-    return total / _count_all(target, weight, ignore_index, tokens, counted).to(total.dtype)
+        return _divide(losses, target.numel() // target.shape[1] * comm.count(tokens))
+    return _divide(losses, _count_all(target, weight, ignore_index, tokens, counted))
 
 
 class _VocabularyCrossEntropy(torch.autograd.Function):
     """Loss per token from logits (..., vocabulary part), as in Megatron-LM's vocabulary-parallel cross entropy.
 
-    Over the whole vocabulary ``loss = log(sum(exp(logits))) - logits[target]``, so three numbers per token are summed over the ranks, after
-    their maximum; the gradient ``softmax - one_hot`` needs no further exchange. With label smoothing s the target is ``1 - s`` of the
-    one-hot plus ``s / vocabulary`` everywhere.
+    The gradient ``softmax - target`` of `_loss_of_part` needs no further exchange between ranks.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, axes: tuple[str, ...], ignore_index: int, smoothing: float) -> Tensor:
-        wide = logits.to(wider(logits.dtype))
-        part = logits.shape[-1]
-        largest = reduce_over(wide.amax(-1), axes, "max")
-        shifted = wide - largest[..., None]
-        local = target - comm.index(axes) * part
-        is_local = (local >= 0) & (local < part)
-        target_logit = shifted.gather(-1, local.clamp(0, part - 1)[..., None])[..., 0] * is_local
-        sums = reduce_over(torch.stack([shifted.exp().sum(-1), target_logit, shifted.sum(-1)]), axes)
-        log_sum = sums[0].log()
-        size = part * comm.count(axes)
-        loss = log_sum - (1.0 - smoothing) * sums[1] - smoothing / size * sums[2]
         counts = target != ignore_index
+        size = logits.shape[-1] * comm.count(axes)
+        check_bounds(target, size, "Target {index} is out of bounds.", ignored=~counts)
+        first = comm.index(axes) * logits.shape[-1]
+        loss, log_sum = _loss_of_part(logits, target.long() - first, axes, smoothing)
         # Logits that anything else saves or returns take no memory here; the softmax always would.
-        ctx.save_for_backward(logits, largest + log_sum, local, is_local, counts)
-        ctx.smoothing, ctx.size = smoothing, size
+        ctx.save_for_backward(logits, target, log_sum, counts)
+        # The backward may run where the program's axes aren't active any more.
+        ctx.axes, ctx.world = axes, comm.current()
+        ctx.first, ctx.smoothing, ctx.size = first, smoothing, size
         return loss.masked_fill(~counts, 0.0).to(logits.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, log_sum, local, is_local, counts = ctx.saved_tensors
-        wide = logits.to(wider(logits.dtype))
-        gradient = (wide - log_sum[..., None]).exp_()
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        logits, target, log_sum, counts = ctx.saved_tensors
+        # The gradient of a mean over no tokens is infinite, and times zero it wouldn't be zero.
+        wide_grad = grad.to(log_sum.dtype).masked_fill(~counts, 0.0)
+        local = target.long() - ctx.first
+        if torch.is_grad_enabled():
+            # What was saved is a number to autograd; for a second derivative the loss is computed again, in operations that it knows.
+            with comm.active(ctx.world):
+                loss, _ = _loss_of_part(logits, local, ctx.axes, ctx.smoothing)
+            return *torch.autograd.grad(loss, logits, wide_grad, create_graph=True), None, None, None, None
+        gradient = (logits.to(log_sum.dtype) - log_sum[..., None]).exp_()
         if ctx.smoothing:
             gradient -= ctx.smoothing / ctx.size
-        at_target = is_local.to(wide.dtype) * (ctx.smoothing - 1.0)
-        gradient.scatter_add_(-1, local.clamp(0, logits.shape[-1] - 1)[..., None], at_target[..., None])
-        gradient *= (grad.to(wide.dtype) * counts)[..., None]
+        place, is_local = _place_of(local, logits.shape[-1])
+        gradient.scatter_add_(-1, place, is_local.to(gradient.dtype) * (ctx.smoothing - 1.0))
+        gradient *= wide_grad[..., None]
         return gradient.to(logits.dtype), None, None, None, None
+
+
+def _loss_of_part(logits: Tensor, local: Tensor, axes: Sequence[str], smoothing: float) -> tuple[Tensor, Tensor]:
+    """The loss per token, and the logarithm of the sum of the exponentials of all its logits, both in the dtype of sums.
+
+    Over the whole vocabulary ``loss = log(sum(exp(logits))) - logits[target]``, so a few numbers per token are summed over the ranks, after
+    their maximum. With label smoothing s the target is ``1 - s`` of the one-hot plus ``s / vocabulary`` everywhere.
+
+    Args:
+        logits: (..., vocabulary part).
+        local: (...) each token's class, counted from the first of this part.
+        axes: the axes that split the vocabulary.
+        smoothing: share of the target that is spread over the vocabulary.
+    """
+    wide = logits.to(wider(logits.dtype))
+    largest = reduce_over(wide.detach().amax(-1), axes, "max")
+    shifted = wide - largest[..., None]
+    place, is_local = _place_of(local, logits.shape[-1])
+    # Logits of minus infinity are no mistake (classes that are masked out), and times zero they wouldn't be zero.
+    target_logit = shifted.gather(-1, place).masked_fill(~is_local, 0.0)[..., 0]
+    sums = torch.stack([shifted.exp().sum(-1), target_logit, *([shifted.sum(-1)] if smoothing else [])])
+    for axis in axes:
+        sums = all_reduce(sums, axis)
+    log_sum = sums[0].log()
+    loss = log_sum - (1.0 - smoothing) * sums[1]
+    if smoothing:
+        loss = loss - smoothing / (logits.shape[-1] * comm.count(axes)) * sums[2]
+    return loss, largest + log_sum
+
+
+def _place_of(local: Tensor, part: int) -> tuple[Tensor, Tensor]:
+    """Where in this part of the vocabulary each token's class is, 0 where it isn't there, and whether it is; both are (..., 1)."""
+    is_local = ((local >= 0) & (local < part))[..., None]
+    return local[..., None].masked_fill(~is_local, 0), is_local

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from autopar import torch_compat
 from autopar.errors import AutoparError
+from autopar.ops.double_backward import refuse_double_backward
 
 Gradients = tuple[Tensor | None, ...]
 """The gradient of each parameter of a call, in order; None where it needs none."""
@@ -193,6 +194,9 @@ def _find_deferred() -> Deferred:
     return deferred
 
 
+_IN_TWO_PASSES = "a call whose weight gradients are left to a pass of their own"
+
+
 class _SaveInput(torch.autograd.Function):
     """The identity before an operator: saves the call's input, and in the backward hands the call to the current `Deferred`."""
 
@@ -205,6 +209,7 @@ class _SaveInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, Tensor | None]:
+        refuse_double_backward(_IN_TWO_PASSES)
         _save_input(ctx.call, *ctx.saved_tensors)
         return None, grads[0]
 
@@ -221,6 +226,7 @@ class _ProductOfLeaves(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, Tensor | None, None, None]:
+        refuse_double_backward(_IN_TWO_PASSES)
         x, weight = ctx.saved_tensors
         (gradient,) = grads
         if gradient is None:
@@ -258,6 +264,7 @@ class _SaveBoth(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None, None]:
+        refuse_double_backward(_IN_TWO_PASSES)
         ctx.call.gradient = grads[0]
         _save_input(ctx.call, *ctx.saved_tensors)
         return None, None, None, None
@@ -286,6 +293,7 @@ class _ParametersOf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward(_IN_TWO_PASSES)
         call: _Call = ctx.call
         return None, *call.formula(*call.pop_saved())
 

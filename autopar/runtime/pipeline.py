@@ -21,7 +21,7 @@ from torch import Tensor
 from autopar import torch_compat
 from autopar.errors import CommError, InputError, PipelineError
 from autopar.ir import local_shape
-from autopar.ops import Axis, Message
+from autopar.ops import Axis, Message, refuse_double_backward
 from autopar.rewrite import PipelineProgram, Program, Slot
 from autopar.runtime.executor import Executor, StageTensors, device_of
 from autopar.runtime.failures import Alarm
@@ -349,6 +349,7 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("a pipelined model")
         ctx.run.hand_over(grads[0].reshape(()))
         return torch.zeros_like(grads[0]).reshape(()), None, None
 
@@ -375,6 +376,7 @@ class _RunBackwards(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("a pipelined model")
         gradients = {position: gradient for position, gradient in zip(ctx.positions, grads, strict=True) if gradient is not None}
         ctx.run.run_backwards(gradients)
         return (torch.zeros((), device=next(iter(gradients.values())).device), None, None, *(None for _ in grads))
