@@ -96,6 +96,7 @@ def count_targets(target: Tensor, weight: Tensor | None, ignore_index: int) -> T
         weight: the weight of every class, (classes,), or None.
         ignore_index: the class of tokens that don't count.
     """
+    target = target.long()
     counts = target != ignore_index
     # An ignored class may be negative, or beyond the table.
     return counts.sum() if weight is None else weight[target.masked_fill(~counts, 0)].masked_fill(~counts, 0.0).sum()
@@ -180,11 +181,12 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, axes: tuple[str, ...], ignore_index: int, smoothing: float) -> Tensor:
+        target = target.long()  # of uint8 classes, numbers beyond 255 couldn't be compared with
         counts = target != ignore_index
         size = logits.shape[-1] * comm.count(axes)
         check_bounds(target, size, "Target {index} is out of bounds.", ignored=~counts)
         first = comm.index(axes) * logits.shape[-1]
-        loss, log_sum = _loss_of_part(logits, target.long() - first, axes, smoothing)
+        loss, log_sum = _loss_of_part(logits, target - first, axes, smoothing)
         # Logits that anything else saves or returns take no memory here; the softmax always would.
         ctx.save_for_backward(logits, target, log_sum, counts)
         # The backward may run where the program's axes aren't active any more.
@@ -197,7 +199,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         logits, target, log_sum, counts = ctx.saved_tensors
         # The gradient of a mean over no tokens is infinite, and times zero it wouldn't be zero.
         wide_grad = grad.to(log_sum.dtype).masked_fill(~counts, 0.0)
-        local = target.long() - ctx.first
+        local = target - ctx.first
         if torch.is_grad_enabled():
             # What was saved is a number to autograd; for a second derivative the loss is computed again, in operations that it knows.
             with comm.active(ctx.world):
