@@ -46,17 +46,34 @@ def test_constraints_pin_every_requirement_within_its_range() -> None:
     assert pins["torch"] == torch.__version__.partition("+")[0]
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel that a release would be, built from a copy of the files under version control."""
-    folder = tmp_path_factory.mktemp("wheel")
+def copy_repository(folder: Path) -> None:
+    """Copy the files under version control, as a clone would have them."""
     names = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.split("\0")
     for name in filter(None, names):
-        (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).exists():  # else it was removed, and that isn't committed yet
-            shutil.copy(ROOT / name, folder / "source" / name, follow_symlinks=False)
+            shutil.copy(ROOT / name, folder / name, follow_symlinks=False)
+
+
+def make_environment(folder: Path) -> Path:
+    """Make an environment in which autopar isn't installed; returns its site-packages.
+
+    torch and the other libraries are large: they are read where the tests have them. A path in a .pth file brings no other .pth files with
+    it, so that the repository's own installation isn't found.
+    """
+    venv.create(folder, with_pip=False)
+    (site,) = (folder / "lib").glob("python*/site-packages")
+    (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    return site
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that a release would be, built from a copy of the files under version control."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy_repository(folder / "source")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(folder / "source")]
     done = subprocess.run(build, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -75,13 +92,9 @@ def test_the_wheel_holds_every_module_and_profile(wheel: Path) -> None:
 
 def test_the_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> None:
     """Installed into an environment of its own and away from the repository, it plans and verifies a model."""
-    venv.create(tmp_path / "env", with_pip=False)
-    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    site = make_environment(tmp_path / "env")
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     subprocess.run(install, check=True)
-    # torch and the other libraries are large: they are read where the tests have them. A path in a .pth file brings no other .pth
-    # files with it, so that the repository's own installation isn't found.
-    (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     shutil.copy(ROOT / "examples" / "mlp.py", tmp_path)
 
     def run(*arguments: str) -> str:
@@ -93,6 +106,20 @@ def test_the_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> 
     assert run("-c", "import autopar; print(autopar.__file__)").startswith(str(site))
     assert "tp=4" in run("-m", "autopar", "plan", "mlp.py:build", "--cluster", "4xh100", "--pin", "tp=4")
     assert run("-m", "autopar", "verify", "mlp.py:build", "--ranks", "2").startswith("ok: ")
+
+
+def test_a_script_beside_a_clone_imports_the_package(tmp_path: Path) -> None:
+    """After ``git clone .../autopar; pip install -e ./autopar``, `autopar` is the package, not the folder of the clone beside the script."""
+    copy_repository(tmp_path / "autopar")
+    make_environment(tmp_path / "env")
+    python = str(tmp_path / "env" / "bin" / "python")
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "-e", str(tmp_path / "autopar")]
+    subprocess.run(install, check=True)
+    (tmp_path / "train.py").write_text("import autopar\nprint(autopar.compile, autopar.Cluster.parse('8xH100'))\n")
+    for arguments in (["train.py"], ["-m", "autopar", "machines"]):
+        done = subprocess.run([python, *arguments], cwd=tmp_path, env={}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "h100" in done.stdout
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "benchmarks").glob("[!_]*.py")), ids=lambda path: path.stem)
