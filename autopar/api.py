@@ -15,10 +15,10 @@ from torch import nn
 
 from autopar.capture import Captured, ExampleInputs, capture, split_call
 from autopar.checks import Verification, verify_plan
-from autopar.cost_models import Cluster
+from autopar.cost_models import Cluster, peak_flops
 from autopar.errors import InputError, PlanError
 from autopar.ir import Layout, Mesh, with_pipeline
-from autopar.plans import NO_PINS, Pins, Plan, reconcile
+from autopar.plans import NO_PINS, Pins, Plan, check_devices, reconcile
 from autopar.rewrite import Program, rewrite
 from autopar.runtime import Init, ParallelModule, world
 from autopar.search import make_plan
@@ -54,19 +54,22 @@ def plan(
 
     Raises:
         CaptureError: the model can't be one graph.
-        InputError: pins, mesh or inputs that can't be used, or a dtype that the machine's profile doesn't know.
-        HardwareError: text of a cluster that can't be read, or names no known machine; a ValueError of `autopar.cost_models`.
+        InputError: pins, mesh or inputs that can't be used. HardwareError is one too.
+        HardwareError: text of a cluster that can't be read, or names no known machine; or a machine that can't compute the model's dtype.
         InfeasibleError: no plan fits the memory; the message says how much is needed.
         UnknownOpError: under `strict`, an op has no rule.
     """
-    cluster = Cluster.parse(cluster) if isinstance(cluster, str) else cluster
+    devices = _read_cluster(cluster)
     pins, group_mesh = reconcile(Pins.parse(pins), mesh)
+    # What is known without the graph is refused before the model is captured, which takes seconds.
+    check_devices(pins, group_mesh, devices)
+    _check_dtypes(model, devices)
     if progress is not None:
         progress("capture")
     captured = capture(model, example_inputs)
     return make_plan(
         captured.graph,
-        cluster,
+        devices,
         model_name=type(model).__name__,
         pins=pins,
         mesh=group_mesh,
@@ -74,6 +77,18 @@ def plan(
         notes=captured.notes,
         progress=progress,
     )
+
+
+def _read_cluster(cluster: Cluster | str) -> Cluster:
+    """The cluster that an argument names. Raises HardwareError."""
+    return cluster if isinstance(cluster, Cluster) else Cluster.parse(cluster)
+
+
+def _check_dtypes(model: nn.Module, cluster: Cluster) -> None:
+    """Raise HardwareError when the machine can't compute in the dtype of any of the model's floating-point parameters."""
+    dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.dtype.is_floating_point}
+    if dtypes and not any(dtype.removeprefix("torch.") in cluster.machine.device.peak_flops for dtype in dtypes):
+        peak_flops(cluster.machine.device, min(dtypes))
 
 
 def verify(
@@ -174,8 +189,8 @@ def compile(
         device: where these are stored.
         progress: called with a few words on what is being done.
 
-    Raises InputError for arguments that can't be used or contradict each other. The errors of `autopar.plan` are raised when planning: here
-    with `example_inputs`, else by the first call.
+    Raises InputError for arguments that can't be used or contradict each other, or the number of ranks, and PlanError for a plan of another
+    number of ranks. The other errors of `autopar.plan` are raised when planning: here with `example_inputs`, else by the first call.
     """
     if inputs not in ("global", "local"):
         raise InputError(f'inputs={inputs!r}: "global" or "local" is needed')
@@ -189,6 +204,7 @@ def compile(
     planner = _Planner(cluster, plan, pins, group_mesh, strict, progress)
     module = CompiledModule(model, planner, inputs=inputs, init=init, device=device)
     planner.layouts = lambda: module.layouts
+    planner.check_world(_find_device(model))
     if example_inputs is not None:
         args, kwargs = split_call(example_inputs)
         module.prepare(*args, **kwargs)
@@ -218,6 +234,11 @@ class CompiledModule(ParallelModule):
         return "\n".join(f"# {name}\n{stage.print_readable(print_output=False)}" for name, stage in stages)
 
 
+def _find_device(model: nn.Module) -> torch.device | None:
+    """Where the parameters are; None when all are on the meta device."""
+    return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
+
+
 class _Planner:
     """Makes the programs of one compiled module; the first plan decides how parameters are stored."""
 
@@ -240,12 +261,13 @@ class _Planner:
         self.layouts: Callable[[], Mapping[str, Layout]] = dict
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Program:
-        device = next((p.device for p in model.parameters() if not p.is_meta), None)
+        device = _find_device(model)
         captured = capture(model, (args, kwargs))
         if self.first_plan is None and self.given_plan is not None:
             plan = self.given_plan
         else:
             cluster = self._cluster(device)
+            _check_dtypes(model, cluster)
             plan = world.agree(lambda: self._search(model, captured, cluster), device)
         if self.first_plan is None:
             self.first_plan = plan
@@ -267,7 +289,20 @@ class _Planner:
             progress=self.progress,
         )
 
+    def check_world(self, device: torch.device | None) -> None:
+        """Raise PlanError or InputError, before anything is captured, when a plan, a cluster or pins don't fit the number of ranks."""
+        if self.given_plan is not None:
+            world.check_width(self.given_plan)
+            return
+        cluster = self._cluster(device)
+        if cluster.world_size != (ranks := world.join_world(device.type if device is not None else "cpu")):
+            raise InputError(
+                f"the cluster {cluster} has {cluster.world_size} devices, but this job has {ranks} {'rank' if ranks == 1 else 'ranks'};"
+                " leave out cluster, or start as many processes with torchrun"
+            )
+        check_devices(self.pins, self.mesh, cluster)
+
     def _cluster(self, device: torch.device | None) -> Cluster:
-        if isinstance(self.cluster, str):
-            return Cluster.parse(self.cluster)
-        return self.cluster or detect_cluster(device.type if device is not None else None)
+        if self.cluster is not None:
+            return _read_cluster(self.cluster)
+        return detect_cluster(device.type if device is not None else None)

@@ -3,7 +3,8 @@
 AutoparError
 ├── CaptureError        the model can't be turned into a graph (names the user's source line)
 ├── UnknownOpError      an op has no rule, under ``strict=True``
-├── InputError          an argument, a machine name, a pin or a mesh that can't be used
+├── InputError          an argument, a pin, a mesh or a file that can't be used
+│   └── HardwareError   a machine, its profile or a cluster that can't be used
 ├── PlanError           a plan file that is damaged, of another version, or made for another model or world
 ├── InfeasibleError     no placement satisfies the constraints (says which budget would have to grow)
 ├── ScheduleError       a pipeline schedule that can't run to its end (shows the ranks' actions and the step at fault)
@@ -31,7 +32,11 @@ class UnknownOpError(AutoparError):
 
 
 class InputError(AutoparError, ValueError):
-    """An argument of the user that can't be used: a machine, a pin, a mesh, a batch. Also a ValueError."""
+    """An argument of the user that can't be used: a pin, a mesh, a batch, a file. Also a ValueError."""
+
+
+class HardwareError(InputError):
+    """A machine, cluster or machine profile that can't be used; the message lists every offender and what to try."""
 
 
 class PlanError(AutoparError, ValueError):
@@ -68,5 +73,7 @@ class CommError(AutoparError):
     """Ranks run different collectives at the same time, or a rank has ended."""
 
 
-ERROR_TYPES: Mapping[str, type[AutoparError]] = {kind.__name__: kind for kind in AutoparError.__subclasses__()}
+ERROR_TYPES: Mapping[str, type[AutoparError]] = {
+    kind.__name__: kind for kind in (*AutoparError.__subclasses__(), *InputError.__subclasses__())
+}
 """Name of an error -> its type, for raising on one rank what was raised on another."""

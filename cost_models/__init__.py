@@ -4,7 +4,6 @@ from .collective import KINDS, collective_seconds
 from .hardware import (
     Cluster,
     Device,
-    HardwareError,
     Link,
     Machine,
     axis_link,
@@ -13,13 +12,12 @@ from .hardware import (
     load_machine,
     read_machine,
 )
-from .op import op_seconds
+from .op import op_seconds, peak_flops
 
 __all__ = [
     "KINDS",
     "Cluster",
     "Device",
-    "HardwareError",
     "Link",
     "Machine",
     "axis_link",
@@ -28,5 +26,6 @@ __all__ = [
     "known_machines",
     "load_machine",
     "op_seconds",
+    "peak_flops",
     "read_machine",
 ]

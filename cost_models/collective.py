@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 
-from .hardware import HardwareError, Link
+from autopar.errors import HardwareError
+
+from .hardware import Link
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "p2p")
 

@@ -11,46 +11,58 @@ import dataclasses
 import difflib
 import math
 import re
+import reprlib
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from autopar.texts import find_unprintable, printable, read_text
 
-class HardwareError(ValueError):
-    """A machine, cluster or profile that can't be used; the message lists every offender and what to try."""
+from autopar.errors import HardwareError, InputError
+
+MOST_DEVICES = 2**20
+"""Devices of a cluster at most; of more, the meshes alone would take minutes to go through."""
+
+# Bytes of a profile at most. Those that come with the package have about two thousand.
+_MOST_BYTES = 1_000_000
+# Offenders that a message lists at most.
+_SHOWN = 20
+# Digits of a count in the text of a cluster at most, which is far more than `MOST_DEVICES` has.
+_DIGITS = 18
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """What a field may hold: `words` for the message, the type, and for numbers an interval."""
+    """What a field may hold: `words` for the message, the type, and for numbers an interval, both ends included."""
 
     words: str
     kind: type
-    low: float = 0.0
+    low: float = 0
     high: float = math.inf
-    low_is_legal: bool = True
 
     def accepts(self, value: object) -> bool:
         """Whether `value` may stand in the field; a whole number may stand for a real one, a bool for no number."""
         if self.kind in (int, float):
-            if isinstance(value, bool) or not isinstance(value, (int, self.kind)) or not math.isfinite(value):
-                return False
-            return self.low <= value <= self.high and (self.low_is_legal or value > self.low)
-        return isinstance(value, self.kind)
+            return not isinstance(value, bool) and isinstance(value, (int, self.kind)) and self.low <= value <= self.high
+        return isinstance(value, self.kind) and not (isinstance(value, str) and (not value or find_unprintable(value)))
 
 
-_TEXT = _Rule("a text", str)
-_COUNT = _Rule("a whole number above 0", int, low_is_legal=False)
-_WHOLE = _Rule("a whole number, 0 or more", int)
-_POSITIVE = _Rule("a number above 0", float, low_is_legal=False)
-_NOT_NEGATIVE = _Rule("a number, 0 or more", float)
-_SHARE = _Rule("a fraction above 0, at most 1", float, high=1.0, low_is_legal=False)
-_SHARE_OR_NONE = _Rule("a fraction from 0 to 1", float, high=1.0)
-_RATES = _Rule("a table of dtype = FLOP/s above 0", dict)
+# The intervals are far wider than hardware is. They keep times finite and tell of numbers in another unit, such as 3350 for 3.35e12.
+_TEXT = _Rule("a text of printable characters", str)
+_COUNT = _Rule("a whole number from 1 of at most 64 bits", int, low=1, high=2**63 - 1)
+_WHOLE = _Rule("a whole number from 0 of at most 64 bits", int, high=2**63 - 1)
+_DEVICES = _Rule(f"a whole number from 1 to {MOST_DEVICES}", int, low=1, high=MOST_DEVICES)
+_BYTES_PER_S = _Rule("a rate from 1e3 to 1e18 bytes per second", float, low=1e3, high=1e18)
+_FLOPS_PER_S = _Rule("a rate from 1e6 to 1e21 FLOP/s", float, low=1e6, high=1e21)
+_FLOPS = _Rule("a number from 0 to 1e18", float, high=1e18)
+_SECONDS = _Rule("seconds from 0 to 60", float, high=60)
+_SHARE = _Rule("a fraction from 0.001 to 1", float, low=0.001, high=1)
+_SHARE_OR_NONE = _Rule("a fraction from 0 to 1", float, high=1)
+_RATES = _Rule("a table of dtype = FLOP/s", dict)
 _TEXTS = _Rule("a list of texts", list)
 
 
@@ -62,15 +74,21 @@ def _ruled(rule: _Rule, **options: Any) -> Any:
 def _offence(where: str, rule: _Rule, value: object) -> Iterator[str]:
     """What is wrong with `value` at `where`, if anything is."""
     if not rule.accepts(list(value) if isinstance(value, tuple) else value):
-        yield f"{where} = {value!r} is not {rule.words}"
+        yield f"{where} = {reprlib.repr(value)} is not {rule.words}"
     elif rule is _RATES and isinstance(value, dict):
         if not value:
             yield f"{where} is empty; give at least float32"
         for dtype, rate in value.items():
-            yield from _offence(f"{where}.{dtype}", _POSITIVE, rate)
+            yield from _offence(f"{where}.{printable(dtype)}", _FLOPS_PER_S, rate)
     elif rule is _TEXTS and isinstance(value, (list, tuple)):
         for index, text in enumerate(value):
             yield from _offence(f"{where}[{index}]", _TEXT, text)
+
+
+def _list(offenders: Sequence[str]) -> str:
+    """Offenders for a message, of which a file may have any number."""
+    more = f"; and {len(offenders) - _SHOWN} more" if len(offenders) > _SHOWN else ""
+    return "; ".join(offenders[:_SHOWN]) + more
 
 
 def _check(instance: Any) -> None:
@@ -82,7 +100,7 @@ def _check(instance: Any) -> None:
         for line in _offence(part.name, part.metadata["rule"], getattr(instance, part.name))
     ]
     if offenders:
-        raise HardwareError(f"{type(instance).__name__}: {'; '.join(offenders)}")
+        raise HardwareError(f"{type(instance).__name__}: {_list(offenders)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,14 +126,14 @@ class Device:
     kind: str = _ruled(_TEXT)
     memory_bytes: int = _ruled(_COUNT)
     reserved_bytes: int = _ruled(_WHOLE)
-    mem_bandwidth_bytes_per_s: float = _ruled(_POSITIVE)
+    mem_bandwidth_bytes_per_s: float = _ruled(_BYTES_PER_S)
     mem_efficiency: float = _ruled(_SHARE)
     # A dict can't be hashed; the name and the other numbers tell two devices apart well enough for a hash.
     peak_flops: Mapping[str, float] = _ruled(_RATES, hash=False)
     matmul_efficiency: float = _ruled(_SHARE)
     attention_efficiency: float = _ruled(_SHARE)
-    matmul_half_flops: float = _ruled(_NOT_NEGATIVE)
-    launch_seconds: float = _ruled(_NOT_NEGATIVE)
+    matmul_half_flops: float = _ruled(_FLOPS)
+    launch_seconds: float = _ruled(_SECONDS)
     overlap: float = _ruled(_SHARE_OR_NONE)
 
     def __post_init__(self) -> None:
@@ -146,11 +164,11 @@ class Link:
     """
 
     name: str = _ruled(_TEXT)
-    latency_seconds: float = _ruled(_NOT_NEGATIVE)
-    bandwidth_bytes_per_s: float = _ruled(_POSITIVE)
+    latency_seconds: float = _ruled(_SECONDS)
+    bandwidth_bytes_per_s: float = _ruled(_BYTES_PER_S)
     efficiency: float = _ruled(_SHARE, default=1.0)
-    local_ranks: int = _ruled(_COUNT, default=1)
-    ring_ports: float = _ruled(_Rule("a number, 1 or more", float, low=1.0), default=1.0)
+    local_ranks: int = _ruled(_DEVICES, default=1)
+    ring_ports: float = _ruled(_Rule("a number from 1 to 1e6", float, low=1, high=1e6), default=1.0)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -172,7 +190,7 @@ class Machine:
 
     name: str = _ruled(_TEXT)
     device: Device
-    devices_per_node: int = _ruled(_COUNT)
+    devices_per_node: int = _ruled(_DEVICES)
     intra: Link
     inter: Link
     sources: tuple[str, ...] = _ruled(_TEXTS)
@@ -186,8 +204,8 @@ class Machine:
 class Cluster:
     """`nodes` machines with `devices_per_node` devices each; consecutive ranks share a node."""
 
-    nodes: int = _ruled(_COUNT)
-    devices_per_node: int = _ruled(_COUNT)
+    nodes: int = _ruled(_DEVICES)
+    devices_per_node: int = _ruled(_DEVICES)
     machine: Machine
 
     def __post_init__(self) -> None:
@@ -199,6 +217,8 @@ class Cluster:
                 f"{self.devices_per_node} devices per node asked for, but a node of {self.machine.name} holds {most}; "
                 f"write nodes x devices, such as {self.nodes * needed}x{most}x{self.machine.name}"
             )
+        if self.world_size > MOST_DEVICES:
+            raise HardwareError(f"{self} has {self.world_size} devices; there are plans for {MOST_DEVICES} at most")
 
     @classmethod
     def parse(cls, text: str) -> Cluster:
@@ -206,11 +226,16 @@ class Cluster:
 
         Raises HardwareError for an unknown machine, counts that are 0 or more devices than a node holds.
         """
-        match = re.fullmatch(r"(?:(\d+)\s*x\s*)??(?:(\d+)\s*x\s*)?(?!\d+\s*x)(.+)", text.strip(), re.IGNORECASE)
+        if not isinstance(text, str):
+            raise HardwareError(f"{reprlib.repr(text)} is no cluster; a text is needed, such as '4x8xH100'")
+        match = _CLUSTER.fullmatch(text.strip())
         if match is None:
-            raise HardwareError(f"{text!r} is no cluster; write nodes x devices x machine, such as 4x8xH100, 8xH100 or H100")
+            raise HardwareError(f"{_shorten(text)!r} is no cluster; write nodes x devices x machine, such as 4x8xH100, 8xH100 or H100")
         nodes, devices, name = match.groups()
-        return cls(nodes=int(nodes or 1), devices_per_node=int(devices or 1), machine=find_machine(name))
+        for digits in (nodes, devices):
+            if digits is not None and len(digits) > _DIGITS:
+                raise HardwareError(f"{_shorten(digits)!r} are more devices than there are; a cluster has {MOST_DEVICES} at most")
+        return cls(nodes=int(nodes or 1), devices_per_node=int(devices or 1), machine=find_machine(name, text.strip()))
 
     @property
     def world_size(self) -> int:
@@ -291,16 +316,25 @@ def axis_link(cluster: Cluster, sizes: tuple[int, ...], axis: int) -> Link:
     return cluster.link_of(sizes[axis], math.prod(sizes[axis + 1 :]))
 
 
+_CLUSTER = re.compile(r"(?:([0-9]+)\s*x\s*)??(?:([0-9]+)\s*x\s*)?(?![0-9]+\s*x)(.+)", re.IGNORECASE)
+
+
+def _shorten(text: str) -> str:
+    """A text of the user's of bearable length, for messages."""
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def known_machines() -> tuple[str, ...]:
     """Names of the machines that come with the package, sorted."""
     folder = resources.files(__package__) / "machines"
     return tuple(sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml")))
 
 
-def find_machine(name: str) -> Machine:
+def find_machine(name: str, cluster: str = "") -> Machine:
     """The machine called `name`, in any case, by its name, an alias or the path of a TOML file.
 
-    Raises HardwareError naming what was asked for, the known machines and the closest matches.
+    Raises HardwareError naming what was asked for, the known machines and the closest matches, or what `cluster`, the text that the name
+    stands in, may have meant.
     """
     if name.endswith(".toml") or "/" in name:
         return load_machine(name)
@@ -314,12 +348,26 @@ def find_machine(name: str) -> Machine:
         if wanted in machine.aliases:
             return machine
     words = [*known, *(alias for machine in machines for alias in machine.aliases)]
-    close = difflib.get_close_matches(wanted, words, n=3, cutoff=0.5)
+    close = [guess] if (guess := _guess_cluster(cluster, words)) else difflib.get_close_matches(wanted[:100], words, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise HardwareError(
-        f"no machine is called {name!r}.{hint} Known: {', '.join(known)}. "
+        f"no machine is called {_shorten(name)!r}.{hint} Known: {', '.join(known)}. "
         "For another one, give the path of a profile, such as 4x8x./my.toml"
     )
+
+
+def _guess_cluster(text: str, machines: Iterable[str]) -> str:
+    """What a text may mean that lacks an x or has its parts in another order; empty if nothing is guessed.
+
+    >>> _guess_cluster("8H100", ["h100"]), _guess_cluster("4x8 H100", ["h100"]), _guess_cluster("H100*8", ["h100"])
+    ('8xH100', '4x8xH100', '8xH100')
+    """
+    names = "|".join(sorted(map(re.escape, machines), key=len, reverse=True))
+    counts = r"[0-9]{1,7}(?:[\sx*×,]+[0-9]{1,7})?"
+    for pattern in (rf"(?P<counts>{counts})[\sx*×,]*(?P<name>{names})", rf"(?P<name>{names})[\sx*×,]+(?P<counts>{counts})"):
+        if match := re.fullmatch(pattern, text, re.IGNORECASE):
+            return "x".join([*re.findall("[0-9]+", match["counts"]), match["name"]])
+    return ""
 
 
 def load_machine(path: str | Path) -> Machine:
@@ -328,9 +376,9 @@ def load_machine(path: str | Path) -> Machine:
     Raises HardwareError if it can't be read, and one that lists every missing, unknown or illegal field.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise HardwareError(f"machine file {path} can't be read: {error}") from error
+        text = read_text(path, _MOST_BYTES)
+    except InputError as error:
+        raise HardwareError(f"machine file {path} {error}") from error
     return _read_text(text, str(path))
 
 
@@ -338,7 +386,7 @@ def _read_text(text: str, where: str) -> Machine:
     """Parse and validate the text of a machine file; `where` names it in errors."""
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, and values nested too deeply
         raise HardwareError(f"machine file {where} is no TOML: {error}") from error
     return read_machine(data, where)
 
@@ -355,9 +403,9 @@ def read_machine(data: Mapping[str, Any], where: str) -> Machine:
         if isinstance(table, Mapping):
             offenders += _offences(kind, table, f"{key}.")
         elif key in data:
-            offenders.append(f"{key} = {table!r} is not a table")
+            offenders.append(f"{key} = {reprlib.repr(table)} is not a table")
     if offenders:
-        raise HardwareError(f"machine file {where}: " + "; ".join(offenders))
+        raise HardwareError(f"machine file {where}: {_list(offenders)}")
     fields = dict(data) | {key: kind(**data[key]) for key, kind in parts.items()}
     fields["sources"] = tuple(data["sources"])
     fields["aliases"] = tuple(data.get("aliases", ()))
@@ -373,6 +421,6 @@ def _offences(kind: type, table: Mapping[str, Any], prefix: str) -> Iterator[str
                 yield f"{prefix}{name} is missing"
         elif "rule" in part.metadata:
             yield from _offence(prefix + name, part.metadata["rule"], table[name])
-    for name in table.keys() - fields.keys():
-        close = difflib.get_close_matches(name, fields, n=1)
-        yield f"{prefix}{name} is unknown" + (f" (did you mean {close[0]}?)" if close else "")
+    for name in sorted(table.keys() - fields.keys()):
+        close = difflib.get_close_matches(name[:100], fields, n=1)
+        yield f"{prefix}{_shorten(printable(name))} is unknown" + (f" (did you mean {close[0]}?)" if close else "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from .hardware import Device, HardwareError
+from autopar.errors import HardwareError
+
+from .hardware import Device
 
 
 def op_seconds(device: Device, *, flops: float, nbytes: float, dtype: str, family: str) -> float:

@@ -10,7 +10,6 @@ import pytest
 from autopar.cost_models import (
     KINDS,
     Cluster,
-    HardwareError,
     Link,
     axis_link,
     collective_seconds,
@@ -20,6 +19,7 @@ from autopar.cost_models import (
     op_seconds,
     read_machine,
 )
+from autopar.errors import HardwareError
 
 A, P = 1e-5, 1e9
 LINK = Link(name="wire", latency_seconds=A, bandwidth_bytes_per_s=P)
@@ -143,7 +143,7 @@ def test_parse(text: str, nodes: int, per_node: int, name: str) -> None:
     [
         ("4x8xH10", r"'H10'.*Did you mean h100.*Known: a100-40gb.*4x8x\./my\.toml"),
         ("8xquantum", r"'quantum'\. Known: "),
-        ("0x8xH100", r"nodes = 0 is not a whole number above 0"),
+        ("0x8xH100", r"nodes = 0 is not a whole number from 1"),
         ("16xH100", r"16 devices per node.*holds 8.*2x8xh100"),
         ("2x3x4xH100", r"2x3x4xH100.*no cluster.*4x8xH100"),
         ("4x8x", r"no cluster|no machine"),
@@ -201,13 +201,13 @@ def test_bad_profile_lists_every_offender(tmp_path: Path) -> None:
     message = str(caught.value)
     for part in (
         str(path),
-        "devices_per_node = True is not a whole number above 0",
+        "devices_per_node = True is not a whole number from 1 to 1048576",
         "device.launch_seconds is missing",
         "device.launch_secs is unknown (did you mean launch_seconds?)",
         "device.overlap = 1.8 is not a fraction from 0 to 1",
-        "device.memory_bytes = 84900000000.0 is not a whole number",
-        "device.mem_bandwidth_bytes_per_s = -1 is not a number above 0",
-        "device.peak_flops.float32 = 'fast' is not a number above 0",
+        "device.memory_bytes = 84900000000.0 is not a whole number from 1",
+        "device.mem_bandwidth_bytes_per_s = -1 is not a rate from 1e3 to 1e18 bytes per second",
+        "device.peak_flops.float32 = 'fast' is not a rate from 1e6 to 1e21 FLOP/s",
         "inter is missing",
         "outer is unknown (did you mean inter?)",
     ):

@@ -355,7 +355,7 @@ def test_the_program_is_printed_stage_by_stage() -> None:
 
 
 def test_a_plan_for_more_ranks_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"the plan is for 2 ranks \(tp=2\), 1 are running"):
+    with pytest.raises(PlanError, match=r"the plan is for 2 ranks \(tp=2\), 1 is running"):
         _compile("tp", _reference())(*_batch(0))
 
 

@@ -218,9 +218,9 @@ def test_a_truncated_plan_is_refused(kept: int, tmp_path: Path) -> None:
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.bin"
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(PlanError, match=r"weights\.bin: can't be read as text"):
+    with pytest.raises(PlanError, match=r"weights\.bin: can't be read"):
         Plan.load(path)
-    with pytest.raises(PlanError, match=r"absent\.json: can't be read as text .*No such file"):
+    with pytest.raises(PlanError, match=r"absent\.json: can't be read: No such file"):
         Plan.load(tmp_path / "absent.json")
     with pytest.raises(PlanError, match="not whole JSON"):
         from_json("[" * 100_000)

@@ -165,7 +165,9 @@ def _on_four_ranks(rank: int, name: str, folder: str) -> None:
         models[pins] = model
     _check_checkpoints(models, name, folder)
     small = autopar.plan(_model(name), _batch(0), "2xcpu", pins={"tp": 2})
-    with pytest.raises(PlanError, match=r"the plan is for 2 ranks \(tp=2\), 4 are running: start with `torchrun --nproc-per-node 2`"):
+    with pytest.raises(
+        PlanError, match=r"the plan is for 2 ranks \(tp=2\), 4 are running: start with `torchrun --nproc-per-node 2 SCRIPT`"
+    ):
         autopar.compile(copy.deepcopy(_model(name)), _batch(0), plan=small)
 
 

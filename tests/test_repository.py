@@ -109,7 +109,7 @@ def test_the_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> 
 
 
 def test_a_script_beside_a_clone_imports_the_package(tmp_path: Path) -> None:
-    """After ``git clone .../autopar; pip install -e ./autopar``, `autopar` is the package, not the folder of the clone beside the script."""
+    """After ``git clone .../autopar; pip install -e ./autopar``, `autopar` is the package, not the clone's folder."""
     copy_repository(tmp_path / "autopar")
     make_environment(tmp_path / "env")
     python = str(tmp_path / "env" / "bin" / "python")

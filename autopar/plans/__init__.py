@@ -6,9 +6,8 @@ them out, and to the report.
 Modules, in reading order: ``rows``, ``files``, ``consistency``, ``plan``, ``fits``, ``pins``.
 """
 
-from autopar.plans.files import printable
 from autopar.plans.fits import check_fits, fingerprint
-from autopar.plans.pins import NO_PINS, Pins, describe_pins, parse_mesh, reconcile
+from autopar.plans.pins import NO_PINS, Pins, check_devices, describe_pins, parse_mesh, reconcile
 from autopar.plans.plan import (
     RECOMPUTE,
     BlockChoice,
@@ -43,12 +42,12 @@ __all__ = [
     "RepeatedWork",
     "RowSums",
     "Unruled",
+    "check_devices",
     "check_fits",
     "describe_pins",
     "fingerprint",
     "from_json",
     "parse_mesh",
-    "printable",
     "reconcile",
     "seconds_of",
     "to_json",

@@ -1,4 +1,4 @@
-"""Frozen dataclasses as JSON texts and files: written, and read back with every field checked by its type.
+"""Frozen dataclasses as JSON texts: written, and read back with every field checked by its type.
 
 Comes in: a dataclass, or what a file holds. Goes out: JSON data, or an instance of the class. What the fields mean isn't known here: `read`
 follows their types, so that a class grows by a field alone. It refuses, naming the field, what no field can hold:
@@ -23,24 +23,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import unicodedata
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from autopar.errors import PlanError
 from autopar.ir import Layout, Mesh, Placement, format_layout, format_placement, parse_layout, parse_placement
+from autopar.texts import find_unprintable, printable
 
 LARGEST = 2**63 - 1
 """No number in a file is larger: this is what 64 bits hold, which solvers, file formats and other languages count with."""
 
 # More digits than any such number has: the rest is cut off, so that a number of a million digits is refused as quickly as any other.
 _DIGITS = 21
-# Control characters, invisible ones that direct terminals and the order of text, halves of characters, and separators of lines.
-_UNPRINTED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 _T = TypeVar("_T")
 
@@ -61,13 +57,6 @@ class Among:
 
 Count = Annotated[int, AtLeast(1)]
 Name = Annotated[str, AtLeast(1)]
-
-
-def printable(text: str) -> str:
-    r"""`text` with what `read` refuses in a text written as Python writes it: a tab is ``\t``."""
-    if text.isprintable():
-        return text
-    return "".join(ascii(each)[1:-1] if unicodedata.category(each) in _UNPRINTED else each for each in text)
 
 
 def parse_json(text: str) -> Any:
@@ -183,10 +172,8 @@ def _read(kind: Any, value: Any, where: str) -> Any:
 def _read_text(value: Any, where: str, *limits: AtLeast | Among) -> str:
     if not isinstance(value, str):
         raise PlanError(f"{where}: str is needed, not {type(value).__name__}")
-    if not value.isprintable():  # quick, and false for some harmless characters too
-        for character in value:
-            if unicodedata.category(character) in _UNPRINTED:
-                raise PlanError(f"{where} holds {character!a}, which is no printable character")
+    if character := find_unprintable(value):
+        raise PlanError(f"{where} holds {character!a}, which is no printable character")
     for limit in limits:
         if isinstance(limit, AtLeast) and len(value) < limit.least:
             raise PlanError(f"{where} is empty")
@@ -264,25 +251,3 @@ _FORMS: Mapping[Any, tuple[Callable[[Any, str], Any], Callable[[Any], Any]]] = {
     Placement: (_read_placement, format_placement),
     Mesh: (_read_mesh, _write_mesh),
 }
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a file. Raises PlanError when there is no such file, or when it isn't UTF-8."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # a path with a null character is a ValueError
-        raise PlanError(f"{path}: can't be read as text ({error})") from error
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a file; one that is there is replaced only by a whole one."""
-    path = Path(path).resolve()
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")  # a device or a pipe can't be replaced
-        return
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -6,8 +6,8 @@ import hashlib
 
 from autopar.errors import PlanError
 from autopar.ir import Graph, OpKind, freeze
-from autopar.plans.files import printable
 from autopar.plans.plan import Plan
+from autopar.texts import printable
 
 
 def fingerprint(graph: Graph) -> str:

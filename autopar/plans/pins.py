@@ -14,10 +14,12 @@ To add a pin, add a row to `TABLE` and a field of its name to `Pins`, and obey i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from autopar.cost_models import Cluster
 from autopar.errors import InputError
 from autopar.ir import MICROBATCH, PIPELINE, Mesh
 from autopar.plans.plan import RECOMPUTE
@@ -278,6 +280,32 @@ def reconcile(pins: Pins, mesh: Mapping[str, int] | None) -> tuple[Pins, Mesh | 
         pipeline_ranks = 1
     inner = {name: size for name, size in mesh.items() if name != PIPELINE} or {"free": 1}
     return replace(pins, pp=pipeline_ranks), Mesh(tuple(inner), tuple(inner.values()))
+
+
+def check_devices(pins: Pins, mesh: Mesh | None, cluster: Cluster, pipeline_ranks: int | None = None) -> None:
+    """Raise InputError when a cluster's devices can't be arranged as pins and mesh say, whatever the model is.
+
+    Args:
+        pins: what the user fixed.
+        mesh: the mesh of one pipeline rank, if one is given (`reconcile`).
+        cluster: all devices.
+        pipeline_ranks: over how many they are spread; as many as are pinned, or one, unless given.
+    """
+    ranks, devices = pipeline_ranks or pins.pp or 1, cluster.world_size
+    if devices % ranks:
+        raise InputError(f"pin pp={ranks} needs a multiple of {ranks} ranks, the cluster {cluster} has {devices}")
+    if pins.fsdp and ranks == devices > 1:
+        raise InputError(
+            f"pin fsdp=True stores parameters split over the ranks of a mesh, but pp={ranks} leaves each pipeline rank a mesh of"
+            " one rank; pin a smaller pp, or leave fsdp out"
+        )
+    who = f"the cluster {cluster}" if ranks == 1 else f"each of the {ranks} pipeline ranks of {cluster}"
+    if mesh is not None and mesh.world_size != devices // ranks:
+        raise InputError(f"mesh {mesh} has {mesh.world_size} ranks, {who} has {devices // ranks}")
+    pinned_ranks = math.prod(pins.axis_sizes.values())
+    if mesh is None and devices // ranks % pinned_ranks:
+        requested = " x ".join(f"{name}={size}" for name, size in pins.axis_sizes.items())
+        raise InputError(f"pins {requested} need a multiple of {pinned_ranks} ranks, {who} has {devices // ranks}")
 
 
 def parse_mesh(text: str) -> dict[str, int]:

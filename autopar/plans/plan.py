@@ -16,7 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-from autopar.errors import PlanError
+from autopar import texts
+from autopar.errors import InputError, PlanError
 from autopar.ir import Layout, Mesh, Placement
 from autopar.plans import files
 from autopar.plans.consistency import check_consistency
@@ -35,6 +36,9 @@ _LACKS = {
 
 # Characters of a message at most: a file may name anything.
 _MESSAGE = 1000
+
+# Bytes of a plan file at most. The largest plans of published models have some hundred thousand.
+_MOST_BYTES = 2**26
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,8 +357,11 @@ class Plan:
         return compute, sum((row.seconds for row in rows if row.is_communication), 0.0)
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON; a file that is there is replaced only by a whole one. Raises PlanError as `to_json` does."""
-        files.write_text(path, to_json(self) + "\n")
+        """Write the plan as JSON; a file that is there is replaced only by a whole one, and keeps its permissions.
+
+        Raises PlanError as `to_json` does, and OSError when the file can't be written.
+        """
+        texts.write_text(path, to_json(self) + "\n")
 
     @staticmethod
     def load(path: str | Path) -> Plan:
@@ -363,10 +370,9 @@ class Plan:
         Raises PlanError, naming the file and the field, when the file isn't a whole plan of this version, or says what can't be true
         (``docs/plan-format.md`` lists what is checked).
         """
-        text = files.read_text(path)
         try:
-            return from_json(text)
-        except PlanError as error:
+            return from_json(texts.read_text(path, _MOST_BYTES))
+        except (InputError, PlanError) as error:
             raise PlanError(f"{path}: {error}") from error
 
 

@@ -11,7 +11,7 @@ import torch
 from autopar.capture import Captured
 from autopar.errors import PlanError
 from autopar.ir import OpKind
-from autopar.plans import Pipeline, Plan, check_fits, printable
+from autopar.plans import Pipeline, Plan, check_fits
 from autopar.rewrite.graphs import build_whole
 from autopar.rewrite.outline import outline
 from autopar.rewrite.pipeline import rewrite_pipeline
@@ -22,6 +22,7 @@ from autopar.rewrite.slots import make_program
 from autopar.rewrite.stages import partition
 from autopar.rules import find_spaces
 from autopar.structure import Chain, find_chain, fold
+from autopar.texts import printable
 
 
 def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, pipeline_rank: int | None = None) -> Program:

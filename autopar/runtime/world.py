@@ -9,6 +9,7 @@ made here have the default group's timeout. The ranks of a pipeline report failu
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -18,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from autopar import torch_compat
 from autopar.errors import ERROR_TYPES, AutoparError, PlanError
-from autopar.ir import PIPELINE, Mesh
+from autopar.ir import PIPELINE, Mesh, with_pipeline
 from autopar.ops import comm
 from autopar.plans import Plan, from_json, to_json
 from autopar.runtime.failures import Alarm
@@ -60,14 +61,8 @@ def form_mesh(mesh: Mesh, device_type: str) -> DeviceMesh | None:
 
     Raises PlanError when the plan was made for another number of ranks.
     """
-    grouped = dist.is_available() and dist.is_initialized()
-    world_size = dist.get_world_size() if grouped else 1
-    if mesh.world_size != world_size:
-        raise PlanError(
-            f"the plan is for {mesh.world_size} ranks ({mesh}), {world_size} are running: "
-            f"start with `torchrun --nproc-per-node {mesh.world_size}` or plan for {world_size}"
-        )
-    if not grouped:
+    _check_size(mesh, mesh.world_size)
+    if not (dist.is_available() and dist.is_initialized()):
         return None
     device_mesh = init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
     if len(mesh.names) > 1:
@@ -76,6 +71,24 @@ def form_mesh(mesh: Mesh, device_type: str) -> DeviceMesh | None:
     for name in mesh.names:
         _limit_waits(device_mesh.get_group(name))
     return device_mesh
+
+
+def check_width(plan: Plan) -> None:
+    """Raise PlanError when a plan was made for another number of ranks than this job has."""
+    counts = re.match(r"([0-9]+)x([0-9]+)x", plan.cluster)
+    nodes, devices = (int(counts[1]), int(counts[2])) if counts else (1, plan.world_size)
+    _check_size(with_pipeline(plan.mesh, plan.pipeline.ranks), devices, nodes)
+
+
+def _check_size(mesh: Mesh, devices_per_node: int, nodes: int = 1) -> None:
+    """Raise PlanError when the mesh of all ranks isn't as large as this job, with the command that starts a job of that size."""
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if mesh.world_size != world_size:
+        on_nodes = f"--nnodes {nodes} " if nodes > 1 else ""
+        raise PlanError(
+            f"the plan is for {mesh.world_size} ranks ({mesh}), {world_size} {'is' if world_size == 1 else 'are'} running: "
+            f"start with `torchrun {on_nodes}--nproc-per-node {devices_per_node} SCRIPT`, or plan for {world_size}"
+        )
 
 
 def group_over(device_mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessGroup:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from autopar.cost_models import Cluster
 from autopar.costs import BUCKET_NBYTES, BlockCost, CutCost, Sharding, given_nbytes, local_nbytes, operand_layout_of
 from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
-from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled, printable
+from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled
 from autopar.search.options import AxisKind, kind_of
 from autopar.search.pipeline import AssignmentCost, BlockOption
 from autopar.search.placement import Solution, nanoseconds, saved_nbytes
 from autopar.search.repeated import find_repeated
 from autopar.structure import AnalyzedGraph, Block, Chain, Folded, Role, first_rank_axis, role_of
+from autopar.texts import printable
 
 KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp", Role.INNER: "tp"}
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
 from autopar.ir import Family, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
-from autopar.plans import Pins
+from autopar.plans import Pins, check_devices
 from autopar.search.options import AxisKind, Constraints, is_inside, kind_of, parameter_options
 from autopar.structure import AnalyzedGraph, Role, grouped_heads, role_of
 
@@ -59,15 +59,13 @@ def find_trials(
 
     Raises InputError on pins that can't be had.
     """
-    who = f"the cluster {cluster}" if pipeline_ranks == 1 else f"each of the {pipeline_ranks} pipeline ranks of {cluster}"
+    check_devices(pins, mesh, cluster, pipeline_ranks)
     cluster = cluster.part(pipeline_ranks)
     world = cluster.world_size
     if mesh is not None:
         meshes = [mesh]
-        if mesh.world_size != world:
-            raise InputError(f"mesh {mesh} has {mesh.world_size} ranks, {who} has {world}")
     elif pins.axis_sizes:
-        meshes = [_pinned_mesh(pins.axis_sizes, world, who)]
+        meshes = [_pinned_mesh(pins.axis_sizes, world)]
     else:
         meshes = _free_meshes(world)
     requested = {*pins.axis_sizes, *(mesh.names if mesh is not None else ())}
@@ -221,19 +219,9 @@ def _check_storage(model: AnalyzedGraph, mesh: Mesh, constraints: Constraints) -
     )
 
 
-def _pinned_mesh(sizes: Mapping[str, int], world: int, who: str) -> Mesh:
-    """The pinned axes of more than one rank, and a free axis for the ranks that these leave.
-
-    Args:
-        sizes: pinned size of each axis.
-        world: number of ranks of the mesh.
-        who: what has so many ranks, for messages.
-    """
-    pinned_ranks = math.prod(sizes.values())
-    if world % pinned_ranks:
-        requested = " x ".join(f"{name}={size}" for name, size in sizes.items())
-        raise InputError(f"pins {requested} need a multiple of {pinned_ranks} ranks, {who} has {world}")
-    rest = world // pinned_ranks
+def _pinned_mesh(sizes: Mapping[str, int], world: int) -> Mesh:
+    """The pinned axes of more than one rank, and a free axis for those of `world` ranks that these leave."""
+    rest = world // math.prod(sizes.values())
     pinned = [(name, size) for name, size in sizes.items() if size > 1]
     if rest > 1:
         if "dp" not in sizes:

@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from autopar.cost_models import Cluster, HardwareError
-from autopar.errors import InfeasibleError, InputError, UnknownOpError
+from autopar.cost_models import Cluster
+from autopar.errors import InfeasibleError, UnknownOpError
 from autopar.ir import REPLICATE, Graph, Layout, Mesh, Op, OpKind, Space
-from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint, printable
+from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
 from autopar.rules import find_spaces
 from autopar.schedules import make_schedule
 from autopar.search.assemble import Chosen, assemble
@@ -24,6 +24,7 @@ from autopar.search.options import AxisKind, kind_of
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
 from autopar.search.trials import Progress, SolvedTrial, TrialResults, name_request, solve_trials
 from autopar.structure import AnalyzedGraph, Chain, batch_size, find_chain, find_constants, find_roles, fold, regroup, relabel
+from autopar.texts import printable
 from autopar.units import format_bytes
 
 # Where memory is short, so many meshes without a pipeline, those of the least bounds, are also tried with recomputation and mixtures of
@@ -74,17 +75,7 @@ def _without_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def _profile_errors_as_input_errors() -> Iterator[None]:
-    """Errors about the machine's profile, such as a dtype that the device has no peak for, as InputError."""
-    try:
-        yield
-    except HardwareError as error:
-        raise InputError(str(error)) from error
-
-
 @_without_garbage_collection()
-@_profile_errors_as_input_errors()
 def make_plan(
     graph: Graph,
     cluster: Cluster,
@@ -112,8 +103,8 @@ def make_plan(
         notes: what capture dropped or changed, for the report.
         progress: called with a line of text for each thing that is tried.
 
-    Raises InfeasibleError when nothing fits the memory, InputError on pins that can't be had and on dtypes that the machine's profile
-    doesn't know, UnknownOpError as `strict` says.
+    Raises InfeasibleError when nothing fits the memory, InputError on pins that can't be had, its subclass HardwareError on dtypes that the
+    machine's profile doesn't know, UnknownOpError as `strict` says.
     """
     start = time.perf_counter()
     tell = progress or (lambda _: None)
@@ -214,15 +205,6 @@ def _search_placements(request: _Request, tell: Progress) -> TrialResults:
     """Solve every mesh without a pipeline; none when pins ask for a pipeline. Raises InputError on pins that can't be had."""
     cluster, pins = request.cluster, request.pins
     pipeline_ranks = pins.pp or 1
-    if cluster.world_size % pipeline_ranks:
-        raise InputError(
-            f"pin pp={pipeline_ranks} needs a multiple of {pipeline_ranks} ranks, the cluster {cluster} has {cluster.world_size}"
-        )
-    if pins.fsdp and pipeline_ranks == cluster.world_size > 1:
-        raise InputError(
-            f"pin fsdp=True stores parameters split over the ranks of a mesh, but pp={pipeline_ranks} leaves each pipeline rank a mesh of"
-            " one rank; pin a smaller pp, or leave fsdp out"
-        )
     # Also where a pipeline is asked for, since this checks the pins against the model and the cluster.
     trials = find_trials(request.model, cluster, pins, request.mesh, request.stored, pipeline_ranks)
     if pins.asks_for_pipeline:

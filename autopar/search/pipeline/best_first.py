@@ -24,7 +24,7 @@ from enum import IntEnum
 from autopar.costs import Sharding
 from autopar.errors import AutoparError, InfeasibleError, InputError, SolverError
 from autopar.ir import Layout, Mesh
-from autopar.plans import BlockChoice, Candidate, Pipeline, printable
+from autopar.plans import BlockChoice, Candidate, Pipeline
 from autopar.schedules import Schedule, splits_backward
 from autopar.search.pipeline.assignment import Assignment, assign
 from autopar.search.pipeline.assignment_problem import (
@@ -52,6 +52,7 @@ from autopar.search.pipeline.mixing import mix_solutions
 from autopar.search.pipeline.solutions import SolutionCache, SolutionSet
 from autopar.search.placement import Solution
 from autopar.structure import AnalyzedGraph, with_microbatch_axis
+from autopar.texts import printable
 
 # The most configurations that get greedy assignments under every schedule.
 EXPLORED = 6
