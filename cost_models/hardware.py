@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import math
 import re
-import reprlib
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,9 +19,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from autopar.texts import find_unprintable, printable, read_text
-
 from autopar.errors import HardwareError, InputError
+from autopar.texts import find_unprintable, printable, read_text, show_value
 
 MOST_DEVICES = 2**20
 """Devices of a cluster at most; of more, the meshes alone would take minutes to go through."""
@@ -74,7 +72,7 @@ def _ruled(rule: _Rule, **options: Any) -> Any:
 def _offence(where: str, rule: _Rule, value: object) -> Iterator[str]:
     """What is wrong with `value` at `where`, if anything is."""
     if not rule.accepts(list(value) if isinstance(value, tuple) else value):
-        yield f"{where} = {reprlib.repr(value)} is not {rule.words}"
+        yield f"{where} = {show_value(value)} is not {rule.words}"
     elif rule is _RATES and isinstance(value, dict):
         if not value:
             yield f"{where} is empty; give at least float32"
@@ -227,14 +225,14 @@ class Cluster:
         Raises HardwareError for an unknown machine, counts that are 0 or more devices than a node holds.
         """
         if not isinstance(text, str):
-            raise HardwareError(f"{reprlib.repr(text)} is no cluster; a text is needed, such as '4x8xH100'")
+            raise HardwareError(f"{show_value(text)} is no cluster; a text is needed, such as '4x8xH100'")
         match = _CLUSTER.fullmatch(text.strip())
         if match is None:
-            raise HardwareError(f"{_shorten(text)!r} is no cluster; write nodes x devices x machine, such as 4x8xH100, 8xH100 or H100")
+            raise HardwareError(f"{show_value(text)} is no cluster; write nodes x devices x machine, such as 4x8xH100, 8xH100 or H100")
         nodes, devices, name = match.groups()
         for digits in (nodes, devices):
             if digits is not None and len(digits) > _DIGITS:
-                raise HardwareError(f"{_shorten(digits)!r} are more devices than there are; a cluster has {MOST_DEVICES} at most")
+                raise HardwareError(f"{show_value(digits)} are more devices than there are; a cluster has {MOST_DEVICES} at most")
         return cls(nodes=int(nodes or 1), devices_per_node=int(devices or 1), machine=find_machine(name, text.strip()))
 
     @property
@@ -319,11 +317,6 @@ def axis_link(cluster: Cluster, sizes: tuple[int, ...], axis: int) -> Link:
 _CLUSTER = re.compile(r"(?:([0-9]+)\s*x\s*)??(?:([0-9]+)\s*x\s*)?(?![0-9]+\s*x)(.+)", re.IGNORECASE)
 
 
-def _shorten(text: str) -> str:
-    """A text of the user's of bearable length, for messages."""
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
 def known_machines() -> tuple[str, ...]:
     """Names of the machines that come with the package, sorted."""
     folder = resources.files(__package__) / "machines"
@@ -351,7 +344,7 @@ def find_machine(name: str, cluster: str = "") -> Machine:
     close = [guess] if (guess := _guess_cluster(cluster, words)) else difflib.get_close_matches(wanted[:100], words, n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     raise HardwareError(
-        f"no machine is called {_shorten(name)!r}.{hint} Known: {', '.join(known)}. "
+        f"no machine is called {show_value(name)}.{hint} Known: {', '.join(known)}. "
         "For another one, give the path of a profile, such as 4x8x./my.toml"
     )
 
@@ -403,7 +396,7 @@ def read_machine(data: Mapping[str, Any], where: str) -> Machine:
         if isinstance(table, Mapping):
             offenders += _offences(kind, table, f"{key}.")
         elif key in data:
-            offenders.append(f"{key} = {reprlib.repr(table)} is not a table")
+            offenders.append(f"{key} = {show_value(table)} is not a table")
     if offenders:
         raise HardwareError(f"machine file {where}: {_list(offenders)}")
     fields = dict(data) | {key: kind(**data[key]) for key, kind in parts.items()}
@@ -423,4 +416,4 @@ def _offences(kind: type, table: Mapping[str, Any], prefix: str) -> Iterator[str
             yield from _offence(prefix + name, part.metadata["rule"], table[name])
     for name in sorted(table.keys() - fields.keys()):
         close = difflib.get_close_matches(name[:100], fields, n=1)
-        yield f"{prefix}{_shorten(printable(name))} is unknown" + (f" (did you mean {close[0]}?)" if close else "")
+        yield f"{prefix}{printable(name[:100])} is unknown" + (f" (did you mean {close[0]}?)" if close else "")

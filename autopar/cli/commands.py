@@ -5,17 +5,12 @@ Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 1 no pl
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import io
 import json
-import logging
 import math
-import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -25,15 +20,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autopar.errors import AutoparError, CommError, InfeasibleError, InputError, PlanError, SolverError, VerificationError
+from autopar.cli.sources import DTYPES, Source, read_source
+from autopar.cli.terminal import clean, show_progress
+from autopar.cost_models import Cluster, find_machine, known_machines, peak_flops
+from autopar.errors import AutoparError, CommError, HardwareError, InfeasibleError, InputError, PlanError, SolverError, VerificationError
 from autopar.ir import with_pipeline
-from autopar.plans import Pins, Plan, describe_pins, parse_mesh, to_json
+from autopar.plans import Pins, Plan, check_devices, describe_pins, parse_mesh, reconcile, to_json
+from autopar.texts import check_writable
 from autopar.units import format_bytes, format_seconds, parse_bytes
 
 # torch takes seconds to import: commands import what needs it when they run, so that help and mistakes are answered at once.
 if TYPE_CHECKING:
     from autopar.checks import Verification
-    from autopar.cost_models import Cluster, Machine
+    from autopar.cost_models import Machine
 
 # Columns when the output is no terminal, such as a file: wide enough for a source line beside its op.
 _PIPED_WIDTH = 120
@@ -75,7 +74,7 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except AutoparError as error:
             failed = (InfeasibleError, SolverError, VerificationError, CommError)
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {clean(error)}", err=True)
             ctx.exit(1 if isinstance(error, failed) else 2)
 
 
@@ -101,7 +100,7 @@ def main() -> None:
 def _add_model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the MODEL argument and what sizes it."""
     for add in (
-        click.option("--dtype", metavar="TYPE", help="Type of the parameters: bfloat16, float16, float32 or float64."),
+        click.option("--dtype", metavar="TYPE", help=f"Type of the parameters: {', '.join(DTYPES)}; bf16, fp32 and such too."),
         click.option("--seq", type=int, metavar="N", help="Tokens in a sequence."),
         click.option("--batch", type=int, metavar="N", help="Samples in the global batch."),
         click.argument("model"),
@@ -149,12 +148,13 @@ def plan(
     parsed_pins = Pins.parse_texts(pins)
     parsed_mesh = None if mesh is None else parse_mesh(mesh)
     devices = _parse_cluster(cluster, memory)
-    # Told before the search, not after it.
-    if output is not None and not output.resolve().parent.is_dir():
-        raise InputError(f"{output} can't be written: there is no folder {output.parent}")
-    if output is not None and output.is_dir():
-        raise InputError(f"{output} can't be written: it is a folder; name a file in it")
-    with _show_progress() as progress:
+    # Told before torch is imported and anything is searched.
+    check_devices(*reconcile(parsed_pins, parsed_mesh), devices)
+    if output is not None:
+        check_writable(output)
+    _check_dtype(read_source(model, batch=batch, seq=seq, dtype=dtype), devices)
+    start = time.perf_counter()
+    with show_progress() as progress:
         progress("loading the model")
         from autopar import api
         from autopar.cli.models import load_model
@@ -170,14 +170,17 @@ def plan(
             strict=strict,
             progress=progress,
         )
-    # Printed before it is written, so that a file that can't be written doesn't cost the plan.
     click.echo(to_json(result) if as_json else summarize(result))
+    # Not in the plan or on stdout, which are the same for every run.
+    click.echo(f"planned in {format_seconds(time.perf_counter() - start)}", err=True)
     if output is not None:
         try:
             result.save(output)
-        except OSError as error:
-            raise InputError(f"{output} can't be written: {error.strerror}; --json prints the plan's text") from error
-        click.echo(f"written to {output}; `autopar explain {output}` shows all of it", err=True)
+        except OSError as error:  # its place was fine before the search
+            if not as_json:
+                click.echo(to_json(result))
+            raise InputError(f"{output} can't be written: {error.strerror}; the plan's text is printed instead") from error
+        click.echo(clean(f"written to {output}; `autopar explain {output}` shows all of it"), err=True)
 
 
 @main.command(
@@ -242,7 +245,10 @@ def verify(
     """Run ``autopar verify``."""
     parsed_pins = Pins.parse_texts(pins)
     saved = None if plan_file is None else _load_checked_plan(plan_file, ranks, parsed_pins)
-    with _show_progress() as progress:
+    if saved is None:
+        check_devices(parsed_pins, None, Cluster.parse(f"{ranks or _VERIFY_RANKS}xcpu"))
+    read_source(model, batch=batch, seq=seq, dtype=dtype)
+    with show_progress() as progress:
         progress("loading the model")
         from autopar import api
         from autopar.cli.models import load_model
@@ -276,8 +282,6 @@ def machines(as_json: bool) -> None:
     """Run ``autopar machines``."""
     from dataclasses import asdict
 
-    from autopar.cost_models import find_machine, known_machines
-
     known = [find_machine(name) for name in known_machines()]
     if as_json:
         click.echo(json.dumps([asdict(machine) for machine in known], indent=1))
@@ -286,13 +290,8 @@ def machines(as_json: bool) -> None:
 
 
 def _parse_cluster(text: str, memory: str | None) -> Cluster:
-    """Read the cluster; InputError when it isn't one, InfeasibleError when `memory` is less than the device itself takes."""
-    from autopar.cost_models import Cluster, HardwareError
-
-    try:
-        cluster = Cluster.parse(text)
-    except HardwareError as error:
-        raise InputError(str(error)) from error
+    """Read the cluster. Raises InputError when it isn't one, InfeasibleError when `memory` is less than the device itself takes."""
+    cluster = Cluster.parse(text)
     if memory is None:
         return cluster
     nbytes = parse_bytes(memory)
@@ -300,6 +299,12 @@ def _parse_cluster(text: str, memory: str | None) -> Cluster:
         return cluster.with_memory(nbytes)
     except HardwareError as error:
         raise InfeasibleError(str(error)) from error
+
+
+def _check_dtype(source: Source, cluster: Cluster) -> None:
+    """Raise HardwareError when the machine can't compute in the dtype that the parameters will have, where that is known."""
+    if dtype := source.dtype or source.stated_dtype:
+        peak_flops(cluster.machine.device, dtype)
 
 
 def _load_checked_plan(file: Path, ranks: int | None, pins: Pins) -> Plan:
@@ -311,55 +316,6 @@ def _load_checked_plan(file: Path, ranks: int | None, pins: Pins) -> Plan:
         mesh = with_pipeline(saved.mesh, saved.pipeline.ranks)
         raise PlanError(f"{file} is a plan for {saved.world_size} ranks ({mesh}), --ranks says {ranks}; leave it out")
     return saved
-
-
-@contextmanager
-def _show_progress() -> Iterator[Callable[[str], None]]:
-    """Give a function that shows what is being done: a live line when stderr is a terminal, nothing otherwise."""
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
-        with _hold_back_stderr(), _keep_stdout_clean():
-            yield lambda _: None
-        return
-    with console.status(Text("starting")) as status, _hold_back_stderr(), _keep_stdout_clean():
-        yield lambda text: status.update(Text(text))
-
-
-@contextmanager
-def _hold_back_stderr() -> Iterator[None]:
-    """Keep what libraries say of a failure that we report off stderr: torch prints the graph at which an export gave up."""
-    held = io.StringIO()
-    logging.disable(logging.ERROR)
-    try:
-        with contextlib.redirect_stderr(held):
-            yield
-    except AutoparError:
-        held = io.StringIO()
-        raise
-    finally:
-        logging.disable(logging.NOTSET)
-        sys.stderr.write(held.getvalue())
-
-
-@contextmanager
-def _keep_stdout_clean() -> Iterator[None]:
-    """Send to stderr what a model's code prints, and libraries past Python: HiGHS has a line of its own for repaired solutions."""
-    try:
-        stdout = sys.stdout.fileno()
-    except (OSError, ValueError):  # no file, as in tests
-        yield
-        return
-    sys.stdout.flush()
-    saved_stdout = os.dup(stdout)
-    os.dup2(2, stdout)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        # C has a buffer of its own, which would else be written when the process ends.
-        ctypes.CDLL(None).fflush(None)
-        os.dup2(saved_stdout, stdout)
-        os.close(saved_stdout)
 
 
 def _make_console(stream: IO[str]) -> Console:

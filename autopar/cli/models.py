@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import json
+import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopar.cli.sources import FORMS, IMAGE, Source, check_size, read_source
 from autopar.errors import InputError
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+from autopar.texts import word_exception
 
 # Batch and sequence of ``hf:`` models when the user names none: enough to plan with, and within every context window.
 DEFAULT_BATCH = 8
@@ -38,22 +33,8 @@ DEFAULT_SEQ = 2048
 # For vision configurations without an image size, which accept any: ImageNet's.
 DEFAULT_IMAGE_SIZE = 224
 
-_FORMS = "write hf:PATH (a transformers config.json or its folder), package.module:function or file.py:function"
-
-# How a class name in a configuration's `architectures` ends -> the transformers class that builds it, and its inputs.
-_CAUSAL, _MASKED, _SEQ2SEQ, _IMAGE = (
-    "AutoModelForCausalLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForSeq2SeqLM",
-    "AutoModelForImageClassification",
-)
-_BUILDERS: Mapping[str, str] = {
-    "ForCausalLM": _CAUSAL,
-    "LMHeadModel": _CAUSAL,
-    "ForMaskedLM": _MASKED,
-    "ForConditionalGeneration": _SEQ2SEQ,
-    "ForImageClassification": _IMAGE,
-}
+# Characters of somebody else's message at most.
+_MESSAGE = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,131 +67,107 @@ def load_model(
     Raises:
         InputError: `spec` names nothing usable, or a size or type can't be applied to it.
     """
-    for word, size in (("batch", batch), ("seq", seq)):
-        if size is not None and size < 1:
-            raise InputError(f"{word}={size}: must be at least 1")
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} isn't known: use one of {', '.join(DTYPES)}")
-    if spec.startswith("hf:"):
-        return _load_config(Path(spec[3:]), batch=batch, seq=seq, dtype=dtype, device=device)
-    target, colon, function = spec.rpartition(":")
-    if not (colon and target and function):
-        hint = f"; did you mean hf:{spec}?" if Path(spec).exists() and not spec.endswith(".py") else ""
-        raise InputError(f"model {spec!r} isn't understood: {_FORMS}{hint}")
-    return _call_function(target, function, {"batch": batch, "seq": seq, "dtype": dtype})
+    source = read_source(spec, batch=batch, seq=seq, dtype=dtype)
+    return _load_config(source, device) if source.file is not None else _call_function(source)
 
 
-def _load_config(path: Path, *, batch: int | None, seq: int | None, dtype: str | None, device: str) -> LoadedModel:
-    file = path / "config.json" if path.is_dir() else path
-    data = _read_config(file)
+def _load_config(source: Source, device: str) -> LoadedModel:
+    """Build the model of a transformers configuration, and its example inputs."""
+    file, data = source.file, source.config
+    assert file is not None
     try:
         import transformers
         from transformers import CONFIG_MAPPING
     except ImportError as error:
-        raise InputError(f"hf:{path} needs the transformers package: pip install 'autopar[transformers]'") from error
-    kind = data.get("model_type")
-    if kind is None:
-        raise InputError(f'{file} has no "model_type": it isn\'t a transformers configuration of a model')
+        raise InputError(f"hf:{file} needs the transformers package: pip install 'autopar[transformers]'") from error
+    kind = data["model_type"]
     if kind not in CONFIG_MAPPING:
         raise InputError(
             f"{file}: transformers {transformers.__version__} knows no model_type {kind!r}; upgrade transformers, or load the "
             "model in a function of your own and give file.py:function"
         )
+    # Whatever a configuration says comes to light somewhere in transformers, as any exception.
     try:
-        config = CONFIG_MAPPING[kind].from_dict({**data, "use_cache": False} if "use_cache" in data else data)
+        config = CONFIG_MAPPING[kind].from_dict({**data, "use_cache": False} if "use_cache" in data else dict(data))
+        dtype = getattr(torch, source.dtype) if source.dtype is not None else getattr(config, "dtype", None) or torch.float32
+        if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise InputError(f"{file}: its dtype is {dtype!r}, which no parameters are trained in; give --dtype bfloat16 or another")
+        batch = source.batch or DEFAULT_BATCH
+        inputs = (
+            _make_images(file, config, batch, dtype, device) if source.builder == IMAGE else _make_tokens(source, config, batch, device)
+        )
+    except InputError:
+        raise
     except Exception as error:
-        raise InputError(f"{file} isn't a valid {kind!r} configuration: {error}") from error
-    builder = _choose_builder(file, data.get("architectures"))
-    chosen = DTYPES[dtype] if dtype is not None else getattr(config, "dtype", None) or torch.float32
-    inputs = (
-        _make_images(config, batch or DEFAULT_BATCH, chosen, device)
-        if builder == _IMAGE
-        else _make_tokens(file, config, batch or DEFAULT_BATCH, seq, device)
-    )
-    if builder == _IMAGE and seq is not None:
-        raise InputError(f"seq={seq}: {file} is an image classifier, which has no sequence length; leave it out")
+        raise InputError(f"{file} isn't a valid {kind!r} configuration: {_brief(error)}") from error
     try:
         with torch.device(device):
-            model = getattr(transformers, builder).from_config(config, dtype=chosen, trust_remote_code=False)
+            model = getattr(transformers, source.builder).from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
-        raise InputError(f"{file}: transformers can't build this model: {error}") from error
+        raise InputError(f"{file}: transformers can't build this model: {_brief(error)}") from error
     name = file.parent.resolve().name if file.name == "config.json" else file.stem
     return LoadedModel(name, model.train(), inputs)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    """Read a configuration file as a JSON object."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{file} doesn't exist: hf: takes a config.json or a folder that holds one") from error
-    except OSError as error:
-        raise InputError(f"{file} can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{file} isn't JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{file} holds a JSON {type(data).__name__}, not an object: it isn't a transformers configuration")
-    return data
-
-
-def _choose_builder(file: Path, architectures: object) -> str:
-    """Name the transformers class for the first of a configuration's `architectures`; none at all means a causal model."""
-    if not architectures:
-        return _CAUSAL
-    name = architectures[0] if isinstance(architectures, list) else architectures
-    for ending, builder in _BUILDERS.items():
-        if str(name).endswith(ending):
-            return builder
-    raise InputError(
-        f'{file}: "architectures" names {name!r}; known are names that end in {", ".join(_BUILDERS)}. '
-        "Load the model in a function of your own and give file.py:function"
-    )
-
-
-def _make_tokens(file: Path, config: Any, batch: int, seq: int | None, device: str) -> dict[str, Tensor]:
+def _make_tokens(source: Source, config: Any, batch: int, device: str) -> dict[str, Tensor]:
     """Make ``input_ids`` and ``labels`` ``(batch, seq)`` of random tokens."""
+    file, seq = source.file, source.seq
+    assert file is not None
     window = getattr(config, "max_position_embeddings", None)
+    if window is not None:
+        check_size(file, "max_position_embeddings", window)
     seq = seq or min(window or DEFAULT_SEQ, DEFAULT_SEQ)
     # Rotary positions go on past the window; a learned table has no row for them, which meta tensors wouldn't notice.
     if window and seq > window and not getattr(config, "rope_parameters", None):
         raise InputError(f"seq={seq}: {file} has {window} learned positions; use a shorter sequence")
     vocabulary = config.get_text_config().vocab_size
+    check_size(file, "vocab_size", vocabulary)
     ids, labels = (torch.randint(vocabulary, (batch, seq), device=device) for _ in range(2))
     return {"input_ids": ids, "labels": labels}
 
 
-def _make_images(config: Any, batch: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+def _make_images(file: Path, config: Any, batch: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Make random ``pixel_values`` ``(batch, channels, height, width)`` and class ``labels`` ``(batch,)``."""
-    size = getattr(config, "image_size", None) or DEFAULT_IMAGE_SIZE
+    size, channels = getattr(config, "image_size", None) or DEFAULT_IMAGE_SIZE, getattr(config, "num_channels", 3)
+    check_size(file, "image_size", size, pair=True)
+    check_size(file, "num_channels", channels)
+    check_size(file, "num_labels", config.num_labels)
     height, width = (size, size) if isinstance(size, int) else size
-    pixels = torch.randn(batch, getattr(config, "num_channels", 3), height, width, dtype=dtype, device=device)
+    pixels = torch.randn(batch, channels, height, width, dtype=dtype, device=device)
     return {"pixel_values": pixels, "labels": torch.randint(config.num_labels, (batch,), device=device)}
 
 
-def _call_function(target: str, function: str, options: Mapping[str, int | str | None]) -> LoadedModel:
-    """Import `target`, call its `function` with the options that are set, and check what it returns."""
+def _call_function(source: Source) -> LoadedModel:
+    """Import the source's module, call its function with the options that are set, and check what it returns."""
+    target, function = source.target, source.function
     spec = f"{target}:{function}"
-    if target.endswith(".py") and not Path(target).is_file():
-        raise InputError(f"{target} doesn't exist: {_FORMS}")
-    folder = Path(target).resolve().parent if target.endswith(".py") else Path.cwd()
+    options = {"batch": source.batch, "seq": source.seq, "dtype": source.dtype}
+    folder = Path(os.path.realpath(target)).parent if target.endswith(".py") else Path.cwd()
     with _importable(folder):
-        try:
+        with _failing_as(f"importing {target} failed at", target, folder):
             module = _import_file(Path(target)) if target.endswith(".py") else importlib.import_module(target)
-        except (Exception, SystemExit) as error:
-            if isinstance(error, ModuleNotFoundError) and error.name and f"{target}.".startswith(f"{error.name}."):
-                raise InputError(f"there is no module {error.name!r} in {folder} or on Python's path: {_FORMS}") from error
-            raise InputError(f"importing {target} failed at {_describe(error)}") from error
-        build = getattr(module, function, None)
+            build = getattr(module, function, None)
         if not callable(build):
             known = sorted(name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_")
             has = f"it has {', '.join(known)}" if known else "it has no functions"
             raise InputError(f"{target} has no function {function!r}: {has}")
         given = _select_options(spec, build, {word: value for word, value in options.items() if value is not None})
-        try:
+        with _failing_as(f"{spec} failed at"):
             result = build(**given)
-        except (Exception, SystemExit) as error:
-            raise InputError(f"{spec} failed at {_describe(error)}") from error
     return _check_result(spec, result)
+
+
+@contextmanager
+def _failing_as(what: str, target: str = "", folder: Path | None = None) -> Iterator[None]:
+    """Turn whatever the user's code raises into an InputError: it may exit, or raise what is no Exception."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{target}.".startswith(f"{error.name}."):
+            raise InputError(f"there is no module {error.name!r} in {folder} or on Python's path: {FORMS}") from error
+        raise InputError(f"{what} {_describe(error)}") from error
 
 
 @contextmanager
@@ -243,7 +200,10 @@ def _import_file(path: Path) -> ModuleType:
 
 def _select_options(spec: str, build: Callable[..., object], given: dict[str, int | str]) -> dict[str, int | str]:
     """Return `given` if `build` takes every option and needs no other; an option is never dropped in silence."""
-    parameters = inspect.signature(build).parameters.values()
+    try:
+        parameters = inspect.signature(build).parameters.values()
+    except (TypeError, ValueError) as error:  # of a function that isn't Python's
+        raise InputError(f"{spec} is no function whose parameters are known: give a function that is written in Python") from error
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
     unused = [word for word in given if not takes_any and word not in named]
@@ -282,4 +242,10 @@ def _describe(error: BaseException) -> str:
     not_theirs = ("site-packages", "importlib", __file__)
     theirs = [frame for frame in frames if not any(part in frame.filename for part in not_theirs)]
     frame = (theirs or frames)[-1]
-    return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
+    return f"{frame.filename}:{frame.lineno}: {_brief(error)}"
+
+
+def _brief(error: BaseException) -> str:
+    """An exception in one line of bearable length."""
+    text = " ".join(word_exception(error).split())
+    return text if len(text) <= _MESSAGE else f"{text[:_MESSAGE]} ..."

@@ -9,8 +9,9 @@ import math
 from collections.abc import Mapping
 
 from autopar.ir import LoopKind, Mesh, Op, Placement, Split
-from autopar.plans import RepeatedWork, printable
+from autopar.plans import RepeatedWork
 from autopar.structure import AnalyzedGraph, count_flops, first_rank_axis
+from autopar.texts import printable
 
 # Shares of the work below this aren't listed: what small projections repeat costs nothing that a reader would change.
 LEAST_SHARE = 1e-3
