@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from autopar.capture import Captured, ExampleInputs, capture, split_call
+from autopar.capture import Captured, ExampleInputs, capture, refuse_tensors, split_call
 from autopar.checks import Verification, verify_plan
 from autopar.cost_models import Cluster, peak_flops
 from autopar.errors import InputError, PlanError
@@ -63,6 +63,7 @@ def plan(
     pins, group_mesh = reconcile(Pins.parse(pins), mesh)
     # What is known without the graph is refused before the model is captured, which takes seconds.
     check_devices(pins, group_mesh, devices)
+    refuse_tensors(model)
     _check_dtypes(model, devices)
     if progress is not None:
         progress("capture")
@@ -201,6 +202,7 @@ def compile(
     pins, group_mesh = reconcile(Pins.parse(pins), mesh)
     if inputs == "local" and example_inputs is None:
         raise InputError('inputs="local" needs example_inputs of the global batch: how it is split is known only with a plan')
+    refuse_tensors(model)
     planner = _Planner(cluster, plan, pins, group_mesh, strict, progress)
     module = CompiledModule(model, planner, inputs=inputs, init=init, device=device)
     planner.layouts = lambda: module.layouts

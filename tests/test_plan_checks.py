@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from autopar.texts import printable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -19,6 +18,7 @@ from autopar.errors import PlanError
 from autopar.plans.plan import Plan, from_json, to_json
 from autopar.report.summary import summarize
 from autopar.report.tables import explain
+from autopar.texts import printable
 from tests.commands import refuse
 from tests.plans import make_pipelined_plan, make_plan, set_field
 

@@ -9,7 +9,7 @@ Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``transformers``
 """
 
 from autopar.capture.calls import ExampleInputs, split_call
-from autopar.capture.export import Captured, capture, refuse_autocast
+from autopar.capture.export import Captured, capture, refuse_autocast, refuse_tensors
 from autopar.capture.fx_nodes import source_of, takes
 
-__all__ = ["Captured", "ExampleInputs", "capture", "refuse_autocast", "source_of", "split_call", "takes"]
+__all__ = ["Captured", "ExampleInputs", "capture", "refuse_autocast", "refuse_tensors", "source_of", "split_call", "takes"]

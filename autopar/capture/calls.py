@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from autopar.errors import InputError
 
@@ -115,8 +116,20 @@ def read_call(forward: Callable[..., Any], example_inputs: ExampleInputs) -> tup
     signature = inspect.signature(forward)
     call = canonical(signature, args, kwargs)
     leaves, spec = pytree.tree_flatten(call)
+    for name, leaf in zip(leaf_names(call), leaves, strict=True):
+        if isinstance(leaf, Tensor) and (problem := find_problem(leaf)):
+            raise InputError(f"the example input {name!r} {problem}")
     kinds = [TensorLeaf(tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return CallSpec(signature, spec, leaf_names(call), tuple(kinds)), leaves
+
+
+def find_problem(tensor: Tensor) -> str:
+    """Why a tensor can't be in a graph, and what to do; empty for the plain tensors that can."""
+    if is_lazy(tensor):
+        return "has no sizes yet, because its module is lazy: call the model once before, or give the module its sizes"
+    kinds = {"nested": tensor.is_nested, "quantized": tensor.is_quantized, f"stored as {tensor.layout}": tensor.layout is not torch.strided}
+    kind = next((kind for kind, is_so in kinds.items() if is_so), "")
+    return kind and f"is {kind}: give a dense tensor of numbers"
 
 
 def canonical(signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -11,24 +11,28 @@ from collections.abc import Iterator
 
 from autopar.capture.fx_nodes import is_users, short_path
 from autopar.errors import CaptureError
+from autopar.texts import word_exception
+
+# Characters of an exception's first line at most.
+_SUMMARY = 500
 
 _READS_DATA = frozenset(
     {"DataDependentOutputException", "GuardOnDataDependentSymNode", "UnsupportedDynamicShape", "DynamicOutputShapeException"}
 )
 
 
-def explain(error: Exception) -> CaptureError:
-    """The CaptureError to raise for an exception of the export."""
-    source = _users_line(error)
+def explain(error: BaseException, source: str = "") -> CaptureError:
+    """The CaptureError to raise for an exception of the export or of a run of its graph; `source` is the line of the user's, if known."""
+    source = source or _users_line(error)
     where = f"at `{source}`: " if source else ""
     reason, remedy = _reason(error)
     return CaptureError(f"the model can't be captured as one graph; {where}{reason}. {remedy}")
 
 
-def _reason(error: Exception) -> tuple[str, str]:
+def _reason(error: BaseException) -> tuple[str, str]:
     """Why the export failed, and what the user can change."""
     names = {type(link).__name__ for link in _chain(error)}
-    text = str(error)
+    text = word_exception(error)
     if names & _READS_DATA or "data-dependent" in text.lower():
         return (
             "the line reads a value out of a tensor, and tensors have none while a graph is made",
@@ -40,8 +44,8 @@ def _reason(error: Exception) -> tuple[str, str]:
             "the model returns an object whose contents torch doesn't know",
             "Return tensors in tuples, lists or dicts, or register the class: torch.export.register_dataclass for a dataclass",
         )
-    summary = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return f"{type(error).__name__}: {summary.rstrip('.')}", "Check that model(**example_inputs) runs with these inputs"
+    summary = next(line.strip() for line in text.splitlines() if line.strip())
+    return summary.rstrip(".")[:_SUMMARY], "Check that model(**example_inputs) runs with these inputs"
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -54,7 +58,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__ or current.__context__
 
 
-def _users_line(error: Exception) -> str:
+def _users_line(error: BaseException) -> str:
     """``file.py:12: code`` of the innermost frame that is the user's."""
     for link in _chain(error):
         frames = [frame for frame in traceback.extract_tb(link.__traceback__) if is_users(frame.filename)]

@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from autopar import ir
-from autopar.capture.calls import CallSpec, ResultSpec, read_call
+from autopar.capture.calls import CallSpec, ResultSpec, find_problem, read_call
 from autopar.capture.errors import explain
 from autopar.capture.functionalize import functionalize
 from autopar.capture.graph_of import graph_of
@@ -89,6 +89,13 @@ def refuse_autocast(device: torch.device) -> None:
         )
 
 
+def refuse_tensors(model: nn.Module) -> None:
+    """Raises CaptureError for parameters and buffers that aren't plain tensors of known sizes."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if problem := find_problem(tensor):
+            raise CaptureError(f"{name!r} of the model {problem}")
+
+
 def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], *, training: bool | None = None) -> Captured:
     """Capture a module for the sizes of an example call.
 
@@ -103,6 +110,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
         InputError: for arguments that the model's forward doesn't take.
     """
     spec, leaves = read_call(model.forward, example_inputs)
+    refuse_tensors(model)
     device = _device(model)
     refuse_autocast(device)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -198,9 +206,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         if said.getvalue():
             sys.stderr.write(said.getvalue())
         return program
-    except AutoparError:
+    except (AutoparError, KeyboardInterrupt):
         raise
-    except Exception as error:
+    except BaseException as error:  # a forward may exit, or raise what is no Exception
         raise explain(error) from error
     finally:
         for logger, level in zip(loggers, levels, strict=True):

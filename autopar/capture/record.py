@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autopar.capture.fx_nodes import on_device
+from autopar.capture.errors import explain
+from autopar.capture.fx_nodes import on_device, source_of
 
 aten = torch.ops.aten
 
@@ -94,7 +95,10 @@ def record(graph: fx.Graph, mode: FakeTensorMode, device: torch.device, needs_gr
             else:
                 args = fx.node.map_arg(node.args, values.__getitem__)
                 kwargs = fx.node.map_arg(on_device(node, device), values.__getitem__)
-                value = _run(node, args, kwargs)
+                try:
+                    value = _run(node, args, kwargs)
+                except Exception as error:  # exported, but its result depends on values
+                    raise explain(error, source_of(node)) from error
             values[node] = result.values[node.name] = value
             _claim(result, makers, node, value, unclaimed)
             alive.append(value)
