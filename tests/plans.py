@@ -70,7 +70,6 @@ def make_plan() -> Plan:
             method="MIP",
             variables=12_345,
             constraints=6_789,
-            seconds=0.4321,
             candidates=(
                 Candidate("search", "dp=2 x tp=4", 0.011, 19_595_678_901, "optimal"),
                 Candidate("search", "dp=8", 0.0123, 24_000_000_000, "optimal"),

@@ -114,7 +114,7 @@ def _proofs(draw: st.DrawFn, costs: tuple[CostRow, ...]) -> Proof:
     candidates = draw(st.lists(candidate, max_size=2))
     chosen = draw(st.integers(0, len(candidates)))
     candidates.insert(chosen, replace(draw(candidate), step_seconds=seconds))
-    return Proof(objective, bound, gap, draw(_TEXT), draw(_TEXT), draw(_COUNT), draw(_COUNT), draw(_TIME), tuple(candidates), chosen)
+    return Proof(objective, bound, gap, draw(_TEXT), draw(_TEXT), draw(_COUNT), draw(_COUNT), tuple(candidates), chosen)
 
 
 @st.composite

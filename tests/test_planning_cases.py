@@ -248,11 +248,10 @@ from autopar.capture import capture
 from autopar.cost_models import Cluster
 from autopar.search import make_plan
 from autopar.plans import to_json
-import dataclasses
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.LayerNorm(256), nn.Linear(256, 64))
 plan = make_plan(capture(model, (torch.randn(8, 64),)).graph, Cluster.parse("4xcpu"))
-print(to_json(dataclasses.replace(plan, proof=dataclasses.replace(plan.proof, seconds=0.0))))
+print(to_json(plan))
 """
 
 

@@ -31,7 +31,7 @@ VERSION = 4
 _LACKS = {
     1: " (a plan of version 1 has no fields pipeline, outputs, bucket_nbytes and costs)",
     2: " (a plan of version 2 has no fields outputs, bucket_nbytes and costs)",
-    3: " (a plan of version 3 has no field repeated)",
+    3: " (a plan of version 3 has no field repeated, and one for the seconds of its search)",
 }
 
 # Characters of a message at most: a file may name anything.
@@ -217,7 +217,6 @@ class Proof:
         gap: distance of the two as a share of the objective.
         status, method: how the solver ended (``optimal``), and by what (``LP, integral`` or ``MIP``).
         variables, constraints: of the largest model that was solved for the placements.
-        seconds: that the whole search took.
         candidates: everything that the search looked at.
         chosen: position among the candidates of the one that is the plan.
     """
@@ -229,7 +228,6 @@ class Proof:
     method: str
     variables: int
     constraints: int
-    seconds: float
     candidates: tuple[Candidate, ...]
     chosen: int
 

@@ -32,7 +32,7 @@ def summarize(plan: Plan) -> str:
         f"step    {format_seconds(seconds.step)} predicted = " + " + ".join(_word_parts(plan)),
         f"memory  {format_bytes(memory.total)} of {format_bytes(memory.budget)} per device: {kinds or 'nothing'}",
         f"proof   {proof.status} ({proof.method}): objective {proof.objective_ns:,} ns, bound {proof.bound_ns:,} ns,"
-        f" gap {format_gap(proof.gap)}, {format_seconds(proof.seconds)}, candidates looked at: {len(proof.candidates)}",
+        f" gap {format_gap(proof.gap)}, candidates looked at: {len(proof.candidates)}",
     ]
     if plan.unruled:
         shown = count_alike(plan.unruled)

@@ -308,13 +308,26 @@ def _word_proof(plan: Plan) -> list[str]:
         lines.append("Other placements, schedules, micro-batches and meshes were compared by what was found for each, not by bounds.")
     lines.append(
         f"The solver ended as {proof.status} ({proof.method}) on {count(proof.variables, 'variable')} and"
-        f" {count(proof.constraints, 'constraint')}; the whole search took {format_seconds(proof.seconds)}."
+        f" {count(proof.constraints, 'constraint')}."
     )
-    what, pin, is_pinned = "mesh", "--mesh dp=4,tp=2", "a pinned mesh"
-    if plan.pipeline.ranks > 1:
-        what, pin, is_pinned = "pipeline", "--pin pp=2 --pin schedule=1f1b", "a pinned pipeline"
-    lines.append(f"To check another {what}, pin it (`autopar plan ... {pin}`): {is_pinned} is solved with the same costs.")
+    lines += _word_other_pins(plan)
     return lines
+
+
+def _word_other_pins(plan: Plan) -> list[str]:
+    """Say by which options another plan for the same ranks can be had, to compare with; nothing for one rank, which has no other."""
+    ranks = plan.world_size
+    if plan.pipeline.ranks > 1:
+        schedule = "zb-h1" if plan.pipeline.schedule == "1f1b" else "1f1b"
+        what, options, is_pinned = "pipeline", f"--pin pp={plan.pipeline.ranks} --pin schedule={schedule}", "a pinned pipeline"
+    elif ranks > 1:
+        meshes = [{"dp": ranks // 2, "tp": 2}] if ranks % 2 == 0 and ranks > 2 else []
+        meshes += [{"dp": ranks}, {"tp": ranks}]
+        mesh = next(mesh for mesh in meshes if mesh != dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)))
+        what, options, is_pinned = "mesh", "--mesh " + ",".join(f"{name}={size}" for name, size in mesh.items()), "a pinned mesh"
+    else:
+        return []
+    return [f"To check another {what}, pin it (`autopar plan ... {options}`): {is_pinned} is solved with the same costs."]
 
 
 def _tabulate_unruled(unruled: Sequence[Unruled]) -> Stack:

@@ -79,7 +79,6 @@ def assemble(
     candidate: int,
     unruled: tuple[Op, ...],
     notes: tuple[str, ...],
-    seconds: float,
 ) -> Plan:
     """The plan of what was chosen; all costs are those that the search used.
 
@@ -93,7 +92,6 @@ def assemble(
         candidate: position of what was chosen among them.
         unruled: ops without a rule.
         notes: remarks for the report.
-        seconds: how long planning took.
     """
     model, solution = chosen.model, chosen.solution
     placements, layouts = chosen.sharding.placements, chosen.sharding.layouts
@@ -124,7 +122,6 @@ def assemble(
             method=chosen.method,
             variables=solution.variables,
             constraints=solution.constraints,
-            seconds=seconds,
             candidates=candidates,
             chosen=candidate,
         ),

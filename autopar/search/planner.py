@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -106,7 +105,6 @@ def make_plan(
     Raises InfeasibleError when nothing fits the memory, InputError on pins that can't be had, its subclass HardwareError on dtypes that the
     machine's profile doesn't know, UnknownOpError as `strict` says.
     """
-    start = time.perf_counter()
     tell = progress or (lambda _: None)
     tell("rules and costs")
     spaces, unruled = _read_rules(graph, strict=strict)
@@ -136,7 +134,6 @@ def make_plan(
         candidate=candidate,
         unruled=unruled,
         notes=(*notes, *_note_loss(graph, chosen.pipeline), *_note_storage(chosen, pins)),
-        seconds=time.perf_counter() - start,
     )
 
 

@@ -436,7 +436,7 @@ def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, ti
         note(state, configuration, None, error.needed + given_nbytes, "out of memory")
         return None
     except SolverError:
-        note(state, configuration, None, None, f"{choice}: no better one found in {time_limit_s:.0f} s")
+        note(state, configuration, None, None, f"{choice}: no better one found in time")
         return None
     outcome = "can't beat the best found" if assignment.status == "beyond" else assignment.status
     note(state, configuration, assignment.simulated, max(assignment.peak) + given_nbytes, f"{choice}: {outcome}")
