@@ -97,8 +97,10 @@ def case(target: str, *args: Any, name: str = "", **kwargs: Any) -> Any:
     return pytest.param(target, args, kwargs, id=f"{target.split('.')[0]} {name}".strip())
 
 
-def bag(indices: Tensor, starts: Tensor, padding: int | None = None, holding: dict[int, float] | None = None) -> tuple[Any, ...]:
-    return real(12, 4, holding=holding), indices, starts, False, 0, False, None, False, padding
+def bag(
+    indices: Tensor, starts: Tensor, padding: int | None = None, holding: dict[int, float] | None = None, weights: Tensor | None = None
+) -> tuple[Any, ...]:
+    return real(12, 4, holding=holding), indices, starts, False, 0, False, weights, False, padding
 
 
 def running(channels: int) -> tuple[Any, ...]:
@@ -120,6 +122,7 @@ CASES = [
         case("embedding_bag.padding_idx", *bag(BAGS, STARTS, padding, ROWS_NOT_FINITE), name=f"rows that aren't finite, padding {padding}")
         for padding in (None, 0, 6)
     ),
+    case("embedding_bag.padding_idx", *bag(BAGS, STARTS, 6, ROWS_NOT_FINITE, real(6)), name="rows that aren't finite, weighted"),
     case("embedding_bag.padding_idx", *bag(NO_INDICES, classes(0, 0, 0, 0)), name="nothing"),
     *(case("batch_norm.default", real(*shape), *running(6), name=str(shape)) for shape in ((1, 6), (2, 6), (4, 6, 1))),
     case("batch_norm.default", filled(1.0, 4, 6), *running(6), name="equal values"),

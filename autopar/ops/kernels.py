@@ -125,11 +125,16 @@ def embedding_bag(
         next_bag = first_bag + offsets.shape[0]
         end = int(starts[next_bag]) if next_bag < starts.shape[0] else indices.shape[0]
         indices, samples, offsets, is_summed = indices[begin:end], samples[begin:end], offsets - begin, is_summed[begin:end]
-    # Left out, not weighted with zero: zero times a row that isn't finite wouldn't be zero.
-    offsets = F.pad(is_summed.cumsum(0), (1, 0))[offsets]
-    indices, samples = indices[is_summed], samples[is_summed]
+    # What isn't summed here goes to a bag of its own behind the others, since zero times a row that isn't finite isn't zero. Places are
+    # computed without knowing how many there are, for which a GPU would have to be waited.
+    counts = F.pad(is_summed.cumsum(0), (1, 0))
+    behind = counts[-1] + torch.arange(indices.shape[0], device=indices.device) - counts[1:]
+    places = torch.where(is_summed, counts[:-1], behind)
+    indices = torch.zeros_like(indices).scatter(0, places, indices)
+    samples = torch.zeros_like(samples).scatter(0, places, samples.masked_fill(~is_summed, 0.0))
+    offsets = torch.cat([counts[offsets], counts[-1:]]).to(indices.dtype)
     results: tuple[Tensor, ...] = aten.embedding_bag.padding_idx(weight, indices, offsets, False, 0, False, samples, False, None)
-    return (results[0],)
+    return (results[0][:-1],)
 
 
 # --- attention of a part of the query rows ----------------------------------------------------------------------------------
