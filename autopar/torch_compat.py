@@ -6,8 +6,9 @@ dicts of `nn.Module` are private to torch too, and are used directly where they 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -18,7 +19,9 @@ import torch.distributed._state_dict_utils as state_dict_utils
 import torch.distributed.tensor._api as dtensor_api
 import torch.distributed.tensor._dispatch as dtensor_dispatch
 import torch.distributed.tensor._redistribute as dtensor_redistribute
-from torch import Tensor
+import torch.fx.experimental.proxy_tensor as proxy_tensor
+import torch.utils.checkpoint as checkpointing
+from torch import Tensor, fx, nn
 from torch._C._distributed_c10d import Store
 from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,6 +34,7 @@ from torch.distributed.tensor.placement_types import _StridedShard as StridedSha
 from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = [
+    "CheckpointFunction",
     "DTensorSpec",
     "OpSchema",
     "OutputSharding",
@@ -43,9 +47,12 @@ __all__ = [
     "all_to_all_single",
     "assert_on_device",
     "backward_id",
+    "backwards_go_to",
     "close_group",
     "copy_hooks",
     "default_store",
+    "function_calls_go_to",
+    "global_backward_hooks",
     "group_over",
     "has_hooks",
     "local_of",
@@ -64,6 +71,9 @@ __all__ = [
     "state_dict_utils",
     "storage_users",
     "timeout_of",
+    "traced_constant",
+    "traced_node",
+    "tracing_paused",
     "uncompiled",
     "with_placements",
 ]
@@ -127,6 +137,66 @@ def storage_users(x: Tensor) -> int:
 # Makes `torch.compile` run a function as it is, in a break of its graph. The public `torch.compiler.disable` imports the compiler,
 # which takes seconds, where the function is defined; this imports it at the first call, when capture has already.
 uncompiled: Callable[..., Any] = _disable_dynamo
+
+
+CheckpointFunction: type[torch.autograd.Function] = checkpointing.CheckpointFunction
+"""The function by which ``torch.utils.checkpoint`` runs a region with ``use_reentrant=True``."""
+
+tracing_paused: Callable[[], AbstractContextManager[Any]] = proxy_tensor.disable_proxy_modes_tracing
+"""A context inside which nothing is added to the graph that an export traces."""
+
+
+def traced_node(x: Tensor) -> fx.Node | None:
+    """The node that makes `x` in the graph that an export traces now; None for a tensor that isn't in it."""
+    mode = proxy_tensor.get_proxy_mode()
+    if mode is None:
+        return None
+    found = proxy_tensor.get_proxy_slot(x, mode.tracer, None, lambda slot: slot)
+    return None if found is None else found.proxy.node
+
+
+def traced_constant(node: fx.Node) -> object:
+    """The value of a node of kind get_attr in the graph that an export traces now."""
+    mode = proxy_tensor.get_proxy_mode()
+    return None if mode is None else getattr(mode.tracer.root, str(node.target), None)
+
+
+@contextmanager
+def function_calls_go_to(apply: Callable[[type[torch.autograd.Function], Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]) -> Iterator[None]:
+    """Inside, on this thread, ``function.apply(*args)`` is ``apply(function, original, args, kwargs)``, also where it was looked up before.
+
+    `original` is what ``function.apply`` would call.
+    """
+    base: Any = torch.autograd.function._SingleLevelFunction
+    thread = threading.get_ident()
+
+    def replacement(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        original = torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)
+        return apply(cls, original, args, kwargs) if threading.get_ident() == thread else original(*args, **kwargs)
+
+    # The public `apply` calls its base class's, which so far only that one's base class has.
+    base.apply = classmethod(replacement)
+    try:
+        yield
+    finally:
+        del base.apply
+
+
+@contextmanager
+def backwards_go_to(run: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `run` is called for every backward that starts: ``backward()``, `torch.autograd.grad`, and what builds on these."""
+    package: Any = torch.autograd
+    original = package._engine_run_backward
+    package._engine_run_backward = run
+    try:
+        yield
+    finally:
+        package._engine_run_backward = original
+
+
+def global_backward_hooks() -> bool:
+    """Whether there are backward hooks on all modules (``register_module_full_backward_hook`` and its like)."""
+    return bool(nn.modules.module._global_backward_hooks or nn.modules.module._global_backward_pre_hooks)
 
 
 def has_hooks(parameter: Tensor) -> bool:

@@ -23,14 +23,17 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from autopar import ir
+from autopar.capture.attributes import ModelAttributes
 from autopar.capture.calls import CallSpec, ResultSpec, find_problem, read_call
 from autopar.capture.errors import explain
 from autopar.capture.functionalize import functionalize
+from autopar.capture.functions import calls_remembered, place_hooks, restore_functions
 from autopar.capture.graph_of import graph_of
 from autopar.capture.masks import prove_masks
 from autopar.capture.normalize import drop_detach, drop_unused, inline_regions, simplify, slice_constant_indices
 from autopar.capture.record import record
 from autopar.capture.transformers import adapted
+from autopar.capture.watch import watched
 from autopar.errors import AutoparError, CaptureError
 
 aten = torch.ops.aten
@@ -118,9 +121,42 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
     args, kwargs = pytree.tree_unflatten(fakes, spec.in_spec)
     notes: list[str] = []
     originals = _Originals.of(model)
-    with _set_training(model, training), _faked(model, mode, device), adapted(model, kwargs, notes) as kwargs:
-        program = _export(model, args, kwargs)
-    return _assemble(program, originals, spec, leaves, mode, device, notes)
+    attributes = ModelAttributes.of(model)
+    with calls_remembered():
+        try:
+            with (
+                _set_training(model, training),
+                _faked(model, mode, device),
+                adapted(model, kwargs, notes) as kwargs,
+                watched(model, attributes, notes),
+            ):
+                program = _export(model, args, kwargs)
+                if changed := attributes.find_changed():
+                    attributes.refuse_changes(_run_again(model, args, kwargs, mode, attributes, changed))
+        finally:
+            attributes.restore()
+        attributes.raise_problems()
+        notes += attributes.notes
+        return _assemble(program, originals, spec, leaves, mode, device, notes)
+
+
+def _run_again(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    mode: FakeTensorMode,
+    attributes: ModelAttributes,
+    changed: frozenset[str],
+) -> frozenset[str]:
+    """Those of the `changed` attributes that another run of the forward changes again; all of them if it can't run without an export."""
+    attributes.continue_run()
+    try:
+        with warnings.catch_warnings(), mode, torch.enable_grad():
+            warnings.simplefilter("ignore")
+            model(*args, **kwargs)
+    except Exception:
+        return changed
+    return changed & attributes.find_changed()
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -245,6 +281,7 @@ class _Placeholders:
     inputs: dict[str, str] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)  # placeholder -> value; they are among the buffers
     scalars: dict[str, Tensor] = field(default_factory=dict)  # placeholder -> value of constants that become calls
+    plain: dict[str, str] = field(default_factory=dict)  # placeholder of a constant, also of a scalar -> its name
     merged: dict[str, str] = field(default_factory=dict)  # placeholder of a tied tensor -> the one that stands for it
 
 
@@ -265,6 +302,7 @@ def _read_placeholders(graph: fx.Graph, program: ExportedProgram, originals: _Or
             (placeholders.parameters if given.kind is InputKind.PARAMETER else placeholders.buffers)[node.name] = name
         elif given.kind is InputKind.CONSTANT_TENSOR:
             value = program.constants[target]
+            placeholders.plain[node.name] = target
             if value.ndim == 0 and not value.is_meta:
                 placeholders.scalars[node.name] = value
             else:
@@ -274,8 +312,20 @@ def _read_placeholders(graph: fx.Graph, program: ExportedProgram, originals: _Or
             placeholders.inputs[node.name] = next(names)
         elif given.kind is not InputKind.USER_INPUT:
             kind = given.kind.name.lower().replace("_", " ")
-            raise CaptureError(f"the forward uses {given.target!r}, a {kind}, which can't be part of a graph")
+            raise CaptureError(
+                f"the forward uses {given.target!r}, a {kind}, which can't be part of a graph. (A torch.Generator is such an object; draw from"
+                " torch's own generator)"
+            )
     return placeholders
+
+
+def _unwritable(placeholders: _Placeholders) -> dict[str, str]:
+    """Name of a node that the forward mustn't write to -> what it is, and what to do instead."""
+    remedy = "; make it a buffer, or do the update outside the forward"
+    return {
+        **{name: f"the parameter {target}{remedy}" for name, target in placeholders.parameters.items()},
+        **{name: f"the plain tensor {target}{remedy}" for name, target in placeholders.plain.items()},
+    }
 
 
 def _order_placeholders(graph: fx.Graph, placeholders: _Placeholders) -> fx.Graph:
@@ -288,7 +338,7 @@ def _order_placeholders(graph: fx.Graph, placeholders: _Placeholders) -> fx.Grap
     for name, target in placeholders.merged.items():
         env[old[name]] = env[old[target]]
     for name, value in placeholders.scalars.items():
-        made = new.call_function(aten.full.default, ([], value.item()), {"dtype": value.dtype})
+        made = new.create_node("call_function", aten.full.default, ([], value.item()), {"dtype": value.dtype}, name=name)
         made.meta["val"] = old[name].meta["val"]
         env[old[name]] = made
     for node in graph.nodes:
@@ -322,10 +372,14 @@ def _assemble(
     notes: list[str],
 ) -> Captured:
     """Run the passes over an exported program, in order, and put the results together."""
-    graph = inline_regions(program.graph_module)
+    graph = restore_functions(inline_regions(program.graph_module))
     placeholders = _read_placeholders(graph, program, originals, spec)
     graph = _order_placeholders(graph, placeholders)
-    graph, written = functionalize(graph, {*placeholders.buffers, *placeholders.inputs})
+    parameters = {name: originals.parameters[target] for name, target in placeholders.parameters.items()}
+    tensor_leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    differentiable = {name for name, tensor in parameters.items() if tensor.requires_grad}
+    differentiable |= {name for name, leaf in zip(placeholders.inputs, tensor_leaves, strict=True) if leaf.requires_grad}
+    graph, written = functionalize(graph, _unwritable(placeholders), differentiable)
     tensors, results = _read_results(graph, program)
     mutated = [name for name in placeholders.buffers if name in written]
     notes.extend(
@@ -335,15 +389,12 @@ def _assemble(
     )
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     output.args = ((*tensors, *(written[name] for name in mutated)),)
+    place_hooks(graph)
     graph = slice_constant_indices(simplify(graph, device), placeholders.constants)
     graph = prove_masks(graph, _known_values(placeholders, originals, written), notes)
     graph = drop_unused(graph, placeholders.constants)
     remaining = {node.name for node in graph.nodes if node.op == "placeholder"}
     buffers = {name: target for name, target in placeholders.buffers.items() if name in remaining}
-    parameters = {name: originals.parameters[target] for name, target in placeholders.parameters.items()}
-    tensor_leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    differentiable = {name for name, tensor in parameters.items() if tensor.requires_grad}
-    differentiable |= {name for name, leaf in zip(placeholders.inputs, tensor_leaves, strict=True) if leaf.requires_grad}
     recorded = record(graph, mode, device, frozenset(differentiable))
     graph = drop_detach(graph, recorded)
     kinds = {

@@ -9,7 +9,7 @@ that tensor are made again when they are next read::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,25 +21,29 @@ from autopar.errors import CaptureError
 aten = torch.ops.aten
 
 
-def functionalize(graph: fx.Graph, writable: Collection[str]) -> tuple[fx.Graph, dict[str, fx.Node]]:
+def functionalize(graph: fx.Graph, refused: Mapping[str, str], differentiable: Collection[str]) -> tuple[fx.Graph, dict[str, fx.Node]]:
     """Replace in-place operators; returns the new graph, and name of a placeholder that was written to -> node of its last value.
 
     Args:
         graph: a flat graph; its placeholders have the same names in the new one.
-        writable: names of the placeholders that may be written to: buffers and inputs.
+        refused: names of nodes that mustn't be written to, parameters and constants, with what they are and a remedy.
+        differentiable: names of the placeholders that need gradients.
 
-    Raises CaptureError for a write to another placeholder, a parameter, and for a write through a view whose inverse isn't known.
+    Raises CaptureError for a write to what is `refused`, for one through a view whose inverse isn't known, for one that goes past autograd
+    (``x.detach()``, ``x.data``, under ``no_grad``), and for one to what an autograd function's result shares memory with.
     """
-    return _Functionalizer(graph, frozenset(writable)).run()
+    return _Functionalizer(graph, refused, differentiable).run()
 
 
 class _Functionalizer:
     """The state of one pass: per old node its current value, what it is a view of, and whether it must be made again."""
 
-    def __init__(self, graph: fx.Graph, writable: frozenset[str]) -> None:
+    def __init__(self, graph: fx.Graph, refused: Mapping[str, str], differentiable: Collection[str]) -> None:
         self.old = graph
         self.new = fx.Graph()
-        self.writable = writable
+        self.refused = refused
+        self.needs_grad = {node for node in graph.nodes if node.op == "placeholder" and node.name in differentiable}
+        self.shared: set[fx.Node] = set()  # results of functions that share memory with arguments, and these arguments
         self.env: dict[fx.Node, Any] = {}
         self.same: dict[fx.Node, fx.Node] = {}  # in-place call -> the node that it writes to, whose value it is
         self.parent: dict[fx.Node, fx.Node] = {}  # view -> what it views
@@ -66,6 +70,11 @@ class _Functionalizer:
             parent = self._resolve(node.args[0])  # type: ignore[arg-type]
             self.parent[node] = parent
             self.views.setdefault(self._root(parent), []).append(node)
+        operands = [self._resolve(operand) for operand in node.all_input_nodes]
+        if node.target is not aten.detach.default and self.needs_grad.intersection(operands):
+            self.needs_grad.add(node)
+        if node.meta.get("returns_view") or (is_getitem(node) and operands[0] in self.shared):
+            self.shared.update([node, *map(self._root, operands)])
 
     def _resolve(self, node: fx.Node) -> fx.Node:
         while node in self.same:
@@ -93,9 +102,15 @@ class _Functionalizer:
         value = _call_functional(self.new, node, args, kwargs)
         self.same[node] = written
         chain = {written}
+        makes_grad = bool(self.needs_grad.intersection(map(self._resolve, node.all_input_nodes)))
         # Every tensor that this one is a view of gets a new value, the innermost first.
         while written in self.parent:
             parent = self.parent[written]
+            if written.target is aten.detach.default and parent in self.needs_grad and parent.name not in self.refused:
+                raise CaptureError(
+                    f"a write in place goes past autograd, by detach, .data or no_grad ({source_of(node) or node.name}), so that the gradient"
+                    " isn't that of the new value; write the line without the in-place operator"
+                )
             before = self._read(parent)
             self._set(written, value)
             value = _write_back(self.new, written, before, value, node)
@@ -103,12 +118,16 @@ class _Functionalizer:
             chain.add(written)
         self._set(written, value)
         self.stale.update(view for view in self.views.get(written, ()) if view not in chain)
+        if makes_grad:
+            self.needs_grad |= chain
+        if chain & self.shared:
+            raise CaptureError(
+                f"a write in place changes what an autograd function's result shares memory with ({source_of(node) or node.name});"
+                " write the line without the in-place operator"
+            )
+        if written.name in self.refused:
+            raise CaptureError(f"the forward writes in place to {self.refused[written.name]} ({source_of(node) or node.name})")
         if written.op == "placeholder":
-            if written.name not in self.writable:
-                raise CaptureError(
-                    f"the forward writes in place to the parameter {written.target!s} ({source_of(node) or node.name});"
-                    " make it a buffer, or do the update outside the forward"
-                )
             self.written[written.name] = written
 
     def _set(self, node: fx.Node, value: fx.Node) -> None:

@@ -6,9 +6,12 @@ Comes in: nodes of an fx graph. Goes out: what every module that reads or writes
 from __future__ import annotations
 
 import functools
+import inspect
+import linecache
 import operator
 import os
 import re
+import sysconfig
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,6 +55,7 @@ def on_device(node: fx.Node, device: torch.device) -> dict[str, Any]:
 
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
+_PYTHON = sysconfig.get_path("stdlib") + os.sep
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n +([^\n]+))?')
 
@@ -59,6 +63,22 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+), in [^\n]*(?:\n +([^\n]+))?')
 def is_users(filename: str) -> bool:
     """Whether a file is the user's, neither torch's nor autopar's."""
     return not filename.startswith((_TORCH, _OURS, "<"))
+
+
+def is_installed(filename: str) -> bool:
+    """Whether a file belongs to an installed package, which the user doesn't edit."""
+    return "site-packages" in filename or filename.startswith(_PYTHON) or not is_users(filename)
+
+
+def users_line() -> str:
+    """``file.py:12: code`` of the innermost call on the stack that is the user's or a library's, not torch's; empty when there is none."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if is_users(filename) and not (filename.startswith(_PYTHON) and "site-packages" not in filename):
+            return f"{short_path(filename)}:{frame.f_lineno}: {linecache.getline(filename, frame.f_lineno).strip()}"
+        frame = frame.f_back
+    return ""
 
 
 def short_path(filename: str) -> str:

@@ -4,13 +4,14 @@ Comes in: a rank's parts of tensors. Goes out: a rank's parts of tensors, with a
 is the same for all ranks, names the axes of the mesh by text, and asks them at run time which part is this rank's.
 
 Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``bounds``, ``losses``, ``kernels``, ``double_backward``,
-``weight_gradients``, ``deferrable``, ``recompute``, ``attention``.
+``weight_gradients``, ``deferrable``, ``recompute``, ``attention``, ``functions``.
 """
 
 from autopar.ops.collectives import gather_along, join_parts, regather, take_part
 from autopar.ops.comm import Axis, GroupAxis, Message, MicrobatchAxis
 from autopar.ops.deferrable import DEFERRABLE
 from autopar.ops.double_backward import refuse_double_backward
+from autopar.ops.functions import FunctionCall, GradientHook, given_arguments
 from autopar.ops.recompute import Recomputed
 from autopar.ops.weight_gradients import Deferred, deferring
 
@@ -18,12 +19,15 @@ __all__ = [
     "DEFERRABLE",
     "Axis",
     "Deferred",
+    "FunctionCall",
+    "GradientHook",
     "GroupAxis",
     "Message",
     "MicrobatchAxis",
     "Recomputed",
     "deferring",
     "gather_along",
+    "given_arguments",
     "join_parts",
     "refuse_double_backward",
     "regather",

@@ -198,7 +198,7 @@ def _signature(block: _Block) -> tuple[Any, ...]:
     for node in block.nodes:
         args = fx.node.map_arg(node.args, lambda operand: f"%{number[operand]}")
         kwargs = fx.node.map_arg(node.kwargs, lambda operand: f"%{number[operand]}")
-        lines.append((str(node.target), freeze(args), freeze(kwargs)))
+        lines.append((node.target, freeze(args), freeze(kwargs)))
     return (tuple(lines), tuple(number[node] for node in block.outputs))
 
 

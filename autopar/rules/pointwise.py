@@ -293,4 +293,10 @@ RULES: dict[str, Rule] = {
     "aten.randn_like.default": randn_like,
     "aten.rand.default": rand,
     "aten.randn.default": randn,
+    # Elementwise autograd functions of transformers, as `autopar.ops.FunctionCall` names them.
+    **named(
+        """autograd_function.transformers_models_bloom_modeling_bloom_GeLUFunction.T
+        autograd_function.transformers_models_recurrent_gemma_modeling_recurrent_gemma_SqrtBoundDerivative.T""",
+        pointwise,
+    ),
 }
