@@ -50,6 +50,7 @@ __all__ = [
     "backwards_go_to",
     "close_group",
     "copy_hooks",
+    "default_generator_replaced",
     "default_store",
     "function_calls_go_to",
     "global_backward_hooks",
@@ -158,11 +159,13 @@ def traced_node(x: Tensor) -> fx.Node | None:
 def traced_constant(node: fx.Node) -> object:
     """The value of a node of kind get_attr in the graph that an export traces now."""
     mode = proxy_tensor.get_proxy_mode()
-    return None if mode is None else getattr(mode.tracer.root, str(node.target), None)
+    return None if mode is None else getattr(getattr(mode.tracer, "root", None), str(node.target), None)
 
 
 @contextmanager
-def function_calls_go_to(apply: Callable[[type[torch.autograd.Function], Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any]) -> Iterator[None]:
+def function_calls_go_to(
+    apply: Callable[[type[torch.autograd.Function], Callable[..., Any], Sequence[Any], Mapping[str, Any]], Any],
+) -> Iterator[None]:
     """Inside, on this thread, ``function.apply(*args)`` is ``apply(function, original, args, kwargs)``, also where it was looked up before.
 
     `original` is what ``function.apply`` would call.
@@ -192,6 +195,18 @@ def backwards_go_to(run: Callable[..., Any]) -> Iterator[None]:
         yield
     finally:
         package._engine_run_backward = original
+
+
+@contextmanager
+def default_generator_replaced(generator: object) -> Iterator[None]:
+    """Inside, `torch.manual_seed` and its like use `generator` in the place of torch's default CPU generator."""
+    module: Any = torch.random
+    original = module.default_generator
+    module.default_generator = generator
+    try:
+        yield
+    finally:
+        module.default_generator = original
 
 
 def global_backward_hooks() -> bool:

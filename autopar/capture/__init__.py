@@ -4,8 +4,8 @@ Comes in: an `nn.Module` and example inputs. Goes out: `Captured`. The one idea:
 computed and a model on the meta device is captured like any other; a visible list of passes then makes one flat graph without submodules,
 in-place ops and devices.
 
-Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``transformers``, ``functionalize``, ``record``, ``masks``, ``normalize``,
-``graph_of``, ``export``.
+Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``attributes``, ``functions``, ``watch``, ``transformers``,
+``functionalize``, ``record``, ``masks``, ``normalize``, ``graph_of``, ``export``.
 """
 
 from autopar.capture.calls import ExampleInputs, split_call

@@ -69,7 +69,7 @@ class ModelAttributes:
         made, seen = ModelAttributes(model), set[int]()
         for module in model.modules():
             made.before[module] = dict(vars(module))
-            containers = [module._parameters, module._buffers, module._modules]
+            containers: list[Any] = [module._parameters, module._buffers, module._modules]
             for name, value in _own(module):
                 containers += [_contents(part) for _, part in _walk(name, value, seen)]
             made.contents.update({id(part): (part, part.copy()) for part in containers if part is not None})
@@ -91,9 +91,13 @@ class ModelAttributes:
         for key, (tensor, needs_grad) in _parameters(self.model).items():
             name = ".".join(filter(None, key))
             if key not in self.parameters:
-                self.problems.append(f"the forward adds the parameter {name}. Call the model once before, so that it has all its parameters")
+                self.problems.append(
+                    f"the forward adds the parameter {name}. Call the model once before, so that it has all its parameters"
+                )
             elif self.parameters[key][0] is not tensor:
-                self.problems.append(f"the forward replaces the parameter {name}. Make the new value a tensor of the forward, not a parameter")
+                self.problems.append(
+                    f"the forward replaces the parameter {name}. Make the new value a tensor of the forward, not a parameter"
+                )
             elif self.parameters[key][1] != needs_grad:
                 self.problems.append(f"the forward changes requires_grad of the parameter {name}. Do this outside of the forward")
         for prefix, module in self.model.named_modules():
@@ -122,13 +126,13 @@ class ModelAttributes:
     def find_changed(self) -> frozenset[str]:
         """Names of the attributes whose plain values the last run changed."""
         before, now = self.states[-2:]
-        return frozenset(".".join(filter(None, key)) for key in before.keys() & now.keys() if before[key] != now[key])
+        return frozenset(".".join(filter(None, key)) for key, value in now.items() if key not in before or before[key] != value)
 
     def refuse_changes(self, names: Collection[str]) -> None:
         """Note that the forward changes these attributes in every call."""
         self.problems += [
-            f"the forward changes {name} in every call, and a program makes tensors only. Change it in the loop, outside of the forward, or make"
-            " it a buffer (register_buffer) that the forward updates by operators"
+            f"the forward changes {name} in every call, and a program makes tensors only. Change it outside of the forward, or make it"
+            " a buffer (register_buffer) that the forward updates by operators"
             for name in sorted(names)
         ]
 
@@ -157,7 +161,9 @@ class ModelAttributes:
             for name, value in _own(module):
                 yield from ((type(module), *found) for found in _walk(f"{prefix}.{name}".lstrip("."), value, seen))
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-                yield from ((hook, *found) for found in _walk(f"a variable of the forward hook {getattr(hook, '__name__', hook)}", hook, seen))
+                yield from (
+                    (hook, *found) for found in _walk(f"a variable of the forward hook {getattr(hook, '__name__', hook)}", hook, seen)
+                )
         for kind in {type(module) for module in self.model.modules()}:
             variables = getattr(kind.forward, "__globals__", {})
             if not _is_installed(kind):
@@ -192,7 +198,9 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _is_installed(value: object) -> bool:
-    """Whether a class or function comes from an installed package, and not from the user's own files."""
+    """Whether a class or function comes from an installed package other than torch, whose modules keep no tensors of their own accord."""
+    if (getattr(value, "__module__", None) or "").partition(".")[0] == "torch":
+        return False
     file = getattr(sys.modules.get(getattr(value, "__module__", None) or ""), "__file__", None)
     return file is not None and is_installed(file)
 
@@ -250,7 +258,7 @@ def _walk(path: str, value: Any, seen: set[int] | None = None, depth: int = _DEP
 
 
 def _contents(value: Any) -> Any:
-    """What to copy of a value, so that it can be restored: the container itself, or an object's attributes; None where nothing can change."""
+    """What to copy of a value, to restore it later: the container itself, or an object's attributes; None where nothing can change."""
     if isinstance(value, _CONTAINERS):
         return None if isinstance(value, tuple) else value
     return None if isinstance(value, Tensor) else getattr(value, "__dict__", None)

@@ -313,8 +313,8 @@ def _read_placeholders(graph: fx.Graph, program: ExportedProgram, originals: _Or
         elif given.kind is not InputKind.USER_INPUT:
             kind = given.kind.name.lower().replace("_", " ")
             raise CaptureError(
-                f"the forward uses {given.target!r}, a {kind}, which can't be part of a graph. (A torch.Generator is such an object; draw from"
-                " torch's own generator)"
+                f"the forward uses {given.target!r}, a {kind}, which can't be part of a graph. If it is a torch.Generator,"
+                " draw from torch's default one"
             )
     return placeholders
 

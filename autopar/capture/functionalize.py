@@ -108,8 +108,8 @@ class _Functionalizer:
             parent = self.parent[written]
             if written.target is aten.detach.default and parent in self.needs_grad and parent.name not in self.refused:
                 raise CaptureError(
-                    f"a write in place goes past autograd, by detach, .data or no_grad ({source_of(node) or node.name}), so that the gradient"
-                    " isn't that of the new value; write the line without the in-place operator"
+                    f"a write in place goes past autograd, by detach, .data or no_grad ({source_of(node) or node.name}): the gradient isn't"
+                    " that of the new value. Write the line without the in-place operator"
                 )
             before = self._read(parent)
             self._set(written, value)

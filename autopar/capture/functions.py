@@ -64,7 +64,7 @@ def _run(tensors: list[Tensor], number: int) -> list[Tensor]:
 _LIBRARY.impl("function", _run, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
 _function = torch.ops.autopar.function.default
 # A hook's result isn't read until `place_hooks`, but its call must not be dropped as dead.
-fx.node.has_side_effect(_function)  # type: ignore[no-untyped-call]
+fx.node.has_side_effect(_function)
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def calls_remembered() -> Iterator[None]:
 def functions_kept_whole(on_checkpoint: Callable[[], None]) -> Iterator[None]:
     """Inside, on this thread, calls of the user's autograd functions are recorded whole in the graph that is traced.
 
-    Regions of ``torch.utils.checkpoint`` with ``use_reentrant=True``, which are such a function of torch's, run as the plain calls that they
+    Regions of ``torch.utils.checkpoint`` with ``use_reentrant=True`` are such a function of torch's. They run as the plain calls that they
     stand for, and `on_checkpoint` is called.
     """
     inside = False
@@ -110,7 +110,9 @@ def _run_checkpointed(region: Callable[..., Any], preserve_rng_state: bool, *arg
         return region(*args)
 
 
-def _apply_whole(function: type[torch.autograd.Function], original: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def _apply_whole(
+    function: type[torch.autograd.Function], original: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
     """What ``function.apply`` returns, made by one call in the graph that is traced.
 
     The function first runs untraced, to see how many tensors it returns, and whether it is a function of its arguments alone.
@@ -140,11 +142,11 @@ def _call(target: FunctionCall, args: Sequence[Any], returns_view: bool = False)
     return list(_function([value for value in given if isinstance(value, Tensor)], number))
 
 
-class _Inspection(TorchDispatchMode):
+class _Inspection(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches the operators of a function's forward."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._inputs = {id(tensor) for tensor in inputs}
         self._known = list(inputs)  # kept alive, so that no other tensor gets one's id
         self._known_ids = set(self._inputs)
@@ -172,8 +174,7 @@ class _Inspection(TorchDispatchMode):
     def find_problem(self) -> str | None:
         """Why the function can't be one call of a graph, and the remedy; None when it can."""
         if self._foreign is not None:
-            shape = list(self._foreign.shape)
-            return f"reads a tensor of shape {shape} that isn't among its arguments. Pass it to apply, so that it can be split and differentiated"
+            return f"reads a tensor of shape {list(self._foreign.shape)} that isn't among its arguments. Pass it to apply"
         if self._written:
             return "writes to an argument in place. Let its forward return a new tensor"
         if self._random:
@@ -193,8 +194,8 @@ def hook_gradient(x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> None:
         )
     if getattr(hook, "__module__", "") == torch.autograd.graph.__name__:
         raise CaptureError(
-            f"the hook registered at `{users_line()}` waits for the gradients of several tensors, which a program doesn't order. Register a hook"
-            " on each tensor"
+            f"the hook registered at `{users_line()}` waits for the gradients of several tensors, which a program doesn't order."
+            " Register a hook on each tensor"
         )
     if _holds_fake_tensor(hook):
         raise CaptureError(
@@ -264,4 +265,6 @@ def place_hooks(graph: fx.Graph) -> None:
         source = hook.args[0]
         assert isinstance(source, fx.Node)
         source.append(hook)
-        source.replace_all_uses_with(hook, delete_user_cb=lambda user, hook=hook: user is not hook)
+        for reader in list(source.users):
+            if reader is not hook:
+                reader.replace_input_with(source, hook)

@@ -37,8 +37,8 @@ def inline_regions(module: fx.GraphModule) -> fx.Graph:
     """Replace ``no_grad`` and ``autocast(enabled=False)`` regions, which are submodules of the export, by their bodies.
 
     What a ``no_grad`` region reads from outside is detached, so that nothing in it is differentiated; `drop_detach` later removes those
-    detach calls whose operand needs no gradient. Raises CaptureError for a region with autocast switched on, and for transforms of functions
-    (`torch.func`, `torch.autograd.forward_ad`).
+    detach calls whose operand needs no gradient. Raises CaptureError for a region with autocast switched on, and for `torch.func`
+    and `torch.autograd.forward_ad`, which transform functions.
     """
     state = _Inlining(fx.Graph())
     placeholders = [state.graph.node_copy(node) for node in module.graph.nodes if node.op == "placeholder"]
@@ -65,8 +65,8 @@ def _inline(module: fx.GraphModule, inputs: list[Any], grad: bool, state: _Inlin
         else:
             if getattr(node.target, "__module__", "") == "torch._functorch.predispatch" or node.target is aten._make_dual.default:
                 raise CaptureError(
-                    f"the forward transforms a function by torch.func (vmap, jvp, ...) or forward-mode AD ({source_of(node) or node.name}), of"
-                    " which a graph of operators keeps nothing. Write the computation of the whole batch by operators"
+                    f"the forward transforms a function by torch.func or forward-mode AD ({source_of(node) or node.name}), which isn't part"
+                    " of a graph of operators. Write the computation of the whole batch by operators"
                 )
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _read(env[n], grad, state))
             env[node] = emit(state.graph, node.target, args, kwargs, node)

@@ -4,16 +4,18 @@ Comes in: a model, and the keyword arguments of a call. Goes out: within `adapte
 export it with; afterwards the model is as it was. transformers is never imported here, since a model of its classes exists only where it is
 imported already.
 
-autopar registers a mask function with transformers that builds the same tensor as the library's ``sdpa`` and attaches its `Meaning` to it.
-When that tensor reaches autopar's attention function unchanged, the meaning is used and the tensor becomes dead code. When the model has
-changed it, the new tensor has no meaning attached and is used as a mask.
+Models ask for the name of the attention implementation that the user set, so that name stays. What transformers calls under it is replaced:
+by an attention function that is one operator, and by a mask function that builds the same tensor as the library's ``sdpa`` and attaches its
+`Meaning` to it. When that tensor reaches the attention function unchanged, the meaning is used and the tensor becomes dead code. When the
+model has changed it, the new tensor has no meaning attached and is used as a mask. ``eager`` attention, which is the model's own code, and
+functions that the user registered are captured as they are.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,10 +23,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autopar.capture.fx_nodes import users_line
+from autopar.errors import CaptureError
 from autopar.ops import attention as attention  # the import defines torch.ops.autopar.attention
 
-_NAME = "autopar"
 _MEANING = "_autopar_meaning"
+
+_EFFECTLESS = frozenset(
+    {"sliding_window", "position_ids", "cache_position", "output_attentions", "use_cache", "deterministic", "max_length_q", "max_length_k"}
+)
+"""Keyword arguments of attention functions that change nothing where a mask is given; windows are part of the mask."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +77,8 @@ def adapted(model: nn.Module, inputs: Mapping[str, Any], notes: list[str]) -> It
             notes.append("gradient checkpointing switched off: the plan chooses what is recomputed")
         # transformers tells packed sequences apart by their positions, but only when no cache is in use.
         packed = kwargs.get("position_ids") is not None and not caching
-        undo.enter_context(_registered(packed, notes))
-        for config in _switchable(models):
-            if config._attn_implementation == "eager" and any(key.endswith("mask") for key in kwargs):
-                notes.append("a query that may attend to no key (padding) gets zeros from attention, not an average")
-            undo.enter_context(_changed(config, "_attn_implementation_internal", _NAME))
+        names = {config._attn_implementation for config in configs} - {None, "eager"}
+        undo.enter_context(_replaced(names, frozenset(kwargs), packed, notes))
         yield kwargs
 
 
@@ -97,16 +102,6 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(configs.values())
 
 
-def _switchable(models: list[Any]) -> list[Any]:
-    """Configurations whose attention implementation can be set, in every module that has them."""
-    able: dict[int, bool] = {}
-    configs = {id(module.config): module.config for module in models}
-    for module in models:
-        is_able = type(module)._can_set_attn_implementation() and not module.config.output_attentions
-        able[id(module.config)] = able.get(id(module.config), True) and is_able
-    return [config for key, config in configs.items() if able[key]]
-
-
 @contextmanager
 def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
     before = getattr(owner, name)
@@ -118,8 +113,15 @@ def _changed(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _registered(packed: bool, notes: list[str]) -> Iterator[None]:
-    """Inside, autopar's attention and mask functions are registered, and the library's mask functions ignore packed sequences."""
+def _replaced(names: Collection[str], given: frozenset[str], packed: bool, notes: list[str]) -> Iterator[None]:
+    """Inside, the library's attention and mask functions of these names are ours, and its other mask functions ignore packed sequences.
+
+    Args:
+        names: the attention implementations that the model's configurations name.
+        given: names of the keyword arguments of the model's call; models hand those that they don't know on to attention functions.
+        packed: whether the model tells packed sequences apart.
+        notes: gets a line for each mask that is kept as a tensor.
+    """
     attentions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
     library = sys.modules["transformers.masking_utils"]
     masks = library.ALL_MASK_ATTENTION_FUNCTIONS
@@ -134,19 +136,52 @@ def _registered(packed: bool, notes: list[str]) -> Iterator[None]:
 
         return call
 
-    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return attention_forward(module, *args, notes=notes, **kwargs)
+    def attend(name: str) -> Callable[..., Any]:
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            _refuse_unknown(name, kwargs, given)
+            return attention_forward(module, *args, notes=notes, **kwargs)
 
-    originals = {name: masks[name] for name in ("sdpa", "eager")}
-    attentions.register(_NAME, attend)
-    masks.register(_NAME, build)
-    for name, original in originals.items():
-        masks.register(name, unpacked(original))
+        return call
+
+    # Functions that the user registered stay.
+    replaced = [name for name in names if name in attentions and attentions[name].__module__.startswith("transformers.")]
+    before = [(attentions, {name: attentions[name] for name in replaced})]
+    before.append((masks, {name: masks[name] for name in {"sdpa", "eager", *replaced} if name in masks}))
+    for name in before[1][1]:
+        masks.register(name, build if name in replaced else unpacked(masks[name]))
+    for name in replaced:
+        attentions.register(name, attend(name))
     try:
         yield
     finally:
-        for name, original in originals.items():
-            masks.register(name, original)
+        for functions, originals in before:
+            for name, original in originals.items():
+                functions.register(name, original)
+
+
+def _refuse_unknown(name: str, kwargs: Mapping[str, Any], given: frozenset[str]) -> None:
+    """Raise CaptureError for what a model passes to an attention function and one operator can't do.
+
+    The library's ``sdpa`` function, too, ignores plain arguments that it doesn't know, and all that the user gave in the call of the model.
+    """
+    known = {"dropout", "scaling", "is_causal", "position_bias", "attention_mask", *_EFFECTLESS}
+    if name != "sdpa":
+        known |= {"softcap", "s_aux"}
+    unknown = [
+        key
+        for key, value in kwargs.items()
+        if value is not None
+        and key not in known
+        and not (name == "sdpa" and (key in given or not isinstance(value, (Tensor, float))))
+        and not (key in given and not key.startswith("cu_seq"))
+    ]
+    windowed = name != "sdpa" and kwargs.get("sliding_window") is not None and kwargs.get("attention_mask", 0) is None
+    if unknown or windowed:
+        what = ", ".join(unknown) or "a sliding window without a mask"
+        raise CaptureError(
+            f"the model passes {what} to {name} attention at `{users_line()}`, which one attention operator can't do."
+            ' Set attn_implementation="eager", which is captured as the model computes it'
+        )
 
 
 def _build_mask(sdpa_mask: Callable[..., Tensor | None], packed: bool, notes: list[str], *args: Any, **kwargs: Any) -> Tensor | None:
@@ -247,6 +282,11 @@ def attention_forward(
     Shapes: query (batch, heads, queries, head size), key and value (batch, key/value heads, keys, head size). Returns the result, (batch,
     queries, heads, head size), and None for attention weights.
     """
+    if attention_mask is not None and attention_mask.ndim != 4:
+        raise CaptureError(
+            f"the model passes a mask of shape {list(attention_mask.shape)} to its attention at `{users_line()}`, where one of queries and"
+            ' keys is needed. Set attn_implementation="sdpa" or "eager"'
+        )
     if s_aux is not None:
         return _eager(module, query, key, value, attention_mask, dropout, scaling, s_aux, kwargs), None
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)

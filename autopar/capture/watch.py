@@ -68,7 +68,7 @@ def _refuse_backward_hooks(model: nn.Module) -> None:
         names.append("all modules")
     if names:
         raise CaptureError(
-            f"a backward hook is registered on {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}, and a program has no modules whose"
+            f"a backward hook is registered on {', '.join(names[:3] + ['...'] * (len(names) > 3))}, and a program has no modules whose"
             " backward could call it. Remove the hook; to change or see gradients, use a hook on a parameter, or let the forward call"
             " x.register_hook on a tensor"
         )
@@ -133,7 +133,10 @@ def _compiler_questions_noted(notes: list[str]) -> Iterator[None]:
         def ask() -> bool:
             # Libraries and torch ask often, and compute the same either way.
             if not is_installed(sys._getframe(1).f_code.co_filename):
-                _note(notes, f"torch.compiler.{name}() at {users_line()} is true while the model is captured: the branch for that is what runs")
+                _note(
+                    notes,
+                    f"torch.compiler.{name}() at {users_line()} is true while the model is captured: the branch for that is what runs",
+                )
             return original()
 
         return ask
@@ -168,12 +171,8 @@ def _random_numbers_watched() -> Iterator[None]:
     if (numpy := sys.modules.get("numpy")) is not None:
         sources["numpy.random"] = lambda: str(numpy.random.get_state())
     before = {name: state() for name, state in sources.items()}
-    generator = torch.random.default_generator
-    torch.random.default_generator = _Unseeded(generator)  # type: ignore[assignment]
-    try:
+    with torch_compat.default_generator_replaced(_Unseeded(torch.default_generator)):
         yield
-    finally:
-        torch.random.default_generator = generator
     if changed := [name for name, state in sources.items() if state() != before[name]]:
         raise CaptureError(
             f"the forward draws from {' and '.join(changed)}, which would happen once, while the model is captured, and not in every call."
@@ -190,8 +189,8 @@ class _Unseeded:
     def __getattr__(self, name: str) -> Any:
         if name in ("manual_seed", "seed"):
             raise CaptureError(
-                f"the forward seeds torch's random numbers at `{users_line()}`, which would happen once, while the model is captured, and not"
-                " in every call. Seed outside of the forward, or pass the numbers as arguments"
+                f"the forward seeds torch's random numbers at `{users_line()}`, which would happen once, while the model is captured, and"
+                " not in every call. Seed outside of the forward, or pass the numbers as arguments"
             )
         return getattr(self._generator, name)
 
@@ -269,17 +268,18 @@ def _register_post_accumulate_hook(notes: list[str], func: Any, x: Tensor, hook:
 
 def _retain_grad(notes: list[str], func: Any, x: Tensor) -> None:
     _note(
-        notes,
-        f"retain_grad at {users_line()} left out: the tensor's grad stays None. Return the tensor, and call retain_grad on what the model returns",
+        notes, f"retain_grad at {users_line()} left out: grad stays None. Return the tensor, and call retain_grad on what the model returns"
     )
 
 
+_tensor: Any = Tensor  # whose properties have types of the values that they return
+
 _HANDLERS: Mapping[Any, Callable[..., Any]] = {
-    Tensor.data.__get__: _read_data,  # type: ignore[attr-defined]
-    Tensor.data.__set__: _write_data,  # type: ignore[attr-defined]
-    Tensor.grad.__get__: _read_grad,  # type: ignore[attr-defined, union-attr]
-    Tensor.grad.__set__: _read_grad,  # type: ignore[attr-defined, union-attr]
-    Tensor.grad_fn.__get__: _read_grad_fn,  # type: ignore[attr-defined, union-attr]
+    _tensor.data.__get__: _read_data,
+    _tensor.data.__set__: _write_data,
+    _tensor.grad.__get__: _read_grad,
+    _tensor.grad.__set__: _read_grad,
+    _tensor.grad_fn.__get__: _read_grad_fn,
     Tensor.register_hook: _register_hook,
     Tensor.register_post_accumulate_grad_hook: _register_post_accumulate_hook,
     Tensor.retain_grad: _retain_grad,

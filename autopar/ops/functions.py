@@ -100,13 +100,13 @@ class GradientHook(torch.autograd.Function):
     """The identity, whose backward calls a hook that the user registered on the gradient of an intermediate tensor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Tensor:
         """Returns `x`."""
         ctx.hook = hook
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """The gradient that the hook returns, or the one that it was given where it returns none."""
         changed = ctx.hook(grad)
         return (grad if changed is None else changed), None
