@@ -19,7 +19,7 @@ from autopar.cost_models import Cluster, peak_flops
 from autopar.errors import InputError, PlanError
 from autopar.ir import Layout, Mesh, with_pipeline
 from autopar.plans import NO_PINS, Pins, Plan, check_devices, reconcile
-from autopar.rewrite import Program, rewrite
+from autopar.rewrite import Program, mark_samples, rewrite
 from autopar.runtime import Init, ParallelModule, world
 from autopar.search import make_plan
 
@@ -165,13 +165,15 @@ def compile(
     mesh: Mapping[str, int] | None = None,
     strict: bool = False,
     inputs: Literal["global", "local"] = "global",
+    outputs: Literal["plain", "sharded"] = "plain",
     init: Init | None = None,
     device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> CompiledModule:
     """Make a model run in parallel over the ranks of this process group; the training loop stays as it is.
 
-    Every rank passes the same global batch and gets the loss that one device would. Without `example_inputs` the first call makes the plan.
+    Every rank passes the same global batch and gets the loss, and the outputs, that one device would. Without `example_inputs` the first
+    call makes the plan.
     Make optimizers after this call, from the returned module's parameters::
 
         model = autopar.compile(model, {"x": x, "labels": labels})
@@ -185,7 +187,9 @@ def compile(
         pins: as in `autopar.plan`.
         mesh: as in `autopar.plan`.
         strict: as in `autopar.plan`.
-        inputs: ``local`` when every rank passes its own part of the batch (see `CompiledModule.data_shard`); needs `example_inputs`.
+        inputs: ``local`` when every rank passes its own part of the batch (see `CompiledModule.data_shard`) and gets the outputs of that;
+            needs `example_inputs`.
+        outputs: ``sharded`` for DTensors where a rank has a part of an output only; by default outputs are plain tensors.
         init: from name and meta tensor to the value of a parameter or buffer on the meta device.
         device: where these are stored.
         progress: called with a few words on what is being done.
@@ -195,6 +199,8 @@ def compile(
     """
     if inputs not in ("global", "local"):
         raise InputError(f'inputs={inputs!r}: "global" or "local" is needed')
+    if outputs not in ("plain", "sharded"):
+        raise InputError(f'outputs={outputs!r}: "plain" or "sharded" is needed')
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan={plan!r} is no plan; read a file with autopar.Plan.load(path)")
     if plan is not None and (pins or mesh):
@@ -204,7 +210,8 @@ def compile(
         raise InputError('inputs="local" needs example_inputs of the global batch: how it is split is known only with a plan')
     refuse_tensors(model)
     planner = _Planner(cluster, plan, pins, group_mesh, strict, progress)
-    module = CompiledModule(model, planner, inputs=inputs, init=init, device=device)
+    planner.marks_samples = inputs == "local"
+    module = CompiledModule(model, planner, inputs=inputs, outputs=outputs, init=init, device=device)
     planner.layouts = lambda: module.layouts
     planner.check_world(_find_device(model))
     if example_inputs is not None:
@@ -261,6 +268,7 @@ class _Planner:
         self.progress = progress
         self.first_plan: Plan | None = None
         self.layouts: Callable[[], Mapping[str, Layout]] = dict
+        self.marks_samples = False
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Program:
         device = _find_device(model)
@@ -273,7 +281,8 @@ class _Planner:
             plan = world.agree(lambda: self._search(model, captured, cluster), device)
         if self.first_plan is None:
             self.first_plan = plan
-        return rewrite(captured, plan, device, world.rank() // plan.mesh.world_size)
+        program = rewrite(captured, plan, device, world.rank() // plan.mesh.world_size)
+        return mark_samples(program, captured) if self.marks_samples else program
 
     def _search(self, model: nn.Module, captured: Captured, cluster: Cluster) -> Plan:
         """A plan for this graph; later plans have the first one's mesh, and read parameters as they are stored."""

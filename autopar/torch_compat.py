@@ -60,6 +60,7 @@ __all__ = [
     "local_sizes",
     "make_dtensor",
     "make_like",
+    "make_wrapper",
     "partial_norm",
     "read_in_backward",
     "redistribute_part",
@@ -77,6 +78,7 @@ __all__ = [
     "tracing_paused",
     "uncompiled",
     "with_placements",
+    "without_torch_function",
 ]
 
 # torch 2.13 renames the flat collectives and warns about the old names, which are all that 2.11 has.
@@ -301,6 +303,17 @@ def make_dtensor(local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement
     meta = TensorMeta(torch.Size(shape), tuple(stride), local.dtype)
     new: Callable[..., DTensor] = DTensor
     return new(local.detach(), DTensorSpec(mesh, tuple(placements), meta), requires_grad=False)
+
+
+def make_wrapper(kind: type[Tensor], shape: Sequence[int], like: Tensor) -> Any:
+    """A tensor of the subclass `kind` without memory, contiguous, with the dtype and device of `like`."""
+    strides = torch.empty(tuple(shape), device="meta").stride()
+    make: Callable[..., Tensor] = Tensor._make_wrapper_subclass
+    return make(kind, tuple(shape), strides=strides, dtype=like.dtype, device=like.device)
+
+
+# Inside, functions of torch don't ask ``__torch_function__`` of the tensors that they are given.
+without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.DisableTorchFunctionSubclass
 
 
 def make_like(local: Tensor, x: DTensor) -> DTensor:

@@ -8,8 +8,19 @@ Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``attributes``, 
 ``functionalize``, ``record``, ``masks``, ``normalize``, ``graph_of``, ``export``.
 """
 
-from autopar.capture.calls import ExampleInputs, split_call
+from autopar.capture.calls import ExampleInputs, canonical, leaf_names, split_call
 from autopar.capture.export import Captured, capture, refuse_autocast, refuse_tensors
 from autopar.capture.fx_nodes import source_of, takes
 
-__all__ = ["Captured", "ExampleInputs", "capture", "refuse_autocast", "refuse_tensors", "source_of", "split_call", "takes"]
+__all__ = [
+    "Captured",
+    "ExampleInputs",
+    "canonical",
+    "capture",
+    "leaf_names",
+    "refuse_autocast",
+    "refuse_tensors",
+    "source_of",
+    "split_call",
+    "takes",
+]

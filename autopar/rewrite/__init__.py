@@ -8,5 +8,6 @@ Modules, in reading order: ``program``, ``stages``, ``planned``, ``whole_batch``
 
 from autopar.rewrite.emit import rewrite
 from autopar.rewrite.program import CrossingTensor, PipelineProgram, Program, Slot, StageProgram
+from autopar.rewrite.slots import mark_samples
 
-__all__ = ["CrossingTensor", "PipelineProgram", "Program", "Slot", "StageProgram", "rewrite"]
+__all__ = ["CrossingTensor", "PipelineProgram", "Program", "Slot", "StageProgram", "mark_samples", "rewrite"]

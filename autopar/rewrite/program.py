@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from autopar.ir import Layout, Mesh, State
+from autopar.ir import Layout, Mesh, State, shard
 from autopar.schedules import Schedule
 
 
@@ -29,6 +29,9 @@ class Signature(Protocol):
         ...
 
 
+_FIRST_DIM = shard(0)
+
+
 @dataclass(frozen=True, slots=True)
 class Slot:
     """One tensor that goes into or comes out of the program.
@@ -41,6 +44,8 @@ class Slot:
         partial_axes: for a parameter, the axes over which its local gradient still has to be summed, once per step.
         requires_grad: whether the tensor takes part in the backward.
         users: the pipeline ranks that use the parameter, in order of their stages, or the one that makes the output.
+        batch: of an input or output, the state that splits it into equal numbers of samples; None when it has no batch. Nothing is
+            split that way unless `layout` says so.
     """
 
     name: str
@@ -50,6 +55,7 @@ class Slot:
     partial_axes: tuple[str, ...] = ()
     requires_grad: bool = False
     users: tuple[int, ...] = (0,)
+    batch: State | None = _FIRST_DIM
 
     @property
     def owner(self) -> int:

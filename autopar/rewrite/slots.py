@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import fx, nn
 
+from autopar.capture import Captured
 from autopar.ir import Layout, OpKind, State, StateKind, Value, local_outer, local_shape, shard
 from autopar.rewrite.planned import PlannedGraph, needed_layout, sent_layout, stored_layout
 from autopar.rewrite.program import CrossingTensor, Program, Slot, StageOutput
 from autopar.rewrite.stages import Stage
+from autopar.rules import find_spaces
+from autopar.structure import find_roles, find_samples
 
 
 def make_program(planned: PlannedGraph, module: nn.Module) -> Program:
@@ -47,6 +52,20 @@ def find_output_slots(planned: PlannedGraph) -> tuple[Slot, ...]:
         layout = _joined_layout(planned, needed_layout(planned, planned.graph.output, position))
         slots.append(Slot(f"output {position}", layout, tensor.shape, tensor.dtype, (), tensor.requires_grad))
     return tuple(slots)
+
+
+def mark_samples(program: Program, captured: Captured) -> Program:
+    """The program with what is known of the batch in its inputs and outputs (`Slot.batch`), for ranks that pass their own samples."""
+    graph = captured.graph
+    spaces, _ = find_spaces(graph)
+    samples = find_samples(graph, spaces, find_roles(graph, spaces))
+    inputs = [samples[Value(op.name)] for op in graph.of_kind(OpKind.INPUT)]
+    outputs = [samples[value] for value in graph.returned]
+    return replace(
+        program,
+        inputs=tuple(replace(slot, batch=batch) for slot, batch in zip(program.inputs, inputs, strict=True)),
+        outputs=tuple(replace(slot, batch=batch) for slot, batch in zip(program.outputs, outputs, strict=True)),
+    )
 
 
 def make_crossing(planned: PlannedGraph, value: Value) -> CrossingTensor:

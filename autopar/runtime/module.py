@@ -7,25 +7,29 @@ calls and results mean what they mean on one device. Optimizers must be made fro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from autopar import torch_compat
 from autopar.capture import refuse_autocast
 from autopar.errors import InputError, PlanError
-from autopar.ir import REPLICATE, Layout, shard
-from autopar.ops import comm, gather_along, regather, rng
-from autopar.rewrite import Program, Slot
-from autopar.runtime.dtensor import as_dtensor, gather_whole, placements_of, shard_whole, split_steps, take_local, teach_strided_shards
+from autopar.ir import Layout
+from autopar.ops import comm, regather, rng
+from autopar.rewrite import Program
+from autopar.runtime.agreement import digest, form_agreement
+from autopar.runtime.call_check import CallCheck
+from autopar.runtime.dtensor import gather_whole, take_local, teach_strided_shards
 from autopar.runtime.gradients import GradientReducer, TrackedParameter
+from autopar.runtime.inputs import Call, InputReader
+from autopar.runtime.outputs import Handover, Step, name_outputs, returns_loss
 from autopar.runtime.pipeline_calls import PipelineCalls, refuse_gradients
-from autopar.runtime.storage import Deployment, Init, Storage, as_stored, copy_updated_buffers, plain_parameters, replicate, stands_for
+from autopar.runtime.storage import Init, Storage, as_stored, copy_updated_buffers, plain_parameters, replicate, stands_for
 from autopar.runtime.world import join_world, share_number
 
 Planner = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Program]
@@ -41,8 +45,10 @@ class ParallelModule(nn.Module):
     Args:
         model: the user's model, on its device or on the meta device; its parameters are changed in place.
         planner: makes the programs.
-        inputs: with ``global`` every rank passes the same whole batch. With ``local`` every rank passes the part that `data_shard`
-            says, along dim 0 of every input; a plan must exist before the first call (see `prepare`).
+        inputs: with ``global`` every rank passes the same whole batch. With ``local`` every rank passes the samples that `data_shard`
+            says, in dim 0 of every input that has the batch there, and gets the outputs of these; a plan must exist before the first call
+            (see `prepare`).
+        outputs: ``plain`` tensors, or ``sharded`` for DTensors of the whole batch where a rank has a part only.
         init: makes the values of what is on the meta device; without it, that holds NaN until a state is loaded.
         device: where what is on the meta device is stored.
 
@@ -55,6 +61,7 @@ class ParallelModule(nn.Module):
         planner: Planner,
         *,
         inputs: Literal["global", "local"] = "global",
+        outputs: Literal["plain", "sharded"] = "plain",
         init: Init | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -67,16 +74,29 @@ class ParallelModule(nn.Module):
         self.__dict__["_original"] = model
         self.training = model.training
         self._planner = planner
-        self._inputs = inputs
+        self._is_local = inputs == "local"
+        self._is_sharded = outputs == "sharded"
+        self._reader = InputReader(model, self._is_local)
         self._device = torch.device(device) if device is not None else _find_device(model)
         self._storage = Storage(model, init, self._device)
         self._pipelines: PipelineCalls | None = None
         self._programs: dict[object, Program] = {}
+        self._output_names: dict[int, tuple[str, ...]] = {}
+        self._call_count = 0
         self._leaves: dict[int, list[Tensor]] = {}
         self._last: Program | None = None
         self._all_modules = tuple(model.modules())
         self._reducer = GradientReducer()
         join_world(self._device.type)
+        self._agreement = form_agreement()
+        self._name = type(model).__name__
+        self._check: CallCheck | None = None
+        if self._agreement is not None:
+            self._name = self._agreement.name_model(self._name)
+            seeds = self._agreement.meet(f"compiles {self._name} with {_describe_parameters(model)}", [torch.initial_seed() & _POSITIVE])
+            if not self._is_local:
+                _seed_alike([seed for seed, *_ in seeds])
+            self._check = CallCheck(self._agreement, self._reader, model, self._name, self._is_local)
         if dist.is_available() and dist.is_initialized():
             teach_strided_shards()
             replicate(model, self._device)
@@ -124,7 +144,11 @@ class ParallelModule(nn.Module):
 
     def prepare(self, *args: Any, **kwargs: Any) -> Program:
         """Plan for a call with these arguments, of the global sizes, and store the parameters so, without running anything."""
-        return self._find_program(args, kwargs)
+        call = self._reader.read(args, kwargs)
+        key = self._key(call)
+        if self._check is not None:
+            self._check.check(key, call, f"plans for {self._name}", 0, runs=False)
+        return self._find_program(key, call)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward of a model that returns its loss, and return the loss, detached."""
@@ -151,29 +175,29 @@ class ParallelModule(nn.Module):
             self._storage.deployment.alarm.check()
         refuse_autocast(self._device)
         self._reducer.recover()
-        local_tensors: dict[int, Tensor] = {}
-        if self._inputs == "local":
-            args, kwargs, local_tensors = _widen(args, kwargs, self.data_shard[1])
-        program = self._find_program(args, kwargs)
+        index, count = self.data_shard if self._is_local else (0, 1)
+        call = self._reader.read(args, kwargs, count)
+        key = self._key(call)
+        self._call_count += 1
+        step = Step(f"call {self._call_count} of {self._name}", self._agreement)
+        if self._check is not None:
+            step.checks = self._check.check(key, call, f"makes {step.name}", index)
+        program = self._find_program(key, call)
         deployment = self._storage.deployment
         assert deployment is not None
-        tensors = program.captured.bind(args, kwargs)
+        names = self._output_names[id(program)]
+        handover = Handover(step, deployment, self._is_local, self._is_sharded, names, returns_loss(program))
+        tensors = program.captured.bind(call.args, call.kwargs)
         if program.pipeline is not None:
-            refuse_gradients([local_tensors.get(id(x), x) for x in tensors])
+            refuse_gradients(list(map(call.passed, tensors)))
             if self._pipelines is None:
                 self._pipelines = PipelineCalls(self._storage, deployment, self._reducer)
             with torch.inference_mode(False):
                 runner = self._pipelines.find_runner(program)
             with deployment.alarm.guard(runner.where):
-                inputs = [_gather_batch(x, local_tensors, deployment) for x in tensors]
-                return program.captured.unflatten(self._pipelines.run(program, runner, inputs))
-        parts = []
-        for slot, x in zip(program.inputs, tensors, strict=True):
-            local = local_tensors.get(id(x))
-            if local is None:
-                parts.append(shard_whole(x, slot.layout, deployment.mesh, deployment.axes))
-            else:
-                parts.append(_reshard_local(local, slot.layout, deployment))
+                inputs = [call.whole(x, deployment) for x in tensors]
+                return program.captured.unflatten(self._pipelines.run(program, runner, inputs, handover))
+        parts = [call.part(x, slot.layout, deployment, step) for slot, x in zip(program.inputs, tensors, strict=True)]
         buffers = self._storage.buffers_of(program)
         with torch.inference_mode(False):
             leaves = self._find_leaves(program)
@@ -187,8 +211,8 @@ class ParallelModule(nn.Module):
             layouts = {slot.name: slot.layout for slot in program.buffers}
             for name, value in zip(program.mutated_buffers, results[len(program.outputs) :], strict=True):
                 buffers[name].copy_(gather_whole(value, layouts[name], deployment.mesh, deployment.axes))
-        outputs = [_as_output(x, slot, deployment) for x, slot in zip(results, program.outputs, strict=False)]
-        return program.captured.unflatten(outputs)
+        outputs = enumerate(zip(program.outputs, results, strict=False))
+        return program.captured.unflatten([handover.give(position, slot, x) for position, (slot, x) in outputs])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole tensors or DTensors of any layout; every rank stores its part."""
@@ -197,20 +221,21 @@ class ParallelModule(nn.Module):
 
     # --- programs ---
 
-    def _find_program(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Program:
-        key = (
-            _signature(args, kwargs),
-            tuple(module.training for module in self._all_modules),
-            self._storage.trained(),
-        )
+    def _key(self, call: Call) -> Hashable:
+        """What a program is made for."""
+        return call.signature, tuple(module.training for module in self._all_modules), self._storage.trained()
+
+    def _find_program(self, key: Hashable, call: Call) -> Program:
         program = self._programs.get(key)
         if program is None:
             # Not in inference mode, even if the call is: programs and stored parameters outlive the call.
             with torch.inference_mode(False), plain_parameters(self._original):
-                program = self._planner(self._original, args, kwargs, self.training)
+                program = self._planner(self._original, call.args, call.kwargs, self.training)
             with torch.inference_mode(False), torch.no_grad():
                 program = self._storage.place_parameters(program)
             self._programs[key] = program
+            self._output_names[id(program)] = name_outputs(program)
+            self._reader.learn(program)
         self._last = program
         return program
 
@@ -248,54 +273,21 @@ _SHARED = (
 )
 
 
-def _reshard_local(x: Tensor, layout: Layout, deployment: Deployment) -> Tensor:
-    """This rank's part, in `layout`, of an input of which every rank was passed its rows of the batch; other rows are gathered."""
-    batch_axes = deployment.batch_axes
-    if all(layout[deployment.mesh.names.index(name)] == shard(0) for name in batch_axes):
-        return shard_whole(x, layout, deployment.mesh, deployment.axes, batch_axes)
-    for name in reversed(batch_axes):
-        if deployment.axes[name].size > 1:
-            x = gather_along(x, deployment.axes[name], 0, 1)
-    return shard_whole(x, layout, deployment.mesh, deployment.axes)
+CHOSEN_SEEDS = 1 << 32
+"""Seeds from here on weren't chosen by the user: torch draws one of 64 bits when a process has set none."""
+_POSITIVE = (1 << 63) - 1
 
 
-def _gather_batch(x: Tensor, local_tensors: Mapping[int, Tensor], deployment: Deployment) -> Tensor:
-    """An input of the whole batch; where every rank passed its part, the parts are gathered."""
-    local = local_tensors.get(id(x))
-    return x if local is None else _reshard_local(local, tuple(REPLICATE for _ in deployment.mesh.names), deployment)
+def _seed_alike(seeds: Sequence[int]) -> None:
+    """Where a script sets no seed, let all ranks draw the same numbers from now on, as they must draw the same batches and the same noise."""
+    if min(seeds) >= CHOSEN_SEEDS and len(set(seeds)) > 1:
+        torch.manual_seed(CHOSEN_SEEDS | (digest(f"seed {seeds[0]}") & _POSITIVE))
 
 
-def _widen(args: Any, kwargs: Any, count: int) -> tuple[Any, Any, dict[int, Tensor]]:
-    """Stand-ins of the global sizes for arguments of which every rank passed one of `count` parts; and by their ids the parts."""
-    local_tensors: dict[int, Tensor] = {}
-
-    def widen(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.ndim == 0:
-            return x
-        # Sizes without memory: nothing reads the values of a stand-in.
-        stand_in = x.new_zeros(1).expand(x.shape[0] * count, *x.shape[1:]).requires_grad_(x.requires_grad)
-        local_tensors[id(stand_in)] = x
-        return stand_in
-
-    args, kwargs = pytree.tree_map(widen, (args, kwargs))
-    return args, kwargs, local_tensors
-
-
-def _as_output(x: Any, slot: Slot, deployment: Deployment) -> Any:
-    if deployment.device_mesh is None or not isinstance(x, Tensor) or not split_steps(slot.layout, deployment.mesh):
-        return x
-    return as_dtensor(x, deployment.device_mesh, placements_of(slot.layout, deployment.mesh), slot.shape)
-
-
-def _signature(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    return (repr(spec), *(_describe(leaf) for leaf in leaves))
-
-
-def _describe(leaf: Any) -> object:
-    if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), leaf.dtype, leaf.device, leaf.requires_grad
-    return type(leaf), repr(leaf)
+def _describe_parameters(model: nn.Module) -> str:
+    """Number of elements of a model's parameters, and of their names and shapes a text of a few characters."""
+    parameters = [(name, tuple(x.shape)) for name, x in model.named_parameters()]
+    return f"{sum(map(math.prod, (shape for _, shape in parameters)))} parameters ({digest(repr(parameters)) & 0xFFFFFF:06x})"
 
 
 def _find_loss(output: Any) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 from autopar import torch_compat
 from autopar.errors import InputError
 from autopar.ir import local_shape
-from autopar.rewrite import Program
-from autopar.runtime.dtensor import as_dtensor, gather_whole, split_steps
+from autopar.rewrite import Program, Slot
+from autopar.runtime.dtensor import as_dtensor, gather_whole
 from autopar.runtime.gradients import GradientReducer, StashedGradients, TrackedParameter
+from autopar.runtime.outputs import Handover
 from autopar.runtime.pipeline import PipelineRun, StageRunner, hand_over_on_backward, refuse_backward, run_backwards_on_backward
 from autopar.runtime.storage import Deployment, Storage, copy_updated_buffers, empty_part, stands_for
 from autopar.runtime.world import share_number
@@ -67,8 +68,8 @@ class PipelineCalls:
         self._runners[id(program)] = leaves, runner
         return runner
 
-    def run(self, program: Program, runner: StageRunner, inputs: Sequence[Tensor]) -> list[Any]:
-        """Run the stages of this rank; returns what the user gets of each output."""
+    def run(self, program: Program, runner: StageRunner, inputs: Sequence[Tensor], handover: Handover) -> list[Any]:
+        """Run the stages of this rank; returns what the user gets of each output, by `handover`."""
         pipeline = program.pipeline
         assert pipeline is not None
         buffers = self._storage.buffers_of(program)
@@ -85,38 +86,66 @@ class PipelineCalls:
             executor.close()
         with torch.no_grad():
             self._update_buffers(program, runner, buffers, parts)
-        return self._as_outputs(program, runner, run, parts, trains)
+        return self._as_outputs(program, runner, run, parts, trains, handover)
 
-    def _as_outputs(self, program: Program, runner: StageRunner, run: PipelineRun, parts: Mapping[int, Tensor], trains: bool) -> list[Any]:
-        """What the user gets of each output: the loss and other scalars on every rank, larger tensors as DTensors."""
+    def _as_outputs(
+        self, program: Program, runner: StageRunner, run: PipelineRun, parts: Mapping[int, Tensor], trains: bool, handover: Handover
+    ) -> list[Any]:
+        """What the user gets of each output. What may stay unread stays where it was made until then."""
         pipeline = program.pipeline
         assert pipeline is not None
         has_outside_loss = trains and pipeline.loss is None
-        shared: dict[int, Tensor] = {}
-        for position, slot in enumerate(program.outputs):
-            if has_outside_loss or math.prod(slot.shape) == 1:
-                shared[position] = runner.broadcast(parts.get(position), slot, self._storage.device)
+        device = self._storage.device
+        late = {
+            position
+            for position, slot in enumerate(program.outputs)
+            if not has_outside_loss and math.prod(slot.shape) > 1 and (handover.has_loss or handover.is_sharded)
+        }
+        shared = {
+            position: runner.broadcast(parts.get(position), slot, device)
+            for position, slot in enumerate(program.outputs)
+            if position not in late
+        }
         differentiable = [position for position, slot in enumerate(program.outputs) if slot.requires_grad]
         if has_outside_loss:
             shared.update(run_backwards_on_backward({position: shared[position] for position in differentiable}, run))
         results: list[Any] = []
         for position, slot in enumerate(program.outputs):
-            if trains and position == pipeline.loss:
-                results.append(hand_over_on_backward(shared[position], run))
+            is_refused = trains and not has_outside_loss and position in differentiable and position != pipeline.loss
+            if handover.is_sharded and position in late:
+                results.append(self._as_dtensor(slot, parts.get(position), is_refused=is_refused))
                 continue
-            is_refused = trains and not has_outside_loss and position in differentiable
-            owner = None if position in shared else slot.owner
-            local = shared.get(position, parts.get(position))
-            if local is None:
-                local = empty_part(slot.shape, slot.layout, self._deployment.mesh, getattr(torch, slot.dtype), self._storage.device)
-            local = refuse_backward(local) if is_refused else local
-            if self._deployment.device_mesh is None or not (split_steps(slot.layout, self._deployment.mesh) or owner is not None):
-                results.append(local)
+            if position in late:
+                # Sizes without memory.
+                dtype = getattr(torch, slot.dtype)
+                x = torch.zeros((), dtype=dtype, device=device).expand(local_shape(slot.shape, slot.layout, self._deployment.mesh))
             else:
-                results.append(
-                    as_dtensor(local, self._deployment.device_mesh, self._deployment.placements_of(slot.layout, owner), slot.shape)
-                )
+                x = shared[position]
+            if trains and position == pipeline.loss:
+                x = hand_over_on_backward(x, run)
+            x = refuse_backward(x) if is_refused else x
+            bring = self._bringing(runner, slot, parts.get(position)) if position in late else None
+            results.append(handover.give(position, slot, x, bring))
         return results
+
+    def _bringing(self, runner: StageRunner, slot: Slot, part: Tensor | None) -> Callable[[], Tensor]:
+        """What gets this rank's part of an output from the pipeline rank that made it; a collective."""
+
+        def bring() -> Tensor:
+            with self._deployment.alarm.guard(runner.where):
+                return runner.broadcast(part, slot, self._storage.device)
+
+        return bring
+
+    def _as_dtensor(self, slot: Slot, part: Tensor | None, *, is_refused: bool) -> Tensor:
+        """An output as a DTensor, of which the pipeline rank that made it has all parts."""
+        deployment = self._deployment
+        if part is None:
+            part = empty_part(slot.shape, slot.layout, deployment.mesh, getattr(torch, slot.dtype), self._storage.device)
+        part = refuse_backward(part) if is_refused else part
+        if deployment.device_mesh is None:
+            return part
+        return as_dtensor(part, deployment.device_mesh, deployment.placements_of(slot.layout, slot.owner), slot.shape)
 
     def _update_buffers(self, program: Program, runner: StageRunner, buffers: Mapping[str, Tensor], parts: Mapping[int, Tensor]) -> None:
         """Give buffers their new values on every rank, also of those that other pipeline ranks made or updated in place."""

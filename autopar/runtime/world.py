@@ -101,10 +101,10 @@ def group_over(device_mesh: DeviceMesh, names: tuple[str, ...]) -> dist.ProcessG
 def _limit_waits(group: dist.ProcessGroup) -> None:
     """Give a group of a device mesh the default group's timeout; torch gives it half an hour."""
     if group is not dist.group.WORLD:
-        torch_compat.set_timeout(group, _timeout())
+        torch_compat.set_timeout(group, default_timeout())
 
 
-def _timeout() -> timedelta:
+def default_timeout() -> timedelta:
     """The timeout of the default process group."""
     assert dist.group.WORLD is not None
     return torch_compat.timeout_of(dist.group.WORLD)
@@ -125,7 +125,9 @@ def pipeline_axis(device_mesh: DeviceMesh) -> comm.GroupAxis:
     # Forming a group is a collective: every rank forms the groups of all, in the same order.
     lines = device_mesh.mesh.flatten(1).T.tolist()
     place = next(i for i, line in enumerate(lines) if dist.get_rank() in line)
-    directions = [[dist.new_group(line, timeout=_timeout()) for line in lines] for _ in range(1 if device_mesh.device_type == "cpu" else 2)]
+    directions = [
+        [dist.new_group(line, timeout=default_timeout()) for line in lines] for _ in range(1 if device_mesh.device_type == "cpu" else 2)
+    ]
     return comm.GroupAxis(PIPELINE, directions[0][place], (directions[0][place], directions[-1][place]))
 
 

@@ -3,7 +3,7 @@
 Comes in: a `Graph` and the spaces of its calls. Goes out: an `AnalyzedGraph` and a `Chain` of blocks.
 
 Modules, in reading order: ``measures``, ``repeats``, ``layers``, ``roles``, ``weights``, ``chain_order``, ``chain_cuts``, ``blocks``,
-``attention_cores``, ``chain_reads``, ``microbatches``, ``saved``, ``model``.
+``attention_cores``, ``chain_reads``, ``microbatches``, ``samples``, ``saved``, ``model``.
 """
 
 from autopar.structure.attention_cores import find_cores
@@ -14,6 +14,7 @@ from autopar.structure.measures import count_flops
 from autopar.structure.microbatches import MicroSplit, MicroSplitter, batch_size, split_microbatches
 from autopar.structure.model import AnalyzedGraph, RouteKey, find_constants, first_rank_axis, role_of, with_microbatch_axis
 from autopar.structure.roles import Role, find_roles, grouped_heads
+from autopar.structure.samples import find_samples
 from autopar.structure.weights import find_source, is_deferrable
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "find_constants",
     "find_cores",
     "find_roles",
+    "find_samples",
     "find_source",
     "first_rank_axis",
     "fold",
