@@ -6,7 +6,10 @@ is the chain of capture, search, rewrite and runtime in order, short enough to b
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -19,9 +22,11 @@ from autopar.cost_models import Cluster, peak_flops
 from autopar.errors import InputError, PlanError
 from autopar.ir import Layout, Mesh, with_pipeline
 from autopar.plans import NO_PINS, Pins, Plan, check_devices, reconcile
+from autopar.report import describe_choice
 from autopar.rewrite import Program, mark_samples, rewrite
 from autopar.runtime import Init, ParallelModule, world
 from autopar.search import make_plan
+from autopar.units import format_seconds
 
 Progress = Callable[[str], None]
 
@@ -192,7 +197,9 @@ def compile(
         outputs: ``sharded`` for DTensors where a rank has a part of an output only; by default outputs are plain tensors.
         init: from name and meta tensor to the value of a parameter or buffer on the meta device.
         device: where these are stored.
-        progress: called with a few words on what is being done.
+        progress: called with a few words on what is being done, and on rank 0 with a line on what was chosen; without it, that line is
+            shown once, by the logger ``autopar`` at INFO where logging is set up, else on standard error
+            (``logging.getLogger("autopar").setLevel(logging.WARNING)`` leaves it out).
 
     Raises InputError for arguments that can't be used or contradict each other, or the number of ranks, and PlanError for a plan of another
     number of ranks. The other errors of `autopar.plan` are raised when planning: here with `example_inputs`, else by the first call.
@@ -272,7 +279,9 @@ class _Planner:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Program:
         device = _find_device(model)
+        start = time.perf_counter()
         captured = capture(model, (args, kwargs))
+        capture_seconds = time.perf_counter() - start
         if self.first_plan is None and self.given_plan is not None:
             plan = self.given_plan
         else:
@@ -281,6 +290,11 @@ class _Planner:
             plan = world.agree(lambda: self._search(model, captured, cluster), device)
         if self.first_plan is None:
             self.first_plan = plan
+            if world.rank() == 0:
+                planned = (
+                    "" if self.given_plan is not None else f", planned in {format_seconds(time.perf_counter() - start - capture_seconds)}"
+                )
+                self._announce(f"{describe_choice(plan)}; captured in {format_seconds(capture_seconds)}{planned}")
         program = rewrite(captured, plan, device, world.rank() // plan.mesh.world_size)
         return mark_samples(program, captured) if self.marks_samples else program
 
@@ -312,6 +326,16 @@ class _Planner:
                 " leave out cluster, or start as many processes with torchrun"
             )
         check_devices(self.pins, self.mesh, cluster)
+
+    def _announce(self, line: str) -> None:
+        """Show what was chosen: by the user's `progress`, by the logger ``autopar`` if logging is set up, else on standard error."""
+        log = logging.getLogger("autopar")
+        if self.progress is not None:
+            self.progress(line)
+        elif log.hasHandlers():
+            log.info(line)
+        elif log.level <= logging.INFO:
+            print(f"autopar: {line}", file=sys.stderr, flush=True)
 
     def _cluster(self, device: torch.device | None) -> Cluster:
         if self.cluster is not None:

@@ -1,11 +1,10 @@
-"""What goes into a compiled model and comes out of it in loops as users write them: one device's numbers, or an error that says what to do."""
+"""What goes into compiled models and comes out, in loops as users write them: one device's numbers, or an error that says what to do."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
 import io
-import json
 import pickle
 import traceback
 import warnings
@@ -24,8 +23,6 @@ from torch.utils.data import default_collate
 
 import autopar
 from autopar.errors import CommError, InputError
-from autopar.runtime.agreement import name_ranks
-from autopar.runtime.call_check import Report, compare
 from autopar.runtime.outputs import UnreadOutput
 from tests.helpers import tree_allclose
 from tests.processes import spawn
@@ -157,7 +154,7 @@ def different_calls_per_rank() -> None:
     with pytest.raises(InputError, match=r"the set of frozen parameters is empty on rank 0, down\.bias on rank 1"):
         model(x)
     model.down.bias.requires_grad_()
-    with pytest.raises(InputError, match="x is float64.* on rank 0, float64.* that requires a gradient on rank 1"):
+    with pytest.raises(InputError, match=r"x is float64.* on rank 0, float64.* that requires a gradient on rank 1"):
         model(x.clone().requires_grad_(rank == 1))
     with pytest.raises(InputError, match=r"x is float64\[8, 6\] on rank 0, float64\[4, 6\] on rank 1"):
         model.prepare(x[: 8 - 4 * rank])
@@ -369,9 +366,9 @@ def unlike_targets_per_rank() -> None:
             InputError, match=r"send different gradients back into the output of call 1 of Net.* targets of the whole batch"
         ):
             F.cross_entropy(model(x), y.roll(dist.get_rank(), 0)).backward()
+        loss = model(x, y)["loss"] / (1 + dist.get_rank())
         with pytest.raises(InputError, match="different gradients back into the output"):
-            loss = model(x, y)["loss"]
-            (loss / (1 + dist.get_rank())).backward()
+            loss.backward()
 
 
 @dataclasses.dataclass
@@ -548,14 +545,10 @@ def an_output_read_on_one_rank_only() -> None:
             r"rank 0 reads the output\['logits'\] of call 1 of Net.*; rank 1 runs the backward .*read it on every rank.*outputs=\"sharded\""
         )
         with pytest.raises(CommError, match=told):
-            if dist.get_rank() == 0:
-                print(result["logits"])
-            result["loss"].backward()
+            print(result["logits"]) if dist.get_rank() == 0 else result["loss"].backward()
         told = r"rank 0 reads the output\['logits'\] of call 1 of Net.*; rank 1 makes call 2 of Net"
         with pytest.raises(CommError, match=told):
-            if dist.get_rank() == 0:
-                result["logits"].sum()
-            model(*_batch())
+            result["logits"].sum() if dist.get_rank() == 0 else model(*_batch())
 
 
 @case
@@ -741,7 +734,7 @@ def a_table_that_differs_beside_local_samples() -> None:
     model = _compile(Weighted(), DP, x, torch.ones(CLASSES), inputs="local")
     model(_own(x), torch.ones(CLASSES))
     with pytest.raises(
-        InputError, match="weight isn't the same on rank 0 and rank 1. What has no batch in dim 0 must be the same on every rank"
+        InputError, match=r"weight isn't the same on rank 0 and rank 1\. What has no batch in dim 0 must be the same on every rank"
     ):
         model(_own(x), torch.ones(CLASSES) + dist.get_rank())
 
@@ -786,3 +779,59 @@ def test_loop_on_two_ranks(name: str, outcomes: Path) -> None:
         file = outcomes / f"{name} {rank}"
         assert file.exists(), "a case before this one failed"
         assert not file.read_text(), f"rank {rank}: {file.read_text()}"
+
+
+# --- four ranks ---------------------------------------------------------------------------------------------------------------
+
+
+def _on_four_ranks(rank: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    x, y = _batch()
+    for pins in ({"dp": 2, "tp": 2}, {"pp": 2, "dp": 2, "microbatches": 2, "schedule": "gpipe"}):
+        reference = Net()
+        model = autopar.compile(Net(), cluster="4xcpu", pins=pins)
+        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(reference(x), y).backward()
+        _agree(model, reference)
+        with torch.no_grad():
+            tree_allclose(model(x, y)["logits"], reference(x, y)["logits"], rtol=1e-9)
+        with pytest.raises(InputError, match=r"x isn't the same on rank 0 and ranks 2-3\. "):
+            model(x.roll(rank // 2, 0))
+        _check_local_samples(rank, pins)
+    _check_a_rank_that_stays_away(rank)
+
+
+def _check_local_samples(rank: int, pins: Mapping[str, object]) -> None:
+    """Ranks that share samples pass the same; the others pass theirs, and each gets its own."""
+    x, y = _batch()
+    reference, model = Net(), autopar.compile(Net(), (x,), cluster="4xcpu", pins=pins, inputs="local")
+    index, count = model.data_shard
+    assert count == 2
+    own, expected = model(x.chunk(2)[index]), reference(x)
+    tree_allclose(own, expected.chunk(2)[index], rtol=1e-9)
+    F.cross_entropy(own, y.chunk(2)[index]).backward()
+    F.cross_entropy(expected, y).backward()
+    _agree(model, reference)
+    with pytest.raises(InputError, match=r"x isn't the same on rank \d and rank \d.*rank and num_replicas of a DistributedSampler"):
+        model(x.roll(rank, 0)[:4])
+
+
+def _check_a_rank_that_stays_away(rank: int) -> None:
+    """``if rank == 0: evaluate()``: the ranks that wait say for whom."""
+    model = autopar.compile(Net(), cluster="4xcpu", pins={"dp": 4})
+    model(_batch()[0])
+    model._agreement._axis.group._get_backend(torch.device("cpu"))._set_default_timeout(timedelta(seconds=1))
+    store = dist.distributed_c10d._get_default_store()
+    if rank < 2:
+        with pytest.raises(
+            CommError, match=r"rank \d makes call 2 of Net.* waited \d\.\d s for ranks 2-3\. Every rank must make the same calls"
+        ):
+            model(_batch()[0])
+        store.set(f"done {rank}", "")
+    else:
+        store.wait(["done 0", "done 1"])
+
+
+@pytest.mark.processes
+def test_loops_on_four_ranks(tmp_path: Path) -> None:
+    spawn(4, tmp_path, _on_four_ranks)

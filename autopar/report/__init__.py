@@ -6,7 +6,7 @@ Modules, in reading order: ``selection``, ``summary``, ``data``, ``tables``.
 """
 
 from autopar.report.data import to_data
-from autopar.report.summary import describe_pipeline, summarize
+from autopar.report.summary import describe_choice, describe_pipeline, summarize
 from autopar.report.tables import explain
 
-__all__ = ["describe_pipeline", "explain", "summarize", "to_data"]
+__all__ = ["describe_choice", "describe_pipeline", "explain", "summarize", "to_data"]

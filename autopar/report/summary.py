@@ -45,6 +45,16 @@ def summarize(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def describe_choice(plan: Plan) -> str:
+    """A plan in one line: what was chosen, and what a step takes."""
+    parts = [f"mesh {describe_mesh(plan)}"]
+    if not plan.pipeline.is_trivial:
+        number = plan.pipeline.microbatches
+        parts.append(f"{plan.pipeline.schedule}, {number} micro-batch{'' if number == 1 else 'es'}")
+    parts.append(f"step {format_seconds(plan.seconds.step)} and {format_bytes(plan.memory.total)} per device predicted")
+    return f"{plan.model} on {plan.cluster}: {', '.join(parts)}"
+
+
 def describe_axes(plan: Plan) -> dict[str, str]:
     """Per axis of the mesh, what it splits: the batch, and what the contractions of the groups of layers name, the dearest group first.
 

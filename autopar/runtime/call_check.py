@@ -1,7 +1,7 @@
 """That all ranks make the same calls of a compiled model, and pass the same where they must.
 
-Comes in: a rank's call. Goes out: nothing, or an error on every rank that names what differs, and on which ranks. Numbers that stand for the
-call are compared every time (`autopar.runtime.agreement`); only when they differ do the ranks tell each other what they pass.
+Comes in: a rank's call. Goes out: nothing, or an error on every rank that names what differs, and on which ranks. Numbers that stand for
+the call are compared every time (`autopar.runtime.agreement`); only when they differ do the ranks tell each other what they pass.
 """
 
 from __future__ import annotations

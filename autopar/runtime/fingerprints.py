@@ -1,7 +1,7 @@
 """Numbers that stand for the contents of tensors, by which ranks find out whether they have the same ones.
 
-Comes in: tensors of one rank. Goes out: a hash of their bits, of all or of a sample; and of floating-point tensors a few projections, by which
-tensors that differ by rounding are told from others.
+Comes in: tensors of one rank. Goes out: a hash of their bits, of all or of a sample; and of floating-point tensors a few projections, by
+which tensors that differ by rounding are told from others.
 """
 
 from __future__ import annotations

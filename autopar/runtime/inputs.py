@@ -4,9 +4,9 @@ Comes in: a user's call. Goes out: a `Call` whose tensors have the global sizes,
 every rank passes the same whole batch. With ``inputs="local"`` a rank passes its samples of every input that has the batch as dim 0, and
 whatever else there is (a table, a temperature) whole.
 
-Gradients under ``inputs="local"``: as under DDP, a loss that a rank makes of its own samples is one of several whose mean is trained. Outputs
-divide the gradient that comes in by their number (`autopar.runtime.outputs`), and the gradient of an input is multiplied by it, so that it is
-the gradient of the ranks' own losses, which is what another model's outputs expect.
+Gradients under ``inputs="local"``: as under DDP, a loss that a rank makes of its own samples is one of several whose mean is trained.
+Outputs divide the gradient that comes in by their number (`autopar.runtime.outputs`), and the gradient of an input is multiplied by it, so
+that it is the gradient of the ranks' own losses, which is what another model's outputs expect.
 """
 
 from __future__ import annotations

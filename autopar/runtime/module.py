@@ -279,7 +279,7 @@ _POSITIVE = (1 << 63) - 1
 
 
 def _seed_alike(seeds: Sequence[int]) -> None:
-    """Where a script sets no seed, let all ranks draw the same numbers from now on, as they must draw the same batches and the same noise."""
+    """Where a script sets no seed, let all ranks draw the same numbers from now on: they must draw the same batches and the same noise."""
     if min(seeds) >= CHOSEN_SEEDS and len(set(seeds)) > 1:
         torch.manual_seed(CHOSEN_SEEDS | (digest(f"seed {seeds[0]}") & _POSITIVE))
 

@@ -1,11 +1,12 @@
 """What the user gets of a program's outputs: plain tensors of the whole batch or of this rank's samples, some made when they are read.
 
-Comes in: this rank's part of each output. Goes out: the tensor that one device would return, or under ``inputs="local"`` this rank's samples
-of it; with ``outputs="sharded"`` a DTensor. What is split beside a loss, such as logits, is an `UnreadOutput`, which is gathered from all ranks
-when it is first used.
+Comes in: this rank's part of each output. Goes out: the tensor that one device would return, or under ``inputs="local"`` this rank's
+samples of it; with ``outputs="sharded"`` a DTensor. What is split beside a loss, such as logits, is an `UnreadOutput`, which is gathered
+from all ranks when it is first used.
 
 Gradients: every rank is taken to compute the same loss from a whole output, so each takes its part of the gradient that comes back, and the
-first backwards check that all ranks send the same one. A loss of a rank's own samples is one of `count`, whose mean is trained, as under DDP.
+first backwards check that all ranks send the same one. A loss of a rank's own samples is one of `count`, whose mean is trained, as under
+DDP.
 """
 
 from __future__ import annotations
@@ -317,8 +318,8 @@ class Handover:
             return handed
         if x.numel() > 1 and not self.step.checks:
             return x
-        # A tensor of the user's own: a hook on the program's tensor would see gradients from inside of the program too. A loss may be changed
-        # in place, after which a view would have lost its hook.
+        # A tensor of the user's own: a hook on the program's tensor would see gradients from inside of the program too. A loss may be
+        # changed in place, after which a view would have lost its hook.
         x = x.clone() if x.numel() == 1 else x.view_as(x)
         x.register_hook(lambda gradient: route.step.begin_backward(route.name, gradient))  # type: ignore[no-untyped-call]
         return x

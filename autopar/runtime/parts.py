@@ -1,7 +1,7 @@
 """Between a tensor's part in a program's layout, the samples of it that a rank passes or gets under ``inputs="local"``, and all of it.
 
-Comes in: a tensor of one rank in one of the three forms. Goes out: the tensor in another one, with autograd. A rank's *samples* of a tensor are
-its part over the axes that split the batch, and whole along all others.
+Comes in: a tensor of one rank in one of the three forms. Goes out: the tensor in another one, with autograd. A rank's *samples* of a tensor
+are its part over the axes that split the batch, and whole along all others.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ from autopar.structure.roles import GraphRoles, Role
 def find_samples(graph: Graph, spaces: Mapping[str, Space], roles: GraphRoles) -> dict[Value, State | None]:
     """The state that splits each input and each returned value into samples; None where the batch isn't in it.
 
-    An input has the batch as dim 0, if that has the size that most inputs have there. In an output, the batch is in the first dim whose role
-    is BATCH and whose blocks are as large as the batch, or several times as large: rows of ``(b s)``, dim 1 of what was transposed, the
-    halves of two batches joined (``S0/2``). What an op without a rule made, or is made from that, has the batch as dim 0 if it has its size.
+    An input has the batch as dim 0, if that has the size that most inputs have there. In an output, the batch is in the first dim whose
+    role is BATCH and whose blocks are as large as the batch, or several times as large: rows of ``(b s)``, dim 1 of what was transposed,
+    the halves of two batches joined (``S0/2``). What an op without a rule made, or is made from that, has the batch as dim 0 if it has its
+    size.
     """
     batch = batch_size(graph, roles)
     found: dict[Value, State | None] = {}
