@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import default_collate
 
 import autopar
-from autopar.errors import CommError, InputError
+from autopar.errors import CommError, InputError, PlanError
 from autopar.runtime.outputs import UnreadOutput
 from tests.helpers import tree_allclose
 from tests.processes import spawn
@@ -164,6 +164,18 @@ def different_calls_per_rank() -> None:
 def different_models_per_rank() -> None:
     with pytest.raises(CommError, match=r"rank 0 compiles Net.* with \d+ parameters \(\w+\); rank 1 compiles Net"):
         _compile(Net(CLASSES + dist.get_rank()))
+
+
+@case
+def a_program_that_one_rank_cannot_make() -> None:
+    """A graph that differs between the ranks, as when forward walks over a set: nobody waits for the rank whose plan doesn't fit."""
+
+    class Walks(Net):
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+            return super().forward(x) + (0 if dist.get_rank() else x.sum(-1, keepdim=True))
+
+    with pytest.raises(PlanError, match="another model" if dist.get_rank() else "on rank 1: .*another model"):
+        _compile(Walks(), DP)(_batch()[0])
 
 
 @case
@@ -533,6 +545,20 @@ def a_loss_of_logits_beside_a_loss() -> None:
 
     for pins in (DP, TP):
         _compare(pins, loop)
+
+
+@case
+def a_compiled_loss_of_logits_beside_a_loss() -> None:
+    """The user's loss runs under torch.compile."""
+    criterion = torch.compile(lambda z, y: F.cross_entropy(2 * z, y), backend="eager")
+
+    def loop(model: nn.Module) -> Tensor:
+        x, y = _batch()
+        loss = criterion(model(x, y)["logits"], y)
+        loss.backward()
+        return loss  # type: ignore[no-any-return]
+
+    _compare(DP, loop)
 
 
 @case

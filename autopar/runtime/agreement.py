@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 
 from autopar import torch_compat
-from autopar.errors import CommError
+from autopar.errors import ERROR_TYPES, AutoparError, CommError
 from autopar.ops import GroupAxis
 from autopar.runtime.failures import within
 from autopar.runtime.world import default_timeout
@@ -78,6 +79,22 @@ class Agreement:
             remedy = _READ_REMEDY if any(text.startswith("reads") for text in events) else _REMEDY
             raise CommError(f"the ranks do different things: {'; '.join(f'{who} {text}' for text, who in events.items())}. {remedy}")
         return [tuple(other[1:]) for other in rows]
+
+    @contextmanager
+    def share_errors(self, event: str) -> Iterator[None]:
+        """At the end, wait for all ranks: if what ran inside failed on one of them, every rank raises an error, its own if it has one."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if any(failed for failed, *_ in self.meet(event, [failure is not None])):
+            reasons = self.gather("" if failure is None else f"{type(failure).__name__}:{failure}")
+            if failure is not None:
+                raise failure
+            rank = next(rank for rank, reason in enumerate(reasons) if reason)
+            name, _, message = reasons[rank].partition(":")
+            raise ERROR_TYPES.get(name, AutoparError)(f"on rank {rank}: {message if name in ERROR_TYPES else reasons[rank]}")
 
     def gather(self, text: str) -> list[str]:
         """The texts of all ranks, in rank order; all ranks must ask."""

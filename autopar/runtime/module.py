@@ -229,8 +229,9 @@ class ParallelModule(nn.Module):
         program = self._programs.get(key)
         if program is None:
             # Not in inference mode, even if the call is: programs and stored parameters outlive the call.
-            with torch.inference_mode(False), plain_parameters(self._original):
+            with torch.inference_mode(False), plain_parameters(self._original), self._all_or_none(f"has planned for {self._name}"):
                 program = self._planner(self._original, call.args, call.kwargs, self.training)
+            assert program is not None
             with torch.inference_mode(False), torch.no_grad():
                 program = self._storage.place_parameters(program)
             self._programs[key] = program
@@ -238,6 +239,10 @@ class ParallelModule(nn.Module):
             self._reader.learn(program)
         self._last = program
         return program
+
+    def _all_or_none(self, event: str) -> AbstractContextManager[None]:
+        """Inside, an error on one rank becomes one of all ranks."""
+        return nullcontext() if self._agreement is None else self._agreement.share_errors(event)
 
     def _find_leaves(self, program: Program) -> list[Tensor]:
         """The leaves by which this program computes with the parameters; made anew when the user gave a parameter other storage."""

@@ -210,6 +210,7 @@ class UnreadOutput(Tensor):
         return self._plain
 
     @classmethod
+    @torch_compat.uncompiled
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What a function of torch says of the gathered tensor, or of the sizes alone."""
         if function in _ANSWERED_UNREAD:
