@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 
 from autopar.errors import InputError
+from autopar.texts import show_value
 
+_MOST_BYTES = 2**63
 _PREFIXES = "kMGTP"
 _SIZE = re.compile(rf"^(\d+(?:\.\d*)?|\.\d+)\s*([{_PREFIXES}]?)(i?)B?$", re.IGNORECASE)
 
@@ -65,11 +67,14 @@ def parse_bytes(text: str) -> int:
     """
     match = _SIZE.match(text.strip())
     if match is None or (match[3] and not match[2]):
-        raise InputError(f"{text!r} is no size of memory; write a number and a unit, such as 80GB or 512MiB")
+        raise InputError(f"{show_value(text)} is no size of memory; write a number and a unit, such as 80GB or 512MiB")
     number, prefix, binary = match.groups()
     power = _PREFIXES.lower().index(prefix.lower()) + 1 if prefix else 0
     unit: int = (1024 if binary else 1000) ** power
-    nbytes = round(float(number) * unit)
+    size = float(number) * unit
+    if size >= _MOST_BYTES:
+        raise InputError(f"{show_value(text)} is more memory than 64 bits count; write a size such as 80GB")
+    nbytes = round(size)
     if nbytes < 1:
         raise InputError(f"{text!r} is less than one byte of memory; write a size such as 80GB")
     return nbytes

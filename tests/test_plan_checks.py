@@ -19,7 +19,6 @@ from autopar.plans.plan import Plan, from_json, to_json
 from autopar.report.summary import summarize
 from autopar.report.tables import explain
 from autopar.texts import printable
-from tests.commands import refuse
 from tests.plans import make_pipelined_plan, make_plan, set_field
 
 HUGE = 10**400
@@ -33,49 +32,11 @@ def _all(*changes: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]]
     return change
 
 
-def _set_memory(value: int) -> Callable[[dict[str, Any]], None]:
-    return lambda plan: plan.update(memory=dict.fromkeys(plan["memory"], value))
-
-
 def _spoil(plan: Plan, change: Callable[[dict[str, Any]], Any]) -> str:
     """The text of a plan after `change` of its data."""
     document = json.loads(to_json(plan))
     change(document["plan"])
     return json.dumps(document)
-
-
-# Faults by what they were first seen as, in files of version 2.
-FAULTS = {
-    "cluster_garbage": (set_field("cluster", to="nonsense"), "plan.cluster is 'nonsense', which is no cluster"),
-    "escape": (set_field("model", to="\x1b]0;pwned\x07\x1b[2JM"), r"plan.model holds '\x1b', which is no printable character"),
-    "layout_outer0": (set_field("layouts", "input_ids", to="S0/0,R"), "plan.layouts['input_ids']: S0/0 splits inside 0 outer blocks"),
-    "mesh_not_cluster": (set_field("mesh", "sizes", to=[10**30, 1]), "plan.mesh.sizes[0] is larger than any number of 64 bits"),
-    "nothing": (_set_memory(0), "plan.memory.budget is 0, an integer from 1 is needed"),
-    "negative_memory": (
-        set_field("memory", "parameters", to=-(10**12)),
-        "plan.memory.parameters is -1000000000000, an integer from 0 is needed",
-    ),
-    "negative_seconds": (set_field("costs", 0, "seconds", to=-5.0), "plan.costs[0].seconds is -5.0, a number from 0 is needed"),
-    "objective_contradicts_step": (
-        set_field("proof", "objective_ns", to=5),
-        "plan.proof.objective_ns is 5, but plan.costs add up to a step of 11000000 ns",
-    ),
-    "over_budget": (set_field("memory", "budget", to=1), "plan.memory adds up to 19595678901 bytes, more than plan.memory.budget, 1"),
-    "memory_1e30": (set_field("memory", "optimizer", to=10**30), "plan.memory.optimizer is larger than any number of 64 bits"),
-    "memory_bigint": (set_field("memory", "workspace", to=HUGE), "plan.memory.workspace is larger than any number of 64 bits"),
-    "mesh_huge": (set_field("mesh", "sizes", to=[10**3000, 10**3000]), "plan.mesh.sizes[0] is larger than any number of 64 bits"),
-    "seconds_bigint": (set_field("costs", 0, "seconds", to=HUGE), "plan.costs[0].seconds is larger than any number of 64 bits"),
-    "surrogate": (set_field("model", to="\ud800"), r"plan.model holds '\ud800', which is no printable character"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), FAULTS.values(), ids=FAULTS)
-def test_a_file_that_cannot_be_true_ends_in_one_message(change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    path.write_text(_spoil(make_plan(), change), encoding="utf-8")
-    text = refuse("explain", path)
-    assert text.startswith(f"{path}: {message}")
-    assert "\n" not in text
 
 
 def test_a_field_that_stands_twice_is_refused() -> None:

@@ -31,6 +31,9 @@ from autopar.runtime import Executor, StageTensors
 ZERO_SCALE = 1e-6
 """Gradients smaller than the largest one by this factor are compared on its scale: some are zero but for rounding (a key's bias)."""
 
+CHECKS_NOTHING = 0.1
+"""A relative error from which on an accepted difference can be a wrong result: a tenth of a tensor's size."""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -61,6 +64,23 @@ class Verification:
     def ok(self) -> bool:
         """Whether something was compared and everything agrees."""
         return bool(self.errors) and self.worst <= self.tolerance and self.capture_error <= self.rounding
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What the comparisons can't have shown, and how to check it; a sentence each."""
+        remarks: list[str] = []
+        if self.rounding >= CHECKS_NOTHING:
+            remarks.append(
+                f"the captured graph was not checked against the model: in the model's dtype a relative error of {self.rounding:.2g} may be"
+                " rounding, so any graph would pass; verify the model in float32 or float64"
+            )
+        if self.tolerance >= CHECKS_NOTHING:
+            remarks.append(f"the plan was not checked: with a tolerance of {self.tolerance:g} wrong results pass; leave the tolerance out")
+        if self.plan.world_size == 1:
+            remarks.append("the plan is for one rank, so nothing that is split was checked; verify more ranks")
+        elif not self.splits and self.plan.pipeline.ranks == 1:
+            remarks.append("the plan splits nothing, every rank runs all of the model, so nothing that is split was checked; pin an axis")
+        return tuple(remarks)
 
     def check(self) -> None:
         """Raises VerificationError that names what disagrees, the largest errors first."""

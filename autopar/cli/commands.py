@@ -339,6 +339,7 @@ def _word_verification(verification: Verification) -> str:
             f"captured graph against the model: relative error {verification.capture_error:.2e}, {verification.rounding:.2g} accepted",
             f"splits: {splits or nothing}",
             *([f"stages: {stages}"] if stages else []),
+            *(f"note: {remark}" for remark in verification.remarks),
         ]
     )
 
@@ -353,6 +354,7 @@ def _data_of_verification(verification: Verification) -> dict[str, Any]:
         "capture_error": verification.capture_error,
         "rounding": verification.rounding,
         "splits": dict(verification.splits),
+        "remarks": list(verification.remarks),
         "world_size": plan.world_size,
         "mesh": dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
         "pipeline": {name: getattr(plan.pipeline, name) for name in ("ranks", "schedule", "chunks", "microbatches")},

@@ -28,7 +28,7 @@ PROGRESS_SECONDS = 10.0
 """Where stderr is no terminal, a line says every so many seconds what is being done."""
 
 # Characters of a message at most: names of a user's files and models may have any length.
-_MESSAGE = 10_000
+_MESSAGE = 2000
 
 # How a line begins that HiGHS prints past its own switches when it repairs a solution.
 _SOLVER_LINE = "HighsMipSolverData::"

@@ -25,7 +25,7 @@ def select_groups(plan: Plan, layer: str | None) -> tuple[Group, ...]:
     pattern = layer.split(".")
     groups = tuple(group for group in plan.groups if any(_list_matches(plan, group, pattern)))
     if not groups:
-        names = ", ".join(repr(group.name) for group in plan.groups) or "none"
+        names = ", ".join(map(_word_group, plan.groups)) or "none"
         raise InputError(f"no layer of this plan matches {layer!r}; its groups of layers are {names}")
     return groups
 
@@ -65,6 +65,11 @@ def find_pipeline_ranks(plan: Plan) -> tuple[int, ...]:
     pipeline = plan.pipeline
     # Which stages a pipeline rank has doesn't depend on the number of micro-batches.
     return make_schedule(pipeline.schedule, pipeline.ranks, pipeline.ranks, pipeline.chunks).rank_of
+
+
+def _word_group(group: Group) -> str:
+    """A group's name, and which layers it has: numbers that no layer has are mistaken most often."""
+    return f"{group.name!r} ({group.paths[0]} to {group.paths[-1]})" if group.count > 1 else repr(group.name)
 
 
 def _find_group(plan: Plan, layer: str) -> Group | None:

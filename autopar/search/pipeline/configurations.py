@@ -182,11 +182,9 @@ def _find_microbatches(problem: PipelineProblem, ranks: int, trial: Trial) -> li
     parts = math.prod(size for size, kind in kinds if kind in (AxisKind.DP, AxisKind.FREE))
     rows = batch if batch % parts else batch // parts  # where devices can't split the batch, each sees all of it
     counts = {rows // size for size in ROWS if rows % size == 0}
-    if ranks > 1:
-        # Fewer micro-batches than pipeline ranks leave most of them idle most of the time.
-        counts = {count for count in counts if count >= ranks} or {rows}
-    else:
-        counts |= {1}
+    # Fewer micro-batches than pipeline ranks leave these idle most of the time, which is still fastest where an op takes as long for few
+    # rows as for many.
+    counts |= {count for count in range(1, min(ranks, rows) + 1) if rows % count == 0}
     return sorted(counts)
 
 

@@ -1,0 +1,6 @@
+class E(BaseException):
+    pass
+
+
+def build():
+    raise E("x")

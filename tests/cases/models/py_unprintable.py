@@ -1,0 +1,7 @@
+class E(Exception):
+    def __str__(self):
+        raise RuntimeError("no str")
+
+
+def build():
+    raise E()
