@@ -9,10 +9,12 @@ if TYPE_CHECKING:
     from autopar.api import detect_cluster as detect_cluster
     from autopar.api import plan as plan
     from autopar.api import verify as verify
+    from autopar.checks import check_rule as check_rule
     from autopar.cost_models import Cluster as Cluster
     from autopar.plans import Pins as Pins
     from autopar.plans import Plan as Plan
     from autopar.report import summarize as summarize
+    from autopar.rules import register_rule as register_rule
 
 _HOMES = {
     "CompiledModule": "autopar.api",
@@ -20,10 +22,12 @@ _HOMES = {
     "detect_cluster": "autopar.api",
     "plan": "autopar.api",
     "verify": "autopar.api",
+    "check_rule": "autopar.checks",
     "Cluster": "autopar.cost_models",
     "Pins": "autopar.plans",
     "Plan": "autopar.plans",
     "summarize": "autopar.report",
+    "register_rule": "autopar.rules",
 }
 
 __all__ = sorted(_HOMES)

@@ -240,10 +240,24 @@ def spell_transpose(call: Call, node: fx.Node) -> Call | fx.Node:
 
 
 def spell_factory(call: Call, node: fx.Node) -> Call | fx.Node:
-    """Replace ``x.new_zeros`` and the like, which read nothing but the dtype of `x`, by factories that name the dtype."""
+    """Replace ``x.new_zeros``, ``x.new_empty`` and the like, which read nothing but the dtype of `x`, by factories that name the dtype."""
     if "device" in call[2]:
         return call
     return _FACTORIES[call[0]], call[1][1:], {"dtype": value_of(node).dtype}
+
+
+def spell_padding(call: Call, node: fx.Node) -> Call | fx.Node:
+    """Make a convolution that pads by a word, ``same`` or ``valid``, state the numbers, where both ends get the same."""
+    image, weight, *rest = call[1]
+    sizes = value_of(weight).shape[2:]
+    defaults: list[Any] = [None, [1], "valid", [1], 1]
+    bias, stride, word, dilation, groups = [*rest, *defaults[len(rest) :]]
+    dilations = list(dilation) * len(sizes) if len(dilation) == 1 else dilation
+    both_ends = [0 if word == "valid" else step * (size - 1) for step, size in zip(dilations, sizes, strict=True)]
+    if any(amount % 2 for amount in both_ends):
+        return call
+    target = getattr(aten, f"conv{len(sizes)}d").default
+    return target, (image, weight, bias, stride, [amount // 2 for amount in both_ends], dilation, groups), {}
 
 
 def spell_broadcast(call: Call, node: fx.Node) -> Call | fx.Node:
@@ -277,6 +291,7 @@ NO_EFFECT: frozenset[Any] = frozenset(
 _EXPANSIONS = frozenset({aten.expand.default, aten.expand_as.default, aten.broadcast_to.default})
 
 _FACTORIES: dict[Any, Any] = {
+    aten.new_empty.default: aten.empty.memory_format,
     aten.new_zeros.default: aten.zeros.default,
     aten.new_ones.default: aten.ones.default,
     aten.new_full.default: aten.full.default,
@@ -311,6 +326,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
         (skip_same_tensor, spell_shape),
     ),
     aten.slice.Tensor: (skip_same_tensor, spell_slice),
+    **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), (spell_padding,)),
     aten.clone.default: (skip_copy,),
     **dict.fromkeys(
         (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default),

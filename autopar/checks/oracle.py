@@ -41,7 +41,18 @@ from autopar.ir import (
 from autopar.ops import kernels, take_part
 
 # Relative and absolute, by type: sums in another order differ by a few units in the last place per addition.
-_TOLERANCE: Mapping[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-5}
+_TOLERANCE: Mapping[torch.dtype, float] = {
+    torch.float64: 1e-9,
+    torch.complex128: 1e-9,
+    torch.float32: 1e-5,
+    torch.complex64: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+# What operators raise for sizes that don't fit together; those of users may raise what they like.
+_SIZES = (RuntimeError, IndexError, ValueError, TypeError, AssertionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +87,9 @@ def trace(target: str, *args: Any, **kwargs: Any) -> tuple[Op, list[Tensor]]:
     op_args = tuple(as_operand(value) for value in args)
     op_kwargs = {name: as_operand(value) for name, value in kwargs.items()}
     operands = _copies(tensors)
-    results = _results(_function(target)(*_fill(op_args, operands), **_fill_by_name(op_kwargs, operands)))
+    function = find_function(target)
+    assert function is not None, f"torch has no operator {target}"
+    results = _results(function(*_fill(op_args, operands), **_fill_by_name(op_kwargs, operands)))
     values = tuple(Value(f"x{index}") for index in range(len(tensors)))
     return Op("op", OpKind.CALL, target, values, tuple(map(_describe, results)), op_args, op_kwargs), tensors
 
@@ -106,7 +119,7 @@ def placements(space: Space) -> Iterator[tuple[Mesh, Placement]]:
             yield double, pair
 
 
-def check_rule(
+def check_space(
     op: Op,
     space: Space,
     tensors: Sequence[Tensor],
@@ -126,10 +139,11 @@ def check_rule(
 
     Returns the placements compared, as text. Raises VerificationError at the first difference.
     """
-    function = function or _function(op.target)
+    function = function or find_function(op.target)
+    assert function is not None, f"torch has no operator {op.target}"
     generator = torch.Generator().manual_seed(0)
     whole = _run(function, op.args, op.kwargs, tensors, None)
-    cotangents = [_random(result, generator) if result.is_floating_point() else None for result in whole.results]
+    cotangents = [_random(x, generator) if x.is_floating_point() or x.is_complex() else None for x in whole.results]
     directions: list[Tensor | None] | None = [_random(x, generator) if x.requires_grad else None for x in tensors]
     try:
         whole = _run(function, op.args, op.kwargs, tensors, cotangents, directions)
@@ -141,7 +155,7 @@ def check_rule(
         text = f"{op.target} [{space}] split {format_placement(placement)} over {mesh}"
         try:
             runs = _run_split(function, op, space, mesh, placement, tensors, cotangents, directions, generator)
-        except (RuntimeError, IndexError) as error:  # what torch raises for sizes that don't fit together
+        except _SIZES as error:
             raise VerificationError(f"{text}: a part can't be run: {error}") from error
         _compare(space, mesh, placement, whole, runs, text, unused)
         compared.append(f"{format_placement(placement)} over {mesh}")
@@ -160,7 +174,7 @@ def _run_split(
     generator: torch.Generator,
 ) -> list[_Run]:
     splits = splits_of(space, mesh, placement)
-    if splits or space.random:
+    if splits:
         function = getattr(kernels, space.kernel or "")
     args = list(op.args)
     if space.shape_arg is not None:
@@ -174,7 +188,7 @@ def _run_split(
         [None if whole is None else _cut(whole, layout, mesh, rank) for whole, layout in zip(cotangents, result_layouts, strict=True)]
         for rank in range(mesh.world_size)
     ]
-    kwargs = {**op.kwargs, "splits": splits} if splits or space.random else op.kwargs
+    kwargs = {**op.kwargs, "splits": splits} if splits else op.kwargs
     # The gradient's gradient has the operand's own state: the dual of the dual.
     rank_directions: Sequence[Sequence[Tensor | None] | None] = [None] * mesh.world_size
     if directions is not None:
@@ -187,7 +201,7 @@ def _run_split(
     def run(rank: int) -> _Run:
         return _run(function, args, kwargs, [part[rank] for part in parts], rank_cotangents[rank], rank_directions[rank])
 
-    return threads.run(mesh, run) if splits or space.random else [run(rank) for rank in range(mesh.world_size)]
+    return threads.run(mesh, run) if splits else [run(rank) for rank in range(mesh.world_size)]
 
 
 def splits_of(space: Space, mesh: Mesh, placement: Placement) -> dict[str, tuple[str, ...]]:
@@ -253,7 +267,7 @@ def _expect(actual: Tensor, expected: Tensor, text: str) -> None:
         raise VerificationError(f"{text} is {actual.dtype}{list(actual.shape)}, expected {expected.dtype}{list(expected.shape)}")
     tolerance = _TOLERANCE.get(expected.dtype, 0.0)
     if not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
-        largest = (actual.double() - expected.double()).abs().max()
+        largest = (actual - expected).abs().max() if expected.is_complex() else (actual.double() - expected.double()).abs().max()
         raise VerificationError(f"{text} differs by up to {float(largest):.3g}, tolerance {tolerance}")
 
 
@@ -284,7 +298,7 @@ def _scatter(whole: Tensor, layout: Layout, mesh: Mesh, generator: torch.Generat
 
 def _join(pieces: Sequence[Tensor], layout: Layout, mesh: Mesh, like: Tensor, text: str) -> Tensor:
     """The whole tensor from the ranks' parts: summed over Partial axes, equal over Replicate axes, joined over Shard axes."""
-    places = torch.arange(like.numel()).view(like.shape)
+    places = torch.arange(like.numel(), device=like.device).view(like.shape)
     merged: dict[tuple[int, ...], Tensor] = {}
     for rank, piece in enumerate(pieces):
         coordinates = mesh.coordinates(rank)
@@ -365,10 +379,10 @@ def _fill_by_name(kwargs: Mapping[str, Any], operands: Sequence[Tensor]) -> dict
     return {name: value if name == "splits" else _fill(value, operands) for name, value in kwargs.items()}
 
 
-def _function(target: str) -> Callable[..., Any]:
+def find_function(target: str) -> Callable[..., Any] | None:
+    """The operator of this name, ``aten.linear.default``; None when none is loaded."""
     namespace, name, overload = target.split(".")
-    function: Callable[..., Any] = getattr(getattr(getattr(torch.ops, namespace), name), overload)
-    return function
+    return getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
 
 
 def _results(value: Any) -> list[Tensor]:
@@ -380,4 +394,4 @@ def _describe(tensor: Tensor) -> ir.Tensor:
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, dtype=like.dtype, generator=generator)
+    return torch.randn(like.shape, dtype=like.dtype, generator=generator).to(like.device)

@@ -176,11 +176,11 @@ def verify_against(reference: Reference, plan: Plan, *, tolerance: float = 1e-9)
 
 
 def widen(captured: Captured) -> Captured:
-    """The graph with every float dtype that it names raised to float64; ops have the same names, so that the same plans fit."""
+    """The graph with every float dtype that it names raised to float64, and complex ones to complex128; the same plans fit it."""
     module = copy.deepcopy(captured.fx)
 
     def raised(value: Any) -> Any:
-        return torch.float64 if isinstance(value, torch.dtype) and value.is_floating_point else value
+        return _wide_dtype(value) if isinstance(value, torch.dtype) else value
 
     for node in module.graph.nodes:
         if node.op == "call_function":
@@ -197,7 +197,7 @@ def _widen_messages(program: Program) -> Program:
         return program
 
     def raised(tensor: CrossingTensor) -> CrossingTensor:
-        return dataclasses.replace(tensor, dtype=torch.float64) if tensor.dtype.is_floating_point else tensor
+        return dataclasses.replace(tensor, dtype=_wide_dtype(tensor.dtype))
 
     stages = {
         number: dataclasses.replace(
@@ -210,8 +210,13 @@ def _widen_messages(program: Program) -> Program:
     return dataclasses.replace(program, pipeline=dataclasses.replace(program.pipeline, stages=stages))
 
 
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The widest dtype of the same kind: float64 for floats, complex128 for complex numbers."""
+    return torch.float64 if dtype.is_floating_point else torch.complex128 if dtype.is_complex else dtype
+
+
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().double() if tensor.is_floating_point() else tensor.detach()
+    return tensor.detach().to(_wide_dtype(tensor.dtype))
 
 
 def _rounding(tensors_of: nn.Module) -> float:

@@ -59,7 +59,8 @@ class Space:
         operands, results: per tensor, per dim, the names of the dim's loops, outermost first.
         flops: floating-point operations of the forward per point of the iteration space; the op's work is ``flops * points()``.
         family: products, attention and lookups hold a model's work; all else is pointwise.
-        kernel: name of the function in `autopar.ops.kernels` that replaces the op when a loop in `kernel_loops` is split.
+        kernel: name of the function in `autopar.ops.kernels` that replaces the op when a loop in `kernel_loops` is split; None where no
+            split needs one, and for ops that draw random numbers and whose parts are the op itself (`autopar.ops.kernels.draw` runs them).
         kernel_loops: loops whose split needs the kernel; every KERNEL loop is among them.
         added: indices of operands that are added once to a sum, such as a bias: when a SUM loop is split they must be Partial, so that
             the sum over the ranks holds them once.
@@ -98,7 +99,7 @@ class Space:
                 raise ValueError(f"a tensor runs twice over one loop: {format_dims(dims)}")
         if any(loop.kind is LoopKind.KERNEL and loop.name not in self.kernel_loops for loop in self.loops.values()):
             raise ValueError("every KERNEL loop must be named in kernel_loops")
-        if self.kernel_loops and self.kernel is None:
+        if self.kernel_loops and self.kernel is None and not self.random:
             raise ValueError("kernel_loops are given but no kernel")
         if unknown := _loops_of(self.facts) - self.loops.keys():
             raise ValueError(f"facts name loops {', '.join(sorted(unknown))}, which the op doesn't have")

@@ -126,6 +126,8 @@ class GroupAxis(Axis):
         """Combine all ranks' `x` elementwise; `x` itself is left as it is."""
         if self._is_pair(x):
             return _combine_into(self._swap(x), x, op)
+        if x.is_complex():
+            return torch.view_as_complex(self.all_reduce(torch.view_as_real(x.detach().resolve_conj()), op))
         # Gloo reduces no bool: a sum or a maximum of flags is whether any rank has one.
         flags = x.dtype is torch.bool
         work = x.to(torch.uint8) if flags else x.detach().clone(memory_format=torch.contiguous_format)
@@ -153,6 +155,8 @@ class GroupAxis(Axis):
         if self.size > 1 and parts.device.type == "cpu":
             # Gloo sums in a ring, one step after the other; sending every part where it is summed is one step.
             return self.exchange_stack(parts).sum(0, dtype=parts.dtype)
+        if parts.is_complex():
+            return torch.view_as_complex(self.reduce_stack(torch.view_as_real(parts.detach().resolve_conj())))
         sent = parts.detach().contiguous()
         received = sent.new_empty(sent.shape[1:])
         torch_compat.reduce_scatter_single(received.view(-1), sent.view(-1), group=self.group)

@@ -10,13 +10,14 @@ loops and the kernel. All are differentiable, and what they exchange goes throug
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from autopar.ops import comm, rng
 from autopar.ops.bounds import check_bounds
@@ -26,11 +27,15 @@ from autopar.ops.losses import binary_cross_entropy as binary_cross_entropy
 from autopar.ops.losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
 from autopar.ops.losses import cross_entropy as cross_entropy
 from autopar.ops.losses import huber_loss as huber_loss
+from autopar.ops.losses import kl_div as kl_div
 from autopar.ops.losses import l1_loss as l1_loss
 from autopar.ops.losses import mean as mean
 from autopar.ops.losses import mse_loss as mse_loss
+from autopar.ops.losses import multi_margin_loss as multi_margin_loss
+from autopar.ops.losses import multilabel_margin_loss as multilabel_margin_loss
 from autopar.ops.losses import nll_loss as nll_loss
 from autopar.ops.losses import smooth_l1_loss as smooth_l1_loss
+from autopar.ops.losses import soft_margin_loss as soft_margin_loss
 
 aten = torch.ops.aten
 
@@ -135,6 +140,31 @@ def embedding_bag(
     offsets = torch.cat([counts[offsets], counts[-1:]]).to(indices.dtype)
     results: tuple[Tensor, ...] = aten.embedding_bag.padding_idx(weight, indices, offsets, False, 0, False, samples, False, None)
     return (results[0][:-1],)
+
+
+def masked_scatter(x: Tensor, mask: Tensor, source: Tensor, *, splits: Splits) -> Tensor:
+    """This rank's part of a tensor in which the elements under a mask are replaced by those of `source`, in order.
+
+    Args:
+        x: a part of the tensor.
+        mask: bool, all of the mask, which broadcasts to the whole tensor.
+        source: all of it, of any shape.
+        splits: loop, a letter per dim, to the axes that split the dim.
+    """
+    axes = {ord(loop) - ord("a"): names for loop, names in splits.items()}
+    whole = mask.expand([size * comm.count(axes.get(dim, ())) for dim, size in enumerate(x.shape)])
+    part = whole
+    for dim, names in axes.items():
+        part = part.narrow(dim, comm.index(names) * x.shape[dim], x.shape[dim])
+    if set(axes) == {0}:  # only what comes before this part must be counted
+        before = whole[: comm.index(axes[0]) * x.shape[0]].sum()
+        number = before + part.flatten().cumsum(0).view(part.shape)
+    else:
+        number = whole.flatten().cumsum(0).view(whole.shape)
+        for dim, names in axes.items():
+            number = number.narrow(dim, comm.index(names) * x.shape[dim], x.shape[dim])
+    picked = source.flatten()[(number - 1).clamp(0, max(0, source.numel() - 1))]
+    return torch.where(part, picked, x)
 
 
 # --- attention of a part of the query rows ----------------------------------------------------------------------------------
@@ -381,18 +411,15 @@ def randn(size: Sequence[int], *, splits: Splits, device: Any = None, **kwargs: 
         return torch.randn(size, device=device, **kwargs)
 
 
-def lstm(*args: Any, splits: Splits) -> tuple[Tensor, ...]:
-    """An LSTM with dropout between its layers."""
-    with rng.stream(all_axes(splits), args[0].device):
-        results: tuple[Tensor, ...] = aten.lstm.input(*args)
-    return results
+def draw(op: Callable[..., Any], *args: Any, splits: Splits, **kwargs: Any) -> Any:
+    """A random operator itself, on this part of its tensors: for operators that take nothing which depends on the part.
 
-
-def gru(*args: Any, splits: Splits) -> tuple[Tensor, ...]:
-    """A GRU with dropout between its layers."""
-    with rng.stream(all_axes(splits), args[0].device):
-        results: tuple[Tensor, ...] = aten.gru.input(*args)
-    return results
+    Operators without a rule run whole on every rank, so `splits` is empty and all ranks draw the same.
+    """
+    tensors = (value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+    device = next((tensor.device for tensor in tensors), torch.device(kwargs.get("device") or "cpu"))
+    with rng.stream(all_axes(splits), device):
+        return op(*args, **kwargs)
 
 
 # --- ops whose arguments count elements of a dim that is split ---------------------------------------------------------------
@@ -441,4 +468,33 @@ def convolution(
     """A convolution over one, two or three dims, of this rank's part of its groups; `groups` counts all of them."""
     function: Any = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}[x.dim()]
     result: Tensor = function(x, weight, bias, stride, padding, dilation, groups // count_parts(splits))
+    return result
+
+
+def transposed_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+    *,
+    splits: Splits,
+) -> Tensor:
+    """As `convolution`, transposed."""
+    function: Any = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[x.dim()]
+    result: Tensor = function(x, weight, bias, stride, padding, output_padding, groups // count_parts(splits), dilation)
+    return result
+
+
+def cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: int | None = None, *, splits: Splits) -> Tensor:
+    """Euclidean distances of this part's pairs of points, as torch computes them for the whole: of many points by a product of matrices.
+
+    The two ways round differently. `compute_mode` of the whole op is None or 0, which leaves the choice to torch.
+    """
+    points = x.shape[-2] * comm.count(splits.get("points", ()))
+    references = y.shape[-2] * comm.count(splits.get("references", ()))
+    result: Tensor = aten.cdist.default(x, y, p, 1 if max(points, references) > 25 else 2)
     return result

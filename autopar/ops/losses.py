@@ -88,6 +88,30 @@ def binary_cross_entropy_with_logits(*args: Any, splits: Splits, **kwargs: Any) 
     return loss / count_parts(splits)
 
 
+def kl_div(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """A summand of a mean of pointwise divergences."""
+    loss: Tensor = aten.kl_div.default(*args, **kwargs)
+    return loss / count_parts(splits)
+
+
+def soft_margin_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """A summand of a mean of logistic losses."""
+    loss: Tensor = aten.soft_margin_loss.default(*args, **kwargs)
+    return loss / count_parts(splits)
+
+
+def multi_margin_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """A summand of a mean over samples of their margins between one class and the others."""
+    loss: Tensor = aten.multi_margin_loss.default(*args, **kwargs)
+    return loss / count_parts(splits)
+
+
+def multilabel_margin_loss(*args: Any, splits: Splits, **kwargs: Any) -> Tensor:
+    """A summand of a mean over samples of their margins between several classes and the others."""
+    loss: Tensor = aten.multilabel_margin_loss.default(*args, **kwargs)
+    return loss / count_parts(splits)
+
+
 def count_targets(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
     """What a mean over tokens divides by: the number of tokens that count, or the sum of their classes' weights.
 

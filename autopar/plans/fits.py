@@ -1,4 +1,4 @@
-"""Whether a plan was made for a graph: a fingerprint of the graph, kept in the plan."""
+"""Whether a plan was made for a graph: a fingerprint of the graph, and of the rules registered for its operators, kept in the plan."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import hashlib
 from autopar.errors import PlanError
 from autopar.ir import Graph, OpKind, freeze
 from autopar.plans.plan import Plan
+from autopar.rules import describe_declared, has_rule
 from autopar.texts import printable
 
 
 def fingerprint(graph: Graph) -> str:
-    """Identifies a graph: equal for the same ops, arguments, shapes and wiring, whatever the machine."""
+    """Identifies a graph: equal for the same ops, arguments, shapes and wiring, whatever the machine.
+
+    Where users registered rules for operators of the graph, a second part, after a plus, identifies these.
+    """
     digest = hashlib.sha256()
     for op in graph.ops:
         kind = op.target if op.kind in (OpKind.CALL, OpKind.PARAMETER, OpKind.BUFFER) else op.kind.value
@@ -19,7 +23,8 @@ def fingerprint(graph: Graph) -> str:
         # Arguments count: a softmax over another dim has the same shapes, but may be split elsewhere.
         args = repr((freeze(op.args), freeze(op.kwargs)))
         digest.update(f"{op.name}|{kind}|{','.join(map(str, op.operands))}|{results}|{args}\n".encode())
-    return digest.hexdigest()[:16]
+    rules = "\n".join(describe_declared(graph))
+    return digest.hexdigest()[:16] + (f"+{hashlib.sha256(rules.encode()).hexdigest()[:8]}" if rules else "")
 
 
 def check_fits(plan: Plan, graph: Graph) -> None:
@@ -27,6 +32,8 @@ def check_fits(plan: Plan, graph: Graph) -> None:
     actual = fingerprint(graph)
     if actual == plan.fingerprint:
         return
+    if actual.partition("+")[0] == plan.fingerprint.partition("+")[0]:
+        raise PlanError(_describe_rules(plan, graph))
     inputs = {printable(op.target): str(op.results[0]) for op in graph.of_kind(OpKind.INPUT)}
     types = ((name, plan.inputs.get(name, "absent"), actual_type) for name, actual_type in inputs.items())
     differing = [
@@ -36,4 +43,22 @@ def check_fits(plan: Plan, graph: Graph) -> None:
     raise PlanError(
         f"the plan was made for another model: {plan.model} with fingerprint {plan.fingerprint}, this one has {actual} ({reason}). "
         "Make a plan for this model and these inputs with `autopar plan`"
+    )
+
+
+def _describe_rules(plan: Plan, graph: Graph) -> str:
+    """Why a plan of this graph doesn't fit: operators had other registered rules when it was made."""
+    here = describe_declared(graph)
+    calls = graph.of_kind(OpKind.CALL)
+    without = sorted({op.target for op in calls if not has_rule(op.target)})
+    if "+" not in plan.fingerprint:
+        now = f"none of them was registered when it was made: {'; '.join(here)}"
+    elif here:
+        now = f"they differ from those registered now, {'; '.join(here)}"
+        now += f", or one is missing (no rule: {', '.join(without)})" if without else ""
+    else:
+        now = f"none is registered now; ops without a rule are {', '.join(without)}"
+    return (
+        f"the plan of {plan.model} depends on rules of autopar.register_rule, and {now}. "
+        "Register the same rules before the plan is used, on every rank, or plan again"
     )

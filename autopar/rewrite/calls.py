@@ -14,7 +14,7 @@ from autopar.rewrite.builder import GraphBuilder, LocalValue
 from autopar.rewrite.moves import read_operand
 from autopar.rewrite.planned import made_layout, placement_of
 from autopar.rewrite.whole_batch import BatchValue, target_mean_of
-from autopar.rules import facts_of
+from autopar.rules import facts_of, is_random
 from autopar.structure import is_deferrable
 
 
@@ -43,8 +43,11 @@ def call(builder: GraphBuilder, op: Op, *, splits_backward: bool = False) -> Non
         args[space.shape_arg] = list(local_shape(op.results[0].shape, made_layout(planned, Value(op.name)), planned.mesh))
     target: Any = captured.target
     splits = _kernel_splits(space, placement_of(planned, op), planned.mesh)
-    if space is not None and space.kernel is not None and (splits or space.random):
-        target = getattr(kernels, space.kernel)
+    if splits or is_random(op, space):
+        if space is not None and space.kernel is not None:
+            target = getattr(kernels, space.kernel)
+        else:
+            target, args = kernels.draw, [target, *args]
         kwargs["splits"] = splits
         if planned.micro_split is not None and op.name in planned.micro_split.counted:
             kwargs["counted"] = builder.whole_batch[BatchValue(planned.micro_split.counted[op.name], op.name)]

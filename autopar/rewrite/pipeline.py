@@ -21,7 +21,7 @@ from autopar.rewrite.regions import Region, find_layers, find_recomputed
 from autopar.rewrite.slots import find_stage_outputs, make_crossing, make_program
 from autopar.rewrite.stages import Stage, edges_of, partition
 from autopar.rewrite.whole_batch import find_batch_values, with_prologue
-from autopar.rules import facts_of
+from autopar.rules import facts_of, is_random
 from autopar.schedules import Kind, Schedule, StageEdge, add_messages, forward_only, make_schedule
 from autopar.structure import Chain, find_roles, split_microbatches
 
@@ -79,7 +79,7 @@ def rewrite_pipeline(planned: PlannedGraph, chain: Chain, pipeline_rank: int | N
             reached=_find_reached(graph),
             written=written,
             makers=makers,
-            random=any(space.random for space in planned.spaces.values()),
+            random=any(is_random(op, planned.spaces.get(op.name)) for op in planned.graph.of_kind(OpKind.CALL)),
         ),
     )
 

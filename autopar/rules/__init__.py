@@ -2,9 +2,10 @@
 
 Comes in: an `Op` and the tensors that it reads. Goes out: its `Space`, with the `Facts` that the rule states.
 
-Modules, in reading order: ``notation``, ``contract``, ``pointwise``, ``view``, ``index``, ``table``.
+Modules, in reading order: ``notation``, ``contract``, ``pointwise``, ``view``, ``index``, ``declared``, ``table``.
 """
 
-from autopar.rules.table import facts_of, find_spaces, is_random
+from autopar.rules.declared import read_target, readable_name
+from autopar.rules.table import describe_declared, facts_of, find_spaces, has_rule, is_random, register_rule, rule
 
-__all__ = ["facts_of", "find_spaces", "is_random"]
+__all__ = ["describe_declared", "facts_of", "find_spaces", "has_rule", "is_random", "read_target", "readable_name", "register_rule", "rule"]

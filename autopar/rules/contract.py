@@ -191,8 +191,83 @@ def convolution(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
         kernel="convolution" if groups > 1 else None,
         kernel_loops=["g"] if groups > 1 else [],
         added=[2] if len(operands) == 3 else [],
+        # Padding that is given as a word may differ at both ends, which the function for weight gradients doesn't know.
+        facts=Facts() if op.target.endswith(".padding") else weight_and_bias(op),
+    )
+
+
+def transposed_convolution(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
+    """``n (g i) y! x!, (g i) o v! u!, (g o) -> n (g o) q! p!``; splitting the groups changes their number, an argument."""
+    image, weight = operands[0].shape, operands[1].shape
+    if len(image) != len(weight):
+        return None  # without a batch dim
+    groups = int(argument(op, 6, "groups", 1))
+    spatial = range(len(image) - 2)
+    channels = grouped(("g", groups), ("i", weight[0] // groups))
+    features = grouped(("g", groups), ("o", weight[1]))
+    left = [
+        ["n", channels, *(f"x{dim}!" for dim in spatial)],
+        [channels, grouped(("o", weight[1])), *(f"k{dim}!" for dim in spatial)],
+        [features],
+    ][: len(operands)]
+    total = 2.0 * operands[0].numel * math.prod(weight[1:])
+    return space(
+        op,
+        operands,
+        left,
+        [["n", features, *(f"y{dim}!" for dim in spatial)]],
+        sizes={name: size for name, size in (("g", groups), ("i", weight[0] // groups), ("o", weight[1])) if size > 1},
+        flops=per_point(total, image[:1], image[2:], weight, op.results[0].shape[2:]),
+        family=Family.MATMUL,
+        kernel="transposed_convolution" if groups > 1 else None,
+        kernel_loops=["g"] if groups > 1 else [],
+        added=[2] if len(operands) == 3 else [],
         facts=weight_and_bias(op),
     )
+
+
+def bilinear(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n l, n r, o l r, o -> n o``: a sum over the products of all pairs of features."""
+    leading = letters(len(operands[0].shape) - 1)
+    left = [[*leading, "left"], [*leading, "right"], ["out", "left", "right"], ["out"]][: len(operands)]
+    added = [3] if len(operands) == 4 else []
+    return space(op, operands, left, [[*leading, "out"]], flops=2.0, family=Family.MATMUL, added=added)
+
+
+def cdist(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``b p m!, b r m! -> b p r``: distances of all pairs.
+
+    How they are computed depends on the numbers of points, which the kernel knows.
+    """
+    first, second, full = operands[0].shape, operands[1].shape, op.results[0].shape
+    leading = letters(len(full) - 2)
+    left = [
+        [*broadcast(first[:-2], leading, full[:-2]), "points", "m!"],
+        [*broadcast(second[:-2], leading, full[:-2]), "references", "m!"],
+    ]
+    by_size = argument(op, 2, "p", 2.0) == 2.0 and argument(op, 3, "compute_mode") in (None, 0)
+    return space(
+        op,
+        operands,
+        left,
+        [[*leading, "points", "references"]],
+        flops=3.0,
+        kernel="cdist" if by_size else None,
+        kernel_loops=["points", "references"] if by_size else [],
+    )
+
+
+def recurrent_cell(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n i!, n h!, ..., weights -> n o!``: a step of a recurrent layer; samples are independent, the rest stays whole."""
+    states = argument(op, 1, "hx")
+    count = len(states) if isinstance(states, tuple | list) else 1
+    weights = operands[1 + count :]
+    names = [[f"w{index}_{dim}!" for dim in range(len(tensor.shape))] for index, tensor in enumerate(weights)]
+    left = [["n", "i!"], *(["n", f"h{index}!"] for index in range(count)), *names]
+    right = [["n", f"o{index}!"] for index in range(len(op.results))]
+    total = 2.0 * operands[0].shape[0] * sum(tensor.numel for tensor in weights if len(tensor.shape) == 2)
+    shapes = [operands[0].shape, *(tensor.shape[-1:] for tensor in (*operands[1 : 1 + count], *op.results)), *(t.shape for t in weights)]
+    return space(op, operands, left, right, flops=per_point(total, *shapes), family=Family.MATMUL)
 
 
 def recurrent(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
@@ -227,7 +302,6 @@ def recurrent(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
         right,
         flops=per_point(total, *shapes, layers, op.results[0].shape[-1:]),
         family=Family.MATMUL,
-        kernel=op.target.split(".")[1] if random else None,
         kernel_loops=["b"] if random else [],
         random=random,
     )
@@ -243,7 +317,15 @@ RULES: dict[str, Rule] = {
     "aten.scaled_dot_product_attention.default": scaled_dot_product_attention,
     "autopar.attention.default": attention,
     **named("aten.conv1d.default aten.conv2d.default aten.conv3d.default", convolution),
-    **named("aten.lstm.input aten.gru.input", recurrent),
+    **named("aten.conv1d.padding aten.conv2d.padding aten.conv3d.padding", convolution),
+    **named("aten.conv_transpose1d.default aten.conv_transpose2d.input aten.conv_transpose3d.input", transposed_convolution),
+    "aten.bilinear.default": bilinear,
+    "aten.cdist.default": cdist,
+    **named("aten.lstm.input aten.gru.input aten.rnn_tanh.input aten.rnn_relu.input", recurrent),
+    **named(
+        "aten.lstm_cell.default aten.gru_cell.default aten.rnn_tanh_cell.default aten.rnn_relu_cell.default",
+        recurrent_cell,
+    ),
 }
 
 _CONVOLUTIONS = """aten.convolution.default aten.conv1d.default aten.conv2d.default aten.conv3d.default

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from autopar.ir import Exchange, Facts, Family, Meaning, Op, Operand, Space, TargetMean, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, floats, letters, named, normal, operand, space
 
@@ -117,6 +119,27 @@ def scatter(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return space(op, operands, left, [left[0]], flops=0.0)
 
 
+def masked_scatter(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a b, m0! m1!, n! -> a b``: where the mask is set, the next element of the source.
+
+    Which that is depends on the mask before this part, so the kernel reads all of the mask, and all of the source.
+    """
+    tokens = letters(len(operands[0].shape))
+    mask, source = ([f"{name}{dim}!" for dim in range(len(tensor.shape))] for name, tensor in zip("ms", operands[1:], strict=True))
+    return space(op, operands, [tokens, mask, source], [tokens], kernel="masked_scatter", kernel_loops=tokens, positional=tokens)
+
+
+def index_into(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a v! c, k!, a k! c -> a v! c``: slices along one dim are added or replaced, by tensors or by a number."""
+    tokens = letters(len(operands[0].shape))
+    dim = normal(argument(op, 1, "dim"), len(tokens))
+    target, source = list(tokens), list(tokens)
+    target[dim], source[dim] = f"{tokens[dim]}!", "k!"
+    left = [target, ["k!"], source][: len(operands)]
+    linear = floats(operands, 0, 2) if "index_add" in op.target else ()
+    return space(op, operands, left, [target], flops=0.0, linear=linear)
+
+
 def one_hot(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """``b s -> b s c!``."""
     tokens = letters(len(operands[0].shape))
@@ -229,9 +252,33 @@ def binary_cross_entropy_with_logits(op: Op, operands: tuple[Tensor, ...]) -> Sp
     return elementwise_loss(op, operands, position=4)
 
 
+def margin_loss(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n v!, n -> `` or ``n v!, n v! -> ``: margins between the scores of all classes of a sample, summed or averaged over samples."""
+    tokens = ["n"] if len(operands[0].shape) == 2 else []
+    reduction = argument(op, 5 if "multi_margin" in op.target else 2, "reduction", _MEAN)
+    targets = [*tokens, "v!"][: len(operands[1].shape)]
+    mean = reduction == _MEAN and bool(tokens)
+    return space(
+        op,
+        operands,
+        [[*tokens, "v!"], targets, ["v!"]][: len(operands)],
+        [tokens if reduction == 0 else []],
+        flops=2.0,
+        kernel=op.target.split(".")[1] if mean else None,
+        kernel_loops=tokens if mean else [],
+    )
+
+
+def grid_sampler(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n c y! x!, n q p xy! -> n c q p``: an image, read at given places."""
+    spatial = range(len(operands[0].shape) - 2)
+    image, places = [f"x{dim}!" for dim in spatial], [f"y{dim}" for dim in spatial]
+    return space(op, operands, [["n", "c", *image], ["n", *places, "xy!"]], [["n", "c", *places]], flops=8.0)
+
+
 def pool(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """``n c y! x! -> n c q! p!``; without a batch dim ``c y! x! -> c q! p!``."""
-    spatial = int(op.target.split(".")[1].rstrip("d")[-1])
+    spatial = int(re.findall(r"(\d)d", op.target)[0])
     leading = letters(len(operands[0].shape) - spatial)
     left, right = ([*leading, *(f"{name}{dim}!" for dim in range(spatial))] for name in ("x", "y"))
     linear = floats(operands, 0) if "avg" in op.target else ()
@@ -264,7 +311,9 @@ RULES: dict[str, Rule] = {
     "aten.gather.default": gather,
     "aten.index_select.default": index_select,
     "aten.index.Tensor": index,
-    **named("aten.scatter.src aten.scatter.value aten.scatter_add.default", scatter),
+    **named("aten.scatter.src aten.scatter.value aten.scatter.reduce aten.scatter_add.default aten.scatter_reduce.two", scatter),
+    "aten.masked_scatter.default": masked_scatter,
+    **named("aten.index_add.default aten.index_copy.default aten.index_fill.int_Scalar", index_into),
     "aten.one_hot.default": one_hot,
     **named("aten.sort.default aten.sort.stable aten.argsort.default", ordered),
     "aten.topk.default": topk,
@@ -272,11 +321,17 @@ RULES: dict[str, Rule] = {
     "aten.cross_entropy_loss.default": cross_entropy,
     **named("aten.nll_loss.default aten.nll_loss_nd.default", nll_loss),
     **named("aten.mse_loss.default aten.l1_loss.default aten.smooth_l1_loss.default aten.huber_loss.default", elementwise_loss),
+    **named("aten.kl_div.default aten.soft_margin_loss.default", elementwise_loss),
+    **named("aten.multi_margin_loss.default aten.multilabel_margin_loss.default", margin_loss),
+    "aten.grid_sampler.default": grid_sampler,
     "aten.binary_cross_entropy.default": binary_cross_entropy,
     "aten.binary_cross_entropy_with_logits.default": binary_cross_entropy_with_logits,
     **named(
         """aten.max_pool1d.default aten.max_pool2d.default aten.avg_pool1d.default aten.avg_pool2d.default
-        aten.adaptive_avg_pool1d.default aten.adaptive_avg_pool2d.default""",
+        aten.adaptive_avg_pool1d.default aten.adaptive_avg_pool2d.default aten.max_pool3d.default aten.avg_pool3d.default
+        aten.adaptive_avg_pool3d.default aten.max_pool1d_with_indices.default aten.max_pool2d_with_indices.default
+        aten.max_pool3d_with_indices.default aten.adaptive_max_pool1d.default aten.adaptive_max_pool2d.default
+        aten.adaptive_max_pool3d.default""",
         pool,
     ),
     **named(
@@ -285,7 +340,7 @@ RULES: dict[str, Rule] = {
         upsample,
     ),
     **named(
-        """aten.zeros.default aten.ones.default aten.full.default aten.empty.memory_format aten.new_zeros.default
+        """aten.zeros.default aten.ones.default aten.full.default aten.empty.memory_format aten.new_empty.default aten.new_zeros.default
         aten.new_ones.default aten.new_full.default""",
         constant,
     ),

@@ -30,6 +30,18 @@ def scale(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return pointwise(op, operands, linear=floats(operands, 0))
 
 
+def complex_(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Complex numbers of given real and imaginary parts, jointly linear in both."""
+    return pointwise(op, operands, linear=floats(operands, 0, 1))
+
+
+def prelu(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n c x, c -> n c x``: a slope per channel, or one slope for all."""
+    tokens = letters(len(operands[0].shape))
+    slopes = [tokens[1]] if operands[1].numel > 1 else ["1"] * len(operands[1].shape)
+    return space(op, operands, [tokens, slopes], [tokens], flops=2.0)
+
+
 def cast(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """A copy, perhaps of another type; a cast from floating point to something else isn't linear."""
     tokens = letters(len(operands[0].shape))
@@ -127,6 +139,21 @@ def softmax(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return along(op, operands, flops=5.0, facts=Facts(softmax=True))
 
 
+def transform(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A Fourier transform over some dims: ``a b! -> a b_out!``."""
+    dims = normals(argument(op, 1, "dim"), len(operands[0].shape))
+    tokens = letters(len(operands[0].shape))
+    left, right = ([f"{name}{mark}!" if dim in dims else name for dim, name in enumerate(tokens)] for mark in ("", "_out"))
+    return space(op, operands, [left], [right], flops=5.0, linear=floats(operands, 0))
+
+
+def stft(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``b t!, w! -> b f! s!``: the spectra of windows along the last dim; real and imaginary parts may be one more dim."""
+    leading = letters(len(operands[0].shape) - 1)
+    right = [f"spectrum{dim}!" for dim in range(len(op.results[0].shape) - len(leading))]
+    return space(op, operands, [[*leading, "t!"], *([["w!"]] * (len(operands) - 1))], [[*leading, *right]], flops=5.0)
+
+
 def cumsum(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """A running sum."""
     return along(op, operands, linear=floats(operands, 0))
@@ -143,6 +170,41 @@ def layer_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
     tokens = [name + "!" if dim >= normalised else name for dim, name in enumerate(letters(rank))]
     left = [tokens, *([tokens[normalised:]] * (len(operands) - 1))]
     return space(op, operands, left, [tokens], flops=8.0)
+
+
+def weight_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``o i! k!, o 1 1 -> o i! k!``: a direction of length one for each element of one dim, times its length; dim -1 has one length in all.
+
+    Linear in the lengths.
+    """
+    full = operands[0].shape
+    dim = argument(op, 2, "dim", 0)
+    kept = None if dim == -1 else normal(dim, len(full))
+    tokens = [name if position == kept else f"{name}!" for position, name in enumerate(letters(len(full)))]
+    return space(op, operands, [tokens, broadcast(operands[1].shape, tokens, full)], [tokens], flops=3.0, linear=floats(operands, 1))
+
+
+def instance_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n c x!, c, c -> n c x!``: every channel of every sample is normalised alone.
+
+    With running statistics, ``n c x, c, c, c, c -> n c x`` where they are used; where they are updated, from the whole batch, all is whole.
+    """
+    spatial = [f"x{dim}" for dim in range(len(operands[0].shape) - 2)]
+    given = (operand(op, position, name) for position, name in ((3, "running_mean"), (4, "running_var")))
+    running = frozenset(index for index in given if index is not None)
+    uses_input = bool(argument(op, 5, "use_input_stats"))
+    mark = "!" if running and uses_input else ""
+    tokens = [f"n{mark}", f"c{mark}", *(f"{name}!" if uses_input else name for name in spatial)]
+    left = [tokens, *([[f"c{mark}"]] * (len(operands) - 1))]
+    facts = Facts()
+    if mark:
+        facts = Facts(
+            writes=running,
+            microbatch_refusal=MicrobatchRefusal(
+                "takes its running statistics over the whole batch", "make the layer with track_running_stats=False, put it into eval mode"
+            ),
+        )
+    return space(op, operands, left, [tokens], flops=8.0, facts=facts)
 
 
 def group_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
@@ -189,7 +251,9 @@ def batch_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
     )
 
 
-def _random(op: Op, operands: tuple[Tensor, ...], kernel: str, *, linear: tuple[int, ...] = (), shape_arg: int | None = None) -> Space:
+def _random(
+    op: Op, operands: tuple[Tensor, ...], kernel: str | None, *, linear: tuple[int, ...] = (), shape_arg: int | None = None
+) -> Space:
     tokens = letters(len(op.results[0].shape))
     left = [broadcast(tensor.shape, tokens, op.results[0].shape) for tensor in operands]
     return space(
@@ -238,12 +302,45 @@ def randn(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return _random(op, operands, "randn", shape_arg=0)
 
 
+def drawn(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Random numbers in the shape of another tensor, whatever its values: what an in-place op such as ``x.exponential_()`` becomes."""
+    return _random(op, operands, None)
+
+
+def drawn_integers(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """Random integers of given sizes; the sizes follow the bounds."""
+    return _random(op, operands, None, shape_arg=2 if op.target.endswith(".low") else 1)
+
+
+def permutation(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A random order, whole on every rank."""
+    return space(op, operands, [], [["a!"]], flops=1.0, random=True)
+
+
+def multinomial(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``b v! -> b k!``: classes drawn with the probabilities of each row."""
+    tokens = letters(len(operands[0].shape) - 1)
+    return space(op, operands, [[*tokens, "v!"]], [[*tokens, "k!"]], flops=1.0, kernel_loops=tokens, random=True)
+
+
+def rrelu(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """A slope that is drawn for each element in training, and is fixed in evaluation."""
+    return _random(op, operands, None) if argument(op, 3, "training", False) else pointwise(op, operands)
+
+
 _UNARY = """abs acos acosh asin asinh atan atanh bitwise_not ceil cos cosh elu erf erfc exp exp2 expm1 floor gelu
 hardsigmoid hardswish hardtanh isinf isnan leaky_relu log log10 log1p log2 log_sigmoid logical_not mish
 nan_to_num reciprocal relu relu6 round rsqrt selu sigmoid sign silu sin sinh softplus sqrt square tan tanh trunc
-clamp clamp_min clamp_max logit sinc isfinite celu hardshrink softshrink threshold angle"""
+clamp clamp_min clamp_max logit sinc isfinite celu hardshrink softshrink threshold angle erfinv lgamma digamma frac
+sgn"""
 
-_BINARY = """aten.eq.Tensor aten.eq.Scalar aten.ne.Tensor aten.ne.Scalar aten.lt.Tensor aten.lt.Scalar aten.le.Tensor
+_COMPLEX = "aten.real.default aten.imag.default aten.conj.default aten._conj.default aten.resolve_conj.default aten.resolve_neg.default"
+
+_DRAWN = """aten.exponential.default aten.uniform.default aten.normal_functional.default aten.log_normal.default aten.cauchy.default
+        aten.geometric.default aten.random.default aten.random.from aten.random.to aten.poisson.default aten.randint_like.default
+        aten.randint_like.low_dtype"""
+
+_BINARY = """aten.polar.default aten.eq.Tensor aten.eq.Scalar aten.ne.Tensor aten.ne.Scalar aten.lt.Tensor aten.lt.Scalar aten.le.Tensor
         aten.le.Scalar aten.gt.Tensor aten.gt.Scalar aten.ge.Tensor aten.ge.Scalar aten.minimum.default
         aten.maximum.default aten.min.other aten.max.other aten.pow.Tensor_Tensor aten.pow.Tensor_Scalar
         aten.pow.Scalar aten.remainder.Tensor aten.remainder.Scalar aten.fmod.Tensor aten.fmod.Scalar
@@ -264,8 +361,11 @@ RULES: dict[str, Rule] = {
     **named(_BINARY, pointwise),
     **named(_CASTS, cast),
     **named("aten.add.Tensor aten.add.Scalar aten.sub.Tensor aten.sub.Scalar aten.rsub.Tensor", add),
-    **named("aten.mul.Tensor aten.mul.Scalar", multiply),
+    **named("aten.mul.Tensor aten.mul.Scalar aten.multiply.Tensor aten.multiply.Scalar", multiply),
     **named("aten.div.Tensor aten.div.Scalar aten.neg.default", scale),
+    **named(_COMPLEX, scale),
+    "aten.complex.default": complex_,
+    "aten.prelu.default": prelu,
     **named("aten.alias.default aten.detach.default", alias),
     **named("aten.where.self aten.where.ScalarOther aten.where.ScalarSelf aten.where.Scalar", where),
     "aten.masked_fill.Scalar": masked_fill,
@@ -279,12 +379,20 @@ RULES: dict[str, Rule] = {
         aten.any.default aten.any.dim aten.all.default aten.all.dim""",
         reduce_whole,
     ),
-    **named("""aten.var.default aten.var.dim aten.var.correction aten.std.default aten.std.dim aten.std.correction""", variance),
+    **named(
+        """aten.var.default aten.var.dim aten.var.correction aten.std.default aten.std.dim aten.std.correction
+        aten.var_mean.correction aten.std_mean.correction""",
+        variance,
+    ),
     "aten.linalg_vector_norm.default": vector_norm,
     **named("aten.softmax.int aten.log_softmax.int aten._softmax.default aten._log_softmax.default", softmax),
     "aten.cumsum.default": cumsum,
-    "aten.cumprod.default": along,
+    **named("aten._fft_r2c.default aten._fft_c2r.default aten._fft_c2c.default", transform),
+    **named("aten.stft.default aten.stft.center", stft),
+    **named("aten.cumprod.default aten.logcumsumexp.default aten.cummax.default aten.cummin.default", along),
     **named("aten.layer_norm.default aten.rms_norm.default", layer_norm),
+    "aten._weight_norm.default": weight_norm,
+    "aten.instance_norm.default": instance_norm,
     "aten.group_norm.default": group_norm,
     "aten.batch_norm.default": batch_norm,
     "aten.dropout.default": dropout,
@@ -293,6 +401,11 @@ RULES: dict[str, Rule] = {
     "aten.randn_like.default": randn_like,
     "aten.rand.default": rand,
     "aten.randn.default": randn,
+    **named(_DRAWN, drawn),
+    **named("aten.randint.default aten.randint.low", drawn_integers),
+    "aten.randperm.default": permutation,
+    "aten.multinomial.default": multinomial,
+    "aten.rrelu.default": rrelu,
     # Elementwise autograd functions of transformers, as `autopar.ops.FunctionCall` names them.
     **named(
         """autograd_function.transformers_models_bloom_modeling_bloom_GeLUFunction.T

@@ -338,6 +338,97 @@ def repeat_interleave(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
     return space(op, operands, [tokens], [right], sizes=sizes, linear=floats(operands, 0))
 
 
+def view_as_complex(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a b part! -> a b``: the two parts of a complex number are the last dim."""
+    tokens = letters(len(op.results[0].shape))
+    return space(op, operands, [[*tokens, "part!"]], [tokens], linear=floats(operands, 0), view=True)
+
+
+def view_as_real(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a b -> a b part!``: the reverse."""
+    tokens = letters(len(operands[0].shape))
+    return space(op, operands, [tokens], [[*tokens, "part!"]], linear=floats(operands, 0), view=True)
+
+
+def glu(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a (half! b) -> a b``: the first half of a dim, each element times the sigmoid of its counterpart in the second."""
+    shape = operands[0].shape
+    dim = normal(argument(op, 1, "dim", -1), len(shape))
+    right = letters(len(shape))
+    left = list(right)
+    left[dim] = grouped(("half!", 2), (right[dim], shape[dim] // 2))
+    if shape[dim] == 2:
+        right[dim] = "1"
+    sizes = {"half": 2} | ({letters(len(shape))[dim]: shape[dim] // 2} if shape[dim] > 2 else {})
+    return space(op, operands, [left], [right], sizes=sizes, flops=4.0)
+
+
+_Dim = tuple[tuple[str, int], ...]
+"""The loops of a dim that is their product, and their sizes; those of one iteration are left out of a rule's text."""
+
+
+def _rearranged(op: Op, operands: tuple[Tensor, ...], left: Sequence[_Dim], right: Sequence[_Dim]) -> Space:
+    """Elements change places between dims, each given as its factors, (loop, size), outermost first."""
+    sizes = {name.rstrip("!"): size for dims in (left, right) for dim in dims for name, size in dim if size > 1}
+    sides = ([grouped(*dim) for dim in dims] for dims in (left, right))
+    return space(op, operands, [next(sides)], [next(sides)], sizes=sizes, linear=floats(operands, 0))
+
+
+def pixel_shuffle(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n (c q! r!) y x -> n c (y q!) (x r!)``; ``pixel_unshuffle`` is the reverse."""
+    is_reverse = "unshuffle" in op.target
+    coarse, fine = (op.results[0].shape, operands[0].shape) if is_reverse else (operands[0].shape, op.results[0].shape)
+    factor = argument(op, 1, "downscale_factor" if is_reverse else "upscale_factor")
+    leading: list[_Dim] = [((name, size),) for name, size in zip(letters(len(fine) - 3), fine[:-3], strict=True)]
+    channels, height, width = ("channels", fine[-3]), ("y", coarse[-2]), ("x", coarse[-1])
+    rows, columns = ("q!", factor), ("r!", factor)
+    merged: list[_Dim] = [*leading, (channels, rows, columns), (height,), (width,)]
+    spread: list[_Dim] = [*leading, (channels,), (height, rows), (width, columns)]
+    return _rearranged(op, operands, spread, merged) if is_reverse else _rearranged(op, operands, merged, spread)
+
+
+def channel_shuffle(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n (g! c) x -> n (c g!) x``."""
+    shape = operands[0].shape
+    groups = argument(op, 1, "groups")
+    inner, outer = ("channels", shape[1] // groups), ("g!", groups)
+    spatial: list[_Dim] = [((f"x{dim}", size),) for dim, size in enumerate(shape[2:])]
+    return _rearranged(op, operands, [(("n", shape[0]),), (outer, inner), *spatial], [(("n", shape[0]),), (inner, outer), *spatial])
+
+
+def im2col(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``n c y! x! -> n (c k!) l!``: the pixels under a window, for every place of it.
+
+    ``col2im``, ``n (c k!) l! -> n c y! x!``, adds them up.
+    """
+    is_reverse = "col2im" in op.target
+    image, columns = (op.results[0].shape, operands[0].shape) if is_reverse else (operands[0].shape, op.results[0].shape)
+    leading: list[_Dim] = [(("n", size),) for size in image[:-3]]
+    channels = ("channels", image[-3])
+    pixels: list[_Dim] = [*leading, (channels,), (("y!", image[-2]),), (("x!", image[-1]),)]
+    windows: list[_Dim] = [*leading, (channels, ("k!", columns[-2] // image[-3])), (("l!", columns[-1]),)]
+    return _rearranged(op, operands, windows, pixels) if is_reverse else _rearranged(op, operands, pixels, windows)
+
+
+def unfold(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a b! -> a w! k!``: windows along one dim; their elements are a new last dim."""
+    tokens = letters(len(operands[0].shape))
+    dim = normal(argument(op, 1, "dimension"), len(tokens))
+    left, right = list(tokens), list(tokens)
+    left[dim], right[dim] = f"{tokens[dim]}!", "windows!"
+    return space(op, operands, [left], [[*right, "elements!"]], linear=floats(operands, 0), view=True)
+
+
+def diagonal(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a! b! c -> c d!``: the diagonal of two dims is a new last dim."""
+    rank = len(operands[0].shape)
+    pair = {normal(argument(op, position, f"dim{position - 1}", position - 2), rank) for position in (2, 3)}
+    tokens = letters(rank)
+    left = [f"{name}!" if dim in pair else name for dim, name in enumerate(tokens)]
+    right = [name for dim, name in enumerate(tokens) if dim not in pair]
+    return space(op, operands, [left], [[*right, "diagonal!"]], linear=floats(operands, 0), view=True)
+
+
 RULES: dict[str, Rule] = {
     **named("aten.view.default aten.reshape.default aten._unsafe_view.default", reshape),
     **named("aten.flatten.using_ints aten.view_as.default aten.reshape_as.default aten.ravel.default", flatten),
@@ -355,7 +446,7 @@ RULES: dict[str, Rule] = {
     "aten.narrow.default": narrow,
     **named("aten.split.Tensor aten.split.sizes aten.split_with_sizes.default", split),
     "aten.chunk.default": chunk,
-    **named("aten.cat.default aten.concat.default", cat),
+    **named("aten.cat.default aten.concat.default aten.concatenate.default", cat),
     "aten.stack.default": stack,
     **named("aten.select_scatter.default aten.slice_scatter.default", put),
     **named("aten.pad.default aten.constant_pad_nd.default", pad),
@@ -363,4 +454,12 @@ RULES: dict[str, Rule] = {
     "aten.roll.default": roll,
     **named("aten.repeat.default aten.tile.default", repeat),
     "aten.repeat_interleave.self_int": repeat_interleave,
+    "aten.view_as_complex.default": view_as_complex,
+    "aten.view_as_real.default": view_as_real,
+    "aten.glu.default": glu,
+    **named("aten.pixel_shuffle.default aten.pixel_unshuffle.default", pixel_shuffle),
+    "aten.channel_shuffle.default": channel_shuffle,
+    **named("aten.im2col.default aten.col2im.default", im2col),
+    "aten.unfold.default": unfold,
+    "aten.diagonal.default": diagonal,
 }

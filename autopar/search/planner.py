@@ -15,7 +15,7 @@ from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, UnknownOpError
 from autopar.ir import REPLICATE, Graph, Layout, Mesh, Op, OpKind, Space
 from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
-from autopar.rules import find_spaces
+from autopar.rules import find_spaces, readable_name
 from autopar.schedules import make_schedule
 from autopar.search.assemble import Chosen, assemble
 from autopar.search.meshes import find_pipeline_trials, find_trials
@@ -175,7 +175,10 @@ def _read_rules(graph: Graph, *, strict: bool) -> tuple[Mapping[str, Space], tup
     spaces, unruled = find_spaces(graph)
     if unruled and strict:
         lines = "\n".join(f"  {op.target} at {op.source or op.name}" for op in unruled)
-        raise UnknownOpError(f"{len(unruled)} ops have no rule and strict=True was asked for:\n{lines}")
+        raise UnknownOpError(
+            f"{len(unruled)} ops have no rule and strict=True was asked for:\n{lines}\n"
+            f'Say how they split with autopar.register_rule("{readable_name(unruled[0].target)}", ...), or leave out strict=True'
+        )
     return spaces, unruled
 
 

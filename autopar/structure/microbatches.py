@@ -50,7 +50,7 @@ from autopar.ir import (
     result_layout,
     shard,
 )
-from autopar.rules import facts_of, is_random
+from autopar.rules import facts_of, is_random, readable_name
 from autopar.structure.roles import GraphRoles, Role
 
 WHOLE_NBYTES = 1 << 28
@@ -396,9 +396,10 @@ class _Walk:
                 held = "a sum over the micro-batches" if state.kind is StateKind.PARTIAL else f"split by micro-batch on dim {state.dim}"
                 blocked.append(f"{value} {self.graph.tensor(value)} is {held} and {why}")
         needs = "has no rule and so needs all operands whole" if space is None else "can't work on a micro-batch alone"
+        remedy = f'Say how it splits with autopar.register_rule("{readable_name(op.target)}", ...), compute' if space is None else "Compute"
         return (
             f"{where} {needs}: {'; '.join(blocked) or 'its operands are split in ways that no loop of it joins'}. "
-            f"Compute it for each sample, or from inputs alone, or pin microbatches=1 instead of {count}"
+            f"{remedy} it for each sample, or from inputs alone, or pin microbatches=1 instead of {count}"
         )
 
     def _check_updates(self) -> None:
