@@ -111,6 +111,7 @@ def _on_group(rank: int) -> None:
             _check_steps(rank, 2, dim, outer)
         _check_all_to_all(rank, 2, (3, 1))
         _check_whole_numbers()
+        _check_complex_numbers()
         _check_forgetting()
     assert [x.tolist() for x in axis.all_gather(torch.tensor([rank == 1]))] == [[False], [True]]
     assert axis.all_reduce(torch.tensor([rank == 1, False])).tolist() == [True, False]
@@ -123,6 +124,7 @@ def _on_larger_group(rank: int) -> None:
             _check_steps(rank, 4, dim, outer)
         _check_all_to_all(rank, 4, (3, 1))
         _check_whole_numbers()
+        _check_complex_numbers()
 
 
 # Two CPU ranks swap messages, more of them use other collectives.
@@ -140,6 +142,24 @@ def _check_whole_numbers() -> None:
     assert c.all_gather(mine, "x", 0).tolist() == numbers.tolist()
     assert c.all_gather(mine % 2 == 0, "x", 0).tolist() == (numbers % 2 == 0).tolist()
     assert c.reduce_scatter(numbers, "x", 0).tolist() == (mine * axis.size).tolist()
+
+
+def _check_complex_numbers() -> None:
+    axis = comm.axis("x")
+    numbers = torch.arange(2.0 * axis.size) * 1j + 1
+    mine = c.shard(numbers, "x", 0)
+    assert c.all_gather(mine, "x", 0).tolist() == numbers.tolist()
+    assert c.reduce_scatter(numbers, "x", 0).tolist() == (mine * axis.size).tolist()
+    assert c.all_reduce(numbers.conj(), "x").tolist() == (numbers.conj() * axis.size).tolist()
+    stack = numbers.expand(axis.size, -1) * (axis.index + 1)
+    assert axis.exchange_stack(stack)[-1].tolist() == (numbers * axis.size).tolist()
+    if axis.size > 1 and axis.index < 2:
+        sent = axis.send(mine, 1 - axis.index)
+        assert (
+            axis.receive(1 - axis.index, mine.shape, mine.dtype, mine.device).wait().tolist()
+            == numbers.chunk(axis.size)[1 - axis.index].tolist()
+        )
+        sent.wait()
 
 
 def test_whole_numbers_and_flags_travel_too() -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import autopar
+
 from autopar.cli.models import load_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -61,3 +63,11 @@ def test_the_smallest_example_is_a_model_of_the_command_line() -> None:
     loss = loaded.model(**loaded.example_inputs)
     assert loss.shape == ()
     assert 1.5 < loss.item() < 3.5  # near log(10), the loss of a guess
+
+
+def test_the_example_of_an_operator_of_ones_own_checks_its_rule_and_is_planned_in_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(EXAMPLES / "custom_operator.py"))
+    example["check"]()
+    assert capsys.readouterr().out == "rule checked: 14 ways to split\n"
+    model, batch = example["build"](batch=8)
+    autopar.verify(model, batch, cluster="2xcpu", pins={"pp": 2, "microbatches": 2}).check()

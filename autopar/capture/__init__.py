@@ -5,7 +5,7 @@ computed and a model on the meta device is captured like any other; a visible li
 in-place ops and devices.
 
 Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``attributes``, ``functions``, ``watch``, ``transformers``,
-``functionalize``, ``record``, ``masks``, ``normalize``, ``graph_of``, ``export``.
+``functionalize``, ``decompose``, ``record``, ``masks``, ``normalize``, ``graph_of``, ``export``.
 """
 
 from autopar.capture.calls import ExampleInputs, canonical, leaf_names, split_call

@@ -25,12 +25,13 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from autopar import ir
 from autopar.capture.attributes import ModelAttributes
 from autopar.capture.calls import CallSpec, ResultSpec, find_problem, read_call
+from autopar.capture.decompose import decompose
 from autopar.capture.errors import explain
 from autopar.capture.functionalize import functionalize
 from autopar.capture.functions import calls_remembered, place_hooks, restore_functions
 from autopar.capture.graph_of import graph_of
 from autopar.capture.masks import prove_masks
-from autopar.capture.normalize import drop_detach, drop_unused, inline_regions, simplify, slice_constant_indices
+from autopar.capture.normalize import HANDLED, drop_detach, drop_unused, inline_regions, simplify, slice_constant_indices
 from autopar.capture.record import record
 from autopar.capture.transformers import adapted
 from autopar.capture.watch import watched
@@ -390,7 +391,8 @@ def _assemble(
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     output.args = ((*tensors, *(written[name] for name in mutated)),)
     place_hooks(graph)
-    graph = slice_constant_indices(simplify(graph, device), placeholders.constants)
+    graph = simplify(decompose(graph, mode, HANDLED), device)
+    graph = slice_constant_indices(graph, placeholders.constants)
     graph = prove_masks(graph, _known_values(placeholders, originals, written), notes)
     graph = drop_unused(graph, placeholders.constants)
     remaining = {node.name for node in graph.nodes if node.op == "placeholder"}

@@ -10,6 +10,7 @@ that tensor are made again when they are next read::
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -192,7 +193,9 @@ def _call_functional(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwar
         return emit(graph, aten.zeros_like.default, (args[0],), {}, node)
     if name == "fill_" and not isinstance(args[1], fx.Node):
         return emit(graph, aten.full_like.default, (args[0], args[1]), {}, node)
-    value = emit(graph, _functional(target, name, node), args, kwargs, node)
+    functional = _functional(target, name, node)
+    args = (*args, *_missing_defaults(target, functional, len(args), kwargs))
+    value = emit(graph, functional, args, kwargs, node)
     operands = [arg for arg in args[1:] if isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), Tensor)]
     wide = before.dtype
     for operand in operands:
@@ -224,6 +227,16 @@ def _functional(target: torch._ops.OpOverload[..., Any], name: str, node: fx.Nod
             " write the line without the in-place operator"
         )
     return functional  # type: ignore[no-any-return]
+
+
+def _missing_defaults(
+    target: torch._ops.OpOverload[..., Any], functional: Callable[..., Any], given: int, kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """Defaults of the in-place operator for arguments that its functional twin has without one, as the probability of ``bernoulli_``."""
+    twins = functional._schema.arguments[given:]  # type: ignore[attr-defined]
+    pairs = zip(target._schema.arguments[given:], twins, strict=False)
+    required = takewhile(lambda pair: not pair[1].has_default_value() and not pair[1].kwarg_only and pair[1].name not in kwargs, pairs)
+    return [argument.default_value for argument, _ in required]
 
 
 def _write_back(graph: fx.Graph, view: fx.Node, before: fx.Node, value: fx.Node, writer: fx.Node) -> fx.Node:

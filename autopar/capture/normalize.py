@@ -288,6 +288,9 @@ NO_EFFECT: frozenset[Any] = frozenset(
 )
 """Calls that check something and make nothing; what they check can't change for a captured graph."""
 
+# Each draws a mask of its own kind, by simpler random operators.
+_COMPOSITE_DROPOUTS = (aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
+
 _EXPANSIONS = frozenset({aten.expand.default, aten.expand_as.default, aten.broadcast_to.default})
 
 _FACTORIES: dict[Any, Any] = {
@@ -329,7 +332,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     **dict.fromkeys((aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding), (spell_padding,)),
     aten.clone.default: (skip_copy,),
     **dict.fromkeys(
-        (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default),
+        (aten.dropout.default, *_COMPOSITE_DROPOUTS),
         (skip_inactive_dropout,),
     ),
     **dict.fromkeys(_FACTORIES, (spell_factory,)),
@@ -342,6 +345,10 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     aten.__xor__.Tensor: (rename(aten.bitwise_xor.Tensor),),
 }
 """Operator -> the rules that are applied to its calls, in order. A rule returns a changed call, or a node that replaces the call."""
+
+
+HANDLED: frozenset[Any] = frozenset({*RULES, *NO_EFFECT, aten.broadcast_tensors.default} - set(_COMPOSITE_DROPOUTS))
+"""Operators that `simplify` replaces or drops, and which needn't be taken apart before it."""
 
 
 def slice_constant_indices(graph: fx.Graph, constants: Mapping[str, Tensor]) -> fx.Graph:

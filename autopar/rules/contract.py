@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from string import ascii_letters
 
 from autopar.ir import Facts, Family, Meaning, Op, Operand, Space, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, grouped, letters, named, operand, per_point, space
@@ -70,18 +71,22 @@ def vector_product(op: Op, operands: tuple[Tensor, ...]) -> Space:
 
 
 def einsum(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
-    """The equation's letters are the loops; no ellipsis and no repeated letter within a tensor."""
+    """The equation's letters are the loops; no repeated letter within a tensor. An ellipsis stands for leading dims aligned at the last."""
     equation = str(argument(op, 0, "equation")).replace(" ", "")
-    inputs, arrow, result = equation.partition("->")
-    if "." in equation or not arrow or any(len(set(part)) != len(part) for part in [*inputs.split(","), result]):
+    terms, arrow, result = equation.partition("->")
+    counts = [len(tensor.shape) - len(term) + 3 if "..." in term else 0 for term, tensor in zip(terms.split(","), operands, strict=True)]
+    spare = [letter for letter in ascii_letters if letter not in equation][: max(counts, default=0)]
+    inputs = [term.replace("...", "".join(spare[len(spare) - count :])) for term, count in zip(terms.split(","), counts, strict=True)]
+    result = result.replace("...", "".join(spare))
+    if not arrow or any(len(set(part)) != len(part) for part in [*inputs, result]):
         return None
     sizes: dict[str, int] = {}
-    for part, tensor in zip(inputs.split(","), operands, strict=True):
+    for part, tensor in zip(inputs, operands, strict=True):
         for name, size in zip(part, tensor.shape, strict=True):
             sizes[name] = max(size, sizes.get(name, 1))
     left = [
         [name if size == sizes[name] else "1" for name, size in zip(part, tensor.shape, strict=True)]
-        for part, tensor in zip(inputs.split(","), operands, strict=True)
+        for part, tensor in zip(inputs, operands, strict=True)
     ]
     return space(op, operands, left, [list(result)], flops=2.0 if len(operands) > 1 else 1.0, family=Family.MATMUL)
 

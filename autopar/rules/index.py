@@ -276,6 +276,15 @@ def grid_sampler(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return space(op, operands, [["n", "c", *image], ["n", *places, "xy!"]], [["n", "c", *places]], flops=8.0)
 
 
+def fractional_pool(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
+    """``n c y! x!, n c r! -> n c q! p!, n c q! p!``: the places of its windows are drawn before, for every channel of every sample."""
+    spatial = len(operands[0].shape) - 2
+    if f"pool{spatial}d" not in op.target:
+        return None  # without a batch dim
+    left, right = (["n", "c", *(f"{name}{dim}!" for dim in range(spatial))] for name in ("x", "y"))
+    return space(op, operands, [left, ["n", "c", "r!"]], [right] * len(op.results))
+
+
 def pool(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """``n c y! x! -> n c q! p!``; without a batch dim ``c y! x! -> c q! p!``."""
     spatial = int(re.findall(r"(\d)d", op.target)[0])
@@ -324,6 +333,7 @@ RULES: dict[str, Rule] = {
     **named("aten.kl_div.default aten.soft_margin_loss.default", elementwise_loss),
     **named("aten.multi_margin_loss.default aten.multilabel_margin_loss.default", margin_loss),
     "aten.grid_sampler.default": grid_sampler,
+    **named("aten.fractional_max_pool2d.default aten.fractional_max_pool3d.default", fractional_pool),
     "aten.binary_cross_entropy.default": binary_cross_entropy,
     "aten.binary_cross_entropy_with_logits.default": binary_cross_entropy_with_logits,
     **named(

@@ -126,6 +126,15 @@ def vector_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return space(op, operands, [left], right, flops=2.0)
 
 
+def cosine_similarity(op: Op, operands: tuple[Tensor, ...]) -> Space:
+    """``a b!, a b! -> a``: the cosine of the angle between vectors along one dim."""
+    full = tuple(max(sizes) for sizes in zip(*(tensor.shape for tensor in operands), strict=True))
+    dim = normal(argument(op, 2, "dim", 1), len(full))
+    tokens = [f"{name}!" if position == dim else name for position, name in enumerate(letters(len(full)))]
+    left = [broadcast(tensor.shape, tokens, full) for tensor in operands]
+    return space(op, operands, left, [[token for position, token in enumerate(tokens) if position != dim]], flops=6.0)
+
+
 def along(op: Op, operands: tuple[Tensor, ...], linear: tuple[int, ...] = (), flops: float = 1.0, facts: Facts | None = None) -> Space:
     """An op that mixes the elements of one dim and keeps the shape: ``a b! -> a b!``."""
     rank = len(operands[0].shape)
@@ -349,6 +358,7 @@ _BINARY = """aten.polar.default aten.eq.Tensor aten.eq.Scalar aten.ne.Tensor ate
         aten.bitwise_or.Tensor aten.bitwise_xor.Tensor aten.bitwise_and.Scalar aten.bitwise_or.Scalar
         aten.__and__.Tensor aten.__or__.Tensor aten.__xor__.Tensor aten.addcmul.default aten.addcdiv.default
         aten.lerp.Tensor aten.lerp.Scalar aten.xlogy.Tensor aten.logaddexp.default aten.clamp.Tensor
+        aten.clamp_min.Tensor aten.clamp_max.Tensor
         aten.rsub.Scalar
         aten.masked_fill.Tensor
 aten.fill.Tensor aten.fill.Scalar"""
@@ -371,7 +381,7 @@ RULES: dict[str, Rule] = {
     "aten.masked_fill.Scalar": masked_fill,
     **named("aten.zeros_like.default aten.ones_like.default aten.full_like.default aten.empty_like.default", like),
     **named("aten.tril.default aten.triu.default", triangle),
-    **named("aten.sum.default aten.sum.dim_IntList", reduce_sum),
+    **named("aten.sum.default aten.sum.dim_IntList aten.nansum.default", reduce_sum),
     **named("aten.mean.default aten.mean.dim", reduce_mean),
     **named(
         """aten.amax.default aten.amin.default aten.max.default aten.max.dim aten.min.default aten.min.dim
@@ -384,7 +394,8 @@ RULES: dict[str, Rule] = {
         aten.var_mean.correction aten.std_mean.correction""",
         variance,
     ),
-    "aten.linalg_vector_norm.default": vector_norm,
+    **named("aten.linalg_vector_norm.default aten.norm.ScalarOpt_dim aten.norm.Scalar", vector_norm),
+    "aten.cosine_similarity.default": cosine_similarity,
     **named("aten.softmax.int aten.log_softmax.int aten._softmax.default aten._log_softmax.default", softmax),
     "aten.cumsum.default": cumsum,
     **named("aten._fft_r2c.default aten._fft_c2r.default aten._fft_c2c.default", transform),

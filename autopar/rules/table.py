@@ -69,7 +69,7 @@ def register_rule(
 
     Raises InputError for a name or text that can't be a rule, and for an operator that has one.
     """
-    texts = (text,) if isinstance(text, str) else tuple(text)
+    texts = (text,) if isinstance(text, str) else tuple(text) if isinstance(text, Sequence) else (repr(text),)
     rule = read_rule(
         name,
         texts,

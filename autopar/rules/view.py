@@ -444,7 +444,7 @@ RULES: dict[str, Rule] = {
     **named("aten.select.int aten.unbind.int", select),
     "aten.slice.Tensor": slice_,
     "aten.narrow.default": narrow,
-    **named("aten.split.Tensor aten.split.sizes aten.split_with_sizes.default", split),
+    **named("aten.split.Tensor aten.split.sizes aten.split_with_sizes.default aten.unsafe_split.Tensor", split),
     "aten.chunk.default": chunk,
     **named("aten.cat.default aten.concat.default aten.concatenate.default", cat),
     "aten.stack.default": stack,
