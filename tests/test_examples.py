@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import autopar
-
 from autopar.cli.models import load_model
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
