@@ -913,6 +913,15 @@ def test_ops_that_drop_inside_draw_from_streams(dropped: Row) -> None:
     assert op.results[0].shape == tuple(first.shape)
 
 
+def test_distances_of_parts_are_computed_as_those_of_the_whole() -> None:
+    """Of more than 25 points torch takes a product of matrices, whose rounding shows where points coincide; parts have fewer."""
+    points = real(32, 3, grad=False)
+    parts = threads.run(Mesh(("x",), (2,)), lambda rank: kernels.cdist(points.chunk(2)[rank], points[:8], splits={"points": ("x",)}))
+    by_product, directly = (torch.ops.aten.cdist.default(points[:16], points[:8], 2.0, mode) for mode in (1, 2))
+    assert torch.equal(parts[0], by_product)
+    assert not torch.equal(parts[0], directly)
+
+
 def test_half_precision_cross_entropy_adds_in_single_precision() -> None:
     logits = real(16, 64, grad=False).to(torch.bfloat16)
     target = whole(64, 16)
