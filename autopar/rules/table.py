@@ -122,7 +122,7 @@ def facts_of(op: Op, space: Space | None) -> Facts:
     return Facts() if function is None else function(op)
 
 
-_RANDOM = re.compile(r"rand|normal|dropout|bernoulli|multinomial|poisson|exponential|uniform|cauchy|geometric")
+_RANDOM = re.compile(r"rand|normal(?!i[sz])|dropout|bernoulli|multinomial|poisson|exponential|uniform|cauchy|geometric")
 
 
 def is_random(op: Op, space: Space | None) -> bool:
