@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,41 @@ def test_the_oracle_compares_gradients() -> None:
     autopar.register_rule("declared_rules::mixed_backward", "b i -> b i")
     with pytest.raises(VerificationError, match="gradient of operand 0"):
         autopar.check_rule("declared_rules::mixed_backward", example()[1])
+
+
+class Halved(torch.autograd.Function):
+    """A backward that isn't the forward's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] / 2
+
+
+class Halving(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + Halved.apply(layer(x))  # type: ignore[no-untyped-call]
+        return x.square().mean()
+
+
+def test_a_rule_of_an_autograd_function() -> None:
+    """Its name is the one that a refusal names."""
+    model, call = Halving(), (torch.randn(8, 8),)
+    with pytest.raises(InputError, match=r"no rule and so needs all") as caught:
+        autopar.plan(model, call, "2xcpu", pins=PIPELINE)
+    (name,) = re.findall(r'register_rule\("([^"]+)"', str(caught.value))
+    autopar.register_rule(name, "b i -> b i")
+    assert autopar.check_rule(name, example()[1], function=Halved.apply)
+    autopar.verify(model, call, cluster="2xcpu", pins=PIPELINE).check()
 
 
 def test_examples_that_compare_nothing_are_refused() -> None:

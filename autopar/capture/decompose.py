@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopar.capture.functionalize import functionalize
 from autopar.capture.fx_nodes import emit, is_getitem
+from autopar.errors import CaptureError
 from autopar.rules import has_rule
 
 
@@ -93,8 +94,11 @@ def _trace(node: fx.Node, operands: Sequence[Tensor], mode: FakeTensorMode) -> f
     try:
         with mode, torch.no_grad():
             traced = make_fx(lambda *tensors: call(target.decompose, tensors))(*(x.detach() for x in operands))
-        body, written = functionalize(traced.graph, ())
-    except Exception:  # not composite (decompose gives NotImplemented), or one that reads values: it stays as it is
+    except Exception:  # torch's: the operator isn't composite, or reads values
+        return None
+    try:
+        body, written = functionalize(traced.graph, {}, [part.name for part in traced.graph.find_nodes(op="placeholder")])
+    except CaptureError:
         return None
     calls = [part for part in body.nodes if part.op not in ("placeholder", "output")]
     if written or not all(part.op == "call_function" and (is_getitem(part) or has_rule(str(part.target))) for part in calls):

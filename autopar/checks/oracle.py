@@ -75,7 +75,14 @@ class _Run:
 
 
 def trace(target: str, *args: Any, **kwargs: Any) -> tuple[Op, list[Tensor]]:
-    """Call an operator once on real tensors; returns the `Op` that capture would make of the call, and the tensors that it reads."""
+    """Call an operator of torch once on real tensors, as `trace_function` does."""
+    function = find_function(target)
+    assert function is not None, f"torch has no operator {target}"
+    return trace_function(function, target, args, kwargs)
+
+
+def trace_function(function: Callable[..., Any], target: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Op, list[Tensor]]:
+    """Call a function once on real tensors; returns the `Op` that capture would make of the call, and the tensors that it reads."""
     tensors: list[Tensor] = []
 
     def as_operand(value: Any) -> Any:
@@ -87,8 +94,6 @@ def trace(target: str, *args: Any, **kwargs: Any) -> tuple[Op, list[Tensor]]:
     op_args = tuple(as_operand(value) for value in args)
     op_kwargs = {name: as_operand(value) for name, value in kwargs.items()}
     operands = _copies(tensors)
-    function = find_function(target)
-    assert function is not None, f"torch has no operator {target}"
     results = _results(function(*_fill(op_args, operands), **_fill_by_name(op_kwargs, operands)))
     values = tuple(Value(f"x{index}") for index in range(len(tensors)))
     return Op("op", OpKind.CALL, target, values, tuple(map(_describe, results)), op_args, op_kwargs), tensors
