@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from autopar.plans import Plan as Plan
     from autopar.report import summarize as summarize
     from autopar.rules import register_rule as register_rule
+    from autopar.runtime import full_state_dict as full_state_dict
 
 _HOMES = {
     "CompiledModule": "autopar.api",
@@ -26,6 +27,7 @@ _HOMES = {
     "Cluster": "autopar.cost_models",
     "Pins": "autopar.plans",
     "Plan": "autopar.plans",
+    "full_state_dict": "autopar.runtime",
     "summarize": "autopar.report",
     "register_rule": "autopar.rules",
 }

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch._C._distributed_c10d import Store
 from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema, OutputSharding
 from torch.distributed.tensor._ops._math_ops import _NormPartial
@@ -41,6 +41,7 @@ __all__ = [
     "StorageRef",
     "Store",
     "StridedShard",
+    "add_op_handler",
     "address_of",
     "after_backward",
     "all_gather_single",
@@ -50,21 +51,27 @@ __all__ = [
     "backwards_go_to",
     "close_group",
     "copy_hooks",
+    "count_plain_as_replicated",
+    "count_plain_as_replicated_in_backwards",
     "default_generator_replaced",
     "default_store",
+    "exchange_part",
     "function_calls_go_to",
     "global_backward_hooks",
     "group_over",
     "has_hooks",
+    "is_made",
     "local_of",
     "local_sizes",
     "make_dtensor",
     "make_like",
     "make_wrapper",
+    "on_plain_operand",
     "partial_norm",
     "read_in_backward",
     "redistribute_part",
     "reduce_scatter_single",
+    "replace_dispatch",
     "replace_propagation",
     "replace_redistribution",
     "run_hooks",
@@ -359,3 +366,69 @@ def replace_propagation(wrap: Callable[[Callable[[OpSchema], OutputSharding]], C
     function = wrap(propagator.propagate_op_sharding_non_cached)
     propagator.propagate_op_sharding_non_cached = function
     propagator.propagate_op_sharding = type(propagator.propagate_op_sharding)(function)
+
+
+def replace_dispatch(wrap: Callable[[Callable[..., object]], Callable[..., object]]) -> None:
+    """Wrap the function that torch asks how to run an op on DTensors whenever it has no answer stored for these placements.
+
+    It has the parameters (op, args, kwargs, op_info, try_cache), where `args` and `kwargs` are the op's own. What it returns is either an
+    `OutputSharding`, by which torch runs the op and which it stores, or the result of the op, which torch hands out as it is.
+    """
+    dispatcher: Any = DTensor._op_dispatcher
+    dispatcher._propagate_op_sharding_dispatch_slow_path = wrap(dispatcher._propagate_op_sharding_dispatch_slow_path)
+    torch._C._clear_DTensor_sharding_propagator_cache()
+
+
+def add_op_handler(op: Any, handler: Callable[..., object]) -> None:
+    """Make every call of `op` with a DTensor call ``handler(op, args, kwargs)`` instead."""
+    DTensor._op_dispatcher._custom_op_handlers[op] = handler
+
+
+def on_plain_operand(callback: Callable[[Tensor], None]) -> None:
+    """Call `callback` with every plain tensor that is an operand of an op beside DTensors, before the op."""
+    dispatcher: Any = DTensor._op_dispatcher
+    make_spec = dispatcher._try_replicate_spec_for_scalar_tensor
+
+    def make_spec_after(op: Any, x: Tensor, mesh: DeviceMesh) -> DTensorSpec:
+        callback(x)
+        if x.shape == (1,):
+            # Torch warns about these, which it replicates, whether or not others are allowed.
+            return DTensorSpec(mesh, (Replicate(),) * mesh.ndim, TensorMeta(torch.Size(x.shape), x.stride(), x.dtype))
+        spec: DTensorSpec = make_spec(op, x, mesh)
+        return spec
+
+    dispatcher._try_replicate_spec_for_scalar_tensor = make_spec_after
+
+
+class _CountPlainAsReplicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        DTensor._op_dispatcher._allow_implicit_replication = True
+        return gradient
+
+
+def count_plain_as_replicated() -> None:
+    """Let ops of this thread take plain tensors beside DTensors, as replicated ones."""
+    DTensor._op_dispatcher._allow_implicit_replication = True
+
+
+def count_plain_as_replicated_in_backwards(device: torch.device) -> None:
+    """`count_plain_as_replicated` for the thread that runs backwards on a device, which is not the caller's unless that is the CPU."""
+    with torch.enable_grad(), torch.inference_mode(False):
+        x = torch.zeros((), device=device, requires_grad=True)
+        _CountPlainAsReplicated.apply(x).backward()  # type: ignore[no-untyped-call]
+
+
+def is_made(x: DTensor) -> bool:
+    """Whether a DTensor has its part yet; a garbage collector's list may have one that is just being made."""
+    return hasattr(x, "_local_tensor") and hasattr(x, "_spec")
+
+
+def exchange_part(x: DTensor, local: Tensor, spec: DTensorSpec) -> None:
+    """Give a DTensor another part and other placements, or another mesh, in place. The global sizes must stay."""
+    x._local_tensor = local.detach()
+    x._spec = spec

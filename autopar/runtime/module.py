@@ -7,7 +7,9 @@ calls and results mean what they mean on one device. Optimizers must be made fro
 
 from __future__ import annotations
 
+import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
@@ -24,12 +26,17 @@ from autopar.ops import comm, regather, rng
 from autopar.rewrite import Program
 from autopar.runtime.agreement import digest, form_agreement
 from autopar.runtime.call_check import CallCheck
+from autopar.runtime.checkpoints import teach_pickling
+from autopar.runtime.dispatch import as_stored, teach_whole_values
 from autopar.runtime.dtensor import gather_whole, take_local, teach_strided_shards
 from autopar.runtime.gradients import GradientReducer, TrackedParameter
 from autopar.runtime.inputs import Call, InputReader
+from autopar.runtime.methods import SAVING, gather_when_called, save_on_first_rank
 from autopar.runtime.outputs import Handover, Step, name_outputs, returns_loss
 from autopar.runtime.pipeline_calls import PipelineCalls, refuse_gradients
-from autopar.runtime.storage import Init, Storage, as_stored, copy_updated_buffers, plain_parameters, replicate, stands_for
+from autopar.runtime.states import teach_optimizers
+from autopar.runtime.storage import Init, Storage, copy_updated_buffers, plain_parameters, replicate, stands_for
+from autopar.runtime.tensor_methods import teach_methods
 from autopar.runtime.world import join_world, share_number
 
 Planner = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Program]
@@ -99,14 +106,29 @@ class ParallelModule(nn.Module):
             self._check = CallCheck(self._agreement, self._reader, model, self._name, self._is_local)
         if dist.is_available() and dist.is_initialized():
             teach_strided_shards()
+            teach_whole_values()
+            torch_compat.count_plain_as_replicated()
+            if self._device.type != "cpu":
+                torch_compat.count_plain_as_replicated_in_backwards(self._device)
+            teach_methods()
+            teach_pickling()
+            teach_optimizers()
             replicate(model, self._device)
+            gather_when_called(model)
 
     def __getattr__(self, name: str) -> Any:
-        """An attribute of the user's model, such as ``config``, where this module has none of that name."""
+        """An attribute of the user's model, such as ``config``, where this module has none of that name.
+
+        Methods that save the model run on the first rank, with whole parameters.
+        """
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_original"], name)
+            original = self.__dict__["_original"]
+            value = getattr(original, name)
+            if name in SAVING and dist.is_available() and dist.is_initialized():
+                return functools.partial(save_on_first_rank, original, value)
+            return value
 
     def train(self, mode: bool = True) -> ParallelModule:
         """Set training or evaluation mode of the model; each mode has its own programs."""
@@ -174,6 +196,8 @@ class ParallelModule(nn.Module):
         if self._storage.deployment is not None:
             self._storage.deployment.alarm.check()
         refuse_autocast(self._device)
+        if dist.is_available() and dist.is_initialized():
+            torch_compat.count_plain_as_replicated()
         self._reducer.recover()
         index, count = self.data_shard if self._is_local else (0, 1)
         call = self._reader.read(args, kwargs, count)
@@ -217,7 +241,10 @@ class ParallelModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole tensors or DTensors of any layout; every rank stores its part."""
         own = dict(self.named_parameters(remove_duplicate=False))
-        return super().load_state_dict({name: as_stored(value, own.get(name)) for name, value in state_dict.items()}, strict, assign)
+        stored = OrderedDict((name, as_stored(value, own.get(name))) for name, value in state_dict.items())
+        if hasattr(state_dict, "_metadata"):
+            stored._metadata = state_dict._metadata  # type: ignore[attr-defined]
+        return super().load_state_dict(stored, strict, assign)
 
     # --- programs ---
 

@@ -24,6 +24,7 @@ from autopar.errors import InputError, PlanError
 from autopar.ir import REPLICATE, Layout, Mesh, format_layout, local_shape, with_pipeline
 from autopar.ops import comm
 from autopar.rewrite import Program, Slot
+from autopar.runtime import dispatch, states
 from autopar.runtime.dtensor import as_dtensor, placements_of, take_local
 from autopar.runtime.failures import Alarm
 from autopar.runtime.owned import Owned
@@ -124,6 +125,8 @@ class Storage:
         pipeline_ranks = 1 if program.pipeline is None else program.pipeline.schedule.ranks
         if self.deployment is None:
             device_mesh = form_mesh(with_pipeline(program.mesh, pipeline_ranks), self.device.type)
+            if device_mesh is not None:
+                dispatch.adopt(device_mesh)
             axis = pipeline_axis(device_mesh) if device_mesh is not None and pipeline_ranks > 1 else None
             alarm = form_alarm(device_mesh, axis) if device_mesh is not None and program.pipeline is not None else Alarm()
             deployment = Deployment(
@@ -172,6 +175,7 @@ class Storage:
         layouts: dict[str, Layout] = {}
         owners: dict[str, int | None] = {}
         exchanged: set[int] = set()
+        moved: list[tuple[Tensor, DTensor]] = []
         for name, parameter in named.items():
             # What the program doesn't use stays whole, on the same mesh, so that gradient clipping sees a single mesh.
             slot = by_object.get(id(parameter))
@@ -192,9 +196,13 @@ class Storage:
                 local = take_local(whole, layout, mesh, deployment.place)
             if device_mesh is not None:
                 local = as_dtensor(local, device_mesh, deployment.placements_of(layout, owner), parameter.shape)
-            stored = nn.Parameter(local, requires_grad=parameter.requires_grad)
+            stored, gradient = nn.Parameter(local, requires_grad=parameter.requires_grad), parameter.grad
             stored.__dict__.update(parameter.__dict__)
             torch.utils.swap_tensors(parameter, stored)  # type: ignore[no-untyped-call]
+            if isinstance(parameter, DTensor):
+                moved.append((whole, parameter))
+                parameter.grad = dispatch.as_stored(gradient, parameter)
+        states.follow_parameters(moved)
         for path, module in self.model.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
@@ -228,23 +236,12 @@ def copy_updated_buffers(program: Program, buffers: Mapping[str, Tensor]) -> dic
     return {**buffers, **{name: buffers[name].clone() for name in program.mutated_buffers}}
 
 
-def as_stored(value: Any, parameter: nn.Parameter | None) -> Any:
-    """A value to load into a parameter, as a DTensor with the parameter's mesh and placements; other values unchanged."""
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
-        return value
-    if not isinstance(value, DTensor):
-        everywhere = [Replicate()] * parameter.device_mesh.ndim
-        whole = as_dtensor(value.to(parameter.device), parameter.device_mesh, everywhere, value.shape)
-        return whole.redistribute(placements=parameter.placements)
-    if value.device_mesh == parameter.device_mesh:
-        return value.redistribute(placements=parameter.placements)
-    return as_stored(value.full_tensor(), parameter)
-
-
 def replicate(model: nn.Module, device: torch.device) -> None:
     """Make every parameter a replicated DTensor with the first rank's values; buffers get the first rank's values too, as in DDP."""
-    world = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("world",))
+    world = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(dispatch.WORLD,))
+    dispatch.adopt(world)
     made: dict[int, nn.Parameter] = {}
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is None or isinstance(parameter, DTensor):
@@ -255,7 +252,10 @@ def replicate(model: nn.Module, device: torch.device) -> None:
                     dist.broadcast(local, 0)
                 whole = as_dtensor(local, world, [Replicate()], parameter.shape)
                 made[id(parameter)] = _like(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+                made[id(parameter)].grad = dispatch.as_stored(parameter.grad, made[id(parameter)])
+                replaced[parameter] = made[id(parameter)]
             module._parameters[name] = made[id(parameter)]
+    states.replace_parameters(replaced)
     for buffer in model.buffers():
         if not buffer.is_meta:
             dist.broadcast(buffer, 0)
