@@ -372,16 +372,28 @@ def replace_dispatch(wrap: Callable[[Callable[..., object]], Callable[..., objec
     """Wrap the function that torch asks how to run an op on DTensors whenever it has no answer stored for these placements.
 
     It has the parameters (op, args, kwargs, op_info, try_cache), where `args` and `kwargs` are the op's own. What it returns is either an
-    `OutputSharding`, by which torch runs the op and which it stores, or the result of the op, which torch hands out as it is.
+    `OutputSharding`, by which torch runs the op and which it stores, or the result of the op, which torch hands out as it is. Also lets
+    in-place ops write to plain tensors.
     """
     dispatcher: Any = DTensor._op_dispatcher
     dispatcher._propagate_op_sharding_dispatch_slow_path = wrap(dispatcher._propagate_op_sharding_dispatch_slow_path)
+    finish = dispatcher._dispatch_fast_path_python_tail
+
+    def finish_also_plain(*call: Any) -> object:
+        written, is_inplace = call[1][0], call[7]
+        # Torch's function requires that an in-place op writes to a DTensor. A plain one has been written by now.
+        return written if is_inplace and isinstance(written, Tensor) and not isinstance(written, DTensor) else finish(*call)
+
+    dispatcher._dispatch_fast_path_python_tail = finish_also_plain
     torch._C._clear_DTensor_sharding_propagator_cache()
 
 
-def add_op_handler(op: Any, handler: Callable[..., object]) -> None:
-    """Make every call of `op` with a DTensor call ``handler(op, args, kwargs)`` instead."""
-    DTensor._op_dispatcher._custom_op_handlers[op] = handler
+def add_op_handler(op: Any, handler: Callable[..., object]) -> Callable[..., object] | None:
+    """Make every call of `op` with a DTensor call ``handler(op, args, kwargs)`` instead; returns torch's own handler, if it has one."""
+    handlers: dict[Any, Callable[..., object]] = DTensor._op_dispatcher._custom_op_handlers
+    before = handlers.get(op)
+    handlers[op] = handler
+    return before
 
 
 def on_plain_operand(callback: Callable[[Tensor], None]) -> None:

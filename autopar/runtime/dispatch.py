@@ -24,12 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.utils import _pytree as pytree
 
 from autopar import torch_compat
 from autopar.errors import InputError
-from autopar.torch_compat import OutputSharding, with_placements
+from autopar.runtime.owned_rules import is_elementwise
+from autopar.torch_compat import OutputSharding, StridedShard, with_placements
 
 WORLD = "world"
 """The name of the one axis of the mesh on which parameters are stored before the first plan."""
@@ -271,14 +272,9 @@ def _dispatch(torch_rule: Callable[..., object], op: Any, args: Arguments, kwarg
     dtensors = [x for x in operands if isinstance(x, DTensor)]
     if _bring_together(dtensors):
         return op(*args, **kwargs)
-    written = list(_find_written(op, args, kwargs))
-    if (
-        any(x.device_mesh != dtensors[0].device_mesh for x in dtensors)
-        or (_is_random(op) and is_ours(dtensors[0].device_mesh))
-        or any(not isinstance(x, DTensor) for x in written)
-    ):
-        return run_whole(op, args, kwargs)
     viewed = _find_viewed(op, args, kwargs)
+    if any(x.device_mesh != dtensors[0].device_mesh for x in dtensors) or _is_wrong_in_torch(op, dtensors):
+        return run_whole(op, args, kwargs) if viewed is None else view_whole(op, args, kwargs, viewed)
     try:
         answer = torch_rule(op, args, kwargs, op_info, try_cache)
     except (NotImplementedError, RuntimeError):
@@ -286,6 +282,23 @@ def _dispatch(torch_rule: Callable[..., object], op: Any, args: Arguments, kwarg
     if viewed is not None and isinstance(answer, OutputSharding) and answer.needs_redistribute and _is_moved(viewed, op_info, answer):
         return view_whole(op, args, kwargs, viewed)
     return answer
+
+
+def _is_wrong_in_torch(op: Any, dtensors: Iterable[DTensor]) -> bool:
+    """Whether torch's rule for an op, of tensors on one mesh, isn't what the op does on one device.
+
+    Torch draws random numbers for each part alone, loses the placements of ``out=``, writes in place by indices of the part instead of the
+    whole (``index_copy_`` and others), and reshapes strided shards as if they were plain ones.
+    """
+    if _is_random(op):
+        return any(is_ours(x.device_mesh) for x in dtensors)
+    if op._schema.is_mutable:
+        is_out = any(argument.is_out for argument in op._schema.arguments)
+        return is_out or not (is_elementwise(op) or torch.Tag.inplace_view in op.tags)
+    return op._schema.name in _RESHAPES and any(isinstance(placement, StridedShard) for x in dtensors for placement in x.placements)
+
+
+_RESHAPES = {f"aten::{name}" for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "_reshape_copy")}
 
 
 def _is_moved(viewed: DTensor, op_info: Any, answer: OutputSharding) -> bool:
@@ -329,6 +342,24 @@ def _unscale(op: Any, args: Arguments, kwargs: Options) -> None:
             dist.all_reduce(torch_compat.local_of(found_inf), op=dist.ReduceOp.MAX, group=mesh.get_group(axis))
 
 
+def _as_strided(torch_handler: Callable[..., Any], op: Any, args: Arguments, kwargs: Options) -> Any:
+    """A view by strides, which torch knows only where it changes nothing."""
+    try:
+        return torch_handler(op, args, dict(kwargs))
+    except RuntimeError:
+        return view_whole(op, args, kwargs, args[0])
+
+
+def _run_whole_beyond_torch(torch_handler: Callable[..., Any], op: Any, args: Arguments, kwargs: Options) -> Any:
+    """An op that torch runs by a function of its own, which knows plain shards only."""
+    dtensors = [x for x in _find_tensors(args, kwargs) if isinstance(x, DTensor)]
+    is_known = all(type(placement) in (Shard, Replicate) for x in dtensors for placement in x.placements)
+    # Torch splits a convolution by rows of its input, with an exchange of borders; weights that are split it takes for whole ones.
+    if is_known and not ("convolution" in op._schema.name and is_ours(dtensors[0].device_mesh)):
+        return torch_handler(op, args, dict(kwargs))
+    return run_whole(op, args, kwargs)
+
+
 _RETURNS_PLAIN = "_autopar_gradient_is_plain"
 
 
@@ -368,4 +399,13 @@ def teach_whole_values() -> None:
     torch_compat.replace_dispatch(lambda torch_rule: functools.partial(_dispatch, torch_rule))
     torch_compat.add_op_handler(aten._local_scalar_dense.default, _read_scalar)
     torch_compat.add_op_handler(aten._amp_foreach_non_finite_check_and_unscale_.default, _unscale)
+    for op in (aten.argmax.default, aten.argmin.default, aten.convolution.default, aten.convolution_backward.default):
+        _wrap_handler(op, _run_whole_beyond_torch)
+    _wrap_handler(aten.as_strided.default, _as_strided)
     torch_compat.on_plain_operand(_return_plain_gradient)
+
+
+def _wrap_handler(op: Any, wrapper: Callable[..., Any]) -> None:
+    """Let `wrapper` decide when torch's own handler of an op is called."""
+    torch_handler: list[Any] = []
+    torch_handler.append(torch_compat.add_op_handler(op, lambda *call: wrapper(torch_handler[0], *call)))

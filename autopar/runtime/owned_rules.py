@@ -28,9 +28,11 @@ from autopar.torch_compat import DTensorSpec, OpSchema, OutputSharding, with_pla
 _ELEMENTWISE = {
     *("alias", "detach", "clone", "_to_copy", "copy", "zero", "fill", "abs", "masked_fill"),
     *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
-    *("normal", "uniform", "bernoulli", "exponential", "random"),
 }
 """Elementwise ops, beside those that torch tags as pointwise and those on lists of tensors."""
+
+_REDUCTIONS_OF_LISTS = {"_foreach_max", "_foreach_norm", "_foreach_powsum"}
+"""Ops on lists of tensors that aren't elementwise."""
 
 _NORMS = {
     torch.ops.aten.linalg_vector_norm.default: 2.0,
@@ -58,7 +60,7 @@ def propagate(torch_rule: Rule, schema: OpSchema) -> OutputSharding:
         answer = _propagate_reduction(torch_rule, schema, specs, _norm_type(schema))
     elif schema.op is torch.ops.aten.sum.default:
         answer = _propagate_reduction(torch_rule, schema, specs, None)
-    elif _is_elementwise(schema.op):
+    elif is_elementwise(schema.op):
         answer = _propagate_elementwise(torch_rule, schema, specs, out)
     else:
         answer = _propagate_gathered(torch_rule, schema, specs)
@@ -88,9 +90,12 @@ def _with_specs(schema: OpSchema, specs: Mapping[ArgumentPosition, DTensorSpec])
     return OpSchema(schema.op, tuple(arguments), schema.kwargs_schema, schema_info=schema.schema_info)
 
 
-def _is_elementwise(op: Any) -> bool:
+def is_elementwise(op: Any) -> bool:
+    """Whether an op computes each element of its results from the elements in the same place of its arguments."""
     name = op._schema.name.partition("::")[2]
-    return torch.Tag.pointwise in op.tags or name.rstrip("_") in _ELEMENTWISE or name.startswith(("_foreach_", "_fused_"))
+    if name.startswith(("_foreach_", "_fused_")):
+        return name not in _REDUCTIONS_OF_LISTS
+    return torch.Tag.pointwise in op.tags or name.rstrip("_") in _ELEMENTWISE
 
 
 def _apply_torch_rule(
