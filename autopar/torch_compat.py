@@ -20,10 +20,12 @@ import torch.distributed.tensor._api as dtensor_api
 import torch.distributed.tensor._dispatch as dtensor_dispatch
 import torch.distributed.tensor._redistribute as dtensor_redistribute
 import torch.fx.experimental.proxy_tensor as proxy_tensor
+import torch.optim._muon as muon
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor, fx, nn
 from torch._C._distributed_c10d import Store
 from torch._compile import _disable_dynamo
+from torch.distributed._composable.contract import STATE_KEY
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
@@ -34,6 +36,7 @@ from torch.distributed.tensor.placement_types import _StridedShard as StridedSha
 from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = [
+    "COMPOSABLE_STATES",
     "CheckpointFunction",
     "DTensorSpec",
     "OpSchema",
@@ -86,6 +89,7 @@ __all__ = [
     "uncompiled",
     "with_placements",
     "without_torch_function",
+    "wrap_orthogonalization",
 ]
 
 # torch 2.13 renames the flat collectives and warns about the old names, which are all that 2.11 has.
@@ -125,6 +129,9 @@ def backward_id() -> int:
     """A number that identifies the backward that runs now; only to be called from within a backward."""
     return int(torch._C._current_graph_task_id())
 
+
+COMPOSABLE_STATES: str = STATE_KEY
+"""The entry of a module's ``__dict__`` in which torch notes which of its composable functions, such as ``fully_shard``, were applied."""
 
 T = TypeVar("T")
 
@@ -433,6 +440,11 @@ def count_plain_as_replicated_in_backwards(device: torch.device) -> None:
     with torch.enable_grad(), torch.inference_mode(False):
         x = torch.zeros((), device=device, requires_grad=True)
         _CountPlainAsReplicated.apply(x).backward()  # type: ignore[no-untyped-call]
+
+
+def wrap_orthogonalization(wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+    """Wrap the function by which ``torch.optim.Muon`` orthogonalizes an update, its first argument."""
+    muon._zeropower_via_newtonschulz = wrap(muon._zeropower_via_newtonschulz)
 
 
 def is_made(x: DTensor) -> bool:

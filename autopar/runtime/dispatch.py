@@ -82,13 +82,18 @@ def store(x: Tensor, whole: Tensor) -> None:
             local.copy_(part)
 
 
+def place(whole: Tensor, like: DTensor) -> DTensor:
+    """A whole tensor as a DTensor that is stored as `like`; without communication."""
+    return torch_compat.make_dtensor(cut(whole, like), like.device_mesh, like.placements, like.shape, like.stride())
+
+
 def as_stored(value: Any, parameter: Tensor | None) -> Any:
     """A value to load into a parameter, as a DTensor with the parameter's mesh and placements; other values unchanged."""
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     if isinstance(value, DTensor) and not isinstance(value, WholeView) and value.device_mesh == parameter.device_mesh:
         return value.redistribute(placements=parameter.placements)
-    return torch_compat.make_like(cut(gather(value).to(parameter.device), parameter), parameter)
+    return place(gather(value).to(parameter.device), parameter)
 
 
 def move(x: DTensor, like: DTensor) -> None:

@@ -38,6 +38,7 @@ from autopar.runtime.states import teach_optimizers
 from autopar.runtime.storage import Init, Storage, copy_updated_buffers, plain_parameters, replicate, stands_for
 from autopar.runtime.tensor_methods import teach_methods
 from autopar.runtime.world import join_world, share_number
+from autopar.runtime.wrapping import Unwrapped, refuse_wrappers
 
 Planner = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Program]
 """Makes the program of a signature, from the model with plain parameters, a call's positional and keyword arguments, and whether it trains.
@@ -46,7 +47,7 @@ Only shapes, dtypes and devices of the parameters may be read, not their values;
 """
 
 
-class ParallelModule(nn.Module):
+class ParallelModule(Unwrapped, nn.Module):
     """Runs a model by parallel programs, one for each signature of inputs (shapes, dtypes, training, what requires gradients).
 
     Args:
@@ -115,6 +116,8 @@ class ParallelModule(nn.Module):
             teach_optimizers()
             replicate(model, self._device)
             gather_when_called(model)
+            for module in (self, *model.modules()):
+                refuse_wrappers(module)
 
     def __getattr__(self, name: str) -> Any:
         """An attribute of the user's model, such as ``config``, where this module has none of that name.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from autopar import torch_compat
-from autopar.runtime.dispatch import as_stored, is_temporary, move
+from autopar.runtime.dispatch import as_stored, gather, is_temporary, move, place
 
 # --- parameters that `autopar.compile` replaced -----------------------------------------------------------------------------------
 
@@ -124,7 +124,15 @@ def _prepare_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                         states[name] = _as_state(value, parameter)
 
 
+def _orthogonalize(torch_function: Callable[..., Tensor], update: Tensor, *options: Any) -> Tensor:
+    """The orthogonalized update of a whole matrix: in bfloat16, products of parts would round otherwise than on one device."""
+    if not isinstance(update, DTensor):
+        return torch_function(update, *options)
+    return place(torch_function(gather(update), *options), update)
+
+
 @functools.cache
 def teach_optimizers() -> None:
     """Let all optimizers prepare their steps so; a second call changes nothing."""
     register_optimizer_step_pre_hook(_prepare_step)
+    torch_compat.wrap_orthogonalization(lambda torch_function: functools.partial(_orthogonalize, torch_function))
