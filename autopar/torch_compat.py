@@ -27,7 +27,7 @@ from torch._C._distributed_c10d import Store
 from torch._compile import _disable_dynamo
 from torch.distributed._composable.contract import STATE_KEY
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor._op_schema import OpSchema, OutputSharding
 from torch.distributed.tensor._ops._math_ops import _NormPartial
@@ -69,7 +69,6 @@ __all__ = [
     "make_dtensor",
     "make_like",
     "make_wrapper",
-    "on_plain_operand",
     "partial_norm",
     "read_in_backward",
     "redistribute_part",
@@ -401,22 +400,6 @@ def add_op_handler(op: Any, handler: Callable[..., object]) -> Callable[..., obj
     before = handlers.get(op)
     handlers[op] = handler
     return before
-
-
-def on_plain_operand(callback: Callable[[Tensor], None]) -> None:
-    """Call `callback` with every plain tensor that is an operand of an op beside DTensors, before the op."""
-    dispatcher: Any = DTensor._op_dispatcher
-    make_spec = dispatcher._try_replicate_spec_for_scalar_tensor
-
-    def make_spec_after(op: Any, x: Tensor, mesh: DeviceMesh) -> DTensorSpec:
-        callback(x)
-        if x.shape == (1,):
-            # Torch warns about these, which it replicates, whether or not others are allowed.
-            return DTensorSpec(mesh, (Replicate(),) * mesh.ndim, TensorMeta(torch.Size(x.shape), x.stride(), x.dtype))
-        spec: DTensorSpec = make_spec(op, x, mesh)
-        return spec
-
-    dispatcher._try_replicate_spec_for_scalar_tensor = make_spec_after
 
 
 class _CountPlainAsReplicated(torch.autograd.Function):

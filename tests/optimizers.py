@@ -195,7 +195,7 @@ def train(model: nn.Module, make: Callable[[list[nn.Parameter]], list[Optimizer]
             model.zero_grad()
             loss = model(x)
             loss.backward()
-            return float(loss)
+            return float(loss.detach())
 
         run()
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)

@@ -17,6 +17,7 @@ All of this communicates, so every rank must run the same ops.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -29,8 +30,9 @@ from torch.utils import _pytree as pytree
 
 from autopar import torch_compat
 from autopar.errors import InputError
+from autopar.runtime.dtensor import placement_steps
 from autopar.runtime.owned_rules import is_elementwise
-from autopar.torch_compat import OutputSharding, StridedShard, with_placements
+from autopar.torch_compat import OutputSharding, with_placements
 
 WORLD = "world"
 """The name of the one axis of the mesh on which parameters are stored before the first plan."""
@@ -92,7 +94,7 @@ def as_stored(value: Any, parameter: Tensor | None) -> Any:
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     if isinstance(value, DTensor) and not isinstance(value, WholeView) and value.device_mesh == parameter.device_mesh:
-        return value.redistribute(placements=parameter.placements)
+        return value if value.placements == parameter.placements else value.redistribute(placements=parameter.placements)
     return place(gather(value).to(parameter.device), parameter)
 
 
@@ -293,17 +295,24 @@ def _is_wrong_in_torch(op: Any, dtensors: Iterable[DTensor]) -> bool:
     """Whether torch's rule for an op, of tensors on one mesh, isn't what the op does on one device.
 
     Torch draws random numbers for each part alone, loses the placements of ``out=``, writes in place by indices of the part instead of the
-    whole (``index_copy_`` and others), and reshapes strided shards as if they were plain ones.
+    whole (``index_copy_`` and others), reshapes strided shards as if they were plain ones, and fails to reshape, or to look up in, a dim
+    that two axes split.
     """
     if _is_random(op):
         return any(is_ours(x.device_mesh) for x in dtensors)
     if op._schema.is_mutable:
         is_out = any(argument.is_out for argument in op._schema.arguments)
         return is_out or not (is_elementwise(op) or torch.Tag.inplace_view in op.tags)
-    return op._schema.name in _RESHAPES and any(isinstance(placement, StridedShard) for x in dtensors for placement in x.placements)
+    return op._schema.name in _BY_PLACE and any(map(_is_split_twice_or_strided, dtensors))
 
 
-_RESHAPES = {f"aten::{name}" for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "_reshape_copy")}
+_BY_PLACE = {f"aten::{name}" for name in ("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "embedding", "gather")}
+"""Ops that find elements by their place in a dim."""
+
+
+def _is_split_twice_or_strided(x: DTensor) -> bool:
+    steps = placement_steps(x.placements)
+    return len({dim for _, dim, _ in steps}) < len(steps) or any(outer > 1 for _, _, outer in steps)
 
 
 def _is_moved(viewed: DTensor, op_info: Any, answer: OutputSharding) -> bool:
@@ -365,17 +374,12 @@ def _run_whole_beyond_torch(torch_handler: Callable[..., Any], op: Any, args: Ar
     return run_whole(op, args, kwargs)
 
 
-_RETURNS_PLAIN = "_autopar_gradient_is_plain"
-
-
-def _return_plain_gradient(x: Tensor) -> None:
-    """Let the gradient of a plain tensor that meets DTensors come back as a plain tensor, which its part of the graph needs."""
-    if not x.requires_grad or (x.is_leaf and hasattr(x, _RETURNS_PLAIN)):
-        return
-    x.register_hook(lambda gradient: gather(gradient) if isinstance(gradient, DTensor) else None)  # type: ignore[no-untyped-call]
-    if x.is_leaf:
-        # What is no leaf loses its hooks with the graph of this step.
-        setattr(x, _RETURNS_PLAIN, True)
+def take_plain_gradients(values: Iterable[Any]) -> None:
+    """Let these outputs of a program take gradients that are DTensors, which they get where a loss has a term of weights."""
+    for x in values:
+        # Other classes of tensors, such as outputs that aren't read yet, see to it themselves.
+        if type(x) is Tensor and x.requires_grad:
+            x.register_hook(lambda gradient: gather(gradient) if isinstance(gradient, DTensor) else None)  # type: ignore[no-untyped-call]
 
 
 _OURS: dict[DeviceMesh, DeviceMesh] = {}
@@ -400,6 +404,8 @@ def find_ours(sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh | No
 @functools.cache
 def teach_whole_values() -> None:
     """Make torch's DTensors do what plain tensors do, where they don't; a second call changes nothing."""
+    # Torch warns that it replicates plain tensors of one element, which is what is done with all plain tensors.
+    warnings.filterwarnings("ignore", message="Found a non-scalar tensor with numel=1 and ndim!=0")
     aten = torch.ops.aten
     torch_compat.replace_dispatch(lambda torch_rule: functools.partial(_dispatch, torch_rule))
     torch_compat.add_op_handler(aten._local_scalar_dense.default, _read_scalar)
@@ -407,7 +413,6 @@ def teach_whole_values() -> None:
     for op in (aten.argmax.default, aten.argmin.default, aten.convolution.default, aten.convolution_backward.default):
         _wrap_handler(op, _run_whole_beyond_torch)
     _wrap_handler(aten.as_strided.default, _as_strided)
-    torch_compat.on_plain_operand(_return_plain_gradient)
 
 
 def _wrap_handler(op: Any, wrapper: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
+from autopar.runtime import dispatch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -319,6 +320,8 @@ def _add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
     """Add a complete local gradient to the parameter's ``grad``, and call the parameter's hooks as autograd would."""
     if isinstance(parameter, DTensor):
         gradient = torch_compat.make_like(gradient, parameter)
+        # What autograd or the user put there, such as the gradient of a term of weights, may be stored otherwise, or be a plain tensor.
+        parameter.grad = dispatch.as_stored(parameter.grad, parameter)
     gradient = torch_compat.run_hooks(parameter, gradient)
     if parameter.grad is None:
         parameter.grad = gradient

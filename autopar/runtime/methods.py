@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar.errors import InputError
 from autopar.runtime.checkpoints import full_state_dict
-from autopar.runtime.dispatch import gather
+from autopar.runtime.dispatch import gather, take_plain_gradients
 
 logger = logging.getLogger("autopar")
 
@@ -74,7 +74,9 @@ def _put_back(module: nn.Module, args: Any, output: Any) -> None:
 def _whole(parameter: DTensor) -> Tensor:
     """The whole of a parameter, through which its gradient flows back."""
     if torch.is_grad_enabled() and parameter.requires_grad:
-        return parameter.full_tensor()
+        whole = parameter.full_tensor()
+        take_plain_gradients([whole])
+        return whole
     return gather(parameter)
 
 

@@ -27,7 +27,7 @@ from autopar.rewrite import Program
 from autopar.runtime.agreement import digest, form_agreement
 from autopar.runtime.call_check import CallCheck
 from autopar.runtime.checkpoints import teach_pickling
-from autopar.runtime.dispatch import as_stored, teach_whole_values
+from autopar.runtime.dispatch import as_stored, take_plain_gradients, teach_whole_values
 from autopar.runtime.dtensor import gather_whole, take_local, teach_strided_shards
 from autopar.runtime.gradients import GradientReducer, TrackedParameter
 from autopar.runtime.inputs import Call, InputReader
@@ -223,7 +223,9 @@ class ParallelModule(Unwrapped, nn.Module):
                 runner = self._pipelines.find_runner(program)
             with deployment.alarm.guard(runner.where):
                 inputs = [call.whole(x, deployment) for x in tensors]
-                return program.captured.unflatten(self._pipelines.run(program, runner, inputs, handover))
+                outputs = self._pipelines.run(program, runner, inputs, handover)
+                take_plain_gradients(outputs)
+                return program.captured.unflatten(outputs)
         parts = [call.part(x, slot.layout, deployment, step) for slot, x in zip(program.inputs, tensors, strict=True)]
         buffers = self._storage.buffers_of(program)
         with torch.inference_mode(False):
@@ -238,8 +240,9 @@ class ParallelModule(Unwrapped, nn.Module):
             layouts = {slot.name: slot.layout for slot in program.buffers}
             for name, value in zip(program.mutated_buffers, results[len(program.outputs) :], strict=True):
                 buffers[name].copy_(gather_whole(value, layouts[name], deployment.mesh, deployment.axes))
-        outputs = enumerate(zip(program.outputs, results, strict=False))
-        return program.captured.unflatten([handover.give(position, slot, x) for position, (slot, x) in outputs])
+        outputs = [handover.give(position, slot, x) for position, (slot, x) in enumerate(zip(program.outputs, results, strict=False))]
+        take_plain_gradients(outputs)
+        return program.captured.unflatten(outputs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load whole tensors or DTensors of any layout; every rank stores its part."""

@@ -27,6 +27,7 @@ from autopar.ir import Layout, local_shape
 from autopar.ops import collectives, comm
 from autopar.rewrite import Program, Slot
 from autopar.runtime.agreement import Agreement, name_ranks
+from autopar.runtime.dispatch import take_plain_gradients
 from autopar.runtime.dtensor import as_dtensor, shard_whole
 from autopar.runtime.fingerprints import ROUNDING, Projections, project
 from autopar.runtime.parts import (
@@ -206,6 +207,7 @@ class UnreadOutput(Tensor):
             with torch.inference_mode(False), torch.enable_grad(), torch_compat.without_torch_function():
                 made = self.make()
                 self._plain = _Reveal.apply(self, made) if self.requires_grad else made  # type: ignore[no-untyped-call]
+                take_plain_gradients([self._plain])
         assert self._plain is not None
         return self._plain
 
@@ -322,6 +324,7 @@ class Handover:
         # A tensor of the user's own: a hook on the program's tensor would see gradients from inside of the program too. A loss may be
         # changed in place, after which a view would have lost its hook.
         x = x.clone() if x.numel() == 1 else x.view_as(x)
+        take_plain_gradients([x])
         x.register_hook(lambda gradient: route.step.begin_backward(route.name, gradient))  # type: ignore[no-untyped-call]
         return x
 

@@ -122,6 +122,9 @@ def _prepare_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 for name, value in states.items():
                     if isinstance(value, Tensor) and (type(value) is not DTensor or value.device_mesh is not mesh):
                         states[name] = _as_state(value, parameter)
+            elif type(parameter) is not DTensor and isinstance(parameter.grad, DTensor):
+                # A plain parameter beside the model, in a loss with weights of the model.
+                parameter.grad = gather(parameter.grad)
 
 
 def _orthogonalize(torch_function: Callable[..., Tensor], update: Tensor, *options: Any) -> Tensor:
