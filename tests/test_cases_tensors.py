@@ -1,4 +1,4 @@
-"""What a compiled model hands out behaves as whole tensors: parameters, gradients, states, files. Each case is one test; two ranks run all."""
+"""What a compiled model hands out behaves as whole tensors: parameters, gradients, states, files. Each case is one test on two ranks."""
 
 from __future__ import annotations
 
