@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -20,11 +21,11 @@ from autopar.capture import Captured, ExampleInputs, capture, refuse_tensors, sp
 from autopar.checks import Verification, verify_plan
 from autopar.cost_models import Cluster, peak_flops
 from autopar.errors import InputError, PlanError
-from autopar.ir import Layout, Mesh, with_pipeline
+from autopar.ir import Mesh, StateKind, with_pipeline
 from autopar.plans import NO_PINS, Pins, Plan, check_devices, reconcile
 from autopar.report import describe_choice
 from autopar.rewrite import Program, mark_samples, rewrite
-from autopar.runtime import Init, ParallelModule, world
+from autopar.runtime import Init, ParallelModule, StoredParameter, world
 from autopar.search import make_plan
 from autopar.units import format_seconds
 
@@ -219,7 +220,7 @@ def compile(
     planner = _Planner(cluster, plan, pins, group_mesh, strict, progress)
     planner.marks_samples = inputs == "local"
     module = CompiledModule(model, planner, inputs=inputs, outputs=outputs, init=init, device=device)
-    planner.layouts = lambda: module.layouts
+    planner.module = module
     planner.check_world(_find_device(model))
     if example_inputs is not None:
         args, kwargs = split_call(example_inputs)
@@ -274,7 +275,7 @@ class _Planner:
         self.strict = strict
         self.progress = progress
         self.first_plan: Plan | None = None
-        self.layouts: Callable[[], Mapping[str, Layout]] = dict
+        self.module: CompiledModule | None = None
         self.marks_samples = False
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Program:
@@ -300,14 +301,19 @@ class _Planner:
 
     def _search(self, model: nn.Module, captured: Captured, cluster: Cluster) -> Plan:
         """A plan for this graph; later plans have the first one's mesh, and read parameters as they are stored."""
+        assert self.module is not None
         first = self.first_plan
+        pins, mesh, stored = (self.pins, self.mesh, {}) if first is None else (NO_PINS, first.mesh, self.module.layouts)
+        if elsewhere := self.module.stored_elsewhere:
+            stored = {name: parameter.layout for name, parameter in elsewhere.items()}
+            pins, mesh = self._obey(elsewhere)
         return make_plan(
             captured.graph,
             cluster,
             model_name=type(model).__name__,
-            pins=self.pins if first is None else NO_PINS,
-            mesh=self.mesh if first is None else first.mesh,
-            stored=self.layouts(),
+            pins=pins,
+            mesh=mesh,
+            stored=stored,
             first_plan=first,
             strict=self.strict,
             notes=captured.notes,
@@ -341,3 +347,25 @@ class _Planner:
         if self.cluster is not None:
             return _read_cluster(self.cluster)
         return detect_cluster(device.type if device is not None else None)
+
+    def _obey(self, stored: Mapping[str, StoredParameter]) -> tuple[Pins, Mesh]:
+        """The pins and the mesh of a first plan, given how another compiled model stores the parameters that both share.
+
+        Raises PlanError when this model's pins or mesh contradict that.
+        """
+        name, parameter = next(iter(stored.items()))
+        sizes = _sizes_of(parameter.mesh)
+        asked = {**self.pins.axis_sizes, **_sizes_of(self.mesh)}
+        if any(sizes.get(axis, 1) != size for axis, size in asked.items()) or self.pins.pp not in (None, parameter.pipeline_ranks):
+            raise PlanError(parameter.contradiction(name, f"this model's is pinned to {self.mesh or self.pins}"))
+        if self.pins.fsdp is not None and "dp" in sizes:
+            axis = parameter.mesh.names.index("dp")
+            if self.pins.fsdp != any(shared.layout[axis].kind is StateKind.SHARD for shared in stored.values()):
+                raise PlanError(parameter.contradiction(name, f"this model is pinned to {self.pins}, which stores parameters otherwise"))
+        # Axes that were asked for have their kinds, as in any first plan.
+        pins = replace(self.pins, dp=asked.get("dp"), cp=asked.get("cp"), tp=asked.get("tp"))
+        return replace(pins, pp=parameter.pipeline_ranks) if parameter.pipeline_ranks > 1 else pins, parameter.mesh
+
+
+def _sizes_of(mesh: Mesh | None) -> dict[str, int]:
+    return {} if mesh is None else dict(zip(mesh.names, mesh.sizes, strict=True))

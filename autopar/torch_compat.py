@@ -6,12 +6,13 @@ dicts of `nn.Module` are private to torch too, and are used directly where they 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ import torch.utils.checkpoint as checkpointing
 from torch import Tensor, fx, nn
 from torch._C._distributed_c10d import Store
 from torch._compile import _disable_dynamo
+from torch.autograd.graph import Node
 from torch.distributed._composable.contract import STATE_KEY
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement
@@ -39,6 +41,7 @@ __all__ = [
     "COMPOSABLE_STATES",
     "CheckpointFunction",
     "DTensorSpec",
+    "GradientUse",
     "OpSchema",
     "OutputSharding",
     "StorageRef",
@@ -64,6 +67,8 @@ __all__ = [
     "group_over",
     "has_hooks",
     "is_made",
+    "is_transformed",
+    "keeps_graph",
     "local_of",
     "local_sizes",
     "make_dtensor",
@@ -73,12 +78,13 @@ __all__ = [
     "read_in_backward",
     "redistribute_part",
     "reduce_scatter_single",
+    "relink_hooks",
     "replace_dispatch",
     "replace_propagation",
     "replace_redistribution",
-    "run_hooks",
-    "run_post_accumulate_hooks",
+    "run_early_in_backward",
     "set_timeout",
+    "spec_of",
     "state_dict_utils",
     "storage_users",
     "timeout_of",
@@ -86,7 +92,10 @@ __all__ = [
     "traced_node",
     "tracing_paused",
     "uncompiled",
+    "use_count_of_a_gradient",
+    "use_of_gradient",
     "with_placements",
+    "with_spec",
     "without_torch_function",
     "wrap_orthogonalization",
 ]
@@ -131,6 +140,53 @@ def backward_id() -> int:
 
 COMPOSABLE_STATES: str = STATE_KEY
 """The entry of a module's ``__dict__`` in which torch notes which of its composable functions, such as ``fully_shard``, were applied."""
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs now was asked to keep its graph for another one (``retain_graph``)."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+GradientUse = Literal["added", "returned", "none"]
+"""What a backward does with the gradient of a leaf: adds it to ``grad``, returns it (``torch.autograd.grad``), or doesn't ask for it."""
+
+
+def use_of_gradient(leaf: Node) -> GradientUse:
+    """What the backward that runs now does with the gradient of a leaf, given the leaf's place in its graph."""
+    try:
+        return "added" if torch._C._will_engine_execute_node(leaf) else "none"
+    except RuntimeError:
+        return "returned"  # torch says that it doesn't support this
+
+
+class _CountUses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.full((1,), float(grads[0]._use_count()))  # type: ignore[attr-defined]
+
+
+@functools.cache
+def use_count_of_a_gradient() -> int:
+    """How many users torch counts of a gradient that nobody has but the backward function which is called with it."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, requires_grad=True)
+        return int(torch.autograd.grad(_CountUses.apply(x) * 2, x)[0])  # type: ignore[no-untyped-call]
+
+
+def run_early_in_backward(x: Tensor) -> None:
+    """Let the backward of the function that made `x` run as soon as its gradient is known, as leaves do, before all that waits to run."""
+    assert x.grad_fn is not None
+    x.grad_fn._set_sequence_nr(2**64 - 1)  # type: ignore[attr-defined]
+
+
+def is_transformed() -> bool:
+    """Whether a function transform of ``torch.func`` (grad, vjp, jvp, vmap) runs on this thread."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
 
 T = TypeVar("T")
 
@@ -231,22 +287,14 @@ def global_backward_hooks() -> bool:
 
 def has_hooks(parameter: Tensor) -> bool:
     """Whether a leaf has hooks on its gradient, before or after it is added to ``grad``."""
-    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
-def run_hooks(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient after the user's ``register_hook`` hooks of `parameter`, which autograd itself never sees."""
-    for hook in tuple((parameter._backward_hooks or {}).values()):
-        changed = hook(gradient)
-        gradient = gradient if changed is None else changed
-    return gradient
-
-
-def run_post_accumulate_hooks(parameter: Tensor) -> None:
-    """Call the user's ``register_post_accumulate_grad_hook`` hooks of `parameter`."""
-    hooks: Mapping[int, Callable[[Tensor], None]] = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    for hook in tuple(hooks.values()):
-        hook(parameter)
+def relink_hooks(parameter: Tensor) -> None:
+    """Make autograd call the user's hooks of a leaf again, after ``swap_tensors`` gave it another tensor, to which none belong."""
+    for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if hooks := getattr(parameter, name, None):
+            setattr(parameter, name, hooks)
 
 
 def copy_hooks(source: Tensor, target: Tensor) -> None:
@@ -331,8 +379,18 @@ without_torch_function: Callable[[], AbstractContextManager[None]] = torch._C.Di
 
 def make_like(local: Tensor, x: DTensor) -> DTensor:
     """The DTensor whose part on this rank is `local`, with the sizes, mesh and placements of `x`; not differentiable."""
+    return with_spec(local, x._spec)
+
+
+def spec_of(x: DTensor) -> DTensorSpec:
+    """The sizes, mesh and placements of a DTensor."""
+    return x._spec
+
+
+def with_spec(local: Tensor, spec: DTensorSpec) -> DTensor:
+    """The DTensor whose part on this rank is `local`; not differentiable."""
     new: Callable[..., DTensor] = DTensor
-    return new(local.detach(), x._spec, requires_grad=False)
+    return new(local.detach(), spec, requires_grad=False)
 
 
 def with_placements(spec: DTensorSpec, placements: Sequence[Placement]) -> DTensorSpec:

@@ -16,6 +16,7 @@ from autopar import torch_compat
 from autopar.costs.tables import BUCKET_NBYTES
 from autopar.runtime.dtensor import as_dtensor
 from autopar.runtime.gradients import GradientReducer, TrackedParameter, _fill_buckets
+from autopar.runtime.parameters import enter_stored
 from tests.helpers import tree_allclose
 from tests.processes import spawn
 
@@ -36,9 +37,9 @@ def _make(group: dist.ProcessGroup | None) -> dict[str, TrackedParameter]:
     return tracked
 
 
-def _loss(tracked: dict[str, TrackedParameter], rank: int, scale: float = 1.0) -> Tensor:
+def _loss(parts: dict[str, Tensor], rank: int, scale: float = 1.0) -> Tensor:
     """Differs between the ranks, so that a gradient that isn't summed is seen."""
-    first, second, third = (tracked[name].leaf for name in ("first", "second", "third"))
+    first, second, third = (parts[name] for name in ("first", "second", "third"))
     return scale * ((rank + 1) * first.square().sum() + (rank + 2) * (second**3).sum() + third.square().sum())
 
 
@@ -53,7 +54,7 @@ def _expected(tracked: dict[str, TrackedParameter], scale: float = 1.0) -> dict[
 
 def _held(tracked: dict[str, TrackedParameter]) -> dict[str, Tensor]:
     assert tracked["unused"].parameter.grad is None
-    assert all(each.leaf.grad is None for each in tracked.values())
+    assert all(each.gradient is None for each in tracked.values())
     held = {}
     for name in ("first", "second", "third"):
         gradient = tracked[name].parameter.grad
@@ -67,8 +68,8 @@ def _reduce(rank: int, bucket_nbytes: int, sums: int) -> None:
     tracked = _make(dist.group.WORLD)
     sent: list[int] = []
     reducer = GradientReducer()
-    reducer.track(list(tracked.values()), bucket_nbytes)
-    _loss(tracked, rank).backward()
+    parts = enter_stored(list(tracked.values()), reducer, bucket_nbytes)
+    _loss(parts, rank).backward()
     tree_allclose(_held(tracked), _expected(tracked), rtol=1e-12)
     # A second backward adds, and sends as many buckets.
     send = dist.all_reduce
@@ -78,7 +79,7 @@ def _reduce(rank: int, bucket_nbytes: int, sums: int) -> None:
         return send(x, **options)
 
     dist.all_reduce = count
-    _loss(tracked, rank, 0.5).backward()
+    _loss(parts, rank, 0.5).backward()
     dist.all_reduce = send
     assert len(sent) == sums
     assert sum(sent) == 12 + 5
@@ -88,19 +89,19 @@ def _reduce(rank: int, bucket_nbytes: int, sums: int) -> None:
     # Backwards without a sum, then one with it: all three count once.
     with reducer.no_sync():
         for _ in range(2):
-            _loss(tracked, rank).backward()
+            _loss(parts, rank).backward()
     assert all(each.parameter.grad is None for each in tracked.values())
-    _loss(tracked, rank).backward()
+    _loss(parts, rank).backward()
     tree_allclose(_held(tracked), _expected(tracked, 3.0), rtol=1e-12)
     # A backward that fails half-way leaves nothing behind that would count later.
     for each in tracked.values():
         each.parameter.grad = None
-    broken = tracked["first"].leaf.clone()
+    broken = parts["first"].clone()
     broken.register_hook(_fail)
     with pytest.raises(ArithmeticError):
-        ((tracked["second"].leaf ** 3).sum() + broken.sum()).backward()
+        ((parts["second"] ** 3).sum() + broken.sum()).backward()
     reducer.zero()
-    _loss(tracked, rank).backward()
+    _loss(parts, rank).backward()
     tree_allclose(_held(tracked), _expected(tracked), rtol=1e-12)
 
 
@@ -112,13 +113,13 @@ def _optimize(rank: int) -> None:
     tracked = _make(dist.group.WORLD)
     del tracked["unused"]
     reducer = GradientReducer()
-    reducer.track(list(tracked.values()), BUCKET_NBYTES)
+    parts = enter_stored(list(tracked.values()), reducer, BUCKET_NBYTES)
     parameters = [each.parameter for each in tracked.values()]
     wholes = [nn.Parameter(parameter.detach().full_tensor().clone()) for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=0.1, foreach=True)
     oracle = torch.optim.AdamW(wholes, lr=0.1, foreach=False)
     for _ in range(3):
-        _loss(tracked, rank).backward()
+        _loss(parts, rank).backward()
         (3 * wholes[0].square().sum() + 5 * (wholes[1] ** 3).sum() + wholes[2].square().sum()).backward()
         norm = nn.utils.clip_grad_norm_(parameters, 1.0)
         tree_allclose(norm.full_tensor(), nn.utils.clip_grad_norm_(wholes, 1.0), rtol=1e-12)
@@ -153,10 +154,10 @@ def test_buckets_hold_the_last_parameters_first_and_split_by_dtype() -> None:
 def test_without_a_group_gradients_pass_to_plain_parameters() -> None:
     parameter = nn.Parameter(torch.ones(3))
     leaf = torch_compat.local_of(parameter).requires_grad_()
-    reducer = GradientReducer()
-    reducer.track([TrackedParameter("weight", parameter, leaf, None)], BUCKET_NBYTES)
-    leaf.sum().backward()
-    leaf.sum().backward()
+    entry = TrackedParameter("weight", parameter, leaf, None)
+    part = enter_stored([entry], GradientReducer(), BUCKET_NBYTES)["weight"]
+    part.sum().backward()
+    part.sum().backward()
     assert parameter.grad is not None
     assert parameter.grad.tolist() == [2.0] * 3
-    assert leaf.grad is None
+    assert entry.gradient is None

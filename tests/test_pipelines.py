@@ -209,7 +209,7 @@ def _step(model: nn.Module, captured: Captured, plan: Plan, inputs: Mapping[str,
         held = {slot.name: cut(buffers[slot.name], slot.layout, mesh, place).clone() for slot in program.buffers}
         parts = [cut(x, slot.layout, mesh, place) for x, slot in zip(captured.bind((), inputs), program.inputs, strict=True)]
         run = runner.run(held, parts, random_seed=number, trains=True, syncs=True)
-        run.hand_over(torch.tensor(1.0, dtype=torch.float64))
+        run.hand_over(torch.tensor(1.0, dtype=torch.float64), dict.fromkeys(parameters, "added"))
         loss = run.executor.join(0) if program.outputs[0].owner == pipeline_rank else None
         return loss, {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
 

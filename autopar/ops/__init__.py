@@ -7,7 +7,7 @@ Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``bounds``, ``los
 ``weight_gradients``, ``deferrable``, ``recompute``, ``attention``, ``functions``.
 """
 
-from autopar.ops.collectives import gather_along, join_parts, regather, take_part
+from autopar.ops.collectives import gather_along, join_parts, regather, sum_along, sum_gradient_along, take_part
 from autopar.ops.comm import Axis, GroupAxis, Message, MicrobatchAxis
 from autopar.ops.deferrable import DEFERRABLE
 from autopar.ops.double_backward import refuse_double_backward
@@ -31,5 +31,7 @@ __all__ = [
     "join_parts",
     "refuse_double_backward",
     "regather",
+    "sum_along",
+    "sum_gradient_along",
     "take_part",
 ]

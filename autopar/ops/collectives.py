@@ -268,6 +268,16 @@ def shard_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
     return _apply(_Shard, x, axis, dim, outer)
 
 
+def sum_along(x: Tensor, axis: comm.Axis) -> Tensor:
+    """`all_reduce` with ``grad="identity"``, given the axis itself instead of its name."""
+    return _apply(_AllReduce, x, axis, "identity")
+
+
+def sum_gradient_along(x: Tensor, axis: comm.Axis) -> Tensor:
+    """`sum_gradient`, given the axis itself instead of its name."""
+    return _apply(_SumGradient, x, axis)
+
+
 def _apply(function: type[torch.autograd.Function], x: Tensor, *arguments: object) -> Tensor:
     result: Tensor = function.apply(x, *arguments)  # type: ignore[no-untyped-call]
     return result

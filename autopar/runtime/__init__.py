@@ -4,13 +4,13 @@ Comes in: the user's module and a `Program`. Goes out: a module with the same ca
 the global sizes and calls mean what they mean on one device; inside, programs compute with plain tensors that share their storage.
 
 Modules, in reading order: ``failures``, ``dtensor``, ``owned``, ``owned_rules``, ``dispatch``, ``tensor_methods``, ``states``,
-``gradients``, ``mailbox``, ``executor``, ``pipeline``, ``world``, ``checkpoints``, ``methods``, ``wrapping``, ``storage``, ``agreement``,
-``fingerprints``, ``parts``, ``outputs``, ``inputs``, ``call_check``, ``pipeline_calls``, ``module``.
+``gradients``, ``mailbox``, ``executor``, ``pipeline``, ``world``, ``checkpoints``, ``methods``, ``wrapping``, ``members``, ``storage``,
+``parameters``, ``agreement``, ``fingerprints``, ``parts``, ``outputs``, ``inputs``, ``call_check``, ``pipeline_calls``, ``module``.
 """
 
 from autopar.runtime.checkpoints import full_state_dict
 from autopar.runtime.executor import Executor, StageTensors
 from autopar.runtime.module import ParallelModule
-from autopar.runtime.storage import Init
+from autopar.runtime.storage import Init, StoredParameter
 
-__all__ = ["Executor", "Init", "ParallelModule", "StageTensors", "full_state_dict"]
+__all__ = ["Executor", "Init", "ParallelModule", "StageTensors", "StoredParameter", "full_state_dict"]

@@ -1,16 +1,16 @@
 """Sums the gradients of which each rank has a summand: once per step, in buckets, while the backward is still running.
 
-Comes in: the leaves that a program computes with, plain tensors that share the storage of the parameters' local parts, and over which ranks
-the gradient of each is Partial. Goes out: the ``grad`` of the parameters, complete, with their hooks called. As in DDP, a bucket is
-all-reduced as soon as the backward has made its last gradient. A pipeline's gradients, which are made before the user's backward, wait in
-`StashedGradients` until that comes.
+Comes in: the local gradients of parameters, which a backward hands over one by one, and over which ranks each is Partial. Goes out: the
+``grad`` of the parameters, complete. As in DDP, a bucket is all-reduced as soon as the backward has made its last gradient. A pipeline's
+gradients, which are made before the user's backward, wait in `StashedGradients` until that comes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,21 +21,23 @@ from autopar import torch_compat
 from autopar.runtime import dispatch
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class TrackedParameter:
-    """A parameter and the leaf that stands for it in a program.
+    """A parameter and its local gradient, until that is complete.
 
     Attributes:
         name: the parameter's name.
         parameter: the user's parameter, a DTensor or, without process groups, a plain tensor.
-        leaf: the tensor that the program computes with; it shares the storage of the parameter's local part.
-        group: the ranks over which the leaf's gradient is Partial and must be summed; None when it is complete.
+        leaf: a plain leaf on the storage of the parameter's local part; the stages of a pipeline compute with it.
+        group: the ranks over which the local gradient is Partial and must be summed; None when it is complete.
+        gradient: the local gradient; None when there is none.
     """
 
     name: str
     parameter: nn.Parameter
     leaf: Tensor
     group: dist.ProcessGroup | None
+    gradient: Tensor | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -57,62 +59,77 @@ class _PendingSum:
 
 @dataclass(slots=True, eq=False)
 class _Program:
-    """The buckets of one program's leaves, in the order in which they are summed, and how many were started in this backward."""
+    """The buckets of one program's parameters, in the order in which they are summed, and how many were started in this backward.
+
+    It is active while there are local gradients, from the backward that runs now or from earlier ones under `no_sync`.
+    """
 
     tracked: tuple[TrackedParameter, ...]
     buckets: tuple[_Bucket, ...]
     started: int = 0
-    handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    is_active: bool = False
+
+
+Receive = Callable[[Tensor], None]
+"""Takes a local gradient of a parameter in a backward."""
 
 
 class GradientReducer:
-    """Sums the gradients of the leaves of all programs of a model, and adds them to the parameters' ``grad``.
+    """Sums the local gradients of the parameters of all programs of a model, and adds them to the parameters' ``grad``.
 
     Every rank must track the same parameters and run the same backwards, as programs of one plan do.
     """
 
     def __init__(self) -> None:
-        self._programs: list[_Program] = []
+        self._programs: list[_Program] = []  # those that are active
         self._pending_sums: list[_PendingSum] = []
         self._stashes: list[StashedGradients] = []
         self._backward = -1
         self._synced = True
+        # A backward, and whether it adds to ``grad``.
+        self._adds = (-1, False)
 
     @property
     def is_synced(self) -> bool:
         """Whether backwards sum over the ranks, not only on this one (`no_sync`)."""
         return self._synced
 
-    def track(self, tracked: Sequence[TrackedParameter], bucket_nbytes: int) -> None:
-        """Begin to sum the gradients of a program's leaves, `bucket_nbytes` bytes at a time; leaves without gradients are ignored."""
+    def track(self, tracked: Sequence[TrackedParameter], bucket_nbytes: int) -> dict[str, Receive]:
+        """Prepare to sum the gradients of a program's parameters, `bucket_nbytes` bytes at a time.
+
+        Returns the functions to call with the gradients, by the names of those parameters that require one.
+        """
         trainable = tuple(entry for entry in tracked if entry.leaf.requires_grad)
         buckets = _fill_buckets(trainable, bucket_nbytes)
         program = _Program(trainable, buckets)
-        bucket_of = {id(member.leaf): bucket for bucket in buckets for member in bucket.members}
-        for entry in trainable:
-            bucket = bucket_of.get(id(entry.leaf))
+        bucket_of = {entry.name: bucket for bucket in buckets for entry in bucket.members}
+        return {entry.name: self._make_receive(program, bucket_of.get(entry.name), entry) for entry in trainable}
 
-            def on_gradient(_: Tensor, program: _Program = program, bucket: _Bucket | None = bucket) -> None:
-                self._on_gradient(program, bucket)
+    def adds(self, node: Any) -> bool:
+        """Whether the backward that runs now adds to ``grad``, or returns gradients; `node` is one of its graph, just before a leaf."""
+        this_backward = torch_compat.backward_id()
+        if self._adds[0] != this_backward:
+            self._adds = this_backward, torch_compat.use_of_gradient(node.next_functions[0][0]) == "added"
+        return self._adds[1]
 
-            handle = entry.leaf.register_post_accumulate_grad_hook(on_gradient)  # type: ignore[no-untyped-call]
-            program.handles.append(handle)
-        self._programs.append(program)
+    def _make_receive(self, program: _Program, bucket: _Bucket | None, entry: TrackedParameter) -> Receive:
+        use_count, stride = torch_compat.use_count_of_a_gradient(), entry.leaf.stride()
 
-    def close(self) -> None:
-        """Stop tracking all programs; gradients accumulated under `no_sync` are dropped."""
-        for program in self._programs:
-            for handle in program.handles:
-                handle.remove()
-            for entry in program.tracked:
-                entry.leaf.grad = None
-        self._programs.clear()
+        def receive(gradient: Tensor) -> None:
+            if entry.gradient is not None:
+                entry.gradient.add_(gradient)
+            elif gradient._use_count() == use_count and gradient.stride() == stride:  # type: ignore[attr-defined]
+                entry.gradient = gradient
+            else:
+                # Autograd handed the same tensor to others too, or one in another order of memory.
+                entry.gradient = torch.empty_like(entry.leaf, requires_grad=False).copy_(gradient)
+            self._on_gradient(program, bucket)
+
+        return receive
 
     def zero(self) -> None:
         """Drop the gradients accumulated under `no_sync`."""
-        for program in self._programs:
-            for entry in program.tracked:
-                entry.leaf.grad = None
+        self._drop()
         for stash in self._stashes:
             stash.zero()
 
@@ -138,16 +155,18 @@ class GradientReducer:
             self._synced = before
 
     def _on_gradient(self, program: _Program, bucket: _Bucket | None) -> None:
-        """A leaf got its gradient: start the sums of full buckets, in the same order on every rank."""
+        """A parameter got its local gradient: start the sums of full buckets, in the same order on every rank."""
         this_backward = torch_compat.backward_id()
         if this_backward != self._backward:
             self._backward = this_backward
             self._pending_sums.clear()
-            for tracked_program in self._programs:
-                tracked_program.started = 0
-                for bucket_to_reset in tracked_program.buckets:
-                    bucket_to_reset.ready = 0
+            for active_program in self._programs:
+                _begin(active_program)
             torch_compat.after_backward(self._finish if self._synced else self._end)
+        if not program.is_active:
+            program.is_active = True
+            _begin(program)
+            self._programs.append(program)
         if bucket is None or not self._synced:
             return
         bucket.ready += 1
@@ -156,19 +175,24 @@ class GradientReducer:
             program.started += 1
 
     def recover(self) -> None:
-        """Called before a forward: drop the gradients that a failed backward put into the leaves."""
+        """Called before a forward: drop the local gradients of a backward that failed."""
         if self._backward != -1 and torch_compat.backward_id() == -1:
             self._backward = -1
             self._pending_sums.clear()
-            for program in self._programs:
-                for entry in program.tracked:
-                    entry.leaf.grad = None
+            self._drop()
+
+    def _drop(self) -> None:
+        for program in self._programs:
+            for entry in program.tracked:
+                entry.gradient = None
+            program.is_active = False
+        self._programs.clear()
 
     def _end(self) -> None:
         self._backward = -1
 
     def _start(self, members: Sequence[TrackedParameter]) -> None:
-        """Start the sum of these members' gradients, all of one group and dtype; the leaves have none afterwards."""
+        """Start the sum of these members' gradients, all of one group and dtype; the entries have none afterwards."""
         pending_sum = _start_sum(members)
         if pending_sum is not None:
             self._pending_sums.append(pending_sum)
@@ -185,9 +209,11 @@ class GradientReducer:
         self._pending_sums.clear()
         for program in self._programs:
             for entry in program.tracked:
-                if entry.leaf.grad is not None:
-                    _add_to_grad(entry.parameter, entry.leaf.grad.detach())
-                    entry.leaf.grad = None
+                if entry.gradient is not None:
+                    _add_to_grad(entry.parameter, entry.gradient)
+                    entry.gradient = None
+            program.is_active = False
+        self._programs.clear()
         for stash in self._stashes:
             stash.reduce_unsynced()
         self._backward = -1
@@ -197,7 +223,7 @@ class StashedGradients:
     """The gradients of a schedule that has run, until the user's backward says by which factor they are scaled.
 
     Args:
-        tracked: the parameters of this rank's stages; their leaves accumulate the gradients of the micro-batches.
+        tracked: the parameters of this rank's stages; their leaves accumulate the gradients of the micro-batches in ``grad``.
         bucket_nbytes: bytes of gradients that are summed by one all-reduce.
         reducer: the reducer of the model's other programs.
     """
@@ -215,7 +241,7 @@ class StashedGradients:
         """Called before a schedule: drop the gradients of an earlier one that failed, or whose backward never came."""
         self._pending_sums.clear()
         for entry in self._tracked.values():
-            entry.leaf.grad = None
+            entry.leaf.grad = entry.gradient = None
 
     def zero(self) -> None:
         """Drop the gradients accumulated under `no_sync`."""
@@ -224,6 +250,9 @@ class StashedGradients:
     def start(self, names: Sequence[str]) -> None:
         """Start to sum these parameters' gradients over the ranks that have summands; all ranks of a stage start the same ones."""
         members = [self._tracked[name] for name in names if name in self._tracked]
+        for entry in members:
+            if entry.leaf.grad is not None:
+                entry.gradient, entry.leaf.grad = entry.leaf.grad.detach(), None
         for bucket in _fill_buckets(members, self._bucket_nbytes):
             pending_sum = _start_sum(bucket.members)
             if pending_sum is not None:
@@ -237,56 +266,69 @@ class StashedGradients:
         self._pending_sums.clear()
         for entry in self._tracked.values():
             if entry.leaf.grad is not None:
-                gradients[entry.name] = entry.leaf.grad.detach()
-                entry.leaf.grad = None
+                entry.gradient, entry.leaf.grad = entry.leaf.grad.detach(), None
+            if entry.gradient is not None:
+                gradients[entry.name], entry.gradient = entry.gradient, None
         return gradients
 
     def zeros(self, name: str) -> Tensor:
         """A gradient of zeros for a parameter, in the shape of this rank's part."""
         return torch.zeros_like(self._tracked[name].leaf)
 
-    def accumulate(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
-        """Under `no_sync`: add the scaled gradients to what this rank has accumulated."""
+    def accumulate(self, gradients: Mapping[str, Tensor]) -> None:
+        """Under `no_sync`: add gradients to what this rank has accumulated."""
         for name, gradient in gradients.items():
-            scaled = gradient * scale
-            self._unsynced[name] = self._unsynced[name] + scaled if name in self._unsynced else scaled
+            self._unsynced[name] = self._unsynced[name] + gradient if name in self._unsynced else gradient
 
     def reduce_unsynced(self) -> None:
         """Sum over the ranks what was accumulated, and add it to the parameters' ``grad``."""
         if not self._unsynced:
             return
-        for name, gradient in self._unsynced.items():
-            self._tracked[name].leaf.grad = gradient
-        self._unsynced = {}
-        self.start(list(self._tracked))
-        for name, gradient in self.collect().items():
+        unsynced, self._unsynced = self._unsynced, {}
+        for name, gradient in self.sum(unsynced).items():
             _add_to_grad(self._tracked[name].parameter, gradient)
 
-    @property
-    def is_synced(self) -> bool:
-        """Whether backwards sum over the ranks, that is, not under `no_sync`."""
-        return self._reducer.is_synced
-
-    def apply(self, gradients: Mapping[str, Tensor], scale: Tensor) -> None:
-        """Add summed gradients, scaled, and all that any program accumulated under `no_sync`, to the parameters' ``grad``."""
-        self._reducer.reduce_unsynced()
+    def sum(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The sums over the ranks of gradients that are this rank's only."""
         for name, gradient in gradients.items():
-            _add_to_grad(self._tracked[name].parameter, gradient.mul_(scale))
+            self._tracked[name].gradient = gradient
+        self.start(list(gradients))
+        return self.collect()
+
+    def end_unsynced(self) -> None:
+        """In a backward that isn't under `no_sync`: sum over the ranks what any program accumulated there, and add it to ``grad``."""
+        if self._reducer.is_synced:
+            self._reducer.reduce_unsynced()
+
+    def has_hooks(self, name: str) -> bool:
+        """Whether the user's hooks get the gradient of a parameter, so that autograd must."""
+        return torch_compat.has_hooks(self._tracked[name].parameter)
+
+    def as_gradient(self, name: str, gradient: Tensor) -> Tensor:
+        """A complete gradient as autograd takes it: a DTensor, if the parameter is one."""
+        return _like(gradient, self._tracked[name].parameter)
+
+    def apply(self, gradients: Mapping[str, Tensor]) -> None:
+        """Add summed gradients to the parameters' ``grad``."""
+        for name, gradient in gradients.items():
+            _add_to_grad(self._tracked[name].parameter, gradient)
 
 
 def _start_sum(members: Sequence[TrackedParameter]) -> _PendingSum | None:
-    """Start the sum of these members' gradients, all of one group and dtype; the leaves have none afterwards."""
-    present = tuple(entry for entry in members if entry.leaf.grad is not None)
+    """Start the sum of these members' gradients, all of one group and dtype; the entries have none afterwards."""
+    present, gradients = [], []
+    for entry in members:
+        if entry.gradient is not None:
+            present.append(entry)
+            gradients.append(entry.gradient)
+            entry.gradient = None
     if not present:
         return None
-    gradients = [entry.leaf.grad.detach() for entry in present if entry.leaf.grad is not None]
     is_single = len(gradients) == 1 and gradients[0].is_contiguous()
     flat = gradients[0].view(-1) if is_single else torch.cat([gradient.reshape(-1) for gradient in gradients])
-    for entry in present:
-        entry.leaf.grad = None
     work = dist.all_reduce(flat, group=present[0].group, async_op=True)
     assert work is not None
-    return _PendingSum(present, flat, work)
+    return _PendingSum(tuple(present), flat, work)
 
 
 def _end_sum(pending_sum: _PendingSum) -> Iterator[tuple[TrackedParameter, Tensor]]:
@@ -295,6 +337,13 @@ def _end_sum(pending_sum: _PendingSum) -> Iterator[tuple[TrackedParameter, Tenso
     parts = torch.split(pending_sum.flat, [entry.leaf.numel() for entry in pending_sum.members])
     for entry, gradient in zip(pending_sum.members, parts, strict=True):
         yield entry, gradient.view(entry.leaf.shape)
+
+
+def _begin(program: _Program) -> None:
+    """Count the gradients of a backward from its first one."""
+    program.started = 0
+    for bucket in program.buckets:
+        bucket.ready = 0
 
 
 def _is_full(bucket: _Bucket) -> bool:
@@ -317,14 +366,18 @@ def _fill_buckets(tracked: Sequence[TrackedParameter], limit: int) -> tuple[_Buc
 
 
 def _add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add a complete local gradient to the parameter's ``grad``, and call the parameter's hooks as autograd would."""
-    if isinstance(parameter, DTensor):
-        gradient = torch_compat.make_like(gradient, parameter)
+    """Add a complete local gradient to the parameter's ``grad``."""
+    if gradient.dtype != parameter.dtype:
+        gradient = gradient.to(parameter.dtype)  # the user changed the model's since the call
+    before = parameter.grad
+    if before is None:
+        parameter.grad = _like(gradient, parameter)
+        return
+    if isinstance(parameter, DTensor) and not (isinstance(before, DTensor) and before.placements == parameter.placements):
         # What autograd or the user put there, such as the gradient of a term of weights, may be stored otherwise, or be a plain tensor.
-        parameter.grad = dispatch.as_stored(parameter.grad, parameter)
-    gradient = torch_compat.run_hooks(parameter, gradient)
-    if parameter.grad is None:
-        parameter.grad = gradient
-    else:
-        torch_compat.local_of(parameter.grad).add_(torch_compat.local_of(gradient))
-    torch_compat.run_post_accumulate_hooks(parameter)
+        before = parameter.grad = dispatch.as_stored(before, parameter)
+    torch_compat.local_of(before).add_(gradient)
+
+
+def _like(gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+    return torch_compat.make_like(gradient, parameter) if isinstance(parameter, DTensor) else gradient

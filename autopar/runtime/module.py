@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from autopar import torch_compat
 from autopar.capture import refuse_autocast
@@ -29,13 +30,14 @@ from autopar.runtime.call_check import CallCheck
 from autopar.runtime.checkpoints import teach_pickling
 from autopar.runtime.dispatch import as_stored, take_plain_gradients, teach_whole_values
 from autopar.runtime.dtensor import gather_whole, take_local, teach_strided_shards
-from autopar.runtime.gradients import GradientReducer, TrackedParameter
+from autopar.runtime.gradients import GradientReducer
 from autopar.runtime.inputs import Call, InputReader
 from autopar.runtime.methods import SAVING, gather_when_called, save_on_first_rank
 from autopar.runtime.outputs import Handover, Step, name_outputs, returns_loss
+from autopar.runtime.parameters import Entrance, refuse_transforms
 from autopar.runtime.pipeline_calls import PipelineCalls, refuse_gradients
 from autopar.runtime.states import teach_optimizers
-from autopar.runtime.storage import Init, Storage, copy_updated_buffers, plain_parameters, replicate, stands_for
+from autopar.runtime.storage import Deployment, Init, Storage, StoredParameter, copy_updated_buffers, plain_parameters, replicate
 from autopar.runtime.tensor_methods import teach_methods
 from autopar.runtime.world import join_world, share_number
 from autopar.runtime.wrapping import Unwrapped, refuse_wrappers
@@ -86,15 +88,6 @@ class ParallelModule(Unwrapped, nn.Module):
         self._is_sharded = outputs == "sharded"
         self._reader = InputReader(model, self._is_local)
         self._device = torch.device(device) if device is not None else _find_device(model)
-        self._storage = Storage(model, init, self._device)
-        self._pipelines: PipelineCalls | None = None
-        self._programs: dict[object, Program] = {}
-        self._output_names: dict[int, tuple[str, ...]] = {}
-        self._call_count = 0
-        self._leaves: dict[int, list[Tensor]] = {}
-        self._last: Program | None = None
-        self._all_modules = tuple(model.modules())
-        self._reducer = GradientReducer()
         join_world(self._device.type)
         self._agreement = form_agreement()
         self._name = type(model).__name__
@@ -118,6 +111,15 @@ class ParallelModule(Unwrapped, nn.Module):
             gather_when_called(model)
             for module in (self, *model.modules()):
                 refuse_wrappers(module)
+        self._storage = Storage(model, init, self._device)
+        self._pipelines: PipelineCalls | None = None
+        self._programs: dict[object, Program] = {}
+        self._output_names: dict[int, tuple[str, ...]] = {}
+        self._call_count = 0
+        self._entrances: dict[int, Entrance] = {}
+        self._last: Program | None = None
+        self._all_modules = tuple(model.modules())
+        self._reducer = GradientReducer()
 
     def __getattr__(self, name: str) -> Any:
         """An attribute of the user's model, such as ``config``, where this module has none of that name.
@@ -152,6 +154,11 @@ class ParallelModule(Unwrapped, nn.Module):
     def layouts(self) -> Mapping[str, Layout]:
         """Name of a parameter -> the layout in which it is stored, which later programs must use; empty before the first plan."""
         return {} if self._storage.deployment is None else self._storage.deployment.layouts
+
+    @property
+    def stored_elsewhere(self) -> Mapping[str, StoredParameter]:
+        """Before the first plan, the parameters that another compiled model stores already, by name, which the plan must obey."""
+        return self._storage.stored_elsewhere()
 
     @property
     def owners(self) -> Mapping[str, int | None]:
@@ -199,6 +206,7 @@ class ParallelModule(Unwrapped, nn.Module):
         if self._storage.deployment is not None:
             self._storage.deployment.alarm.check()
         refuse_autocast(self._device)
+        refuse_transforms()
         if dist.is_available() and dist.is_initialized():
             torch_compat.count_plain_as_replicated()
         self._reducer.recover()
@@ -228,13 +236,12 @@ class ParallelModule(Unwrapped, nn.Module):
                 return program.captured.unflatten(outputs)
         parts = [call.part(x, slot.layout, deployment, step) for slot, x in zip(program.inputs, tensors, strict=True)]
         buffers = self._storage.buffers_of(program)
-        with torch.inference_mode(False):
-            leaves = self._find_leaves(program)
+        parameters = self._find_entrance(program, deployment).enter()
         read_buffers = copy_updated_buffers(program, buffers) if torch.is_grad_enabled() else buffers
         buffer_parts = [take_local(read_buffers[slot.name], slot.layout, deployment.mesh, deployment.place) for slot in program.buffers]
         shared_seed = rng.agreed(lambda number: share_number(number, self._device)) if deployment.device_mesh is not None else nullcontext()
         with comm.active(deployment.axes), shared_seed, regather() if program.regather else nullcontext():
-            results = program.module(*leaves, *buffer_parts, *parts)
+            results = program.module(*parameters, *buffer_parts, *parts)
         results = tuple(results) if isinstance(results, tuple | list) else (results,)
         with torch.no_grad():
             layouts = {slot.name: slot.layout for slot in program.buffers}
@@ -256,13 +263,19 @@ class ParallelModule(Unwrapped, nn.Module):
 
     def _key(self, call: Call) -> Hashable:
         """What a program is made for."""
-        return call.signature, tuple(module.training for module in self._all_modules), self._storage.trained()
+        return call.signature, tuple(module.training for module in self._all_modules), self._storage.kinds()
 
     def _find_program(self, key: Hashable, call: Call) -> Program:
         program = self._programs.get(key)
         if program is None:
-            # Not in inference mode, even if the call is: programs and stored parameters outlive the call.
-            with torch.inference_mode(False), plain_parameters(self._original), self._all_or_none(f"has planned for {self._name}"):
+            # Not in inference mode, even if the call is: programs and stored parameters outlive the call. And what capture saves for
+            # backwards is nothing to what surrounds the call, such as a checkpoint, which counts what is saved.
+            with (
+                torch.inference_mode(False),
+                plain_parameters(self._original),
+                saved_tensors_hooks(_identity, _identity),
+                self._all_or_none(f"has planned for {self._name}"),
+            ):
                 program = self._planner(self._original, call.args, call.kwargs, self.training)
             assert program is not None
             with torch.inference_mode(False), torch.no_grad():
@@ -277,25 +290,11 @@ class ParallelModule(Unwrapped, nn.Module):
         """Inside, an error on one rank becomes one of all ranks."""
         return nullcontext() if self._agreement is None else self._agreement.share_errors(event)
 
-    def _find_leaves(self, program: Program) -> list[Tensor]:
-        """The leaves by which this program computes with the parameters; made anew when the user gave a parameter other storage."""
-        parameters = [self._storage.parameter(slot.name) for slot in program.parameters]
-        leaves = self._leaves.get(id(program))
-        if leaves is not None and all(map(stands_for, leaves, parameters)):
-            return leaves
-        if leaves is not None:
-            self._reducer.close()
-            self._leaves.clear()
-        leaves = [torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad) for parameter in parameters]
-        self._reducer.track(
-            [
-                TrackedParameter(slot.name, parameter, leaf, self._storage.sum_group(slot))
-                for slot, parameter, leaf in zip(program.parameters, parameters, leaves, strict=True)
-            ],
-            program.bucket_nbytes,
-        )
-        self._leaves[id(program)] = leaves
-        return leaves
+    def _find_entrance(self, program: Program, deployment: Deployment) -> Entrance:
+        entrance = self._entrances.get(id(program))
+        if entrance is None:
+            entrance = self._entrances[id(program)] = Entrance(program, self._storage, deployment, self._reducer)
+        return entrance
 
 
 # Dicts of `nn.Module` that are shared with the original, so that names, states and their hooks are the original's.
@@ -326,6 +325,10 @@ def _describe_parameters(model: nn.Module) -> str:
     """Number of elements of a model's parameters, and of their names and shapes a text of a few characters."""
     parameters = [(name, tuple(x.shape)) for name, x in model.named_parameters()]
     return f"{sum(map(math.prod, (shape for _, shape in parameters)))} parameters ({digest(repr(parameters)) & 0xFFFFFF:06x})"
+
+
+def _identity(x: Tensor) -> Tensor:
+    return x
 
 
 def _find_loss(output: Any) -> Tensor:

@@ -28,6 +28,7 @@ from autopar.runtime.failures import Alarm
 from autopar.runtime.gradients import StashedGradients
 from autopar.runtime.mailbox import find_finished_sends
 from autopar.schedules import Kind
+from autopar.torch_compat import GradientUse
 
 SECOND_BACKWARD = "this pipelined step has had its backward already: call the model again before the next backward()"
 FIRST_HALF_SCALE = 2.0**16
@@ -281,32 +282,48 @@ class PipelineRun:
                 self.gradients[slot.name] = runner.stash.zeros(slot.name)
         runner.wait_for_all_ranks(_device_of(self.executor.tensors))
 
-    def hand_over(self, scale: Tensor) -> None:
-        """Add the gradients, times the gradient of the loss, to the parameters' ``grad``.
+    def hand_over(self, scale: Tensor, uses: Mapping[str, GradientUse]) -> dict[str, Tensor]:
+        """Add the gradients, times the gradient of the loss, to the parameters' ``grad``, or return them to autograd.
 
-        Raises InputError the second time, PipelineError when the pipeline has failed.
+        Args:
+            scale: the gradient of the loss.
+            uses: name of a parameter -> what the backward does with its gradient.
+
+        Returns by name the gradients of those parameters whose gradients the user asked for, or whose hooks get them. Raises InputError
+        the second time, unless the first backward was asked to keep its graph, and PipelineError when the pipeline has failed.
         """
         self.runner.alarm.check()
         if self.gradients is None:
             raise InputError(SECOND_BACKWARD)
-        gradients, self.gradients = self.gradients, None
+        gradients, keeps = self.gradients, torch_compat.keeps_graph()
+        if not keeps:
+            self.gradients = None
         if self.runner.pipeline.loss is not None:
             self.runner.scale = torch.where(scale.isfinite() & (scale != 0), scale, self.scale)
             exact = torch.promote_types(scale.dtype, torch.float32)
             scale = scale.to(exact) / self.scale.to(exact)
+        stash = self.runner.stash
         with (
             self.runner.alarm.guard(self.runner.where),
             self.runner.step_context("after the last micro-batch, handing gradients to the parameters"),
         ):
-            if self.syncs:
-                self.runner.stash.apply(gradients, scale)
+            scaled = {
+                name: (gradient.clone() if keeps else gradient).mul_(scale) for name, gradient in gradients.items() if uses[name] != "none"
+            }
+            added = {name: gradient for name, gradient in scaled.items() if uses[name] == "added" and not stash.has_hooks(name)}
+            returned = {name: gradient for name, gradient in scaled.items() if name not in added}
+            if not self.syncs:
+                # The forward was under `no_sync`; what is returned can't wait.
+                returned = stash.sum(returned)
+                stash.accumulate(added)
             else:
-                self.runner.stash.accumulate(gradients, scale)
-                if self.runner.stash.is_synced:
-                    self.runner.stash.reduce_unsynced()  # the forward was under no_sync, the backward isn't
+                stash.apply(added)
+            if "added" in uses.values():
+                stash.end_unsynced()
+            return {name: stash.as_gradient(name, gradient) for name, gradient in returned.items()}
 
-    def run_backwards(self, gradients: Mapping[int, Tensor]) -> None:
-        """Run the backwards from the gradients of outputs (position -> gradient), and add to the parameters' ``grad``."""
+    def run_backwards(self, gradients: Mapping[int, Tensor], uses: Mapping[str, GradientUse]) -> dict[str, Tensor]:
+        """Run the backwards from the gradients of outputs (position -> gradient); returns what `hand_over` does."""
         self.runner.alarm.check()
         if self.had_backward:
             raise InputError(SECOND_BACKWARD)
@@ -316,47 +333,47 @@ class PipelineRun:
             self.executor.output_gradients = dict(gradients)
             self.executor.run([action for action in self.executor.actions if action.kind not in FORWARD_KINDS])
             self.finish()
-        self.hand_over(torch.ones((), device=next(iter(gradients.values())).device))
+        return self.hand_over(torch.ones((), device=next(iter(gradients.values())).device), uses)
 
 
-def hand_over_on_backward(loss: Tensor, run: PipelineRun) -> Tensor:
-    """The loss, whose backward adds the run's gradients to the parameters' ``grad``."""
-    anchor = torch.zeros((), dtype=loss.dtype, device=loss.device, requires_grad=True)
-    result: Tensor = _HandOver.apply(anchor, loss, run)  # type: ignore[no-untyped-call]
+Parameters = Mapping[str, Tensor]
+"""Name -> the user's parameter, of those that require a gradient: operands of the functions below, so that autograd reaches them."""
+
+
+def hand_over_on_backward(loss: Tensor, run: PipelineRun, parameters: Parameters) -> Tensor:
+    """The loss, whose backward hands out the run's gradients of the parameters."""
+    result: Tensor = _HandOver.apply(run, tuple(parameters), loss, *parameters.values())  # type: ignore[no-untyped-call]
     return result
 
 
-def refuse_backward(x: Tensor) -> Tensor:
+def refuse_backward(x: Tensor, parameters: Parameters) -> Tensor:
     """An output beside the loss, whose backward raises InputError: the schedule's backwards have run without its gradient."""
-    anchor = torch.zeros((), dtype=x.dtype, device=x.device, requires_grad=True)
-    result: Tensor = _Refuse.apply(anchor, x)  # type: ignore[no-untyped-call]
+    result: Tensor = _Refuse.apply(x, *parameters.values())  # type: ignore[no-untyped-call]
     return result
 
 
-def run_backwards_on_backward(outputs: Mapping[int, Tensor], run: PipelineRun) -> dict[int, Tensor]:
-    """The outputs (position -> tensor), whose backward runs the backwards of the schedule."""
-    positions = tuple(outputs)
-    anchor = torch.zeros((), device=outputs[positions[0]].device, requires_grad=True)
-    results: Any = _RunBackwards.apply(anchor, run, positions, *outputs.values())  # type: ignore[no-untyped-call]
-    return dict(zip(positions, results, strict=True))
+def run_backwards_on_backward(outputs: Mapping[int, Tensor], run: PipelineRun, parameters: Parameters) -> dict[int, Tensor]:
+    """The outputs (position -> tensor), whose backward runs the backwards of the schedule and hands out gradients of the parameters."""
+    results: Any = _RunBackwards.apply(run, tuple(outputs), tuple(parameters), *outputs.values(), *parameters.values())  # type: ignore[no-untyped-call]
+    return dict(zip(outputs, results, strict=True))
 
 
 class _HandOver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, loss: Tensor, run: PipelineRun) -> Tensor:
-        ctx.run = run
+    def forward(ctx: Any, run: PipelineRun, names: tuple[str, ...], loss: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.run, ctx.names = run, names
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("a pipelined model")
-        ctx.run.hand_over(grads[0].reshape(()))
-        return torch.zeros_like(grads[0]).reshape(()), None, None
+        returned = ctx.run.hand_over(grads[0].reshape(()), _find_uses(ctx.names, ctx.next_functions[1:]))
+        return None, None, None, *map(returned.get, ctx.names)
 
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
         return x.view_as(x)
 
     @staticmethod
@@ -369,14 +386,19 @@ class _Refuse(torch.autograd.Function):
 
 class _RunBackwards(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, run: PipelineRun, positions: tuple[int, ...], *outputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.run, ctx.positions = run, positions
+    def forward(ctx: Any, run: PipelineRun, positions: tuple[int, ...], names: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.run, ctx.positions, ctx.names = run, positions, names
         ctx.set_materialize_grads(False)
-        return tuple(x.view_as(x) for x in outputs)
+        return tuple(x.view_as(x) for x in tensors[: len(positions)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("a pipelined model")
         gradients = {position: gradient for position, gradient in zip(ctx.positions, grads, strict=True) if gradient is not None}
-        ctx.run.run_backwards(gradients)
-        return (torch.zeros((), device=next(iter(gradients.values())).device), None, None, *(None for _ in grads))
+        returned = ctx.run.run_backwards(gradients, _find_uses(ctx.names, ctx.next_functions[len(grads) :]))
+        return None, None, None, *(None for _ in grads), *map(returned.get, ctx.names)
+
+
+def _find_uses(names: Sequence[str], edges: Sequence[tuple[Any, int]]) -> dict[str, GradientUse]:
+    """What the backward that runs now does with the gradients of parameters, given their places in autograd's graph."""
+    return {name: torch_compat.use_of_gradient(node) for name, (node, _) in zip(names, edges, strict=True)}

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autopar import torch_compat
 from autopar.errors import InputError
@@ -33,21 +34,32 @@ class PipelineCalls:
         self._storage = storage
         self._deployment = deployment
         self._reducer = reducer
-        self._runners: dict[int, tuple[list[Tensor], StageRunner]] = {}
+        # Program -> its parameters, leaves and runner.
+        self._runners: dict[int, tuple[list[nn.Parameter], list[Tensor], StageRunner]] = {}
         # Name -> copy of a parameter that this pipeline rank uses and another one owns.
         self._borrowed: dict[str, Tensor] = {}
 
     def find_runner(self, program: Program) -> StageRunner:
-        """The runner of a program, whose leaves share the storage that the parameters have now."""
+        """The runner of a program, whose leaves share the storage that the parameters have now.
+
+        Raises InputError for a tensor that stands in the place of a parameter.
+        """
         deployment = self._deployment
         used = [slot for slot in program.parameters if deployment.pipeline_rank in slot.users]
         parameters = {slot.name: self._storage.parameter(slot.name) for slot in program.parameters}
         stored = [slot.name for slot in used if deployment.owners[slot.name] in (deployment.pipeline_rank, None)]
         if id(program) in self._runners:
-            leaves, runner = self._runners[id(program)]
-            if all(stands_for(leaf, parameters[name]) for name, leaf in zip(stored, leaves, strict=True)):
+            known, leaves, runner = self._runners[id(program)]
+            is_known = all(map(operator.is_, known, parameters.values()))
+            if is_known and all(stands_for(leaf, parameters[name]) for name, leaf in zip(stored, leaves, strict=True)):
                 return runner
             self._reducer.remove_stash(runner.stash)
+            del self._runners[id(program)]
+        if substitutes := [name for name, parameter in parameters.items() if not self._storage.is_stored(name, parameter)]:
+            raise InputError(
+                f"{', '.join(substitutes[:3])} {'is' if len(substitutes) == 1 else 'are'} not the model's own at this call "
+                "(torch.func.functional_call, or exchanged after the first call), which a pipeline can't take: pin pp=1, microbatches=1"
+            )
         local_leaves = {
             name: torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad) for name, parameter in parameters.items()
         }
@@ -65,7 +77,7 @@ class PipelineCalls:
                 leaf_of[slot.name] = self._borrowed[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
         stash = StashedGradients(tracked, program.bucket_nbytes, self._reducer)
         runner = StageRunner(program, deployment.pipeline_rank, deployment.pipeline, deployment.axes, leaf_of, stash, deployment.alarm)
-        self._runners[id(program)] = leaves, runner
+        self._runners[id(program)] = list(parameters.values()), leaves, runner
         return runner
 
     def run(self, program: Program, runner: StageRunner, inputs: Sequence[Tensor], handover: Handover) -> list[Any]:
@@ -107,13 +119,21 @@ class PipelineCalls:
             if position not in late
         }
         differentiable = [position for position, slot in enumerate(program.outputs) if slot.requires_grad]
+        trainable = {slot.name: parameter for slot in program.parameters if (parameter := self._storage.parameter(slot.name)).requires_grad}
+
+        def trained(names: frozenset[str]) -> dict[str, nn.Parameter]:
+            return {name: parameter for name, parameter in trainable.items() if name in names}
+
         if has_outside_loss:
-            shared.update(run_backwards_on_backward({position: shared[position] for position in differentiable}, run))
+            shared.update(
+                run_backwards_on_backward({position: shared[position] for position in differentiable}, run, trained(pipeline.trained))
+            )
         results: list[Any] = []
         for position, slot in enumerate(program.outputs):
             is_refused = trains and not has_outside_loss and position in differentiable and position != pipeline.loss
+            reaching = trained(pipeline.reached.get(position, frozenset()))
             if handover.is_sharded and position in late:
-                results.append(self._as_dtensor(slot, parts.get(position), is_refused=is_refused))
+                results.append(self._as_dtensor(slot, parts.get(position), reaching if is_refused else None))
                 continue
             if position in late:
                 # Sizes without memory.
@@ -122,8 +142,8 @@ class PipelineCalls:
             else:
                 x = shared[position]
             if trains and position == pipeline.loss:
-                x = hand_over_on_backward(x, run)
-            x = refuse_backward(x) if is_refused else x
+                x = hand_over_on_backward(x, run, trained(pipeline.trained))
+            x = refuse_backward(x, reaching) if is_refused else x
             bring = self._bringing(runner, slot, parts.get(position)) if position in late else None
             results.append(handover.give(position, slot, x, bring))
         return results
@@ -137,12 +157,12 @@ class PipelineCalls:
 
         return bring
 
-    def _as_dtensor(self, slot: Slot, part: Tensor | None, *, is_refused: bool) -> Tensor:
-        """An output as a DTensor, of which the pipeline rank that made it has all parts."""
+    def _as_dtensor(self, slot: Slot, part: Tensor | None, refused: Mapping[str, Tensor] | None) -> Tensor:
+        """An output as a DTensor, of which the pipeline rank that made it has all parts; a backward to parameters in `refused` raises."""
         deployment = self._deployment
         if part is None:
             part = empty_part(slot.shape, slot.layout, deployment.mesh, getattr(torch, slot.dtype), self._storage.device)
-        part = refuse_backward(part) if is_refused else part
+        part = part if refused is None else refuse_backward(part, refused)
         if deployment.device_mesh is None:
             return part
         return as_dtensor(part, deployment.device_mesh, deployment.placements_of(slot.layout, slot.owner), slot.shape)

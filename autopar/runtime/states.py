@@ -37,11 +37,12 @@ class ReplacedParameter(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """Call `func` with the parameters that took these ones' places."""
-        args, kwargs = pytree.tree_map_only(ReplacedParameter, _find_replacement, (args, dict(kwargs or {})))
+        args, kwargs = pytree.tree_map_only(ReplacedParameter, find_replacement, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
 
 
-def _find_replacement(parameter: ReplacedParameter) -> nn.Parameter:
+def find_replacement(parameter: ReplacedParameter) -> nn.Parameter:
+    """The parameter that took the place of this one."""
     replacement: nn.Parameter = parameter.__dict__["replacement"]
     return replacement
 
@@ -115,7 +116,7 @@ def _prepare_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         for position, parameter in enumerate(group["params"]):
             if type(parameter) is ReplacedParameter:
                 # Made after `compile`, from a list that was made before.
-                _point_to_new(optimizer, {id(parameter): _find_replacement(parameter)})
+                _point_to_new(optimizer, {id(parameter): find_replacement(parameter)})
                 parameter = group["params"][position]
             if type(parameter) is DTensor and parameter in state:
                 states, mesh = state[parameter], parameter.device_mesh

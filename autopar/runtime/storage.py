@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,11 +26,37 @@ from autopar.rewrite import Program, Slot
 from autopar.runtime import dispatch, states
 from autopar.runtime.dtensor import as_dtensor, placements_of, take_local
 from autopar.runtime.failures import Alarm
+from autopar.runtime.members import Structure, find_places, read
 from autopar.runtime.owned import Owned
 from autopar.runtime.world import axes_of, form_alarm, form_mesh, group_over, pipeline_axis
 
 Init = Callable[[str, Tensor], Tensor]
 """From the name of a parameter or buffer on the meta device, and that meta tensor, to its whole value."""
+
+
+SHARED_REMEDY = "pin the same mesh and pipeline for both, or compile one module that holds both models"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredParameter:
+    """How a parameter is stored since a first plan; written on the parameter, for other models that share it.
+
+    Attributes:
+        mesh: the mesh of a pipeline rank.
+        pipeline_ranks: number of pipeline ranks.
+        layout: its layout on the mesh.
+        owner: the pipeline rank that stores it; None where every one does.
+    """
+
+    mesh: Mesh
+    pipeline_ranks: int
+    layout: Layout
+    owner: int | None
+
+    def contradiction(self, name: str, other: str) -> str:
+        """What to tell the user when another model, which shares this parameter, wants to store it otherwise."""
+        mesh = with_pipeline(self.mesh, self.pipeline_ranks)
+        return f"{name} is stored for another compiled model already, on the mesh {mesh}, but {other}: {SHARED_REMEDY}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,26 +120,61 @@ class Storage:
         self.deployment: Deployment | None = None
         self._init = init
         self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
+        self._named = dict(model.named_parameters(remove_duplicate=False))
         # The place of each name, so that a call needn't walk the modules. Not the tensors, since the user may replace them.
-        self._parameter_at = _find_places(model, "_parameters")
-        self._buffer_at = _find_places(model, "_buffers")
+        self._parameter_at = find_places(model, "_parameters")
+        self._buffer_at = find_places(model, "_buffers")
+        self._structure = Structure(model)
 
     def parameter(self, name: str) -> nn.Parameter:
         """The parameter of this name, as it is stored now."""
-        parameter: nn.Parameter = _read(self._parameter_at[name])
+        parameter: nn.Parameter = read(self._parameter_at[name])
         return parameter
 
     def buffers_of(self, program: Program) -> dict[str, Tensor]:
         """The buffers that a program reads, by name."""
-        return {slot.name: _read(self._buffer_at[slot.name]) for slot in program.buffers}
+        return {slot.name: read(self._buffer_at[slot.name]) for slot in program.buffers}
 
-    def trained(self) -> tuple[bool, ...]:
-        """Per parameter, in order, whether it requires a gradient."""
-        return tuple(_read(place).requires_grad for place in self._parameter_at.values())
+    def kinds(self) -> tuple[object, ...]:
+        """What a program depends on beside the sizes of parameters: of each, in order, the dtype and whether it requires a gradient.
+
+        Raises InputError when modules or parameters were added, removed or untied since the model was compiled.
+        """
+        self._structure.check()
+        tensors = [read(place) for place in self._parameter_at.values()]
+        return tuple((tensor.dtype, tensor.requires_grad) for tensor in tensors)
+
+    def is_stored(self, name: str, x: Tensor) -> bool:
+        """Whether `x` is a parameter that is stored as the first plan says, not a substitute."""
+        deployment = self.deployment
+        assert deployment is not None
+        if deployment.device_mesh is None or not isinstance(x, DTensor):
+            return deployment.device_mesh is None and isinstance(x, nn.Parameter)
+        placements = deployment.placements_of(deployment.layouts[name], deployment.owners[name])
+        return isinstance(x, nn.Parameter) and x.device_mesh == deployment.device_mesh and x.placements == tuple(placements)
 
     def sum_group(self, slot: Slot) -> dist.ProcessGroup | None:
         """The process group over which the gradient of a program's parameter is summed; None when it is complete on every rank."""
         return self._groups.get(slot.partial_axes)
+
+    def _own_parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by name, without what stands in their places for one call (``torch.func.functional_call``)."""
+        now = {name: read(place) for name, place in self._parameter_at.items()}
+        return {
+            name: now[name] if type(now[name]) is type(own) and isinstance(now[name], nn.Parameter) else own
+            for name, own in self._named.items()
+        }
+
+    def stored_elsewhere(self) -> dict[str, StoredParameter]:
+        """Before the first plan: the parameters that another compiled model stores already, by name."""
+        if self.deployment is not None:
+            return {}
+        return {name: taken for name, own in self._own_parameters().items() if (taken := _find_stored(own)) is not None}
+
+    def _shared_mesh(self) -> DeviceMesh | None:
+        """The device mesh of parameters that another compiled model stores already; None without any."""
+        own = self._own_parameters()
+        return next((x.device_mesh for name in self.stored_elsewhere() if isinstance(x := own[name], DTensor)), None)
 
     def place_parameters(self, program: Program) -> Program:
         """Store the parameters as the first program needs them, or check that a later program reads them as they are stored.
@@ -124,7 +184,10 @@ class Storage:
         """
         pipeline_ranks = 1 if program.pipeline is None else program.pipeline.schedule.ranks
         if self.deployment is None:
-            device_mesh = form_mesh(with_pipeline(program.mesh, pipeline_ranks), self.device.type)
+            for name, taken in self.stored_elsewhere().items():
+                if (taken.mesh, taken.pipeline_ranks) != (program.mesh, pipeline_ranks):
+                    raise PlanError(taken.contradiction(name, f"this plan is for {with_pipeline(program.mesh, pipeline_ranks)}"))
+            device_mesh = self._shared_mesh() or form_mesh(with_pipeline(program.mesh, pipeline_ranks), self.device.type)
             if device_mesh is not None:
                 dispatch.adopt(device_mesh)
             axis = pipeline_axis(device_mesh) if device_mesh is not None and pipeline_ranks > 1 else None
@@ -170,7 +233,7 @@ class Storage:
     def _exchange_parameters(self, program: Program, deployment: Deployment) -> tuple[dict[str, Layout], dict[str, int | None]]:
         """Exchange every parameter for the part that this rank stores; returns all layouts and owners by name."""
         mesh, device_mesh = deployment.mesh, deployment.device_mesh
-        named = dict(self.model.named_parameters(remove_duplicate=False))
+        named = self._own_parameters()
         by_object = {id(named[slot.name]): slot for slot in program.parameters}
         layouts: dict[str, Layout] = {}
         owners: dict[str, int | None] = {}
@@ -181,6 +244,9 @@ class Storage:
             slot = by_object.get(id(parameter))
             layout = layouts[name] = slot.layout if slot is not None else (REPLICATE,) * len(mesh.names)
             owner = owners[name] = slot.owner if slot is not None and deployment.pipeline_ranks > 1 else None
+            if (taken := _find_stored(parameter)) is not None:
+                layouts[name], owners[name] = taken.layout, taken.owner
+                continue
             if id(parameter) in exchanged:
                 continue
             exchanged.add(id(parameter))
@@ -198,7 +264,9 @@ class Storage:
                 local = as_dtensor(local, device_mesh, deployment.placements_of(layout, owner), parameter.shape)
             stored, gradient = nn.Parameter(local, requires_grad=parameter.requires_grad), parameter.grad
             stored.__dict__.update(parameter.__dict__)
+            stored.__dict__[_STORED] = StoredParameter(mesh, deployment.pipeline_ranks, layout, owner)
             torch.utils.swap_tensors(parameter, stored)  # type: ignore[no-untyped-call]
+            torch_compat.relink_hooks(parameter)
             if isinstance(parameter, DTensor):
                 moved.append((whole, parameter))
                 parameter.grad = dispatch.as_stored(gradient, parameter)
@@ -244,7 +312,12 @@ def replicate(model: nn.Module, device: torch.device) -> None:
     replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
+            if isinstance(parameter, states.ReplacedParameter):
+                # Tied to a parameter of a model that was compiled before.
+                module._parameters[name] = states.find_replacement(parameter)
+                continue
             if parameter is None or isinstance(parameter, DTensor):
+                _refuse_others(name, parameter)
                 continue
             if id(parameter) not in made:
                 local = parameter.detach().contiguous()
@@ -263,12 +336,12 @@ def replicate(model: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def plain_parameters(model: nn.Module) -> Iterator[None]:
-    """Inside, the model's parameters are plain tensors of the global sizes instead of DTensors, so that it can be captured."""
+    """Inside, the model's parameters are plain ones of the global sizes, instead of DTensors and of tensors that stand in for a call."""
     before = [
         (module, name, parameter)
         for module in model.modules()
         for name, parameter in module._parameters.items()
-        if parameter is not None and isinstance(parameter, DTensor)
+        if parameter is not None and (isinstance(parameter, DTensor) or not isinstance(parameter, nn.Parameter))
     ]
     plain: dict[int, nn.Parameter] = {}
     for module, name, parameter in before:
@@ -287,6 +360,14 @@ def plain_parameters(model: nn.Module) -> Iterator[None]:
             module._parameters[name] = parameter
 
 
+def _refuse_others(name: str, parameter: Tensor | None) -> None:
+    if isinstance(parameter, DTensor) and not dispatch.is_ours(parameter.device_mesh):
+        raise InputError(
+            f"{name} is a DTensor on the mesh {parameter.device_mesh}, which something else than autopar made: compile the model before it "
+            "is split, without fully_shard, parallelize_module and distribute_tensor"
+        )
+
+
 def _like(parameter: nn.Parameter, stored: nn.Parameter) -> nn.Parameter:
     """`stored`, with the attributes and hooks of the user's `parameter`."""
     stored.__dict__.update(parameter.__dict__)
@@ -299,19 +380,9 @@ def _with_owner(slot: Slot, owner: int | None) -> Slot:
     return slot if owner in (None, slot.owner) else dataclasses.replace(slot, users=tuple(dict.fromkeys((owner, *slot.users))))
 
 
-Place = tuple[dict[str, Any], str]
-"""A module's dict of parameters or buffers, and a name in it."""
+_STORED = "_autopar_stored"
+"""The attribute of a parameter that says how it is stored."""
 
 
-def _find_places(model: nn.Module, kind: Literal["_parameters", "_buffers"]) -> dict[str, Place]:
-    """Every place of a tensor, by its full name; a tied parameter has several."""
-    return {
-        f"{path}.{name}" if path else name: (module.__dict__[kind], name)
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name, tensor in module.__dict__[kind].items()
-        if tensor is not None
-    }
-
-
-def _read(place: Place) -> Any:
-    return place[0][place[1]]
+def _find_stored(parameter: nn.Parameter) -> StoredParameter | None:
+    return parameter.__dict__.get(_STORED)

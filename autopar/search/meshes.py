@@ -142,8 +142,10 @@ def _factor_heads(model: AnalyzedGraph, mesh: Mesh) -> Mesh | None:
 
 def _constrain(model: AnalyzedGraph, mesh: Mesh, pins: Pins, stored: Mapping[str, Layout]) -> Constraints:
     """The constraints of a mesh: axes called dp, tp or cp have that kind, others are free. Raises InputError on pins that can't be had."""
-    # For a later program over stored parameters the names are no constraints: a last, smaller batch must run too.
-    constraints = Constraints(tuple(AxisKind.FREE if stored else kind_of(name) for name in mesh.names), pins, stored)
+    # For a later program over stored parameters, which nothing is pinned for, the names are no constraints: a last, smaller batch must
+    # run too.
+    is_free = bool(stored) and not pins.axis_sizes
+    constraints = Constraints(tuple(AxisKind.FREE if is_free else kind_of(name) for name in mesh.names), pins, stored)
     if pins.fsdp is not None and AxisKind.DP not in constraints.kinds:
         constraints = replace(constraints, kinds=_with_batch_axis(constraints, mesh))
     _check_placements(model, pins, mesh)

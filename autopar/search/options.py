@@ -73,7 +73,7 @@ class Constraints:
     @property
     def unused_kinds(self) -> frozenset[AxisKind]:
         """Kinds pinned to one rank, such as tp=1: free axes may not split what these would. None where parameters are stored already."""
-        return frozenset(AxisKind(name) for name, size in self.pins.axis_sizes.items() if size == 1 and not self.stored)
+        return frozenset(AxisKind(name) for name, size in self.pins.axis_sizes.items() if size == 1)
 
 
 def call_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constraints) -> list[Placement]:

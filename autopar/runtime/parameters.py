@@ -1,0 +1,214 @@
+"""How parameters enter a program, and how their gradients come out.
+
+Comes in: what stands in the places of the model's parameters at a call. Goes out: this rank's parts of them, with which the program
+computes, and which autograd's graph joins to them without a copy. So whatever asks autograd for gradients of parameters gets them:
+``backward`` and ``torch.autograd.grad``, of all parameters or of some, with ``create_graph`` or without.
+
+A program makes a local gradient, which may be a summand. An ordinary backward needs the sum only when it ends, so its local gradients are
+left to the `GradientReducer`, which sums in buckets and adds to ``grad``. Where the complete gradient is needed at once, `_Enter` makes it:
+where it is returned to the user, where it will be differentiated, and where the user's hooks get it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from autopar import torch_compat
+from autopar.errors import InputError
+from autopar.ops import GroupAxis, sum_along, sum_gradient_along
+from autopar.rewrite import Program, Slot
+from autopar.runtime.dtensor import shard_whole
+from autopar.runtime.gradients import GradientReducer, Receive, TrackedParameter
+from autopar.runtime.storage import Deployment, Storage, stands_for
+from autopar.torch_compat import DTensorSpec
+
+
+class Entrance:
+    """How parameters enter one program without a pipeline.
+
+    Args:
+        program: the program.
+        storage: where its parameters are stored.
+        deployment: how they are stored.
+        reducer: sums the gradients of the model's own parameters.
+    """
+
+    def __init__(self, program: Program, storage: Storage, deployment: Deployment, reducer: GradientReducer) -> None:
+        self._program = program
+        self._storage = storage
+        self._deployment = deployment
+        self._reducer = reducer
+        # Per parameter of the program, None for one of which only substitutes were seen; and the parts by name.
+        self._tracked: list[TrackedParameter | None] = [None] * len(program.parameters)
+        self._parts: dict[str, Tensor] = {}
+
+    def enter(self) -> list[Tensor]:
+        """This rank's parts of what stands in the places of the parameters. Raises InputError for a substitute that doesn't fit."""
+        slots, storage = self._program.parameters, self._storage
+        parameters = [storage.parameter(slot.name) for slot in slots]
+        if self._deployment.device_mesh is None:
+            # A single process computes with the parameters themselves.
+            for slot, parameter in zip(slots, parameters, strict=True):
+                _check_substitute(parameter, slot)
+            return list(parameters)
+        if not all(map(_is_tracked, self._tracked, parameters)):
+            self._track(parameters)
+        trains = torch.is_grad_enabled()
+        parts = []
+        for slot, entry, parameter in zip(slots, self._tracked, parameters, strict=True):
+            if entry is None or entry.parameter is not parameter:
+                parts.append(enter_substitute(parameter, slot, self._deployment, storage.sum_group(slot)))
+            else:
+                parts.append(self._parts[slot.name] if trains else entry.leaf)
+        return parts
+
+    def _track(self, parameters: list[nn.Parameter]) -> None:
+        """Leave the gradients of stored parameters to the reducer, also of those that are new or got other storage."""
+        is_changed = False
+        # Not in inference mode, even if the call is: what is made here outlives the call.
+        with torch.inference_mode(False), torch.enable_grad():
+            for position, (slot, parameter) in enumerate(zip(self._program.parameters, parameters, strict=True)):
+                if not _is_tracked(self._tracked[position], parameter) and self._storage.is_stored(slot.name, parameter):
+                    leaf = torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad)
+                    self._tracked[position] = TrackedParameter(slot.name, parameter, leaf, self._storage.sum_group(slot))
+                    is_changed = True
+            if is_changed:
+                tracked = [entry for entry in self._tracked if entry is not None]
+                self._parts = enter_stored(tracked, self._reducer, self._program.bucket_nbytes)
+
+
+def _is_tracked(entry: TrackedParameter | None, parameter: nn.Parameter) -> bool:
+    """Whether the entry is of this parameter, with the storage that it has now."""
+    return entry is not None and entry.parameter is parameter and stands_for(entry.leaf, parameter)
+
+
+def refuse_transforms() -> None:
+    """Raise InputError inside of ``torch.func.grad``, ``vjp``, ``jvp``, ``vmap`` and what is built on them."""
+    if torch_compat.is_transformed():
+        raise InputError(
+            "a compiled model can't be called inside of torch.func.grad, vjp, jvp, vmap or hessian, whose tensors its collectives can't "
+            "take: use torch.autograd.grad, with create_graph=True for higher derivatives; torch.func.functional_call by itself works"
+        )
+
+
+# --- stored parameters ------------------------------------------------------------------------------------------------------
+
+
+def enter_stored(tracked: Sequence[TrackedParameter], reducer: GradientReducer, bucket_nbytes: int) -> dict[str, Tensor]:
+    """This rank's parts of stored parameters, by name; one part serves all calls, since its backward needs nothing of a forward."""
+    receives = reducer.track(tracked, bucket_nbytes)
+    parts = {}
+    for entry in tracked:
+        if entry.leaf.requires_grad:
+            parts[entry.name] = _Enter.apply(entry.parameter, entry, reducer, receives[entry.name])  # type: ignore[no-untyped-call]
+            # As of a leaf: otherwise it would come last, after the backwards of all that a program computes.
+            torch_compat.run_early_in_backward(parts[entry.name])
+        else:
+            parts[entry.name] = entry.leaf
+    return parts
+
+
+class _Enter(torch.autograd.Function):
+    """From a stored parameter to this rank's part, on the same storage."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: nn.Parameter, entry: TrackedParameter, reducer: GradientReducer, receive: Receive) -> Tensor:
+        ctx.entry, ctx.reducer, ctx.receive = entry, reducer, receive
+        ctx.set_materialize_grads(False)
+        return torch_compat.local_of(parameter)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        gradient = grads[0]
+        if gradient is None:
+            return None, None, None, None
+        parameter = ctx.entry.parameter
+        is_differentiated = torch.is_grad_enabled()
+        if not (is_differentiated or torch_compat.has_hooks(parameter)) and ctx.reducer.adds(ctx):
+            ctx.receive(gradient)
+            return None, None, None, None
+        group = ctx.entry.group
+        if group is not None:
+            gradient = sum_along(gradient, GroupAxis("gradient", group))
+        elif not is_differentiated:
+            # Autograd may have handed the same tensor to others, and sees only the DTensor that is made of it.
+            gradient = gradient.clone()
+        return from_part(gradient, torch_compat.spec_of(parameter)), None, None, None
+
+
+# --- substitutes ------------------------------------------------------------------------------------------------------------
+
+
+def enter_substitute(x: Tensor, slot: Slot, deployment: Deployment, group: dist.ProcessGroup | None) -> Tensor:
+    """This rank's part of a tensor that stands in the place of a parameter, differentiable: of ``torch.func.functional_call``, or replaced.
+
+    Args:
+        x: the whole tensor, or a DTensor in any layout.
+        slot: the parameter, and the layout in which the program takes it.
+        deployment: the mesh.
+        group: the ranks over which the part's gradient must be summed; None when it is complete.
+
+    Raises InputError when sizes or dtype aren't the parameter's.
+    """
+    _check_substitute(x, slot)
+    device_mesh = deployment.device_mesh
+    if isinstance(x, DTensor) and x.device_mesh == device_mesh and x.placements == tuple(deployment.placements_of(slot.layout, None)):
+        part = to_part(x)
+    else:
+        part = shard_whole(_gather(x), slot.layout, deployment.mesh, deployment.axes)
+    return part if group is None else sum_gradient_along(part, GroupAxis("gradient", group))
+
+
+def _check_substitute(x: Tensor, slot: Slot) -> None:
+    if tuple(x.shape) != slot.shape:
+        raise InputError(
+            f"{slot.name} has the sizes {tuple(x.shape)} at this call, and had {slot.shape} when the model was compiled: compile it again"
+        )
+
+
+def _gather(x: Tensor) -> Tensor:
+    """The whole tensor, differentiable any number of times."""
+    return to_part(x.redistribute(placements=[Replicate()] * x.device_mesh.ndim)) if isinstance(x, DTensor) else x
+
+
+# --- between DTensors and parts, differentiable any number of times -----------------------------------------------------------
+
+
+def to_part(x: DTensor) -> Tensor:
+    """This rank's part of a DTensor, on the same storage. Its gradient is taken for complete."""
+    part: Tensor = _ToPart.apply(x)  # type: ignore[no-untyped-call]
+    return part
+
+
+def from_part(part: Tensor, spec: DTensorSpec) -> DTensor:
+    """The DTensor of which `part` is this rank's part, on the same storage."""
+    whole: DTensor = _FromPart.apply(part, spec)  # type: ignore[no-untyped-call]
+    return whole
+
+
+class _ToPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: DTensor) -> Tensor:
+        ctx.spec = torch_compat.spec_of(x)
+        return torch_compat.local_of(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> DTensor:
+        return from_part(grads[0], ctx.spec)
+
+
+class _FromPart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, spec: DTensorSpec) -> DTensor:
+        ctx.spec = spec
+        return torch_compat.with_spec(part, spec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        return to_part(grads[0].redistribute(placements=ctx.spec.placements)), None
