@@ -349,7 +349,7 @@ def test_a_part_of_a_name_may_have_brackets() -> None:
 
 
 def test_an_unknown_layer_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"no layer of this plan matches 'decoder'; .* 'transformer\.h\.\*', 'outside of layers'"):
+    with pytest.raises(InputError, match=r"no layer of this plan matches 'decoder'; .* 'transformer\.h\.\*' \(.*\), 'outside of layers'"):
         select_groups(make_plan(), "decoder")
     with pytest.raises(InputError, match="decoder"):
         to_data(make_plan(), layer="decoder")
