@@ -577,6 +577,33 @@ def test_forward_hooks_run_but_may_keep_no_tensor() -> None:
         capture(model, (rows(),))
 
 
+class CallsItself(nn.Module):
+    """A layer that is run several times, by calling the model again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.f = nn.Linear(WIDTH, WIDTH).double()
+
+    def forward(self, x: Tensor, times: int = 3) -> Tensor:
+        x = Round.apply(3 * self.f(x))
+        return self(x, times - 1) if times else x.square().mean()
+
+
+class CalledDifferently(CallsItself):
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * self.forward(x, 0)
+
+
+def test_models_that_call_themselves() -> None:
+    model, reference = CallsItself(), CallsItself()
+    for loss in (run(capture(model, (rows(),)), model, rows()), reference(rows())):
+        loss.backward()
+    tree_allclose(gradients(model), gradients(reference))
+    with pytest.raises(CaptureError, match="overrides __call__, .* Do what it does in forward"):
+        capture(CalledDifferently(), (rows(),))
+
+
 KEPT: dict[str, Tensor] = {}
 
 

@@ -82,7 +82,7 @@ CONFIGS = {
     "gpt2": transformers.GPT2Config(n_embd=zoo.HIDDEN, n_layer=3, n_head=zoo.HEADS, n_positions=64, **SMALL),
     # Layers with and without a sliding window take turns.
     "gemma2": transformers.Gemma2Config(
-        head_dim=8, sliding_window=5, attn_implementation="eager", num_key_value_heads=2, num_hidden_layers=4, **HEADED
+        head_dim=8, sliding_window=5, attn_implementation="flex_attention", num_key_value_heads=2, num_hidden_layers=4, **HEADED
     ),
     "bert": transformers.BertConfig(num_hidden_layers=3, **HEADED),
     # In both stacks the first layer is unlike the others.

@@ -124,7 +124,9 @@ class ModelAttributes:
             vars(module).update(attributes)
 
     def find_changed(self) -> frozenset[str]:
-        """Names of the attributes whose plain values the last run changed."""
+        """Names of the attributes whose plain values the last run changed. Raises CaptureError when no run was seen."""
+        if not self.states:
+            raise CaptureError("the model's class overrides __call__, which isn't captured. Do what it does in forward")
         before, now = self.states[-2:]
         return frozenset(".".join(filter(None, key)) for key, value in now.items() if key not in before or before[key] != value)
 

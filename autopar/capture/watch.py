@@ -37,8 +37,13 @@ def watched(model: nn.Module, attributes: ModelAttributes, notes: list[str]) -> 
     """
     _refuse_backward_hooks(model)
     inside = ExitStack()
+    depth = 0  # of calls, as a model may call itself
 
     def enter(*_: object) -> None:
+        nonlocal depth
+        depth += 1
+        if depth > 1:
+            return
         attributes.begin_run()
         inside.enter_context(_random_numbers_watched())
         inside.enter_context(functions_kept_whole(lambda: _note_checkpoint(notes)))
@@ -49,8 +54,11 @@ def watched(model: nn.Module, attributes: ModelAttributes, notes: list[str]) -> 
         inside.enter_context(_TensorAccess(notes))
 
     def leave(*_: object) -> None:
-        inside.close()
-        attributes.end_run()
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            inside.close()
+            attributes.end_run()
 
     # Hooks rather than contexts around the export, whose own work isn't to be watched.
     handles = [model.register_forward_pre_hook(enter, prepend=True), model.register_forward_hook(leave, always_call=True)]
