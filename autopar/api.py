@@ -20,12 +20,12 @@ from torch import nn
 from autopar.capture import Captured, ExampleInputs, capture, refuse_tensors, split_call
 from autopar.checks import Verification, verify_plan
 from autopar.cost_models import Cluster, peak_flops
-from autopar.errors import InputError, PlanError
+from autopar.errors import CaptureError, InputError, PlanError
 from autopar.ir import Mesh, StateKind, with_pipeline
-from autopar.plans import NO_PINS, Pins, Plan, check_devices, reconcile
+from autopar.plans import NO_PINS, Pins, Plan, check_devices, describe_ops, reconcile
 from autopar.report import describe_choice
 from autopar.rewrite import Program, mark_samples, rewrite
-from autopar.runtime import Init, ParallelModule, StoredParameter, world
+from autopar.runtime import Init, ParallelModule, StoredParameter, form_agreement, world
 from autopar.search import make_plan
 from autopar.units import format_seconds
 
@@ -256,6 +256,24 @@ def _find_device(model: nn.Module) -> torch.device | None:
     return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
 
 
+def _capture_alike(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
+    """`capture`; raises CaptureError on all ranks when one captures another graph than the first, and an error on all when one has one."""
+    agreement, name = form_agreement(), type(model).__name__
+    if agreement is None:
+        return capture(model, example_inputs)
+    with agreement.share_errors(f"has captured {name}"):
+        captured = capture(model, example_inputs)
+    texts = [f"{op.target} at {op.source or op.layer or op.name}" for op in captured.graph.ops]
+    difference = agreement.find_difference(f"compares its graph of {name}", describe_ops(captured.graph), texts)
+    if difference is not None:
+        raise CaptureError(
+            f"the ranks capture different graphs: rank {difference.rank} has {difference.other},"
+            f" where the first rank has {difference.first}. The calls of forward must be the same on every rank and in one order:"
+            " walk over a list or sorted(...), not over a set, and don't ask for the rank"
+        )
+    return captured
+
+
 class _Planner:
     """Makes the programs of one compiled module; the first plan decides how parameters are stored."""
 
@@ -281,7 +299,7 @@ class _Planner:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Program:
         device = _find_device(model)
         start = time.perf_counter()
-        captured = capture(model, (args, kwargs))
+        captured = _capture_alike(model, (args, kwargs))
         capture_seconds = time.perf_counter() - start
         if self.first_plan is None and self.given_plan is not None:
             plan = self.given_plan

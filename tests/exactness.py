@@ -1,7 +1,8 @@
 """The tables of exactness: which architecture is split how, and how far the parallel program is off; ``python -m tests.exactness``.
 
-Writes ``docs/exactness.md``. The plans and what is expected of them are those that ``tests/test_numerics.py`` checks, and every pipeline of
-which ``tests/test_pipelines.py`` checks some. With ``--pipelines`` only these are run, and their table is printed.
+Writes ``docs/exactness.md``. The plans and what is expected of them are those that ``tests/test_numerics.py`` checks, every pipeline of
+which ``tests/test_pipelines.py`` checks some, and the architectures of ``tests/architectures.py``. With ``--pipelines`` only the pipelines
+are run, and with ``--architectures`` only these; their table is printed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import torch
 from autopar.checks.verification import Verification
 from autopar.plans.plan import RECOMPUTE, Plan
 from autopar.schedules.families import SCHEDULES
+from tests.architectures import power_of_ten, run_all, write_table
 from tests.emitted import subject
 
 PAGE = Path(__file__).parents[1] / "docs" / "exactness.md"
+RESULTS = Path(__file__).parents[1] / "build" / "architectures.jsonl"
 
 ARCHITECTURES: Mapping[str, str] = {
     "gpt2": "GPT-2",
@@ -154,15 +157,17 @@ def write_pipelines() -> str:
         gradients[case.name] = sum(error.startswith("gradient") for error in found.errors)
     header = f"| model | gradients | {' | '.join(SCHEDULES)} |\n| --- | --- |{' --- |' * len(SCHEDULES)}"
     rows = [
-        f"| {PIPELINED[name]} | {gradients[name]} | {' | '.join(_power_of_ten(worst[name, schedule]) for schedule in SCHEDULES)} |"
+        f"| {PIPELINED[name]} | {gradients[name]} | {' | '.join(power_of_ten(worst[name, schedule]) for schedule in SCHEDULES)} |"
         for name in PIPELINED
     ]
     return "\n".join((header, *rows))
 
 
-def _power_of_ten(error: float) -> str:
-    """An upper bound: the digits are those of this machine's order of sums."""
-    return f"1e{int(f'{error:.0e}'.partition('e')[2]) + 1}"
+def write_architectures() -> str:
+    """The table of architectures; their results are kept in a file, so that it can be made in several goes."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    run_all(RESULTS)
+    return write_table(RESULTS)
 
 
 def write_row(name: str, kind: str) -> str:
@@ -173,14 +178,16 @@ def write_row(name: str, kind: str) -> str:
     assert found.ok
     assert not missing(name, kind, uses)
     gradients = sum(key.startswith("gradient") for key in found.errors)
-    return f"| {ARCHITECTURES[name]} | {kind} | {', '.join(sorted(uses))} | {gradients} | {_power_of_ten(found.worst)} |"
+    return f"| {ARCHITECTURES[name]} | {kind} | {', '.join(sorted(uses))} | {gradients} | {power_of_ten(found.worst)} |"
 
 
 def write_page() -> str:
     """The page, made anew."""
     rows = [write_row(name, kind) for name in ARCHITECTURES for kind in PLANS]
     lacking = [f"- {ARCHITECTURES[name]}, {what}: {why}." for name, reasons in LACKING.items() for what, why in reasons.items()]
-    return _PAGE.format(rows="\n".join(rows), lacking="\n".join(lacking), pipelines=write_pipelines(), cases=len(CASES))
+    return _PAGE.format(
+        architectures=write_architectures(), rows="\n".join(rows), lacking="\n".join(lacking), pipelines=write_pipelines(), cases=len(CASES)
+    )
 
 
 _PAGE = """# Exactness
@@ -230,12 +237,25 @@ largest gradient.
 `tests/test_pipelines.py` runs some of these, chosen so that every pair of choices occurs, and pipelines drawn at random: pipeline
 ranks and their mesh, schedule, micro-batches, where stages begin, what each block recomputes, every placement, and in which
 layouts values travel. `tests/test_pipeline_processes.py` trains in real processes.
+
+## Architectures of transformers
+
+Each architecture is tiny (two layers of each kind, `tests/architectures.py`), in float64, without dropout, with a batch of 8. It is
+captured once, planned under four pins, and each plan is compared with one device as above. A refusal is an error before anything
+runs; what it says follows below the table. A mixture of experts is taken in the form `experts_implementation="batched_mm"`, which is
+a graph.
+
+{architectures}
+
+`tests/test_architectures.py` checks some of these.
 """
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if "--pipelines" in sys.argv[1:]:
+    if "--architectures" in sys.argv[1:]:
+        print(write_architectures())
+    elif "--pipelines" in sys.argv[1:]:
         start = time.perf_counter()
         print(write_pipelines())
         print(f"{len(CASES)} plans in {time.perf_counter() - start:.0f} s")

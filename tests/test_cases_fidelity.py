@@ -600,7 +600,7 @@ def test_models_that_call_themselves() -> None:
     for loss in (run(capture(model, (rows(),)), model, rows()), reference(rows())):
         loss.backward()
     tree_allclose(gradients(model), gradients(reference))
-    with pytest.raises(CaptureError, match="overrides __call__, .* Do what it does in forward"):
+    with pytest.raises(CaptureError, match=r"overrides __call__, .* Do what it does in forward"):
         capture(CalledDifferently(), (rows(),))
 
 

@@ -689,7 +689,8 @@ def test_oracle(case: Row) -> None:
 
 
 def test_every_rule_is_in_the_table() -> None:
-    assert {case.target for case in [*ROWS, *DRAWN]} == set(RULES)
+    operators = {target for target in RULES if not target.startswith("autograd_function.")}  # these are checked where they are captured
+    assert {case.target for case in [*ROWS, *DRAWN]} == operators
 
 
 def wrong(target: str, args: tuple[Any, ...], text: str, **options: Any) -> Any:

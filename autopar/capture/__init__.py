@@ -4,11 +4,12 @@ Comes in: an `nn.Module` and example inputs. Goes out: `Captured`. The one idea:
 computed and a model on the meta device is captured like any other; a visible list of passes then makes one flat graph without submodules,
 in-place ops and devices.
 
-Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``attributes``, ``functions``, ``watch``, ``transformers``,
-``functionalize``, ``decompose``, ``record``, ``masks``, ``normalize``, ``graph_of``, ``export``.
+Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``attributes``, ``functions``, ``watch``, ``torch_modules``,
+``transformers``, ``functionalize``, ``decompose``, ``order``, ``record``, ``masks``, ``normalize``, ``graph_of``, ``export``.
 """
 
 from autopar.capture.calls import ExampleInputs, canonical, leaf_names, split_call
+from autopar.capture.errors import refuse_wrapped
 from autopar.capture.export import Captured, capture, refuse_autocast, refuse_tensors
 from autopar.capture.fx_nodes import source_of, takes
 
@@ -20,6 +21,7 @@ __all__ = [
     "leaf_names",
     "refuse_autocast",
     "refuse_tensors",
+    "refuse_wrapped",
     "source_of",
     "split_call",
     "takes",

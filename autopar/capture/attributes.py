@@ -160,8 +160,10 @@ class ModelAttributes:
         """(owner, where, value) of what is reached from the model's attributes, its forward hooks, and global variables of its code."""
         seen: set[int] = set()
         for prefix, module in self.model.named_modules():
+            derived = _derived_weights(module)
             for name, value in _own(module):
-                yield from ((type(module), *found) for found in _walk(f"{prefix}.{name}".lstrip("."), value, seen))
+                if name not in derived:
+                    yield from ((type(module), *found) for found in _walk(f"{prefix}.{name}".lstrip("."), value, seen))
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
                 yield from (
                     (hook, *found) for found in _walk(f"a variable of the forward hook {getattr(hook, '__name__', hook)}", hook, seen)
@@ -197,6 +199,12 @@ class ModelAttributes:
 def _own(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """The attributes of a module that its class or its user gave it."""
     return ((name, value) for name, value in list(vars(module).items()) if name not in _INTERNAL)
+
+
+def _derived_weights(module: nn.Module) -> set[str]:
+    """Names of the attributes that hooks of `torch.nn.utils` set anew in every call: spectral and weight norms, pruned weights."""
+    hooks = (hook for hook in module._forward_pre_hooks.values() if type(hook).__module__.startswith("torch.nn.utils."))
+    return {str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", "")) for hook in hooks}
 
 
 def _is_installed(value: object) -> bool:

@@ -6,6 +6,7 @@ buffers and inputs: nothing is computed, a module on the meta device is captured
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
@@ -26,13 +27,15 @@ from autopar import ir
 from autopar.capture.attributes import ModelAttributes
 from autopar.capture.calls import CallSpec, ResultSpec, find_problem, read_call
 from autopar.capture.decompose import decompose
-from autopar.capture.errors import explain
+from autopar.capture.errors import check_graph, explain, refuse_wrapped
 from autopar.capture.functionalize import functionalize
 from autopar.capture.functions import calls_remembered, place_hooks, restore_functions
 from autopar.capture.graph_of import graph_of
 from autopar.capture.masks import prove_masks
 from autopar.capture.normalize import HANDLED, drop_detach, drop_unused, inline_regions, simplify, slice_constant_indices
+from autopar.capture.order import order_independent_calls
 from autopar.capture.record import record
+from autopar.capture.torch_modules import readable_modules
 from autopar.capture.transformers import adapted
 from autopar.capture.watch import watched
 from autopar.errors import AutoparError, CaptureError
@@ -117,6 +120,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
     refuse_tensors(model)
     device = _device(model)
     refuse_autocast(device)
+    refuse_wrapped(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_fake(leaf, mode, device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(fakes, spec.in_spec)
@@ -132,6 +136,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
                 watched(model, attributes, notes),
             ):
                 program = _export(model, args, kwargs)
+                _check_constants(program)
                 if changed := attributes.find_changed():
                     attributes.refuse_changes(_run_again(model, args, kwargs, mode, attributes, changed))
         finally:
@@ -208,22 +213,6 @@ def _faked(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iter
             setattr(module, name, tensor)
 
 
-@contextmanager
-def _without_looking_at_masks() -> Iterator[None]:
-    """Inside, torch's transformer modules don't compare masks with a causal one, which needs values; `prove_masks` does so later."""
-    modules = torch.nn.modules.transformer
-    before = modules._detect_is_causal_mask
-
-    def detect(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
-        return bool(is_causal)
-
-    modules._detect_is_causal_mask = detect
-    try:
-        yield
-    finally:
-        modules._detect_is_causal_mask = before
-
-
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     """Export the model; what torch prints and logs about a failure is dropped, since `explain` raises it."""
     names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
@@ -236,7 +225,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
             warnings.catch_warnings(),
             redirect_stderr(io.StringIO()) as said,
             torch.enable_grad(),
-            _without_looking_at_masks(),
+            readable_modules(),
         ):
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
@@ -254,11 +243,15 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Originals:
-    """The model's own tensors by name; and other names of tied tensors -> the name that each has in the graph."""
+    """The model's own tensors by name; and other names of tied tensors -> the name that each has in the graph.
+
+    `attributes` are the names of tensors that are neither parameters nor buffers.
+    """
 
     parameters: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
     aliases: Mapping[str, str]
+    attributes: frozenset[str]
 
     @staticmethod
     def of(model: nn.Module) -> _Originals:
@@ -270,7 +263,13 @@ class _Originals:
         ]:
             if first_names.setdefault(id(tensor), name) != name:
                 aliases[name] = first_names[id(tensor)]
-        return _Originals(dict(model.named_parameters()), dict(model.named_buffers()), aliases)
+        attributes = frozenset(
+            f"{path}.{name}" if path else name
+            for path, module in model.named_modules(remove_duplicate=False)
+            for name, value in module.__dict__.items()
+            if isinstance(value, Tensor)
+        )
+        return _Originals(dict(model.named_parameters()), dict(model.named_buffers()), aliases, attributes)
 
 
 @dataclass(slots=True)
@@ -303,12 +302,19 @@ def _read_placeholders(graph: fx.Graph, program: ExportedProgram, originals: _Or
             (placeholders.parameters if given.kind is InputKind.PARAMETER else placeholders.buffers)[node.name] = name
         elif given.kind is InputKind.CONSTANT_TENSOR:
             value = program.constants[target]
-            placeholders.plain[node.name] = target
-            if value.ndim == 0 and not value.is_meta:
+            # A number in the code never changes; a tensor that is the model's attribute may be given other values between calls.
+            if value.ndim == 0 and not value.is_meta and target not in originals.attributes:
+                placeholders.plain[node.name] = target
                 placeholders.scalars[node.name] = value
-            else:
-                placeholders.buffers[node.name] = target
-                placeholders.constants[node.name] = value
+                continue
+            if not value.is_meta and target not in originals.attributes:
+                target = _name_constant(value)
+                if target in placeholder_of:
+                    placeholders.merged[node.name] = placeholder_of[target]
+                    continue
+                node.name = placeholder_of[target] = f"c_{target}"
+            placeholders.plain[node.name] = placeholders.buffers[node.name] = target
+            placeholders.constants[node.name] = value
         elif given.kind is InputKind.USER_INPUT and not isinstance(given.arg, ConstantArgument):
             placeholders.inputs[node.name] = next(names)
         elif given.kind is not InputKind.USER_INPUT:
@@ -317,7 +323,21 @@ def _read_placeholders(graph: fx.Graph, program: ExportedProgram, originals: _Or
                 f"the forward uses {given.target!r}, a {kind}, which can't be part of a graph. If it is a torch.Generator,"
                 " draw from torch's default one"
             )
+    # Modules may register their buffers in an order that differs from process to process (see `autopar.capture.order`).
+    place = {module: number for number, module in enumerate(dict.fromkeys(name.rpartition(".")[0] for name in originals.buffers))}
+    placeholders.buffers = dict(sorted(placeholders.buffers.items(), key=lambda item: _place_of_buffer(item[1], place)))
     return placeholders
+
+
+def _place_of_buffer(name: str, module_numbers: Mapping[str, int]) -> tuple[int, str]:
+    """Key to sort buffers by: their modules in the model's order, then the constants; within a module by name."""
+    return module_numbers.get(name.rpartition(".")[0], len(module_numbers)), name
+
+
+def _name_constant(value: Tensor) -> str:
+    """A name for a tensor that the forward makes of numbers, by its contents, since torch numbers them in the order of the calls."""
+    content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return f"constant_{hashlib.sha256(f'{value.dtype}{tuple(value.shape)}'.encode() + content).hexdigest()[:8]}"
 
 
 def _unwritable(placeholders: _Placeholders) -> dict[str, str]:
@@ -327,6 +347,22 @@ def _unwritable(placeholders: _Placeholders) -> dict[str, str]:
         **{name: f"the parameter {target}{remedy}" for name, target in placeholders.parameters.items()},
         **{name: f"the plain tensor {target}{remedy}" for name, target in placeholders.plain.items()},
     }
+
+
+def _check_constants(program: ExportedProgram) -> None:
+    """Raise CaptureError where what the export takes for a constant depends on the call or is to be trained."""
+    for given in program.graph_signature.input_specs:
+        if given.kind is not InputKind.CONSTANT_TENSOR:
+            continue
+        name = str(given.target)
+        value = program.constants[name]
+        if isinstance(value, FakeTensor):
+            raise CaptureError(
+                f"the forward makes a tensor ({name}) that depends on the call in a way that the export can't follow, such as x.data or"
+                " torch.autograd.grad: use x.detach(), or compute it outside the forward"
+            )
+        if value.requires_grad:
+            raise CaptureError(f"the model's tensor {name!r} requires a gradient and is no parameter: make it an nn.Parameter")
 
 
 def _order_placeholders(graph: fx.Graph, placeholders: _Placeholders) -> fx.Graph:
@@ -373,7 +409,9 @@ def _assemble(
     notes: list[str],
 ) -> Captured:
     """Run the passes over an exported program, in order, and put the results together."""
-    graph = restore_functions(inline_regions(program.graph_module))
+    graph = inline_regions(program.graph_module)
+    check_graph(graph)
+    graph = restore_functions(graph)
     placeholders = _read_placeholders(graph, program, originals, spec)
     graph = _order_placeholders(graph, placeholders)
     parameters = {name: originals.parameters[target] for name, target in placeholders.parameters.items()}
@@ -391,8 +429,9 @@ def _assemble(
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     output.args = ((*tensors, *(written[name] for name in mutated)),)
     place_hooks(graph)
-    graph = simplify(decompose(graph, mode, HANDLED), device)
-    graph = slice_constant_indices(graph, placeholders.constants)
+    graph = simplify(decompose(order_independent_calls(graph), mode, HANDLED), device)
+    fixed = {name: value for name, value in placeholders.constants.items() if placeholders.buffers[name] not in originals.attributes}
+    graph = slice_constant_indices(graph, fixed)
     graph = prove_masks(graph, _known_values(placeholders, originals, written), notes)
     graph = drop_unused(graph, placeholders.constants)
     remaining = {node.name for node in graph.nodes if node.op == "placeholder"}

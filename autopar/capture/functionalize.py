@@ -1,5 +1,7 @@
 """In-place operators out of a flat graph: each becomes an operator that makes a new value, which later readers read.
 
+Calls that write to an argument ``out=`` are treated alike.
+
 Comes in: the graph of `normalize.inline_regions`. Goes out: a graph without in-place operators, and the last value of each buffer or input
 that was written to, which becomes an output. A write through a view becomes a new value of the tensor that is viewed, and other views of
 that tensor are made again when they are next read::
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autopar.capture.fx_nodes import emit, is_getitem, source_of, value_of
+from autopar.capture.fx_nodes import emit, is_getitem, source_of, takes, value_of
 from autopar.errors import CaptureError
 
 aten = torch.ops.aten
@@ -54,8 +56,8 @@ class _Functionalizer:
 
     def run(self) -> tuple[fx.Graph, dict[str, fx.Node]]:
         for node in self.old.nodes:
-            if node.op == "call_function" and _is_in_place(node):
-                self._write_in_place(node)
+            if node.op == "call_function" and (written := _find_written(node)) is not None:
+                self._write(node, written)
             elif node.op == "output":
                 self.new.output(fx.node.map_arg(node.args[0], self._read))
             elif node.op == "placeholder":
@@ -95,12 +97,11 @@ class _Functionalizer:
             self.stale.discard(node)
         return self.env[node]
 
-    def _write_in_place(self, node: fx.Node) -> None:
-        written = node.args[0]
-        assert isinstance(written, fx.Node)
+    def _write(self, node: fx.Node, written: fx.Node) -> None:
         written = self._resolve(written)
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), self._read)
-        value = _call_functional(self.new, node, args, kwargs)
+        functional = _call_without_out if "out" in kwargs else _call_functional
+        value = functional(self.new, node, args, kwargs)
         self.same[node] = written
         chain = {written}
         makes_grad = bool(self.needs_grad.intersection(map(self._resolve, node.all_input_nodes)))
@@ -136,14 +137,25 @@ class _Functionalizer:
         self.stale.discard(node)
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def _find_written(node: fx.Node) -> fx.Node | None:
+    """The operand that a call writes to: its first, or the one called ``out``. None for a call that writes to nothing.
+
+    Raises CaptureError for a call that writes to several operands or to a list of them.
+    """
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
-        return False
-    name = target._schema.name.split("::")[1]
-    if not (name.endswith("_") or name.startswith("__i")) or not isinstance(node.args[0], fx.Node):
-        raise CaptureError(f"{target} writes to its operands in a way that isn't known ({source_of(node) or node.name})")
-    return True
+        return None
+    arguments = target._schema.arguments
+    is_written = [argument.alias_info is not None and argument.alias_info.is_write for argument in arguments]
+    if sum(is_written) == 1:
+        index = is_written.index(True)
+        written = node.args[index] if index < len(node.args) else node.kwargs.get(arguments[index].name)
+        if isinstance(written, fx.Node) and (index == 0 or arguments[index].name == "out"):
+            return written
+    raise CaptureError(
+        f"{target} writes to its operands in a way that isn't known ({source_of(node) or node.name});"
+        " call the operator without out= or the trailing underscore, and copy the results with copy_"
+    )
 
 
 # Operators whose schema allows a view, and which make one only when no copy is needed.
@@ -205,6 +217,45 @@ def _call_functional(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwar
         value.meta["val"] = before.to(wide)
         value = emit(graph, aten.to.dtype, (value, before.dtype), {}, node)
     return value
+
+
+def _call_without_out(graph: fx.Graph, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+    """Emit the operator that makes what a call writes to its argument ``out``, with the dtype of `out`."""
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    out = value_of(kwargs["out"])
+    kwargs = {name: value for name, value in kwargs.items() if name != "out"}
+    functional = _without_out(target, node)
+    if takes(functional, "dtype") and not takes(target, "dtype"):
+        kwargs["dtype"] = out.dtype  # a factory's, whose twin takes it from `out`
+    operands = fx.node.map_arg((args, kwargs), lambda operand: operand.meta["val"])
+    value = emit(graph, functional, args, kwargs, node)
+    with out.fake_mode:  # type: ignore[attr-defined]
+        made = value.meta["val"] = functional(*operands[0], **operands[1])
+    if made.shape != out.shape:
+        raise CaptureError(
+            f"{target} makes a tensor of shape {tuple(made.shape)} and writes it to one of shape {tuple(out.shape)}"
+            f" ({source_of(node) or node.name}); give out= a tensor of the right shape, or leave it out"
+        )
+    if made.dtype == out.dtype:
+        return value
+    value = emit(graph, aten.to.dtype, (value, out.dtype), {}, node)
+    value.meta["val"] = out
+    return value
+
+
+def _without_out(target: torch._ops.OpOverload[..., Any], node: fx.Node) -> Callable[..., Any]:
+    """The overload of the same operator that returns its result, and takes the same arguments but for what ``out`` says of its storage."""
+    stored_as = {"out", "layout", "device", "pin_memory"} | ({"dtype"} if not takes(target, "dtype") else set())
+
+    def signature(overload: torch._ops.OpOverload[..., Any]) -> list[tuple[str, str]]:
+        return [(argument.name, str(argument.type)) for argument in overload._schema.arguments if argument.name not in stored_as]
+
+    packet = getattr(getattr(torch.ops, target.namespace), target._schema.name.split("::")[1])
+    for functional in (getattr(packet, name) for name in packet.overloads()):
+        if not functional._schema.is_mutable and signature(functional) == signature(target):
+            return functional  # type: ignore[no-any-return]
+    raise CaptureError(f"{target} has no twin that returns its result ({source_of(node) or node.name}); write the line without out=")
 
 
 _RENAMED: dict[str, Callable[..., Any]] = {

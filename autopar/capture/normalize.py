@@ -268,6 +268,11 @@ def spell_broadcast(call: Call, node: fx.Node) -> Call | fx.Node:
     return skip_same_tensor((aten.expand.default, (source.args[0][index], list(value_of(node).shape)), {}), node)
 
 
+def forget_output_size(call: Call, node: fx.Node) -> Call | fx.Node:
+    """Drop the size of the result of ``repeat_interleave``, which follows from the operand's, and is another one for a part of it."""
+    return call[0], call[1], {name: value for name, value in call[2].items() if name != "output_size"}
+
+
 def rename(target: Target) -> Callable[[Call, fx.Node], Call | fx.Node]:
     """A rule that calls the same operator under its usual name."""
 
@@ -298,7 +303,33 @@ _FACTORIES: dict[Any, Any] = {
     aten.new_zeros.default: aten.zeros.default,
     aten.new_ones.default: aten.ones.default,
     aten.new_full.default: aten.full.default,
+    aten.new_empty.default: aten.empty.memory_format,
 }
+
+_OTHER_NAMES = {
+    "multiply": "mul",
+    "subtract": "sub",
+    "divide": "div",
+    "true_divide": "div",
+    "negative": "neg",
+    "absolute": "abs",
+    "clip": "clamp",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "less": "lt",
+    "less_equal": "le",
+    "not_equal": "ne",
+    "arccos": "acos",
+    "arcsin": "asin",
+    "arctan": "atan",
+    "arctan2": "atan2",
+    "special_expit": "sigmoid",
+    "special_erf": "erf",
+    "fix": "trunc",
+    "concatenate": "cat",
+    "moveaxis": "movedim",
+}
+"""Operators that do what another does under its usual name."""
 
 Rule = Callable[[Call, fx.Node], "Call | fx.Node"]
 
@@ -338,6 +369,13 @@ RULES: dict[Any, tuple[Rule, ...]] = {
     **dict.fromkeys(_FACTORIES, (spell_factory,)),
     operator.getitem: (spell_broadcast,),
     aten.add.Tensor: (skip_adding_zero,),
+    aten.repeat_interleave.self_int: (forget_output_size,),
+    **{
+        getattr(getattr(aten, other), overload): (rename(getattr(getattr(aten, usual), overload)),)
+        for other, usual in _OTHER_NAMES.items()
+        for overload in getattr(aten, other).overloads()
+        if overload in getattr(aten, usual).overloads()
+    },
     aten.numpy_T.default: (spell_transpose,),
     aten.mT.default: (spell_transpose,),
     aten.__and__.Tensor: (rename(aten.bitwise_and.Tensor),),

@@ -1,7 +1,7 @@
 """Hugging Face transformers under capture: caches off, attention as one operator, masks by what they mean.
 
 Comes in: a model, and the keyword arguments of a call. Goes out: within `adapted`, a model that can be exported, and the arguments to
-export it with; afterwards the model is as it was. transformers is never imported here, since a model of its classes exists only where it is
+export it with; afterwards the model is as it was. transformers is imported only for models of its classes, which exist only where it is
 imported already.
 
 Models ask for the name of the attention implementation that the user set, so that name stays. What transformers calls under it is replaced:
@@ -13,6 +13,7 @@ functions that the user registered are captured as they are.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -123,7 +124,8 @@ def _replaced(names: Collection[str], given: frozenset[str], packed: bool, notes
         notes: gets a line for each mask that is kept as a tensor.
     """
     attentions = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
-    library = sys.modules["transformers.masking_utils"]
+    # The library loads its parts when a model needs them, and some models make their masks themselves.
+    library = importlib.import_module("transformers.masking_utils")
     masks = library.ALL_MASK_ATTENTION_FUNCTIONS
 
     def build(*args: Any, **kwargs: Any) -> Any:

@@ -272,7 +272,8 @@ def _expect(actual: Tensor, expected: Tensor, text: str) -> None:
         raise VerificationError(f"{text} is {actual.dtype}{list(actual.shape)}, expected {expected.dtype}{list(expected.shape)}")
     tolerance = _TOLERANCE.get(expected.dtype, 0.0)
     if not torch.allclose(actual, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
-        largest = (actual - expected).abs().max() if expected.is_complex() else (actual.double() - expected.double()).abs().max()
+        wide = torch.complex128 if expected.is_complex() else torch.float64
+        largest = (actual.to(wide) - expected.to(wide)).abs().max()
         raise VerificationError(f"{text} differs by up to {float(largest):.3g}, tolerance {tolerance}")
 
 

@@ -6,7 +6,7 @@ them out, and to the report.
 Modules, in reading order: ``rows``, ``files``, ``consistency``, ``plan``, ``fits``, ``pins``.
 """
 
-from autopar.plans.fits import check_fits, fingerprint
+from autopar.plans.fits import check_fits, describe_ops, fingerprint
 from autopar.plans.pins import NO_PINS, Pins, check_devices, describe_pins, parse_mesh, reconcile
 from autopar.plans.plan import (
     RECOMPUTE,
@@ -44,6 +44,7 @@ __all__ = [
     "Unruled",
     "check_devices",
     "check_fits",
+    "describe_ops",
     "describe_pins",
     "fingerprint",
     "from_json",

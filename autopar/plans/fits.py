@@ -16,15 +16,21 @@ def fingerprint(graph: Graph) -> str:
 
     Where users registered rules for operators of the graph, a second part, after a plus, identifies these.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256("".join(f"{line}\n" for line in describe_ops(graph)).encode()).hexdigest()[:16]
+    rules = "\n".join(describe_declared(graph))
+    return digest + (f"+{hashlib.sha256(rules.encode()).hexdigest()[:8]}" if rules else "")
+
+
+def describe_ops(graph: Graph) -> list[str]:
+    """A line per op with all that a plan for the graph depends on."""
+    lines = []
     for op in graph.ops:
         kind = op.target if op.kind in (OpKind.CALL, OpKind.PARAMETER, OpKind.BUFFER) else op.kind.value
         results = ";".join(f"{tensor.dtype}{tensor.shape}" for tensor in op.results)
         # Arguments count: a softmax over another dim has the same shapes, but may be split elsewhere.
         args = repr((freeze(op.args), freeze(op.kwargs)))
-        digest.update(f"{op.name}|{kind}|{','.join(map(str, op.operands))}|{results}|{args}\n".encode())
-    rules = "\n".join(describe_declared(graph))
-    return digest.hexdigest()[:16] + (f"+{hashlib.sha256(rules.encode()).hexdigest()[:8]}" if rules else "")
+        lines.append(f"{op.name}|{kind}|{','.join(map(str, op.operands))}|{results}|{args}")
+    return lines
 
 
 def check_fits(plan: Plan, graph: Graph) -> None:

@@ -7,7 +7,7 @@ the user's outputs, then the new values of `mutated_buffers`. Within it, collect
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -159,6 +159,7 @@ class Program:
         batch_axes: the axes that split the batch, in the order in which they number the parts.
         pipeline: with stages or micro-batches, how they run; `module` then holds the modules of the stages. None without.
         bucket_nbytes: bytes of gradients that are summed over ranks together.
+        constants: name -> value of those buffers that are no buffers of the model (`autopar.capture.Captured.constants`).
     """
 
     module: torch.nn.Module
@@ -173,3 +174,4 @@ class Program:
     batch_axes: tuple[str, ...] = ()
     pipeline: PipelineProgram | None = None
     bucket_nbytes: int = 0
+    constants: Mapping[str, Tensor] = field(default_factory=dict)

@@ -30,6 +30,7 @@ def make_program(planned: PlannedGraph, module: nn.Module) -> Program:
         bucket_nbytes=planned.plan.bucket_nbytes,
         regather=_regathers(module),
         captured=planned.captured,
+        constants=planned.captured.constants,
     )
 
 

@@ -8,9 +8,10 @@ Modules, in reading order: ``failures``, ``dtensor``, ``owned``, ``owned_rules``
 ``parameters``, ``agreement``, ``fingerprints``, ``parts``, ``outputs``, ``inputs``, ``call_check``, ``pipeline_calls``, ``module``.
 """
 
+from autopar.runtime.agreement import form_agreement
 from autopar.runtime.checkpoints import full_state_dict
 from autopar.runtime.executor import Executor, StageTensors
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.storage import Init, StoredParameter
 
-__all__ = ["Executor", "Init", "ParallelModule", "StageTensors", "StoredParameter", "full_state_dict"]
+__all__ = ["Executor", "Init", "ParallelModule", "StageTensors", "StoredParameter", "form_agreement", "full_state_dict"]

@@ -11,7 +11,8 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from dataclasses import dataclass
+from itertools import pairwise, zip_longest
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,15 @@ _READ_REMEDY = (
 _REMEDY = (
     "Every rank must make the same calls, in training and in evaluation, run the same backwards and read the same outputs, in one order"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What the first rank has where another one has something else, as text, and the number of that rank."""
+
+    rank: int
+    first: str
+    other: str
 
 
 class Agreement:
@@ -79,6 +89,23 @@ class Agreement:
             remedy = _READ_REMEDY if any(text.startswith("reads") for text in events) else _REMEDY
             raise CommError(f"the ranks do different things: {'; '.join(f'{who} {text}' for text, who in events.items())}. {remedy}")
         return [tuple(other[1:]) for other in rows]
+
+    def find_difference(self, event: str, lines: Sequence[str], texts: Sequence[str] | None = None) -> Difference | None:
+        """The first of `lines` in which some rank differs from the first rank, the same on every rank; None where all have the same lines.
+
+        Args:
+            event: as in `meet`.
+            lines: what is compared.
+            texts: what is told of each line; by default the line itself.
+        """
+        if len(set(self.meet(event, [digest("\n".join(lines))]))) == 1:
+            return None
+        expected = self.gather("\n".join(lines) if self.is_first else "")[0].split("\n")
+        differing = (number for number, (line, other) in enumerate(zip_longest(lines, expected)) if line != other)
+        numbers = [number for number, *_ in self.meet(event, [next(differing, -1)])]
+        rank, number = next((rank, number) for rank, number in enumerate(numbers) if number >= 0)
+        told = self.gather([*(lines if texts is None else texts), *["nothing"] * (number + 1)][number])
+        return Difference(rank, told[0], told[rank])
 
     @contextmanager
     def share_errors(self, event: str) -> Iterator[None]:

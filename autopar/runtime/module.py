@@ -8,7 +8,6 @@ calls and results mean what they mean on one device. Optimizers must be made fro
 from __future__ import annotations
 
 import functools
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,12 +19,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from autopar import torch_compat
-from autopar.capture import refuse_autocast
+from autopar.capture import refuse_autocast, refuse_wrapped
 from autopar.errors import InputError, PlanError
 from autopar.ir import Layout
 from autopar.ops import comm, regather, rng
 from autopar.rewrite import Program
-from autopar.runtime.agreement import digest, form_agreement
+from autopar.runtime.agreement import Agreement, digest, form_agreement
 from autopar.runtime.call_check import CallCheck
 from autopar.runtime.checkpoints import teach_pickling
 from autopar.runtime.dispatch import as_stored, take_plain_gradients, teach_whole_values
@@ -78,6 +77,7 @@ class ParallelModule(Unwrapped, nn.Module):
         super().__init__()
         if isinstance(model, ParallelModule):
             raise InputError("the model is compiled already: compile the model that was given then, or use this one")
+        refuse_wrapped(model)
         for name in _SHARED:
             self.__dict__[name] = model.__dict__[name]
         # Not registered as a submodule: its children are this module's children already.
@@ -94,7 +94,8 @@ class ParallelModule(Unwrapped, nn.Module):
         self._check: CallCheck | None = None
         if self._agreement is not None:
             self._name = self._agreement.name_model(self._name)
-            seeds = self._agreement.meet(f"compiles {self._name} with {_describe_parameters(model)}", [torch.initial_seed() & _POSITIVE])
+            seeds = self._agreement.meet(f"compiles {self._name}", [torch.initial_seed() & _POSITIVE])
+            _check_alike(model, self._agreement, self._name)
             if not self._is_local:
                 _seed_alike([seed for seed, *_ in seeds])
             self._check = CallCheck(self._agreement, self._reader, model, self._name, self._is_local)
@@ -134,6 +135,12 @@ class ParallelModule(Unwrapped, nn.Module):
             if name in SAVING and dist.is_available() and dist.is_initialized():
                 return functools.partial(save_on_first_rank, original, value)
             return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute of the user's model where it has one of that name, which its forward may read, else one of this module."""
+        original = self.__dict__.get("_original")
+        is_theirs = original is not None and name not in self.__dict__ and name in original.__dict__
+        setattr(original, name, value) if is_theirs else super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> ParallelModule:
         """Set training or evaluation mode of the model; each mode has its own programs."""
@@ -321,10 +328,19 @@ def _seed_alike(seeds: Sequence[int]) -> None:
         torch.manual_seed(CHOSEN_SEEDS | (digest(f"seed {seeds[0]}") & _POSITIVE))
 
 
-def _describe_parameters(model: nn.Module) -> str:
-    """Number of elements of a model's parameters, and of their names and shapes a text of a few characters."""
-    parameters = [(name, tuple(x.shape)) for name, x in model.named_parameters()]
-    return f"{sum(map(math.prod, (shape for _, shape in parameters)))} parameters ({digest(repr(parameters)) & 0xFFFFFF:06x})"
+def _check_alike(model: nn.Module, agreement: Agreement, name: str) -> None:
+    """Raise InputError on all ranks when one has other parameters or buffers than the first, or its parameters in another order.
+
+    The order counts, as optimizers and norms go over parameters in order and communicate for each.
+    """
+    named = [*model.named_parameters(remove_duplicate=False), *sorted(model.named_buffers(), key=lambda item: item[0])]
+    lines = [f"{name} of {tensor.dtype} and shape {tuple(tensor.shape)}" for name, tensor in named]
+    difference = agreement.find_difference(f"compares the parameters of {name}", lines)
+    if difference is not None:
+        raise InputError(
+            f"the ranks build different models: rank {difference.rank} has {difference.other}, where the first rank has {difference.first}."
+            " Build the same model on every rank, with its parameters in one order: walk over a list or sorted(...), not over a set"
+        )
 
 
 def _identity(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -124,6 +125,7 @@ class Storage:
         # The place of each name, so that a call needn't walk the modules. Not the tensors, since the user may replace them.
         self._parameter_at = find_places(model, "_parameters")
         self._buffer_at = find_places(model, "_buffers")
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         self._structure = Structure(model)
 
     def parameter(self, name: str) -> nn.Parameter:
@@ -132,8 +134,30 @@ class Storage:
         return parameter
 
     def buffers_of(self, program: Program) -> dict[str, Tensor]:
-        """The buffers that a program reads, by name."""
-        return {slot.name: read(self._buffer_at[slot.name]) for slot in program.buffers}
+        """The buffers that a program reads, and the constants among them, by name.
+
+        Raises InputError for a tensor that is an attribute of the model and was given other sizes or another dtype, or no values.
+        """
+        return {slot.name: self._buffer(slot, program) for slot in program.buffers}
+
+    def _buffer(self, slot: Slot, program: Program) -> Tensor:
+        if slot.name not in program.constants:
+            buffer: Tensor = read(self._buffer_at[slot.name])
+            return buffer
+        captured = program.constants[slot.name]
+        # A constant that is an attribute of the model may have been given another tensor since.
+        owner, _, attribute = slot.name.rpartition(".")
+        value = self._modules[owner].__dict__.get(attribute, captured) if owner in self._modules else captured
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (captured.shape, captured.dtype):
+            raise InputError(
+                f"{slot.name} was {_describe(captured)} when the model was captured, and is {_describe(value)} now:"
+                " compile the model again, or pass the tensor to forward"
+            )
+        if value.is_meta:
+            raise InputError(
+                f"{slot.name} is on the meta device and gets no values, being neither parameter nor buffer: register it as a buffer"
+            )
+        return value
 
     def kinds(self) -> tuple[object, ...]:
         """What a program depends on beside the sizes of parameters: of each, in order, the dtype and whether it requires a gradient.
@@ -224,6 +248,9 @@ class Storage:
                 )
             )
         if deployment.device_mesh is not None:
+            for slot in program.buffers:
+                if slot.name in program.constants:
+                    _share_first(self._buffer(slot, program), self.device)
             # Forming a group is a collective: every rank forms the same ones in the same order.
             for axes in sorted({slot.partial_axes for slot in program.parameters if slot.partial_axes} - set(self._groups)):
                 self._groups[axes] = group_over(deployment.device_mesh, axes)
@@ -305,7 +332,10 @@ def copy_updated_buffers(program: Program, buffers: Mapping[str, Tensor]) -> dic
 
 
 def replicate(model: nn.Module, device: torch.device) -> None:
-    """Make every parameter a replicated DTensor with the first rank's values; buffers get the first rank's values too, as in DDP."""
+    """Make every parameter a replicated DTensor with the first rank's values; buffers get the first rank's values too, as in DDP.
+
+    All ranks must have the same parameters in the same order, and the same buffers (`autopar.runtime.module` checks that).
+    """
     world = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=(dispatch.WORLD,))
     dispatch.adopt(world)
     made: dict[int, nn.Parameter] = {}
@@ -322,16 +352,25 @@ def replicate(model: nn.Module, device: torch.device) -> None:
             if id(parameter) not in made:
                 local = parameter.detach().contiguous()
                 if not local.is_meta:
-                    dist.broadcast(local, 0)
+                    _share_first(local, device)
                 whole = as_dtensor(local, world, [Replicate()], parameter.shape)
                 made[id(parameter)] = _like(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
                 made[id(parameter)].grad = dispatch.as_stored(parameter.grad, made[id(parameter)])
                 replaced[parameter] = made[id(parameter)]
             module._parameters[name] = made[id(parameter)]
     states.replace_parameters(replaced)
-    for buffer in model.buffers():
+    for _, buffer in sorted(model.named_buffers(), key=lambda item: item[0]):
         if not buffer.is_meta:
-            dist.broadcast(buffer, 0)
+            _share_first(buffer, device)
+
+
+def _share_first(tensor: Tensor, device: torch.device) -> None:
+    """Give a tensor the first rank's values, in place; of any dtype, strides and device, unlike the broadcasts of process groups."""
+    sent = tensor.detach().to(device).contiguous()
+    dist.broadcast(sent.reshape(-1).view(torch.uint8), 0)
+    if sent.data_ptr() != tensor.data_ptr():
+        with torch.no_grad():
+            tensor.copy_(sent)
 
 
 @contextmanager
@@ -386,3 +425,7 @@ _STORED = "_autopar_stored"
 
 def _find_stored(parameter: nn.Parameter) -> StoredParameter | None:
     return parameter.__dict__.get(_STORED)
+
+
+def _describe(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
