@@ -23,6 +23,7 @@ from torch.utils.data import default_collate
 
 import autopar
 from autopar.errors import CaptureError, CommError, InputError
+from autopar.runtime.fingerprints import hash_tensors
 from autopar.runtime.outputs import UnreadOutput
 from tests.helpers import tree_allclose
 from tests.processes import spawn
@@ -679,12 +680,11 @@ def local_outputs_of_any_layout() -> None:
     expected = reference(x, table, scale)
     outputs = model(_own(x), table, scale)
     tree_allclose(list(outputs), own(expected), rtol=1e-9)
-    # The mean over ranks of the sums of a rank's own values, and of what each has whole.
-    sum((one * weight).sum() for one, weight in zip(outputs, own(weights), strict=True)).backward()
-    in_parts = (0, 1, 2, 3, 5)
-    sum(
-        (one * weight).sum() / (2 if place in in_parts else 1) for place, (one, weight) in enumerate(zip(expected, weights, strict=True))
-    ).backward()
+    # The mean over ranks of the sums of a rank's own values, and of what each has whole, of which it makes its own loss too.
+    in_parts = (True, True, True, True, False, True, False, False, False, False)
+    kinds = list(zip(outputs, own(weights), expected, weights, in_parts, strict=True))
+    sum((own_one * weight).sum() * (1 if in_part else rank) for own_one, weight, _, _, in_part in kinds).backward()
+    sum((one * weight).sum() / 2 for _, _, one, weight, _ in kinds).backward()
     _agree(model, reference)
 
 
@@ -807,6 +807,35 @@ def test_loop_on_two_ranks(name: str, outcomes: Path) -> None:
         file = outcomes / f"{name} {rank}"
         assert file.exists(), "a case before this one failed"
         assert not file.read_text(), f"rank {rank}: {file.read_text()}"
+
+
+# --- numbers that stand for tensors ---
+
+
+def test_hashes_see_every_bit_of_every_type() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(30, 7, generator=generator, dtype=torch.float64)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float8_e5m2, torch.int64, torch.int16, torch.bool, torch.complex64):
+        x = (9 * values).to(dtype)
+        hashes = hash_tensors([x, x[:0], x[0, 0]])
+        changed = x.clone()
+        changed.view(torch.uint8)[17, 3] ^= 1
+        assert (hash_tensors([changed, x[:0], x[0, 0]]) != hashes).tolist() == [True, False, False], dtype
+    large = torch.zeros(3, 1 << 20, dtype=torch.int32)
+    before = hash_tensors([large])
+    large[2, 77] = 1
+    assert hash_tensors([large]) != before
+    assert hash_tensors([large[:1].expand(1 << 20, -1, -1)]) != 0, "what is expanded takes no memory"
+
+
+def test_samples_see_every_column_and_in_time_every_row() -> None:
+    """Rows that begin alike, as with a token that begins every text; and one element, within as many calls as the sample skips."""
+    x, y = torch.zeros(8192, 64, dtype=torch.int64), torch.ones(8192, 64, dtype=torch.int64)
+    y[:, 0] = 0
+    assert all(hash_tensors([x], offset) != hash_tensors([y], offset) for offset in range(10))
+    y = x.clone()
+    y[4001, 13] = 1
+    assert any(hash_tensors([x], offset) != hash_tensors([y], offset) for offset in range(150))
 
 
 # --- four ranks ---------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from autopar import torch_compat
 from autopar.errors import ERROR_TYPES, AutoparError, CommError
 from autopar.ops import GroupAxis
-from autopar.runtime.failures import within
+from autopar.runtime.failures import Alarm, within
 from autopar.runtime.world import default_timeout
 
 FACTS = 7
@@ -57,6 +57,7 @@ class Agreement:
         self._axis = GroupAxis("all ranks", group)
         self._store = store
         self._models: dict[str, int] = {}
+        self._alarms: list[Alarm] = []
 
     @property
     def size(self) -> int:
@@ -73,6 +74,11 @@ class Agreement:
         number = self._models[name] = self._models.get(name, 0) + 1
         return name if number == 1 else f"{name} (number {number})"
 
+    def join(self, alarm: Alarm) -> None:
+        """When the pipeline of this alarm fails on a rank, let the ranks that wait here fail too, with what failed there."""
+        alarm.watch([self._axis.group])
+        self._alarms.append(alarm)
+
     def meet(self, event: str, facts: Sequence[int] = ()) -> list[tuple[int, ...]]:
         """Wait until all ranks have come to this event, and return their facts, in rank order.
 
@@ -80,7 +86,8 @@ class Agreement:
             event: what this rank does, after "rank 0": ``calls Net``.
             facts: at most `FACTS` integers of 64 bits, the rest are zeros.
 
-        Raises CommError when another rank comes to another event, or to none before the timeout of the default process group.
+        Raises CommError when another rank comes to another event, or to none before the timeout of the default process group, and
+        PipelineError when a pipeline has failed on another rank.
         """
         row = torch.tensor([digest(event), *facts, *(0 for _ in range(FACTS - len(facts)))])
         rows = self._wait(event, lambda: self._axis.gather_stack(row)).tolist()
@@ -138,11 +145,13 @@ class Agreement:
             return gather()
         except RuntimeError as error:
             seconds = time.monotonic() - start
-            reason = str(error).splitlines()[0].rpartition("] ")[2]
-            raise CommError(
-                f"rank {self._axis.index} {event}, and waited {seconds:.1f} s for {self._find_missing(event)}. {_REMEDY}; a rank that has "
-                f"ended or hangs says so in its own log ({reason})"
-            ) from error
+            alarm = next((alarm for alarm in self._alarms if alarm.has_been_raised()), None)
+            with nullcontext() if alarm is None else alarm.guard(f"rank {self._axis.index} {event}"):
+                reason = str(error).splitlines()[0].rpartition("] ")[2]
+                raise CommError(
+                    f"rank {self._axis.index} {event}, and waited {seconds:.1f} s for {self._find_missing(event)}. {_REMEDY}; a rank that "
+                    f"has ended or hangs says so in its own log ({reason})"
+                ) from error
 
     def _find_missing(self, event: str) -> str:
         """The ranks that don't wait at this event, as text: those that don't say so within `PATIENCE`."""

@@ -65,6 +65,11 @@ class Alarm:
                 f"again, from a checkpoint if there is one. It stopped because of this: {self._failure}"
             )
 
+    def has_been_raised(self) -> bool:
+        """Whether some rank has told of a failure."""
+        store = self._store
+        return store is not None and within(PATIENCE, lambda: store.add(self._key, 0) > 0, False)
+
     @contextmanager
     def guard(self, where: str) -> Iterator[None]:
         """Stop all ranks when what runs inside fails, and raise PipelineError, which says what failed first.

@@ -34,6 +34,7 @@ from autopar.runtime.inputs import Call, InputReader
 from autopar.runtime.methods import SAVING, gather_when_called, save_on_first_rank
 from autopar.runtime.outputs import Handover, Step, name_outputs, returns_loss
 from autopar.runtime.parameters import Entrance, refuse_transforms
+from autopar.runtime.pipeline import refuse_inside_backward
 from autopar.runtime.pipeline_calls import PipelineCalls, refuse_gradients
 from autopar.runtime.states import teach_optimizers
 from autopar.runtime.storage import Deployment, Init, Storage, StoredParameter, copy_updated_buffers, plain_parameters, replicate
@@ -216,6 +217,8 @@ class ParallelModule(Unwrapped, nn.Module):
         refuse_transforms()
         if dist.is_available() and dist.is_initialized():
             torch_compat.count_plain_as_replicated()
+        if self._pipelines is not None:
+            refuse_inside_backward()
         self._reducer.recover()
         index, count = self.data_shard if self._is_local else (0, 1)
         call = self._reader.read(args, kwargs, count)
@@ -286,7 +289,10 @@ class ParallelModule(Unwrapped, nn.Module):
                 program = self._planner(self._original, call.args, call.kwargs, self.training)
             assert program is not None
             with torch.inference_mode(False), torch.no_grad():
+                is_first = self._storage.deployment is None
                 program = self._storage.place_parameters(program)
+                if is_first and self._agreement is not None and self._storage.deployment is not None:
+                    self._agreement.join(self._storage.deployment.alarm)
             self._programs[key] = program
             self._output_names[id(program)] = name_outputs(program)
             self._reader.learn(program)

@@ -37,6 +37,15 @@ FIRST_HALF_SCALE = 2.0**16
 FORWARD_KINDS = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
 
 
+def refuse_inside_backward() -> None:
+    """Raise InputError inside of a backward, which may be that of a schedule: other ranks can't come to a call in the middle of it."""
+    if torch_compat.backward_id() != -1:
+        raise InputError(
+            "a model in pipeline stages can't be run inside of a backward, as torch.utils.checkpoint around it does; "
+            "pin recompute='full' instead"
+        )
+
+
 class StageRunner:
     """Runs the stages of one program on this rank.
 
@@ -104,11 +113,7 @@ class StageRunner:
 
         The backwards begin with the factor by which the last loss was scaled, since gradients of float16 would vanish without it.
         """
-        if torch_compat.backward_id() != -1:
-            raise InputError(
-                "a model in pipeline stages can't be run inside of a backward, as torch.utils.checkpoint around it does; "
-                "pin recompute='full' instead"
-            )
+        refuse_inside_backward()
         self._update_shared_values()
         tensors = {
             stage: StageTensors(
