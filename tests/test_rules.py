@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.bloom.modeling_bloom import GeLUFunction
+from transformers.models.recurrent_gemma.modeling_recurrent_gemma import SqrtBoundDerivative
 from zoo import ZOO
 
 import autopar.ops.attention  # defines autopar::attention
 from autopar.capture.export import capture
 from autopar.checks import threads
-from autopar.checks.oracle import check_space, describe, trace
+from autopar.checks.oracle import check_space, describe, trace, trace_function
 from autopar.cost_models import collective
 from autopar.errors import VerificationError
 from autopar.ir.facts import Facts, Meaning, TargetMean
@@ -689,8 +691,23 @@ def test_oracle(case: Row) -> None:
 
 
 def test_every_rule_is_in_the_table() -> None:
-    operators = {target for target in RULES if not target.startswith("autograd_function.")}  # these are checked where they are captured
-    assert {case.target for case in [*ROWS, *DRAWN]} == operators
+    assert {case.target for case in [*ROWS, *DRAWN]} | set(FUNCTIONS) == set(RULES)
+
+
+# Autograd functions of transformers, which aren't operators of torch.
+FUNCTIONS = {
+    "autograd_function.transformers_models_bloom_modeling_bloom_GeLUFunction.T": GeLUFunction,
+    "autograd_function.transformers_models_recurrent_gemma_modeling_recurrent_gemma_SqrtBoundDerivative.T": SqrtBoundDerivative,
+}
+
+
+@pytest.mark.parametrize("target", FUNCTIONS)
+def test_oracle_of_autograd_functions(target: str) -> None:
+    function = FUNCTIONS[target].apply
+    op, operands = trace_function(function, target, [unit(4, 6)], {})
+    found = rule(op, describe(operands))
+    assert found is not None
+    assert check_space(op, found, operands, function)
 
 
 def wrong(target: str, args: tuple[Any, ...], text: str, **options: Any) -> Any:
