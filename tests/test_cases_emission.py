@@ -49,17 +49,24 @@ def test_a_size_in_a_call_is_that_of_the_part() -> None:
 
 # Arguments that are integers and no sizes of a tensor: dims, choices, steps between elements.
 _NO_SIZES = """dim dims dim0 dim1 axis0 axis1 source destination start_dim end_dim dtype layout memory_format reduction ignore_index
-    padding_idx mode stride dilation padding groups num_layers kernel_size divisor_override diagonal offset shifts index step path n"""
+    padding_idx mode padding_mode stride dilation padding groups num_layers kernel_size divisor_override diagonal offset shifts index
+    step path n
+    dim2 dimension normalization compute_mode interpolation_mode output_padding low high from to"""
 # Why a part of a tensor can be given the same size, or is given another -> operators and arguments.
 _SIZES = {
     "the rewrite replaces it by the sizes of the part (`shape_arg`)": """_unsafe_view.size view.size reshape.shape expand.size
-        broadcast_to.size zeros.size ones.size full.size empty.size new_zeros.size new_ones.size new_full.size rand.size randn.size""",
+        broadcast_to.size zeros.size ones.size full.size empty.size new_zeros.size new_ones.size new_full.size rand.size randn.size
+        new_empty.size randint.size""",
     "the kernel takes it for the whole dim": """slice.start slice.end narrow.start narrow.length split.split_size
-        split_with_sizes.split_sizes""",
+        split_with_sizes.split_sizes unsafe_split.split_size""",
     "its dims stay whole": """adaptive_avg_pool1d.output_size adaptive_avg_pool2d.output_size one_hot.num_classes topk.k
         slice_scatter.start slice_scatter.end pad.pad constant_pad_nd.pad layer_norm.normalized_shape rms_norm.normalized_shape
         group_norm.num_groups upsample_bicubic2d.output_size upsample_bilinear2d.output_size upsample_linear1d.output_size
-        upsample_nearest1d.output_size upsample_nearest2d.output_size upsample_nearest3d.output_size upsample_trilinear3d.output_size""",
+        upsample_nearest1d.output_size upsample_nearest2d.output_size upsample_nearest3d.output_size upsample_trilinear3d.output_size
+        adaptive_avg_pool3d.output_size adaptive_max_pool1d.output_size adaptive_max_pool2d.output_size adaptive_max_pool3d.output_size
+        fractional_max_pool2d.output_size fractional_max_pool3d.output_size col2im.output_size unfold.size multinomial.num_samples
+        _fft_c2r.last_dim_size stft.n_fft stft.hop_length stft.win_length
+        pixel_shuffle.upscale_factor pixel_unshuffle.downscale_factor""",
     "its result stays whole": "tril_indices.row tril_indices.col triu_indices.row triu_indices.col linspace.steps",
     "its loops stay whole, but for the one size that is -1": "unflatten.sizes",
     "it says how many parts or how often, not how many elements": "chunk.chunks repeat.repeats repeat_interleave.repeats",
