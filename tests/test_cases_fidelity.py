@@ -475,7 +475,7 @@ REFUSED: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
     "tensor_in_an_attribute_of_a_submodule": (set_attribute(lambda net: net.g, "stat", Tensor.detach), r"in g\.stat, .* Return it"),
     "tensor_in_a_list": (lambda net, z: (net.history.append(z), z)[1], r"in history\[0\], .* Return it"),
     "tensor_in_an_object": (set_attribute(lambda net: net.state, "value", Tensor.mean), r"in state\.value, .* Return it"),
-    "tensor_in_a_class": (set_attribute(lambda net: net, "noise", torch.rand_like), r"in noise, .* Return it"),
+    "random_tensor": (set_attribute(lambda net: net, "noise", lambda z: torch.rand(len(z))), r"in noise, .* Return it"),
     "tensor_replaced": (decay, r"in scale, .* make it a buffer"),
     "tensor_updated": (decay_in_place, r"writes in place to the plain tensor scale; make it a buffer"),
     "counter": (count, r"changes calls in every call.* make it a buffer"),

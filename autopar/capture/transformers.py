@@ -78,8 +78,7 @@ def adapted(model: nn.Module, inputs: Mapping[str, Any], notes: list[str]) -> It
             notes.append("gradient checkpointing switched off: the plan chooses what is recomputed")
         # transformers tells packed sequences apart by their positions, but only when no cache is in use.
         packed = kwargs.get("position_ids") is not None and not caching
-        names = {config._attn_implementation for config in configs} - {None, "eager"}
-        undo.enter_context(_replaced(names, frozenset(kwargs), packed, notes))
+        undo.enter_context(_replaced({config._attn_implementation for config in configs}, frozenset(kwargs), packed, notes))
         yield kwargs
 
 
@@ -145,7 +144,7 @@ def _replaced(names: Collection[str], given: frozenset[str], packed: bool, notes
 
         return call
 
-    # Functions that the user registered stay.
+    # Functions that the user registered stay, and so does "eager", which is the model's own and not registered.
     replaced = [name for name in names if name in attentions and attentions[name].__module__.startswith("transformers.")]
     before = [(attentions, {name: attentions[name] for name in replaced})]
     before.append((masks, {name: masks[name] for name in {"sdpa", "eager", *replaced} if name in masks}))
