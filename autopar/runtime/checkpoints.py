@@ -166,8 +166,19 @@ def _from_text(text: _Text) -> Placement:
     return Shard(number) if kind == "shard" else Replicate()
 
 
+_TORCH_STORAGE: Any = DTensor.storage
+
+
+def _storage(self: DTensor) -> Any:
+    """Raises InputError for a compiled model's tensors: libraries that write files ask for a tensor's storage."""
+    if is_ours(self.device_mesh):
+        raise InputError(f"a tensor of which every rank stores a part has no storage to write to a file: {REMEDY}")
+    return _TORCH_STORAGE(self)
+
+
 @functools.cache
 def teach_pickling() -> None:
     """Let DTensors be pickled so; a second call changes nothing."""
     setattr(DTensor, "__reduce_ex__", _reduce)  # noqa: B010
+    setattr(DTensor, "storage", _storage)  # noqa: B010
     torch.serialization.add_safe_globals([load_part])
