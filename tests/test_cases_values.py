@@ -406,7 +406,15 @@ def outputs_of_any_kind() -> None:
 
         def forward(self, x: Tensor) -> Any:  # type: ignore[override]
             h = torch.tanh(self.up(x))
-            first = {"ids": h.argmax(-1), "flags": h > 0, "half": h.bfloat16(), "complex": torch.complex(h, h), "none": None, "number": 3}
+            first = {
+                "ids": h.argmax(-1),
+                "flags": h > 0,
+                "half": h.bfloat16(),
+                "complex": torch.complex(h, h),
+                "short": (h > 0).to(torch.complex64),
+                "none": None,
+                "number": 3,
+            }
             second = [
                 h,
                 h,
