@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 import autopar
 from autopar.api import CompiledModule
@@ -135,7 +135,7 @@ OUTSIDE: dict[str, Any] = {
     "autopar": autopar,
     "copy": copy,
     "loss": Tensor,
-    "model": (CompiledModule, PreTrainedModel),
+    "model": (CompiledModule, PreTrainedModel, GenerationMixin),
     "nn": nn,
     "p": DTensor,
     "plan": autopar.Plan,

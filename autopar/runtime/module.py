@@ -215,10 +215,10 @@ class ParallelModule(Unwrapped, nn.Module):
             self._storage.deployment.alarm.check()
         refuse_autocast(self._device)
         refuse_transforms()
+        if self._pipelines is not None:
+            refuse_inside_backward()  # before the ranks meet: not all may be in a backward
         if dist.is_available() and dist.is_initialized():
             torch_compat.count_plain_as_replicated()
-        if self._pipelines is not None:
-            refuse_inside_backward()
         self._reducer.recover()
         index, count = self.data_shard if self._is_local else (0, 1)
         call = self._reader.read(args, kwargs, count)

@@ -289,11 +289,16 @@ class Storage:
                 local = take_local(whole, layout, mesh, deployment.place)
             if device_mesh is not None:
                 local = as_dtensor(local, device_mesh, deployment.placements_of(layout, owner), parameter.shape)
-            stored, gradient = nn.Parameter(local, requires_grad=parameter.requires_grad), parameter.grad
-            stored.__dict__.update(parameter.__dict__)
-            stored.__dict__[_STORED] = StoredParameter(mesh, deployment.pipeline_ranks, layout, owner)
-            torch.utils.swap_tensors(parameter, stored)  # type: ignore[no-untyped-call]
-            torch_compat.relink_hooks(parameter)
+            gradient = parameter.grad
+            if isinstance(parameter, DTensor) and isinstance(local, DTensor) and not whole.is_meta:
+                # It stays the same tensor to autograd, to which hooks and graphs may belong.
+                torch_compat.exchange_part(parameter, torch_compat.local_of(local), torch_compat.spec_of(local))
+            else:
+                stored = nn.Parameter(local, requires_grad=parameter.requires_grad)
+                stored.__dict__.update(parameter.__dict__)
+                torch.utils.swap_tensors(parameter, stored)  # type: ignore[no-untyped-call]
+                torch_compat.relink_hooks(parameter)
+            parameter.__dict__[_STORED] = StoredParameter(mesh, deployment.pipeline_ranks, layout, owner)
             if isinstance(parameter, DTensor):
                 moved.append((whole, parameter))
                 parameter.grad = dispatch.as_stored(gradient, parameter)
