@@ -429,7 +429,8 @@ def _assemble(
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     output.args = ((*tensors, *(written[name] for name in mutated)),)
     place_hooks(graph)
-    graph = simplify(decompose(order_independent_calls(graph), mode, HANDLED), device)
+    order_independent_calls(graph)
+    graph = simplify(decompose(graph, mode, HANDLED), device)
     fixed = {name: value for name, value in placeholders.constants.items() if placeholders.buffers[name] not in originals.attributes}
     graph = slice_constant_indices(graph, fixed)
     graph = prove_masks(graph, _known_values(placeholders, originals, written), notes)

@@ -18,6 +18,7 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -29,20 +30,41 @@ aten = torch.ops.aten
 _UPDATE_STATISTICS = frozenset({aten.batch_norm.default, aten.instance_norm.default})
 
 
-def order_independent_calls(graph: fx.Graph) -> fx.Graph:
-    """The graph with independent calls in an order, and under names, that every process gives them; its placeholders stay as they are."""
+def order_independent_calls(graph: fx.Graph) -> None:
+    """Bring independent calls of a graph into an order, and under names, that every process gives them; placeholders stay as they are."""
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
-    ordered, names = _order(calls, 0, _number_from_results(graph))
-    if ordered == calls:
-        return graph
-    new = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    outside = [[node for node in graph.nodes if node.op == op] for op in ("placeholder", "output")]
-    for node in (*outside[0], *ordered, *outside[1]):
-        env[node] = new.node_copy(node, env.__getitem__)
-    for node, name in names.items():
-        env[node].name = name
-    return new
+    known = _Known(
+        {node: node.all_input_nodes for node in graph.nodes},
+        {node: _lines(node.meta.get("stack_trace") or "") for node in calls},
+        _number_from_results(graph),
+    )
+    ordered, names = _order(calls, 0, known)
+    if ordered != calls:
+        output = next(iter(reversed(graph.nodes)))
+        for node in ordered:
+            output.prepend(node)
+        for node, name in names.items():
+            node.name = name
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of the nodes of a graph.
+
+    Attributes:
+        operands: the nodes that a node reads.
+        lines: file and line of each forward that led to a call, the outermost first.
+        numbers: the place of a node in a walk from the graph's results to what they are made of; nodes that lead to none have no number.
+    """
+
+    operands: Mapping[fx.Node, Sequence[fx.Node]]
+    lines: Mapping[fx.Node, tuple[tuple[str, str], ...]]
+    numbers: Mapping[fx.Node, int]
+
+    def line(self, call: fx.Node, depth: int) -> tuple[str, str] | None:
+        """File and line of the forward at `depth` that led to a call; None where there is none."""
+        lines = self.lines[call]
+        return lines[depth] if depth < len(lines) else None
 
 
 def _number_from_results(graph: fx.Graph) -> dict[fx.Node, int]:
@@ -61,24 +83,24 @@ def _number_from_results(graph: fx.Graph) -> dict[fx.Node, int]:
     return numbers
 
 
-def _order(calls: Sequence[fx.Node], depth: int, numbers: Mapping[fx.Node, int]) -> tuple[list[fx.Node], dict[fx.Node, str]]:
+def _order(calls: Sequence[fx.Node], depth: int, known: _Known) -> tuple[list[fx.Node], dict[fx.Node, str]]:
     """Consecutive calls, which the same lines of the `depth` outer forwards made, in order; and new names of those that may have moved."""
     ordered: list[fx.Node] = []
     names: dict[fx.Node, str] = {}
-    groups = _independent_groups(calls)
+    groups = _independent_groups(calls, known)
     if len(groups) > 1:
-        last = len(numbers)
-        for group in sorted(groups, key=lambda group: min(numbers.get(node, last) for node in group)):
-            ordered += _order(group, depth, numbers)[0]
+        last = len(known.numbers)
+        for group in sorted(groups, key=lambda group: min(known.numbers.get(node, last) for node in group)):
+            ordered += _order(group, depth, known)[0]
         return ordered, _deal_names(calls, ordered)
-    for part, inner in _split(calls, depth):
-        part_ordered, part_names = _order(part, inner, numbers) if len(part) > 1 else (part, {})
+    for part, inner in _split(calls, depth, known):
+        part_ordered, part_names = _order(part, inner, known) if len(part) > 1 else (part, {})
         ordered += part_ordered
         names |= part_names
     return ordered, names
 
 
-def _independent_groups(calls: Sequence[fx.Node]) -> list[list[fx.Node]]:
+def _independent_groups(calls: Sequence[fx.Node], known: _Known) -> list[list[fx.Node]]:
     """The calls in groups of which none reads another's results; all that update statistics are in one, since their order counts."""
     leader = {node: node for node in calls}
 
@@ -88,7 +110,7 @@ def _independent_groups(calls: Sequence[fx.Node]) -> list[list[fx.Node]]:
         return node
 
     updating = [node for node in calls if node.target in _UPDATE_STATISTICS]
-    together = [(node, operand) for node in calls for operand in node.all_input_nodes if operand in leader]
+    together = [(node, operand) for node in calls for operand in known.operands[node] if operand in leader]
     for one, other in (*together, *pairwise(updating)):
         leader[find(one)] = find(other)
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
@@ -97,45 +119,38 @@ def _independent_groups(calls: Sequence[fx.Node]) -> list[list[fx.Node]]:
     return list(groups.values())
 
 
-def _split(calls: Sequence[fx.Node], depth: int) -> Iterator[tuple[Sequence[fx.Node], int]]:
+def _split(calls: Sequence[fx.Node], depth: int, known: _Known) -> Iterator[tuple[Sequence[fx.Node], int]]:
     """Parts of `calls`, with the number of outer forwards whose lines they share: calls of one line, or of the lines of a loop.
 
     A loop is a stretch of lines of which one after another occurs again, as in ``3 4 3 4``. Calls that are one loop are split into its
     passes, each of which ends where its last line does; so the loops inside of it become visible.
     """
     runs: list[list[fx.Node]] = []
+    keys: list[tuple[str, str] | None] = []
     for node in calls:
-        if not runs or _line(runs[-1][0], depth) != _line(node, depth):
+        line = known.line(node, depth)
+        if not runs or keys[-1] != line:
             runs.append([])
+            keys.append(line)
         runs[-1].append(node)
     if len(runs) == 1:
-        if _line(calls[0], depth) is not None:
+        if keys[0] is not None:
             yield calls, depth + 1
         else:
             yield from (([node], depth) for node in calls)
         return
-    last = {_line(run[0], depth): position for position, run in enumerate(runs)}
+    last = {line: position for position, line in enumerate(keys)}
     starts = [0]
     end = 0
-    for position, run in enumerate(runs):
+    for position, line in enumerate(keys):
         if position > end:
             starts.append(position)
-        end = max(end, last[_line(run[0], depth)])
+        end = max(end, last[line])
     if len(starts) == 1:
-        end_of_pass = max(last, key=_line_number)
-        starts += [position for position in range(1, len(runs)) if _line(runs[position - 1][0], depth) == end_of_pass]
+        end_of_pass = max(last, key=lambda line: -1 if line is None else int(line[1]))
+        starts += [position for position in range(1, len(runs)) if keys[position - 1] == end_of_pass]
     for start, stop in pairwise((*starts, len(runs))):
         yield [node for run in runs[start:stop] for node in run], depth
-
-
-def _line(node: fx.Node, depth: int) -> tuple[str, str] | None:
-    """File and line of the forward at `depth`, the outermost first, that made a call; None where there is none."""
-    lines = _lines(node.meta.get("stack_trace") or "")
-    return lines[depth] if depth < len(lines) else None
-
-
-def _line_number(line: tuple[str, str] | None) -> int:
-    return -1 if line is None else int(line[1])
 
 
 @functools.lru_cache(maxsize=4096)
