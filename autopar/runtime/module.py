@@ -306,7 +306,7 @@ class ParallelModule(Unwrapped, nn.Module):
     def _find_entrance(self, program: Program, deployment: Deployment) -> Entrance:
         entrance = self._entrances.get(id(program))
         if entrance is None:
-            entrance = self._entrances[id(program)] = Entrance(program, self._storage, deployment, self._reducer)
+            entrance = self._entrances[id(program)] = Entrance(program, self._storage, deployment, self._reducer, self._agreement)
         return entrance
 
 

@@ -11,7 +11,8 @@ where it is returned to the user, where it will be differentiated, and where the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from autopar import torch_compat
 from autopar.errors import InputError
 from autopar.ops import GroupAxis, sum_along, sum_gradient_along
 from autopar.rewrite import Program, Slot
+from autopar.runtime.agreement import Agreement, digest, name_ranks
 from autopar.runtime.dtensor import shard_whole
+from autopar.runtime.fingerprints import Projections, hash_tensors, project
 from autopar.runtime.gradients import GradientReducer, Receive, TrackedParameter
 from autopar.runtime.storage import Deployment, Storage, stands_for
 from autopar.torch_compat import DTensorSpec
@@ -37,19 +40,26 @@ class Entrance:
         storage: where its parameters are stored.
         deployment: how they are stored.
         reducer: sums the gradients of the model's own parameters.
+        agreement: of all ranks; None with one rank.
     """
 
-    def __init__(self, program: Program, storage: Storage, deployment: Deployment, reducer: GradientReducer) -> None:
+    def __init__(
+        self, program: Program, storage: Storage, deployment: Deployment, reducer: GradientReducer, agreement: Agreement | None
+    ) -> None:
         self._program = program
         self._storage = storage
         self._deployment = deployment
         self._reducer = reducer
+        self._agreement = agreement
         # Per parameter of the program, None for one of which only substitutes were seen; and the parts by name.
         self._tracked: list[TrackedParameter | None] = [None] * len(program.parameters)
         self._parts: dict[str, Tensor] = {}
 
     def enter(self) -> list[Tensor]:
-        """This rank's parts of what stands in the places of the parameters. Raises InputError for a substitute that doesn't fit."""
+        """This rank's parts of what stands in the places of the parameters.
+
+        Raises InputError for a substitute that doesn't fit, or isn't the same on all ranks.
+        """
         slots, storage = self._program.parameters, self._storage
         parameters = [storage.parameter(slot.name) for slot in slots]
         if self._deployment.device_mesh is None:
@@ -59,6 +69,7 @@ class Entrance:
             return list(parameters)
         if not all(map(_is_tracked, self._tracked, parameters)):
             self._track(parameters)
+            self._check_alike({slot.name: x for slot, x in zip(slots, parameters, strict=True) if not isinstance(x, DTensor)})
         trains = torch.is_grad_enabled()
         parts = []
         for slot, entry, parameter in zip(slots, self._tracked, parameters, strict=True):
@@ -81,6 +92,23 @@ class Entrance:
             if is_changed:
                 tracked = [entry for entry in self._tracked if entry is not None]
                 self._parts = enter_stored(tracked, self._reducer, self._program.bucket_nbytes)
+
+    def _check_alike(self, substitutes: Mapping[str, Tensor]) -> None:
+        """Raise InputError when a whole tensor isn't the same on all ranks, beyond rounding."""
+        if self._agreement is None or not substitutes:
+            return
+        hashes = hash_tensors([x.contiguous() for x in substitutes.values()]).tolist()
+        if len(set(self._agreement.meet(f"makes a call with other tensors for {', '.join(substitutes)}", [digest(repr(hashes))]))) == 1:
+            return
+        own = {name: project(x).to_bits() for name, x in substitutes.items()}
+        ranks = [json.loads(text) for text in self._agreement.gather(json.dumps(own))]
+        for name in substitutes:
+            first, *others = (Projections.from_bits(rank[name]) for rank in ranks)
+            if unlike := [rank for rank, other in enumerate(others, start=1) if not other.agrees(first)]:
+                raise InputError(
+                    f"the tensor that stands in the place of {name} isn't the same on rank 0 and {name_ranks(unlike)}: every rank must give the"
+                    " same whole tensor, or its part of a DTensor"
+                )
 
 
 def _is_tracked(entry: TrackedParameter | None, parameter: nn.Parameter) -> bool:
