@@ -106,8 +106,8 @@ class Entrance:
             first, *others = (Projections.from_bits(rank[name]) for rank in ranks)
             if unlike := [rank for rank, other in enumerate(others, start=1) if not other.agrees(first)]:
                 raise InputError(
-                    f"the tensor that stands in the place of {name} isn't the same on rank 0 and {name_ranks(unlike)}: every rank must give the"
-                    " same whole tensor, or its part of a DTensor"
+                    f"the tensor that stands in the place of {name} isn't the same on rank 0 and {name_ranks(unlike)}: every rank must"
+                    " give the same whole tensor, or its part of a DTensor"
                 )
 
 
