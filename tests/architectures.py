@@ -287,7 +287,9 @@ def _shorten(reason: str) -> str:
 
 
 def power_of_ten(error: float) -> str:
-    """An upper bound: the digits are those of this machine's order of sums."""
+    """An upper bound: the digits are those of this machine's order of sums. 0 where nothing differs, as with a single micro-batch."""
+    if error == 0:
+        return "0"
     return f"1e{int(f'{error:.0e}'.partition('e')[2]) + 1}"
 
 

@@ -17,10 +17,11 @@ EXACT = (
     "masked funnel",
     "masked convbert",
     "mixture mixtral",
+    "image resnet",  # a batch norm in a pipeline: a single micro-batch
 )
 REFUSED = {
     "masked longformer": r"CaptureError: .*modeling_longformer.py:\d+: if is_global_attn:.*reads a value out of a tensor",
-    "image resnet": r"InputError: .*batch_norm.* takes its statistics over the whole batch",
+    "seq2seq prophetnet": r"CaptureError: .*modeling_prophetnet.py:\d+: assert torch.all.*reads a value out of a tensor",
 }
 
 
