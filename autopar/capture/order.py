@@ -36,6 +36,7 @@ def order_independent_calls(graph: fx.Graph) -> None:
     known = _Known(
         {node: node.all_input_nodes for node in graph.nodes},
         {node: _lines(node.meta.get("stack_trace") or "") for node in calls},
+        {node: _torch_module(node) for node in calls},
         _number_from_results(graph),
     )
     ordered, names = _order(calls, 0, known)
@@ -54,11 +55,13 @@ class _Known:
     Attributes:
         operands: the nodes that a node reads.
         lines: file and line of each forward that led to a call, the outermost first.
+        modules: path of the module of torch's own that makes a call; empty for other calls.
         numbers: the place of a node in a walk from the graph's results to what they are made of; nodes that lead to none have no number.
     """
 
     operands: Mapping[fx.Node, Sequence[fx.Node]]
     lines: Mapping[fx.Node, tuple[tuple[str, str], ...]]
+    modules: Mapping[fx.Node, str]
     numbers: Mapping[fx.Node, int]
 
     def line(self, call: fx.Node, depth: int) -> tuple[str, str] | None:
@@ -101,7 +104,11 @@ def _order(calls: Sequence[fx.Node], depth: int, known: _Known) -> tuple[list[fx
 
 
 def _independent_groups(calls: Sequence[fx.Node], known: _Known) -> list[list[fx.Node]]:
-    """The calls in groups of which none reads another's results; all that update statistics are in one, since their order counts."""
+    """The calls in groups of which none reads another's results.
+
+    All calls that update statistics are in one group, since their order counts. A module of torch's own stays together, so that a batch
+    norm's counter isn't parted from its layer.
+    """
     leader = {node: node for node in calls}
 
     def find(node: fx.Node) -> fx.Node:
@@ -111,7 +118,9 @@ def _independent_groups(calls: Sequence[fx.Node], known: _Known) -> list[list[fx
 
     updating = [node for node in calls if node.target in _UPDATE_STATISTICS]
     together = [(node, operand) for node in calls for operand in known.operands[node] if operand in leader]
-    for one, other in (*together, *pairwise(updating)):
+    modules = [(node, path) for node in calls if (path := known.modules[node])]
+    inside = [(node, other) for (node, path), (other, other_path) in pairwise(modules) if path == other_path]
+    for one, other in (*together, *pairwise(updating), *inside):
         leader[find(one)] = find(other)
     groups: dict[fx.Node, list[fx.Node]] = defaultdict(list)
     for node in calls:
@@ -156,6 +165,13 @@ def _split(calls: Sequence[fx.Node], depth: int, known: _Known) -> Iterator[tupl
 @functools.lru_cache(maxsize=4096)
 def _lines(stack_trace: str) -> tuple[tuple[str, str], ...]:
     return tuple(re.findall(r'File "([^"]+)", line (\d+), in ', stack_trace))
+
+
+def _torch_module(node: fx.Node) -> str:
+    """The path of the innermost module that makes a call, if it is one of torch's own."""
+    path, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", "")}).values()))
+    name = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    return path if name.startswith("torch.nn.modules.") else ""
 
 
 def _deal_names(before: Sequence[fx.Node], after: Sequence[fx.Node]) -> dict[fx.Node, str]:
