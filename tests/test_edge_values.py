@@ -1,6 +1,6 @@
 """Batches at the edge of what an op is defined for: split over ranks or micro-batches, an op gives what it gives whole.
 
-Ignored labels, masked classes, indices out of range, rows that aren't finite, zeros, ties, nothing at all. `check_rule` compares values,
+Ignored labels, masked classes, indices out of range, rows that aren't finite, zeros, ties, nothing at all. `check_space` compares values,
 gradients and second derivatives in every split, nan with nan.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autopar import torch_compat
 from autopar.checks import threads
-from autopar.checks.oracle import check_rule, describe, trace
+from autopar.checks.oracle import check_space, describe, trace
 from autopar.ir.graph import Op
 from autopar.ir.layout import MICROBATCH, Mesh
 from autopar.ir.space import Space
@@ -85,12 +85,12 @@ def prepared(target: str, *args: Any, **kwargs: Any) -> tuple[Op, Space, list[Te
 def test_cross_entropy(name: str, reduction: int, smoothing: float) -> None:
     logits, target, *weight = LOSSES[name]
     op, space, operands = prepared("cross_entropy_loss.default", logits, target, *(weight or [None]), reduction, -100, smoothing)
-    assert check_rule(op, space, operands)
+    assert check_space(op, space, operands)
 
 
 @pytest.mark.parametrize("target", [classes(5, 5, 1, 11), classes(5, 5, 5, 5)], ids=["some", "all"])
 def test_the_ignored_class_may_be_one_of_the_vocabulary(target: Tensor) -> None:
-    assert check_rule(*prepared("cross_entropy_loss.default", real(4, 12), target, None, 1, 5, 0.1))
+    assert check_space(*prepared("cross_entropy_loss.default", real(4, 12), target, None, 1, 5, 0.1))
 
 
 def case(target: str, *args: Any, name: str = "", **kwargs: Any) -> Any:
@@ -154,7 +154,7 @@ CASES = [
 @pytest.mark.parametrize(("target", "args", "kwargs"), CASES)
 @pytest.mark.filterwarnings("ignore:.*degrees of freedom")
 def test_other_ops(target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    assert check_rule(*prepared(target, *args, **kwargs), unused=(1, 2, 3) if "embedding_bag" in target else ())
+    assert check_space(*prepared(target, *args, **kwargs), unused=(1, 2, 3) if "embedding_bag" in target else ())
 
 
 # --- micro-batches ---
