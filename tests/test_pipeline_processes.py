@@ -196,6 +196,10 @@ def _check_refusals(model: nn.Module) -> None:
     model.zero_grad()
     output = model(**_batch(16))
     output.loss.backward(retain_graph=True)
+    once = [_whole(parameter.grad).clone() for parameter in model.parameters() if parameter.grad is not None]
+    output.loss.backward()  # a kept graph may be run again, as on one device
+    twice = [_whole(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+    assert all(torch.allclose(second, 2 * first) for first, second in zip(once, twice, strict=True))
     with pytest.raises(InputError, match=r"has had its backward already: call the model again before the next backward\(\)"):
         output.loss.backward()
     with pytest.raises(InputError, match="returns its own loss: that backward has run already"):
