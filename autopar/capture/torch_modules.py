@@ -6,6 +6,7 @@ all batches so far with tensors alone.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,9 +21,10 @@ def readable_modules() -> Iterator[None]:
     transformer = torch.nn.modules.transformer
     detect, normalize = transformer._detect_is_causal_mask, _BatchNorm.forward
 
-    def forward(module: _BatchNorm, x: Tensor) -> Tensor:
+    @functools.wraps(normalize)  # inputs are named by the signature
+    def forward(module: _BatchNorm, *args: Tensor, **kwargs: Tensor) -> Tensor:
         is_cumulative = module.training and module.momentum is None and module.num_batches_tracked is not None
-        return _average_over_batches(module, x) if is_cumulative else normalize(module, x)
+        return _average_over_batches(module, *args, *kwargs.values()) if is_cumulative else normalize(module, *args, **kwargs)
 
     transformer._detect_is_causal_mask = _trust_flag
     _BatchNorm.forward = forward  # type: ignore[method-assign,assignment]
