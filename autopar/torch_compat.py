@@ -65,6 +65,7 @@ __all__ = [
     "function_calls_go_to",
     "global_backward_hooks",
     "group_over",
+    "has_aliases",
     "has_hooks",
     "is_made",
     "is_transformed",
@@ -491,6 +492,11 @@ def wrap_orthogonalization(wrap: Callable[[Callable[..., Tensor]], Callable[...,
 def is_made(x: DTensor) -> bool:
     """Whether a DTensor has its part yet; a garbage collector's list may have one that is just being made."""
     return hasattr(x, "_local_tensor") and hasattr(x, "_spec")
+
+
+def has_aliases(x: DTensor) -> bool:
+    """Whether this rank's part of a DTensor shares its storage with another tensor."""
+    return storage_users(x._local_tensor) > 1
 
 
 def exchange_part(x: DTensor, local: Tensor, spec: DTensorSpec) -> None:

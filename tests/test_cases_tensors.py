@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import autopar
 from autopar.errors import InputError
@@ -257,8 +258,30 @@ def ema_before_first_step(folder: Path) -> None:
                         plain[name].lerp_(value, 0.1)
                     torch._foreach_lerp_(list(average.values()), list(model.state_dict().values()), 0.5)
             assert all(type(value) is Tensor for value in plain.values())
+            for name, p in model.named_parameters():
+                assert not isinstance(p, DTensor) or (average[name].device_mesh, average[name].placements) == (p.device_mesh, p.placements)
             averages.append(({name: gather(value) for name, value in average.items()}, plain))
         tree_allclose(averages[1], averages[0], rtol=1e-9)
+
+
+@case
+def an_average_written_through_aliases(folder: Path) -> None:
+    """Averages made before the first call, as tensors or as a copy of the model, are written where their aliases are written."""
+    for pins in PLANS:
+        results = []
+        for is_compiled in (False, True):
+            original = Net()
+            model = autopar.compile(original, pins=pins) if is_compiled else original
+            averaged = AveragedModel(original, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+            average = {name: p.detach().clone() for name, p in model.named_parameters()}
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for seed in range(3):
+                step(model, optimizer, seed)
+                averaged.update_parameters(model)
+                for name, p in model.named_parameters():
+                    average[name].data.lerp_(p.detach(), 0.1)
+            results.append([*map(gather, average.values()), *whole(averaged).values(), averaged(batch()[0])])
+        tree_allclose(results[1], results[0], rtol=1e-9)
 
 
 @case
@@ -333,6 +356,7 @@ def load_plain_optimizer(folder: Path) -> None:
             ours.load_state_dict(file["opt"])
             step(model, ours, 1)
             check_equal(model, expected)
+            assert all(ours.state[p]["exp_avg"].placements == p.placements for p in model.parameters())
 
 
 @case
@@ -422,6 +446,7 @@ def submodules_and_methods(folder: Path) -> None:
             for p, q in zip(expected.parameters(), compiled.parameters(), strict=True):
                 assert (p.grad is None) == (q.grad is None)
                 assert p.grad is None or torch.allclose(gather(q.grad), p.grad, atol=1e-12)
+            assert type(original(x)) is type(compiled.encode(x)) is Tensor
             tree_allclose(original(x), expected(x), rtol=1e-9)
             assert all(isinstance(p, DTensor) for p in original.parameters())
         with pytest.raises(RuntimeError):

@@ -333,8 +333,9 @@ def _bring_together(dtensors: list[DTensor]) -> bool:
     if not placed or len(placed) == len(dtensors) or any(x.device_mesh != placed[0].device_mesh for x in placed):
         return False
     temporary = [x for x in dtensors if is_temporary(x.device_mesh)]
-    if any(isinstance(x, torch.nn.Parameter) for x in temporary):
-        # A parameter of a model that has no plan yet, which will say where the parameter goes.
+    if any(isinstance(x, torch.nn.Parameter) or torch_compat.has_aliases(x) for x in temporary):
+        # A parameter of a model that has no plan yet, which will say where the parameter goes. And what is written to an alias, such as
+        # one of ``state_dict()``, must reach the tensor.
         return False
     for x in temporary:
         if is_temporary(x.device_mesh):
