@@ -111,6 +111,37 @@ def test_tensors_that_forward_makes_of_numbers_are_constants() -> None:
         compiled(x)
 
 
+def test_numbers_that_forward_reads_may_be_set_between_calls() -> None:
+    """A temperature that is annealed, a dropout that is switched off, a flag: what a captured graph holds as it was."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.drop = nn.Linear(8, 8), nn.Dropout(0.0)
+            self.temperature, self.signed, self.steps = 1.0, True, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.drop(self.linear(x) / self.temperature)
+            return (y if self.signed else y.abs()).sum()
+
+    model, x = Model().double(), _rows()
+    compiled = autopar.compile(copy.deepcopy(model), (x,))
+    assert torch.equal(compiled(x), model(x))
+    changes: tuple[tuple[str, Callable[[Any], None]], ...] = (
+        (r"temperature was 1.0 and is 0.5", lambda each: setattr(each, "temperature", 0.5)),
+        (r"signed was True and is False", lambda each: setattr(each, "signed", False)),
+        (r"drop.p was 0.0 and is 1.0", lambda each: setattr(each.drop, "p", 1.0)),
+    )
+    for message, change in changes:
+        change(model)
+        change(compiled)
+        with pytest.warns(UserWarning, match=f"{message}: Model is captured and planned again"):
+            assert torch.equal(compiled(x), model(x))
+    for each in (model, compiled):  # what was captured before is used again, and what forward doesn't read may change
+        each.steps, each.drop.p = 5, 0.0
+    assert torch.equal(compiled(x), model(x))
+
+
 def test_a_part_of_the_library_that_is_not_loaded_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Funnel makes its masks itself, so that transformers hasn't loaded its own for it."""
     sizes = {"d_model": 32, "d_inner": 64, "n_head": 4, "d_head": 8, "block_sizes": [1, 1]}

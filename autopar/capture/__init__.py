@@ -4,7 +4,7 @@ Comes in: an `nn.Module` and example inputs. Goes out: `Captured`. The one idea:
 computed and a model on the meta device is captured like any other; a visible list of passes then makes one flat graph without submodules,
 in-place ops and devices.
 
-Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``attributes``, ``functions``, ``watch``, ``torch_modules``,
+Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``settings``, ``attributes``, ``functions``, ``watch``, ``torch_modules``,
 ``transformers``, ``functionalize``, ``decompose``, ``order``, ``record``, ``masks``, ``normalize``, ``graph_of``, ``export``.
 """
 

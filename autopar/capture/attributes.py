@@ -18,6 +18,7 @@ import functools
 import sys
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar import torch_compat
 from autopar.capture.fx_nodes import is_installed
+from autopar.capture.settings import Settings, reads_noted
 from autopar.errors import CaptureError
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -51,6 +53,7 @@ class ModelAttributes:
         after: per module what the last run left in its attributes, containers as copies; an export undoes some of it.
         problems: what can't be part of a program.
         notes: what isn't done by a program, for the plan's report.
+        reads: the numbers and names that the forward read, as they were before it.
         parameters: at the start of a run, the parameters by module and name, and whether they need gradients.
     """
 
@@ -62,6 +65,7 @@ class ModelAttributes:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     parameters: dict[tuple[str, str], tuple[Tensor | None, bool]] = field(default_factory=dict)
+    reads: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     @staticmethod
     def of(model: nn.Module) -> ModelAttributes:
@@ -137,6 +141,15 @@ class ModelAttributes:
             " a buffer (register_buffer) that the forward updates by operators"
             for name in sorted(names)
         ]
+
+    def find_settings(self) -> Settings:
+        """The numbers and names that the user gave the modules and the forward read."""
+        before = {(path, name): value for path, module in self.model.named_modules() for name, value in self.before.get(module, {}).items()}
+        return {key: value for key, value in self.reads.items() if key in before and before[key] is value}
+
+    def watch_reads(self) -> AbstractContextManager[None]:
+        """Inside, what the forward reads of its modules is noted."""
+        return reads_noted(self.model, _INTERNAL, self.reads)
 
     def restore(self) -> None:
         """Give the model its attributes back."""

@@ -35,6 +35,7 @@ from autopar.capture.masks import prove_masks
 from autopar.capture.normalize import HANDLED, drop_detach, drop_unused, inline_regions, simplify, slice_constant_indices
 from autopar.capture.order import order_independent_calls
 from autopar.capture.record import record
+from autopar.capture.settings import Settings
 from autopar.capture.torch_modules import readable_modules
 from autopar.capture.transformers import adapted
 from autopar.capture.watch import watched
@@ -58,6 +59,7 @@ class Captured:
         mutated_buffers: names of the buffers whose new values follow the user's outputs. The running statistics of a batch norm aren't
             among them, as its operator updates them.
         notes: lines on what was dropped or changed, for the plan's report.
+        settings: module and attribute -> number or name that the forward read of the model, and that is part of the graph.
         call: the structure of the call.
         results: the structure of what the model returns.
     """
@@ -70,6 +72,7 @@ class Captured:
     constants: Mapping[str, Tensor]
     mutated_buffers: tuple[str, ...]
     notes: tuple[str, ...]
+    settings: Settings
     call: CallSpec
     results: ResultSpec
 
@@ -143,7 +146,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
             attributes.restore()
         attributes.raise_problems()
         notes += attributes.notes
-        return _assemble(program, originals, spec, leaves, mode, device, notes)
+        return _assemble(program, originals, spec, leaves, mode, device, notes, attributes.find_settings())
 
 
 def _run_again(
@@ -407,6 +410,7 @@ def _assemble(
     mode: FakeTensorMode,
     device: torch.device,
     notes: list[str],
+    settings: Settings,
 ) -> Captured:
     """Run the passes over an exported program, in order, and put the results together."""
     graph = inline_regions(program.graph_module)
@@ -456,6 +460,7 @@ def _assemble(
         constants={buffers[name]: value for name, value in placeholders.constants.items() if name in buffers},
         mutated_buffers=updates,
         notes=tuple(dict.fromkeys(notes)),
+        settings=settings,
         call=spec,
         results=results,
     )

@@ -45,6 +45,7 @@ def watched(model: nn.Module, attributes: ModelAttributes, notes: list[str]) -> 
         if depth > 1:
             return
         attributes.begin_run()
+        inside.enter_context(attributes.watch_reads())
         inside.enter_context(_random_numbers_watched())
         inside.enter_context(functions_kept_whole(lambda: _note_checkpoint(notes)))
         inside.enter_context(torch_compat.backwards_go_to(_refuse_backward))

@@ -159,6 +159,7 @@ class Program:
         batch_axes: the axes that split the batch, in the order in which they number the parts.
         pipeline: with stages or micro-batches, how they run; `module` then holds the modules of the stages. None without.
         bucket_nbytes: bytes of gradients that are summed over ranks together.
+        settings: module and attribute -> number or name that the forward read when it was captured.
         constants: name -> value of those buffers that are no buffers of the model (`autopar.capture.Captured.constants`).
     """
 
@@ -175,3 +176,4 @@ class Program:
     pipeline: PipelineProgram | None = None
     bucket_nbytes: int = 0
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    settings: Mapping[tuple[str, str], Any] = field(default_factory=dict)

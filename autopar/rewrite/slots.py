@@ -31,6 +31,7 @@ def make_program(planned: PlannedGraph, module: nn.Module) -> Program:
         regather=_regathers(module),
         captured=planned.captured,
         constants=planned.captured.constants,
+        settings=planned.captured.settings,
     )
 
 

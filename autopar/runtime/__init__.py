@@ -5,7 +5,8 @@ the global sizes and calls mean what they mean on one device; inside, programs c
 
 Modules, in reading order: ``failures``, ``dtensor``, ``owned``, ``owned_rules``, ``dispatch``, ``tensor_methods``, ``states``,
 ``gradients``, ``mailbox``, ``executor``, ``pipeline``, ``world``, ``checkpoints``, ``methods``, ``wrapping``, ``members``, ``storage``,
-``agreement``, ``fingerprints``, ``parameters``, ``parts``, ``outputs``, ``inputs``, ``call_check``, ``pipeline_calls``, ``module``.
+``agreement``, ``fingerprints``, ``parameters``, ``parts``, ``outputs``, ``inputs``, ``call_check``, ``pipeline_calls``, ``programs``,
+``module``.
 """
 
 from autopar.runtime.agreement import form_agreement

@@ -36,6 +36,7 @@ from autopar.runtime.outputs import Handover, Step, name_outputs, returns_loss
 from autopar.runtime.parameters import Entrance, refuse_transforms
 from autopar.runtime.pipeline import refuse_inside_backward
 from autopar.runtime.pipeline_calls import PipelineCalls, refuse_gradients
+from autopar.runtime.programs import Programs
 from autopar.runtime.states import teach_optimizers
 from autopar.runtime.storage import Deployment, Init, Storage, StoredParameter, copy_updated_buffers, plain_parameters, replicate
 from autopar.runtime.tensor_methods import teach_methods
@@ -115,7 +116,7 @@ class ParallelModule(Unwrapped, nn.Module):
                 refuse_wrappers(module)
         self._storage = Storage(model, init, self._device)
         self._pipelines: PipelineCalls | None = None
-        self._programs: dict[object, Program] = {}
+        self._programs = Programs(model)
         self._output_names: dict[int, tuple[str, ...]] = {}
         self._call_count = 0
         self._entrances: dict[int, Entrance] = {}
@@ -276,7 +277,7 @@ class ParallelModule(Unwrapped, nn.Module):
         return call.signature, tuple(module.training for module in self._all_modules), self._storage.kinds()
 
     def _find_program(self, key: Hashable, call: Call) -> Program:
-        program = self._programs.get(key)
+        program = self._programs.find(key)
         if program is None:
             # Not in inference mode, even if the call is: programs and stored parameters outlive the call. And what capture saves for
             # backwards is nothing to what surrounds the call, such as a checkpoint, which counts what is saved.
@@ -293,7 +294,7 @@ class ParallelModule(Unwrapped, nn.Module):
                 program = self._storage.place_parameters(program)
                 if is_first and self._agreement is not None and self._storage.deployment is not None:
                     self._agreement.join(self._storage.deployment.alarm)
-            self._programs[key] = program
+            self._programs.add(key, program)
             self._output_names[id(program)] = name_outputs(program)
             self._reader.learn(program)
         self._last = program
