@@ -296,6 +296,7 @@ class _Recipe:
 
     def __init__(self, part: Tensor, axis: comm.Axis, dim: int, outer: int) -> None:
         self.part, self.axis, self.dim, self.outer = part, axis, dim, outer
+        self._version = part._version
         self._saves = 0
         self._unread = 0
         self._full: Tensor | None = None
@@ -309,6 +310,10 @@ class _Recipe:
     def read(self) -> Tensor:
         """The gathered tensor. The first read of a backward gathers it; it is freed after as many reads as there were saves."""
         if self._full is None:
+            if self.part._version != self._version:
+                raise RuntimeError(
+                    "a parameter that the backward gathers again has been modified by an inplace operation since the forward"
+                )
             self._full, self._unread = self.gather(), self._saves
         full = self._full
         self._unread -= 1

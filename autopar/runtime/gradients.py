@@ -7,7 +7,7 @@ gradients, which are made before the user's backward, wait in `StashedGradients`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
+from autopar.errors import InputError
 from autopar.runtime import dispatch
 
 
@@ -116,6 +117,10 @@ class GradientReducer:
         use_count, stride = torch_compat.use_count_of_a_gradient(), entry.leaf.stride()
 
         def receive(gradient: Tensor) -> None:
+            if gradient.layout is not torch.strided:
+                raise InputError(
+                    f"the gradient of {entry.name} is sparse, and only dense ones are summed over ranks: leave out sparse=True"
+                )
             if entry.gradient is not None:
                 entry.gradient.add_(gradient)
             elif gradient._use_count() == use_count and gradient.stride() == stride:  # type: ignore[attr-defined]
@@ -237,6 +242,10 @@ class StashedGradients:
         self._unsynced: dict[str, Tensor] = {}
         self._pending_sums: list[_PendingSum] = []
 
+    def note_changes(self) -> None:
+        """Let autograd know of changes in place of parameters, before a forward and before a backward."""
+        note_changes(self._tracked.values())
+
     def begin(self) -> None:
         """Called before a schedule: drop the gradients of an earlier one that failed, or whose backward never came."""
         self._pending_sums.clear()
@@ -300,9 +309,9 @@ class StashedGradients:
         if self._reducer.is_synced:
             self._reducer.reduce_unsynced()
 
-    def has_hooks(self, name: str) -> bool:
-        """Whether the user's hooks get the gradient of a parameter, so that autograd must."""
-        return torch_compat.has_hooks(self._tracked[name].parameter)
+    def is_ordinary(self, name: str) -> bool:
+        """Whether nothing but ``grad`` gets the gradient of a parameter; otherwise autograd must pass it on."""
+        return is_ordinary(self._tracked[name].parameter)
 
     def as_gradient(self, name: str, gradient: Tensor) -> Tensor:
         """A complete gradient as autograd takes it: a DTensor, if the parameter is one."""
@@ -312,6 +321,31 @@ class StashedGradients:
         """Add summed gradients to the parameters' ``grad``."""
         for name, gradient in gradients.items():
             _add_to_grad(self._tracked[name].parameter, gradient)
+
+
+def is_ordinary(parameter: nn.Parameter) -> bool:
+    """Whether nothing but ``grad`` gets a parameter's gradient: it has no hooks, and wasn't frozen since the forward."""
+    return parameter.requires_grad and not torch_compat.has_hooks(parameter)
+
+
+_VERSION = "_autopar_version"
+"""The attribute of a parameter that says of how many changes in place autograd knows by way of its part."""
+
+
+def note_changes(tracked: Iterable[TrackedParameter]) -> None:
+    """Let autograd know of changes in place of parameters, before a forward and before a backward.
+
+    Torch counts those of a DTensor, and not of its part, which programs save. Autograd refuses a backward that reads what has changed since
+    it was saved, as it does on one device.
+    """
+    changed = []
+    for entry in tracked:
+        attributes, version = entry.parameter.__dict__, entry.parameter._version
+        if attributes.get(_VERSION) != version:
+            attributes[_VERSION] = version
+            changed.append(entry.leaf)
+    if changed:
+        torch.autograd.graph.increment_version(changed)
 
 
 def _start_sum(members: Sequence[TrackedParameter]) -> _PendingSum | None:

@@ -247,13 +247,17 @@ class ParallelModule(Unwrapped, nn.Module):
                 return program.captured.unflatten(outputs)
         parts = [call.part(x, slot.layout, deployment, step) for slot, x in zip(program.inputs, tensors, strict=True)]
         buffers = self._storage.buffers_of(program)
-        parameters = self._find_entrance(program, deployment).enter()
+        entrance = self._find_entrance(program, deployment)
+        parameters = entrance.enter()
         read_buffers = copy_updated_buffers(program, buffers) if torch.is_grad_enabled() else buffers
         buffer_parts = [take_local(read_buffers[slot.name], slot.layout, deployment.mesh, deployment.place) for slot in program.buffers]
         shared_seed = rng.agreed(lambda number: share_number(number, self._device)) if deployment.device_mesh is not None else nullcontext()
         with comm.active(deployment.axes), shared_seed, regather() if program.regather else nullcontext():
             results = program.module(*parameters, *buffer_parts, *parts)
         results = tuple(results) if isinstance(results, tuple | list) else (results,)
+        for x in results[: len(program.outputs)]:
+            if isinstance(x, Tensor) and x.grad_fn is not None:
+                x.register_hook(lambda _: entrance.note_changes())  # type: ignore[no-untyped-call]
         with torch.no_grad():
             layouts = {slot.name: slot.layout for slot in program.buffers}
             for name, value in zip(program.mutated_buffers, results[len(program.outputs) :], strict=True):

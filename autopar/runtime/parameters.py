@@ -27,7 +27,7 @@ from autopar.rewrite import Program, Slot
 from autopar.runtime.agreement import Agreement, digest, name_ranks
 from autopar.runtime.dtensor import shard_whole
 from autopar.runtime.fingerprints import Projections, hash_tensors, project
-from autopar.runtime.gradients import GradientReducer, Receive, TrackedParameter
+from autopar.runtime.gradients import GradientReducer, Receive, TrackedParameter, is_ordinary, note_changes
 from autopar.runtime.storage import Deployment, Storage, stands_for
 from autopar.torch_compat import DTensorSpec
 
@@ -58,19 +58,18 @@ class Entrance:
     def enter(self) -> list[Tensor]:
         """This rank's parts of what stands in the places of the parameters.
 
-        Raises InputError for a substitute that doesn't fit, or isn't the same on all ranks.
+        Raises InputError for a substitute that isn't the same on all ranks.
         """
         slots, storage = self._program.parameters, self._storage
         parameters = [storage.parameter(slot.name) for slot in slots]
         if self._deployment.device_mesh is None:
-            # A single process computes with the parameters themselves.
-            for slot, parameter in zip(slots, parameters, strict=True):
-                _check_substitute(parameter, slot)
-            return list(parameters)
+            return list(parameters)  # a single process computes with the parameters themselves
         if not all(map(_is_tracked, self._tracked, parameters)):
             self._track(parameters)
             self._check_alike({slot.name: x for slot, x in zip(slots, parameters, strict=True) if not isinstance(x, DTensor)})
         trains = torch.is_grad_enabled()
+        if trains:
+            self.note_changes()
         parts = []
         for slot, entry, parameter in zip(slots, self._tracked, parameters, strict=True):
             if entry is None or entry.parameter is not parameter:
@@ -78,6 +77,10 @@ class Entrance:
             else:
                 parts.append(self._parts[slot.name] if trains else entry.leaf)
         return parts
+
+    def note_changes(self) -> None:
+        """Let autograd know of changes in place of parameters, before a forward and before a backward."""
+        note_changes(entry for entry in self._tracked if entry is not None)
 
     def _track(self, parameters: list[nn.Parameter]) -> None:
         """Leave the gradients of stored parameters to the reducer, also of those that are new or got other storage."""
@@ -106,8 +109,8 @@ class Entrance:
             first, *others = (Projections.from_bits(rank[name]) for rank in ranks)
             if unlike := [rank for rank, other in enumerate(others, start=1) if not other.agrees(first)]:
                 raise InputError(
-                    f"the tensor that stands in the place of {name} isn't the same on rank 0 and {name_ranks(unlike)}: every rank must"
-                    " give the same whole tensor, or its part of a DTensor"
+                    f"the tensor that stands in the place of {name} isn't the same on rank 0 and {name_ranks(unlike)}: every rank must "
+                    "give the same whole tensor, or its part of a DTensor"
                 )
 
 
@@ -158,7 +161,7 @@ class _Enter(torch.autograd.Function):
             return None, None, None, None
         parameter = ctx.entry.parameter
         is_differentiated = torch.is_grad_enabled()
-        if not (is_differentiated or torch_compat.has_hooks(parameter)) and ctx.reducer.adds(ctx):
+        if not is_differentiated and is_ordinary(parameter) and ctx.reducer.adds(ctx):
             ctx.receive(gradient)
             return None, None, None, None
         group = ctx.entry.group
@@ -181,23 +184,13 @@ def enter_substitute(x: Tensor, slot: Slot, deployment: Deployment, group: dist.
         slot: the parameter, and the layout in which the program takes it.
         deployment: the mesh.
         group: the ranks over which the part's gradient must be summed; None when it is complete.
-
-    Raises InputError when sizes or dtype aren't the parameter's.
     """
-    _check_substitute(x, slot)
     device_mesh = deployment.device_mesh
     if isinstance(x, DTensor) and x.device_mesh == device_mesh and x.placements == tuple(deployment.placements_of(slot.layout, None)):
         part = to_part(x)
     else:
         part = shard_whole(_gather(x), slot.layout, deployment.mesh, deployment.axes)
     return part if group is None else sum_gradient_along(part, GroupAxis("gradient", group))
-
-
-def _check_substitute(x: Tensor, slot: Slot) -> None:
-    if tuple(x.shape) != slot.shape:
-        raise InputError(
-            f"{slot.name} has the sizes {tuple(x.shape)} at this call, and had {slot.shape} when the model was compiled: compile it again"
-        )
 
 
 def _gather(x: Tensor) -> Tensor:
@@ -224,19 +217,21 @@ class _ToPart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: DTensor) -> Tensor:
         ctx.spec = torch_compat.spec_of(x)
+        ctx.set_materialize_grads(False)
         return torch_compat.local_of(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> DTensor:
-        return from_part(grads[0], ctx.spec)
+    def backward(ctx: Any, *grads: Tensor | None) -> DTensor | None:
+        return None if grads[0] is None else from_part(grads[0], ctx.spec)
 
 
 class _FromPart(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, spec: DTensorSpec) -> DTensor:
         ctx.spec = spec
+        ctx.set_materialize_grads(False)
         return torch_compat.with_spec(part, spec)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
-        return to_part(grads[0].redistribute(placements=ctx.spec.placements)), None
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None]:
+        return None if grads[0] is None else to_part(grads[0].redistribute(placements=ctx.spec.placements)), None

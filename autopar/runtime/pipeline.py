@@ -151,6 +151,7 @@ class StageRunner:
         )
         run = PipelineRun(self, executor, syncs)
         if trains:
+            self.stash.note_changes()
             self.stash.begin()
         if trains and loss is None:
             executor.run([action for action in executor.actions if action.kind in FORWARD_KINDS])
@@ -315,7 +316,7 @@ class PipelineRun:
             scaled = {
                 name: (gradient.clone() if keeps else gradient).mul_(scale) for name, gradient in gradients.items() if uses[name] != "none"
             }
-            added = {name: gradient for name, gradient in scaled.items() if uses[name] == "added" and not stash.has_hooks(name)}
+            added = {name: gradient for name, gradient in scaled.items() if uses[name] == "added" and stash.is_ordinary(name)}
             returned = {name: gradient for name, gradient in scaled.items() if name not in added}
             if not self.syncs:
                 # The forward was under `no_sync`; what is returned can't wait.
@@ -333,6 +334,7 @@ class PipelineRun:
         if self.had_backward:
             raise InputError(SECOND_BACKWARD)
         self.had_backward = True
+        self.runner.stash.note_changes()
         with self.runner.alarm.guard(self.runner.where), self.runner.step_context("between the forwards and the backwards"):
             self.trained = frozenset().union(*(self.runner.pipeline.reached[position] for position in gradients))
             self.executor.output_gradients = dict(gradients)

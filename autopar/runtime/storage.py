@@ -121,11 +121,11 @@ class Storage:
         self.deployment: Deployment | None = None
         self._init = init
         self._groups: dict[tuple[str, ...], dist.ProcessGroup] = {}
-        self._named = dict(model.named_parameters(remove_duplicate=False))
         # The place of each name, so that a call needn't walk the modules. Not the tensors, since the user may replace them.
         self._parameter_at = find_places(model, "_parameters")
         self._buffer_at = find_places(model, "_buffers")
         self._modules = dict(model.named_modules(remove_duplicate=False))
+        self._named: dict[str, nn.Parameter] = {name: read(place) for name, place in self._parameter_at.items()}
         self._structure = Structure(model)
 
     def parameter(self, name: str) -> nn.Parameter:
@@ -162,10 +162,16 @@ class Storage:
     def kinds(self) -> tuple[object, ...]:
         """What a program depends on beside the sizes of parameters: of each, in order, the dtype and whether it requires a gradient.
 
-        Raises InputError when modules or parameters were added, removed or untied since the model was compiled.
+        Raises InputError when modules or parameters were added, removed or untied since the model was compiled, or sizes are others.
         """
         self._structure.check()
         tensors = [read(place) for place in self._parameter_at.values()]
+        for (name, own), x in zip(self._named.items(), tensors, strict=True):
+            if x is not own and x.shape != own.shape:
+                raise InputError(
+                    f"{name} has the sizes {tuple(x.shape)} at this call, and had {tuple(own.shape)} when the model was compiled: "
+                    "compile the changed model again"
+                )
         return tuple((tensor.dtype, tensor.requires_grad) for tensor in tensors)
 
     def is_stored(self, name: str, x: Tensor) -> bool:
