@@ -105,6 +105,25 @@ def _reduce(rank: int, bucket_nbytes: int, sums: int) -> None:
     tree_allclose(_held(tracked), _expected(tracked), rtol=1e-12)
 
 
+def _overlap(rank: int) -> None:
+    """The sum of a gradient begins before the backward computes the next one."""
+    tracked, order = _make(dist.group.WORLD), list[str]()
+    del tracked["unused"]
+    parts = enter_stored(list(tracked.values()), GradientReducer(), 1)
+    first = parts["first"].clone()
+    first.register_hook(lambda _: order.append("first"))
+    send = dist.all_reduce
+
+    def note(x: Tensor, **options: Any) -> dist.Work | None:
+        order.append("sum")
+        return send(x, **options)
+
+    dist.all_reduce = note
+    (first.sum() * parts["second"].sum()).backward()
+    dist.all_reduce = send
+    assert order == ["sum", "first", "sum"]
+
+
 def _fail(_: Tensor) -> None:
     raise ArithmeticError
 
@@ -133,6 +152,7 @@ def _optimize(rank: int) -> None:
 def _on_two_ranks(rank: int) -> None:
     for bucket_nbytes, sums in ((1, 2), (100, 1), (25_000_000, 1)):
         _reduce(rank, bucket_nbytes, sums)
+    _overlap(rank)
     _optimize(rank)
 
 
