@@ -40,6 +40,7 @@ from autopar.capture.torch_modules import readable_modules
 from autopar.capture.transformers import adapted
 from autopar.capture.watch import watched
 from autopar.errors import AutoparError, CaptureError
+from autopar.garbage import no_garbage_collection
 
 aten = torch.ops.aten
 
@@ -106,6 +107,7 @@ def refuse_tensors(model: nn.Module) -> None:
             raise CaptureError(f"{name!r} of the model {problem}")
 
 
+@no_garbage_collection()
 def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], *, training: bool | None = None) -> Captured:
     """Capture a module for the sizes of an example call.
 

@@ -32,7 +32,7 @@ class Programs:
         """The program for a kind of call and the settings that the model has now; None where it is still to be made."""
         made: Sequence[tuple[Program, list[_Read]]] = self._made.get(key, ())
         for program, settings in reversed(made):
-            if all(attributes.get(name, _ABSENT) == value for attributes, name, value in settings):
+            if all(_is_same(attributes.get(name, _ABSENT), value) for attributes, name, value in settings):
                 return program
         if made:
             changes = ", ".join(self._changes(made[-1][0]))
@@ -51,5 +51,10 @@ class Programs:
     def _changes(self, program: Program) -> Iterator[str]:
         for (path, name), value in program.settings.items():
             now = self._attributes[path].get(name)
-            if now != value:
+            if not _is_same(now, value):
                 yield f"{path}.{name}".lstrip(".") + f" was {value!r} and is {now!r}"
+
+
+def _is_same(now: Any, value: Any) -> bool:
+    """Whether a forward that read `value` would do the same with `now`: 1 and 1.0 give results of other dtypes."""
+    return now is value or (type(now) is type(value) and bool(now == value))

@@ -85,9 +85,11 @@ def follow_parameters(moved: Iterable[tuple[Tensor, DTensor]]) -> None:
     """Let aliases of parameters, made before the first plan, share the storage that their parameters have now.
 
     Args:
-        moved: each parameter's whole local tensor before the plan, and the parameter.
+        moved: the whole local tensor before the plan of each parameter that has aliases, and the parameter.
     """
     parameter_at = {(whole.data_ptr(), tuple(whole.shape)): parameter for whole, parameter in moved if whole.numel() and not whole.is_meta}
+    if not parameter_at:
+        return  # the search through all objects takes a while
     for x in [x for x in gc.get_objects() if type(x) is DTensor]:
         if not torch_compat.is_made(x) or not is_temporary(x.device_mesh):
             continue

@@ -283,6 +283,7 @@ class Storage:
             if id(parameter) in exchanged:
                 continue
             exchanged.add(id(parameter))
+            is_aliased = isinstance(parameter, DTensor) and torch_compat.has_aliases(parameter)
             whole = torch_compat.local_of(parameter)
             is_stored_here = owner in (None, deployment.pipeline_rank)
             if not is_stored_here:
@@ -306,7 +307,8 @@ class Storage:
                 torch_compat.relink_hooks(parameter)
             parameter.__dict__[_STORED] = StoredParameter(mesh, deployment.pipeline_ranks, layout, owner)
             if isinstance(parameter, DTensor):
-                moved.append((whole, parameter))
+                if is_aliased:
+                    moved.append((whole, parameter))
                 parameter.grad = dispatch.as_stored(gradient, parameter)
         states.follow_parameters(moved)
         for path, module in self.model.named_modules():

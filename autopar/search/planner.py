@@ -5,14 +5,13 @@ Comes in: a `Graph`, a cluster, pins. Goes out: a `Plan` with its proof. Opens n
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, UnknownOpError
+from autopar.garbage import no_garbage_collection
 from autopar.ir import REPLICATE, Graph, Layout, Mesh, Op, OpKind, Space
 from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
 from autopar.rules import find_spaces, readable_name
@@ -62,19 +61,7 @@ class _Request:
         return self.mesh is None and not self.stored
 
 
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Python's garbage collector switched off: planning makes little garbage, and searching a large graph for it takes long."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@_without_garbage_collection()
+@no_garbage_collection()
 def make_plan(
     graph: Graph,
     cluster: Cluster,
