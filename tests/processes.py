@@ -1,8 +1,11 @@
-"""Runs a function in real processes that form a gloo process group."""
+"""Runs a function, or cases one after the other, in real processes that form a gloo process group."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import chdir
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,3 +29,56 @@ def _work(rank: int, size: int, rendezvous: str, fn: Callable[..., None], argume
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+Case = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What the cases of `run_cases` raised on each rank: a file each, empty where it went well."""
+
+    folder: Path
+
+    def check(self, name: str) -> None:
+        """Fail as the case of this name did on any rank."""
+        for rank in range(2):
+            file = self.folder / f"{name}.{rank}"
+            assert file.exists(), "a case before this one failed"
+            text = file.read_text(encoding="utf-8")
+            assert not text, f"rank {rank}: {text}"
+
+
+def run_cases(folder: Path, cases: Sequence[Case]) -> Outcomes:
+    """Run functions of a test module one after the other in one pair of processes, in float64; `folder` must be new.
+
+    Every case begins with the seed 0, in a working directory of its own that both ranks share. The ranks may be at different places
+    after a case that failed, so none is run after it.
+    """
+    outcomes = Outcomes(folder)
+    try:
+        spawn(2, folder, _run_each, folder, tuple(cases))
+    except mp.ProcessRaisedException:
+        # The last case may end the process group that the processes say goodbye over.
+        if not any(folder.glob("*.[01]")):
+            raise
+    return outcomes
+
+
+def _run_each(rank: int, folder: Path, cases: Sequence[Case]) -> None:
+    torch.set_default_dtype(torch.float64)
+    store = dist.distributed_c10d._get_default_store()
+    for case in cases:
+        torch.manual_seed(0)
+        place = folder / case.__name__
+        place.mkdir(exist_ok=True)
+        text = ""
+        try:
+            with chdir(place):
+                case()
+        except BaseException:
+            text = traceback.format_exc()
+        (folder / f"{case.__name__}.{rank}").write_text(text, encoding="utf-8")
+        store.set(f"{case.__name__} {rank}", text[-2000:])
+        if any(store.get(f"{case.__name__} {other}") for other in range(2)):
+            return

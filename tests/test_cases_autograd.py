@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 import autopar
 from autopar.errors import AutoparError, InputError, PlanError
 from tests.helpers import tree_allclose
-from tests.processes import spawn
+from tests.processes import Case, Outcomes, run_cases
 
 DP: Mapping[str, object] = {"dp": 2}
 FSDP: Mapping[str, object] = {"dp": 2, "fsdp": True}
@@ -598,71 +594,45 @@ def modes_threads_and_failures() -> None:
     compare(Loss, failing, [DP, TP])
 
 
-CASES: Mapping[str, Callable[[], None]] = {
-    case.__name__: case
-    for case in (
-        autograd_grad_of_parameters,
-        gradients_of_some_parameters,
-        a_loss_outside_of_the_model_for_each_task,
-        a_graph_that_is_retained,
-        calls_that_share_a_backward,
-        an_adversarial_loop,
-        tied_parameters,
-        a_closure,
-        frozen_parameters,
-        gradients_that_are_edited,
-        two_parameters_with_one_gradient,
-        hooks_of_parameters,
-        windows_without_sums,
-        products_with_the_hessian,
-        a_penalty_on_gradients_of_parameters,
-        a_penalty_on_gradients_of_the_input,
-        higher_derivatives_through_a_pipeline_are_refused,
-        steps_on_steps,
-        substitutes_for_parameters,
-        substitutes_that_can_not_be_used,
-        a_parameter_that_is_exchanged,
-        modules_that_change_after_compile,
-        two_models_share_a_body,
-        two_models_share_a_body_on_other_meshes,
-        a_model_in_several_hands,
-        parameters_of_something_else,
-        checkpoints_around_a_model,
-        modes_threads_and_failures,
-        a_parameter_that_changes_before_the_backward,  # ends a pipeline, and with it the process group
-    )
-}
-
-
-def run_all(rank: int, folder: Path) -> None:
-    torch.set_default_dtype(torch.float64)
-    done: dict[str, str] = {}
-    for name, case in CASES.items():
-        try:
-            case()
-            done[name] = ""
-        except BaseException:
-            done[name] = traceback.format_exc()
-            raise
-        finally:
-            (folder / f"{rank}.json").write_text(json.dumps(done))
+CASES: tuple[Case, ...] = (
+    autograd_grad_of_parameters,
+    gradients_of_some_parameters,
+    a_loss_outside_of_the_model_for_each_task,
+    a_graph_that_is_retained,
+    calls_that_share_a_backward,
+    an_adversarial_loop,
+    tied_parameters,
+    a_closure,
+    frozen_parameters,
+    gradients_that_are_edited,
+    two_parameters_with_one_gradient,
+    hooks_of_parameters,
+    windows_without_sums,
+    products_with_the_hessian,
+    a_penalty_on_gradients_of_parameters,
+    a_penalty_on_gradients_of_the_input,
+    higher_derivatives_through_a_pipeline_are_refused,
+    steps_on_steps,
+    substitutes_for_parameters,
+    substitutes_that_can_not_be_used,
+    a_parameter_that_is_exchanged,
+    modules_that_change_after_compile,
+    two_models_share_a_body,
+    two_models_share_a_body_on_other_meshes,
+    a_model_in_several_hands,
+    parameters_of_something_else,
+    checkpoints_around_a_model,
+    modes_threads_and_failures,
+    a_parameter_that_changes_before_the_backward,  # ends a pipeline, and with it the process group
+)
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Per rank, the cases that were run, and what failed."""
-    folder = tmp_path_factory.mktemp("cases")
-    try:
-        spawn(2, folder, run_all, folder)
-    except Exception as error:
-        print(error)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_cases(tmp_path_factory.mktemp("cases"), CASES)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", CASES)
-def test_case(outcomes: list[dict[str, Any]], name: str) -> None:
-    """The case of this name, on every rank; cases after one that failed aren't run."""
-    for rank, outcome in enumerate(outcomes):
-        assert name in outcome, "another case failed before"
-        assert not outcome[name], f"rank {rank}: {outcome[name]}"
+@pytest.mark.parametrize("name", [case.__name__ for case in CASES])
+def test_case(outcomes: Outcomes, name: str) -> None:
+    outcomes.check(name)

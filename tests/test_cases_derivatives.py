@@ -5,9 +5,7 @@ All loops run in one pair of processes; each is a test of its own, which reads w
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from torch.distributed.tensor import DTensor
 import autopar
 from autopar.errors import InputError
 from tests.helpers import tree_allclose
-from tests.processes import spawn
+from tests.processes import Case, Outcomes, run_cases
 
 PLANS: Mapping[str, Mapping[str, object]] = {
     "dp": {"dp": 2},
@@ -177,7 +175,7 @@ def indices_beyond_a_table() -> None:
         assert model(words, words).isfinite()
 
 
-LOOPS: tuple[Callable[[], None], ...] = (
+LOOPS: tuple[Case, ...] = (
     a_gradient_penalty_and_a_score,
     a_gradient_penalty_of_the_same_forward,
     a_penalty_on_the_scores_of_rows,
@@ -189,28 +187,12 @@ LOOPS: tuple[Callable[[], None], ...] = (
 )
 
 
-def _run_all(rank: int, folder: Path) -> None:
-    torch.set_default_dtype(torch.float64)
-    for loop in LOOPS:
-        try:
-            loop()
-            text = ""
-        except Exception:
-            text = traceback.format_exc()
-        (folder / f"{loop.__name__}.{rank}").write_text(text, encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what each loop raised on each rank, empty if it went well."""
-    folder = tmp_path_factory.mktemp("loops")
-    spawn(2, folder, _run_all, folder)
-    return folder
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_cases(tmp_path_factory.mktemp("cases"), LOOPS)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("loop", LOOPS, ids=lambda loop: loop.__name__)
-def test_on_two_ranks(loop: Callable[[], None], outcomes: Path) -> None:
-    for rank in range(2):
-        text = (outcomes / f"{loop.__name__}.{rank}").read_text(encoding="utf-8")
-        assert not text, f"rank {rank}: {text}"
+@pytest.mark.parametrize("name", [case.__name__ for case in LOOPS])
+def test_on_two_ranks(outcomes: Outcomes, name: str) -> None:
+    outcomes.check(name)

@@ -6,9 +6,7 @@ import copy
 import functools
 import random
 import re
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +21,7 @@ import autopar
 from autopar.capture import Captured, capture
 from autopar.errors import CaptureError, InputError
 from tests.helpers import tree_allclose
-from tests.processes import spawn
+from tests.processes import Case, Outcomes, run_cases
 
 torch.set_num_threads(1)
 
@@ -208,14 +206,36 @@ def hook_sees_the_whole_gradient() -> None:
     tree_allclose(seen[0], seen[1])
 
 
-ON_TWO_RANKS: dict[str, Callable[[], None]] = {
-    "custom_backward_dropped": lambda: (compare(EXACT["straight_through"], dp=2), compare(EXACT["gradient_reversal"], tp=2)),  # type: ignore[dict-item, func-returns-value]
-    "tensor_hook_dropped": lambda: (compare(reverse_by_hook, dp=2), compare(hook_three_times, tp=2)),  # type: ignore[dict-item, func-returns-value]
-    "reentrant_checkpoint": lambda: compare(EXACT["reentrant_checkpoint"], dp=2, recompute="full"),
-    "data_attribute_crash": lambda: compare(EXACT["data"], dp=2),
-    "several_results": lambda: compare(EXACT["function_of_several"], dp=2),
-    "hook_sees_the_whole_gradient": hook_sees_the_whole_gradient,
-}
+def custom_backward_dropped() -> None:
+    compare(EXACT["straight_through"], dp=2)
+    compare(EXACT["gradient_reversal"], tp=2)
+
+
+def tensor_hook_dropped() -> None:
+    compare(reverse_by_hook, dp=2)
+    compare(hook_three_times, tp=2)
+
+
+def reentrant_checkpoint() -> None:
+    compare(EXACT["reentrant_checkpoint"], dp=2, recompute="full")
+
+
+def data_attribute_crash() -> None:
+    compare(EXACT["data"], dp=2)
+
+
+def several_results() -> None:
+    compare(EXACT["function_of_several"], dp=2)
+
+
+ON_TWO_RANKS: tuple[Case, ...] = (
+    custom_backward_dropped,
+    tensor_hook_dropped,
+    reentrant_checkpoint,
+    data_attribute_crash,
+    several_results,
+    hook_sees_the_whole_gradient,
+)
 
 _DEEPSEEK: dict[str, Any] = {
     "vocab_size": 64,
@@ -251,28 +271,15 @@ def _words() -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def _run_all(rank: int, folder: str) -> None:
-    """Run every case on this rank, and write down how each of them failed."""
-    for name, case in ON_TWO_RANKS.items():
-        try:
-            case()
-            text = ""
-        except Exception:
-            text = traceback.format_exc()
-        (Path(folder) / f"{name}.{rank}").write_text(text, encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
-def failures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[str]]:
-    folder = tmp_path_factory.mktemp("cases")
-    spawn(2, folder, _run_all, str(folder))
-    return lambda name: [text for rank in range(2) if (text := (folder / f"{name}.{rank}").read_text(encoding="utf-8"))]
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_cases(tmp_path_factory.mktemp("cases"), ON_TWO_RANKS)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", ON_TWO_RANKS)
-def test_two_ranks_do_what_one_device_does(name: str, failures: Callable[[str], list[str]]) -> None:
-    assert failures(name) == []
+@pytest.mark.parametrize("name", [case.__name__ for case in ON_TWO_RANKS])
+def test_two_ranks_do_what_one_device_does(outcomes: Outcomes, name: str) -> None:
+    outcomes.check(name)
 
 
 # --- functions and hooks in plans ---

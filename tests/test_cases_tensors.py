@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +27,7 @@ from autopar.errors import InputError
 from autopar.runtime.dispatch import gather
 from tests import optimizers
 from tests.helpers import tree_allclose
-from tests.processes import spawn
+from tests.processes import Case, Outcomes, run_cases
 
 TP: Mapping[str, object] = {"tp": 2}
 DP: Mapping[str, object] = {"dp": 2}
@@ -77,11 +76,12 @@ def check_equal(model: nn.Module, reference: nn.Module) -> None:
     tree_allclose(whole(model), whole(reference), rtol=1e-9)
 
 
-CASES: dict[str, Callable[[Path], None]] = {}
+CASES: list[Case] = []
 
 
-def case(function: Callable[[Path], None]) -> Callable[[Path], None]:
-    CASES[function.__name__] = function
+def case(function: Case) -> Case:
+    """Mark a function that both ranks run."""
+    CASES.append(function)
     return function
 
 
@@ -89,7 +89,7 @@ def case(function: Callable[[Path], None]) -> Callable[[Path], None]:
 
 
 @case
-def opt_before_compile(folder: Path) -> None:
+def opt_before_compile() -> None:
     """An optimizer that was made a line above `autopar.compile` trains, and so do lists of the parameters from before."""
     for pins in PLANS:
         expected = Net()
@@ -118,7 +118,7 @@ def opt_before_compile(folder: Path) -> None:
 
 
 @case
-def an_optimizer_with_states_before_compile(folder: Path) -> None:
+def an_optimizer_with_states_before_compile() -> None:
     """An optimizer that has trained on one device goes on after `autopar.compile`."""
     expected, model = Net(), Net()
     optimizer, ours = (torch.optim.AdamW(net.parameters(), lr=1e-2) for net in (expected, model))
@@ -129,7 +129,7 @@ def an_optimizer_with_states_before_compile(folder: Path) -> None:
 
 
 @case
-def data_assign(folder: Path) -> None:
+def data_assign() -> None:
     """``p.data = value`` takes effect: of DTensors, of whole plain tensors, and back to what was kept aside."""
     for pins in PLANS:
         expected, compiled = Net(), autopar.compile(Net(), batch(), pins=pins)
@@ -153,7 +153,7 @@ def data_assign(folder: Path) -> None:
 
 
 @case
-def norm_item(folder: Path) -> None:
+def norm_item() -> None:
     """``item``, ``float``, ``bool``, ``tolist``, ``numpy`` and formats of weights and gradients are those of the whole."""
     readers: dict[str, Callable[[Tensor], Any]] = {
         "norm": lambda x: x.norm().item(),
@@ -182,7 +182,7 @@ def norm_item(folder: Path) -> None:
 
 
 @case
-def weights_and_plain_tensors(folder: Path) -> None:
+def weights_and_plain_tensors() -> None:
     """Edits of weights by plain tensors and indices, and a loss over weights, do what they do on one device."""
     for pins in PLANS:
         expected, compiled = Net(), autopar.compile(Net(), batch(), pins=pins)
@@ -209,7 +209,7 @@ def weights_and_plain_tensors(folder: Path) -> None:
 
 
 @case
-def a_plain_head_gets_plain_gradients(folder: Path) -> None:
+def a_plain_head_gets_plain_gradients() -> None:
     """A plain parameter outside of the model that meets weights of the model keeps plain gradients."""
     x, _ = batch()
     results = []
@@ -225,7 +225,7 @@ def a_plain_head_gets_plain_gradients(folder: Path) -> None:
 
 
 @case
-def random_values_are_one_devices(folder: Path) -> None:
+def random_values_are_one_devices() -> None:
     """Random values of a parameter are the same on every rank, even where ranks were seeded otherwise."""
     for pins in (DP, TP, PP):
         compiled = autopar.compile(Net(), batch(), pins=pins)
@@ -242,7 +242,7 @@ def random_values_are_one_devices(folder: Path) -> None:
 
 
 @case
-def ema_before_first_step(folder: Path) -> None:
+def ema_before_first_step() -> None:
     """An average made from ``state_dict()`` before the first call follows training, whatever mesh the plan has."""
     for pins in PLANS:
         averages = []
@@ -265,7 +265,7 @@ def ema_before_first_step(folder: Path) -> None:
 
 
 @case
-def an_average_written_through_aliases(folder: Path) -> None:
+def an_average_written_through_aliases() -> None:
     """Averages made before the first call, as tensors or as a copy of the model, are written where their aliases are written."""
     for pins in PLANS:
         results = []
@@ -285,7 +285,7 @@ def an_average_written_through_aliases(folder: Path) -> None:
 
 
 @case
-def state_made_before_first_call(folder: Path) -> None:
+def state_made_before_first_call() -> None:
     """Adagrad makes its state in its constructor; an alias of a parameter from before the first call goes on being one."""
     for pins in PLANS:
         expected, compiled = Net(), autopar.compile(Net(), pins=pins)
@@ -299,13 +299,13 @@ def state_made_before_first_call(folder: Path) -> None:
 
 
 @case
-def dcp_resume_fresh(folder: Path) -> None:
+def dcp_resume_fresh() -> None:
     """A distributed checkpoint is resumed in the usual order, with and without example inputs, also under another plan."""
     model = autopar.compile(Net(), batch(), pins=TP)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     step(model, optimizer)
     state, states = get_state_dict(model, optimizer)
-    dcp.save({"m": state, "o": states}, checkpoint_id=folder / "dcp_fresh")
+    dcp.save({"m": state, "o": states}, checkpoint_id=Path("dcp_fresh"))
     step(model, optimizer, 1)
     for pins in PLANS:
         for example in (batch(), None):
@@ -313,14 +313,14 @@ def dcp_resume_fresh(folder: Path) -> None:
             theirs = torch.optim.AdamW(other.parameters(), lr=1e-2)
             state, states = get_state_dict(other, theirs)
             loaded = {"m": state, "o": states}
-            dcp.load(loaded, checkpoint_id=folder / "dcp_fresh")
+            dcp.load(loaded, checkpoint_id=Path("dcp_fresh"))
             set_state_dict(other, theirs, model_state_dict=loaded["m"], optim_state_dict=loaded["o"])
             step(other, theirs, 1)
             check_equal(other, model)
 
 
 @case
-def resume_before_first_call(folder: Path) -> None:
+def resume_before_first_call() -> None:
     """The states that a resumed optimizer got before the first call are stored as its parameters are after the first step."""
     model = autopar.compile(Net(), pins=FSDP)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -336,7 +336,7 @@ def resume_before_first_call(folder: Path) -> None:
 
 
 @case
-def load_plain_optimizer(folder: Path) -> None:
+def load_plain_optimizer() -> None:
     """An ordinary file of one device, of a model and its optimizer, loads before and after the first step and goes on."""
     expected = Net()
     optimizer = torch.optim.AdamW(expected.parameters(), lr=1e-2)
@@ -360,7 +360,7 @@ def load_plain_optimizer(folder: Path) -> None:
 
 
 @case
-def full_state_dict_loads_into_one_device(folder: Path) -> None:
+def full_state_dict_loads_into_one_device() -> None:
     """One call gives what one device would save, of the model and of the optimizer, on the first rank, before and after steps."""
     for pins in PLANS:
         expected, model = Net(), autopar.compile(Net(), pins=pins)
@@ -385,7 +385,7 @@ def full_state_dict_loads_into_one_device(folder: Path) -> None:
 
 
 @case
-def rank0_torch_save(folder: Path) -> None:
+def rank0_torch_save() -> None:
     """Rank 0's part, saved by ``torch.save``, is refused elsewhere with the remedy; what every rank has whole is an ordinary file."""
     for pins, is_split in ((TP, True), (FSDP, True), (PP, True), (DP, False)):
         model = autopar.compile(Net(), batch(), pins=pins)
@@ -412,7 +412,7 @@ def rank0_torch_save(folder: Path) -> None:
 
 
 @case
-def files_of_every_rank_load_where_they_were_saved(folder: Path) -> None:
+def files_of_every_rank_load_where_they_were_saved() -> None:
     """Each rank's own ``torch.save`` loads on the same rank of the same mesh."""
     for pins in PLANS:
         model = autopar.compile(Net(), batch(), pins=pins)
@@ -430,7 +430,7 @@ def files_of_every_rank_load_where_they_were_saved(folder: Path) -> None:
 
 
 @case
-def submodules_and_methods(folder: Path) -> None:
+def submodules_and_methods() -> None:
     """Submodules, other methods and the original module can be called; gradients flow back to the parameters."""
     x, y = batch()
     for pins in PLANS:
@@ -455,7 +455,7 @@ def submodules_and_methods(folder: Path) -> None:
 
 
 @case
-def generate_tp(folder: Path) -> None:
+def generate_tp() -> None:
     """``generate`` and ``save_pretrained`` before and after training, and in evaluation; ``from_pretrained`` reads what was saved."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -477,62 +477,62 @@ def generate_tp(folder: Path) -> None:
                 if stage == "eval":
                     model.eval()
             assert torch.equal(compiled.generate(prompt, **options), expected.generate(prompt, **options)), (stage, pins)
-        compiled.save_pretrained(folder / f"saved{number}")
-        again = LlamaForCausalLM.from_pretrained(folder / f"saved{number}", dtype=torch.float64)
+        compiled.save_pretrained(Path(f"saved{number}"))
+        again = LlamaForCausalLM.from_pretrained(Path(f"saved{number}"), dtype=torch.float64)
         tree_allclose(again(ids).logits, expected(ids).logits, rtol=1e-6)
         check_equal(again, compiled)
 
 
 @case
-def huggingface_methods(folder: Path) -> None:
+def huggingface_methods() -> None:
     """Saving runs on the first rank; its failure is raised on every rank. Tied weights stay tied in the file."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     original = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32, n_positions=16))
     model = autopar.compile(original, {"input_ids": torch.zeros(2, 4, dtype=torch.long)}, pins=TP)
-    model.save_pretrained(folder / "tied")
-    again = GPT2LMHeadModel.from_pretrained(folder / "tied")
+    model.save_pretrained(Path("tied"))
+    again = GPT2LMHeadModel.from_pretrained(Path("tied"))
     assert again.lm_head.weight is again.transformer.wte.weight
     check_equal(again, model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    (folder / "file").touch()
+    Path("file").touch()
     with pytest.raises((InputError, AssertionError, OSError, ValueError)):
-        model.save_pretrained(folder / "file" / "below", variant=3, max_shard_size="no size")
+        model.save_pretrained(Path("file/below"), variant=3, max_shard_size="no size")
     assert all(isinstance(p, DTensor) for p in model.parameters())
 
 
 # --- optimizers -----------------------------------------------------------------------------------------------------------------------
 
 
-def check_optimizers(folder: Path, names: tuple[str, ...], plans: tuple[str, ...]) -> None:
-    optimizers.compare(dist.get_rank(), folder, names, plans)
-    for name, by_plan in json.loads((folder / f"{dist.get_rank()}.json").read_text()).items():
+def check_optimizers(names: tuple[str, ...], plans: tuple[str, ...]) -> None:
+    optimizers.compare(dist.get_rank(), Path(), names, plans)
+    for name, by_plan in json.loads(Path(f"{dist.get_rank()}.json").read_text()).items():
         for plan, error in by_plan.items():
             assert isinstance(error, float), f"{name} on {plan}: {error}"
             assert error < 1e-9, f"{name} on {plan}: {error}"
 
 
 @case
-def adafactor(folder: Path) -> None:
+def adafactor() -> None:
     """Both Adafactors, whose factors are sums over rows and columns, step as on one device."""
-    check_optimizers(folder, ("Adafactor", "Adafactor, transformers"), ("tp", "fsdp"))
+    check_optimizers(("Adafactor", "Adafactor, transformers"), ("tp", "fsdp"))
 
 
 @case
-def matrix_optimizers_under_pipeline(folder: Path) -> None:
+def matrix_optimizers_under_pipeline() -> None:
     """Optimizers that see matrices whole step as on one device where a parameter lives on one group of ranks, and where it is split."""
-    check_optimizers(folder, ("Muon", "Shampoo"), ("pp", "tp"))
+    check_optimizers(("Muon", "Shampoo"), ("pp", "tp"))
 
 
 @case
-def elementwise_optimizers(folder: Path) -> None:
+def elementwise_optimizers() -> None:
     """Optimizers that index, compare, and write through views."""
-    check_optimizers(folder, ("Rprop", "Sophia", "SAM"), ("pp", "fsdp"))
+    check_optimizers(("Rprop", "Sophia", "SAM"), ("pp", "fsdp"))
 
 
 @case
-def a_scaler_sees_what_any_rank_has(folder: Path) -> None:
+def a_scaler_sees_what_any_rank_has() -> None:
     """An infinite gradient in one rank's part stops the step on every rank."""
     for pins in (TP, FSDP, PP):
         model = autopar.compile(Net(), batch(), pins=pins)
@@ -555,7 +555,7 @@ def a_scaler_sees_what_any_rank_has(folder: Path) -> None:
 
 
 @case
-def wrapping_again_is_refused(folder: Path) -> None:
+def wrapping_again_is_refused() -> None:
     """Wrapping a compiled model or a module of it is refused in our words, before anything is changed."""
     for example in (batch(), None):
         model = autopar.compile(Net(), example, pins=DP)
@@ -573,42 +573,12 @@ def wrapping_again_is_refused(folder: Path) -> None:
 # --- the tests ------------------------------------------------------------------------------------------------------------------------
 
 
-def run_all(rank: int, folder: Path) -> None:
-    torch.set_default_dtype(torch.float64)
-    failures: dict[str, str] = {}
-    for name, function in CASES.items():
-        place = folder / name
-        place.mkdir(exist_ok=True)
-        torch.manual_seed(0)
-        try:
-            function(place)
-        except BaseException:
-            failures[name] = traceback.format_exc()
-            break  # the ranks may be at different places now
-        finally:
-            (folder / f"{rank}.json").write_text(json.dumps({"done": list(CASES)[: list(CASES).index(name) + 1], "failures": failures}))
-    if failures:
-        raise AssertionError(failures)
-
-
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Per rank, the cases that were run, and what failed."""
-    folder = tmp_path_factory.mktemp("cases")
-    try:
-        spawn(2, folder, run_all, folder)
-    except Exception as error:
-        if not (folder / "0.json").exists():
-            raise
-        print(error)
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_cases(tmp_path_factory.mktemp("cases"), CASES)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", CASES)
-def test_case(outcomes: list[dict[str, Any]], name: str) -> None:
-    """The case of this name, on every rank; cases after one that failed aren't run."""
-    for rank, outcome in enumerate(outcomes):
-        assert name not in outcome["failures"], f"rank {rank}: {outcome['failures'][name]}"
-    for outcome in outcomes:
-        assert name in outcome["done"], "another case failed before"
+@pytest.mark.parametrize("name", [case.__name__ for case in CASES])
+def test_case(outcomes: Outcomes, name: str) -> None:
+    outcomes.check(name)

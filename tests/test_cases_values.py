@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import io
 import pickle
-import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -26,7 +25,7 @@ from autopar.errors import CaptureError, CommError, InputError
 from autopar.runtime.fingerprints import hash_tensors
 from autopar.runtime.outputs import UnreadOutput
 from tests.helpers import tree_allclose
-from tests.processes import spawn
+from tests.processes import Case, Outcomes, run_cases, spawn
 
 DP: Mapping[str, object] = {"dp": 2}
 TP: Mapping[str, object] = {"tp": 2}
@@ -34,10 +33,10 @@ PP: Mapping[str, object] = {"pp": 2, "schedule": "1f1b", "microbatches": 2}
 GPIPE: Mapping[str, object] = {"pp": 2, "schedule": "gpipe", "microbatches": 2}
 ROWS, WIDTH, CLASSES = 8, 6, 4
 
-CASES: list[Callable[[], None]] = []
+CASES: list[Case] = []
 
 
-def case(function: Callable[[], None]) -> Callable[[], None]:
+def case(function: Case) -> Case:
     """Mark a function that both ranks run."""
     CASES.append(function)
     return function
@@ -784,37 +783,15 @@ def ranks_that_share_samples_pass_the_same() -> None:
         model(_batch(dist.get_rank())[0])
 
 
-def _run_cases(rank: int, folder: str) -> None:
-    torch.set_default_dtype(torch.float64)
-    for number, function in enumerate(CASES):
-        error = ""
-        try:
-            function()
-        except BaseException:
-            error = traceback.format_exc()
-        Path(folder, f"{function.__name__} {rank}").write_text(error)
-        # A case that failed on one rank must not spoil the next one.
-        dist.distributed_c10d._get_default_store().set(f"case {number} {rank}", error[-2000:])
-        others = [dist.distributed_c10d._get_default_store().get(f"case {number} {other}") for other in range(dist.get_world_size())]
-        if any(others):
-            return
-
-
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where both ranks' outcomes of every case are, after a run of all of them in one pair of processes."""
-    folder = tmp_path_factory.mktemp("outcomes")
-    spawn(2, tmp_path_factory.mktemp("processes"), _run_cases, str(folder))
-    return folder
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_cases(tmp_path_factory.mktemp("cases"), CASES)
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("name", [function.__name__ for function in CASES])
-def test_loop_on_two_ranks(name: str, outcomes: Path) -> None:
-    for rank in range(2):
-        file = outcomes / f"{name} {rank}"
-        assert file.exists(), "a case before this one failed"
-        assert not file.read_text(), f"rank {rank}: {file.read_text()}"
+@pytest.mark.parametrize("name", [case.__name__ for case in CASES])
+def test_loop_on_two_ranks(outcomes: Outcomes, name: str) -> None:
+    outcomes.check(name)
 
 
 # --- numbers that stand for tensors ---

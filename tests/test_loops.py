@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ import autopar
 from autopar.errors import AutoparError, CaptureError, PlanError
 from autopar.runtime.executor import Executor
 from tests.helpers import tree_allclose
-from tests.processes import spawn
+from tests.processes import Case, Outcomes, run_cases
 
 WIDTH, WORDS = 8, 24
 PIPELINE: Mapping[str, object] = {"pp": 2, "schedule": "1f1b", "microbatches": 4}
@@ -358,7 +357,7 @@ def steps_leave_nothing_behind() -> None:
     assert seen() is None, "a loss that is kept keeps the inputs of its step"
 
 
-LOOPS: tuple[Callable[[], None], ...] = (
+LOOPS: tuple[Case, ...] = (
     an_output_that_is_not_used_gives_no_gradients,
     a_loss_of_the_first_block_gives_the_others_none,
     a_step_after_a_backward_that_failed_is_right,
@@ -378,16 +377,12 @@ LOOPS: tuple[Callable[[], None], ...] = (
 )
 
 
-def _all(rank: int) -> None:
-    torch.set_default_dtype(torch.float64)
-    for loop in LOOPS:
-        try:
-            loop()
-        except BaseException as error:
-            error.add_note(f"in {loop.__name__}")
-            raise
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_cases(tmp_path_factory.mktemp("cases"), LOOPS)
 
 
 @pytest.mark.processes
-def test_loops_on_two_ranks_do_what_they_do_on_one_device(tmp_path: Path) -> None:
-    spawn(2, tmp_path, _all)
+@pytest.mark.parametrize("name", [case.__name__ for case in LOOPS])
+def test_loop_on_two_ranks_does_what_it_does_on_one_device(outcomes: Outcomes, name: str) -> None:
+    outcomes.check(name)

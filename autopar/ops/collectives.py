@@ -66,10 +66,9 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: comm.Axis, dim: int, outer: int, grad: str, save: bool) -> Tensor:
         ctx.step = (axis, dim, outer, grad)
-        recipe = _Recipe(x.detach(), axis, dim, outer)
-        full = recipe.gather()
+        full = _join(axis.gather_stack(x), dim, outer)
         if not save:
-            _free_after_forward(full, recipe)
+            _free_after_forward(full, _Recipe(x.detach(), axis, dim, outer))
         return full
 
     @staticmethod
@@ -296,7 +295,7 @@ class _Recipe:
 
     def __init__(self, part: Tensor, axis: comm.Axis, dim: int, outer: int) -> None:
         self.part, self.axis, self.dim, self.outer = part, axis, dim, outer
-        self._version = part._version
+        self._version = 0 if part.is_inference() else part._version
         self._saves = 0
         self._unread = 0
         self._full: Tensor | None = None
