@@ -12,7 +12,7 @@ from torch import nn
 
 import autopar
 from autopar.errors import InputError
-from autopar.ir import Split
+from autopar.ir import Split, StateKind
 from autopar.report import summarize
 
 
@@ -96,3 +96,27 @@ def test_fsdp_that_can_split_no_parameter_is_refused() -> None:
 def test_fsdp_that_leaves_parameters_whole_says_how_many() -> None:
     plan = autopar.plan(Wide(64, 64, 65), (torch.zeros(10, 64),), "5xcpu", pins={"fsdp": True, "dp": 5})
     assert any("fsdp=true leaves" in note and "layers.0.weight (float32[64, 64])" in note for note in plan.notes)
+
+
+def test_fsdp_takes_a_mesh_that_splits_something() -> None:
+    plan = autopar.plan(Wide(8, 8), (torch.zeros(12, 8),), "12xcpu", pins={"fsdp": True})
+    assert any(state.kind is StateKind.SHARD for state in plan.layouts["p_layers_0_weight"])
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (2 * x).sum()
+
+
+class LooksUp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table(x).sum()
+
+
+def test_models_without_parameters_or_without_products() -> None:
+    assert autopar.plan(Doubled(), (torch.zeros(4, 8),), "2xcpu", pins={"fsdp": True, "dp": 2}).notes == ()
+    assert autopar.plan(LooksUp(), (torch.zeros(3, 5, dtype=torch.int64),), "2xcpu").repeated == ()

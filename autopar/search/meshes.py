@@ -72,14 +72,21 @@ def find_trials(
     trials = []
     if mesh is None and not pins.placements:
         meshes += [factored for trial_mesh in meshes if (factored := _factor_heads(model, trial_mesh)) is not None]
+    unstored: list[InputError] = []
     for trial_mesh in meshes:
         constraints = _constrain(model, trial_mesh, pins, stored)
         for name, size, kind in zip(trial_mesh.names, trial_mesh.sizes, constraints.kinds, strict=True):
             if kind is AxisKind.DP and name in requested:
                 _check_batch(model, size)
-        if pins.fsdp:
-            _check_storage(model, trial_mesh, constraints)
-        trials.append(Trial("search", trial_mesh, constraints))
+        try:
+            if pins.fsdp:
+                _check_storage(model, trial_mesh, constraints)
+        except InputError as error:
+            unstored.append(error)
+        else:
+            trials.append(Trial("search", trial_mesh, constraints))
+    if not trials:
+        raise unstored[0]
     if not pins and mesh is None and not stored:
         trials += _baselines(model, cluster)
     return trials

@@ -284,7 +284,7 @@ def _note_storage(chosen: Chosen, pins: Pins) -> tuple[str, ...]:
     parameters = [op for op in folded.ops if op.kind is OpKind.PARAMETER and op.name in layouts]
     whole = [op for op in parameters if all(layouts[op.name][axis] == REPLICATE for axis in axes)]
     nbytes, total = (sum(op.results[0].nbytes * folded.count[op.name] for op in ops) for ops in (whole, parameters))
-    if nbytes < total / 100:
+    if not whole or nbytes < total / 100:
         return ()
     largest = max(whole, key=lambda op: op.results[0].nbytes)
     return (
