@@ -229,3 +229,11 @@ def test_a_weight_that_several_ops_save_is_gathered_once_more_only(monkeypatch: 
     threads.run(Mesh(("x",), (2,)), twice)
     # Each rank: the forward's gather, and one in each of the two backwards.
     assert sorted(gathers) == [0, 0, 0, 1, 1, 1]
+
+
+def test_gathers_in_inference_mode() -> None:
+    def run(rank: int) -> Tensor:
+        with torch.inference_mode(), c.regather():
+            return c.all_gather(torch.full((2, 3), float(rank)), "x", 0)
+
+    assert [part[:, 0].tolist() for part in threads.run(Mesh(("x",), (2,)), run)] == [[0, 0, 1, 1]] * 2

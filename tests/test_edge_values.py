@@ -228,6 +228,19 @@ def test_an_index_that_no_rank_has_is_an_error(call: Callable[[Tensor], Tensor],
     threads.run(TWO, lambda _: call(torch.tensor([3, 0, 15])))
 
 
+@pytest.mark.parametrize("splits", [{"a": ("x",)}, {"b": ("x",)}])
+def test_masked_scatter_from_too_short_and_empty_sources(splits: dict[str, tuple[str, ...]]) -> None:
+    def run(selected: int, source: int) -> list[Tensor]:
+        mask = torch.arange(4)[:, None] < selected  # of two elements each
+        part = torch.zeros(2, 2) if "a" in splits else torch.zeros(4, 1)
+        return threads.run(TWO, lambda _: kernels.masked_scatter(part, mask, torch.ones(source), splits=splits))
+
+    with pytest.raises(RuntimeError, match="the mask selects 8 elements, the source has 7"):
+        run(4, 7)
+    assert sum(float(part.sum()) for part in run(3, 7)) == 6
+    assert sum(float(part.sum()) for part in run(0, 0)) == 0
+
+
 def test_ignored_indices_are_not_checked_and_other_devices_are_left_alone() -> None:
     check_bounds(torch.tensor([3, -100]), 4, "", ignored=torch.tensor([False, True]))
     check_bounds(torch.tensor([], dtype=torch.int64), 4, "")

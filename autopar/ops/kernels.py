@@ -150,9 +150,16 @@ def masked_scatter(x: Tensor, mask: Tensor, source: Tensor, *, splits: Splits) -
         mask: bool, all of the mask, which broadcasts to the whole tensor.
         source: all of it, of any shape.
         splits: loop, a letter per dim, to the axes that split the dim.
+
+    Raises RuntimeError for a source of fewer elements than the mask selects.
     """
     axes = {ord(loop) - ord("a"): names for loop, names in splits.items()}
     whole = mask.expand([size * comm.count(axes.get(dim, ())) for dim, size in enumerate(x.shape)])
+    selected = mask.sum() * (whole.numel() // max(1, mask.numel()))
+    message = f"masked_scatter: the mask selects {{index}} elements, the source has {source.numel()}"
+    check_bounds(selected, source.numel() + 1, message, error=RuntimeError)
+    if not source.numel():
+        return x.clone()
     part = whole
     for dim, names in axes.items():
         part = part.narrow(dim, comm.index(names) * x.shape[dim], x.shape[dim])
@@ -163,7 +170,7 @@ def masked_scatter(x: Tensor, mask: Tensor, source: Tensor, *, splits: Splits) -
         number = whole.flatten().cumsum(0).view(whole.shape)
         for dim, names in axes.items():
             number = number.narrow(dim, comm.index(names) * x.shape[dim], x.shape[dim])
-    picked = source.flatten()[(number - 1).clamp(0, max(0, source.numel() - 1))]
+    picked = source.flatten()[(number - 1).clamp(0, source.numel() - 1)]
     return torch.where(part, picked, x)
 
 
