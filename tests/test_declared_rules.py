@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import autopar
 from autopar.capture import capture
 from autopar.checks import threads
+from autopar.checks.oracle import describe, trace
 from autopar.errors import InputError, PlanError, UnknownOpError, VerificationError
 from autopar.ir.layout import Mesh
 from autopar.ops import kernels, rng
@@ -250,6 +251,9 @@ def test_what_is_no_rule_is_refused(name: str, text: Any, message: str) -> None:
         ({"flops": -1.0}, "flops=-1.0"),
         ({"sizes": {"h": 0}}, "sizes has h=0"),
         ({"linear": [-1]}, "numbers of operands, from 0; not -1"),
+        ({"linear": 0}, "lists of numbers of operands"),
+        ({"flops": "2"}, "flops='2'"),
+        ({"shape_arg": -1}, "shape_arg=-1; the position of an argument"),
     ],
 )
 def test_options_that_cant_be_used_are_refused(options: dict[str, Any], message: str) -> None:
@@ -350,6 +354,20 @@ def test_random_operators_draw_from_streams(op: str) -> None:
     splits = "{'b': ('dp',)}" if name == "noisy" else "{}"
     assert f"kernels_draw(torch.ops.declared_rules.{name}.default" in code
     assert f"splits = {splits}" in code
+
+
+def test_every_loop_of_a_random_operator_that_may_be_split_has_a_stream() -> None:
+    autopar.register_rule("declared_rules::noisy", "b ab! -> b ab!", random=True)
+    op, tensors = trace("declared_rules.noisy.default", torch.randn(4, 6))
+    space = table.rule(op, describe(tensors))
+    assert space is not None
+    assert space.kernel_loops == {"b"}
+
+
+def test_a_shape_argument_that_a_call_lacks_is_refused() -> None:
+    autopar.register_rule("declared_rules::noisy", "b s -> b s", shape_arg=1)
+    with pytest.raises(InputError, match="shape_arg=1, but the call has 1 positional arguments"):
+        autopar.check_rule("declared_rules::noisy", torch.randn(4, 6))
 
 
 def test_replicas_of_a_random_operator_agree_and_parts_differ() -> None:

@@ -254,6 +254,7 @@ REDUCED = [
     row("norm.ScalarOpt_dim", real(4, 6), 2, [1], to="a b! -> a"),
     row("norm.Scalar", real(4, 6), 2, to="a! b! -> "),
     row("cosine_similarity.default", real(4, 6), real(1, 6), 1, to="a b!, 1 b! -> a"),
+    row("cosine_similarity.default", real(3, 4, 6), real(6), -1, to="a b c!, c! -> a b"),
     row("cosine_similarity.default", real(3, 4, 6), real(3, 4, 6), to="a b! c, a b! c -> a c"),
     row("linalg_vector_norm.default", real(4, 6), 2, [1], to="a b! -> a"),
     *(row(f"{name}.int", real(4, 6, 3), 1, to="a b! c -> a b! c") for name in ("softmax", "log_softmax")),

@@ -40,7 +40,7 @@ class DeclaredRule:
         reasons = []
         for text in self.texts:
             try:
-                return self._parse(text, shapes, results)
+                return self._parse(text, shapes, results, len(op.args))
             except ValueError as error:
                 reasons.append(f"{text!r}: {error}")
         tensors = f"{', '.join(map(str, operands))} -> {', '.join(map(str, op.results))}"
@@ -49,13 +49,15 @@ class DeclaredRule:
             f" ({'; '.join(reasons)}); give register_rule a list of texts, one per form of the call"
         )
 
-    def _parse(self, text: str, operands: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]]) -> Space:
+    def _parse(self, text: str, operands: Sequence[tuple[int, ...]], results: Sequence[tuple[int, ...]], arguments: int) -> Space:
         left, right = (list(_read_tensors(side)) for side in text.split("->"))
         for named, shapes, what in ((left, operands, "operands"), (right, results, "results")):
             if len(named) != len(shapes) and (shapes or any(named)):
                 raise ValueError(f"it has {len(named)} {what}, the call {len(shapes)}")
         if unknown := [index for index in (*self.linear, *self.added) if index >= len(operands)]:
             raise ValueError(f"linear or added names operand {unknown[0]}, the call has {len(operands)}")
+        if self.shape_arg is not None and self.shape_arg >= arguments:
+            raise ValueError(f"shape_arg={self.shape_arg}, but the call has {arguments} positional arguments, counted from 0")
         sizes = _find_sizes([*left, *right], [*operands, *results], self.sizes)
         return parse(
             text,
@@ -67,7 +69,7 @@ class DeclaredRule:
             linear=self.linear,
             added=self.added,
             shape_arg=self.shape_arg,
-            kernel_loops=[name for name in sizes if f"{name}!" not in text] if self.random else (),
+            kernel_loops=[name for name in sizes if name not in _whole_loops(text)] if self.random else (),
             random=self.random,
         )
 
@@ -92,10 +94,14 @@ def read_rule(
     target = read_target(name)
     if family not in tuple(Family):
         raise InputError(f"{name}: family {family!r} is unknown; there are {', '.join(Family)}")
-    if not math.isfinite(flops) or flops < 0:
-        raise InputError(f"{name}: flops={flops}; a number from 0 is needed, the operations per point of all loops")
+    if not isinstance(flops, (int, float)) or not math.isfinite(flops) or flops < 0:
+        raise InputError(f"{name}: flops={flops!r}; a number from 0 is needed, the operations per point of all loops")
     if wrong := [(loop, size) for loop, size in sizes.items() if not isinstance(size, int) or size < 1]:
         raise InputError(f"{name}: sizes has {wrong[0][0]}={wrong[0][1]!r}; a loop's size is an integer from 1")
+    if shape_arg is not None and (not isinstance(shape_arg, int) or shape_arg < 0):
+        raise InputError(f"{name}: shape_arg={shape_arg!r}; the position of an argument is needed, from 0")
+    if not all(isinstance(given, Sequence) for given in (linear, added)):
+        raise InputError(f"{name}: linear and added are lists of numbers of operands, such as [0]")
     if wrong_index := [index for index in (*linear, *added) if not isinstance(index, int) or index < 0]:
         raise InputError(f"{name}: linear and added have numbers of operands, from 0; not {wrong_index[0]!r}")
     if not texts:
@@ -136,7 +142,7 @@ def _find_fault(text: str) -> str:
         names = [name for dim in dims for name in dim]
         if twice := [name for name in names if names.count(name) > 1]:
             return f"has the loop {twice[0]} twice in one tensor"
-    whole = set(re.findall(r"([A-Za-z_]\w*)!", text))
+    whole = _whole_loops(text)
     read = {name for dims in operands for dim in dims for name in dim}
     made = [{name for dim in dims for name in dim} for dims in results]
     for names_made in made:
@@ -145,6 +151,10 @@ def _find_fault(text: str) -> str:
     if partly := sorted(name for name in set().union(*made) - whole if not all(name in names for names in made)):
         return f"has the loop {partly[0]} in some results only, so that its parts make different values of the others; write {partly[0]}!"
     return ""
+
+
+def _whole_loops(text: str) -> set[str]:
+    return set(re.findall(r"([A-Za-z_]\w*)!", text))
 
 
 def _split_tokens(tensor: str) -> Iterator[str]:

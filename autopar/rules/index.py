@@ -129,8 +129,10 @@ def masked_scatter(op: Op, operands: tuple[Tensor, ...]) -> Space:
     return space(op, operands, [tokens, mask, source], [tokens], kernel="masked_scatter", kernel_loops=tokens, positional=tokens)
 
 
-def index_into(op: Op, operands: tuple[Tensor, ...]) -> Space:
+def index_into(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
     """``a v! c, k!, a k! c -> a v! c``: slices along one dim are added or replaced, by tensors or by a number."""
+    if not all(tensor.shape for tensor in operands):
+        return None  # scalars stand for vectors of one element
     tokens = letters(len(operands[0].shape))
     dim = normal(argument(op, 1, "dim"), len(tokens))
     target, source = list(tokens), list(tokens)

@@ -128,7 +128,8 @@ def vector_norm(op: Op, operands: tuple[Tensor, ...]) -> Space:
 
 def cosine_similarity(op: Op, operands: tuple[Tensor, ...]) -> Space:
     """``a b!, a b! -> a``: the cosine of the angle between vectors along one dim."""
-    full = tuple(max(sizes) for sizes in zip(*(tensor.shape for tensor in operands), strict=True))
+    rank = max(len(tensor.shape) for tensor in operands)
+    full = tuple(max(sizes) for sizes in zip(*((1,) * (rank - len(tensor.shape)) + tensor.shape for tensor in operands), strict=True))
     dim = normal(argument(op, 2, "dim", 1), len(full))
     tokens = [f"{name}!" if position == dim else name for position, name in enumerate(letters(len(full)))]
     left = [broadcast(tensor.shape, tokens, full) for tensor in operands]
