@@ -92,3 +92,14 @@ def test_like_calls_are_taken_apart_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(decompose, "_trace", lambda node, *rest: traced.append(node.name) or trace(node, *rest))
     targets(Compare(lambda x, y: sum(torch.outer(x[:, 0], y[0]) for _ in range(4)).sum()))  # type: ignore[union-attr]
     assert len(traced) == 1
+
+
+class AsksForTypes(Compare):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        z = self.function(self.linear(x), y)
+        return z.to(torch.promote_types(x.dtype, torch.float64)).to(torch.result_type(x, 2.0)) if torch.can_cast(x.dtype, y.dtype) else z
+
+
+def test_questions_about_types_are_no_calls() -> None:
+    found = targets(AsksForTypes(lambda x, y: x))
+    assert found == ["aten.linear.default", "aten.to.dtype", "aten.to.dtype"]

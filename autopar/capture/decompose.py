@@ -74,7 +74,9 @@ def _list_operands(node: fx.Node) -> list[fx.Node]:
 def _find_body(node: fx.Node, mode: FakeTensorMode, known: dict[Any, fx.Graph | None]) -> fx.Graph | None:
     """The calls that make up a call of a composite operator, as a functional graph of its operands; None where it must stay whole."""
     operands = [operand.meta["val"] for operand in _list_operands(node)]
-    if not all(isinstance(operand, Tensor) for operand in operands):
+    # Questions such as `torch.promote_types` make a number, which forward has by now.
+    makes_tensors = isinstance(node.meta.get("val"), (Tensor, list, tuple))
+    if not makes_tensors or not all(isinstance(operand, Tensor) for operand in operands):
         return None
     others = fx.node.map_arg((node.args, node.kwargs), lambda _: None)
     key = (node.target, tuple((x.shape, x.stride(), x.dtype, x.device) for x in operands), repr(others))
