@@ -75,6 +75,7 @@ __all__ = [
     "make_dtensor",
     "make_like",
     "make_wrapper",
+    "on_this_thread",
     "partial_norm",
     "read_in_backward",
     "redistribute_part",
@@ -249,20 +250,34 @@ def function_calls_go_to(
         original = torch._C._FunctionBase.__dict__["apply"].__get__(None, cls)
         return apply(cls, original, args, kwargs) if threading.get_ident() == thread else original(*args, **kwargs)
 
-    # The public `apply` calls its base class's, which so far only that one's base class has.
+    # The public `apply` calls its base class's, which otherwise only that one's base class has.
+    before = base.__dict__.get("apply")
     base.apply = classmethod(replacement)
     try:
         yield
     finally:
-        del base.apply
+        if before is None:
+            del base.apply
+        else:
+            base.apply = before
+
+
+def on_this_thread(function: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """What calls `function` on the thread that runs now, and `elsewhere` on others."""
+    thread = threading.get_ident()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (function if threading.get_ident() == thread else elsewhere)(*args, **kwargs)
+
+    return call
 
 
 @contextmanager
 def backwards_go_to(run: Callable[..., Any]) -> Iterator[None]:
-    """Inside, `run` is called for every backward that starts: ``backward()``, `torch.autograd.grad`, and what builds on these."""
+    """Inside, `run` is called for every backward that this thread starts: ``backward()``, `torch.autograd.grad`, what builds on them."""
     package: Any = torch.autograd
     original = package._engine_run_backward
-    package._engine_run_backward = run
+    package._engine_run_backward = on_this_thread(run, original)
     try:
         yield
     finally:

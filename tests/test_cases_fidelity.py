@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import queue
 import random
 import re
+import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -434,6 +437,16 @@ def hook_with_a_mask(net: Net, z: Tensor) -> Tensor:
     return z
 
 
+class Scaled:
+    """A hook that holds a tensor."""
+
+    def __init__(self, factor: Tensor) -> None:
+        self.factor = factor
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        return grad * self.factor
+
+
 def write_into_a_shared_result(net: Net, z: Tensor) -> Tensor:
     copy = 1 * z.detach()
     shared = Reverse.apply(copy, 0.5)
@@ -526,6 +539,8 @@ REFUSED: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
         rf"{LINE}.*waits for the gradients of several tensors",
     ),
     "hook_with_a_tensor": (hook_with_a_mask, rf"the hook registered at {LINE}.* reads a tensor that the forward made"),
+    "hook_that_is_an_object": (lambda net, z: (z.register_hook(Scaled(z.detach())), z)[1], rf"{LINE}.* reads a tensor that the forward"),
+    "exit_after_a_random_number": (lambda net, z: sys.exit(int(random.random())), "draws from Python's random"),
     "hooks_on_saved_tensors": (
         lambda net, z: _within(torch.autograd.graph.saved_tensors_hooks(lambda x: 2 * x, lambda x: x), lambda: z.tanh()),
         rf"hooks on saved tensors at {LINE}",
@@ -609,6 +624,25 @@ def test_models_that_call_themselves() -> None:
     tree_allclose(gradients(model), gradients(reference))
     with pytest.raises(CaptureError, match=r"overrides __call__, .* Do what it does in forward"):
         capture(CalledDifferently(), (rows(),))
+
+
+class Remembers(nn.Module):
+    """Changes attributes in its first call only, and has a norm that counts batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.norm = {"nothing"}, nn.BatchNorm1d(WIDTH, momentum=None).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.clear()
+        self.seen.add("something")
+        return self.norm(x).sum()
+
+
+def test_what_is_remembered_once_is_as_it_was() -> None:
+    model = Remembers()
+    capture(model, (rows(),))
+    assert model.seen == {"nothing"}
 
 
 KEPT: dict[str, Tensor] = {}
@@ -702,6 +736,44 @@ def test_model_sees_the_name_that_the_user_set(monkeypatch: pytest.MonkeyPatch) 
     assert seen == ["sdpa", "eager", "flex_attention"]
 
 
+def test_other_threads_go_on_while_a_model_is_captured() -> None:
+    done: queue.SimpleQueue[object] = queue.SimpleQueue()  # a list would be as it was, like all that the model refers to
+
+    def work() -> None:
+        x = torch.ones(3, requires_grad=True)
+        (2 * x).sum().backward()
+        with torch.inference_mode():
+            done.put((x.grad is not None, (2 * x).is_inference()))
+        torch.manual_seed(0)
+        done.put("seeded")
+
+    def between(net: Net, z: Tensor) -> Tensor:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        return z
+
+    capture(Net(between), (rows(),))
+    assert [done.get_nowait() for _ in range(2)] == [(True, True), "seeded"]
+
+
+def test_captures_of_several_threads_take_turns() -> None:
+    model, errors = Net(EXACT["straight_through"]), list[BaseException]()
+
+    def run_one() -> None:
+        try:
+            capture(model, (rows(),))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run_one) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
 @pytest.mark.parametrize(
     ("name", "extra", "message"),
     [
@@ -709,7 +781,8 @@ def test_model_sees_the_name_that_the_user_set(monkeypatch: pytest.MonkeyPatch) 
         ("sdpa", {"s_aux": torch.zeros(4)}, "the model passes s_aux to sdpa attention"),
         ("sdpa", {"softcap": 5.0}, "the model passes softcap to sdpa attention"),
         ("flex_attention", {"block_indices": torch.zeros(1)}, "the model passes block_indices to flex_attention attention"),
-        ("sdpa", {"mask": True}, r"a mask of shape \[4, 16\]"),
+        ("sdpa", {"mask": torch.ones(4, 16)}, r"a mask of shape \[4, 16\]"),
+        ("flex_attention", {"mask": None, "sliding_window": 4}, "the model passes a sliding window without a mask to flex_attention"),
     ],
 )
 def test_what_attention_does_not_know_is_refused(name: str, extra: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -720,7 +793,9 @@ def test_what_attention_does_not_know_is_refused(name: str, extra: dict[str, Any
     def get(self: Any, *args: Any) -> Callable[..., Any]:
         function = original(self, *args)
         if "mask" in extra:
-            return lambda module, q, k, v, mask, **kwargs: function(module, q, k, v, torch.ones(4, 16), **kwargs)
+            given = dict(extra)
+            other = given.pop("mask")
+            return lambda module, q, k, v, mask, **kwargs: function(module, q, k, v, other, **{**kwargs, **given})
         return lambda *positional, **kwargs: function(*positional, **kwargs, **extra)
 
     monkeypatch.setattr(type(interface), "get_interface", get)

@@ -248,7 +248,7 @@ def _summary(value: Any, depth: int) -> Any:
     if isinstance(value, _CONTAINERS) and depth:
         if len(value) > _LONGEST:
             return len(value)
-        items = value.items() if isinstance(value, dict) else value
+        items = value.items() if isinstance(value, dict) else sorted(value, key=repr) if isinstance(value, set) else value
         return len(value), [_summary(item, depth - 1) for item in items]
     return None
 
@@ -295,11 +295,13 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _is_same(container: Any, contents: Any) -> bool:
+    if isinstance(container, set):
+        return bool(container == contents)
     if len(container) != len(contents):
         return False
     if isinstance(container, dict):
         return all(key in container and container[key] is value for key, value in contents.items())
-    return isinstance(container, set) or all(a is b for a, b in zip(container, contents, strict=True))
+    return all(a is b for a, b in zip(container, contents, strict=True))
 
 
 def _refill(container: Any, contents: Any) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import io
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -43,6 +44,10 @@ from autopar.errors import AutoparError, CaptureError
 from autopar.garbage import no_garbage_collection
 
 aten = torch.ops.aten
+
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while a model is captured, since an export replaces parts of torch and of the model for all threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +135,16 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
     fakes = [_fake(leaf, mode, device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(fakes, spec.in_spec)
     notes: list[str] = []
-    originals = _Originals.of(model)
-    attributes = ModelAttributes.of(model)
-    with calls_remembered():
+    with _ONE_AT_A_TIME, calls_remembered():
+        originals = _Originals.of(model)
+        attributes = ModelAttributes.of(model)
         try:
             with (
                 _set_training(model, training),
                 _faked(model, mode, device),
                 adapted(model, kwargs, notes) as kwargs,
                 watched(model, attributes, notes),
+                readable_modules(),
             ):
                 program = _export(model, args, kwargs)
                 _check_constants(program)
@@ -226,12 +232,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with (
-            warnings.catch_warnings(),
-            redirect_stderr(io.StringIO()) as said,
-            torch.enable_grad(),
-            readable_modules(),
-        ):
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said, torch.enable_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
         if said.getvalue():
@@ -342,7 +343,7 @@ def _place_of_buffer(name: str, module_numbers: Mapping[str, int]) -> tuple[int,
 def _name_constant(value: Tensor) -> str:
     """A name for a tensor that the forward makes of numbers, by its contents, since torch numbers them in the order of the calls."""
     content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-    return f"constant_{hashlib.sha256(f'{value.dtype}{tuple(value.shape)}'.encode() + content).hexdigest()[:8]}"
+    return f"constant_{hashlib.sha256(f'{value.dtype}{tuple(value.shape)}'.encode() + content).hexdigest()[:16]}"
 
 
 def _unwritable(placeholders: _Placeholders) -> dict[str, str]:

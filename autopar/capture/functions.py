@@ -223,7 +223,8 @@ def _holds_fake_tensor(value: object, depth: int = 4) -> bool:
                 inner.append(cell.cell_contents)
             except ValueError:  # a name that isn't bound yet
                 continue
-        inner += [getattr(value, name, None) for name in ("__defaults__", "__kwdefaults__", "__self__", "func", "args", "keywords")]
+        bound = ("__defaults__", "__kwdefaults__", "__self__", "__dict__", "func", "args", "keywords")
+        inner += [getattr(value, name, None) for name in bound]
     return any(_holds_fake_tensor(item, depth - 1) for item in inner)
 
 

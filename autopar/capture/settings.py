@@ -6,7 +6,7 @@ probability of a dropout or a flag. They are part of the graph as they were; a m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,10 +27,12 @@ def reads_noted(model: nn.Module, internal: Collection[str], reads: dict[tuple[s
         internal: attributes of every module, which aren't the user's.
         reads: gets the settings.
     """
+    original = nn.Module.__dict__.get("__getattribute__")
+    get: Callable[[nn.Module, str], Any] = original or object.__getattribute__
     paths = {id(module): path for path, module in model.named_modules()}
 
     def read(module: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(module, name)
+        value = get(module, name)
         if type(value) in _PLAIN and name not in internal and id(module) in paths and name in object.__getattribute__(module, "__dict__"):
             reads.setdefault((paths[id(module)], name), value)
         return value
@@ -39,4 +41,7 @@ def reads_noted(model: nn.Module, internal: Collection[str], reads: dict[tuple[s
     try:
         yield
     finally:
-        del nn.Module.__getattribute__
+        if original is None:
+            del nn.Module.__getattribute__
+        else:
+            nn.Module.__getattribute__ = original  # type: ignore[method-assign]

@@ -139,7 +139,7 @@ def _replaced(names: Collection[str], given: frozenset[str], packed: bool, notes
 
     def attend(name: str) -> Callable[..., Any]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            _refuse_unknown(name, kwargs, given)
+            _refuse_unknown(name, kwargs, given, has_mask=(args[3] if len(args) > 3 else kwargs.get("attention_mask")) is not None)
             return attention_forward(module, *args, notes=notes, **kwargs)
 
         return call
@@ -148,11 +148,11 @@ def _replaced(names: Collection[str], given: frozenset[str], packed: bool, notes
     replaced = [name for name in names if name in attentions and attentions[name].__module__.startswith("transformers.")]
     before = [(attentions, {name: attentions[name] for name in replaced})]
     before.append((masks, {name: masks[name] for name in {"sdpa", "eager", *replaced} if name in masks}))
-    for name in before[1][1]:
-        masks.register(name, build if name in replaced else unpacked(masks[name]))
-    for name in replaced:
-        attentions.register(name, attend(name))
     try:
+        for name in before[1][1]:
+            masks.register(name, build if name in replaced else unpacked(masks[name]))
+        for name in replaced:
+            attentions.register(name, attend(name))
         yield
     finally:
         for functions, originals in before:
@@ -160,7 +160,7 @@ def _replaced(names: Collection[str], given: frozenset[str], packed: bool, notes
                 functions.register(name, original)
 
 
-def _refuse_unknown(name: str, kwargs: Mapping[str, Any], given: frozenset[str]) -> None:
+def _refuse_unknown(name: str, kwargs: Mapping[str, Any], given: frozenset[str], *, has_mask: bool) -> None:
     """Raise CaptureError for what a model passes to an attention function and one operator can't do.
 
     The library's ``sdpa`` function, too, ignores plain arguments that it doesn't know, and all that the user gave in the call of the model.
@@ -176,7 +176,7 @@ def _refuse_unknown(name: str, kwargs: Mapping[str, Any], given: frozenset[str])
         and not (name == "sdpa" and (key in given or not isinstance(value, (Tensor, float))))
         and not (key in given and not key.startswith("cu_seq"))
     ]
-    windowed = name != "sdpa" and kwargs.get("sliding_window") is not None and kwargs.get("attention_mask", 0) is None
+    windowed = name != "sdpa" and kwargs.get("sliding_window") is not None and not has_mask
     if unknown or windowed:
         what = ", ".join(unknown) or "a sliding window without a mask"
         raise CaptureError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
@@ -66,9 +67,9 @@ def watched(model: nn.Module, attributes: ModelAttributes, notes: list[str]) -> 
     try:
         yield
     finally:
-        inside.close()
         for handle in handles:
             handle.remove()
+        inside.close()  # raises if the forward, which an exit has left, drew random numbers
 
 
 def _refuse_backward_hooks(model: nn.Module) -> None:
@@ -163,10 +164,11 @@ def _compiler_questions_noted(notes: list[str]) -> Iterator[None]:
 
 @contextmanager
 def _methods(owner: type, **replacements: Callable[..., Any]) -> Iterator[None]:
+    """Inside, on this thread, methods of a class are these."""
     originals = {name: owner.__dict__[name] for name in replacements}
     try:
         for name, replacement in replacements.items():
-            setattr(owner, name, replacement)
+            setattr(owner, name, torch_compat.on_this_thread(replacement, originals[name]))
         yield
     finally:
         for name, original in originals.items():
@@ -194,9 +196,10 @@ class _Unseeded:
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
+        self._thread = threading.get_ident()
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("manual_seed", "seed"):
+        if name in ("manual_seed", "seed") and threading.get_ident() == self._thread:
             raise CaptureError(
                 f"the forward seeds torch's random numbers at `{users_line()}`, which would happen once, while the model is captured, and"
                 " not in every call. Seed outside of the forward, or pass the numbers as arguments"
