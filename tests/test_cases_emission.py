@@ -118,10 +118,10 @@ def test_numbers_that_forward_reads_may_be_set_between_calls() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.linear, self.drop = nn.Linear(8, 8), nn.Dropout(0.0)
-            self.temperature, self.signed, self.steps = 1.0, True, 0
+            self.temperature, self.signed, self.steps, self.range = 1.0, True, 0, (-9.0, 9.0)
 
         def forward(self, x: Tensor) -> Tensor:
-            y = self.drop(self.linear(x) / self.temperature)
+            y = self.drop(self.linear(x) / self.temperature).clamp(*self.range)
             return (y if self.signed else y.abs()).sum()
 
     model, x = Model().double(), _rows()
@@ -130,6 +130,7 @@ def test_numbers_that_forward_reads_may_be_set_between_calls() -> None:
     changes: tuple[tuple[str, Callable[[Any], None]], ...] = (
         (r"temperature was 1.0 and is 0.5", lambda each: setattr(each, "temperature", 0.5)),
         (r"signed was True and is False", lambda each: setattr(each, "signed", False)),
+        (r"range was \(-9.0, 9.0\) and is \(-0.1, 0.1\)", lambda each: setattr(each, "range", (-0.1, 0.1))),
         (r"drop.p was 0.0 and is 1.0", lambda each: setattr(each.drop, "p", 1.0)),
     )
     for message, change in changes:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 Settings = Mapping[tuple[str, str], Any]
 """Path of a module and name of an attribute -> its value."""
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def reads_noted(model: nn.Module, internal: Collection[str], reads: dict[tuple[s
 
     def read(module: nn.Module, name: str) -> Any:
         value = get(module, name)
-        if type(value) in _PLAIN and name not in internal and id(module) in paths and name in object.__getattribute__(module, "__dict__"):
+        if _is_setting(value) and name not in internal and id(module) in paths and name in object.__getattribute__(module, "__dict__"):
             reads.setdefault((paths[id(module)], name), value)
         return value
 
@@ -45,3 +46,8 @@ def reads_noted(model: nn.Module, internal: Collection[str], reads: dict[tuple[s
             del nn.Module.__getattribute__
         else:
             nn.Module.__getattribute__ = original  # type: ignore[method-assign]
+
+
+def _is_setting(value: object) -> bool:
+    """Whether a value is plain, or a tuple of plain values. What can change in place, a list or an object, would have to be copied."""
+    return type(value) in _PLAIN or (type(value) is tuple and all(map(_is_setting, value)))

@@ -57,4 +57,6 @@ class Programs:
 
 def _is_same(now: Any, value: Any) -> bool:
     """Whether a forward that read `value` would do the same with `now`: 1 and 1.0 give results of other dtypes."""
-    return now is value or (type(now) is type(value) and bool(now == value))
+    if now is value or type(now) is not type(value):
+        return now is value
+    return len(now) == len(value) and all(map(_is_same, now, value)) if isinstance(value, tuple) else bool(now == value)
