@@ -303,7 +303,6 @@ _FACTORIES: dict[Any, Any] = {
     aten.new_zeros.default: aten.zeros.default,
     aten.new_ones.default: aten.ones.default,
     aten.new_full.default: aten.full.default,
-    aten.new_empty.default: aten.empty.memory_format,
 }
 
 _OTHER_NAMES = {

@@ -217,11 +217,11 @@ def _read_meaning(function: Callable[..., Any], given: Mapping[str, Any], notes:
         elif name in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
             windows.append((name, int(_closure(part)["sliding_window"])))
         elif part is not library.bidirectional_mask_function:
-            _note(notes, f"attention mask kept as a tensor: {name!r} isn't a mask that is known by its meaning")
+            notes.append(f"attention mask kept as a tensor: {name!r} isn't a mask that is known by its meaning")
             return None
     expected = "sliding_window_overlay" if causal else "sliding_window_bidirectional_overlay"
     if any(name != expected for name, _ in windows):
-        _note(notes, "attention mask kept as a tensor: a one-sided window without causality, or the reverse")
+        notes.append("attention mask kept as a tensor: a one-sided window without causality, or the reverse")
         return None
     window = min((size for _, size in windows), default=None)
     longest = max(given["q_length"], given["kv_length"])
@@ -229,7 +229,7 @@ def _read_meaning(function: Callable[..., Any], given: Mapping[str, Any], notes:
         window = None
     padding = given["attention_mask"]
     if padding is not None and (padding.ndim != 2 or padding.shape[1] != given["kv_length"]):
-        _note(notes, f"attention mask kept as a tensor: a padding mask of shape {tuple(padding.shape)}")
+        notes.append(f"attention mask kept as a tensor: a padding mask of shape {tuple(padding.shape)}")
         return None
     return Meaning(causal, window, padding)
 
@@ -255,11 +255,6 @@ def _without_packing(function: Callable[..., Any], library: Any) -> Callable[...
 
 def _closure(function: Callable[..., Any]) -> dict[str, Any]:
     return dict(inspect.getclosurevars(function).nonlocals)
-
-
-def _note(notes: list[str], text: str) -> None:
-    if text not in notes:
-        notes.append(text)
 
 
 def attention_forward(
@@ -301,7 +296,7 @@ def attention_forward(
         bias = None
     else:
         meaning = Meaning()
-        _note(notes, "an attention mask that the model made or changed itself is kept as a tensor")
+        notes.append("an attention mask that the model made or changed itself is kept as a tensor")
     if position_bias is not None:
         if meaning.key_padding is not None:
             bias, meaning = attention_mask, Meaning()

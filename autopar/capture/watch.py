@@ -91,13 +91,8 @@ def _refuse_backward(*args: object, **kwargs: object) -> NoReturn:
     )
 
 
-def _note(notes: list[str], text: str) -> None:
-    if text not in notes:
-        notes.append(text)
-
-
 def _note_checkpoint(notes: list[str]) -> None:
-    _note(notes, f"torch.utils.checkpoint at {users_line()}: the plan chooses what is recomputed; pin recompute=full to recompute all")
+    notes.append(f"torch.utils.checkpoint at {users_line()}: the plan chooses what is recomputed; pin recompute=full to recompute all")
 
 
 @contextmanager
@@ -106,7 +101,7 @@ def _saved_tensors_stay(notes: list[str]) -> Iterator[None]:
 
     def enter(self: saved_tensors_hooks) -> None:
         if isinstance(self, save_on_cpu):
-            _note(notes, f"save_on_cpu at {users_line()} left out: what the backward needs stays on the device, and the plan counts it")
+            notes.append(f"save_on_cpu at {users_line()} left out: what the backward needs stays on the device, and the plan counts it")
         elif type(self).__module__ == torch.utils.checkpoint.__name__:
             _note_checkpoint(notes)
         else:
@@ -143,8 +138,7 @@ def _compiler_questions_noted(notes: list[str]) -> Iterator[None]:
         def ask() -> bool:
             # Libraries and torch ask often, and compute the same either way.
             if not is_installed(sys._getframe(1).f_code.co_filename):
-                _note(
-                    notes,
+                notes.append(
                     f"torch.compiler.{name}() at {users_line()} is true while the model is captured: the branch for that is what runs",
                 )
             return original()
@@ -279,8 +273,8 @@ def _register_post_accumulate_hook(notes: list[str], func: Any, x: Tensor, hook:
 
 
 def _retain_grad(notes: list[str], func: Any, x: Tensor) -> None:
-    _note(
-        notes, f"retain_grad at {users_line()} left out: grad stays None. Return the tensor, and call retain_grad on what the model returns"
+    notes.append(
+        f"retain_grad at {users_line()} left out: grad stays None. Return the tensor, and call retain_grad on what the model returns"
     )
 
 

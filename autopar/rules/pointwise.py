@@ -313,7 +313,7 @@ def randn(op: Op, operands: tuple[Tensor, ...]) -> Space:
 
 
 def drawn(op: Op, operands: tuple[Tensor, ...]) -> Space:
-    """Random numbers in the shape of another tensor, whatever its values: what an in-place op such as ``x.exponential_()`` becomes."""
+    """Random numbers in the shape of another tensor, each drawn alone: what an in-place op such as ``x.exponential_()`` becomes."""
     return _random(op, operands, None)
 
 
