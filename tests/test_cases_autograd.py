@@ -599,7 +599,7 @@ def a_backward_after_one_that_failed() -> None:
 class WithWeight(Loss):
     """Returns a weight beside its loss."""
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return super().forward(x), self.n[2].weight
 
 
