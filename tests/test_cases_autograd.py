@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -566,6 +567,68 @@ def checkpoints_around_a_model() -> None:
         )
 
 
+def a_checkpoint_beside_a_call() -> None:
+    """The backward of a reentrant checkpoint runs inside of the backward that has summed gradients already."""
+
+    def loop(model: nn.Module) -> Values:
+        inside = checkpoint(model, batch().requires_grad_(), use_reentrant=True)
+        (inside + 3 * model(batch(1).requires_grad_())).backward()
+        return gradients(model)
+
+    compare(Loss, loop, FLAT)
+
+
+def a_backward_after_one_that_failed() -> None:
+    """On the same graph, without a forward between them."""
+
+    def loop(model: nn.Module) -> Values:
+        x, fails = batch().requires_grad_(), [True]
+        inner = 2 * x
+        inner.register_hook(lambda gradient: 1 / 0 if fails[0] else None)  # type: ignore[no-untyped-call]
+        loss = model(inner)
+        with pytest.raises(ZeroDivisionError):
+            loss.backward(retain_graph=True)
+        torch.optim.SGD(model.parameters()).zero_grad()
+        fails[0] = False
+        loss.backward()
+        return gradients(model)
+
+    compare(Loss, loop, FLAT)
+
+
+class WithWeight(Loss):
+    """Returns a weight beside its loss."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), self.n[2].weight
+
+
+def a_weight_that_is_returned() -> None:
+    """Its gradient is that of both ways, and it doesn't collect hooks from call to call."""
+
+    def loop(model: nn.Module) -> Values:
+        for seed in range(4):
+            loss, weight = model(batch(seed))
+            (loss + weight.square().sum()).backward()
+        counts = [len(x._backward_hooks or ()) for x in gc.get_objects() if type(x) is Tensor and x.shape == weight.shape]
+        assert max(counts, default=0) <= 3
+        return gradients(model)
+
+    compare(WithWeight, loop, FLAT)
+
+
+def modules_that_are_called_on_own_samples() -> None:
+    """A module of a model with ``inputs="local"`` gets the gradient of the mean of the ranks' losses, the same on all ranks."""
+    x, model = batch(), layers()
+    model[0](x).square().mean().backward()
+    expected = gradients(model)[:2]
+    index = dist.get_rank()
+    for pins in (DP, FSDP):
+        model = autopar.compile(layers(), (batch(),), pins=pins, inputs="local")  # type: ignore[assignment]
+        model.get_submodule("0")(x[4 * index :][:4]).square().mean().backward()
+        agree(gradients(model)[:2], expected)
+
+
 def modes_threads_and_failures() -> None:
     """Calls without gradients before, anomaly detection, a backward on another thread, and one that failed."""
 
@@ -622,6 +685,10 @@ CASES: tuple[Case, ...] = (
     a_model_in_several_hands,
     parameters_of_something_else,
     checkpoints_around_a_model,
+    a_checkpoint_beside_a_call,
+    a_backward_after_one_that_failed,
+    a_weight_that_is_returned,
+    modules_that_are_called_on_own_samples,
     modes_threads_and_failures,
     a_parameter_that_changes_before_the_backward,  # ends a pipeline, and with it the process group
 )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -185,6 +186,43 @@ def _run(rank: int) -> None:
             fresh().storage()
         with pytest.raises(RuntimeError, match=r"must match|not aligned|broadcast"):
             fresh() + torch.ones(5, 5)
+
+
+def _run_beside(rank: int) -> None:
+    """DTensors that aren't ours, on a mesh of any name, are torch's; what torch refuses is done on whole copies."""
+    before = _describe_own("world")
+    for teach in (dispatch.teach_whole_values, teach_methods, teach_pickling, torch_compat.count_plain_as_replicated):
+        teach()
+    ours = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    dispatch.adopt(ours)
+    assert _describe_own("world") == before
+    own = _make_own("world")
+    assert (own + DTensor.from_local(torch.ones(2), ours, [Shard(0)]).sum()).full_tensor().sum() == 28 + 8 * 4
+    assert own.placements == (Shard(0),)
+    assert own.index_copy_(0, torch.tensor([3]), torch.ones(1, 2)).full_tensor()[3].tolist() == [1, 1]
+
+
+def _make_own(name: str) -> DTensor:
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=(name,))
+    return DTensor.from_local(torch.arange(8.0).view(4, 2), mesh, [Replicate()]).redistribute(placements=[Shard(0)])
+
+
+def _describe_own(name: str) -> list[object]:
+    own, done = _make_own(name), []
+    for op in (lambda x: x[:3], lambda x: x.t(), lambda x: x.cumsum(0), torch.rand_like, lambda x: x.zero_()):
+        y = op(own)  # type: ignore[no-untyped-call]
+        y.full_tensor()  # waits for what is under way
+        done.append((type(y), y.placements))
+    own.data = own.data.new_empty(0)
+    with pytest.raises(NotImplementedError):
+        dist.all_reduce(_make_own(name))
+    own.storage()
+    return done
+
+
+@pytest.mark.processes
+def test_other_dtensors_are_left_to_torch(tmp_path: Path) -> None:
+    spawn(2, tmp_path, _run_beside)
 
 
 @pytest.mark.processes

@@ -34,8 +34,8 @@ from autopar.runtime.dtensor import placement_steps
 from autopar.runtime.owned_rules import is_elementwise
 from autopar.torch_compat import OutputSharding, with_placements
 
-WORLD = "world"
-"""The name of the one axis of the mesh on which parameters are stored before the first plan."""
+WORLD = "autopar_world"
+"""The name of the one axis of the mesh on which parameters are stored before the first plan; no mesh of the user's has it."""
 
 Arguments = tuple[Any, ...]
 Options = Mapping[str, Any]
@@ -269,14 +269,17 @@ def _view(op: Any, args: Arguments, kwargs: Options, base: DTensor, whole: Tenso
 
 def _dispatch(torch_rule: Callable[..., object], op: Any, args: Arguments, kwargs: Options, op_info: Any, try_cache: bool) -> object:
     """How torch is to run an op, or, where it can't, the op's results."""
+    operands = list(_find_tensors(args, kwargs))
+    dtensors = [x for x in operands if isinstance(x, DTensor)]
+    if len(dtensors) == len(operands) and not any(is_ours(x.device_mesh) for x in dtensors):
+        # Nothing of a compiled model, and no plain tensor, which torch would refuse but for us.
+        return torch_rule(op, args, kwargs, op_info, try_cache)
     if op.namespace in ("c10d", "_c10d_functional"):
         raise InputError(
             f"{op._schema.name} of a tensor that ranks store parts of, such as a parameter of a compiled model: gradients are summed over "
             "the ranks already, so don't wrap a compiled model in DistributedDataParallel and don't reduce gradients by hand; "
             "x.to_local() is this rank's part, x.full_tensor() the whole"
         )
-    operands = list(_find_tensors(args, kwargs))
-    dtensors = [x for x in operands if isinstance(x, DTensor)]
     if _bring_together(dtensors):
         return op(*args, **kwargs)
     viewed = _find_viewed(op, args, kwargs)
@@ -299,7 +302,7 @@ def _is_wrong_in_torch(op: Any, dtensors: Iterable[DTensor]) -> bool:
     that two axes split.
     """
     if _is_random(op):
-        return any(is_ours(x.device_mesh) for x in dtensors)
+        return True
     if op._schema.is_mutable:
         is_out = any(argument.is_out for argument in op._schema.arguments)
         return is_out or not (is_elementwise(op) or torch.Tag.inplace_view in op.tags)
@@ -333,7 +336,7 @@ def _bring_together(dtensors: list[DTensor]) -> bool:
     if not placed or len(placed) == len(dtensors) or any(x.device_mesh != placed[0].device_mesh for x in placed):
         return False
     temporary = [x for x in dtensors if is_temporary(x.device_mesh)]
-    if any(isinstance(x, torch.nn.Parameter) or torch_compat.has_aliases(x) for x in temporary):
+    if any(isinstance(x, torch.nn.Parameter) or torch_compat.has_aliases(x) or not _is_replicated(x) for x in temporary):
         # A parameter of a model that has no plan yet, which will say where the parameter goes. And what is written to an alias, such as
         # one of ``state_dict()``, must reach the tensor.
         return False
@@ -341,6 +344,10 @@ def _bring_together(dtensors: list[DTensor]) -> bool:
         if is_temporary(x.device_mesh):
             move(x, next((other for other in placed if other.shape == x.shape), placed[0]))
     return True
+
+
+def _is_replicated(x: DTensor) -> bool:
+    return all(isinstance(placement, Replicate) for placement in x.placements)
 
 
 def _read_scalar(op: Any, args: Arguments, kwargs: Options) -> Any:

@@ -7,6 +7,7 @@ gradients, which are made before the user's backward, wait in `StashedGradients`
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ class GradientReducer:
         self._pending_sums: list[_PendingSum] = []
         self._stashes: list[StashedGradients] = []
         self._backward = -1
+        # What the backward that runs now will call when it has ended. It is gone when that has failed.
+        self._end_of_backward: Callable[[], Callable[[], None] | None] = _gone
         self._synced = True
         # A backward, and whether it adds to ``grad``.
         self._adds = (-1, False)
@@ -121,6 +124,7 @@ class GradientReducer:
                 raise InputError(
                     f"the gradient of {entry.name} is sparse, and only dense ones are summed over ranks: leave out sparse=True"
                 )
+            self._begin_backward()
             if entry.gradient is not None:
                 entry.gradient.add_(gradient)
             elif gradient._use_count() == use_count and gradient.stride() == stride:  # type: ignore[attr-defined]
@@ -146,10 +150,6 @@ class GradientReducer:
         """Remove a stash; the gradients accumulated in it are dropped."""
         self._stashes.remove(stash)
 
-    def reduce_unsynced(self) -> None:
-        """Sum over the ranks what any program accumulated under `no_sync`, and add it to the parameters' ``grad``."""
-        self._finish()
-
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backwards inside accumulate on this rank only; the next one outside sums everything over the ranks (as in DDP)."""
@@ -159,15 +159,21 @@ class GradientReducer:
         finally:
             self._synced = before
 
-    def _on_gradient(self, program: _Program, bucket: _Bucket | None) -> None:
-        """A parameter got its local gradient: start the sums of full buckets, in the same order on every rank."""
+    def _begin_backward(self) -> None:
+        """Called before every gradient; at the first one of a backward, see to it that something is called at its end."""
         this_backward = torch_compat.backward_id()
         if this_backward != self._backward:
+            self.recover()
             self._backward = this_backward
-            self._pending_sums.clear()
+            # Sums of a backward inside which this one runs, as in a checkpoint that is reentrant, end with this one.
             for active_program in self._programs:
                 _begin(active_program)
-            torch_compat.after_backward(self._finish if self._synced else self._end)
+            end = self.finish if self._synced else self._end
+            self._end_of_backward = weakref.ref(end)
+            torch_compat.after_backward(end)
+
+    def _on_gradient(self, program: _Program, bucket: _Bucket | None) -> None:
+        """A parameter got its local gradient: start the sums of full buckets, in the same order on every rank."""
         if not program.is_active:
             program.is_active = True
             _begin(program)
@@ -176,12 +182,12 @@ class GradientReducer:
             return
         bucket.ready += 1
         while program.started < len(program.buckets) and _is_full(program.buckets[program.started]):
-            self._start(program.buckets[program.started].members)
+            _start_sum(program.buckets[program.started].members, self._pending_sums)
             program.started += 1
 
     def recover(self) -> None:
-        """Called before a forward: drop the local gradients of a backward that failed."""
-        if self._backward != -1 and torch_compat.backward_id() == -1:
+        """Called before a forward or a backward: drop the local gradients of a backward that failed."""
+        if self._backward != -1 and self._end_of_backward() is None:
             self._backward = -1
             self._pending_sums.clear()
             self._drop()
@@ -196,18 +202,15 @@ class GradientReducer:
     def _end(self) -> None:
         self._backward = -1
 
-    def _start(self, members: Sequence[TrackedParameter]) -> None:
-        """Start the sum of these members' gradients, all of one group and dtype; the entries have none afterwards."""
-        pending_sum = _start_sum(members)
-        if pending_sum is not None:
-            self._pending_sums.append(pending_sum)
+    def finish(self) -> None:
+        """At the end of a backward: start the remaining sums, wait for all, and add to every parameter's ``grad``.
 
-    def _finish(self) -> None:
-        """At the end of a backward: start the remaining sums, wait for all, and add to every parameter's ``grad``."""
+        That includes what any program accumulated under `no_sync`.
+        """
         for program in self._programs:
             # Buckets with a parameter that this backward didn't reach, and what other programs accumulated under `no_sync`.
             for bucket in program.buckets:
-                self._start(bucket.members)
+                _start_sum(bucket.members, self._pending_sums)
         for pending_sum in self._pending_sums:
             for entry, gradient in _end_sum(pending_sum):
                 _add_to_grad(entry.parameter, gradient)
@@ -263,9 +266,7 @@ class StashedGradients:
             if entry.leaf.grad is not None:
                 entry.gradient, entry.leaf.grad = entry.leaf.grad.detach(), None
         for bucket in _fill_buckets(members, self._bucket_nbytes):
-            pending_sum = _start_sum(bucket.members)
-            if pending_sum is not None:
-                self._pending_sums.append(pending_sum)
+            _start_sum(bucket.members, self._pending_sums)
 
     def collect(self) -> dict[str, Tensor]:
         """All gradients by name, after waiting for the sums that were started; the leaves have none afterwards."""
@@ -307,7 +308,7 @@ class StashedGradients:
     def end_unsynced(self) -> None:
         """In a backward that isn't under `no_sync`: sum over the ranks what any program accumulated there, and add it to ``grad``."""
         if self._reducer.is_synced:
-            self._reducer.reduce_unsynced()
+            self._reducer.finish()
 
     def is_ordinary(self, name: str) -> bool:
         """Whether nothing but ``grad`` gets the gradient of a parameter; otherwise autograd must pass it on."""
@@ -321,6 +322,10 @@ class StashedGradients:
         """Add summed gradients to the parameters' ``grad``."""
         for name, gradient in gradients.items():
             _add_to_grad(self._tracked[name].parameter, gradient)
+
+
+def _gone() -> None:
+    """A weak reference to nothing."""
 
 
 def is_ordinary(parameter: nn.Parameter) -> bool:
@@ -348,8 +353,8 @@ def note_changes(tracked: Iterable[TrackedParameter]) -> None:
         torch.autograd.graph.increment_version(changed)
 
 
-def _start_sum(members: Sequence[TrackedParameter]) -> _PendingSum | None:
-    """Start the sum of these members' gradients, all of one group and dtype; the entries have none afterwards."""
+def _start_sum(members: Sequence[TrackedParameter], pending_sums: list[_PendingSum]) -> None:
+    """Start the sum of these members' gradients, all of one group and dtype, and note it; the entries have none afterwards."""
     present, gradients = [], []
     for entry in members:
         if entry.gradient is not None:
@@ -357,12 +362,12 @@ def _start_sum(members: Sequence[TrackedParameter]) -> _PendingSum | None:
             gradients.append(entry.gradient)
             entry.gradient = None
     if not present:
-        return None
+        return
     is_single = len(gradients) == 1 and gradients[0].is_contiguous()
     flat = gradients[0].view(-1) if is_single else torch.cat([gradient.reshape(-1) for gradient in gradients])
     work = dist.all_reduce(flat, group=present[0].group, async_op=True)
     assert work is not None
-    return _PendingSum(tuple(present), flat, work)
+    pending_sums.append(_PendingSum(tuple(present), flat, work))
 
 
 def _end_sum(pending_sum: _PendingSum) -> Iterator[tuple[TrackedParameter, Tensor]]:

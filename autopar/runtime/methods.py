@@ -7,6 +7,7 @@ rank, with the whole model in its memory.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from autopar.errors import InputError
@@ -33,15 +35,18 @@ _stored: WeakKeyDictionary[nn.Module, list[dict[str, Any]]] = WeakKeyDictionary(
 """Per module that is running now, the parameters that it had before, once per call in it."""
 
 
-def gather_when_called(model: nn.Module) -> None:
-    """Let every module in `model` that has parameters of its own gather them when it is called outside of our programs."""
+def gather_when_called(model: nn.Module, *, is_local: bool) -> None:
+    """Let every module in `model` that has parameters of its own gather them when it is called outside of our programs.
+
+    Where ranks pass samples of their own (`is_local`), each has a loss of its own, and the gradient is that of their mean, as under DDP.
+    """
     for module in model.modules():
         if any(parameter is not None for parameter in module._parameters.values()):
-            module.register_forward_pre_hook(_gather_parameters, prepend=True)
+            module.register_forward_pre_hook(functools.partial(_gather_parameters, is_local), prepend=True)
             module.register_forward_hook(_put_back, always_call=True)
 
 
-def _gather_parameters(module: nn.Module, args: Any) -> None:
+def _gather_parameters(is_local: bool, module: nn.Module, args: Any) -> None:
     """Called before a forward. Under capture, and inside another call of the module, the parameters are plain already."""
     stored: dict[str, Any] = {name: parameter for name, parameter in module._parameters.items() if isinstance(parameter, DTensor)}
     _stored.setdefault(module, []).append(stored)
@@ -55,7 +60,7 @@ def _gather_parameters(module: nn.Module, args: Any) -> None:
             type(module).__name__,
         )
     for name, parameter in stored.items():
-        module._parameters[name] = _whole(parameter)  # type: ignore[assignment]
+        module._parameters[name] = _whole(parameter, is_local)  # type: ignore[assignment]
     refresh_flat_weights(module)
 
 
@@ -71,13 +76,23 @@ def _put_back(module: nn.Module, args: Any, output: Any) -> None:
             refresh_flat_weights(module)
 
 
-def _whole(parameter: DTensor) -> Tensor:
+def _whole(parameter: DTensor, is_local: bool) -> Tensor:
     """The whole of a parameter, through which its gradient flows back."""
     if torch.is_grad_enabled() and parameter.requires_grad:
         whole = parameter.full_tensor()
         take_plain_gradients([whole])
+        if is_local:
+            whole.register_hook(functools.partial(_average, parameter.device_mesh))  # type: ignore[no-untyped-call]
         return whole
     return gather(parameter)
+
+
+def _average(mesh: DeviceMesh, gradient: Tensor) -> Tensor:
+    """The mean over the ranks of a mesh."""
+    mean = gradient / mesh.size()
+    for axis in range(mesh.ndim):
+        dist.all_reduce(mean, group=mesh.get_group(axis))
+    return mean
 
 
 def refresh_flat_weights(module: nn.Module) -> None:

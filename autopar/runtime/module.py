@@ -111,7 +111,7 @@ class ParallelModule(Unwrapped, nn.Module):
             teach_pickling()
             teach_optimizers()
             replicate(model, self._device)
-            gather_when_called(model)
+            gather_when_called(model, is_local=self._is_local)
             for module in (self, *model.modules()):
                 refuse_wrappers(module)
         self._storage = Storage(model, init, self._device)
@@ -255,9 +255,8 @@ class ParallelModule(Unwrapped, nn.Module):
         with comm.active(deployment.axes), shared_seed, regather() if program.regather else nullcontext():
             results = program.module(*parameters, *buffer_parts, *parts)
         results = tuple(results) if isinstance(results, tuple | list) else (results,)
-        for x in results[: len(program.outputs)]:
-            if isinstance(x, Tensor) and x.grad_fn is not None:
-                x.register_hook(lambda _: entrance.note_changes())  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() and deployment.device_mesh is not None:
+            results = _tell_before_backward(entrance.note_changes, results, (*parameters, *parts))
         with torch.no_grad():
             layouts = {slot.name: slot.layout for slot in program.buffers}
             for name, value in zip(program.mutated_buffers, results[len(program.outputs) :], strict=True):
@@ -356,6 +355,19 @@ def _check_alike(model: nn.Module, agreement: Agreement, name: str) -> None:
 
 def _identity(x: Tensor) -> Tensor:
     return x
+
+
+def _tell_before_backward(tell: Callable[[], None], results: Sequence[Tensor], operands: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The results of a program, whose backwards call `tell` first.
+
+    An operand that is a result too, such as a weight, becomes a tensor of its own: it lives on, and would collect the hooks of all calls.
+    """
+    lasting = {id(x) for x in operands}
+    results = tuple(x.view_as(x) if id(x) in lasting and x.requires_grad else x for x in results)
+    for x in results:
+        if isinstance(x, Tensor) and x.grad_fn is not None:
+            x.register_hook(lambda _: tell())  # type: ignore[no-untyped-call]
+    return results
 
 
 def _find_loss(output: Any) -> Tensor:

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
 from autopar import torch_compat
-from autopar.runtime.dispatch import as_stored, gather, is_temporary, move, place
+from autopar.runtime.dispatch import as_stored, gather, is_ours, is_temporary, move, place
 
 # --- parameters that `autopar.compile` replaced -----------------------------------------------------------------------------------
 
@@ -39,6 +39,10 @@ class ReplacedParameter(nn.Parameter):
         """Call `func` with the parameters that took these ones' places."""
         args, kwargs = pytree.tree_map_only(ReplacedParameter, find_replacement, (args, dict(kwargs or {})))
         return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """What pickle saves is the parameter that took this one's place."""
+        return find_replacement(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
 
 def find_replacement(parameter: ReplacedParameter) -> nn.Parameter:
@@ -122,12 +126,14 @@ def _prepare_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
                 # Made after `compile`, from a list that was made before.
                 _point_to_new(optimizer, {id(parameter): find_replacement(parameter)})
                 parameter = group["params"][position]
-            if type(parameter) is DTensor and parameter in state:
+            if type(parameter) is DTensor:
+                if parameter not in state or not is_ours(parameter.device_mesh):
+                    continue
                 states, mesh = state[parameter], parameter.device_mesh
                 for name, value in states.items():
                     if isinstance(value, Tensor) and (type(value) is not DTensor or value.device_mesh is not mesh):
                         states[name] = _as_state(value, parameter)
-            elif type(parameter) is not DTensor and isinstance(parameter.grad, DTensor):
+            elif isinstance(parameter.grad, DTensor):
                 # A plain parameter beside the model, in a loss with weights of the model.
                 parameter.grad = gather(parameter.grad)
 

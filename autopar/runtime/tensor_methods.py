@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
 from autopar.errors import InputError
-from autopar.runtime.dispatch import as_stored, gather
+from autopar.runtime.dispatch import as_stored, gather, is_ours
 
 _TORCH_DATA: Any = Tensor.data
 
@@ -25,6 +25,9 @@ def _get_data(self: DTensor) -> Any:
 
 def _set_data(self: DTensor, value: Tensor) -> None:
     """``x.data = value``: `x` shares the storage of a DTensor that is stored as it is, or of its part of another value."""
+    if not is_ours(self.device_mesh):
+        _TORCH_DATA.__set__(self, value)
+        return
     if value.shape != self.shape:
         raise InputError(
             f"a tensor of sizes {tuple(self.shape)} that ranks store parts of keeps its sizes: {tuple(value.shape)} was assigned"
