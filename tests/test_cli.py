@@ -144,6 +144,8 @@ def test_a_memory_that_is_no_size_is_refused() -> None:
 def test_a_memory_below_what_the_device_takes_is_infeasible() -> None:
     message = refuse("plan", "m.py:f", "--cluster", "8xH100", "--memory", "1MB", code=1)
     assert "reserved of 1000000" in message
+    assert "give the unit" not in message
+    assert "give the unit, such as 80GB" in refuse("plan", "m.py:f", "--cluster", "8xH100", "--memory", "80", code=1)
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_a_memory_below_what_the_device_takes_is_infeasible() -> None:
         ("layers.3=:2", "':2' in pin 'layers.3=:2' is no choice"),
         ("layers.3=pp:2,tp", "'tp' in pin 'layers.3=pp:2,tp' is no choice"),
         ("layers.3=pp:2,pp:3", "pin 'layers.3=pp:2,pp:3' names the axis 'pp' twice"),
-        ("layers.3=2", "unknown pin 'layers.3'"),
+        ("layers.3=2", "globs of module paths, whose choices are pp:STAGE or AXIS:LOOP"),
         ("offload=true", "pin 'offload' is not supported yet"),
         ("attention=ring", "pin 'attention' is not supported yet"),
         ("tp", "pin tp='': the size of an axis is needed, an integer from 1"),

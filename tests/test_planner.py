@@ -245,6 +245,7 @@ def test_memory_is_a_limit() -> None:
         ({"tp": 0}, "an integer from 1"),
         ({"fsdp": 1}, "true or false"),
         ({"tp": 2, "*.mlp": {"ep": "o"}}, "the mesh has"),
+        ({"dp": 2, "*.mlp.up_proj": {"tp": "o"}}, "the mesh has .*; pin its size too, such as tp=2"),
     ],
 )
 def test_pins_that_can_not_be_had(pins: Mapping[str, object], message: str) -> None:

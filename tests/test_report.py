@@ -16,7 +16,7 @@ from autopar.plans import Phase, Purpose
 from autopar.plans.plan import BlockChoice, Pipeline, Plan, Unruled
 from autopar.report import describe_pipeline, explain, summarize, to_data
 from autopar.report.selection import select_blocks, select_groups
-from autopar.report.summary import count_recompute, describe_axes
+from autopar.report.summary import count_recompute, describe_axes, describe_choice
 from autopar.schedules.families import make_schedule
 from autopar.units import format_bytes, format_seconds, format_share, parse_bytes
 from tests.plans import make_pipelined_plan, make_plan, make_row, set_seconds
@@ -53,6 +53,14 @@ def _make_small_plan() -> Plan:
 def test_summary(golden: Golden) -> None:
     golden("summary.txt", summarize(make_plan()) + "\n")
     assert 4 <= len(summarize(make_plan()).splitlines()) <= 8
+
+
+def test_a_plan_that_splits_no_work_says_so() -> None:
+    plan = make_plan()
+    whole = replace(plan, batch_axes=(), groups=tuple(replace(group, axes={}) for group in plan.groups))
+    assert "no work is split, every rank runs the whole model" in describe_choice(whole)
+    assert "no work is split" not in describe_choice(plan)
+    assert "no work is split" not in describe_choice(_make_small_plan())
 
 
 def test_explain(golden: Golden) -> None:

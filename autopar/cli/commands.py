@@ -298,7 +298,8 @@ def _parse_cluster(text: str, memory: str | None) -> Cluster:
     try:
         return cluster.with_memory(nbytes)
     except HardwareError as error:
-        raise InfeasibleError(str(error)) from error
+        hint = f"; --memory {memory} is {nbytes} bytes: give the unit, such as {memory.strip()}GB" if memory.strip().isdigit() else ""
+        raise InfeasibleError(f"{error}{hint}") from error
 
 
 def _check_dtype(source: Source, cluster: Cluster) -> None:

@@ -118,7 +118,9 @@ def _read_config(file: Path) -> dict[str, Any]:
         text = read_text(file, _MOST_BYTES)
     except InputError as error:
         if isinstance(error.__cause__, FileNotFoundError):
-            raise InputError(f"{file} doesn't exist: hf: takes a config.json or a folder that holds one") from error
+            raise InputError(
+                f"{file} doesn't exist: hf: takes a config.json on this computer or a folder that holds one; nothing is downloaded"
+            ) from error
         raise InputError(f"{file} {error}") from error
     try:
         data = json.loads(text, parse_int=lambda digits: int(digits[:_DIGITS]))

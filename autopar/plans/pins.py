@@ -176,7 +176,10 @@ class Pins:
             elif name in LATER_PINS:
                 raise InputError(f"pin {name!r} is not supported yet; this version pins {', '.join(PIN_NAMES)} and modules")
             elif not (isinstance(name, str) and isinstance(value, Mapping)):
-                raise InputError(f"unknown pin {name!r}; known are {', '.join(PIN_NAMES)} and globs of module paths")
+                raise InputError(
+                    f"unknown pin {name!r}; known are {', '.join(PIN_NAMES)} and globs of module paths, "
+                    "whose choices are pp:STAGE or AXIS:LOOP"
+                )
             else:
                 if loops := {axis: loop for axis, loop in value.items() if axis != PIPELINE}:
                     placements[name] = loops

@@ -51,6 +51,8 @@ def describe_choice(plan: Plan) -> str:
     if not plan.pipeline.is_trivial:
         number = plan.pipeline.microbatches
         parts.append(f"{plan.pipeline.schedule}, {number} micro-batch{'' if number == 1 else 'es'}")
+    if plan.world_size > 1 and set(describe_axes(plan).values()) == {"nothing"}:
+        parts.append("no work is split, every rank runs the whole model")
     parts.append(f"step {format_seconds(plan.seconds.step)} and {format_bytes(plan.memory.total)} per device predicted")
     return f"{plan.model} on {plan.cluster}: {', '.join(parts)}"
 

@@ -32,7 +32,8 @@ _READ_REMEDY = (
     'outputs="sharded" and use the part that a rank has'
 )
 _REMEDY = (
-    "Every rank must make the same calls, in training and in evaluation, run the same backwards and read the same outputs, in one order"
+    "Every rank must make the same calls, in training and in evaluation, run the same backwards and read the same outputs, in one order, "
+    "outside of an `if rank == 0`"
 )
 
 

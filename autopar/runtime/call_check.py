@@ -28,7 +28,7 @@ _MODE, _FROZEN, _GRADIENTS, _COUNT = "the mode", "the set of frozen parameters",
 _BEFORE = " of the call before"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
-_SAME_CALLS = "Every rank must make the same calls in the same modes"
+_SAME_CALLS = "Every rank must make the same calls in the same modes, outside of an `if rank == 0`"
 _WHOLE_BATCH = (
     'With inputs="global" every rank passes the same whole batch: where each rank loads its own part (a DistributedSampler), or draws its '
     'own random numbers, compile with inputs="local", or give all ranks the same seed'

@@ -195,7 +195,8 @@ def _check_placements(model: AnalyzedGraph, pins: Pins, mesh: Mesh) -> None:
             raise InputError(f"pin {pattern!r} splits loop {', '.join(absent)}; the ops of its modules have {', '.join(sorted(loops))}")
         for name in pinned:
             if name not in mesh.names:
-                raise InputError(f"pin {pattern!r} names axis {name!r}, the mesh has {', '.join(mesh.names)}")
+                hint = f"; pin its size too, such as {name}=2" if name in ("dp", "tp", "cp") else ""
+                raise InputError(f"pin {pattern!r} names axis {name!r}, the mesh has {', '.join(mesh.names)}{hint}")
 
 
 def _check_batch(model: AnalyzedGraph, size: int) -> None:
