@@ -38,7 +38,7 @@ def find_repeated(model: AnalyzedGraph, mesh: Mesh, placements: Mapping[str, Pla
             repeated.append((flops * (ranks - 1), op, ranks))
     rows = []
     for flops, op, ranks in sorted(repeated, key=lambda entry: -entry[0]):
-        if flops / executed >= LEAST_SHARE:
+        if executed and flops / executed >= LEAST_SHARE:
             loops = ", ".join(
                 f"{name} {loop.size}" for name, loop in model.spaces[op.name].loops.items() if loop.kind is not LoopKind.WHOLE
             )
