@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import logging
+import operator
 import os
 import subprocess
 import sys
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -141,6 +145,108 @@ def test_numbers_that_forward_reads_may_be_set_between_calls() -> None:
     for each in (model, compiled):  # what was captured before is used again, and what forward doesn't read may change
         each.steps, each.drop.p = 5, 0.0
     assert torch.equal(compiled(x), model(x))
+
+
+SCALE = 1.0
+SETTINGS = types.SimpleNamespace(power=1.0, inner=[1.0])
+
+
+def _scaled(x: Tensor) -> Tensor:
+    return x * SCALE * SETTINGS.power * SETTINGS.inner[0]
+
+
+class Reading(nn.Module):
+    """Reads functions, containers and objects among its attributes, what its class has, and variables of its code."""
+
+    bias = 0.0
+
+    def __init__(self, options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(8, 8)
+        self.activation: Callable[[Tensor], Tensor] = torch.relu
+        self.factors, self.options, self.config = [1.0, 2.0], {"by": 1.0}, options
+
+    def between(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.between(self.activation(self.linear(x)))
+        return _scaled(y) * self.factors[0] * self.options["by"] * self.config.temperature * getattr(self, "late", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (r"activation was relu and is gelu", lambda each: setattr(each, "activation", F.gelu)),
+        (r"factors holds other values", lambda each: operator.setitem(each.factors, 0, 3.0)),
+        (r"factors was \[1.0, 2.0\] and is \[4.0\]", lambda each: setattr(each, "factors", [4.0])),
+        (r"options holds other values", lambda each: each.options.update(by=5.0)),
+        (r"config holds other values", lambda each: setattr(each.config, "temperature", 6.0)),
+        (r"config was .*1.0\) and is .*7.0\)", lambda each: setattr(each, "config", types.SimpleNamespace(temperature=7.0))),
+        (r"bias was the class's or missing and is 8.0", lambda each: setattr(each, "bias", 8.0)),
+        (r"late was the class's or missing and is 14.0", lambda each: setattr(each, "late", 14.0)),
+        (r"Reading.bias is another", lambda each: setattr(Reading, "bias", 9.0)),
+        (r"between was the class's or missing and is", lambda each: setattr(each, "between", torch.neg)),
+        (r"linear.forward was the class's or missing and is", lambda each: setattr(each.linear, "forward", torch.sin)),
+        (r"SCALE is another", lambda each: setattr(sys.modules[__name__], "SCALE", 10.0)),
+        (r"SETTINGS is another", lambda each: operator.setitem(SETTINGS.inner, 0, 11.0)),
+        (r"hooks of linear are others", lambda each: each.linear.register_forward_hook(lambda module, args, out: out * 12)),
+        (r"hooks of linear are others", lambda each: each.linear.register_forward_pre_hook(lambda module, args: (args[0] * 13,))),
+    ],
+)
+def test_what_forward_reads_of_python_may_be_changed_between_calls(
+    monkeypatch: pytest.MonkeyPatch, message: str, change: Callable[[Any], object]
+) -> None:
+    """Also what is changed in place, belongs to the class, or is a variable of the code; the first program is used again afterwards."""
+    monkeypatch.setattr(Reading, "bias", 0.0)
+    monkeypatch.setattr(sys.modules[__name__], "SCALE", 1.0)
+    monkeypatch.setattr(sys.modules[__name__], "SETTINGS", types.SimpleNamespace(power=1.0, inner=[1.0]))
+    model, x = Reading(types.SimpleNamespace(temperature=1.0)).double(), _rows()
+    compiled = autopar.compile(copy.deepcopy(model), (x,))
+    before = model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(compiled(x), before)
+        model.unread = compiled.unread = 5
+        assert torch.equal(compiled(x), before)
+    change(model)
+    if "another" not in message:
+        change(compiled)
+    assert not torch.equal(model(x), before)
+    with pytest.warns(UserWarning, match=f"{message}.*: Reading is captured and planned again"):
+        assert torch.equal(compiled(x), model(x))
+
+
+LOG = logging.getLogger("tests.reading")
+
+
+class Logging(nn.Module):
+    """Writes to a logger."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        LOG.debug("forward")
+        return (x * x).sum()
+
+
+def test_objects_that_change_as_they_are_used_are_no_settings() -> None:
+    """A logger remembers who asked for what, and knows all other loggers."""
+    compiled, x = autopar.compile(Logging(), (_rows(),)), _rows()
+    logging.getLogger("tests.reading.another").debug("new")
+    LOG.isEnabledFor(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(compiled(x), (x * x).sum())
+
+
+def test_a_backward_hook_that_comes_later_is_refused() -> None:
+    compiled = autopar.compile(Reading(types.SimpleNamespace(temperature=1.0)).double(), (_rows(),))
+    compiled.linear.register_full_backward_hook(lambda module, inputs, outputs: None)
+    with (
+        pytest.warns(UserWarning, match="hooks of linear are others"),
+        pytest.raises(CaptureError, match="backward hook is registered on linear"),
+    ):
+        compiled(_rows())
 
 
 def test_a_part_of_the_library_that_is_not_loaded_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

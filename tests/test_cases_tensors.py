@@ -118,6 +118,17 @@ def opt_before_compile() -> None:
 
 
 @case
+def an_optimizer_that_was_not_made() -> None:
+    """One whose constructor failed, and which a notebook's traceback may hold, has no parameters to follow."""
+    model = Net()
+    with pytest.raises(ValueError, match="betas") as failed:
+        torch.optim.Adam(model.parameters(), betas=(0, 0.9))
+    compiled = autopar.compile(model, pins=DP)
+    compiled(*batch()).backward()
+    assert failed.traceback
+
+
+@case
 def an_optimizer_with_states_before_compile() -> None:
     """An optimizer that has trained on one device goes on after `autopar.compile`."""
     expected, model = Net(), Net()

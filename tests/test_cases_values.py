@@ -458,6 +458,37 @@ def outputs_of_any_kind() -> None:
             _compare(pins, loop, make)
 
 
+class Scaled(Net):
+    """Scales by an attribute."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return self.down(self.up(x)) * self.scale  # type: ignore[no-any-return]
+
+
+@case
+def attributes_that_are_set_on_one_rank() -> None:
+    """Whether the value was had before or not, every rank says so, and nobody waits for the rank that captures again."""
+    for pins in (DP, PP):
+        model, (x, _) = _compile(Scaled(), pins), _batch()
+        model(x)
+        model.scale = 1.0 + dist.get_rank()
+        if dist.get_rank() == 0:
+            del model._original.scale
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises(InputError, match=r"what forward reads of Python .* is as in capture 1 on rank 0, new on rank 1"):
+                model(x)
+            model.scale = 2.0
+            model(x)
+        model.scale = 1.0 + dist.get_rank()
+        if dist.get_rank() == 0:
+            del model._original.scale
+        with pytest.raises(InputError, match=r"is as in capture 1 on rank 0, as in capture 2 on rank 1"):
+            model(x)
+
+
 @case
 def a_model_that_evaluates_in_inference_mode() -> None:
     def loop(model: nn.Module) -> list[Tensor]:

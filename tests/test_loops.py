@@ -234,7 +234,7 @@ def a_first_call_in_inference_mode_spoils_nothing() -> None:
         model.train()(*_batch()).backward()
         torch.optim.SGD(model.parameters(), lr=0.1).step()
 
-    for pins in ({"tp": 2}, PIPELINE):
+    for pins in ({"tp": 2}, {"dp": 2, "fsdp": True}, PIPELINE):
         _compare(Net, pins, loop)
 
 

@@ -88,6 +88,10 @@ def test_a_share_that_is_repeated_is_of_all_ranks_work() -> None:
     assert sum(work.share for work in plan.repeated) == pytest.approx(2 * flops["whole"] / (flops["split"] + 3 * flops["whole"]))
 
 
+def test_an_empty_batch_has_no_work_to_share() -> None:
+    assert autopar.plan(Wide(64, 64), (torch.zeros(0, 64),), "2xcpu", pins={"dp": 2}).repeated == ()
+
+
 def test_fsdp_that_can_split_no_parameter_is_refused() -> None:
     with pytest.raises(InputError, match=r"pin fsdp=True stores parameters split over dp=5, which divides no dim .*'layers.0.weight'.*64"):
         autopar.plan(Wide(64, 64), (torch.zeros(10, 64),), "5xcpu", pins={"fsdp": True, "dp": 5})

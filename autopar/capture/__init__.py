@@ -12,12 +12,16 @@ from autopar.capture.calls import ExampleInputs, canonical, leaf_names, split_ca
 from autopar.capture.errors import refuse_wrapped
 from autopar.capture.export import Captured, capture, refuse_autocast, refuse_tensors
 from autopar.capture.fx_nodes import source_of, takes
+from autopar.capture.settings import OF_CLASS, class_attribute, contents_of, variables_of
 
 __all__ = [
+    "OF_CLASS",
     "Captured",
     "ExampleInputs",
     "canonical",
     "capture",
+    "class_attribute",
+    "contents_of",
     "leaf_names",
     "refuse_autocast",
     "refuse_tensors",
@@ -25,4 +29,5 @@ __all__ = [
     "source_of",
     "split_call",
     "takes",
+    "variables_of",
 ]

@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar import torch_compat
 from autopar.capture.fx_nodes import is_installed
-from autopar.capture.settings import Settings, reads_noted
+from autopar.capture.settings import OF_CLASS, Settings, reads_noted
 from autopar.errors import CaptureError
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -53,7 +53,7 @@ class ModelAttributes:
         after: per module what the last run left in its attributes, containers as copies; an export undoes some of it.
         problems: what can't be part of a program.
         notes: what isn't done by a program, for the plan's report.
-        reads: the numbers and names that the forward read, as they were before it.
+        reads: the attributes that the forward read, with the values that they had before it.
         parameters: at the start of a run, the parameters by module and name, and whether they need gradients.
     """
 
@@ -143,9 +143,9 @@ class ModelAttributes:
         ]
 
     def find_settings(self) -> Settings:
-        """The numbers and names that the user gave the modules and the forward read."""
+        """What the user gave the modules, or their classes, and the forward read."""
         before = {(path, name): value for path, module in self.model.named_modules() for name, value in self.before.get(module, {}).items()}
-        return {key: value for key, value in self.reads.items() if key in before and before[key] is value}
+        return {key: value for key, value in self.reads.items() if before.get(key, OF_CLASS) is value}
 
     def watch_reads(self) -> AbstractContextManager[None]:
         """Inside, what the forward reads of its modules is noted."""

@@ -25,6 +25,7 @@ EXACT_CALLS = 2
 """Calls of a kind in which all elements of all inputs are compared; later ones compare a sample."""
 
 _MODE, _FROZEN, _GRADIENTS, _COUNT = "the mode", "the set of frozen parameters", "the gradient mode", "the number of such calls before"
+_SETTINGS = "what forward reads of Python (attributes, methods, variables, hooks)"
 _BEFORE = " of the call before"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
@@ -81,6 +82,9 @@ def compare(reports: Sequence[Report], *, is_local: bool) -> Comparison:
             is_tensor = any(name in report.hashes for report in reports)
             remedy = _SAME_CALLS if not is_tensor else _EQUAL_SIZES if is_local else _WHOLE_BATCH
             differences.append((f"{name} is {', '.join(f'{text} on {who}' for text, who in said.items())}", remedy))
+    if len(differences) > 1:
+        # Where ranks make calls of other kinds, it says nothing that one of these kinds is new to a rank.
+        differences = [(text, remedy) for text, remedy in differences if not text.startswith(_SETTINGS)]
     if differences:
         return Comparison(tuple(differences), ())
     for name in reports[0].hashes:
@@ -166,7 +170,7 @@ class CallCheck:
         self._late: _LateHashes | None = None
         self._has_warned = False
 
-    def check(self, key: Hashable, call: Call, event: str, index: int, *, runs: bool = True) -> bool:
+    def check(self, key: Hashable, call: Call, event: str, index: int, number: int, *, runs: bool = True) -> bool:
         """Wait for all ranks to make this call, and compare what they pass.
 
         Args:
@@ -174,6 +178,7 @@ class CallCheck:
             call: what this rank passes.
             event: what this rank does, for `Agreement.meet`.
             index: which share of the batch this rank passes; 0 where all pass the same.
+            number: of the program for the settings that the model has now, 0 where it is to be made.
             runs: whether the call runs; otherwise values don't matter.
 
         Returns whether it is one of the first calls of its kind.
@@ -189,7 +194,7 @@ class CallCheck:
         samples = {name for name, flag in zip(kind.names, call.has_samples, strict=True) if flag}
         of_samples = {name: number for name, number in hashes.items() if name.removesuffix(_BEFORE) in samples}
         of_others = {name: number for name, number in hashes.items() if name not in of_samples}
-        modes = torch.is_grad_enabled() + 2 * torch.is_inference_mode_enabled()
+        modes = torch.is_grad_enabled() + 2 * torch.is_inference_mode_enabled() + 4 * number
         facts = self._agreement.meet(event, [kind.digest, modes, kind.count, digest(repr(of_others)), index, digest(repr(of_samples))])
         shares: dict[int, tuple[int, ...]] = {}
         if any(other[:4] != facts[0][:4] or shares.setdefault(other[4], other) != other for other in facts):
@@ -253,7 +258,12 @@ class CallCheck:
 
 def _report(kind: _Kind, tensors: Mapping[str, Tensor], late: Mapping[str, int], samples: set[str], index: int, modes: int) -> Report:
     """What this rank says of a call. The hashes don't depend on strides."""
-    texts = {**kind.texts, _GRADIENTS: "inference" if modes & 2 else "gradients" if modes & 1 else "no_grad", _COUNT: str(kind.count)}
+    texts = {
+        **kind.texts,
+        _SETTINGS: f"as in capture {modes >> 2}" if modes >> 2 else "new",
+        _GRADIENTS: "inference" if modes & 2 else "gradients" if modes & 1 else "no_grad",
+        _COUNT: str(kind.count),
+    }
     strided = {name: x for name, x in tensors.items() if x.layout is torch.strided}
     floating = {name: project(x) for name, x in strided.items() if x.is_floating_point() or x.is_complex()}
     return Report(

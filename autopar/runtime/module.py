@@ -139,9 +139,9 @@ class ParallelModule(Unwrapped, nn.Module):
             return value
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute of the user's model where it has one of that name, which its forward may read, else one of this module."""
-        original = self.__dict__.get("_original")
-        is_theirs = original is not None and name not in self.__dict__ and name in original.__dict__
+        """Set an attribute of the user's model, whose forward may read it, but for those that this module has itself."""
+        original = self.__dict__["_original"] if "_reducer" in self.__dict__ else None  # the last that the constructor sets
+        is_theirs = original is not None and name not in self.__dict__ and not hasattr(type(self), name)
         setattr(original, name, value) if is_theirs else super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> ParallelModule:
@@ -187,9 +187,10 @@ class ParallelModule(Unwrapped, nn.Module):
         """Plan for a call with these arguments, of the global sizes, and store the parameters so, without running anything."""
         call = self._reader.read(args, kwargs)
         key = self._key(call)
+        number, program = self._programs.find(key)
         if self._check is not None:
-            self._check.check(key, call, f"plans for {self._name}", 0, runs=False)
-        return self._find_program(key, call)
+            self._check.check(key, call, f"plans for {self._name}", 0, number, runs=False)
+        return self._use_program(key, call, program)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Run forward and backward of a model that returns its loss, and return the loss, detached."""
@@ -226,9 +227,10 @@ class ParallelModule(Unwrapped, nn.Module):
         key = self._key(call)
         self._call_count += 1
         step = Step(f"call {self._call_count} of {self._name}", self._agreement)
+        number, known = self._programs.find(key)
         if self._check is not None:
-            step.checks = self._check.check(key, call, f"makes {step.name}", index)
-        program = self._find_program(key, call)
+            step.checks = self._check.check(key, call, f"makes {step.name}", index, number)
+        program = self._use_program(key, call, known)
         deployment = self._storage.deployment
         assert deployment is not None
         names = self._output_names[id(program)]
@@ -279,8 +281,8 @@ class ParallelModule(Unwrapped, nn.Module):
         """What a program is made for."""
         return call.signature, tuple(module.training for module in self._all_modules), self._storage.kinds()
 
-    def _find_program(self, key: Hashable, call: Call) -> Program:
-        program = self._programs.find(key)
+    def _use_program(self, key: Hashable, call: Call, program: Program | None) -> Program:
+        """The program to run, which is made where there is none."""
         if program is None:
             # Not in inference mode, even if the call is: programs and stored parameters outlive the call. And what capture saves for
             # backwards is nothing to what surrounds the call, such as a checkpoint, which counts what is saved.

@@ -1,23 +1,45 @@
-"""The programs of a model by what they were made for: the kind of call, and the numbers and names that forward reads of the model.
+"""The programs of a model by what they were made for: the kind of call, and what forward reads of Python beside tensors.
 
 Comes in: programs as they are made. Goes out: the one for a call, if there is one. A forward that divides by ``self.temperature`` is
-captured with the number that it has; when the user sets another, the model is captured anew, as it is for a batch of another size.
+captured with the number that it has; when the user sets another, the model is captured anew, as it is for a batch of another size. So it
+is for functions, lists and objects among the attributes, for methods that are exchanged, global variables, and hooks of modules.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from autopar.capture import OF_CLASS, class_attribute, contents_of, variables_of
 from autopar.rewrite import Program
 
-_ABSENT = object()
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
-_Read = tuple[Mapping[str, Any], str, Any]
-"""A module's attributes, the name of one, and the value that forward read."""
+
+@dataclass(slots=True)
+class _Read:
+    """An attribute that forward read: of which module, its name, the value then and what that held."""
+
+    module: nn.Module
+    name: str
+    value: Any
+    contents: Any
+
+
+@dataclass(slots=True)
+class _Made:
+    """A program, and what the model was when it was made."""
+
+    program: Program
+    reads: list[_Read]
+    contents: dict[int, tuple[Any, Any]]
+    of_classes: dict[tuple[type, str], tuple[nn.Module, Any]]
+    variables: dict[str, Any]
+    hooks: dict[int, list[Any]]
 
 
 class Programs:
@@ -25,38 +47,62 @@ class Programs:
 
     def __init__(self, model: nn.Module) -> None:
         self._name = type(model).__name__
-        self._attributes = {path: vars(module) for path, module in model.named_modules()}
-        self._made: dict[Hashable, list[tuple[Program, list[_Read]]]] = {}
+        self._modules = dict(model.named_modules())
+        self._hooks_at = [(path, vars(module)[kind]) for path, module in self._modules.items() for kind in _HOOKS]
+        self._variables = variables_of(model)
+        self._made: dict[Hashable, list[_Made]] = {}
 
-    def find(self, key: Hashable) -> Program | None:
-        """The program for a kind of call and the settings that the model has now; None where it is still to be made."""
-        made: Sequence[tuple[Program, list[_Read]]] = self._made.get(key, ())
-        for program, settings in reversed(made):
-            if all(_is_same(attributes.get(name, _ABSENT), value) for attributes, name, value in settings):
-                return program
-        if made:
-            changes = ", ".join(self._changes(made[-1][0]))
-            warnings.warn(
-                f"{changes}: {self._name} is captured and planned again, since its forward reads that. For a value that changes often,"
-                " let forward take it as an argument that is a tensor, or make it a buffer",
-                stacklevel=2,
-            )
-        return None
+    def find(self, key: Hashable) -> tuple[int, Program | None]:
+        """The program for a kind of call and the settings that the model has now, and its number from 1; (0, None) if it is to be made."""
+        made = self._made.get(key)
+        if not made:
+            return 0, None
+        for number, one in reversed(list(enumerate(made, 1))):
+            if next(self._changes(one), None) is None:
+                return number, one.program
+        warnings.warn(
+            f"{', '.join(self._changes(made[-1]))}: {self._name} is captured and planned again, since its forward reads that. For a value"
+            " that changes often, let forward take it as an argument that is a tensor, or make it a buffer",
+            stacklevel=2,
+        )
+        return 0, None
 
     def add(self, key: Hashable, program: Program) -> None:
         """Keep a program that was made for a kind of call and the settings that the model has now."""
-        settings = [(self._attributes[path], name, value) for (path, name), value in program.settings.items()]
-        self._made.setdefault(key, []).append((program, settings))
-
-    def _changes(self, program: Program) -> Iterator[str]:
+        reads, held, of_classes = [], dict[int, tuple[Any, Any]](), dict[tuple[type, str], tuple[nn.Module, Any]]()
         for (path, name), value in program.settings.items():
-            now = self._attributes[path].get(name)
-            if not _is_same(now, value):
-                yield f"{path}.{name}".lstrip(".") + f" was {value!r} and is {now!r}"
+            module = self._modules[path]
+            if value is OF_CLASS:
+                of_classes.setdefault((type(module), name), (module, contents_of(class_attribute(module, name))))
+            elif id(value) not in held:
+                held[id(value)] = value, contents_of(value)
+            reads.append(_Read(module, name, value, None if value is OF_CLASS else held[id(value)][1]))
+        variables = {label: contents_of(read()) for label, read in self._variables.items()}
+        self._made.setdefault(key, []).append(_Made(program, reads, held, of_classes, variables, self._hooks()))
+
+    def _hooks(self) -> dict[int, list[Any]]:
+        return {position: list(hooks.values()) for position, (_, hooks) in enumerate(self._hooks_at) if hooks}
+
+    def _changes(self, made: _Made) -> Iterator[str]:
+        """What isn't as it was when a program was made, in words."""
+        for (path, _), read in zip(made.program.settings, made.reads, strict=True):
+            now = vars(read.module).get(read.name, OF_CLASS)
+            if now is not read.value and (OF_CLASS in (now, read.value) or contents_of(now) != read.contents):
+                yield f"{path}.{read.name}".lstrip(".") + f" was {_show(read.value)} and is {_show(now)}"
+        names = {id(read.value): read.name for read in made.reads}
+        yield from (f"{names[key]} holds other values" for key, (value, held) in made.contents.items() if contents_of(value) != held)
+        for (kind, name), (module, held) in made.of_classes.items():
+            if contents_of(class_attribute(module, name)) != held:
+                yield f"{kind.__name__}.{name} is another"
+        yield from (f"{label} is another" for label, held in made.variables.items() if contents_of(self._variables[label]()) != held)
+        hooks = self._hooks()
+        if hooks != made.hooks:
+            places = [at for at in {**hooks, **made.hooks} if hooks.get(at) != made.hooks.get(at)]
+            yield f"hooks of {', '.join(dict.fromkeys(self._hooks_at[at][0] or 'the model' for at in places))} are others"
 
 
-def _is_same(now: Any, value: Any) -> bool:
-    """Whether a forward that read `value` would do the same with `now`: 1 and 1.0 give results of other dtypes."""
-    if now is value or type(now) is not type(value):
-        return now is value
-    return len(now) == len(value) and all(map(_is_same, now, value)) if isinstance(value, tuple) else bool(now == value)
+def _show(value: Any) -> str:
+    if value is OF_CLASS:
+        return "the class's or missing"
+    text = getattr(value, "__name__", None) or repr(value)
+    return text if len(text) < 80 else f"another {type(value).__name__}"

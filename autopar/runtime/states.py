@@ -72,7 +72,8 @@ def _find_optimizers() -> list[Optimizer]:
 
 
 def _point_to_new(optimizer: Optimizer, new_of: Mapping[int, nn.Parameter]) -> None:
-    for group in optimizer.param_groups:
+    # One whose constructor failed, and which a traceback holds, has no groups.
+    for group in vars(optimizer).get("param_groups", ()):
         parameters = group["params"]
         for position, parameter in enumerate(parameters):
             new = new_of.get(id(parameter))
