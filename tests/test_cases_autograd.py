@@ -447,6 +447,17 @@ def substitutes_that_can_not_be_used() -> None:
     model(batch()).backward()
 
 
+def a_sparse_gradient() -> None:
+    """Refused before a step begins; without gradients the table may say that it has sparse ones."""
+    for pins in ALL:
+        model = autopar.compile(nn.Sequential(nn.Embedding(8, 8, sparse=True), nn.Linear(8, 2)), pins=pins)
+        words = torch.arange(8)
+        with pytest.raises(InputError, match=r"the gradient of 0\.weight is sparse"):
+            model(words)
+        with torch.no_grad():
+            model(words)
+
+
 def a_parameter_that_is_exchanged() -> None:
     """A new parameter in the place of an old one is trained; one that a file brought is stored as the old one."""
 
@@ -678,6 +689,7 @@ CASES: tuple[Case, ...] = (
     steps_on_steps,
     substitutes_for_parameters,
     substitutes_that_can_not_be_used,
+    a_sparse_gradient,
     a_parameter_that_is_exchanged,
     modules_that_change_after_compile,
     two_models_share_a_body,

@@ -437,6 +437,11 @@ def hook_with_a_mask(net: Net, z: Tensor) -> Tensor:
     return z
 
 
+def count_in_a_long_list(net: Net, z: Tensor) -> Tensor:
+    net.counts[7] += 1
+    return z
+
+
 class Scaled:
     """A hook that holds a tensor."""
 
@@ -500,6 +505,7 @@ REFUSED: dict[str, tuple[Callable[[Net, Tensor], Any], str]] = {
     "tensor_updated": (decay_in_place, r"writes in place to the plain tensor scale; make it a buffer"),
     "counter": (count, r"changes calls in every call.* make it a buffer"),
     "list_of_numbers": (remember, r"changes history in every call"),
+    "long_list_of_numbers": (count_in_a_long_list, r"changes counts in every call"),
     "parameter_replaced": (set_attribute(lambda net: net.g, "weight", nn.Parameter), r"replaces the parameter g\.weight"),
     "parameter_frozen": (
         lambda net, z: (net.g.weight.requires_grad_(False), net.g(z))[1],
@@ -568,6 +574,7 @@ def test_what_a_program_cannot_do_is_refused(name: str) -> None:
     between, message = REFUSED[name]
     model = Net(between)
     model.history, model.state, model.scale = [], _State(), torch.ones(WIDTH, dtype=torch.float64)
+    model.counts = [0] * 1000
     before, state = dict(vars(model)), random.getstate()
     with pytest.raises(CaptureError, match=message):
         capture(model, (rows(),))

@@ -7,8 +7,9 @@ import io
 import json
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -53,6 +54,17 @@ class Net(nn.Module):
         for layer in self.layers:
             x = x + layer(x).tanh()
         return x
+
+
+@dataclass(frozen=True)
+class Point:
+    x: Any
+    y: list[Any]
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: int
 
 
 def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -389,6 +401,10 @@ def full_state_dict_loads_into_one_device() -> None:
                     tree_allclose(again.state_dict()["state"], optimizer.state_dict()["state"], rtol=1e-9)
             else:
                 assert state == states == {}
+            nested = autopar.full_state_dict({"point": Point(model.head.bias, [model.head.weight]), "pair": Pair(model.head.bias, 2)})
+            if dist.get_rank() == 0:
+                assert all(type(x) is Tensor for x in (nested["point"].x, nested["point"].y[0], nested["pair"].first))
+                tree_allclose(nested["pair"].first, expected.head.bias.detach(), rtol=1e-9)
             step(expected, optimizer, seed), step(model, ours, seed)
         gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if dist.get_rank() == 0:

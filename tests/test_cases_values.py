@@ -490,6 +490,23 @@ def attributes_that_are_set_on_one_rank() -> None:
 
 
 @case
+def hooks_of_parameters_on_one_rank_only() -> None:
+    """Gradients with hooks are summed one by one, the others in buckets: ranks that differ in it would wait for each other."""
+    for pins in (DP, TP, PP):
+        model = _compile(Net(), pins)
+        model(*_batch())["loss"].backward()
+        if dist.get_rank() == 0:
+            handle = next(iter(model.parameters())).register_hook(lambda gradient: gradient)
+        with pytest.raises(InputError, match=r"the set of parameters with hooks is \S+ on rank 0, empty on rank 1"):
+            model(*_batch())
+        with torch.no_grad():
+            model(*_batch())
+        if dist.get_rank() == 0:
+            handle.remove()
+        model(*_batch())["loss"].backward()
+
+
+@case
 def a_model_that_evaluates_in_inference_mode() -> None:
     def loop(model: nn.Module) -> list[Tensor]:
         model.eval()

@@ -247,10 +247,19 @@ def _summary(value: Any, depth: int) -> Any:
         return type(value), value
     if isinstance(value, _CONTAINERS) and depth:
         if len(value) > _LONGEST:
-            return len(value)
+            return len(value), _hash(value)
         items = value.items() if isinstance(value, dict) else sorted(value, key=repr) if isinstance(value, set) else value
         return len(value), [_summary(item, depth - 1) for item in items]
     return None
+
+
+def _hash(container: Any) -> int | None:
+    """A number for what a long container holds; None where it holds other containers."""
+    items = container.items() if isinstance(container, dict) else container
+    try:
+        return hash(frozenset(items) if isinstance(container, set) else tuple(items))
+    except TypeError:
+        return None
 
 
 def _walk(path: str, value: Any, seen: set[int] | None = None, depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:

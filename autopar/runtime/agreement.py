@@ -123,7 +123,11 @@ class Agreement:
             yield
         except Exception as error:
             failure = error
-        if any(failed for failed, *_ in self.meet(event, [failure is not None])):
+        try:
+            failures = [failed for failed, *_ in self.meet(event, [failure is not None])]
+        except CommError as error:
+            raise error from failure or error.__cause__
+        if any(failures):
             reasons = self.gather("" if failure is None else f"{type(failure).__name__}:{failure}")
             if failure is not None:
                 raise failure

@@ -25,6 +25,7 @@ EXACT_CALLS = 2
 """Calls of a kind in which all elements of all inputs are compared; later ones compare a sample."""
 
 _MODE, _FROZEN, _GRADIENTS, _COUNT = "the mode", "the set of frozen parameters", "the gradient mode", "the number of such calls before"
+_HOOKED = "the set of parameters with hooks"
 _SETTINGS = "what forward reads of Python (attributes, methods, variables, hooks)"
 _BEFORE = " of the call before"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -82,10 +83,9 @@ def compare(reports: Sequence[Report], *, is_local: bool) -> Comparison:
             is_tensor = any(name in report.hashes for report in reports)
             remedy = _SAME_CALLS if not is_tensor else _EQUAL_SIZES if is_local else _WHOLE_BATCH
             differences.append((f"{name} is {', '.join(f'{text} on {who}' for text, who in said.items())}", remedy))
-    if len(differences) > 1:
-        # Where ranks make calls of other kinds, it says nothing that one of these kinds is new to a rank.
-        differences = [(text, remedy) for text, remedy in differences if not text.startswith(_SETTINGS)]
     if differences:
+        # Where ranks make calls of other kinds, it says nothing that one of these kinds is new to a rank.
+        differences = [(text, remedy) for text, remedy in differences if not text.startswith((_SETTINGS, _COUNT))] or differences
         return Comparison(tuple(differences), ())
     for name in reports[0].hashes:
         has_samples = name.removesuffix(_BEFORE) in reports[0].samples
@@ -170,7 +170,9 @@ class CallCheck:
         self._late: _LateHashes | None = None
         self._has_warned = False
 
-    def check(self, key: Hashable, call: Call, event: str, index: int, number: int, *, runs: bool = True) -> bool:
+    def check(
+        self, key: Hashable, call: Call, event: str, index: int, number: int, *, hooked: Sequence[str] = (), runs: bool = True
+    ) -> bool:
         """Wait for all ranks to make this call, and compare what they pass.
 
         Args:
@@ -179,6 +181,7 @@ class CallCheck:
             event: what this rank does, for `Agreement.meet`.
             index: which share of the batch this rank passes; 0 where all pass the same.
             number: of the program for the settings that the model has now, 0 where it is to be made.
+            hooked: names of the parameters that have hooks, whose gradients are summed over ranks one by one.
             runs: whether the call runs; otherwise values don't matter.
 
         Returns whether it is one of the first calls of its kind.
@@ -195,12 +198,13 @@ class CallCheck:
         of_samples = {name: number for name, number in hashes.items() if name.removesuffix(_BEFORE) in samples}
         of_others = {name: number for name, number in hashes.items() if name not in of_samples}
         modes = torch.is_grad_enabled() + 2 * torch.is_inference_mode_enabled() + 4 * number
-        facts = self._agreement.meet(event, [kind.digest, modes, kind.count, digest(repr(of_others)), index, digest(repr(of_samples))])
+        of_all = [kind.digest, modes, kind.count, digest(repr(hooked)), digest(repr(of_others))]
+        facts = self._agreement.meet(event, [*of_all, index, digest(repr(of_samples))])
         shares: dict[int, tuple[int, ...]] = {}
-        if any(other[:4] != facts[0][:4] or shares.setdefault(other[4], other) != other for other in facts):
+        if any(other[:5] != facts[0][:5] or shares.setdefault(other[5], other) != other for other in facts):
             late = {name: number for name, number in hashes.items() if name not in tensors}
-            self._explain(kind, _report(kind, tensors, late, samples, index, modes))
-        elif is_exact and samples and len(shares) > 1 and len({other[5] for other in facts}) == 1:
+            self._explain(kind, _report(kind, tensors, late, samples, index, modes, hooked))
+        elif is_exact and samples and len(shares) > 1 and len({other[6] for other in facts}) == 1:
             self._warn_of_copies(kind)
         kind.count += runs
         return is_exact
@@ -256,11 +260,14 @@ class CallCheck:
             )
 
 
-def _report(kind: _Kind, tensors: Mapping[str, Tensor], late: Mapping[str, int], samples: set[str], index: int, modes: int) -> Report:
+def _report(
+    kind: _Kind, tensors: Mapping[str, Tensor], late: Mapping[str, int], samples: set[str], index: int, modes: int, hooked: Sequence[str]
+) -> Report:
     """What this rank says of a call. The hashes don't depend on strides."""
     texts = {
         **kind.texts,
         _SETTINGS: f"as in capture {modes >> 2}" if modes >> 2 else "new",
+        _HOOKED: ", ".join(hooked) or "empty",
         _GRADIENTS: "inference" if modes & 2 else "gradients" if modes & 1 else "no_grad",
         _COUNT: str(kind.count),
     }

@@ -7,6 +7,8 @@ of other tensors this rank's part, with a note whose part it is, so that loading
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 import warnings
 from collections import OrderedDict
@@ -37,7 +39,7 @@ def full_state_dict(source: nn.Module | Optimizer | Mapping[str, Any]) -> dict[s
     of such states load into models and optimizers that aren't compiled, and with ``load_state_dict`` into compiled ones of any plan.
 
     Args:
-        source: the module or optimizer, or any nest of dicts, lists and tensors, such as a moving average of weights.
+        source: the module or optimizer, or any nest of dicts, lists, tuples, dataclasses and tensors, such as a moving average of weights.
 
     Raises InputError for a model on the meta device, which has no values before its first plan.
     """
@@ -68,8 +70,14 @@ def _gather_nest(x: Any, is_first: bool, whole_of: dict[int, tuple[Tensor, Tenso
         if hasattr(x, "_metadata"):
             made._metadata = x._metadata  # type: ignore[attr-defined]
         return made
-    if type(x) in (list, tuple):
-        return type(x)(_gather_nest(item, is_first, whole_of) for item in x)
+    if isinstance(x, list | tuple):
+        items = [_gather_nest(item, is_first, whole_of) for item in x]
+        return type(x)(*items) if hasattr(x, "_fields") else type(x)(items)
+    if dataclasses.is_dataclass(x) and not isinstance(x, type):
+        copied = copy.copy(x)
+        for field in dataclasses.fields(x):
+            object.__setattr__(copied, field.name, _gather_nest(getattr(x, field.name), is_first, whole_of))
+        return copied
     return x
 
 

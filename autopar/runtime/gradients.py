@@ -22,6 +22,8 @@ from autopar import torch_compat
 from autopar.errors import InputError
 from autopar.runtime import dispatch
 
+_SPARSE = "the gradient of {} is sparse, and only dense ones are summed over ranks: leave out sparse=True"
+
 
 @dataclass(slots=True, eq=False)
 class TrackedParameter:
@@ -121,9 +123,7 @@ class GradientReducer:
 
         def receive(gradient: Tensor) -> None:
             if gradient.layout is not torch.strided:
-                raise InputError(
-                    f"the gradient of {entry.name} is sparse, and only dense ones are summed over ranks: leave out sparse=True"
-                )
+                raise InputError(_SPARSE.format(entry.name))
             self._begin_backward()
             if entry.gradient is not None:
                 entry.gradient.add_(gradient)
@@ -326,6 +326,13 @@ class StashedGradients:
 
 def _gone() -> None:
     """A weak reference to nothing."""
+
+
+def refuse_sparse_gradients(model: nn.Module) -> None:
+    """Raise InputError for a table whose gradient would be sparse, before a step has begun."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse and module.weight.requires_grad:
+            raise InputError(_SPARSE.format(f"{path}.weight".lstrip(".")))
 
 
 def is_ordinary(parameter: nn.Parameter) -> bool:

@@ -29,7 +29,7 @@ from autopar.runtime.call_check import CallCheck
 from autopar.runtime.checkpoints import teach_pickling
 from autopar.runtime.dispatch import as_stored, take_plain_gradients, teach_whole_values
 from autopar.runtime.dtensor import gather_whole, take_local, teach_strided_shards
-from autopar.runtime.gradients import GradientReducer
+from autopar.runtime.gradients import GradientReducer, refuse_sparse_gradients
 from autopar.runtime.inputs import Call, InputReader
 from autopar.runtime.methods import SAVING, gather_when_called, save_on_first_rank
 from autopar.runtime.outputs import Handover, Step, name_outputs, returns_loss
@@ -229,7 +229,8 @@ class ParallelModule(Unwrapped, nn.Module):
         step = Step(f"call {self._call_count} of {self._name}", self._agreement)
         number, known = self._programs.find(key)
         if self._check is not None:
-            step.checks = self._check.check(key, call, f"makes {step.name}", index, number)
+            hooked = self._storage.hooked() if torch.is_grad_enabled() else []
+            step.checks = self._check.check(key, call, f"makes {step.name}", index, number, hooked=hooked)
         program = self._use_program(key, call, known)
         deployment = self._storage.deployment
         assert deployment is not None
@@ -284,6 +285,8 @@ class ParallelModule(Unwrapped, nn.Module):
     def _use_program(self, key: Hashable, call: Call, program: Program | None) -> Program:
         """The program to run, which is made where there is none."""
         if program is None:
+            if self._agreement is not None and torch.is_grad_enabled():
+                refuse_sparse_gradients(self._original)
             # Not in inference mode, even if the call is: programs and stored parameters outlive the call. And what capture saves for
             # backwards is nothing to what surrounds the call, such as a checkpoint, which counts what is saved.
             with (

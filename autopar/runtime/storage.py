@@ -174,6 +174,10 @@ class Storage:
                 )
         return tuple((tensor.dtype, tensor.requires_grad) for tensor in tensors)
 
+    def hooked(self) -> list[str]:
+        """Names of the parameters whose gradients the user's hooks get."""
+        return [name for name, place in self._parameter_at.items() if torch_compat.has_hooks(read(place))]
+
     def is_stored(self, name: str, x: Tensor) -> bool:
         """Whether `x` is a parameter that is stored as the first plan says, not a substitute."""
         deployment = self.deployment
