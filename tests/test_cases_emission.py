@@ -229,6 +229,28 @@ class Logging(nn.Module):
         return (x * x).sum()
 
 
+class Asserting(nn.Module):
+    """Checks values of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert_async((x < 9).all(), "too large")
+        return (x * x).sum()
+
+
+def test_assertions_about_values_are_noted_and_left_out() -> None:
+    """Flaubert asserts how long its rows are, which it counts in the input."""
+    plan = autopar.plan(Asserting(), (_rows(),), "2xcpu")
+    assert [note.partition(" at ")[0] for note in plan.notes] == ["the assertion about values"]
+    assert autopar.compile(Asserting(), (_rows(),))(_rows()) == (_rows() * _rows()).sum()
+    sizes = {"vocab_size": 64, "n_words": 64, "emb_dim": 16, "n_layers": 1, "n_heads": 2, "max_position_embeddings": 16, "pad_index": 0}
+    config = transformers.FlaubertConfig(**sizes, dropout=0.0, attention_dropout=0.0, layerdrop=0.0)
+    model, words = transformers.FlaubertWithLMHeadModel(config).double(), torch.arange(5, 61).view(7, 8)
+    batch = {"input_ids": words, "labels": words}
+    plan = autopar.plan(model, batch, "2xcpu", pins={"tp": 2})
+    assert any("assert lengths.max().item() <= slen` isn't checked by the program" in note for note in plan.notes)
+    autopar.verify(model, batch, plan).check()
+
+
 def test_objects_that_change_as_they_are_used_are_no_settings() -> None:
     """A logger remembers who asked for what, and knows all other loggers."""
     compiled, x = autopar.compile(Logging(), (_rows(),)), _rows()

@@ -33,7 +33,7 @@ from autopar.capture.functionalize import functionalize
 from autopar.capture.functions import calls_remembered, place_hooks, restore_functions
 from autopar.capture.graph_of import graph_of
 from autopar.capture.masks import prove_masks
-from autopar.capture.normalize import HANDLED, drop_detach, drop_unused, inline_regions, simplify, slice_constant_indices
+from autopar.capture.normalize import HANDLED, drop_assertions, drop_detach, drop_unused, inline_regions, simplify, slice_constant_indices
 from autopar.capture.order import order_independent_calls
 from autopar.capture.record import record
 from autopar.capture.settings import Settings
@@ -417,6 +417,7 @@ def _assemble(
 ) -> Captured:
     """Run the passes over an exported program, in order, and put the results together."""
     graph = inline_regions(program.graph_module)
+    drop_assertions(graph, notes)
     check_graph(graph)
     graph = restore_functions(graph)
     placeholders = _read_placeholders(graph, program, originals, spec)

@@ -116,7 +116,7 @@ def simplify(graph: fx.Graph, device: torch.device) -> fx.Graph:
         if node.op != "call_function":
             env[node] = new.node_copy(node, env.__getitem__)
             continue
-        if node.target in NO_EFFECT:
+        if node.target in ASSERTIONS:  # of what a composite operator was made of
             continue
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
         call: Call = (node.target, args, dict(kwargs))
@@ -282,16 +282,29 @@ def rename(target: Target) -> Callable[[Call, fx.Node], Call | fx.Node]:
     return rule
 
 
-NO_EFFECT: frozenset[Any] = frozenset(
-    {
-        aten._assert_tensor_metadata.default,
-        aten._assert_async.msg,
-        aten._assert_async.default,
-        aten._assert_scalar.default,
-        aten.sym_constrain_range_for_size.default,
-    }
+_OF_VALUES: frozenset[Any] = frozenset({aten._assert_async.msg, aten._assert_async.default, aten._assert_scalar.default})
+_OF_SIZES: frozenset[Any] = frozenset(
+    {aten._assert_tensor_metadata.default, aten.sym_constrain_range_for_size.default, aten.sym_constrain_range.default}
 )
-"""Calls that check something and make nothing; what they check can't change for a captured graph."""
+ASSERTIONS = _OF_VALUES | _OF_SIZES
+"""Operators that check something and make nothing."""
+
+
+def drop_assertions(graph: fx.Graph, notes: list[str]) -> None:
+    """Remove calls that check something and make nothing, and the numbers that only they read.
+
+    What is checked of sizes and dtypes can't change for a captured graph. An assertion about values, such as
+    ``assert lengths.max().item() <= 512``, is noted: a program doesn't check it.
+    """
+    for node in reversed(list(graph.nodes)):
+        if node.op != "call_function" or node.users:
+            continue
+        if node.target in _OF_VALUES:
+            notes.append(f"the assertion about values at `{source_of(node)}` isn't checked by the program")
+            graph.erase_node(node)
+        elif node.target in _OF_SIZES or isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            graph.erase_node(node)
+
 
 # Each draws a mask of its own kind, by simpler random operators.
 _COMPOSITE_DROPOUTS = (aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default)
@@ -384,7 +397,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
 """Operator -> the rules that are applied to its calls, in order. A rule returns a changed call, or a node that replaces the call."""
 
 
-HANDLED: frozenset[Any] = frozenset({*RULES, *NO_EFFECT, aten.broadcast_tensors.default} - set(_COMPOSITE_DROPOUTS))
+HANDLED: frozenset[Any] = frozenset({*RULES, *ASSERTIONS, aten.broadcast_tensors.default} - set(_COMPOSITE_DROPOUTS))
 """Operators that `simplify` replaces or drops, and which needn't be taken apart before it."""
 
 
