@@ -209,6 +209,9 @@ unequal numbers of ignored labels per row.
 Two more kinds of plans are checked in the same way: plans drawn at random from all that can be emitted, on meshes of 2, 4, 2 x 2
 and 2 x 2 x 2 ranks, and DDP, FSDP, Megatron and Redco layouts. `tests/test_processes.py` trains in real processes.
 
+[Situations](situations.md) has the other table: training loops and files in which such systems differ from one device in silence, what
+happens here, and the test of each.
+
 Make this page again with `python -m tests.exactness`.
 
 | architecture | plan | splits | gradients | error |

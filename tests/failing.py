@@ -131,7 +131,7 @@ def _fail(how: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGSTOP)
 
 
-def _plant(case: Case, model: Any, program: Any) -> None:
+def _plant(case: Case, program: Any) -> None:
     """Let this rank fail in the step that comes."""
     calls = {"forward": 0, "backward": 0}
 
@@ -155,9 +155,6 @@ def _plant(case: Case, model: Any, program: Any) -> None:
             return receive(self, source, shape, *rest)
 
         GroupAxis.receive = fail  # type: ignore[method-assign]
-    elif case.at == "hook":
-        for parameter in model.parameters():
-            parameter.register_post_accumulate_grad_hook(lambda _: _fail(case.how))
     elif case.at == "sum":
         reduce: Callable[..., Any] = dist.all_reduce
 
@@ -187,8 +184,11 @@ def run_rank(case: Case, program: Program, rank: int, folder: Path) -> None:
     _step(model, case)
     seen.steps = 1
     model.zero_grad()
-    if rank == case.rank:
-        _plant(case, model, program)
+    if case.at == "hook":  # on every rank, as all must have the same
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _: _fail(case.how) if rank == case.rank else None)
+    elif rank == case.rank:
+        _plant(case, program)
     if rank == case.slow:
         for stage in program.pipeline.stages.values() if program.pipeline is not None else ():
             stage.module.register_forward_pre_hook(lambda *_: time.sleep(0.3))

@@ -348,10 +348,12 @@ def note_changes(tracked: Iterable[TrackedParameter]) -> None:
     """Let autograd know of changes in place of parameters, before a forward and before a backward.
 
     Torch counts those of a DTensor, and not of its part, which programs save. Autograd refuses a backward that reads what has changed since
-    it was saved, as it does on one device.
+    it was saved, as it does on one device. A plain parameter and its leaf are counted as one.
     """
     changed = []
     for entry in tracked:
+        if not isinstance(entry.parameter, DTensor):
+            continue
         attributes, version = entry.parameter.__dict__, entry.parameter._version
         if attributes.get(_VERSION) != version:
             attributes[_VERSION] = version
