@@ -261,6 +261,20 @@ def test_objects_that_change_as_they_are_used_are_no_settings() -> None:
         assert torch.equal(compiled(x), (x * x).sum())
 
 
+def test_a_call_that_asks_for_hidden_states_changes_nothing_for_others() -> None:
+    """transformers puts hooks on the layers in the first such call."""
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, use_cache=False)).double()
+    words = torch.arange(4, 60).view(7, 8)
+    compiled = autopar.compile(copy.deepcopy(model), {"input_ids": words})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for asks in (False, True, False, True):
+            ours, expected = (one(input_ids=words, output_hidden_states=asks) for one in (compiled, model))
+            assert torch.allclose(ours.logits, expected.logits)
+            assert not asks or torch.allclose(ours.hidden_states[1], expected.hidden_states[1])
+
+
 def test_a_backward_hook_that_comes_later_is_refused() -> None:
     compiled = autopar.compile(Reading(types.SimpleNamespace(temperature=1.0)).double(), (_rows(),))
     compiled.linear.register_full_backward_hook(lambda module, inputs, outputs: None)

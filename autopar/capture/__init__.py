@@ -13,6 +13,7 @@ from autopar.capture.errors import refuse_wrapped
 from autopar.capture.export import Captured, capture, refuse_autocast, refuse_tensors
 from autopar.capture.fx_nodes import source_of, takes
 from autopar.capture.settings import OF_CLASS, class_attribute, contents_of, variables_of
+from autopar.capture.transformers import collects_outputs
 
 __all__ = [
     "OF_CLASS",
@@ -21,6 +22,7 @@ __all__ = [
     "canonical",
     "capture",
     "class_attribute",
+    "collects_outputs",
     "contents_of",
     "leaf_names",
     "refuse_autocast",

@@ -82,6 +82,14 @@ def adapted(model: nn.Module, inputs: Mapping[str, Any], notes: list[str]) -> It
         yield kwargs
 
 
+def collects_outputs(hook: object) -> bool:
+    """Whether a hook is transformers' own, by which a model collects hidden states and attentions for the calls that ask for them.
+
+    It is put on the modules in the first such call, and changes nothing in others.
+    """
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
+
+
 def _transformers_models(model: nn.Module) -> list[Any]:
     library = sys.modules.get("transformers.modeling_utils")
     if library is None:

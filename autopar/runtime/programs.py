@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from autopar.capture import OF_CLASS, class_attribute, contents_of, variables_of
+from autopar.capture import OF_CLASS, class_attribute, collects_outputs, contents_of, variables_of
 from autopar.rewrite import Program
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -81,7 +81,11 @@ class Programs:
         self._made.setdefault(key, []).append(_Made(program, reads, held, of_classes, variables, self._hooks()))
 
     def _hooks(self) -> dict[int, list[Any]]:
-        return {position: list(hooks.values()) for position, (_, hooks) in enumerate(self._hooks_at) if hooks}
+        return {
+            position: of_user
+            for position, (_, hooks) in enumerate(self._hooks_at)
+            if hooks and (of_user := [hook for hook in hooks.values() if not collects_outputs(hook)])
+        }
 
     def _changes(self, made: _Made) -> Iterator[str]:
         """What isn't as it was when a program was made, in words."""
