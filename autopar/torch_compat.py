@@ -37,6 +37,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from autopar.replaced import on_this_thread, replaced
+
 __all__ = [
     "COMPOSABLE_STATES",
     "CheckpointFunction",
@@ -75,7 +77,6 @@ __all__ = [
     "make_dtensor",
     "make_like",
     "make_wrapper",
-    "on_this_thread",
     "partial_norm",
     "read_in_backward",
     "redistribute_part",
@@ -251,49 +252,23 @@ def function_calls_go_to(
         return apply(cls, original, args, kwargs) if threading.get_ident() == thread else original(*args, **kwargs)
 
     # The public `apply` calls its base class's, which otherwise only that one's base class has.
-    before = base.__dict__.get("apply")
-    base.apply = classmethod(replacement)
-    try:
+    with replaced(base, "apply", classmethod(replacement)):
         yield
-    finally:
-        if before is None:
-            del base.apply
-        else:
-            base.apply = before
-
-
-def on_this_thread(function: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    """What calls `function` on the thread that runs now, and `elsewhere` on others."""
-    thread = threading.get_ident()
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (function if threading.get_ident() == thread else elsewhere)(*args, **kwargs)
-
-    return call
 
 
 @contextmanager
 def backwards_go_to(run: Callable[..., Any]) -> Iterator[None]:
     """Inside, `run` is called for every backward that this thread starts: ``backward()``, `torch.autograd.grad`, what builds on them."""
     package: Any = torch.autograd
-    original = package._engine_run_backward
-    package._engine_run_backward = on_this_thread(run, original)
-    try:
+    with replaced(package, "_engine_run_backward", on_this_thread(run, package._engine_run_backward)):
         yield
-    finally:
-        package._engine_run_backward = original
 
 
 @contextmanager
 def default_generator_replaced(generator: object) -> Iterator[None]:
     """Inside, `torch.manual_seed` and its like use `generator` in the place of torch's default CPU generator."""
-    module: Any = torch.random
-    original = module.default_generator
-    module.default_generator = generator
-    try:
+    with replaced(torch.random, "default_generator", generator):
         yield
-    finally:
-        module.default_generator = original
 
 
 def global_backward_hooks() -> bool:

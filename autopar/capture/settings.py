@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from autopar.capture.fx_nodes import is_installed
+from autopar.replaced import replaced
 
 Settings = Mapping[tuple[str, str], Any]
 """Path of a module and name of an attribute -> its value, or `OF_CLASS`."""
@@ -43,8 +44,7 @@ def reads_noted(model: nn.Module, internal: Collection[str], reads: dict[tuple[s
         internal: attributes of every module, which aren't the user's.
         reads: gets the settings. Tensors and modules aren't among them.
     """
-    original = nn.Module.__dict__.get("__getattribute__")
-    get: Callable[[nn.Module, str], Any] = original or object.__getattribute__
+    get, find = nn.Module.__getattribute__, nn.Module.__getattr__
     paths = {id(module): path for path, module in model.named_modules()}
 
     def read(module: nn.Module, name: str) -> Any:
@@ -56,8 +56,6 @@ def reads_noted(model: nn.Module, internal: Collection[str], reads: dict[tuple[s
                 reads.setdefault((paths[id(module)], name), value)
         return value
 
-    find = nn.Module.__getattr__
-
     def miss(module: nn.Module, name: str) -> Any:
         try:
             return find(module, name)
@@ -66,16 +64,8 @@ def reads_noted(model: nn.Module, internal: Collection[str], reads: dict[tuple[s
                 reads.setdefault((paths[id(module)], name), OF_CLASS)
             raise
 
-    nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
-    nn.Module.__getattr__ = miss  # type: ignore[method-assign]
-    try:
+    with replaced(nn.Module, "__getattribute__", read), replaced(nn.Module, "__getattr__", miss):
         yield
-    finally:
-        if original is None:
-            del nn.Module.__getattribute__
-        else:
-            nn.Module.__getattribute__ = original  # type: ignore[method-assign]
-        nn.Module.__getattr__ = find  # type: ignore[method-assign]
 
 
 # --- values that may be changed in place --------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from autopar.capture.attributes import ModelAttributes
 from autopar.capture.functions import functions_kept_whole, hook_gradient
 from autopar.capture.fx_nodes import is_installed, users_line
 from autopar.errors import CaptureError
+from autopar.replaced import on_this_thread, replaced
 
 
 @contextmanager
@@ -159,14 +160,10 @@ def _compiler_questions_noted(notes: list[str]) -> Iterator[None]:
 @contextmanager
 def _methods(owner: type, **replacements: Callable[..., Any]) -> Iterator[None]:
     """Inside, on this thread, methods of a class are these."""
-    originals = {name: owner.__dict__[name] for name in replacements}
-    try:
+    with ExitStack() as undo:
         for name, replacement in replacements.items():
-            setattr(owner, name, torch_compat.on_this_thread(replacement, originals[name]))
+            undo.enter_context(replaced(owner, name, on_this_thread(replacement, vars(owner)[name])))
         yield
-    finally:
-        for name, original in originals.items():
-            setattr(owner, name, original)
 
 
 @contextmanager
