@@ -29,7 +29,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from autopar import torch_compat
 from autopar.capture.fx_nodes import is_installed
-from autopar.capture.settings import OF_CLASS, Settings, reads_noted
+from autopar.capture.settings import DEPTH, LONGEST, OF_CLASS, Settings, reads_noted
 from autopar.errors import CaptureError
 
 _INTERNAL = frozenset(vars(nn.Module()))
@@ -37,8 +37,6 @@ _INTERNAL = frozenset(vars(nn.Module()))
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _CONTAINERS = (list, tuple, set, dict, deque)
-_DEPTH = 4  # how far containers, objects and closures are followed
-_LONGEST = 256  # container whose contents are looked at
 
 
 @dataclass(slots=True)
@@ -238,7 +236,7 @@ def _parameters(model: nn.Module) -> dict[tuple[str, str], tuple[Tensor | None, 
 
 def _plain_values(model: nn.Module) -> dict[tuple[str, str], Any]:
     """Module and attribute -> a summary of what is plain of its value; attributes that have nothing plain are left out."""
-    values = ((prefix, name, _summary(value, _DEPTH)) for prefix, module in model.named_modules() for name, value in _own(module))
+    values = ((prefix, name, _summary(value, DEPTH)) for prefix, module in model.named_modules() for name, value in _own(module))
     return {(prefix, name): summary for prefix, name, summary in values if summary is not None}
 
 
@@ -246,7 +244,7 @@ def _summary(value: Any, depth: int) -> Any:
     if isinstance(value, _PLAIN):
         return type(value), value
     if isinstance(value, _CONTAINERS) and depth:
-        if len(value) > _LONGEST:
+        if len(value) > LONGEST:
             return len(value), _hash(value)
         items = value.items() if isinstance(value, dict) else sorted(value, key=repr) if isinstance(value, set) else value
         return len(value), [_summary(item, depth - 1) for item in items]
@@ -262,7 +260,7 @@ def _hash(container: Any) -> int | None:
         return None
 
 
-def _walk(path: str, value: Any, seen: set[int] | None = None, depth: int = _DEPTH) -> Iterator[tuple[str, Any]]:
+def _walk(path: str, value: Any, seen: set[int] | None = None, depth: int = DEPTH) -> Iterator[tuple[str, Any]]:
     """(path, part) of a value and what it holds: items of containers, attributes of objects, variables of functions."""
     seen = set() if seen is None else seen
     if isinstance(value, (*_PLAIN, type, nn.Module, ModuleType)) or id(value) in seen:
@@ -273,7 +271,7 @@ def _walk(path: str, value: Any, seen: set[int] | None = None, depth: int = _DEP
     if depth == 0 or isinstance(value, Tensor):
         return
     if isinstance(value, _CONTAINERS):
-        if len(value) <= _LONGEST:
+        if len(value) <= LONGEST:
             items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in list(items):
                 yield from _walk(f"{path}[{key!r}]", item, seen, depth - 1)

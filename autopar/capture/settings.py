@@ -30,8 +30,10 @@ OF_CLASS = "<of the class>"
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
 _BY_IDENTITY = (*(Tensor, nn.Module, type, ModuleType), *(FunctionType, BuiltinFunctionType, MethodType, functools.partial))
 _OF_MODULE = frozenset(dir(nn.Module)) - {"forward"}
-_DEPTH = 4  # how far containers and objects are followed
-_LONGEST = 256  # container whose contents are looked at
+DEPTH = 4
+"""How far containers, objects and closures are followed."""
+LONGEST = 256
+"""The longest container whose contents are looked at."""
 _ABSENT = object()
 
 
@@ -83,7 +85,7 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]
 
 
-def contents_of(value: Any, depth: int = _DEPTH) -> Any:
+def contents_of(value: Any, depth: int = DEPTH) -> Any:
     """What a forward may read of a value, to be compared by ``==`` with what it holds later: 1 and 1.0 differ, as their results do."""
     if type(value) in _PLAIN:
         return type(value), value
@@ -93,10 +95,10 @@ def contents_of(value: Any, depth: int = _DEPTH) -> Any:
     elif isinstance(value, dict):
         inner = [part for item in value.items() for part in item]
     elif isinstance(value, (set, frozenset)):
-        return (type(value), frozenset(value)) if len(value) <= _LONGEST else _Same(value)
+        return (type(value), frozenset(value)) if len(value) <= LONGEST else _Same(value)
     elif not _is_opaque(value) and isinstance(attributes := getattr(value, "__dict__", None), dict):
         inner = [part for item in attributes.items() for part in item]
-    if inner is None or not depth or len(inner) > 2 * _LONGEST:
+    if inner is None or not depth or len(inner) > 2 * LONGEST:
         return _Same(value)
     return type(value), [contents_of(part, depth - 1) for part in inner]
 

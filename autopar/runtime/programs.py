@@ -32,11 +32,20 @@ class _Read:
 
 @dataclass(slots=True)
 class _Made:
-    """A program, and what the model was when it was made."""
+    """A program, and what the model was when it was made.
+
+    Attributes:
+        program: the program.
+        reads: what forward read of the modules' own attributes, in the order of the program's settings.
+        contents: (name, value, what it held) of each of these values, once, as it may be changed in place.
+        of_classes: class and name -> a module of it, and what the class had under that name.
+        variables: variable of the code -> what it held.
+        hooks: place in the list of all modules' hooks -> the user's hooks there.
+    """
 
     program: Program
     reads: list[_Read]
-    contents: dict[int, tuple[Any, Any]]
+    contents: list[tuple[str, Any, Any]]
     of_classes: dict[tuple[type, str], tuple[nn.Module, Any]]
     variables: dict[str, Any]
     hooks: dict[int, list[Any]]
@@ -69,16 +78,16 @@ class Programs:
 
     def add(self, key: Hashable, program: Program) -> None:
         """Keep a program that was made for a kind of call and the settings that the model has now."""
-        reads, held, of_classes = [], dict[int, tuple[Any, Any]](), dict[tuple[type, str], tuple[nn.Module, Any]]()
+        reads, held, of_classes = [], dict[int, tuple[str, Any, Any]](), dict[tuple[type, str], tuple[nn.Module, Any]]()
         for (path, name), value in program.settings.items():
             module = self._modules[path]
             if value is OF_CLASS:
                 of_classes.setdefault((type(module), name), (module, contents_of(class_attribute(module, name))))
             elif id(value) not in held:
-                held[id(value)] = value, contents_of(value)
-            reads.append(_Read(module, name, value, None if value is OF_CLASS else held[id(value)][1]))
+                held[id(value)] = name, value, contents_of(value)
+            reads.append(_Read(module, name, value, None if value is OF_CLASS else held[id(value)][2]))
         variables = {label: contents_of(read()) for label, read in self._variables.items()}
-        self._made.setdefault(key, []).append(_Made(program, reads, held, of_classes, variables, self._hooks()))
+        self._made.setdefault(key, []).append(_Made(program, reads, list(held.values()), of_classes, variables, self._hooks()))
 
     def _hooks(self) -> dict[int, list[Any]]:
         return {
@@ -93,8 +102,7 @@ class Programs:
             now = vars(read.module).get(read.name, OF_CLASS)
             if now is not read.value and (OF_CLASS in (now, read.value) or contents_of(now) != read.contents):
                 yield f"{path}.{read.name}".lstrip(".") + f" was {_show(read.value)} and is {_show(now)}"
-        names = {id(read.value): read.name for read in made.reads}
-        yield from (f"{names[key]} holds other values" for key, (value, held) in made.contents.items() if contents_of(value) != held)
+        yield from (f"{name} holds other values" for name, value, held in made.contents if contents_of(value) != held)
         for (kind, name), (module, held) in made.of_classes.items():
             if contents_of(class_attribute(module, name)) != held:
                 yield f"{kind.__name__}.{name} is another"
