@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from autopar.api import verify as verify
     from autopar.checks import check_rule as check_rule
     from autopar.cost_models import Cluster as Cluster
+    from autopar.ir import Precision as Precision
     from autopar.plans import Pins as Pins
     from autopar.plans import Plan as Plan
     from autopar.report import summarize as summarize
@@ -25,6 +26,7 @@ _HOMES = {
     "verify": "autopar.api",
     "check_rule": "autopar.checks",
     "Cluster": "autopar.cost_models",
+    "Precision": "autopar.ir",
     "Pins": "autopar.plans",
     "Plan": "autopar.plans",
     "full_state_dict": "autopar.runtime",

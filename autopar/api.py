@@ -21,7 +21,7 @@ from autopar.capture import Captured, ExampleInputs, capture, refuse_tensors, sp
 from autopar.checks import Verification, verify_plan
 from autopar.cost_models import Cluster, peak_flops
 from autopar.errors import CaptureError, InputError, PlanError
-from autopar.ir import Mesh, StateKind, with_pipeline
+from autopar.ir import Mesh, Precision, StateKind, with_pipeline
 from autopar.plans import NO_PINS, Pins, Plan, check_devices, describe_ops, reconcile
 from autopar.report import describe_choice
 from autopar.rewrite import Program, mark_samples, rewrite
@@ -30,6 +30,8 @@ from autopar.search import make_plan
 from autopar.units import format_seconds
 
 Progress = Callable[[str], None]
+PrecisionLike = Precision | str | Any | None
+"""What `Precision.parse` reads: a name, a `Precision`, or FSDP2's ``MixedPrecisionPolicy``."""
 
 
 def plan(
@@ -37,6 +39,7 @@ def plan(
     example_inputs: ExampleInputs,
     cluster: Cluster | str,
     *,
+    precision: PrecisionLike = None,
     pins: Mapping[str, object] | Pins | None = None,
     mesh: Mapping[str, int] | None = None,
     strict: bool = False,
@@ -49,6 +52,9 @@ def plan(
         example_inputs: one global batch, as a mapping of keyword arguments, a tuple of positional ones, or a pair of both. Only shapes and
             dtypes of tensors are read.
         cluster: such as ``"4x8xH100"``: 4 machines of 8 devices each.
+        precision: in which dtypes parameters are read, gathered, summed and updated, where that isn't the model's own: ``"mixed"``
+            (parameters, gradients and moments float32, the program bfloat16), ``"mixed-float16"``, ``"float32"``, ``"bfloat16"`` (with
+            float32 masters in the optimizer, `MasterWeights`), an `autopar.Precision`, or FSDP2's ``MixedPrecisionPolicy``.
         pins: what the plan must have, as a dict or `autopar.Pins`: axis sizes by kind (``{"dp": 2, "tp": 4}``), ``fsdp`` and ``vocabulary``
             (true or false); of a pipeline ``pp`` (pipeline ranks), ``schedule`` (``"1f1b"``), ``microbatches``, ``chunks`` (stages per
             pipeline rank) and ``recompute`` (``"none"``, ``"selective"``, ``"full"``); placements and stages of modules by glob
@@ -66,18 +72,20 @@ def plan(
         UnknownOpError: under `strict`, an op has no rule.
     """
     devices = _read_cluster(cluster)
+    policy = Precision.parse(precision)
     pins, group_mesh = reconcile(Pins.parse(pins), mesh)
     # What is known without the graph is refused before the model is captured, which takes seconds.
     check_devices(pins, group_mesh, devices)
     refuse_tensors(model)
-    _check_dtypes(model, devices)
+    _check_dtypes(model, devices, policy)
     if progress is not None:
         progress("capture")
-    captured = capture(model, example_inputs)
+    captured = capture(model, example_inputs, precision=policy)
     return make_plan(
         captured.graph,
         devices,
         model_name=type(model).__name__,
+        precision=policy,
         pins=pins,
         mesh=group_mesh,
         strict=strict,
@@ -91,10 +99,11 @@ def _read_cluster(cluster: Cluster | str) -> Cluster:
     return cluster if isinstance(cluster, Cluster) else Cluster.parse(cluster)
 
 
-def _check_dtypes(model: nn.Module, cluster: Cluster) -> None:
-    """Raise HardwareError when the machine can't compute in the dtype of any of the model's floating-point parameters."""
-    dtypes = {str(parameter.dtype) for parameter in model.parameters() if parameter.dtype.is_floating_point}
-    if dtypes and not any(dtype.removeprefix("torch.") in cluster.machine.device.peak_flops for dtype in dtypes):
+def _check_dtypes(model: nn.Module, cluster: Cluster, precision: Precision) -> None:
+    """Raise HardwareError when the machine can't compute in any dtype in which the model's floating-point parameters are read."""
+    stored = {str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters() if parameter.dtype.is_floating_point}
+    dtypes = set(map(precision.computed_dtype, stored))
+    if dtypes and not any(dtype in cluster.machine.device.peak_flops for dtype in dtypes):
         peak_flops(cluster.machine.device, min(dtypes))
 
 
@@ -106,6 +115,7 @@ def verify(
     cluster: Cluster | str | None = None,
     pins: Mapping[str, object] | Pins | None = None,
     ranks: int | None = None,
+    precision: PrecisionLike = None,
     tolerance: float = 1e-9,
 ) -> Verification:
     """Run all ranks of a plan in one process, and compare outputs, every gradient and updated buffers with the model.
@@ -116,6 +126,7 @@ def verify(
         plan: the plan to check; without one, a plan is made for `cluster`, or for `ranks` CPU processes.
         cluster: the cluster to plan for when no plan is given.
         pins: as in `autopar.plan`, when no plan is given.
+        precision: likewise.
         ranks: number of CPU processes to plan for when neither a plan nor a cluster is given; 4 by default.
         tolerance: the relative error that is accepted in float64.
 
@@ -123,8 +134,8 @@ def verify(
     number of ranks, CaptureError for a model that can't be one graph; without a plan also what `plan` raises. A disagreement isn't raised:
     `Verification.check` does that.
     """
-    if plan is not None and (pins or cluster is not None):
-        raise InputError("a plan says what to check; leave out pins and cluster, or the plan")
+    if plan is not None and (pins or cluster is not None or precision is not None):
+        raise InputError("a plan says what to check; leave out pins, precision and cluster, or the plan")
     if not tolerance >= 0 or (ranks is not None and ranks < 1):
         raise InputError(f"tolerance={tolerance}, ranks={ranks}: a number from 0 and an integer from 1 are needed")
     if plan is not None and ranks is not None and plan.world_size != ranks:
@@ -132,13 +143,19 @@ def verify(
             f"the plan is for {plan.world_size} ranks ({with_pipeline(plan.mesh, plan.pipeline.ranks)}), {ranks} were asked for"
         )
     if plan is None:
-        plan = _plan(model, example_inputs, cluster if cluster is not None else f"{ranks or 4}xcpu", pins)
+        plan = _plan(model, example_inputs, cluster if cluster is not None else f"{ranks or 4}xcpu", pins, precision)
     return verify_plan(model, example_inputs, plan, tolerance=tolerance)
 
 
-def _plan(model: nn.Module, example_inputs: ExampleInputs, cluster: Cluster | str, pins: Mapping[str, object] | Pins | None) -> Plan:
+def _plan(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    cluster: Cluster | str,
+    pins: Mapping[str, object] | Pins | None,
+    precision: PrecisionLike,
+) -> Plan:
     """`plan`, for a function that has an argument of that name."""
-    return globals()["plan"](model, example_inputs, cluster, pins=pins)  # type: ignore[no-any-return]
+    return globals()["plan"](model, example_inputs, cluster, pins=pins, precision=precision)  # type: ignore[no-any-return]
 
 
 def detect_cluster(device_type: str | None = None) -> Cluster:
@@ -167,6 +184,7 @@ def compile(
     *,
     cluster: Cluster | str | None = None,
     plan: Plan | None = None,
+    precision: PrecisionLike = None,
     pins: Mapping[str, object] | Pins | None = None,
     mesh: Mapping[str, int] | None = None,
     strict: bool = False,
@@ -190,6 +208,7 @@ def compile(
         example_inputs: a call to plan for at once, instead of at the first call.
         cluster: the devices; by default those of this process group.
         plan: a plan that was made before, instead of a search.
+        precision: as in `autopar.plan`; a given plan says its own.
         pins: as in `autopar.plan`.
         mesh: as in `autopar.plan`.
         strict: as in `autopar.plan`.
@@ -211,13 +230,14 @@ def compile(
         raise InputError(f'outputs={outputs!r}: "plain" or "sharded" is needed')
     if plan is not None and not isinstance(plan, Plan):
         raise InputError(f"plan={plan!r} is no plan; read a file with autopar.Plan.load(path)")
-    if plan is not None and (pins or mesh):
-        raise InputError("a plan has been decided on already; leave out pins and mesh, or the plan")
+    if plan is not None and (pins or mesh or precision is not None):
+        raise InputError("a plan has been decided on already; leave out pins, mesh and precision, or the plan")
+    policy = Precision.parse(precision) if plan is None else plan.precision
     pins, group_mesh = reconcile(Pins.parse(pins), mesh)
     if inputs == "local" and example_inputs is None:
         raise InputError('inputs="local" needs example_inputs of the global batch: how it is split is known only with a plan')
     refuse_tensors(model)
-    planner = _Planner(cluster, plan, pins, group_mesh, strict, progress)
+    planner = _Planner(cluster, plan, policy, pins, group_mesh, strict, progress)
     planner.marks_samples = inputs == "local"
     module = CompiledModule(model, planner, inputs=inputs, outputs=outputs, init=init, device=device)
     planner.module = module
@@ -256,13 +276,13 @@ def _find_device(model: nn.Module) -> torch.device | None:
     return next((parameter.device for parameter in model.parameters() if not parameter.is_meta), None)
 
 
-def _capture_alike(model: nn.Module, example_inputs: ExampleInputs) -> Captured:
+def _capture_alike(model: nn.Module, example_inputs: ExampleInputs, precision: Precision) -> Captured:
     """`capture`; raises CaptureError on all ranks when one captures another graph than the first, and an error on all when one has one."""
     agreement, name = form_agreement(), type(model).__name__
     if agreement is None:
-        return capture(model, example_inputs)
+        return capture(model, example_inputs, precision=precision)
     with agreement.share_errors(f"has captured {name}"):
-        captured = capture(model, example_inputs)
+        captured = capture(model, example_inputs, precision=precision)
     texts = [f"{op.target} at {op.source or op.layer or op.name}" for op in captured.graph.ops]
     difference = agreement.find_difference(f"compares its graph of {name}", describe_ops(captured.graph), texts)
     if difference is not None:
@@ -281,6 +301,7 @@ class _Planner:
         self,
         cluster: Cluster | str | None,
         plan: Plan | None,
+        precision: Precision,
         pins: Pins,
         mesh: Mesh | None,
         strict: bool,
@@ -288,6 +309,7 @@ class _Planner:
     ) -> None:
         self.cluster = cluster
         self.given_plan = plan
+        self.precision = precision
         self.pins = pins
         self.mesh = mesh
         self.strict = strict
@@ -299,13 +321,13 @@ class _Planner:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Program:
         device = _find_device(model)
         start = time.perf_counter()
-        captured = _capture_alike(model, (args, kwargs))
+        captured = _capture_alike(model, (args, kwargs), self.precision)
         capture_seconds = time.perf_counter() - start
         if self.first_plan is None and self.given_plan is not None:
             plan = self.given_plan
         else:
             cluster = self._cluster(device)
-            _check_dtypes(model, cluster)
+            _check_dtypes(model, cluster, self.precision)
             plan = world.agree(lambda: self._search(model, captured, cluster), device)
         if self.first_plan is None:
             self.first_plan = plan
@@ -329,6 +351,7 @@ class _Planner:
             captured.graph,
             cluster,
             model_name=type(model).__name__,
+            precision=self.precision,
             pins=pins,
             mesh=mesh,
             stored=stored,

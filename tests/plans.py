@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from autopar.ir.layout import Mesh, Split, parse_layout
+from autopar.ir.precision import Precision
 from autopar.plans import OUTSIDE, CostRow, Phase, Purpose
 from autopar.plans.plan import BlockChoice, Candidate, Group, Memory, Pipeline, Plan, Proof, RepeatedWork, Unruled
 
@@ -17,6 +18,7 @@ def make_plan() -> Plan:
         model="GPT2LMHeadModel",
         fingerprint="0123abcd",
         cluster="1x8xh100",
+        precision=Precision.parse("mixed"),
         mesh=Mesh(("dp", "tp"), (2, 4)),
         pipeline=Pipeline(ranks=1, schedule="gpipe", chunks=1, microbatches=1, blocks=_make_blocks([0] * 14, "none"), travel={}),
         inputs={"input_ids": "int64[8, 128]", "labels": "int64[8, 128]"},

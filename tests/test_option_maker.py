@@ -15,9 +15,10 @@ from autopar.costs.blocks import cost_block
 from autopar.costs.cuts import cost_cut, travel_layout
 from autopar.costs.memory import find_memory, recompute_memory, workspace_nbytes
 from autopar.costs.solved import SolvedChain
-from autopar.costs.tables import OPTIMIZER_COPIES, CostTables, local_nbytes
+from autopar.costs.tables import CostTables, local_nbytes
 from autopar.ir.graph import OpKind, Value
 from autopar.ir.layout import Mesh
+from autopar.ir.precision import MOMENTS
 from autopar.plans.rows import Phase
 from autopar.rules.table import find_spaces
 from autopar.search.options import AxisKind, Constraints
@@ -38,7 +39,7 @@ LINK = CLUSTER.link_of(2, 1)
 # Of a micro-batch, of two: an activation and the logits. A weight of a layer, and the table.
 HIDDEN, LOGITS = 4 * 4 * WIDTH, 4 * 4 * TOKENS
 MATRIX, TABLE = 4 * WIDTH * WIDTH, 4 * TOKENS * WIDTH
-TRAINED = 2 + OPTIMIZER_COPIES
+TRAINED = 2 + MOMENTS
 
 
 class Layer(nn.Module):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from autopar.checks.verification import verify_against
 from autopar.cost_models import Cluster
-from autopar.costs.tables import OPTIMIZER_COPIES
+from autopar.ir.precision import MOMENTS
 from autopar.ops import comm
 from autopar.runtime.executor import Executor
 from autopar.runtime.mailbox import Delivery, Mailbox
@@ -51,7 +51,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
         with _Living() as here.living:
             run(self, actions)  # type: ignore[arg-type]
         stored = {x.untyped_storage()._cdata: x.nbytes for one in self.tensors.values() for x in one.parameters if x.requires_grad}
-        found[self.pipeline_rank] = here.living.peak + (1 + OPTIMIZER_COPIES) * sum(stored.values())
+        found[self.pipeline_rank] = here.living.peak + (1 + MOMENTS) * sum(stored.values())
 
     def counted_wait_for(self: Mailbox, delivery: Delivery) -> list[Tensor]:
         values = wait_for(self, delivery)

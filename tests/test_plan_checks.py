@@ -40,7 +40,7 @@ def _spoil(plan: Plan, change: Callable[[dict[str, Any]], Any]) -> str:
 
 
 def test_a_field_that_stands_twice_is_refused() -> None:
-    for name, twice in (("version", '"version": 4, "version": 4'), ("parameters", '"parameters": 1000000000, "parameters": 1000000000')):
+    for name, twice in (("version", '"version": 5, "version": 5'), ("parameters", '"parameters": 1000000000, "parameters": 1000000000')):
         text = to_json(make_plan()).replace(f'"{name}": {twice.rpartition(" ")[2]}', twice)
         with pytest.raises(PlanError, match=f"the field '{name}' stands twice in one object"):
             from_json(text)
@@ -235,9 +235,9 @@ def test_messages_are_short_whatever_the_file_holds(tmp_path: Path) -> None:
             Plan.load(path)
         assert len(str(caught.value)) < 1500
     with pytest.raises(PlanError, match=r"plan version \[\[\[\[\[\[\[\.\.\.\]\]\]\]\]\]\], this autopar reads"):
-        from_json(to_json(make_plan()).replace('"version": 4', '"version": ' + "[" * 900 + "]" * 900))
+        from_json(to_json(make_plan()).replace('"version": 5', '"version": ' + "[" * 900 + "]" * 900))
     with pytest.raises(PlanError, match="the top level: fields unknown: more"):
-        from_json(to_json(make_plan()).replace('"version": 4', '"version": 4, "more": 1'))
+        from_json(to_json(make_plan()).replace('"version": 5', '"version": 5, "more": 1'))
 
 
 def test_a_path_that_no_file_can_have_is_refused() -> None:

@@ -19,6 +19,7 @@ from torch import nn
 import autopar
 from autopar.errors import PlanError
 from autopar.ir.layout import PARTIAL, PASS_PARTIAL, REPLICATE, Layout, Mesh, Placement, Split, shard
+from autopar.ir.precision import PRECISIONS, Precision
 from autopar.plans import OUTSIDE, CostRow, Phase, Purpose
 from autopar.plans.plan import (
     RECOMPUTE,
@@ -132,6 +133,7 @@ def _plans(draw: st.DrawFn) -> Plan:
         model=draw(_NAME),
         fingerprint=draw(_NAME),
         cluster=f"{pipeline.ranks}x{mesh.world_size}x{draw(_NAME)}",
+        precision=draw(st.sampled_from([*PRECISIONS.values(), Precision(param_dtype="float16", cast_forward_inputs=False)])),
         mesh=mesh,
         pipeline=pipeline,
         inputs=draw(st.dictionaries(_NAME, tensors, max_size=2)),

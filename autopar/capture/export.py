@@ -35,6 +35,7 @@ from autopar.capture.graph_of import graph_of
 from autopar.capture.masks import prove_masks
 from autopar.capture.normalize import HANDLED, drop_assertions, drop_detach, drop_unused, inline_regions, simplify, slice_constant_indices
 from autopar.capture.order import order_independent_calls
+from autopar.capture.precision import cast_leaf, fold_casts, insert_casts, read_dtypes, storage_dtypes
 from autopar.capture.record import record
 from autopar.capture.settings import Settings
 from autopar.capture.torch_modules import readable_modules
@@ -66,6 +67,7 @@ class Captured:
             among them, as its operator updates them.
         notes: lines on what was dropped or changed, for the plan's report.
         settings: module and attribute -> number or name that the forward read of the model, and that is part of the graph.
+        precision: with which it was captured.
         call: the structure of the call.
         results: the structure of what the model returns.
     """
@@ -79,6 +81,7 @@ class Captured:
     mutated_buffers: tuple[str, ...]
     notes: tuple[str, ...]
     settings: Settings
+    precision: ir.Precision
     call: CallSpec
     results: ResultSpec
 
@@ -113,7 +116,13 @@ def refuse_tensors(model: nn.Module) -> None:
 
 
 @no_garbage_collection()
-def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...], *, training: bool | None = None) -> Captured:
+def capture(
+    model: nn.Module,
+    example_inputs: Mapping[str, Any] | tuple[Any, ...],
+    *,
+    training: bool | None = None,
+    precision: ir.Precision = ir.AS_MODEL,
+) -> Captured:
     """Capture a module for the sizes of an example call.
 
     Args:
@@ -121,10 +130,11 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
         example_inputs: a call of the model: a mapping of keyword arguments, a tuple of positional ones, or a pair of both. Of tensors only
             shapes and dtypes are read.
         training: whether to capture the training or the evaluation behaviour; by default the model's current mode.
+        precision: in which dtypes the program reads parameters and inputs; by default in those that they have.
 
     Raises:
         CaptureError: for a model that can't be one graph, with the line at fault.
-        InputError: for arguments that the model's forward doesn't take.
+        InputError: for arguments that the model's forward doesn't take, and for parameters that aren't stored as `precision` says.
     """
     spec, leaves = read_call(model.forward, example_inputs)
     refuse_tensors(model)
@@ -132,8 +142,10 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
     refuse_autocast(device)
     refuse_wrapped(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [_fake(leaf, mode, device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    given = [_fake(leaf, mode, device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    fakes = [_fake(cast_leaf(leaf, precision), mode, device) if isinstance(leaf, Tensor) else leaf for leaf in given]
     args, kwargs = pytree.tree_unflatten(fakes, spec.in_spec)
+    dtypes = read_dtypes(model, precision)
     notes: list[str] = []
     with _ONE_AT_A_TIME, calls_remembered():
         originals = _Originals.of(model)
@@ -141,7 +153,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
         try:
             with (
                 _set_training(model, training),
-                _faked(model, mode, device),
+                _faked(model, mode, device, dtypes),
                 adapted(model, kwargs, notes) as kwargs,
                 watched(model, attributes, notes),
                 readable_modules(),
@@ -154,7 +166,7 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any] | tuple[Any, ...
             attributes.restore()
         attributes.raise_problems()
         notes += attributes.notes
-        return _assemble(program, originals, spec, leaves, mode, device, notes, attributes.find_settings())
+        return _assemble(program, originals, spec, given, precision, mode, device, notes, attributes.find_settings())
 
 
 def _run_again(
@@ -183,9 +195,9 @@ def _device(model: nn.Module) -> torch.device:
     return torch.device("cpu")
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     with mode:
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=device)
     return made.requires_grad_(tensor.requires_grad)
 
 
@@ -202,17 +214,17 @@ def _set_training(model: nn.Module, training: bool | None) -> Iterator[None]:
 
 
 @contextmanager
-def _faked(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> Iterator[None]:
-    """Inside, the model has fake tensors in place of parameters and buffers; tied ones stay tied."""
+def _faked(model: nn.Module, mode: FakeTensorMode, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
+    """Inside, the model has fake tensors in place of parameters and buffers, of these `dtypes` by name; tied ones stay tied."""
     made: dict[int, Tensor] = {}
     before: list[tuple[nn.Module, str, Tensor]] = []
     try:
-        for module in list(model.modules()):
+        for path, module in list(model.named_modules()):
             for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    fake = _fake(tensor.detach(), mode, device)
+                    fake = _fake(tensor.detach(), mode, device, dtypes.get(f"{path}.{name}".lstrip(".")))
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
                 before.append((module, name, tensor))
@@ -410,6 +422,7 @@ def _assemble(
     originals: _Originals,
     spec: CallSpec,
     leaves: Sequence[Any],
+    precision: ir.Precision,
     mode: FakeTensorMode,
     device: torch.device,
     notes: list[str],
@@ -442,7 +455,9 @@ def _assemble(
     fixed = {name: value for name, value in placeholders.constants.items() if placeholders.buffers[name] not in originals.attributes}
     graph = slice_constant_indices(graph, fixed)
     graph = prove_masks(graph, _known_values(placeholders, originals, written), notes)
+    insert_casts(graph, precision, dict(zip(placeholders.inputs, tensor_leaves, strict=True)), len(tensors))
     graph = drop_unused(graph, placeholders.constants)
+    fold_casts(graph, list(placeholders.parameters))
     remaining = {node.name for node in graph.nodes if node.op == "placeholder"}
     buffers = {name: target for name, target in placeholders.buffers.items() if name in remaining}
     recorded = record(graph, mode, device, frozenset(differentiable))
@@ -457,7 +472,7 @@ def _assemble(
     module = fx.GraphModule(nn.Module(), graph)
     return Captured(
         fx=module,
-        graph=graph_of(module.graph, recorded, kinds, names, updates),
+        graph=graph_of(module.graph, recorded, kinds, names, updates, storage_dtypes(graph, parameters, precision)),
         parameters=tuple(placeholders.parameters.values()),
         buffers=tuple(buffers.values()),
         aliases=originals.aliases,
@@ -465,6 +480,7 @@ def _assemble(
         mutated_buffers=updates,
         notes=tuple(dict.fromkeys(notes)),
         settings=settings,
+        precision=precision,
         call=spec,
         results=results,
     )

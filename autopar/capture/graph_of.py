@@ -24,6 +24,7 @@ def graph_of(
     kinds: Mapping[str, ir.OpKind],
     names: Mapping[str, str],
     updates: tuple[str, ...] = (),
+    storages: Mapping[str, ir.StorageDtypes] | None = None,
 ) -> ir.Graph:
     """The `ir.Graph` of an fx graph.
 
@@ -33,6 +34,7 @@ def graph_of(
         kinds: placeholder -> parameter, buffer or input.
         names: placeholder -> the user's name.
         updates: names of the buffers whose new values are the last outputs.
+        storages: placeholder of a parameter -> how it is kept, where that isn't in the dtype in which the graph reads it.
     """
     values: dict[fx.Node, ir.Value] = {}
     ops = []
@@ -41,7 +43,10 @@ def graph_of(
             values[node] = ir.Value(node.args[0].name, node.args[1])
             continue
         values[node] = ir.Value(node.name)
-        ops.append(_op(node, record, values, kinds, names))
+        op = _op(node, record, values, kinds, names)
+        if storages and node.name in storages:
+            op = dataclasses.replace(op, results=(dataclasses.replace(op.results[0], storage=storages[node.name]),))
+        ops.append(op)
     if updates:
         ops[-1] = dataclasses.replace(ops[-1], kwargs={"updates": updates})
     return ir.Graph(tuple(ops))

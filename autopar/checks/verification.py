@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autopar.capture import Captured, ExampleInputs, capture, split_call
+from autopar.capture import Captured, ExampleInputs, call_in_precision, capture, split_call
 from autopar.checks import threads
 from autopar.checks.shards import cut, join
 from autopar.errors import InputError, VerificationError
@@ -142,7 +142,7 @@ def verify_plan(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, 
 
     Raises PlanError when the plan was made for another graph, InputError for a model on the meta device.
     """
-    captured = capture(model, example_inputs)
+    captured = capture(model, example_inputs, precision=plan.precision)
     return verify_against(prepare_reference(model, example_inputs, captured), plan, tolerance=tolerance)
 
 
@@ -162,12 +162,12 @@ def prepare_reference(model: nn.Module, example_inputs: ExampleInputs, captured:
     # Copies, since the caller may change the model later.
     tensors = {name: _wide(tensor).clone() for name, tensor in tensors.items()}
     run = _run_graph(wide, tensors, inputs)
-    return Reference(captured, wide, tensors, inputs, run, capture_error, _rounding(tensors_of=model))
+    return Reference(captured, wide, tensors, inputs, run, capture_error, _rounding(captured))
 
 
 def verify_against(reference: Reference, plan: Plan, *, tolerance: float = 1e-9) -> Verification:
     """`verify_plan` with a reference that was prepared before. Raises PlanError for a plan of another graph."""
-    program = _widen_messages(rewrite(reference.wide, plan))
+    program = _widen_program(rewrite(reference.wide, plan))
     actual, disagreements = _run_program(program, reference.tensors, reference.inputs, reference.run)
     errors = _compare(reference.run, actual)
     for name, disagreement in disagreements.items():
@@ -178,6 +178,13 @@ def verify_against(reference: Reference, plan: Plan, *, tolerance: float = 1e-9)
 def widen(captured: Captured) -> Captured:
     """The graph with every float dtype that it names raised to float64, and complex ones to complex128; the same plans fit it."""
     module = copy.deepcopy(captured.fx)
+    _widen_nodes(module)
+    constants = {name: _wide(tensor) for name, tensor in captured.constants.items()}
+    return dataclasses.replace(captured, fx=module, constants=constants)
+
+
+def _widen_nodes(module: fx.GraphModule) -> None:
+    """Raise every float dtype that a call of the graph names, in place."""
 
     def raised(value: Any) -> Any:
         return _wide_dtype(value) if isinstance(value, torch.dtype) else value
@@ -187,12 +194,14 @@ def widen(captured: Captured) -> Captured:
             node.args = fx.node.map_aggregate(node.args, raised)
             node.kwargs = fx.node.map_aggregate(node.kwargs, raised)
     module.recompile()
-    constants = {name: _wide(tensor) for name, tensor in captured.constants.items()}
-    return dataclasses.replace(captured, fx=module, constants=constants)
 
 
-def _widen_messages(program: Program) -> Program:
-    """The program, with messages between stages of float64 in the place of narrower floats."""
+def _widen_program(program: Program) -> Program:
+    """The program, with float64 in the place of narrower floats where it casts parameters, and in messages between stages."""
+    modules = [program.module] if program.pipeline is None else [stage.module for stage in program.pipeline.stages.values()]
+    for module in (child for outer in modules for child in outer.modules()):
+        if isinstance(module, fx.GraphModule):
+            _widen_nodes(module)
     if program.pipeline is None:
         return program
 
@@ -219,9 +228,10 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().to(_wide_dtype(tensor.dtype))
 
 
-def _rounding(tensors_of: nn.Module) -> float:
-    """By how much another order of operations may change a result in the model's own dtype, relative to its size."""
-    narrowest = max((torch.finfo(p.dtype).eps for p in tensors_of.parameters() if p.is_floating_point()), default=2**-52)
+def _rounding(captured: Captured) -> float:
+    """By how much another order of operations may change a result in the dtypes that the program reads, relative to its size."""
+    dtypes = (getattr(torch, op.results[0].dtype) for op in captured.graph.of_kind(OpKind.PARAMETER))
+    narrowest = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=2**-52)
     # Transformers compute norms and losses in float32 whatever the model's dtype.
     return 1000 * max(narrowest, torch.finfo(torch.float32).eps)
 
@@ -236,11 +246,12 @@ def _capture_error(
     """Largest relative difference between the model's own outputs and gradients and those of its captured graph."""
     twin = copy.deepcopy(model)
     args, kwargs = split_call(example_inputs)
-    outputs = _outputs(captured, twin(*args, **kwargs))
+    outputs = _outputs(captured, call_in_precision(twin, args, kwargs, captured.precision))
     _weighted_backward(outputs)
     gradients = {name: p.grad.detach() for name, p in twin.named_parameters() if p.grad is not None}
     buffers = {name: buffer.detach() for name, buffer in twin.named_buffers()}
-    actual = _run_graph(captured, tensors, inputs)
+    read = {op.target: getattr(torch, op.results[0].dtype) for op in captured.graph.of_kind(OpKind.PARAMETER)}
+    actual = _run_graph(captured, {name: tensor.to(read.get(name, tensor.dtype)) for name, tensor in tensors.items()}, inputs)
     return max(_compare(_Run(outputs, gradients, buffers), actual).values(), default=0.0)
 
 

@@ -24,7 +24,7 @@ from autopar.cli.sources import DTYPES, Source, read_source
 from autopar.cli.terminal import clean, show_progress
 from autopar.cost_models import Cluster, find_machine, known_machines, peak_flops
 from autopar.errors import AutoparError, CommError, HardwareError, InfeasibleError, InputError, PlanError, SolverError, VerificationError
-from autopar.ir import with_pipeline
+from autopar.ir import AS_MODEL, PRECISION_HELP, Precision, with_pipeline
 from autopar.plans import Pins, Plan, check_devices, describe_pins, parse_mesh, reconcile, to_json
 from autopar.texts import check_writable
 from autopar.units import format_bytes, format_seconds, parse_bytes
@@ -64,6 +64,18 @@ def _list_pins() -> str:
 
 
 _PIN_HELP = _list_pins()
+
+
+def _list_precisions() -> str:
+    width = max(len(name) for name, _ in PRECISION_HELP) + 2
+    lines = []
+    for name, meaning in PRECISION_HELP:
+        first, *rest = textwrap.wrap(meaning, _HELP_WIDTH - width, break_on_hyphens=False)
+        lines += [f"      {name:{width}}{first}", *(f"      {'':{width}}{line}" for line in rest)]
+    return "\n".join(["", "    \b", "    Precisions say in which dtypes a model is stored, computed and updated:", *lines, ""])
+
+
+_PRECISION_HELP = _list_precisions()
 
 
 class _Commands(click.Group):
@@ -109,6 +121,12 @@ def _add_model_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _add_precision_option(command: Callable[..., None]) -> Callable[..., None]:
+    names = ", ".join(name for name, _ in PRECISION_HELP)
+    text = f"In which dtypes to train: {names}, or fields such as param_dtype=bfloat16,reduce_dtype=float32. Listed above."
+    return click.option("--precision", metavar="NAME", help=text)(command)
+
+
 def _add_pin_option(command: Callable[..., None]) -> Callable[..., None]:
     text = "Fix a choice, such as tp=2, of those listed above. Repeatable."
     return click.option("--pin", "pins", multiple=True, metavar="NAME=VALUE", help=text)(command)
@@ -116,16 +134,18 @@ def _add_pin_option(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command(
     help=f"""Search for the fastest way to split MODEL over a cluster.
-{_MODEL_HELP}{_PIN_HELP}
+{_MODEL_HELP}{_PIN_HELP}{_PRECISION_HELP}
     \b
     Example:
       autopar plan hf:examples/configs/llama-3-8b --cluster 8xH100 --batch 8 --seq 2048 --pin tp=2 -o plan.json
+      autopar plan hf:examples/configs/llama-3-8b --cluster 8xH100 --batch 8 --seq 2048 --precision mixed
       autopar plan hf:examples/configs/llama-3-70b --cluster 4x8xH100 --batch 64 --seq 4096 --pin pp=4 --pin schedule=1f1b
     """
 )
 @_add_model_options
 @click.option("--cluster", required=True, metavar="TEXT", help="The devices: 8xH100, 4x8xH100 (nodes x devices), 8x./my.toml.")
 @click.option("--memory", metavar="SIZE", help="Memory of a device instead of the machine's own, such as 80GB or 512MiB.")
+@_add_precision_option
 @_add_pin_option
 @click.option("--mesh", metavar="AXES", help="Solve this mesh only, such as dp=4,tp=2 or pp=2,tp=4.")
 @click.option("--strict", is_flag=True, help="Make an op without a rule an error instead of running it replicated.")
@@ -138,6 +158,7 @@ def plan(
     dtype: str | None,
     cluster: str,
     memory: str | None,
+    precision: str | None,
     pins: Sequence[str],
     mesh: str | None,
     strict: bool,
@@ -147,12 +168,14 @@ def plan(
     """Run ``autopar plan``."""
     parsed_pins = Pins.parse_texts(pins)
     parsed_mesh = None if mesh is None else parse_mesh(mesh)
+    policy = Precision.parse(precision)
     devices = _parse_cluster(cluster, memory)
     # Told before torch is imported and anything is searched.
     check_devices(*reconcile(parsed_pins, parsed_mesh), devices)
     if output is not None:
         check_writable(output)
-    _check_dtype(read_source(model, batch=batch, seq=seq, dtype=dtype), devices)
+    dtype = dtype or policy.stored_dtype
+    _check_dtype(read_source(model, batch=batch, seq=seq, dtype=dtype), policy, devices)
     start = time.perf_counter()
     with show_progress() as progress:
         progress("loading the model")
@@ -165,6 +188,7 @@ def plan(
             loaded.model,
             loaded.example_inputs,
             devices,
+            precision=policy,
             pins=parsed_pins,
             mesh=parsed_mesh,
             strict=strict,
@@ -222,6 +246,7 @@ def explain(file: Path, layer: str | None, as_json: bool) -> None:
 @_add_model_options
 @click.option("--ranks", type=click.IntRange(min=1), metavar="N", help=f"Number of ranks; {_VERIFY_RANKS} without a plan.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="Check this plan instead of searching for one.")
+@_add_precision_option
 @_add_pin_option
 @click.option(
     "--tolerance",
@@ -238,15 +263,20 @@ def verify(
     dtype: str | None,
     ranks: int | None,
     plan_file: Path | None,
+    precision: str | None,
     pins: Sequence[str],
     tolerance: float,
     as_json: bool,
 ) -> None:
     """Run ``autopar verify``."""
     parsed_pins = Pins.parse_texts(pins)
+    policy = None if precision is None else Precision.parse(precision)
     saved = None if plan_file is None else _load_checked_plan(plan_file, ranks, parsed_pins)
+    if saved is not None and policy is not None and policy != saved.precision:
+        raise InputError(f"the plan of {plan_file} is for --precision {saved.precision}, not {policy}: leave one of the two out")
     if saved is None:
         check_devices(parsed_pins, None, Cluster.parse(f"{ranks or _VERIFY_RANKS}xcpu"))
+    dtype = dtype or (policy or (saved.precision if saved is not None else AS_MODEL)).stored_dtype
     read_source(model, batch=batch, seq=seq, dtype=dtype)
     with show_progress() as progress:
         progress("loading the model")
@@ -259,6 +289,7 @@ def verify(
             loaded.model,
             loaded.example_inputs,
             saved,
+            precision=policy if saved is None else None,
             pins=parsed_pins,
             ranks=None if saved is not None else ranks or _VERIFY_RANKS,
             tolerance=tolerance,
@@ -302,10 +333,10 @@ def _parse_cluster(text: str, memory: str | None) -> Cluster:
         raise InfeasibleError(f"{error}{hint}") from error
 
 
-def _check_dtype(source: Source, cluster: Cluster) -> None:
-    """Raise HardwareError when the machine can't compute in the dtype that the parameters will have, where that is known."""
+def _check_dtype(source: Source, precision: Precision, cluster: Cluster) -> None:
+    """Raise HardwareError when the machine can't compute in the dtype in which parameters will be read, where that is known."""
     if dtype := source.dtype or source.stated_dtype:
-        peak_flops(cluster.machine.device, dtype)
+        peak_flops(cluster.machine.device, precision.computed_dtype(dtype))
 
 
 def _load_checked_plan(file: Path, ranks: int | None, pins: Pins) -> Plan:

@@ -12,10 +12,10 @@ from autopar.costs.memory import given_nbytes
 from autopar.costs.solved import Sharding, SolvedChain
 from autopar.costs.tables import (
     BUCKET_NBYTES,
-    OPTIMIZER_COPIES,
     CostTables,
     call_seconds,
     count_uses,
+    kept_nbytes,
     layout_numbers,
     local_nbytes,
     operand_layout_of,
@@ -24,7 +24,6 @@ from autopar.costs.tables import (
 
 __all__ = [
     "BUCKET_NBYTES",
-    "OPTIMIZER_COPIES",
     "BlockCost",
     "CostTables",
     "CutCost",
@@ -37,6 +36,7 @@ __all__ = [
     "count_uses",
     "cut_kind",
     "given_nbytes",
+    "kept_nbytes",
     "layout_numbers",
     "local_nbytes",
     "operand_layout_of",

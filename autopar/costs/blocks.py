@@ -22,7 +22,7 @@ from functools import cached_property
 
 from autopar.costs.memory import BlockMemory, find_memory, recompute_memory
 from autopar.costs.solved import SolvedChain
-from autopar.costs.tables import COLLECTIVE_KIND, parameter_backward
+from autopar.costs.tables import COLLECTIVE_KIND, parameter_backward, reduced_nbytes
 from autopar.ir import Collective, Layout, Op, OpKind, RouteStep, Tensor, Value
 from autopar.plans import CostRow, Phase, Purpose, RowSums, seconds_of
 from autopar.structure import find_cores
@@ -193,8 +193,8 @@ def _add_backward(solved: SolvedChain, number: int, moves: Mapping[str, Sequence
             sums.add(Phase.BACKWARD_WEIGHT, Purpose.COMPUTE, weight, layer=layer)
         for tensor, is_parameter, move, nbytes in moves[name]:
             if is_parameter:
-                for purpose, direction in parameter_backward(tensor, move):
-                    _add_move(solved, sums, Phase.BACKWARD_INPUT, purpose, direction, move, nbytes, layer)
+                for purpose, direction, moved in parameter_backward(tensor, move, nbytes):
+                    _add_move(solved, sums, Phase.BACKWARD_INPUT, purpose, direction, move, moved, layer)
             elif tensor.requires_grad and move.backward is not Collective.NONE:
                 _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.ACTIVATION_GRADIENTS, move.backward, move, nbytes, layer)
 
@@ -257,8 +257,8 @@ def _reductions(solved: SolvedChain, parameter: str, reader: str) -> Iterator[Re
     tensor, need = solved.graph.tensor(value), solved.needs(op)[op.operands.index(value)]
     for move, nbytes in solved.tables.steps(tensor, solved.made(value), need):
         if move.forward is Collective.NONE and move.backward is not Collective.NONE:
-            seconds = solved.tables.bucket_seconds(move.backward, move.axis, nbytes)
-            yield move.axis, COLLECTIVE_KIND[move.backward], nbytes, seconds
+            summed = reduced_nbytes(tensor, nbytes)
+            yield move.axis, COLLECTIVE_KIND[move.backward], summed, solved.tables.bucket_seconds(move.backward, move.axis, summed)
 
 
 def _total_seconds(reductions: Sequence[Reduction]) -> float:

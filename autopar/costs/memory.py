@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autopar.costs.solved import SolvedChain
-from autopar.costs.tables import OPTIMIZER_COPIES
-from autopar.ir import Graph, Layout, OpKind, Value
+from autopar.costs.tables import kept_nbytes
+from autopar.ir import Collective, Graph, Layout, OpKind, Value
 from autopar.structure import find_source
 
 
@@ -28,8 +28,8 @@ class BlockMemory:
     """Bytes of a block on one rank.
 
     Attributes:
-        parameters, gradients, optimizer: a rank's parts of the parameters that the block reads; the optimizer's state of a parameter that
-            several blocks read counts with the first.
+        parameters, gradients, optimizer: a rank's parts of the parameters that the block reads, with their copies in the dtype in which
+            the program reads them; the optimizer's state of a parameter that several blocks read counts with the first.
         outputs: the user's outputs that the block makes, of the whole batch.
         saved: per micro-batch, held from its forward to its backward.
         waiting: per micro-batch, held from its input gradients to its weight gradients, where a schedule runs these apart.
@@ -62,14 +62,16 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
     """
     parameters = gradients = optimizer = 0
     for name in solved.reads.parameters[number]:
-        nbytes = solved.nbytes(Value(name))
         is_first = solved.reads.first_block[name] == number
         if solved.is_one_stage and not is_first:
             continue
-        parameters += nbytes
-        if solved.graph.by_name[name].results[0].requires_grad:
-            gradients += nbytes
-            optimizer += OPTIMIZER_COPIES * nbytes if is_first else 0
+        value = Value(name)
+        kept = kept_nbytes(solved.graph.tensor(value), solved.made(value), solved.mesh)
+        parameters += kept.stored
+        if kept.copy and not _is_gathered(solved, value):
+            parameters += kept.copy
+        gradients += kept.gradient
+        optimizer += kept.optimizer if is_first else 0
     return BlockMemory(
         parameters=parameters,
         gradients=gradients,
@@ -79,6 +81,19 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
         waiting=_waiting_nbytes(solved, number),
         workspace=workspace_nbytes(solved, number),
     )
+
+
+def _is_gathered(solved: SolvedChain, parameter: Value) -> bool:
+    """Whether some reader gathers the parameter from its parts, which then are cast as they are gathered."""
+    tensor = solved.graph.tensor(parameter)
+    for reader in dict.fromkeys(solved.graph.readers.get(parameter, ())):
+        op = solved.graph.by_name[reader]
+        for operand, need in zip(op.operands, solved.needs(op), strict=True):
+            if operand == parameter:
+                steps = solved.tables.steps(tensor, solved.made(parameter), need)
+                if any(step.forward is Collective.ALL_GATHER for step, _ in steps):
+                    return True
+    return False
 
 
 def recompute_memory(solved: SolvedChain, number: int, plain: BlockMemory, regions: Sequence[Sequence[str]]) -> BlockMemory:

@@ -11,7 +11,10 @@ bytes too. The formulas of devices and links are those of `autopar.cost_models`;
 - a parameter stored split and needed whole (ZeRO-3): gather in the forward, gather in the backward, reduce-scatter of the gradient;
 - a parameter stored whole whose gradient is a part of a sum: one all-reduce per step, of which the share `Device.overlap` is overlapped
   with the backward and costs nothing;
-- AdamW: 7 passes over a rank's part of a parameter.
+- AdamW's update of a rank's part of a parameter: the bytes that it reads and writes; with mixed precision the casts of a step too.
+
+Under mixed precision (`Tensor.storage`) a parameter is gathered in the dtype in which the program reads it, its gradient is summed in
+another, and what is stored and updated is counted in a third.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from autopar.cost_models import Cluster, Device, Link, axis_link, collective_seconds, op_seconds
 from autopar.ir import (
@@ -43,11 +47,6 @@ from autopar.ir import (
 )
 from autopar.plans import Purpose
 from autopar.structure import AnalyzedGraph, RouteKey, first_rank_axis
-
-# AdamW keeps two moments of the parameter's own dtype (torch.optim.AdamW).
-OPTIMIZER_COPIES = 2
-# AdamW reads parameter, gradient and both moments, and writes parameter and both moments.
-OPTIMIZER_PASSES = 7
 
 # Bytes of gradients that the runtime sums together (`Plan.bucket_nbytes`); DDP's default: large enough to hide latency, small enough
 # to overlap.
@@ -76,6 +75,45 @@ def result_layout_of(model: AnalyzedGraph, op: Op, placement: Placement, index: 
 def local_nbytes(tensor: Tensor, layout: Layout, mesh: Mesh) -> int:
     """Bytes of one rank's part of a tensor; where micro-batches are an axis of the mesh, of one micro-batch's part."""
     return math.prod(local_shape(tensor.shape, layout, mesh)) * ITEMSIZE[tensor.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptBytes:
+    """Bytes that one rank keeps of a parameter from step to step.
+
+    Attributes:
+        stored: the parameter itself.
+        copy: its copy in the dtype in which the program reads it, where that is another one; a program that gathers the parameter has none.
+        gradient: its gradient; 0 for a parameter that isn't trained.
+        optimizer: the optimizer's states; 0 likewise.
+    """
+
+    stored: int
+    copy: int
+    gradient: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.stored + self.copy + self.gradient + self.optimizer
+
+
+def kept_nbytes(tensor: Tensor, layout: Layout, mesh: Mesh) -> KeptBytes:
+    """Bytes that one rank keeps of its part of a parameter."""
+    numel = math.prod(local_shape(tensor.shape, layout, mesh))
+    stored = numel * ITEMSIZE[tensor.stored_dtype]
+    return KeptBytes(
+        stored=stored,
+        copy=numel * ITEMSIZE[tensor.dtype] if tensor.stored_dtype != tensor.dtype else 0,
+        gradient=stored if tensor.requires_grad else 0,
+        optimizer=numel * sum(ITEMSIZE[dtype] for dtype in tensor.states) if tensor.requires_grad else 0,
+    )
+
+
+def reduced_nbytes(tensor: Tensor, nbytes: int) -> int:
+    """Bytes in which a parameter's gradient is summed over ranks, of a part that has `nbytes` in the dtype that the program reads."""
+    return nbytes * ITEMSIZE[tensor.reduced_dtype] // ITEMSIZE[tensor.dtype]
 
 
 def call_seconds(model: AnalyzedGraph, device: Device, op: Op, ways: int, nbytes: int) -> tuple[float, float]:
@@ -242,10 +280,11 @@ class CostTables:
         for step, nbytes in self.steps(tensor, start, need):
             forward = self.collective_seconds(step.forward, step.axis, nbytes)
             if step.forward is Collective.NONE:
-                deferred += self.bucket_seconds(step.backward, step.axis, nbytes) / uses if tensor.requires_grad else 0.0
+                if tensor.requires_grad:
+                    deferred += self.bucket_seconds(step.backward, step.axis, reduced_nbytes(tensor, nbytes)) / uses
             else:
-                in_backward = parameter_backward(tensor, step)
-                gathered += forward + sum(self.collective_seconds(collective, step.axis, nbytes) for _, collective in in_backward)
+                in_backward = parameter_backward(tensor, step, nbytes)
+                gathered += forward + sum(self.collective_seconds(collective, step.axis, moved) for _, collective, moved in in_backward)
         return gathered, deferred * (1 - self.device.overlap)
 
     def bucket_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
@@ -254,24 +293,40 @@ class CostTables:
         return self.collective_seconds(collective, axis, full) * nbytes / full
 
     def optimizer_seconds(self, tensor: Tensor, layout: Layout) -> float:
-        """Seconds of AdamW's update of a rank's part of one parameter; 0 for one that isn't trained."""
+        """Seconds of AdamW's update of a rank's part of one parameter; 0 for one that isn't trained.
+
+        The update reads the parameter, its gradient and the states, and writes the parameter and the states. Where the program reads
+        another dtype than the stored one, the parameter is cast once per step, and its gradient back.
+        """
         if not tensor.requires_grad:
             return 0.0
-        nbytes = OPTIMIZER_PASSES * local_nbytes(tensor, layout, self.mesh)
-        return op_seconds(self.device, flops=0, nbytes=nbytes, dtype=tensor.dtype, family="pointwise")
+        kept = kept_nbytes(tensor, layout, self.mesh)
+        nbytes = 2 * kept.stored + kept.gradient + 2 * kept.optimizer
+        if kept.copy:
+            nbytes += 2 * (kept.stored + kept.copy)
+        return op_seconds(self.device, flops=0, nbytes=nbytes, dtype=tensor.stored_dtype, family="pointwise")
 
 
-def parameter_backward(tensor: Tensor, step: RouteStep) -> tuple[tuple[Purpose, Collective], ...]:
+def parameter_backward(tensor: Tensor, step: RouteStep, nbytes: int) -> tuple[tuple[Purpose, Collective, int], ...]:
     """What the backward of every micro-batch does, in this order, for a step of the way from a parameter's stored layout to a reader's.
 
     What was gathered in the forward isn't saved, so it is gathered again; then the gradient goes back, as with ZeRO-3 (Rajbhandari et al.
     2020): for an all-gather, (all-gather of the parameter, reduce-scatter of its gradient). A step that moves nothing in the forward leaves
     its gradient to the sum over ranks once per step.
+
+    Args:
+        tensor: the parameter.
+        step: the step.
+        nbytes: of the larger of a rank's parts before and after the step.
+
+    Returns per collective what it is for, which it is, and the bytes of the larger part.
     """
     if not tensor.requires_grad or step.forward is Collective.NONE:
         return ()
-    again = ((Purpose.PARAMETERS, step.forward),) if step.forward is Collective.ALL_GATHER else ()
-    back = ((Purpose.GRADIENTS, step.backward),) if step.backward is not Collective.NONE else ()
+    again = ((Purpose.PARAMETERS, step.forward, nbytes),) if step.forward is Collective.ALL_GATHER else ()
+    # Only where parts are added up is the dtype that of sums.
+    moved = reduced_nbytes(tensor, nbytes) if step.backward is Collective.REDUCE_SCATTER else nbytes
+    back = ((Purpose.GRADIENTS, step.backward, moved),) if step.backward is not Collective.NONE else ()
     return again + back
 
 

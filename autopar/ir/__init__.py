@@ -4,7 +4,7 @@ Comes in: a captured program (`autopar.capture` builds the `Graph`) and the text
 uses. The one idea: an op is a nest of named loops, splitting a loop over a mesh axis says what every tensor of the op must look like on
 that axis, and where two ops disagree about a tensor a table says which collective goes between them.
 
-Modules, in reading order: ``graph``, ``facts``, ``space``, ``layout``, ``reshard``.
+Modules, in reading order: ``precision``, ``graph``, ``facts``, ``space``, ``layout``, ``reshard``.
 """
 
 from autopar.ir.facts import Exchange, Facts, Family, Meaning, MicrobatchRefusal, TargetMean
@@ -37,15 +37,20 @@ from autopar.ir.layout import (
     shard,
     with_pipeline,
 )
+from autopar.ir.precision import AS_MODEL, PRECISIONS, Precision, StorageDtypes
+from autopar.ir.precision import HELP as PRECISION_HELP
 from autopar.ir.reshard import Collective, ReshardStep, Route, RouteStep, journey, route
 from autopar.ir.space import Dims, LoopKind, Space, parse
 
 __all__ = [
+    "AS_MODEL",
     "ITEMSIZE",
     "MICROBATCH",
     "PARTIAL",
     "PASS_PARTIAL",
     "PIPELINE",
+    "PRECISIONS",
+    "PRECISION_HELP",
     "REPLICATE",
     "REPLICATE_PARTIAL_GRAD",
     "AxisPlacement",
@@ -64,6 +69,7 @@ __all__ = [
     "OpKind",
     "Operand",
     "Placement",
+    "Precision",
     "ReshardStep",
     "Route",
     "RouteStep",
@@ -71,6 +77,7 @@ __all__ = [
     "Split",
     "State",
     "StateKind",
+    "StorageDtypes",
     "TargetMean",
     "Tensor",
     "Value",

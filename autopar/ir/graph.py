@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from autopar.ir.precision import MOMENTS, StorageDtypes
+
 # Bytes of one element. Sub-byte and quantised types don't occur in training graphs.
 ITEMSIZE: Mapping[str, int] = {
     "bool": 1,
@@ -42,11 +44,13 @@ class Tensor:
         shape: global sizes, those of the whole tensor on one device.
         dtype: torch's name of it without the ``torch.`` prefix.
         requires_grad: whether the backward computes a gradient for it.
+        storage: of a parameter, the dtypes in which it is stored, summed and updated, where these aren't all `dtype`.
     """
 
     shape: tuple[int, ...]
     dtype: str
     requires_grad: bool = False
+    storage: StorageDtypes | None = None
 
     @property
     def numel(self) -> int:
@@ -57,6 +61,21 @@ class Tensor:
     def nbytes(self) -> int:
         """Bytes of all elements."""
         return self.numel * ITEMSIZE[self.dtype]
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of a parameter, and of its gradient, as it is stored."""
+        return self.dtype if self.storage is None else self.storage.stored
+
+    @property
+    def reduced_dtype(self) -> str:
+        """The dtype in which a parameter's gradient is summed over ranks."""
+        return self.dtype if self.storage is None else self.storage.reduced
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """Dtypes of what an optimizer keeps per element of a parameter."""
+        return (self.dtype,) * MOMENTS if self.storage is None else self.storage.states
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"

@@ -64,18 +64,24 @@ def _join(stack: Tensor, dim: int, outer: int) -> Tensor:
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: comm.Axis, dim: int, outer: int, grad: str, save: bool) -> Tensor:
-        ctx.step = (axis, dim, outer, grad)
-        full = _join(axis.gather_stack(x), dim, outer)
+    def forward(
+        ctx: Any, x: Tensor, axis: comm.Axis, dim: int, outer: int, grad: str, save: bool, dtype: torch.dtype, reduce_dtype: torch.dtype
+    ) -> Tensor:
+        ctx.step = (axis, dim, outer, grad, x.dtype, reduce_dtype)
+        recipe = _Recipe(x.detach(), axis, dim, outer, dtype)
+        full = recipe.gather()
         if not save:
-            _free_after_forward(full, _Recipe(x.detach(), axis, dim, outer))
+            _free_after_forward(full, recipe)
         return full
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        axis, dim, outer, grad = ctx.step
-        dual = _Shard if grad == "slice" else _ReduceScatter
-        return _apply(dual, grads[0], axis, dim, outer), None, None, None, None, None
+        axis, dim, outer, grad, dtype, reduce_dtype = ctx.step
+        if grad == "slice":
+            gradient = _apply(_Shard, grads[0], axis, dim, outer)
+        else:
+            gradient = _apply(_ReduceScatter, grads[0].to(reduce_dtype), axis, dim, outer)
+        return gradient.to(dtype), None, None, None, None, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -87,7 +93,7 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         axis, dim, outer = ctx.step
-        return _apply(_AllGather, grads[0], axis, dim, outer, "reduce_scatter", True), None, None, None
+        return _gather(grads[0], axis, dim, outer, "reduce_scatter"), None, None, None
 
 
 class _AllReduce(torch.autograd.Function):
@@ -101,7 +107,7 @@ class _AllReduce(torch.autograd.Function):
         axis, grad = ctx.step
         if grad == "all_reduce":
             return _apply(_AllReduce, grads[0], axis, grad), None, None
-        return _pass_on(_SumGradient, grads[0], axis), None, None
+        return _pass_on(_SumGradient, grads[0], axis, grads[0].dtype), None, None
 
 
 class _Shard(torch.autograd.Function):
@@ -113,18 +119,19 @@ class _Shard(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         axis, dim, outer = ctx.step
-        return _apply(_AllGather, grads[0], axis, dim, outer, "slice", True), None, None, None
+        return _gather(grads[0], axis, dim, outer, "slice"), None, None, None
 
 
 class _SumGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: comm.Axis) -> Tensor:
-        ctx.axis = axis
+    def forward(ctx: Any, x: Tensor, axis: comm.Axis, reduce_dtype: torch.dtype) -> Tensor:
+        ctx.axis, ctx.dtypes = axis, (x.dtype, reduce_dtype)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _apply(_AllReduce, grads[0], ctx.axis, "identity"), None
+        dtype, reduce_dtype = ctx.dtypes
+        return _apply(_AllReduce, grads[0].to(reduce_dtype), ctx.axis, "identity").to(dtype), None, None
 
 
 class _KeepFirst(torch.autograd.Function):
@@ -171,6 +178,8 @@ def all_gather(
     outer: int = 1,
     grad: Literal["reduce_scatter", "slice"] = "reduce_scatter",
     save: bool = True,
+    dtype: torch.dtype | None = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Shard -> Replicate, with a whole or a partial gradient: the parts of all ranks joined along `dim`.
 
@@ -182,9 +191,14 @@ def all_gather(
         grad: what the gradient does. ``reduce_scatter``: it is summed over the ranks, and each rank gets its part (each used the result in
             part). ``slice``: it is whole on every rank, which takes its part (each used all of the result).
         save: whether autograd may save the joined tensor for the backward. If not, and inside `regather`, it saves the part `x` instead.
+        dtype: to which parts are cast before they are sent, that of the result; by default that of `x`, which its gradient has.
+        reduce_dtype: in which gradients are summed by ``reduce_scatter``; by default the dtype of the result.
     """
     mesh_axis = comm.axis(axis)
-    return x.contiguous() if mesh_axis.size == 1 else _apply(_AllGather, x, mesh_axis, dim, outer, grad, save)
+    dtype = dtype or x.dtype
+    if mesh_axis.size == 1:
+        return x.to(dtype).contiguous()
+    return _apply(_AllGather, x, mesh_axis, dim, outer, grad, save, dtype, reduce_dtype or dtype)
 
 
 def reduce_scatter(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
@@ -209,10 +223,13 @@ def shard(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
     return x.contiguous() if mesh_axis.size == 1 else _apply(_Shard, x, mesh_axis, dim, outer)
 
 
-def sum_gradient(x: Tensor, axis: str) -> Tensor:
-    """Whole to whole, for ranks that each use a part of `x`: no communication, but their gradients are summed (Megatron's f)."""
+def sum_gradient(x: Tensor, axis: str, reduce_dtype: torch.dtype | None = None) -> Tensor:
+    """Whole to whole, for ranks that each use a part of `x`: no communication, but their gradients are summed (Megatron's f).
+
+    They are summed in `reduce_dtype`, by default that of `x`.
+    """
     mesh_axis = comm.axis(axis)
-    return x if mesh_axis.size == 1 else _apply(_SumGradient, x, mesh_axis)
+    return x if mesh_axis.size == 1 else _apply(_SumGradient, x, mesh_axis, reduce_dtype or x.dtype)
 
 
 def keep_first(x: Tensor, axis: str) -> Tensor:
@@ -259,7 +276,7 @@ def all_to_all(x: Tensor, axis: str, from_dim: int, to_dim: int, from_outer: int
 
 def gather_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
     """`all_gather` with ``grad="slice"``, given the axis itself instead of its name."""
-    return _apply(_AllGather, x, axis, dim, outer, "slice", True)
+    return _gather(x, axis, dim, outer, "slice")
 
 
 def shard_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
@@ -274,7 +291,11 @@ def sum_along(x: Tensor, axis: comm.Axis) -> Tensor:
 
 def sum_gradient_along(x: Tensor, axis: comm.Axis) -> Tensor:
     """`sum_gradient`, given the axis itself instead of its name."""
-    return _apply(_SumGradient, x, axis)
+    return _apply(_SumGradient, x, axis, x.dtype)
+
+
+def _gather(x: Tensor, axis: comm.Axis, dim: int, outer: int, grad: str) -> Tensor:
+    return _apply(_AllGather, x, axis, dim, outer, grad, True, x.dtype, x.dtype)
 
 
 def _apply(function: type[torch.autograd.Function], x: Tensor, *arguments: object) -> Tensor:
@@ -282,9 +303,9 @@ def _apply(function: type[torch.autograd.Function], x: Tensor, *arguments: objec
     return result
 
 
-def _pass_on(dual: type[torch.autograd.Function], gradient: Tensor, axis: comm.Axis) -> Tensor:
+def _pass_on(dual: type[torch.autograd.Function], gradient: Tensor, *arguments: object) -> Tensor:
     """A gradient that passes a step unchanged, as itself, so that autograd may still own it; by the dual if it is differentiated."""
-    return _apply(dual, gradient, axis) if torch.is_grad_enabled() else gradient
+    return _apply(dual, gradient, *arguments) if torch.is_grad_enabled() else gradient
 
 
 # --- gathered parameters that are freed after the forward, and gathered again in the backward --------------------------------
@@ -293,15 +314,15 @@ def _pass_on(dual: type[torch.autograd.Function], gradient: Tensor, axis: comm.A
 class _Recipe:
     """How to gather a parameter again from this rank's part, and the gathered tensor while a backward reads it."""
 
-    def __init__(self, part: Tensor, axis: comm.Axis, dim: int, outer: int) -> None:
-        self.part, self.axis, self.dim, self.outer = part, axis, dim, outer
+    def __init__(self, part: Tensor, axis: comm.Axis, dim: int, outer: int, dtype: torch.dtype) -> None:
+        self.part, self.axis, self.dim, self.outer, self.dtype = part, axis, dim, outer, dtype
         self._version = 0 if part.is_inference() else part._version
         self._saves = 0
         self._unread = 0
         self._full: Tensor | None = None
 
     def gather(self) -> Tensor:
-        return _join(self.axis.gather_stack(self.part), self.dim, self.outer)
+        return _join(self.axis.gather_stack(self.part.to(self.dtype)), self.dim, self.outer)
 
     def note_save(self) -> None:
         self._saves += 1
@@ -351,7 +372,7 @@ def _free_after_forward(full: Tensor, recipe: _Recipe) -> None:
 
 def _pack(x: Tensor) -> Tensor | _View:
     entry = (_GATHERED.recipes or {}).get(StorageRef.key_of(x))
-    if entry is None or x.dtype != entry[1].part.dtype:
+    if entry is None or x.dtype != entry[1].dtype:
         return x
     _, recipe = entry
     recipe.note_save()

@@ -28,8 +28,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
-from autopar.errors import PlanError
-from autopar.ir import Layout, Mesh, Placement, format_layout, format_placement, parse_layout, parse_placement
+from autopar.errors import InputError, PlanError
+from autopar.ir import Layout, Mesh, Placement, Precision, format_layout, format_placement, parse_layout, parse_placement
 from autopar.texts import find_unprintable, printable
 
 LARGEST = 2**63 - 1
@@ -245,9 +245,17 @@ def _write_mesh(mesh: Mesh) -> dict[str, list[Any]]:
     return {"names": list(mesh.names), "sizes": list(mesh.sizes)}
 
 
+def _read_precision(value: Any, where: str) -> Precision:
+    try:
+        return Precision.parse(_read_text(value, where))
+    except InputError as error:
+        raise PlanError(f"{where} is {value!r}: {error}") from error
+
+
 # Types that have a form of their own in JSON: how they are read and written.
 _FORMS: Mapping[Any, tuple[Callable[[Any, str], Any], Callable[[Any], Any]]] = {
     Layout: (_read_layout, format_layout),
     Placement: (_read_placement, format_placement),
     Mesh: (_read_mesh, _write_mesh),
+    Precision: (_read_precision, str),
 }

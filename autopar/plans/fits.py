@@ -26,7 +26,7 @@ def describe_ops(graph: Graph) -> list[str]:
     lines = []
     for op in graph.ops:
         kind = op.target if op.kind in (OpKind.CALL, OpKind.PARAMETER, OpKind.BUFFER) else op.kind.value
-        results = ";".join(f"{tensor.dtype}{tensor.shape}" for tensor in op.results)
+        results = ";".join(f"{tensor.dtype}{tensor.shape}{tensor.storage or ''}" for tensor in op.results)
         # Arguments count: a softmax over another dim has the same shapes, but may be split elsewhere.
         args = repr((freeze(op.args), freeze(op.kwargs)))
         lines.append(f"{op.name}|{kind}|{','.join(map(str, op.operands))}|{results}|{args}")

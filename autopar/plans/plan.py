@@ -18,20 +18,21 @@ from typing import Annotated, Any
 
 from autopar import texts
 from autopar.errors import InputError, PlanError
-from autopar.ir import Layout, Mesh, Placement
+from autopar.ir import Layout, Mesh, Placement, Precision
 from autopar.plans import files
 from autopar.plans.consistency import check_consistency
 from autopar.plans.files import Among, Count, Name
 from autopar.plans.rows import OUTSIDE, CostRow, Phase, Purpose
 
 FORMAT = "autopar-plan"
-VERSION = 4
+VERSION = 5
 
 # What older versions lack, and why they can't be read.
 _LACKS = {
     1: " (a plan of version 1 has no fields pipeline, outputs, bucket_nbytes and costs)",
     2: " (a plan of version 2 has no fields outputs, bucket_nbytes and costs)",
     3: " (a plan of version 3 has no field repeated, and one for the seconds of its search)",
+    4: " (a plan of version 4 has no field precision)",
 }
 
 # Characters of a message at most: a file may name anything.
@@ -273,6 +274,7 @@ class Plan:
     Attributes:
         model: class name of the model; `fingerprint` identifies the captured graph that the plan was made for.
         cluster: text of the cluster.
+        precision: in which dtypes parameters are read, summed and updated.
         mesh: the chosen axes; under a pipeline, those of one pipeline rank.
         pipeline: stages, schedule, micro-batches and recomputation.
         inputs: name -> text of its type, as captured.
@@ -294,6 +296,7 @@ class Plan:
     model: Name
     fingerprint: Name
     cluster: str
+    precision: Precision
     mesh: Mesh
     pipeline: Pipeline
     inputs: Mapping[str, str]

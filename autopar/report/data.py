@@ -26,6 +26,7 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
         "model": plan.model,
         "fingerprint": plan.fingerprint,
         "cluster": plan.cluster,
+        "precision": str(plan.precision),
         "world_size": plan.world_size,
         "mesh": dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
         "pipeline": {

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields
 
-from autopar.ir import PIPELINE, with_pipeline
+from autopar.ir import AS_MODEL, PIPELINE, with_pipeline
 from autopar.plans import RECOMPUTE, Memory, Plan, Unruled
 from autopar.units import format_bytes, format_seconds, format_share
 
@@ -25,7 +25,7 @@ def summarize(plan: Plan) -> str:
     seconds, memory, proof = plan.seconds, plan.memory, plan.proof
     kinds = ", ".join(f"{kind} {format_bytes(getattr(memory, kind))}" for kind in MEMORY_KINDS if getattr(memory, kind))
     lines = [
-        f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}",
+        f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}{describe_precision(plan)}",
         "axes    " + ("; ".join(f"{axis} splits {role}" for axis, role in describe_axes(plan).items()) or "none: one rank"),
         *(f"stages  {text}" for text in [describe_pipeline(plan)] if text),
         *(f"repeats {text}" for text in [describe_repeated(plan)] if text),
@@ -47,7 +47,7 @@ def summarize(plan: Plan) -> str:
 
 def describe_choice(plan: Plan) -> str:
     """A plan in one line: what was chosen, and what a step takes."""
-    parts = [f"mesh {describe_mesh(plan)}"]
+    parts = [f"mesh {describe_mesh(plan)}{describe_precision(plan)}"]
     if not plan.pipeline.is_trivial:
         number = plan.pipeline.microbatches
         parts.append(f"{plan.pipeline.schedule}, {number} micro-batch{'' if number == 1 else 'es'}")
@@ -55,6 +55,11 @@ def describe_choice(plan: Plan) -> str:
         parts.append("no work is split, every rank runs the whole model")
     parts.append(f"step {format_seconds(plan.seconds.step)} and {format_bytes(plan.memory.total)} per device predicted")
     return f"{plan.model} on {plan.cluster}: {', '.join(parts)}"
+
+
+def describe_precision(plan: Plan) -> str:
+    """The precision, to follow what a plan is for; empty where everything is in the dtypes that the model has."""
+    return "" if plan.precision == AS_MODEL else f", precision {plan.precision}"
 
 
 def describe_axes(plan: Plan) -> dict[str, str]:

@@ -18,7 +18,7 @@ from rich.text import Text
 from autopar.ir import PIPELINE
 from autopar.plans import BlockChoice, Candidate, Group, Memory, Plan, Unruled
 from autopar.report.selection import find_pipeline_ranks, select_blocks, select_groups, select_layouts
-from autopar.report.summary import MEMORY_KINDS, count, count_alike, describe_mesh, describe_pipeline, format_gap
+from autopar.report.summary import MEMORY_KINDS, count, count_alike, describe_mesh, describe_pipeline, describe_precision, format_gap
 from autopar.units import format_bytes, format_seconds, format_share
 
 # With the other columns the table of memory is 80 wide.
@@ -44,7 +44,7 @@ def explain(plan: Plan, console: Console, *, layer: str | None = None) -> None:
         InputError: no layer of the plan matches `layer`.
     """
     groups = select_groups(plan, layer)
-    console.print(Text(f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}", style="bold"))
+    console.print(Text(f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}{describe_precision(plan)}", style="bold"))
     console.print(Text(f"fingerprint {plan.fingerprint}"))
     _print(console, _tabulate_axes(plan, groups))
     if (describe_pipeline(plan) or not plan.pipeline.keeps_all) and (blocks := select_blocks(plan, layer)):

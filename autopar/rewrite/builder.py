@@ -30,6 +30,7 @@ class GraphBuilder:
         made: value -> what a rank has of it as its op made it, as it is stored or as it was received.
         moved: (value, layout) -> the same in another layout; whoever needs it there reads this node.
         whole_batch: what was computed from the whole batch -> the placeholder that takes it.
+        casts: parameter -> the same in the dtype in which ops read it, where the program takes it in the stored dtype.
     """
 
     def __init__(self, planned: PlannedGraph) -> None:
@@ -37,6 +38,7 @@ class GraphBuilder:
         self.made: dict[Value, LocalValue] = {}
         self.moved: dict[tuple[Value, Layout], LocalValue] = {}
         self.whole_batch: dict[BatchValue, fx.Node] = {}
+        self.casts: dict[Value, LocalValue] = {}
         self._graph = fx.Graph()
 
     def placeholder(self, name: str) -> fx.Node:

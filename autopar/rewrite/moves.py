@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from autopar.ir import (
@@ -76,6 +77,9 @@ def move(builder: GraphBuilder, local: LocalValue, need: Layout, reader: Op) -> 
         q = linear(all_gather, q_weight)
         k = linear(all_gather, k_weight)
     """
+    gathers_parameter = _gathers_parameter(builder, local, need)
+    if local.value.op in builder.planned.cast_when_gathered and not gathers_parameter:
+        local = _cast(builder, local, reader)
     if local.layout == need:
         return local
     key = (local.value, need)
@@ -84,7 +88,7 @@ def move(builder: GraphBuilder, local: LocalValue, need: Layout, reader: Op) -> 
     moved = _carry(builder, local, need, reader)
     # A gathered parameter is gathered for each use, as it was priced: held for a later one, a tied embedding would lie
     # whole in memory from the first layer to the last.
-    if not _gathers_parameter(builder, local, need):
+    if not gathers_parameter:
         builder.moved[key] = moved
     return moved
 
@@ -135,6 +139,14 @@ def _cuttable_layout(shape: tuple[int, ...], layout: Layout, time: State, mesh: 
     return layout if nests else tuple(REPLICATE if state in along else state for state in layout)
 
 
+def _cast(builder: GraphBuilder, local: LocalValue, reader: Op) -> LocalValue:
+    """A parameter in the dtype in which ops read it; cast once for all of them."""
+    if local.value not in builder.casts:
+        dtype = getattr(torch, builder.planned.graph.tensor(local.value).dtype)
+        builder.casts[local.value] = replace(local, node=builder.call(reader, torch.ops.aten.to.dtype, (local.node, dtype)))
+    return builder.casts[local.value]
+
+
 def _gathers_parameter(builder: GraphBuilder, local: LocalValue, need: Layout) -> bool:
     if builder.planned.graph.by_name[local.value.op].kind is not OpKind.PARAMETER:
         return False
@@ -147,8 +159,13 @@ def _steps(builder: GraphBuilder, local: LocalValue, need: Layout) -> tuple[Resh
 
 def _carry(builder: GraphBuilder, local: LocalValue, need: Layout, reader: Op) -> LocalValue:
     """`local` in layout `need`, by a collective per step; it isn't noted for other readers."""
-    node = local.node
-    for step in _steps(builder, local, need):
+    node, steps = local.node, _steps(builder, local, need)
+    if local.value.op in builder.planned.cast_when_gathered and node is builder.made[local.value].node:
+        # The first gather casts; what moves nothing comes after it.
+        steps = tuple(sorted(steps, key=lambda step: step.forward is Collective.NONE))
+        if steps[0].forward is not Collective.ALL_GATHER:
+            node = _cast(builder, local, reader).node
+    for step in steps:
         node = _take_step(builder, node, step, local.value, reader)
     return replace(local, layout=need, node=node)
 
@@ -160,13 +177,20 @@ def _take_step(builder: GraphBuilder, node: fx.Node, step: ReshardStep, value: V
     assert axis != MICROBATCH, "ranks can't exchange along time"
     producer, requires_grad = planned.graph.by_name[value.op], planned.graph.tensor(value).requires_grad
     is_parameter = producer.kind is OpKind.PARAMETER
+    tensor = planned.graph.tensor(value)
+    summed = {"reduce_dtype": getattr(torch, tensor.reduced_dtype)} if tensor.reduced_dtype != tensor.dtype else {}
     if step.forward is not Collective.NONE:
         args, kwargs = _arguments_of(step, is_parameter=is_parameter, requires_grad=requires_grad)
+        if step.forward is Collective.ALL_GATHER and is_parameter:
+            if node is builder.made[value].node and producer.name in planned.cast_when_gathered:
+                kwargs = {**kwargs, "dtype": getattr(torch, tensor.dtype)}
+            if step.backward is Collective.REDUCE_SCATTER and requires_grad:
+                kwargs = {**kwargs, **summed}
         return builder.call(reader, getattr(collectives, step.forward.value), (node, axis, *args), kwargs)
     is_summed_later = is_parameter and axis in planned.partial_axes[producer.name]
     if step.backward is Collective.NONE or not requires_grad or is_summed_later:
         return node
-    return builder.call(reader, collectives.sum_gradient, (node, axis))
+    return builder.call(reader, collectives.sum_gradient, (node, axis), summed)
 
 
 def _arguments_of(step: ReshardStep, *, is_parameter: bool, requires_grad: bool) -> tuple[tuple[int, ...], Mapping[str, Any]]:

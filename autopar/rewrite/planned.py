@@ -84,6 +84,16 @@ class PlannedGraph:
         """Parameter's op name -> the axes over which its gradient is summed after the backward instead of at each use."""
         return {op.name: _find_partial_axes(self, op) for op in self.graph.of_kind(OpKind.PARAMETER)}
 
+    @cached_property
+    def cast_when_gathered(self) -> frozenset[str]:
+        """Op names of the parameters that the program takes in the stored dtype, and casts itself, since some reader gathers them.
+
+        So what is gathered is the narrower dtype, and the gradient's sum over ranks arrives in that of sums. Other parameters that are
+        read in another dtype than the stored one are cast before they enter the program.
+        """
+        parameters = (op for op in self.graph.of_kind(OpKind.PARAMETER) if op.results[0].stored_dtype != op.results[0].dtype)
+        return frozenset(op.name for op in parameters if _is_gathered(self, op))
+
 
 def read_plan(captured: Captured, plan: Plan, folded: Folded, spaces: Mapping[str, Space], device: torch.device | None) -> PlannedGraph:
     """`captured` with the decisions of `plan`, which was made for it; for programs that run on the whole batch.
@@ -154,6 +164,19 @@ def sent_layout(planned: PlannedGraph, value: Value) -> Layout:
 
 def _whole(planned: PlannedGraph) -> Layout:
     return tuple(REPLICATE for _ in planned.mesh.sizes)
+
+
+def _is_gathered(planned: PlannedGraph, parameter: Op) -> bool:
+    """Whether some reader gathers the parameter from its parts."""
+    value, start = Value(parameter.name), made_layout(planned, Value(parameter.name))
+    for name in dict.fromkeys(planned.graph.readers.get(value, ())):
+        op = planned.graph.by_name[name]
+        for index, operand in enumerate(op.operands):
+            if operand == value:
+                steps = journey(parameter.results[0].shape, start, needed_layout(planned, op, index), planned.mesh)
+                if any(step.forward is Collective.ALL_GATHER for step in steps):
+                    return True
+    return False
 
 
 def _find_partial_axes(planned: PlannedGraph, parameter: Op) -> frozenset[str]:

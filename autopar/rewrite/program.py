@@ -40,12 +40,13 @@ class Slot:
         name: the user's name of the parameter, buffer or input; of an output ``output`` and its position.
         layout: per mesh axis Shard or Replicate; what the program takes or gives.
         shape: global sizes.
-        dtype: torch's name without the ``torch.`` prefix.
+        dtype: torch's name without the ``torch.`` prefix; what the program takes or gives. A parameter may be stored in another one.
         partial_axes: for a parameter, the axes over which its local gradient still has to be summed, once per step.
         requires_grad: whether the tensor takes part in the backward.
         users: the pipeline ranks that use the parameter, in order of their stages, or the one that makes the output.
         batch: of an input or output, the state that splits it into equal numbers of samples; None when it has no batch. Nothing is
             split that way unless `layout` says so.
+        reduced_dtype: of a parameter, the dtype in which its gradient is summed over `partial_axes`; None where that is the stored one.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Slot:
     requires_grad: bool = False
     users: tuple[int, ...] = (0,)
     batch: State | None = _FIRST_DIM
+    reduced_dtype: str | None = None
 
     @property
     def owner(self) -> int:

@@ -42,7 +42,11 @@ def find_slots(planned: PlannedGraph, kind: OpKind) -> tuple[Slot, ...]:
         (tensor,) = op.results
         summed = planned.partial_axes.get(op.name, ())
         partial_axes = tuple(axis for axis in planned.plan.mesh.names if axis in summed)
-        slots.append(Slot(op.target, stored_layout(planned, op), tensor.shape, tensor.dtype, partial_axes, tensor.requires_grad))
+        slot = Slot(op.target, stored_layout(planned, op), tensor.shape, tensor.dtype, partial_axes, tensor.requires_grad)
+        if tensor.storage is not None:
+            dtype = tensor.stored_dtype if op.name in planned.cast_when_gathered else tensor.dtype
+            slot = replace(slot, dtype=dtype, reduced_dtype=tensor.reduced_dtype)
+        slots.append(slot)
     return tuple(slots)
 
 

@@ -45,6 +45,21 @@ def split_steps(layout: Layout, mesh: Mesh) -> tuple[AxisSplit, ...]:
     return tuple(steps)
 
 
+def read_as(dtype: str, part: Tensor) -> Tensor:
+    """A part of a parameter in the dtype in which a program takes it: itself, or a cast of it, whose gradient is cast back.
+
+    It is cast in every call and not kept: there are changes of parameters that nothing tells of, such as those of ``parameter.data``.
+    """
+    wanted = getattr(torch, dtype)
+    if part.dtype == wanted:
+        return part
+    cast = part.to(wanted)
+    if cast.grad_fn is not None:
+        # As the part's own: its gradient is then left to the sum as soon as it is there.
+        torch_compat.run_early_in_backward(cast)
+    return cast
+
+
 def take_local(x: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
     """The part of the whole tensor `x` that `rank` stores; `x` itself where nothing is split."""
     coordinate = mesh.coordinates(rank)

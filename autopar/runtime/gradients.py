@@ -34,14 +34,21 @@ class TrackedParameter:
         parameter: the user's parameter, a DTensor or, without process groups, a plain tensor.
         leaf: a plain leaf on the storage of the parameter's local part; the stages of a pipeline compute with it.
         group: the ranks over which the local gradient is Partial and must be summed; None when it is complete.
-        gradient: the local gradient; None when there is none.
+        reduced: the dtype in which local gradients are summed; None for their own.
+        gradient: the local gradient, in the parameter's dtype; None when there is none.
     """
 
     name: str
     parameter: nn.Parameter
     leaf: Tensor
     group: dist.ProcessGroup | None
+    reduced: torch.dtype | None = None
     gradient: Tensor | None = None
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        """The dtype in which local gradients are summed."""
+        return self.reduced or self.leaf.dtype
 
 
 @dataclass(slots=True, eq=False)
@@ -363,7 +370,7 @@ def note_changes(tracked: Iterable[TrackedParameter]) -> None:
 
 
 def _start_sum(members: Sequence[TrackedParameter], pending_sums: list[_PendingSum]) -> None:
-    """Start the sum of these members' gradients, all of one group and dtype, and note it; the entries have none afterwards."""
+    """Start the sum of these members' gradients, all of one group and of the same dtypes, and note it; the entries have none afterwards."""
     present, gradients = [], []
     for entry in members:
         if entry.gradient is not None:
@@ -374,17 +381,18 @@ def _start_sum(members: Sequence[TrackedParameter], pending_sums: list[_PendingS
         return
     is_single = len(gradients) == 1 and gradients[0].is_contiguous()
     flat = gradients[0].view(-1) if is_single else torch.cat([gradient.reshape(-1) for gradient in gradients])
+    flat = flat.to(present[0].reduce_dtype)
     work = dist.all_reduce(flat, group=present[0].group, async_op=True)
     assert work is not None
     pending_sums.append(_PendingSum(tuple(present), flat, work))
 
 
 def _end_sum(pending_sum: _PendingSum) -> Iterator[tuple[TrackedParameter, Tensor]]:
-    """Wait for a sum; yields each member with its gradient, which is a view of the sum."""
+    """Wait for a sum; yields each member with its gradient, which is a view of the sum where that has the parameter's dtype."""
     pending_sum.work.wait()
     parts = torch.split(pending_sum.flat, [entry.leaf.numel() for entry in pending_sum.members])
     for entry, gradient in zip(pending_sum.members, parts, strict=True):
-        yield entry, gradient.view(entry.leaf.shape)
+        yield entry, gradient.view(entry.leaf.shape).to(entry.leaf.dtype)
 
 
 def _begin(program: _Program) -> None:
@@ -399,13 +407,13 @@ def _is_full(bucket: _Bucket) -> bool:
 
 
 def _fill_buckets(tracked: Sequence[TrackedParameter], limit: int) -> tuple[_Bucket, ...]:
-    """Buckets of parameters with Partial gradients, by process group and dtype; the last parameter first, as the backward comes."""
-    filling: dict[tuple[int, torch.dtype], list[TrackedParameter]] = {}
+    """Buckets of parameters with Partial gradients, by process group and dtypes; the last parameter first, as the backward comes."""
+    filling: dict[tuple[int, torch.dtype, torch.dtype], list[TrackedParameter]] = {}
     full: list[_Bucket] = []
     for entry in reversed(tracked):
         if entry.group is None:
             continue
-        members = filling.setdefault((id(entry.group), entry.leaf.dtype), [])
+        members = filling.setdefault((id(entry.group), entry.leaf.dtype, entry.reduce_dtype), [])
         members.append(entry)
         if sum(member.leaf.nbytes for member in members) >= limit:
             full.append(_Bucket(tuple(members)))

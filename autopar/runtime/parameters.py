@@ -25,7 +25,7 @@ from autopar.errors import InputError
 from autopar.ops import GroupAxis, sum_along, sum_gradient_along
 from autopar.rewrite import Program, Slot
 from autopar.runtime.agreement import Agreement, digest, name_ranks
-from autopar.runtime.dtensor import shard_whole
+from autopar.runtime.dtensor import read_as, shard_whole
 from autopar.runtime.fingerprints import Projections, hash_tensors, project
 from autopar.runtime.gradients import GradientReducer, Receive, TrackedParameter, is_ordinary, note_changes
 from autopar.runtime.storage import Deployment, Storage, stands_for
@@ -56,14 +56,15 @@ class Entrance:
         self._parts: dict[str, Tensor] = {}
 
     def enter(self) -> list[Tensor]:
-        """This rank's parts of what stands in the places of the parameters.
+        """This rank's parts of what stands in the places of the parameters, in the dtypes in which the program takes them.
 
         Raises InputError for a substitute that isn't the same on all ranks.
         """
         slots, storage = self._program.parameters, self._storage
         parameters = [storage.parameter(slot.name) for slot in slots]
         if self._deployment.device_mesh is None:
-            return list(parameters)  # a single process computes with the parameters themselves
+            # A single process computes with the parameters themselves.
+            return [read_as(slot.dtype, parameter) for slot, parameter in zip(slots, parameters, strict=True)]
         if not all(map(_is_tracked, self._tracked, parameters)):
             self._track(parameters)
             self._check_alike({slot.name: x for slot, x in zip(slots, parameters, strict=True) if not isinstance(x, DTensor)})
@@ -73,9 +74,10 @@ class Entrance:
         parts = []
         for slot, entry, parameter in zip(slots, self._tracked, parameters, strict=True):
             if entry is None or entry.parameter is not parameter:
-                parts.append(enter_substitute(parameter, slot, self._deployment, storage.sum_group(slot)))
+                part = enter_substitute(parameter, slot, self._deployment, storage.sum_group(slot))
             else:
-                parts.append(self._parts[slot.name] if trains else entry.leaf)
+                part = self._parts[slot.name] if trains else entry.leaf
+            parts.append(read_as(slot.dtype, part))
         return parts
 
     def note_changes(self) -> None:
@@ -90,7 +92,7 @@ class Entrance:
             for position, (slot, parameter) in enumerate(zip(self._program.parameters, parameters, strict=True)):
                 if not _is_tracked(self._tracked[position], parameter) and self._storage.is_stored(slot.name, parameter):
                     leaf = torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad)
-                    self._tracked[position] = TrackedParameter(slot.name, parameter, leaf, self._storage.sum_group(slot))
+                    self._tracked[position] = self._storage.track(slot, parameter, leaf)
                     is_changed = True
             if is_changed:
                 tracked = [entry for entry in self._tracked if entry is not None]

@@ -23,6 +23,7 @@ from autopar.errors import CommError, InputError, PipelineError
 from autopar.ir import local_shape
 from autopar.ops import Axis, Message, refuse_double_backward
 from autopar.rewrite import PipelineProgram, Program, Slot
+from autopar.runtime.dtensor import read_as
 from autopar.runtime.executor import Executor, StageTensors, device_of
 from autopar.runtime.failures import Alarm
 from autopar.runtime.gradients import StashedGradients
@@ -115,9 +116,12 @@ class StageRunner:
         """
         refuse_inside_backward()
         self._update_shared_values()
+        with torch.set_grad_enabled(trains):
+            # Cast once for all micro-batches; their gradients add up in the leaves, in the stored dtype.
+            parts = {slot.name: read_as(slot.dtype, self.leaves[slot.name]) for slot in self.program.parameters if slot.name in self.leaves}
         tensors = {
             stage: StageTensors(
-                [self.leaves[self.program.parameters[position].name] for position in program.parameters],
+                [parts[self.program.parameters[position].name] for position in program.parameters],
                 [buffers[self.program.buffers[position].name] for position in program.buffers],
                 inputs,
             )

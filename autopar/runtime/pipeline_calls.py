@@ -20,7 +20,7 @@ from autopar.errors import InputError
 from autopar.ir import local_shape
 from autopar.rewrite import Program, Slot
 from autopar.runtime.dtensor import as_dtensor, gather_whole
-from autopar.runtime.gradients import GradientReducer, StashedGradients, TrackedParameter
+from autopar.runtime.gradients import GradientReducer, StashedGradients
 from autopar.runtime.outputs import Handover
 from autopar.runtime.pipeline import PipelineRun, StageRunner, hand_over_on_backward, refuse_backward, run_backwards_on_backward
 from autopar.runtime.storage import Deployment, Storage, copy_updated_buffers, empty_part, stands_for
@@ -63,10 +63,7 @@ class PipelineCalls:
         local_leaves = {
             name: torch_compat.local_of(parameter).requires_grad_(parameter.requires_grad) for name, parameter in parameters.items()
         }
-        tracked = [
-            TrackedParameter(slot.name, parameters[slot.name], local_leaves[slot.name], self._storage.sum_group(slot))
-            for slot in program.parameters
-        ]
+        tracked = [self._storage.track(slot, parameters[slot.name], local_leaves[slot.name]) for slot in program.parameters]
         leaves = [local_leaves[name] for name in stored]
         leaf_of = dict(zip(stored, leaves, strict=True))
         for slot in used:

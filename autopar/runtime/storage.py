@@ -27,6 +27,7 @@ from autopar.rewrite import Program, Slot
 from autopar.runtime import dispatch, states
 from autopar.runtime.dtensor import as_dtensor, placements_of, take_local
 from autopar.runtime.failures import Alarm
+from autopar.runtime.gradients import TrackedParameter
 from autopar.runtime.members import Structure, find_places, read
 from autopar.runtime.owned import Owned
 from autopar.runtime.world import axes_of, form_alarm, form_mesh, group_over, pipeline_axis
@@ -190,6 +191,11 @@ class Storage:
     def sum_group(self, slot: Slot) -> dist.ProcessGroup | None:
         """The process group over which the gradient of a program's parameter is summed; None when it is complete on every rank."""
         return self._groups.get(slot.partial_axes)
+
+    def track(self, slot: Slot, parameter: nn.Parameter, leaf: Tensor) -> TrackedParameter:
+        """A parameter of a program, whose gradients are to be summed; `leaf` is this rank's part."""
+        reduced = None if slot.reduced_dtype is None else getattr(torch, slot.reduced_dtype)
+        return TrackedParameter(slot.name, parameter, leaf, self.sum_group(slot), reduced)
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by name, without what stands in their places for one call (``torch.func.functional_call``)."""

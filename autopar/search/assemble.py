@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from autopar.cost_models import Cluster
 from autopar.costs import BUCKET_NBYTES, BlockCost, CutCost, Sharding, given_nbytes, local_nbytes, operand_layout_of
-from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
+from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Precision, Split, StateKind
 from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled
 from autopar.search.options import AxisKind, kind_of
 from autopar.search.pipeline import AssignmentCost, BlockOption
@@ -74,6 +74,7 @@ def assemble(
     cluster: Cluster,
     rename: bool,
     model_name: str,
+    precision: Precision,
     fingerprint: str,
     candidates: tuple[Candidate, ...],
     candidate: int,
@@ -87,6 +88,7 @@ def assemble(
         cluster: the devices.
         rename: whether to name free axes after what they split.
         model_name: the model's name, for the report.
+        precision: in which dtypes the model trains.
         fingerprint: of the captured graph, by which a plan is checked to be of it.
         candidates: the outcome of everything that the search tried.
         candidate: position of what was chosen among them.
@@ -103,6 +105,7 @@ def assemble(
         model=printable(model_name) or "model",
         fingerprint=fingerprint,
         cluster=printable(str(cluster)),
+        precision=precision,
         mesh=Mesh(mesh.names[first_axis:], mesh.sizes[first_axis:]),
         pipeline=chosen.pipeline,
         inputs={printable(op.target): str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},

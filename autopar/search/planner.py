@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, UnknownOpError
 from autopar.garbage import no_garbage_collection
-from autopar.ir import REPLICATE, Graph, Layout, Mesh, Op, OpKind, Space
+from autopar.ir import AS_MODEL, REPLICATE, Graph, Layout, Mesh, Op, OpKind, Precision, Space
 from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
 from autopar.rules import find_spaces, readable_name
 from autopar.schedules import make_schedule
@@ -67,6 +67,7 @@ def make_plan(
     cluster: Cluster,
     *,
     model_name: str = "model",
+    precision: Precision = AS_MODEL,
     pins: Pins = NO_PINS,
     mesh: Mesh | None = None,
     stored: Mapping[str, Layout] | None = None,
@@ -81,6 +82,7 @@ def make_plan(
         graph: the captured program.
         cluster: the devices and links; its size is the number of ranks.
         model_name: for the report.
+        precision: with which the program was captured.
         pins: what the user fixed (`autopar.plans.reconcile` brings a mesh and pins together that are given side by side).
         mesh: the mesh of a pipeline rank, instead of searching meshes; axes called dp, tp and cp have that kind, others are free.
         stored: layouts in which parameters are stored already, by name; needs `mesh`.
@@ -116,6 +118,7 @@ def make_plan(
         rename=trial.name == "search" and request.is_open and not pins.asks_for_pipeline,
         cluster=cluster,
         model_name=model_name,
+        precision=precision,
         fingerprint=fingerprint(graph),
         candidates=candidates,
         candidate=candidate,

@@ -33,10 +33,10 @@ import numpy.typing as npt
 
 from autopar.cost_models import Cluster
 from autopar.costs import (
-    OPTIMIZER_COPIES,
     CostTables,
     Sharding,
     count_uses,
+    kept_nbytes,
     layout_numbers,
     local_nbytes,
     operand_layout_of,
@@ -51,6 +51,9 @@ Option = Placement | Layout | tuple[Layout, Layout]
 
 FORBIDDEN = 1 << 50
 """Cost of a pair of options between whose layouts there is no resharding: far above any real cost in nanoseconds, far below overflow."""
+
+
+_ONE_RANK = Mesh((), ())
 
 
 class DecisionKind(StrEnum):
@@ -180,7 +183,7 @@ def least_bytes(model: AnalyzedGraph, ranks: int) -> int:
     saved = model.saved
     total = sum(times * graph.tensor(value).nbytes for value, times in saved.times.items()) + sum(saved.extra_nbytes.values())
     for op in graph.of_kind(OpKind.PARAMETER):
-        total += op.results[0].nbytes * (2 + OPTIMIZER_COPIES if op.results[0].requires_grad else 1)
+        total += kept_nbytes(op.results[0], (), _ONE_RANK).total
     return -(-total // ranks)
 
 
@@ -281,9 +284,12 @@ class _Builder:
         is_parameter = op.kind is OpKind.PARAMETER
         options = parameter_options(self.model, op, self.mesh, self.constraints) if is_parameter else [self.replicated]
         self.made[Value(op.name)] = list(options)
-        copies = 2 + OPTIMIZER_COPIES if is_parameter and tensor.requires_grad else 1
         costs = [nanoseconds(count * self.tables.optimizer_seconds(tensor, layout)) for layout in options]
-        self._add(decision_of(op), options, costs, [count * copies * local_nbytes(tensor, layout, self.mesh) for layout in options])
+        nbytes = [
+            count * (kept_nbytes(tensor, layout, self.mesh).total if is_parameter else local_nbytes(tensor, layout, self.mesh))
+            for layout in options
+        ]
+        self._add(decision_of(op), options, costs, nbytes)
 
     def _add_outputs(self, op: Op) -> None:
         returned = len(self.graph.returned)
