@@ -55,10 +55,10 @@ def plan(
         precision: in which dtypes parameters are read, gathered, summed and updated, where that isn't the model's own: ``"mixed"``
             (parameters, gradients and moments float32, the program bfloat16), ``"mixed-float16"``, ``"float32"``, ``"bfloat16"`` (with
             float32 masters in the optimizer, `MasterWeights`), an `autopar.Precision`, or FSDP2's ``MixedPrecisionPolicy``.
-        pins: what the plan must have, as a dict or `autopar.Pins`: axis sizes by kind (``{"dp": 2, "tp": 4}``), ``fsdp`` and ``vocabulary``
-            (true or false); of a pipeline ``pp`` (pipeline ranks), ``schedule`` (``"1f1b"``), ``microbatches``, ``chunks`` (stages per
-            pipeline rank) and ``recompute`` (``"none"``, ``"selective"``, ``"full"``); placements and stages of modules by glob
-            (``{"layers.*.mlp": {"tp": "o"}, "layers.3": {"pp": 1}}``).
+        pins: what the plan must have, as a dict or `autopar.Pins`: axis sizes by kind (``{"dp": 2, "tp": 4}``), ``zero`` (ZeRO level, 0 to
+            3), ``fsdp`` (short for level 3 or 0) and ``vocabulary`` (true or false); of a pipeline ``pp`` (pipeline ranks), ``schedule``
+            (``"1f1b"``), ``microbatches``, ``chunks`` (stages per pipeline rank) and ``recompute`` (``"none"``, ``"selective"``,
+            ``"full"``); placements and stages of modules by glob (``{"layers.*.mlp": {"tp": "o"}, "layers.3": {"pp": 1}}``).
         mesh: axis sizes by name, instead of a search over meshes. ``dp``, ``tp`` and ``cp`` are kinds, ``pp`` is the pipeline, other names
             are free. With a mesh there is a pipeline only if ``pp`` is in it or pinned.
         strict: whether an op without a rule is an error; by default it runs replicated.
@@ -399,9 +399,9 @@ class _Planner:
         asked = {**self.pins.axis_sizes, **_sizes_of(self.mesh)}
         if any(sizes.get(axis, 1) != size for axis, size in asked.items()) or self.pins.pp not in (None, parameter.pipeline_ranks):
             raise PlanError(parameter.contradiction(name, f"this model's is pinned to {self.mesh or self.pins}"))
-        if self.pins.fsdp is not None and "dp" in sizes:
+        if self.pins.zero_level is not None and "dp" in sizes:
             axis = parameter.mesh.names.index("dp")
-            if self.pins.fsdp != any(shared.layout[axis].kind is StateKind.SHARD for shared in stored.values()):
+            if (self.pins.zero_level > 0) != any(shared.layout[axis].kind is StateKind.SHARD for shared in stored.values()):
                 raise PlanError(parameter.contradiction(name, f"this model is pinned to {self.pins}, which stores parameters otherwise"))
         # Axes that were asked for have their kinds, as in any first plan.
         pins = replace(self.pins, dp=asked.get("dp"), cp=asked.get("cp"), tp=asked.get("tp"))

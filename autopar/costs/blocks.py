@@ -22,7 +22,7 @@ from functools import cached_property
 
 from autopar.costs.memory import BlockMemory, find_memory, recompute_memory
 from autopar.costs.solved import SolvedChain
-from autopar.costs.tables import COLLECTIVE_KIND, parameter_backward, reduced_nbytes
+from autopar.costs.tables import COLLECTIVE_KIND, parameter_backward, reduced_nbytes, sum_of
 from autopar.ir import Collective, Layout, Op, OpKind, RouteStep, Tensor, Value
 from autopar.plans import CostRow, Phase, Purpose, RowSums, seconds_of
 from autopar.structure import find_cores
@@ -223,11 +223,22 @@ def _add_step(solved: SolvedChain, number: int, sums: RowSums) -> None:
     gradients are added up before. The share `Device.overlap` of a sum is overlapped with the backward.
     """
     for name in solved.reads.parameters[number]:
-        tensor, start = solved.graph.by_name[name].results[0], solved.made(Value(name))
+        tensor, stored = solved.graph.by_name[name].results[0], solved.stored(name)
+        if solved.reads.first_block[name] == number:
+            for axis, nbytes, seconds in solved.tables.held_gathers(tensor, stored):
+                sums.add(
+                    Phase.STEP,
+                    Purpose.PARAMETERS,
+                    seconds,
+                    layer=solved.layer_of.get(name, ""),
+                    axis=solved.mesh.names[axis],
+                    collective=COLLECTIVE_KIND[Collective.ALL_GATHER],
+                    nbytes=nbytes,
+                )
         if not tensor.requires_grad or solved.reads.first_block[name] != number:
             continue
         layer = solved.layer_of.get(name, "")
-        sums.add(Phase.STEP, Purpose.OPTIMIZER, solved.tables.optimizer_seconds(tensor, start), layer=layer)
+        sums.add(Phase.STEP, Purpose.OPTIMIZER, solved.tables.optimizer_seconds(tensor, stored), layer=layer)
         uses = [list(_reductions(solved, name, reader)) for reader in solved.graph.readers.get(Value(name), ())]
         reductions = max(uses, key=_total_seconds, default=[])
         overlap = solved.tables.device.overlap
@@ -258,7 +269,8 @@ def _reductions(solved: SolvedChain, parameter: str, reader: str) -> Iterator[Re
     for move, nbytes in solved.tables.steps(tensor, solved.made(value), need):
         if move.forward is Collective.NONE and move.backward is not Collective.NONE:
             summed = reduced_nbytes(tensor, nbytes)
-            yield move.axis, COLLECTIVE_KIND[move.backward], summed, solved.tables.bucket_seconds(move.backward, move.axis, summed)
+            collective = sum_of(solved.stored(parameter)[move.axis], move)
+            yield move.axis, COLLECTIVE_KIND[collective], summed, solved.tables.bucket_seconds(collective, move.axis, summed)
 
 
 def _total_seconds(reductions: Sequence[Reduction]) -> float:

@@ -66,7 +66,7 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
         if solved.is_one_stage and not is_first:
             continue
         value = Value(name)
-        kept = kept_nbytes(solved.graph.tensor(value), solved.made(value), solved.mesh)
+        kept = kept_nbytes(solved.graph.tensor(value), solved.stored(name), solved.mesh)
         parameters += kept.stored
         if kept.copy and not _is_gathered(solved, value):
             parameters += kept.copy

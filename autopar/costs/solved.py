@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from autopar.costs.tables import CostTables, local_nbytes, operand_layout_of, result_layout_of
-from autopar.ir import Graph, Layout, Mesh, Op, OpKind, Placement, Split, Value
+from autopar.ir import Graph, Layout, Mesh, Op, OpKind, Placement, Split, Value, program_layout
 from autopar.structure import AnalyzedGraph, Chain, ChainReads
 
 
@@ -89,14 +89,18 @@ class SolvedChain:
         return math.prod(size for part, size in zip(self.placement(op), self.mesh.sizes, strict=True) if isinstance(part, Split))
 
     def made(self, value: Value) -> Layout:
-        """The layout in which a value is made by its call, or stored."""
+        """The layout in which a value is made by its call, or in which the program is given it."""
         if value not in self._made:
             op = self.representative(self.graph.by_name[value.op])
             if op.kind is OpKind.CALL:
                 self._made[value] = result_layout_of(self.model, op, self.sharding.placements[op.name], value.index)
             else:
-                self._made[value] = self.sharding.layouts[op.name]
+                self._made[value] = program_layout(self.sharding.layouts[op.name])
         return self._made[value]
+
+    def stored(self, parameter: str) -> Layout:
+        """The layout in which a parameter is stored."""
+        return self.sharding.layouts[self.model.folded.representative[parameter]]
 
     def needs(self, op: Op) -> tuple[Layout, ...]:
         """The layouts in which a call reads its operands; like calls read alike."""

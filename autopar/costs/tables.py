@@ -38,10 +38,12 @@ from autopar.ir import (
     RouteStep,
     Space,
     Split,
+    State,
     StateKind,
     Tensor,
     local_shape,
     operand_layout,
+    program_layout,
     result_layout,
     route,
 )
@@ -83,8 +85,9 @@ class KeptBytes:
 
     Attributes:
         stored: the parameter itself.
-        copy: its copy in the dtype in which the program reads it, where that is another one; a program that gathers the parameter has none.
-        gradient: its gradient; 0 for a parameter that isn't trained.
+        copy: its copy as the program is given it, where that is another dtype or, at ZeRO levels 1 and 2, more than the stored part; a
+            program that gathers the parameter has none.
+        gradient: its gradient, with ZeRO level 1 also the whole one that adds up until it is summed; 0 for a parameter that isn't trained.
         optimizer: the optimizer's states; 0 likewise.
     """
 
@@ -102,11 +105,14 @@ class KeptBytes:
 def kept_nbytes(tensor: Tensor, layout: Layout, mesh: Mesh) -> KeptBytes:
     """Bytes that one rank keeps of its part of a parameter."""
     numel = math.prod(local_shape(tensor.shape, layout, mesh))
+    given = math.prod(local_shape(tensor.shape, program_layout(layout), mesh))
     stored = numel * ITEMSIZE[tensor.stored_dtype]
+    level = max((state.level for state in layout), default=0)
+    unsummed = given * ITEMSIZE[tensor.stored_dtype] if level == 1 else 0
     return KeptBytes(
         stored=stored,
-        copy=numel * ITEMSIZE[tensor.dtype] if tensor.stored_dtype != tensor.dtype else 0,
-        gradient=stored if tensor.requires_grad else 0,
+        copy=given * ITEMSIZE[tensor.dtype] if level or tensor.stored_dtype != tensor.dtype else 0,
+        gradient=stored + unsummed if tensor.requires_grad else 0,
         optimizer=numel * sum(ITEMSIZE[dtype] for dtype in tensor.states) if tensor.requires_grad else 0,
     )
 
@@ -277,11 +283,12 @@ class CostTables:
             uses: how many ops read the parameter: they share its one sum per step.
         """
         deferred = gathered = 0.0
-        for step, nbytes in self.steps(tensor, start, need):
+        for step, nbytes in self.steps(tensor, program_layout(start), need):
             forward = self.collective_seconds(step.forward, step.axis, nbytes)
             if step.forward is Collective.NONE:
                 if tensor.requires_grad:
-                    deferred += self.bucket_seconds(step.backward, step.axis, reduced_nbytes(tensor, nbytes)) / uses
+                    summed = reduced_nbytes(tensor, nbytes)
+                    deferred += self.bucket_seconds(sum_of(start[step.axis], step), step.axis, summed) / uses
             else:
                 in_backward = parameter_backward(tensor, step, nbytes)
                 gathered += forward + sum(self.collective_seconds(collective, step.axis, moved) for _, collective, moved in in_backward)
@@ -301,10 +308,28 @@ class CostTables:
         if not tensor.requires_grad:
             return 0.0
         kept = kept_nbytes(tensor, layout, self.mesh)
-        nbytes = 2 * kept.stored + kept.gradient + 2 * kept.optimizer
-        if kept.copy:
-            nbytes += 2 * (kept.stored + kept.copy)
+        nbytes = 3 * kept.stored + 2 * kept.optimizer
+        if tensor.stored_dtype != tensor.dtype:
+            nbytes += 2 * kept.stored + 2 * local_nbytes(tensor, layout, self.mesh)
         return op_seconds(self.device, flops=0, nbytes=nbytes, dtype=tensor.stored_dtype, family="pointwise")
+
+    def held_gathers(self, tensor: Tensor, layout: Layout) -> list[tuple[int, int, float]]:
+        """The gathers, once per step, of a parameter of ZeRO level 1 or 2, which programs are given whole.
+
+        Each is (axis, bytes of the whole, seconds), its share of those of a full bucket.
+        """
+        nbytes = local_nbytes(tensor, program_layout(layout), self.mesh)
+        axes = [axis for axis, state in enumerate(layout) if state.level]
+        return [(axis, nbytes, self.bucket_seconds(Collective.ALL_GATHER, axis, nbytes)) for axis in axes]
+
+    def step_seconds(self, tensor: Tensor, layout: Layout) -> float:
+        """Seconds once per step of a parameter that is stored so: AdamW's update, and the gathers of ZeRO levels 1 and 2."""
+        return self.optimizer_seconds(tensor, layout) + sum(seconds for *_, seconds in self.held_gathers(tensor, layout))
+
+
+def sum_of(stored: State, step: RouteStep) -> Collective:
+    """The collective of the sum over ranks, once per step, of a gradient that a step leaves: every rank needs what it stores of it."""
+    return Collective.REDUCE_SCATTER if stored.level and step.backward is Collective.ALL_REDUCE else step.backward
 
 
 def parameter_backward(tensor: Tensor, step: RouteStep, nbytes: int) -> tuple[tuple[Purpose, Collective, int], ...]:

@@ -33,11 +33,12 @@ from autopar.ir.layout import (
     outer_when_cut,
     parse_layout,
     parse_placement,
+    program_layout,
     result_layout,
     shard,
     with_pipeline,
 )
-from autopar.ir.precision import AS_MODEL, PRECISIONS, Precision, StorageDtypes
+from autopar.ir.precision import AS_MODEL, Precision, StorageDtypes
 from autopar.ir.precision import HELP as PRECISION_HELP
 from autopar.ir.reshard import Collective, ReshardStep, Route, RouteStep, journey, route
 from autopar.ir.space import Dims, LoopKind, Space, parse
@@ -49,7 +50,6 @@ __all__ = [
     "PARTIAL",
     "PASS_PARTIAL",
     "PIPELINE",
-    "PRECISIONS",
     "PRECISION_HELP",
     "REPLICATE",
     "REPLICATE_PARTIAL_GRAD",
@@ -94,6 +94,7 @@ __all__ = [
     "parse",
     "parse_layout",
     "parse_placement",
+    "program_layout",
     "result_layout",
     "route",
     "shard",

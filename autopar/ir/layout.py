@@ -12,6 +12,10 @@ The states of a tensor on one axis, with their text forms:
       S0     rank 0: 0 1 2 3 4 5                     rank 1: 6 7 8 9 10 11
       S0/3   rank 0: 0 1     4 5     8 9             rank 1: 2 3     6 7     10 11
 
+  A parameter that is stored so and needed whole is gathered at each use (ZeRO-3). ``S1z1`` and ``S1z2`` are the lower ZeRO levels
+  (Rajbhandari et al. 2020): it is stored in the same parts, and so are gradient and optimizer state, but a program is given it whole,
+  as ``R`` (`program_layout`). With ``z1`` a rank's gradients are kept whole until they are summed, with ``z2`` every backward leaves
+  each rank its part of the sum.
 - Replicate (``R``): every rank has the whole tensor, and its gradient is whole on every rank.
 - Replicate with a partial gradient (``B``), only as what a consumer needs: every rank has the whole tensor but computes a part of what
   follows, so that its gradient is Partial. This is what data parallelism needs of a weight.
@@ -89,16 +93,25 @@ class StateKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """What a rank has of a tensor along one axis; `dim` and `outer`, the number of equal outer blocks of the dim, matter for SHARD only."""
+    """What a rank has of a tensor along one axis.
+
+    Attributes:
+        kind: the kind of state.
+        dim: of a Shard, the dim that is split.
+        outer: of a Shard, the number of equal outer blocks of the dim.
+        level: of a parameter that is stored split and given whole to programs, its ZeRO level, 1 or 2; else 0.
+    """
 
     kind: StateKind
     dim: int = -1
     outer: int = 1
+    level: int = 0
 
     def __str__(self) -> str:
         if self.kind is not StateKind.SHARD:
             return self.kind.value
-        return f"S{self.dim}" if self.outer == 1 else f"S{self.dim}/{self.outer}"
+        text = f"S{self.dim}" if self.outer == 1 else f"S{self.dim}/{self.outer}"
+        return f"{text}z{self.level}" if self.level else text
 
 
 REPLICATE = State(StateKind.REPLICATE)
@@ -106,15 +119,15 @@ REPLICATE_PARTIAL_GRAD = State(StateKind.REPLICATE_PARTIAL_GRAD)
 PARTIAL = State(StateKind.PARTIAL)
 
 
-def shard(dim: int, outer: int = 1) -> State:
-    """The Shard state that splits `dim` inside each of its `outer` equal blocks."""
-    return State(StateKind.SHARD, dim, outer)
+def shard(dim: int, outer: int = 1, level: int = 0) -> State:
+    """The Shard state that splits `dim` inside each of its `outer` equal blocks; `level` is as in `State`."""
+    return State(StateKind.SHARD, dim, outer, level)
 
 
 Layout = tuple[State, ...]
 """What every rank has of a tensor: a state per mesh axis, in the mesh's order."""
 
-_STATE = re.compile(r"^(?:S(\d+)(?:/(\d+))?|([RBP]))$")
+_STATE = re.compile(r"^(?:S(\d+)(?:/(\d+))?(?:z([12]))?|([RBP]))$")
 
 
 def parse_layout(text: str) -> Layout:
@@ -123,15 +136,24 @@ def parse_layout(text: str) -> Layout:
     for state_text in text.split(",") if text else []:
         match = _STATE.match(state_text.strip())
         if match is None:
-            raise ValueError(f"{state_text!r} is no state of a layout (S<dim>, S<dim>/<outer>, R, B or P)")
-        dim, outer, kind = match.groups()
-        layout.append(State(StateKind(kind)) if kind else shard(int(dim), int(outer or 1)))
+            raise ValueError(f"{state_text!r} is no state of a layout (S<dim>, S<dim>/<outer>, either with z1 or z2, R, B or P)")
+        dim, outer, level, kind = match.groups()
+        layout.append(State(StateKind(kind)) if kind else shard(int(dim), int(outer or 1), int(level or 0)))
     return tuple(layout)
 
 
 def format_layout(layout: Layout) -> str:
     """Text of a layout, ``S0/3,R``."""
     return ",".join(map(str, layout))
+
+
+def program_layout(layout: Layout) -> Layout:
+    """The layout in which a program is given a parameter that is stored in `layout`.
+
+    >>> format_layout(program_layout(parse_layout("S0z2,S1")))
+    'R,S1'
+    """
+    return tuple(REPLICATE if state.level else state for state in layout)
 
 
 @dataclass(frozen=True, slots=True)

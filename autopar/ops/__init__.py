@@ -7,7 +7,16 @@ Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``bounds``, ``los
 ``weight_gradients``, ``deferrable``, ``recompute``, ``attention``, ``functions``.
 """
 
-from autopar.ops.collectives import gather_along, join_parts, regather, sum_along, sum_gradient_along, take_part
+from autopar.ops.collectives import (
+    gather_along,
+    join_parts,
+    reduce_scatter_along,
+    regather,
+    shard_along,
+    sum_along,
+    sum_gradient_along,
+    take_part,
+)
 from autopar.ops.comm import Axis, GroupAxis, Message, MicrobatchAxis
 from autopar.ops.deferrable import DEFERRABLE
 from autopar.ops.double_backward import refuse_double_backward
@@ -29,8 +38,10 @@ __all__ = [
     "gather_along",
     "given_arguments",
     "join_parts",
+    "reduce_scatter_along",
     "refuse_double_backward",
     "regather",
+    "shard_along",
     "sum_along",
     "sum_gradient_along",
     "take_part",

@@ -284,6 +284,11 @@ def shard_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
     return _apply(_Shard, x, axis, dim, outer)
 
 
+def reduce_scatter_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
+    """`reduce_scatter`, given the axis itself instead of its name."""
+    return _apply(_ReduceScatter, x, axis, dim, outer)
+
+
 def sum_along(x: Tensor, axis: comm.Axis) -> Tensor:
     """`all_reduce` with ``grad="identity"``, given the axis itself instead of its name."""
     return _apply(_AllReduce, x, axis, "identity")

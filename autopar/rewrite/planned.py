@@ -32,12 +32,15 @@ from autopar.ir import (
     Placement,
     Space,
     Split,
+    StateKind,
     Tensor,
     Value,
     fits,
+    format_layout,
     is_legal,
     journey,
     operand_layout,
+    program_layout,
     result_layout,
 )
 from autopar.plans import Plan
@@ -136,10 +139,10 @@ def placement_of(planned: PlannedGraph, op: Op) -> Placement:
 
 
 def made_layout(planned: PlannedGraph, value: Value) -> Layout:
-    """The layout in which an op makes `value`, or in which it is stored; every micro-batch sees all of what is stored."""
+    """The layout in which an op makes `value`, or in which the program is given it; every micro-batch sees all of what is given."""
     op = planned.graph.by_name[value.op]
     if op.kind is not OpKind.CALL:
-        layout = stored_layout(planned, op)
+        layout = program_layout(stored_layout(planned, op))
         return layout if planned.micro_split is None else (REPLICATE, *layout)
     space = planned.spaces.get(op.name)
     return _whole(planned) if space is None else result_layout(space, placement_of(planned, op), value.index)
@@ -194,7 +197,7 @@ def _find_partial_axes(planned: PlannedGraph, parameter: Op) -> frozenset[str]:
 
 def _find_partial_gradient_axes(planned: PlannedGraph, parameter: Op, need: Layout) -> frozenset[str]:
     """Axes along which a reader has nothing to do to get from the stored parameter to `need`, though the gradient has to be summed."""
-    stored = stored_layout(planned, parameter)
+    stored = program_layout(stored_layout(planned, parameter))
     # Gradients of micro-batches add up where they arrive, whatever the layout says of time.
     start = stored if planned.micro_split is None else (need[0], *stored)
     steps = journey(parameter.results[0].shape, start, need, planned.mesh)
@@ -217,12 +220,13 @@ def _check_decisions(planned: PlannedGraph) -> None:
             if op.name not in plan.layouts:
                 raise PlanError(f"plan.layouts has nothing for {op.name!r}; plan again")
             _check_layout(f"plan.layouts[{op.name!r}]", plan.layouts[op.name], op.results[0], mesh)
+            _check_levels(plan, op)
     outputs = graph.operand_tensors(graph.output)
     if len(plan.outputs) != len(outputs):
         raise PlanError(f"plan.outputs has {len(plan.outputs)} layouts, the model has {len(outputs)} outputs; plan again")
     for position, (tensor, layout) in enumerate(zip(outputs, plan.outputs, strict=True)):
         _check_layout(f"plan.outputs[{position}]", layout, tensor, mesh)
-        if PARTIAL in layout:
+        if PARTIAL in layout or any(state.level for state in layout):
             raise PlanError(f"plan.outputs[{position}] has the state P; what is returned is split or replicated, but no part of a sum")
     buffers = {op.target: op for op in graph.of_kind(OpKind.BUFFER)}
     for position, name in enumerate(graph.updates, start=len(graph.returned)):
@@ -253,6 +257,20 @@ def _check_placement(plan: Plan, op: Op, space: Space | None) -> None:
 def _check_layout(where: str, layout: Layout, tensor: Tensor, mesh: Mesh) -> None:
     if len(layout) != len(mesh.sizes) or not fits(tensor.shape, layout, mesh):
         raise PlanError(f"{where} doesn't fit {tensor} on the mesh {mesh}; plan again")
+
+
+def _check_levels(plan: Plan, op: Op) -> None:
+    """Raise PlanError for a ZeRO level where it can't be: of what is no parameter, of several axes, of a dim that another axis splits."""
+    layout = plan.layouts[op.name]
+    held = [state for state in layout if state.level]
+    if not held:
+        return
+    same_dim = [state for state in layout if state.kind is StateKind.SHARD and state.dim == held[0].dim]
+    if op.kind is not OpKind.PARAMETER or len(held) > 1 or len(same_dim) > 1 or held[0].outer > 1 or not plan.pipeline.is_trivial:
+        raise PlanError(
+            f"plan.layouts[{op.name!r}] is {format_layout(layout)}: a ZeRO level (z1, z2) is for one axis of a parameter, whose dim no"
+            " other axis splits, in plans without pipeline and micro-batches; plan again"
+        )
 
 
 def _find_tensor(graph: Graph, name: str) -> Tensor | None:

@@ -47,6 +47,7 @@ class Slot:
         batch: of an input or output, the state that splits it into equal numbers of samples; None when it has no batch. Nothing is
             split that way unless `layout` says so.
         reduced_dtype: of a parameter, the dtype in which its gradient is summed over `partial_axes`; None where that is the stored one.
+        stored: of a parameter, the layout in which it is stored where that isn't `layout` (`autopar.ir.layout.program_layout`).
     """
 
     name: str
@@ -58,6 +59,12 @@ class Slot:
     users: tuple[int, ...] = (0,)
     batch: State | None = _FIRST_DIM
     reduced_dtype: str | None = None
+    stored: Layout | None = None
+
+    @property
+    def stored_layout(self) -> Layout:
+        """The layout in which a parameter is stored."""
+        return self.layout if self.stored is None else self.stored
 
     @property
     def owner(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from autopar.capture import Captured
-from autopar.ir import Layout, OpKind, State, StateKind, Value, local_outer, local_shape, shard
+from autopar.ir import Layout, OpKind, State, StateKind, Value, local_outer, local_shape, program_layout, shard
 from autopar.rewrite.planned import PlannedGraph, needed_layout, sent_layout, stored_layout
 from autopar.rewrite.program import CrossingTensor, Program, Slot, StageOutput
 from autopar.rewrite.stages import Stage
@@ -42,7 +42,10 @@ def find_slots(planned: PlannedGraph, kind: OpKind) -> tuple[Slot, ...]:
         (tensor,) = op.results
         summed = planned.partial_axes.get(op.name, ())
         partial_axes = tuple(axis for axis in planned.plan.mesh.names if axis in summed)
-        slot = Slot(op.target, stored_layout(planned, op), tensor.shape, tensor.dtype, partial_axes, tensor.requires_grad)
+        stored = stored_layout(planned, op)
+        slot = Slot(op.target, program_layout(stored), tensor.shape, tensor.dtype, partial_axes, tensor.requires_grad)
+        if stored != slot.layout:
+            slot = replace(slot, stored=stored)
         if tensor.storage is not None:
             dtype = tensor.stored_dtype if op.name in planned.cast_when_gathered else tensor.dtype
             slot = replace(slot, dtype=dtype, reduced_dtype=tensor.reduced_dtype)

@@ -8,7 +8,7 @@ gradients, which are made before the user's backward, wait in `StashedGradients`
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +20,38 @@ from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
 from autopar.errors import InputError
+from autopar.ops import GroupAxis, take_part
 from autopar.runtime import dispatch
 
 _SPARSE = "the gradient of {} is sparse, and only dense ones are summed over ranks: leave out sparse=True"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """How a parameter is stored that a program is given whole: ZeRO levels 1 and 2 (Rajbhandari et al. 2020).
+
+    Attributes:
+        axis: the axis along which it is stored in parts.
+        dim: the dim that is split.
+        level: 1: local gradients add up whole under `no_sync`, until they are summed; 2: every backward leaves each rank its part of the
+            sum.
+        is_summed: whether the local gradient is a summand along the axis; otherwise every rank has all of it.
+    """
+
+    axis: GroupAxis
+    dim: int
+    level: int
+    is_summed: bool
+
+    def split(self, gradient: Tensor) -> Tensor:
+        """A rank's whole gradient as (ranks, elements of a part)."""
+        size = self.axis.size
+        shape = (*gradient.shape[: self.dim], size, gradient.shape[self.dim] // size, *gradient.shape[self.dim + 1 :])
+        return gradient.reshape(shape).movedim(self.dim, 0).reshape(size, -1)
+
+    def take(self, gradient: Tensor) -> Tensor:
+        """This rank's part of a gradient that is whole on every rank."""
+        return take_part(gradient, self.dim, 1, self.axis.index, self.axis.size)
 
 
 @dataclass(slots=True, eq=False)
@@ -33,9 +62,10 @@ class TrackedParameter:
         name: the parameter's name.
         parameter: the user's parameter, a DTensor or, without process groups, a plain tensor.
         leaf: a plain leaf on the storage of the parameter's local part; the stages of a pipeline compute with it.
-        group: the ranks over which the local gradient is Partial and must be summed; None when it is complete.
+        group: the ranks over which the local gradient is Partial and must be summed, beside those of `held`; None when it is complete.
+        held: how the parameter is stored when the program is given more than the stored part; None when it is given that.
         reduced: the dtype in which local gradients are summed; None for their own.
-        gradient: the local gradient, in the parameter's dtype; None when there is none.
+        gradient: the local gradient, of what the program is given; None when there is none.
     """
 
     name: str
@@ -43,12 +73,22 @@ class TrackedParameter:
     leaf: Tensor
     group: dist.ProcessGroup | None
     reduced: torch.dtype | None = None
+    held: Held | None = None
     gradient: Tensor | None = None
 
     @property
     def reduce_dtype(self) -> torch.dtype:
         """The dtype in which local gradients are summed."""
         return self.reduced or self.leaf.dtype
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether something is left to be summed over ranks when a backward has made the local gradient."""
+        return self.group is not None or (self.held is not None and self.held.is_summed)
+
+    def complete_part(self, gradient: Tensor) -> Tensor:
+        """This rank's part of a gradient that isn't to be summed."""
+        return gradient if self.held is None else self.held.take(gradient)
 
 
 @dataclass(slots=True, eq=False)
@@ -58,14 +98,19 @@ class _Bucket:
     members: tuple[TrackedParameter, ...]
     ready: int = 0
 
+    @property
+    def sums_always(self) -> bool:
+        """Whether every backward sums, under `no_sync` too: ZeRO level 2."""
+        held = self.members[0].held
+        return held is not None and held.level == 2 and held.is_summed
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _PendingSum:
-    """An all-reduce that was started: `flat` holds the gradients of the members, one after the other."""
+    """A sum that was started: `wait` waits for it and gives the stored parts of the members' gradients, one after the other."""
 
     members: tuple[TrackedParameter, ...]
-    flat: Tensor
-    work: dist.Work
+    wait: Callable[[], Tensor]
 
 
 @dataclass(slots=True, eq=False)
@@ -133,9 +178,12 @@ class GradientReducer:
                 raise InputError(_SPARSE.format(entry.name))
             self._begin_backward()
             if entry.gradient is not None:
-                entry.gradient.add_(gradient)
+                # Sums are in the stored dtype, also where a program's gradients aren't.
+                entry.gradient = entry.gradient.to(entry.leaf.dtype).add_(gradient)
             elif gradient._use_count() == use_count and gradient.stride() == stride:  # type: ignore[attr-defined]
                 entry.gradient = gradient
+            elif entry.held is not None:
+                entry.gradient = gradient.clone(memory_format=torch.contiguous_format)
             else:
                 # Autograd handed the same tensor to others too, or one in another order of memory.
                 entry.gradient = torch.empty_like(entry.leaf, requires_grad=False).copy_(gradient)
@@ -185,11 +233,15 @@ class GradientReducer:
             program.is_active = True
             _begin(program)
             self._programs.append(program)
-        if bucket is None or not self._synced:
+        if bucket is None:
             return
         bucket.ready += 1
-        while program.started < len(program.buckets) and _is_full(program.buckets[program.started]):
-            _start_sum(program.buckets[program.started].members, self._pending_sums)
+        while program.started < len(program.buckets):
+            first = program.buckets[program.started]
+            if self._synced or first.sums_always:
+                if not _is_full(first):
+                    break
+                _start_sum(first.members, self._pending_sums)
             program.started += 1
 
     def recover(self) -> None:
@@ -207,7 +259,20 @@ class GradientReducer:
         self._programs.clear()
 
     def _end(self) -> None:
+        """At the end of a backward under `no_sync`: finish what is summed in every backward."""
+        for program in self._programs:
+            for bucket in program.buckets:
+                if bucket.sums_always:
+                    _start_sum(bucket.members, self._pending_sums)
+        self._add_sums()
         self._backward = -1
+
+    def _add_sums(self) -> None:
+        """Wait for the sums that were started, and add them to the parameters' ``grad``."""
+        for pending_sum in self._pending_sums:
+            for entry, gradient in _end_sum(pending_sum):
+                _add_to_grad(entry.parameter, gradient)
+        self._pending_sums.clear()
 
     def finish(self) -> None:
         """At the end of a backward: start the remaining sums, wait for all, and add to every parameter's ``grad``.
@@ -218,14 +283,11 @@ class GradientReducer:
             # Buckets with a parameter that this backward didn't reach, and what other programs accumulated under `no_sync`.
             for bucket in program.buckets:
                 _start_sum(bucket.members, self._pending_sums)
-        for pending_sum in self._pending_sums:
-            for entry, gradient in _end_sum(pending_sum):
-                _add_to_grad(entry.parameter, gradient)
-        self._pending_sums.clear()
+        self._add_sums()
         for program in self._programs:
             for entry in program.tracked:
                 if entry.gradient is not None:
-                    _add_to_grad(entry.parameter, entry.gradient)
+                    _add_to_grad(entry.parameter, entry.complete_part(entry.gradient))
                     entry.gradient = None
             program.is_active = False
         self._programs.clear()
@@ -379,18 +441,49 @@ def _start_sum(members: Sequence[TrackedParameter], pending_sums: list[_PendingS
             entry.gradient = None
     if not present:
         return
+    if present[0].held is not None:
+        pending_sums.append(_start_scatter(present, gradients, present[0].held))
+        return
     is_single = len(gradients) == 1 and gradients[0].is_contiguous()
     flat = gradients[0].view(-1) if is_single else torch.cat([gradient.reshape(-1) for gradient in gradients])
     flat = flat.to(present[0].reduce_dtype)
-    work = dist.all_reduce(flat, group=present[0].group, async_op=True)
+    pending_sums.append(_PendingSum(tuple(present), _begin_all_reduce(flat, present[0].group)))
+
+
+def _start_scatter(members: Sequence[TrackedParameter], gradients: Sequence[Tensor], held: Held) -> _PendingSum:
+    """Start to bring every rank the sums of its parts of these gradients, over all ranks that have summands of them."""
+    parts = [held.split(gradient) for gradient in gradients]
+    first = members[0]
+    if not held.is_summed:
+        assert first.group is not None, "what is complete is in no bucket"
+        flat = torch.cat([rows[held.axis.index] for rows in parts]).to(first.reduce_dtype)
+        return _PendingSum(tuple(members), _begin_all_reduce(flat, first.group))
+    scattered = held.axis.begin_reduce(torch.cat(parts, 1).to(first.reduce_dtype))
+
+    def wait() -> Tensor:
+        flat = scattered()
+        if first.group is not None:
+            dist.all_reduce(flat, group=first.group)
+        return flat
+
+    return _PendingSum(tuple(members), wait)
+
+
+def _begin_all_reduce(flat: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
+    """Begin to sum `flat` over the ranks of a group, in place; returns a function that waits for it and gives the sum."""
+    work = dist.all_reduce(flat, group=group, async_op=True)
     assert work is not None
-    pending_sums.append(_PendingSum(tuple(present), flat, work))
+
+    def wait() -> Tensor:
+        work.wait()
+        return flat
+
+    return wait
 
 
 def _end_sum(pending_sum: _PendingSum) -> Iterator[tuple[TrackedParameter, Tensor]]:
     """Wait for a sum; yields each member with its gradient, which is a view of the sum where that has the parameter's dtype."""
-    pending_sum.work.wait()
-    parts = torch.split(pending_sum.flat, [entry.leaf.numel() for entry in pending_sum.members])
+    parts = torch.split(pending_sum.wait(), [entry.leaf.numel() for entry in pending_sum.members])
     for entry, gradient in zip(pending_sum.members, parts, strict=True):
         yield entry, gradient.view(entry.leaf.shape).to(entry.leaf.dtype)
 
@@ -408,12 +501,13 @@ def _is_full(bucket: _Bucket) -> bool:
 
 def _fill_buckets(tracked: Sequence[TrackedParameter], limit: int) -> tuple[_Bucket, ...]:
     """Buckets of parameters with Partial gradients, by process group and dtypes; the last parameter first, as the backward comes."""
-    filling: dict[tuple[int, torch.dtype, torch.dtype], list[TrackedParameter]] = {}
+    filling: dict[tuple[Hashable, ...], list[TrackedParameter]] = {}
     full: list[_Bucket] = []
     for entry in reversed(tracked):
-        if entry.group is None:
+        if not entry.is_deferred:
             continue
-        members = filling.setdefault((id(entry.group), entry.leaf.dtype, entry.reduce_dtype), [])
+        held = entry.held and (entry.held.axis.name, entry.held.level, entry.held.is_summed)
+        members = filling.setdefault((id(entry.group), held, entry.leaf.dtype, entry.reduce_dtype), [])
         members.append(entry)
         if sum(member.leaf.nbytes for member in members) >= limit:
             full.append(_Bucket(tuple(members)))

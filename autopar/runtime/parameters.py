@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from autopar import torch_compat
 from autopar.errors import InputError
-from autopar.ops import GroupAxis, sum_along, sum_gradient_along
+from autopar.ops import GroupAxis, join_parts, reduce_scatter_along, shard_along, sum_along, sum_gradient_along
 from autopar.rewrite import Program, Slot
 from autopar.runtime.agreement import Agreement, digest, name_ranks
 from autopar.runtime.dtensor import read_as, shard_whole
@@ -54,6 +54,7 @@ class Entrance:
         # Per parameter of the program, None for one of which only substitutes were seen; and the parts by name.
         self._tracked: list[TrackedParameter | None] = [None] * len(program.parameters)
         self._parts: dict[str, Tensor] = {}
+        self._receives: Mapping[str, Receive] = {}
 
     def enter(self) -> list[Tensor]:
         """This rank's parts of what stands in the places of the parameters, in the dtypes in which the program takes them.
@@ -71,10 +72,23 @@ class Entrance:
         trains = torch.is_grad_enabled()
         if trains:
             self.note_changes()
+        own = [
+            entry if entry is not None and entry.parameter is parameter else None
+            for entry, parameter in zip(self._tracked, parameters, strict=True)
+        ]
+        wholes = gather_held(
+            [(entry, slot) for entry, slot in zip(own, slots, strict=True) if entry is not None and entry.held is not None],
+            self._program.bucket_nbytes,
+        )
         parts = []
-        for slot, entry, parameter in zip(slots, self._tracked, parameters, strict=True):
-            if entry is None or entry.parameter is not parameter:
+        for slot, entry, parameter in zip(slots, own, parameters, strict=True):
+            if entry is None:
                 part = enter_substitute(parameter, slot, self._deployment, storage.sum_group(slot))
+            elif entry.held is not None:
+                part = wholes[slot.name]
+                if trains and entry.leaf.requires_grad:
+                    part = _Give.apply(parameter, part, entry, self._reducer, self._receives[slot.name])  # type: ignore[no-untyped-call]
+                    torch_compat.run_early_in_backward(part)
             else:
                 part = self._parts[slot.name] if trains else entry.leaf
             parts.append(read_as(slot.dtype, part))
@@ -96,7 +110,8 @@ class Entrance:
                     is_changed = True
             if is_changed:
                 tracked = [entry for entry in self._tracked if entry is not None]
-                self._parts = enter_stored(tracked, self._reducer, self._program.bucket_nbytes)
+                self._receives = self._reducer.track(tracked, self._program.bucket_nbytes)
+                self._parts = enter_stored([entry for entry in tracked if entry.held is None], self._reducer, self._receives)
 
     def _check_alike(self, substitutes: Mapping[str, Tensor]) -> None:
         """Raise InputError when a whole tensor isn't the same on all ranks, beyond rounding."""
@@ -133,9 +148,8 @@ def refuse_transforms() -> None:
 # --- stored parameters ------------------------------------------------------------------------------------------------------
 
 
-def enter_stored(tracked: Sequence[TrackedParameter], reducer: GradientReducer, bucket_nbytes: int) -> dict[str, Tensor]:
+def enter_stored(tracked: Sequence[TrackedParameter], reducer: GradientReducer, receives: Mapping[str, Receive]) -> dict[str, Tensor]:
     """This rank's parts of stored parameters, by name; one part serves all calls, since its backward needs nothing of a forward."""
-    receives = reducer.track(tracked, bucket_nbytes)
     parts = {}
     for entry in tracked:
         if entry.leaf.requires_grad:
@@ -158,21 +172,79 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        gradient = grads[0]
-        if gradient is None:
-            return None, None, None, None
-        parameter = ctx.entry.parameter
-        is_differentiated = torch.is_grad_enabled()
-        if not is_differentiated and is_ordinary(parameter) and ctx.reducer.adds(ctx):
-            ctx.receive(gradient)
-            return None, None, None, None
-        group = ctx.entry.group
-        if group is not None:
-            gradient = sum_along(gradient, GroupAxis("gradient", group))
-        elif not is_differentiated:
-            # Autograd may have handed the same tensor to others, and sees only the DTensor that is made of it.
-            gradient = gradient.clone()
-        return from_part(gradient, torch_compat.spec_of(parameter)), None, None, None
+        return _leave_or_return(ctx, grads[0]), None, None, None
+
+
+class _Give(torch.autograd.Function):
+    """From a stored parameter to what was gathered of it for a call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, parameter: nn.Parameter, whole: Tensor, entry: TrackedParameter, reducer: GradientReducer, receive: Receive
+    ) -> Tensor:
+        ctx.entry, ctx.reducer, ctx.receive = entry, reducer, receive
+        ctx.set_materialize_grads(False)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+        return _leave_or_return(ctx, grads[0]), None, None, None, None
+
+
+def _leave_or_return(ctx: Any, gradient: Tensor | None) -> Tensor | None:
+    """In an ordinary backward, leave a local gradient to the reducer; otherwise the complete gradient as autograd takes it, a DTensor."""
+    if gradient is None:
+        return None
+    entry: TrackedParameter = ctx.entry
+    is_differentiated = torch.is_grad_enabled()
+    if not is_differentiated and is_ordinary(entry.parameter) and ctx.reducer.adds(ctx):
+        ctx.receive(gradient)
+        return None
+    held, group = entry.held, entry.group
+    gradient = gradient.to(entry.reduce_dtype)
+    if held is not None:
+        take = reduce_scatter_along if held.is_summed else shard_along
+        gradient = take(gradient, held.axis, held.dim, 1)
+    if group is not None:
+        gradient = sum_along(gradient, GroupAxis("gradient", group))
+    elif held is None and not is_differentiated:
+        # Autograd may have handed the same tensor to others, and sees only the DTensor that is made of it.
+        gradient = gradient.clone()
+    parameter: Any = entry.parameter
+    return from_part(gradient.to(entry.leaf.dtype), torch_compat.spec_of(parameter))
+
+
+def gather_held(held: Sequence[tuple[TrackedParameter, Slot]], bucket_nbytes: int) -> dict[str, Tensor]:
+    """What a program is given of parameters that are stored in parts and held whole during a call, by name; `bucket_nbytes` at a time."""
+    buckets: dict[tuple[str, str], list[tuple[TrackedParameter, Slot]]] = {}
+    wholes: dict[str, Tensor] = {}
+
+    def empty(bucket: list[tuple[TrackedParameter, Slot]]) -> None:
+        wholes.update(_gather_bucket(bucket))
+        bucket.clear()
+
+    for entry, slot in held:
+        assert entry.held is not None
+        bucket = buckets.setdefault((entry.held.axis.name, slot.dtype), [])
+        bucket.append((entry, slot))
+        if sum(member.leaf.nbytes for member, _ in bucket) >= bucket_nbytes:
+            empty(bucket)
+    for bucket in buckets.values():
+        if bucket:
+            empty(bucket)
+    return wholes
+
+
+def _gather_bucket(bucket: Sequence[tuple[TrackedParameter, Slot]]) -> dict[str, Tensor]:
+    """The parts of some parameters of all ranks, sent in one message and joined."""
+    held = [entry.held for entry, _ in bucket if entry.held is not None]
+    with torch.no_grad():
+        sent = torch.cat([entry.leaf.reshape(-1).to(getattr(torch, slot.dtype)) for entry, slot in bucket])
+        rows = torch.split(held[0].axis.gather_stack(sent), [entry.leaf.numel() for entry, _ in bucket], 1)
+        return {
+            entry.name: join_parts([part.view(entry.leaf.shape) for part in row.unbind()], how.dim, 1)
+            for (entry, _), how, row in zip(bucket, held, rows, strict=True)
+        }
 
 
 # --- substitutes ------------------------------------------------------------------------------------------------------------

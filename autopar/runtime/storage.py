@@ -27,7 +27,7 @@ from autopar.rewrite import Program, Slot
 from autopar.runtime import dispatch, states
 from autopar.runtime.dtensor import as_dtensor, placements_of, take_local
 from autopar.runtime.failures import Alarm
-from autopar.runtime.gradients import TrackedParameter
+from autopar.runtime.gradients import Held, TrackedParameter
 from autopar.runtime.members import Structure, find_places, read
 from autopar.runtime.owned import Owned
 from autopar.runtime.world import axes_of, form_alarm, form_mesh, group_over, pipeline_axis
@@ -195,7 +195,15 @@ class Storage:
     def track(self, slot: Slot, parameter: nn.Parameter, leaf: Tensor) -> TrackedParameter:
         """A parameter of a program, whose gradients are to be summed; `leaf` is this rank's part."""
         reduced = None if slot.reduced_dtype is None else getattr(torch, slot.reduced_dtype)
-        return TrackedParameter(slot.name, parameter, leaf, self.sum_group(slot), reduced)
+        tracked = TrackedParameter(slot.name, parameter, leaf, self.sum_group(slot), reduced)
+        if slot.stored is not None and self.deployment is not None and self.deployment.device_mesh is not None:
+            axis, state = next((axis, state) for axis, state in enumerate(slot.stored) if state.level)
+            name = self.deployment.mesh.names[axis]
+            group_axis = self.deployment.axes[name]
+            assert isinstance(group_axis, comm.GroupAxis), "the ranks are processes"
+            tracked.held = Held(group_axis, state.dim, state.level, name in slot.partial_axes)
+            tracked.group = self._groups.get(_axes_beside_held(slot, self.deployment.mesh))
+        return tracked
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:
         """The model's parameters by name, without what stands in their places for one call (``torch.func.functional_call``)."""
@@ -251,7 +259,7 @@ class Storage:
             raise PlanError(f"the parameters are stored on {deployment.pipeline_ranks} pipeline ranks, a later plan wants {pipeline_ranks}")
         if program.mesh != deployment.mesh:
             raise PlanError(f"the parameters are stored on the mesh {deployment.mesh}, a later plan wants {program.mesh}")
-        mismatched = [slot for slot in program.parameters if deployment.layouts[slot.name] != slot.layout]
+        mismatched = [slot for slot in program.parameters if deployment.layouts[slot.name] != slot.stored_layout]
         # A parameter may be needed where the first program didn't use it: its owner sends it there, as it does with shared ones.
         program = dataclasses.replace(
             program, parameters=tuple(_with_owner(slot, deployment.owners[slot.name]) for slot in program.parameters)
@@ -260,7 +268,8 @@ class Storage:
             raise PlanError(
                 "a later plan wants parameters stored otherwise than the first: "
                 + ", ".join(
-                    f"{slot.name} {format_layout(slot.layout)}, not {format_layout(deployment.layouts[slot.name])}" for slot in mismatched
+                    f"{slot.name} {format_layout(slot.stored_layout)}, not {format_layout(deployment.layouts[slot.name])}"
+                    for slot in mismatched
                 )
             )
         if deployment.device_mesh is not None:
@@ -268,7 +277,8 @@ class Storage:
                 if slot.name in program.constants:
                     _share_first(self._buffer(slot, program), self.device)
             # Forming a group is a collective: every rank forms the same ones in the same order.
-            for axes in sorted({slot.partial_axes for slot in program.parameters if slot.partial_axes} - set(self._groups)):
+            wanted = {axes for slot in program.parameters for axes in (slot.partial_axes, _axes_beside_held(slot, program.mesh)) if axes}
+            for axes in sorted(wanted - set(self._groups)):
                 self._groups[axes] = group_over(deployment.device_mesh, axes)
             deployment.alarm.watch(self._groups.values())
         return program
@@ -285,7 +295,7 @@ class Storage:
         for name, parameter in named.items():
             # What the program doesn't use stays whole, on the same mesh, so that gradient clipping sees a single mesh.
             slot = by_object.get(id(parameter))
-            layout = layouts[name] = slot.layout if slot is not None else (REPLICATE,) * len(mesh.names)
+            layout = layouts[name] = slot.stored_layout if slot is not None else (REPLICATE,) * len(mesh.names)
             owner = owners[name] = slot.owner if slot is not None and deployment.pipeline_ranks > 1 else None
             if (taken := _find_stored(parameter)) is not None:
                 layouts[name], owners[name] = taken.layout, taken.owner
@@ -435,6 +445,12 @@ def _like(parameter: nn.Parameter, stored: nn.Parameter) -> nn.Parameter:
     stored.__dict__.update(parameter.__dict__)
     torch_compat.copy_hooks(parameter, stored)
     return stored
+
+
+def _axes_beside_held(slot: Slot, mesh: Mesh) -> tuple[str, ...]:
+    """The axes over which a parameter's gradient is summed, but for one along which it is stored split and given whole."""
+    held = {name for name, state in zip(mesh.names, slot.stored_layout, strict=True) if state.level}
+    return tuple(axis for axis in slot.partial_axes if axis not in held)
 
 
 def _with_owner(slot: Slot, owner: int | None) -> Slot:

@@ -264,8 +264,8 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
             layout = sharding.layouts[op.name]
             parameters[group] += model.folded.count[op.name] * local_nbytes(op.results[0], layout, chosen.mesh)
             for axis, state in enumerate(layout):
-                if state.kind is StateKind.SHARD and _is_gathered(model, sharding, op, axis):
-                    _append(axes[group][mesh.names[axis]], "parameter storage")
+                if state.level or (state.kind is StateKind.SHARD and _is_gathered(model, sharding, op, axis)):
+                    _append(axes[group][mesh.names[axis]], _STORAGE[state.level])
     return tuple(
         Group(
             name=printable(name),
@@ -277,6 +277,10 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
         )
         for name in names
     )
+
+
+_STORAGE = ("parameter storage", "optimizer storage", "optimizer and gradient storage")
+"""What an axis splits by which a parameter is stored split, by its ZeRO level; 0 is level 3, where the parameter itself is gathered."""
 
 
 def _is_gathered(model: AnalyzedGraph, sharding: Sharding, parameter: Op, axis: int) -> bool:

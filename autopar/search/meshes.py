@@ -79,7 +79,7 @@ def find_trials(
             if kind is AxisKind.DP and name in requested:
                 _check_batch(model, size)
         try:
-            if pins.fsdp:
+            if pins.zero_level:
                 _check_storage(model, trial_mesh, constraints)
         except InputError as error:
             unstored.append(error)
@@ -115,7 +115,7 @@ def find_pipeline_trials(
             continue
         sizes = {"dp": world // tensor, "tp": tensor}
         names = [name for name, size in sizes.items() if size > 1] or ["dp"]
-        if pins.fsdp and sizes["dp"] == 1 < cluster.world_size:
+        if pins.zero_level and sizes["dp"] == 1 < cluster.world_size:
             continue  # nothing to store parameters split over
         if any(set(loops) - set(names) for loops in pins.placements.values()):
             continue
@@ -153,7 +153,7 @@ def _constrain(model: AnalyzedGraph, mesh: Mesh, pins: Pins, stored: Mapping[str
     # run too.
     is_free = bool(stored) and not pins.axis_sizes
     constraints = Constraints(tuple(AxisKind.FREE if is_free else kind_of(name) for name in mesh.names), pins, stored)
-    if pins.fsdp is not None and AxisKind.DP not in constraints.kinds:
+    if pins.zero_level is not None and AxisKind.DP not in constraints.kinds:
         constraints = replace(constraints, kinds=_with_batch_axis(constraints, mesh))
     _check_placements(model, pins, mesh)
     return constraints
@@ -167,10 +167,10 @@ def _with_batch_axis(constraints: Constraints, mesh: Mesh) -> tuple[AxisKind, ..
     if AxisKind.FREE in kinds:
         axis = kinds.index(AxisKind.FREE)
         return (*kinds[:axis], AxisKind.DP, *kinds[axis + 1 :])
-    if constraints.pins.fsdp:
+    if constraints.pins.zero_level:
         raise InputError(
-            f"pin fsdp=True stores parameters split over a dp axis, but all axes of the mesh {mesh} are pinned to other kinds; "
-            "pin a smaller tp or cp, or leave fsdp out"
+            f"{constraints.pins.word_zero()} over a dp axis, but all axes of the mesh {mesh} are pinned to other kinds; "
+            "pin a smaller tp or cp, or leave it out"
         )
     return kinds
 
@@ -212,7 +212,7 @@ def _check_batch(model: AnalyzedGraph, size: int) -> None:
 
 
 def _check_storage(model: AnalyzedGraph, mesh: Mesh, constraints: Constraints) -> None:
-    """Raise InputError if no parameter at all can be stored split over the dp axes, as the pin fsdp asks."""
+    """Raise InputError if no parameter at all can be stored split over the dp axes, as the pins fsdp and zero ask."""
     axes = [axis for axis, kind in enumerate(constraints.kinds) if kind is AxisKind.DP]
     parameters = [op for op in model.folded.ops if op.kind is OpKind.PARAMETER and op.results[0].numel > 1]
     if not axes or not parameters:
@@ -224,8 +224,8 @@ def _check_storage(model: AnalyzedGraph, mesh: Mesh, constraints: Constraints) -
     largest = max(parameters, key=lambda op: op.results[0].nbytes)
     sizes = " x ".join(f"{mesh.names[axis]}={mesh.sizes[axis]}" for axis in axes)
     raise InputError(
-        f"pin fsdp=True stores parameters split over {sizes}, which divides no dim of any of them (the largest, {largest.target!r}, is "
-        f"{largest.results[0]}); use a number of ranks that divides their dims, or leave fsdp out"
+        f"{constraints.pins.word_zero()} over {sizes}, which divides no dim of any of them (the largest, {largest.target!r}, is "
+        f"{largest.results[0]}); use a number of ranks that divides their dims, or leave it out"
     )
 
 

@@ -60,7 +60,7 @@ class Constraints:
 
     Attributes:
         kinds: per axis what it may split.
-        pins: `fsdp`, `vocabulary`, `placements` and axis sizes of 1 are obeyed here, other pins elsewhere.
+        pins: `fsdp` and `zero`, `vocabulary`, `placements` and axis sizes of 1 are obeyed here, other pins elsewhere.
         stored: layouts in which parameters are stored already, by name of the parameter (for a second program over the same parameters).
         baseline_filter: a baseline's own rule, whether a call may have a placement.
     """
@@ -188,13 +188,30 @@ def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Con
     for dim, bounds in enumerate(model.roles.of_dims[Value(op.name)]):
         states += [shard(dim, outer) for outer in bounds]
     layouts = _fitting(tensor, states, mesh)
+    level = constraints.pins.zero_level
     for axis, kind in enumerate(constraints.kinds):
-        if kind is AxisKind.DP and constraints.pins.fsdp is not None:
-            pinned = [layout for layout in layouts if (layout[axis].kind is StateKind.SHARD) == constraints.pins.fsdp]
+        if kind is AxisKind.DP and level is not None:
+            pinned = [layout for layout in layouts if (layout[axis].kind is StateKind.SHARD) == (level > 0)]
             layouts = pinned or layouts
+            if level in (1, 2):
+                layouts = _held_layouts(layouts, axis, level) or [layout for layout in layouts if layout[axis] == REPLICATE] or layouts
         if kind is AxisKind.CP:
             layouts = [layout for layout in layouts if layout[axis] == REPLICATE]
     return layouts
+
+
+def _held_layouts(layouts: Sequence[Layout], axis: int, level: int) -> list[Layout]:
+    """The layouts that store a parameter split over an axis, by the first dim that no other axis splits, and give it whole to programs.
+
+    By which dim a parameter is split makes no difference to what is sent, so of all dims one is enough.
+    """
+    found: dict[Layout, Layout] = {}
+    for layout in sorted(layouts, key=lambda layout: layout[axis].dim):
+        state, others = layout[axis], (*layout[:axis], *layout[axis + 1 :])
+        is_alone = all(other.kind is not StateKind.SHARD or (other.dim != state.dim and not other.level) for other in others)
+        if state.kind is StateKind.SHARD and state.outer == 1 and is_alone:
+            found.setdefault(others, (*layout[:axis], shard(state.dim, 1, level), *layout[axis + 1 :]))
+    return list(found.values())
 
 
 def output_options(tensor: Tensor, mesh: Mesh, time: State = REPLICATE) -> list[Layout]:

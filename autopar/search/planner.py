@@ -95,6 +95,8 @@ def make_plan(
     machine's profile doesn't know, UnknownOpError as `strict` says.
     """
     tell = progress or (lambda _: None)
+    if pins.zero in (1, 2) and pins.asks_for_pipeline:
+        pins = replace(pins, pp=1, microbatches=1)
     tell("rules and costs")
     spaces, unruled = _read_rules(graph, strict=strict)
     model, chain = _fold(graph, spaces, stored or {}, _widest_axis(cluster, pins, mesh))
@@ -208,7 +210,7 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
     No pipeline is looked at when the mesh is given and pins don't ask for one.
     """
     model, pins, best = request.model, request.pins, results.best
-    if not (pins.asks_for_pipeline or request.is_open):
+    if not (pins.asks_for_pipeline or (request.is_open and pins.zero not in (1, 2))):
         return None, ()
     problem = make_pipeline_problem(model, request.chain, request.cluster, pins, returns_loss=model.folded.graph.loss is not None)
     # On one pipeline rank, micro-batches and recomputation only save memory.
@@ -279,9 +281,9 @@ def _note_loss(graph: Graph, pipeline: Pipeline) -> tuple[str, ...]:
 
 
 def _note_storage(chosen: Chosen, pins: Pins) -> tuple[str, ...]:
-    """A note for the report if fsdp is pinned, but a hundredth or more of the parameters' bytes can't be split over the dp axes."""
+    """A note for the report if parameters are pinned to be stored split, but a hundredth or more of their bytes can't be so."""
     axes = [axis for axis, name in enumerate(chosen.mesh.names) if kind_of(name) is AxisKind.DP]
-    if not (pins.fsdp and axes):
+    if not (pins.zero_level and axes):
         return ()
     layouts, folded = chosen.sharding.layouts, chosen.model.folded
     parameters = [op for op in folded.ops if op.kind is OpKind.PARAMETER and op.name in layouts]
@@ -289,9 +291,10 @@ def _note_storage(chosen: Chosen, pins: Pins) -> tuple[str, ...]:
     nbytes, total = (sum(op.results[0].nbytes * folded.count[op.name] for op in ops) for ops in (whole, parameters))
     if not whole or nbytes < total / 100:
         return ()
+    pinned = "fsdp=true" if pins.zero is None else f"zero={pins.zero}"
     largest = max(whole, key=lambda op: op.results[0].nbytes)
     return (
-        f"fsdp=true leaves {format_bytes(nbytes)} of {format_bytes(total)} of parameters whole on every rank of {chosen.mesh},"
+        f"{pinned} leaves {format_bytes(nbytes)} of {format_bytes(total)} of parameters whole on every rank of {chosen.mesh},"
         f" since no dim of theirs divides; the largest is {largest.target} ({largest.results[0]})",
     )
 

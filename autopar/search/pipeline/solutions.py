@@ -273,7 +273,7 @@ def _once_seconds(model: AnalyzedGraph, tables: CostTables, sharding: Sharding) 
     folded, uses, total = model.folded, count_uses(model), 0.0
     for op in folded.ops:
         if op.kind is OpKind.PARAMETER:
-            total += folded.count[op.name] * tables.optimizer_seconds(op.results[0], sharding.layouts[op.name])
+            total += folded.count[op.name] * tables.step_seconds(op.results[0], sharding.layouts[op.name])
     for edge in folded.edges:
         producer, reader = folded.graph.by_name[edge.value.op], folded.graph.by_name[edge.consumer]
         if producer.kind is OpKind.PARAMETER and reader.kind is OpKind.CALL:

@@ -284,7 +284,7 @@ class _Builder:
         is_parameter = op.kind is OpKind.PARAMETER
         options = parameter_options(self.model, op, self.mesh, self.constraints) if is_parameter else [self.replicated]
         self.made[Value(op.name)] = list(options)
-        costs = [nanoseconds(count * self.tables.optimizer_seconds(tensor, layout)) for layout in options]
+        costs = [nanoseconds(count * self.tables.step_seconds(tensor, layout)) for layout in options]
         nbytes = [
             count * (kept_nbytes(tensor, layout, self.mesh).total if is_parameter else local_nbytes(tensor, layout, self.mesh))
             for layout in options

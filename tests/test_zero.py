@@ -1,0 +1,319 @@
+"""ZeRO levels 1 to 3: what is stored split, that steps are those of one device, and what a plan says of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
+
+import autopar
+from autopar.errors import InputError, PlanError
+from autopar.plans.plan import from_json, to_json
+from tests.processes import Outcomes, run_cases
+from tests.zoo import ZOO, in_float64, labels, tokens
+
+LEVELS = (1, 2, 3)
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def _model(name: str = "llama") -> nn.Module:
+    model = ZOO[name]()[0]
+    return in_float64(model) if name in ("llama", "gpt2") else model
+
+
+def _batch(seed: int) -> dict[str, Tensor]:
+    return {"input_ids": tokens(seed), "labels": labels(seed)}
+
+
+def _compile(level: int, model: nn.Module | None = None, **pins: object) -> autopar.CompiledModule:
+    return autopar.compile(model or _model(), pins={"dp": 2, "zero": level, **pins})
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _agree(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(actual[name], x, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def _steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> Iterator[Tensor]:
+    for seed in range(count):
+        loss = model(**_batch(seed)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield loss.detach()
+
+
+def three_steps() -> None:
+    for name in ("llama", "gpt2"):
+        for level in (0, *LEVELS):
+            twin, model = _model(name), _compile(level, _model(name))
+            optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+            for loss, expected in zip(_steps(model, optimizers[0]), _steps(twin, optimizers[1]), strict=True):
+                torch.testing.assert_close(loss, expected, **CLOSE)
+            _agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
+            weight = dict(model.named_parameters())[next(k for k, p in twin.named_parameters() if p.ndim == 2)]
+            assert isinstance(weight.placements[0], Shard) == (level > 0)
+            assert optimizers[0].state[weight]["exp_avg"].placements == weight.placements
+
+
+def gradients_add_up_without_sync() -> None:
+    twin = _model()
+    for seed in range(3):
+        twin(**_batch(seed)).loss.backward()
+    for level in LEVELS:
+        model = _compile(level)
+        for seed in range(2):
+            with model.no_sync():
+                model(**_batch(seed)).loss.backward()
+        model(**_batch(2)).loss.backward()
+        _agree(_gradients(model), _gradients(twin))
+        model.zero_grad()
+        # A backward after another, each summed.
+        for seed in range(3):
+            model(**_batch(seed)).loss.backward()
+        _agree(_gradients(model), _gradients(twin))
+
+
+def level_2_sums_in_every_backward_and_level_1_does_not() -> None:
+    for level, has_gradient in ((1, False), (2, True)):
+        model = _compile(level)
+        with model.no_sync():
+            model(**_batch(0)).loss.backward()
+        assert any(p.grad is not None for p in model.parameters()) == has_gradient
+        model.zero_grad()
+        model(**_batch(1)).loss.backward()
+        twin = _model()
+        twin(**_batch(1)).loss.backward()
+        _agree(_gradients(model), _gradients(twin))
+
+
+def two_calls_in_one_backward() -> None:
+    twin = _model()
+    (twin(**_batch(0)).loss + 2 * twin(**_batch(1)).loss).backward()
+    for level in LEVELS:
+        model = _compile(level)
+        (model(**_batch(0)).loss + 2 * model(**_batch(1)).loss).backward()
+        _agree(_gradients(model), _gradients(twin))
+
+
+def the_user_asks_for_gradients() -> None:
+    twin = _model()
+    names = [name for name, _ in twin.named_parameters()]
+    expected = dict(zip(names, torch.autograd.grad(twin(**_batch(0)).loss, list(twin.parameters())), strict=True))
+    for level in LEVELS:
+        model = _compile(level)
+        asked = torch.autograd.grad(model(**_batch(0)).loss, list(model.parameters()))
+        _agree({name: x.full_tensor() for name, x in zip(names, asked, strict=True)}, expected)
+        norms: list[float] = []
+        weight = dict(model.named_parameters())["lm_head.weight"]
+        weight.register_hook(lambda x, norms=norms: norms.append(float(x.full_tensor().norm())))
+        model(**_batch(0)).loss.backward()
+        assert norms == [pytest.approx(float(expected["lm_head.weight"].norm()), rel=1e-9)]
+        _agree(_gradients(model), expected)
+
+
+def frozen_and_unused_parameters() -> None:
+    def build() -> nn.Module:
+        model = _model()
+        model.unused = nn.Parameter(torch.ones(4, 4))
+        for p in model.model.layers[0].parameters():
+            p.requires_grad_(False)
+        return model
+
+    twin = build()
+    twin(**_batch(0)).loss.backward()
+    for level in LEVELS:
+        model = _compile(level, build())
+        model(**_batch(0)).loss.backward()
+        _agree(_gradients(model), _gradients(twin))
+
+
+def other_calls_over_the_same_parameters() -> None:
+    twin = _model()
+    for level in LEVELS:
+        model = _compile(level)
+        model(**_batch(0)).loss.backward()
+        model.zero_grad()
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+                p.data.mul_(0.5)
+                q.data.mul_(0.5)
+        model.eval()
+        twin.eval()
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens(5)[:2]).logits, twin(tokens(5)[:2]).logits, **CLOSE)
+        with torch.inference_mode():
+            torch.testing.assert_close(model(tokens(5)[:2]).logits, twin(tokens(5)[:2]).logits, **CLOSE)
+        model.train()
+        twin.train()
+        substitutes = {name: p.detach() * 2 for name, p in twin.named_parameters()}
+        loss = torch.func.functional_call(model, substitutes, (), _batch(1)).loss
+        torch.testing.assert_close(loss, torch.func.functional_call(twin, substitutes, (), _batch(1)).loss, **CLOSE)
+        with torch.no_grad():
+            for q in twin.parameters():
+                q.data.mul_(2)
+
+
+def checkpoints_go_from_level_to_level() -> None:
+    model = _compile(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    list(_steps(model, optimizer, 2))
+    dcp.save(model.state_dict(), checkpoint_id=Path("saved"))
+    whole = {name: p.full_tensor() for name, p in model.named_parameters()}
+    for level in (0, 2, 3):
+        other = _compile(level)
+        list(_steps(other, torch.optim.AdamW(other.parameters(), lr=1e-1), 1))
+        state = other.state_dict()
+        dcp.load(state, checkpoint_id=Path("saved"))
+        other.load_state_dict(state)
+        _agree({name: p.full_tensor() for name, p in other.named_parameters()}, whole)
+
+
+def an_optimizer_from_before_the_first_call() -> None:
+    twin = _model()
+    expected = list(_steps(twin, torch.optim.AdamW(twin.parameters(), lr=1e-2)))
+    for level in LEVELS:
+        model = _model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        compiled = _compile(level, model)
+        for loss, one in zip(_steps(compiled, optimizer), expected, strict=True):
+            torch.testing.assert_close(loss, one, **CLOSE)
+
+
+def what_no_rank_count_divides_stays_whole() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.odd = nn.Linear(8, 8), nn.Parameter(torch.randn(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.inner(x).sum() * self.odd).sum()
+
+    torch.manual_seed(0)
+    odd, x = Odd(), torch.randn(4, 8)
+    twin = copy.deepcopy(odd)
+    twin(x).backward()
+    model = _compile(2, odd)
+    model(x).backward()
+    assert model.odd.placements == (Replicate(),)
+    _agree(_gradients(model), _gradients(twin))
+
+
+CASES = (
+    three_steps,
+    gradients_add_up_without_sync,
+    level_2_sums_in_every_backward_and_level_1_does_not,
+    two_calls_in_one_backward,
+    the_user_asks_for_gradients,
+    frozen_and_unused_parameters,
+    other_calls_over_the_same_parameters,
+    checkpoints_go_from_level_to_level,
+    an_optimizer_from_before_the_first_call,
+    what_no_rank_count_divides_stays_whole,
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_cases(tmp_path_factory.mktemp("zero"), CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_in_two_processes(outcomes: Outcomes, case: Callable[[], None]) -> None:
+    outcomes.check(case.__name__)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "vit", "t5", "resnet"])
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("more", [{"dp": 4}, {"dp": 2, "tp": 2}, {"dp": 2, "cp": 2}], ids=str)
+def test_plans_agree_in_float64(name: str, level: int, more: Mapping[str, int]) -> None:
+    model, batch = ZOO[name]()
+    verification = autopar.verify(model, batch, ranks=4, pins={**more, "zero": level})
+    verification.check()
+    held = [layout for layout in verification.plan.layouts.values() if any(state.level for state in layout)]
+    assert held
+    assert {state.level for layout in held for state in layout if state.level} == {level}
+    assert from_json(to_json(verification.plan)) == verification.plan
+
+
+def test_memory_by_level() -> None:
+    model, batch = ZOO["llama"]()
+    model = model.float()
+    numel = sum(p.numel() for p in model.parameters())
+    for level, parameters, gradients, optimizer in (
+        (0, 4 + 2, 4, 8),
+        (1, 4 / 4 + 2, 4 / 4 + 4, 8 / 4),
+        (2, 4 / 4 + 2, 4 / 4, 8 / 4),
+        (3, 4 / 4, 4 / 4, 8 / 4),
+    ):
+        memory = autopar.plan(model, batch, "4xcpu", precision="mixed", pins={"dp": 4, "zero": level}).memory
+        assert (memory.parameters, memory.gradients, memory.optimizer) == (parameters * numel, gradients * numel, optimizer * numel), level
+
+
+def test_levels_move_the_bytes_of_the_paper() -> None:
+    # Rajbhandari et al. 2020, section 7: an all-reduce is a reduce-scatter and an all-gather; level 3 gathers once more.
+    model, batch = ZOO["llama"]()
+    nbytes = sum(p.nbytes for p in model.parameters())
+    expected = {
+        0: {("gradients", "all_reduce"): nbytes},
+        1: {("gradients", "reduce_scatter"): nbytes, ("parameters", "all_gather"): nbytes},
+        2: {("gradients", "reduce_scatter"): nbytes, ("parameters", "all_gather"): nbytes},
+        3: {("gradients", "reduce_scatter"): nbytes, ("parameters", "all_gather"): 2 * nbytes},
+    }
+    for level, rows in expected.items():
+        plan = autopar.plan(model, batch, "4xcpu", pins={"dp": 4, "zero": level})
+        found = {(row.purpose, row.collective): row.nbytes for row in plan.traffic if row.purpose in ("gradients", "parameters")}
+        assert found == rows
+
+
+@pytest.mark.parametrize(
+    ("pins", "message"),
+    [
+        ({"zero": 4}, "pin zero=4 is unknown; there are 0, 1, 2 and 3"),
+        ({"zero": True}, "pin zero=True is unknown"),
+        ({"zero": 1, "fsdp": True}, "fsdp=True and zero=1 contradict each other"),
+        ({"zero": 2, "dp": 1}, "zero=2 stores parameters split over a dp axis, but dp is pinned to 1"),
+        ({"zero": 1, "pp": 2}, "zero=1 isn't built yet for pipelines and micro-batches"),
+        ({"zero": 2, "microbatches": 2}, "zero=2 isn't built yet for pipelines and micro-batches"),
+        ({"zero": 2, "tp": 4}, "zero=2 stores parameters split over a dp axis, but all axes"),
+    ],
+)
+def test_pins_that_cannot_be_had(pins: Mapping[str, object], message: str) -> None:
+    model, batch = ZOO["llama"]()
+    with pytest.raises(InputError, match=message):
+        autopar.plan(model, batch, "4xcpu", pins=pins)
+
+
+def test_fsdp_is_short_for_a_level() -> None:
+    model, batch = ZOO["llama"]()
+    for fsdp, level in ((True, 3), (False, 0)):
+        plans = [autopar.plan(model, batch, "2xcpu", pins={"dp": 2, **pin}) for pin in ({"fsdp": fsdp}, {"zero": level})]
+        assert plans[0].layouts == plans[1].layouts
+    autopar.plan(model, batch, "2xcpu", pins={"dp": 2, "fsdp": True, "zero": 3})
+
+
+def test_a_level_where_none_can_be_is_refused() -> None:
+    model, batch = ZOO["llama"]()
+    plan = autopar.plan(model, batch, "4xcpu", pins={"dp": 2, "tp": 2, "zero": 1})
+    name = next(name for name, layout in plan.layouts.items() if any(state.level for state in layout))
+    for text in ("S0z1,S0", "S0z1,S1z1", "S0/2z1,R"):
+        document = to_json(plan)
+        broken = from_json(document.replace(f'"{name}": "{_text(plan, name)}"', f'"{name}": "{text}"'))
+        with pytest.raises(PlanError, match=r"a ZeRO level .* is for one axis|doesn't fit"):
+            autopar.verify(model, batch, broken)
+
+
+def _text(plan: autopar.Plan, name: str) -> str:
+    return ",".join(map(str, plan.layouts[name]))
