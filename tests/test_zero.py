@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
 import autopar
+from autopar.capture import call_in_precision
 from autopar.errors import InputError, PlanError
+from autopar.ir.precision import PRECISIONS
 from autopar.plans.plan import from_json, to_json
-from tests.processes import Outcomes, run_cases
+from tests.processes import Outcomes, run_cases, spawn
+from tests.rounding import check_within_rounding
 from tests.zoo import ZOO, in_float64, labels, tokens
 
 LEVELS = (1, 2, 3)
@@ -211,6 +216,66 @@ def what_no_rank_count_divides_stays_whole() -> None:
     _agree(_gradients(model), _gradients(twin))
 
 
+def micro_batches() -> None:
+    for precision in (None, "mixed"):
+        twin, model = _model(), _model()
+        if precision is not None:
+            twin, model = twin.float(), model.float()
+        compiled = autopar.compile(model, pins={"dp": 2, "zero": 1, "microbatches": 2}, precision=precision)
+        if precision is None:
+            _run_alike(compiled, twin)
+        else:
+            step = functools.partial(_mixed_step, twin)
+            loss = compiled(**_batch(0)).loss
+            loss.backward()
+            check_within_rounding({"loss": loss.detach(), **_gradients(compiled)}, step)
+
+
+def _mixed_step(twin: nn.Module) -> dict[str, Tensor]:
+    twin.zero_grad()
+    loss = call_in_precision(twin, (), _batch(0), PRECISIONS["mixed"]).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in twin.named_parameters() if p.grad is not None}}
+
+
+def _run_alike(model: nn.Module, twin: nn.Module) -> None:
+    """Steps of an optimizer, gradients that add up under `no_sync`, and gradients that the user asks for, on both."""
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+    for loss, expected in zip(_steps(model, optimizers[0]), _steps(twin, optimizers[1]), strict=True):
+        torch.testing.assert_close(loss, expected, **CLOSE)
+    _agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
+    for seed in range(3):
+        with model.no_sync() if seed < 2 else nullcontext():
+            model(**_batch(seed)).loss.backward()
+        (0.5 * twin(**_batch(seed)).loss).backward()
+        (0.5 * twin(**_batch(seed)).loss).backward()
+    _agree(_gradients(model), _gradients(twin))
+    asked = torch.autograd.grad(model(**_batch(4)).loss, list(model.parameters()))
+    expected_gradients = torch.autograd.grad(twin(**_batch(4)).loss, list(twin.parameters()))
+    names = [name for name, _ in model.named_parameters()]
+    _agree({n: x.full_tensor() for n, x in zip(names, asked, strict=True)}, dict(zip(names, expected_gradients, strict=True)))
+
+
+def _pipeline(rank: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    for tied in (False, True):
+        for pins in ({"schedule": "1f1b", "microbatches": 2}, {"schedule": "zb-h1", "microbatches": 4}):
+            models = []
+            for _ in range(2):
+                torch.manual_seed(0)
+                model = _model()
+                if tied:
+                    model.lm_head.weight = model.model.embed_tokens.weight
+                models.append(model)
+            compiled = autopar.compile(models[0], pins={"pp": 2, "dp": 2, "zero": 1, **pins})
+            _run_alike(compiled, models[1])
+            assert any(state.level for layout in compiled.plan.layouts.values() for state in layout)
+
+
+def test_pipelines_of_level_1(tmp_path: Path) -> None:
+    spawn(4, tmp_path, _pipeline)
+
+
 CASES = (
     three_steps,
     gradients_add_up_without_sync,
@@ -222,6 +287,7 @@ CASES = (
     checkpoints_go_from_level_to_level,
     an_optimizer_from_before_the_first_call,
     what_no_rank_count_divides_stays_whole,
+    micro_batches,
 )
 
 
@@ -285,8 +351,8 @@ def test_levels_move_the_bytes_of_the_paper() -> None:
         ({"zero": True}, "pin zero=True is unknown"),
         ({"zero": 1, "fsdp": True}, "fsdp=True and zero=1 contradict each other"),
         ({"zero": 2, "dp": 1}, "zero=2 stores parameters split over a dp axis, but dp is pinned to 1"),
-        ({"zero": 1, "pp": 2}, "zero=1 isn't built yet for pipelines and micro-batches"),
-        ({"zero": 2, "microbatches": 2}, "zero=2 isn't built yet for pipelines and micro-batches"),
+        ({"zero": 2, "pp": 2}, "zero=2 leaves each rank its part of the gradients after every backward"),
+        ({"zero": 2, "microbatches": 2}, "pin zero=1 there, or pp=1 and microbatches=1"),
         ({"zero": 2, "tp": 4}, "zero=2 stores parameters split over a dp axis, but all axes"),
     ],
 )

@@ -263,9 +263,10 @@ def _check_together(pins: Pins) -> None:
         raise InputError(f"the pins fsdp={pins.fsdp} and zero={pins.zero} contradict each other: fsdp is short for zero=3; leave out one")
     if pins.zero_level and pins.dp == 1:
         raise InputError(f"{pins.word_zero()} over a dp axis, but dp is pinned to 1; pin more, or leave it out")
-    if pins.zero in (1, 2) and (pins.asks_for_pipeline and (pins.pp or 1, pins.microbatches or 1) != (1, 1)):
+    if pins.zero == 2 and (pins.pp or 1, pins.microbatches or 1) != (1, 1):
         raise InputError(
-            f"pin zero={pins.zero} isn't built yet for pipelines and micro-batches; pin zero=3 or 0 there, or pp=1 and microbatches=1"
+            "pin zero=2 leaves each rank its part of the gradients after every backward, but a pipeline's micro-batches add theirs up"
+            " before they are summed: pin zero=1 there, or pp=1 and microbatches=1"
         )
     chunks = pins.chunks
     if pins.schedule is not None:

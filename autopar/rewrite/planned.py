@@ -266,10 +266,10 @@ def _check_levels(plan: Plan, op: Op) -> None:
     if not held:
         return
     same_dim = [state for state in layout if state.kind is StateKind.SHARD and state.dim == held[0].dim]
-    if op.kind is not OpKind.PARAMETER or len(held) > 1 or len(same_dim) > 1 or held[0].outer > 1 or not plan.pipeline.is_trivial:
+    if op.kind is not OpKind.PARAMETER or len(held) > 1 or len(same_dim) > 1 or held[0].outer > 1:
         raise PlanError(
             f"plan.layouts[{op.name!r}] is {format_layout(layout)}: a ZeRO level (z1, z2) is for one axis of a parameter, whose dim no"
-            " other axis splits, in plans without pipeline and micro-batches; plan again"
+            " other axis splits; plan again"
         )
 
 

@@ -60,6 +60,23 @@ def read_as(dtype: str, part: Tensor) -> Tensor:
     return cast
 
 
+def stand_in(receiver: Tensor, whole: Tensor) -> Tensor:
+    """`whole`, whose gradient is that of the leaf `receiver`, cast to its dtype."""
+    part: Tensor = _StandIn.apply(receiver, whole)  # type: ignore[no-untyped-call]
+    return part
+
+
+class _StandIn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, receiver: Tensor, whole: Tensor) -> Tensor:
+        ctx.dtype = receiver.dtype
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
+
+
 def take_local(x: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
     """The part of the whole tensor `x` that `rank` stores; `x` itself where nothing is split."""
     coordinate = mesh.coordinates(rank)

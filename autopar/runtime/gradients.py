@@ -64,6 +64,7 @@ class TrackedParameter:
         leaf: a plain leaf on the storage of the parameter's local part; the stages of a pipeline compute with it.
         group: the ranks over which the local gradient is Partial and must be summed, beside those of `held`; None when it is complete.
         held: how the parameter is stored when the program is given more than the stored part; None when it is given that.
+        receiver: in a pipeline, the leaf without memory that gets the gradients of a parameter that is `held`.
         reduced: the dtype in which local gradients are summed; None for their own.
         gradient: the local gradient, of what the program is given; None when there is none.
     """
@@ -74,12 +75,18 @@ class TrackedParameter:
     group: dist.ProcessGroup | None
     reduced: torch.dtype | None = None
     held: Held | None = None
+    receiver: Tensor | None = None
     gradient: Tensor | None = None
 
     @property
     def reduce_dtype(self) -> torch.dtype:
         """The dtype in which local gradients are summed."""
         return self.reduced or self.leaf.dtype
+
+    @property
+    def collector(self) -> Tensor:
+        """The leaf in whose ``grad`` a pipeline's micro-batches add up their gradients."""
+        return self.leaf if self.receiver is None else self.receiver
 
     @property
     def is_deferred(self) -> bool:
@@ -322,7 +329,7 @@ class StashedGradients:
         """Called before a schedule: drop the gradients of an earlier one that failed, or whose backward never came."""
         self._pending_sums.clear()
         for entry in self._tracked.values():
-            entry.leaf.grad = entry.gradient = None
+            entry.collector.grad = entry.gradient = None
 
     def zero(self) -> None:
         """Drop the gradients accumulated under `no_sync`."""
@@ -332,27 +339,32 @@ class StashedGradients:
         """Start to sum these parameters' gradients over the ranks that have summands; all ranks of a stage start the same ones."""
         members = [self._tracked[name] for name in names if name in self._tracked]
         for entry in members:
-            if entry.leaf.grad is not None:
-                entry.gradient, entry.leaf.grad = entry.leaf.grad.detach(), None
+            if entry.collector.grad is not None:
+                entry.gradient, entry.collector.grad = entry.collector.grad.detach(), None
         for bucket in _fill_buckets(members, self._bucket_nbytes):
             _start_sum(bucket.members, self._pending_sums)
 
-    def collect(self) -> dict[str, Tensor]:
-        """All gradients by name, after waiting for the sums that were started; the leaves have none afterwards."""
+    def collect(self, *, is_summed: bool = True) -> dict[str, Tensor]:
+        """All gradients by name, after waiting for the sums that were started; the leaves have none afterwards.
+
+        They are those of the stored parts, or of all that programs are given if nothing `is_summed` yet.
+        """
         gradients: dict[str, Tensor] = {}
         for pending_sum in self._pending_sums:
             gradients.update({entry.name: gradient for entry, gradient in _end_sum(pending_sum)})
         self._pending_sums.clear()
         for entry in self._tracked.values():
-            if entry.leaf.grad is not None:
-                entry.gradient, entry.leaf.grad = entry.leaf.grad.detach(), None
+            if entry.collector.grad is not None:
+                entry.gradient, entry.collector.grad = entry.collector.grad.detach(), None
             if entry.gradient is not None:
-                gradients[entry.name], entry.gradient = entry.gradient, None
+                gradient, entry.gradient = entry.gradient, None
+                gradients[entry.name] = entry.complete_part(gradient) if is_summed else gradient
         return gradients
 
-    def zeros(self, name: str) -> Tensor:
-        """A gradient of zeros for a parameter, in the shape of this rank's part."""
-        return torch.zeros_like(self._tracked[name].leaf)
+    def zeros(self, name: str, *, is_summed: bool) -> Tensor:
+        """A gradient of zeros for a parameter, as `collect` gives it."""
+        entry = self._tracked[name]
+        return torch.zeros_like(entry.leaf if is_summed else entry.collector, requires_grad=False)
 
     def accumulate(self, gradients: Mapping[str, Tensor]) -> None:
         """Under `no_sync`: add gradients to what this rank has accumulated."""

@@ -11,7 +11,7 @@ send their gradients to it after the step, where these are added up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ from autopar.errors import CommError, InputError, PipelineError
 from autopar.ir import local_shape
 from autopar.ops import Axis, Message, refuse_double_backward
 from autopar.rewrite import PipelineProgram, Program, Slot
-from autopar.runtime.dtensor import read_as
+from autopar.runtime.dtensor import read_as, stand_in
 from autopar.runtime.executor import Executor, StageTensors, device_of
 from autopar.runtime.failures import Alarm
 from autopar.runtime.gradients import StashedGradients
@@ -58,6 +58,8 @@ class StageRunner:
         leaves: name -> leaf of every parameter that this pipeline rank uses.
         stash: stores the leaves' gradients until the user's backward.
         alarm: stops the other ranks when the user's backward fails; callers of `run` must guard it themselves.
+        gather: gives by name what programs are given of the parameters that are stored here in parts (ZeRO levels 1 and 2); their
+            `leaves` only get gradients.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class StageRunner:
         leaves: Mapping[str, Tensor],
         stash: StashedGradients,
         alarm: Alarm | None = None,
+        gather: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> None:
         assert program.pipeline is not None
         self.program = program
@@ -79,6 +82,7 @@ class StageRunner:
         self.leaves = leaves
         self.stash = stash
         self.alarm = alarm or Alarm()
+        self._gather = gather
         self._shared = [slot for slot in program.parameters if len(slot.users) > 1 and pipeline_rank in slot.users]
         own_stages = {
             number: stage for number, stage in self.pipeline.stages.items() if self.pipeline.schedule.rank_of[number] == pipeline_rank
@@ -115,10 +119,15 @@ class StageRunner:
         The backwards begin with the factor by which the last loss was scaled, since gradients of float16 would vanish without it.
         """
         refuse_inside_backward()
-        self._update_shared_values()
+        wholes = dict(self._gather())
+        self._share_values(wholes)
         with torch.set_grad_enabled(trains):
-            # Cast once for all micro-batches; their gradients add up in the leaves, in the stored dtype.
-            parts = {slot.name: read_as(slot.dtype, self.leaves[slot.name]) for slot in self.program.parameters if slot.name in self.leaves}
+            # Once for all micro-batches; their gradients add up in the leaves, in the stored dtype.
+            parts = {
+                slot.name: stand_in(leaf, wholes[slot.name]) if slot.name in wholes else read_as(slot.dtype, leaf)
+                for slot in self.program.parameters
+                if (leaf := self.leaves.get(slot.name)) is not None
+            }
         tensors = {
             stage: StageTensors(
                 [parts[self.program.parameters[position].name] for position in program.parameters],
@@ -184,8 +193,11 @@ class StageRunner:
             if position in self._stages_using and self._stages_using[position] <= done
         ]
 
-    def _update_shared_values(self) -> None:
-        """Get the values of shared parameters from their owners, or send them to their users."""
+    def _share_values(self, wholes: dict[str, Tensor]) -> None:
+        """Get the values of shared parameters from their owners, or send them to their users.
+
+        `wholes` has what the owner gathered; what an owner elsewhere gathered is added.
+        """
         if self.axis is None:
             return
         axis = self.axis
@@ -194,7 +206,9 @@ class StageRunner:
             leaf, owner = self.leaves[slot.name].detach(), slot.owner
             with self.step_context(f"before micro-batch 0, the value of the shared parameter {slot.name} from pipeline rank {owner}"):
                 if owner == self.pipeline_rank:
-                    messages += [axis.send(leaf, user) for user in slot.users[1:]]
+                    messages += [axis.send(wholes.get(slot.name, leaf), user) for user in slot.users[1:]]
+                elif slot.stored is not None:
+                    wholes[slot.name] = _wait(axis.receive(owner, leaf.shape, getattr(torch, slot.dtype), leaf.device), owner)
                 else:
                     value = _wait(axis.receive(owner, leaf.shape, leaf.dtype, leaf.device), owner)
                     # A later backward may have saved the leaf, and would refuse even a write of the same value.
@@ -285,11 +299,11 @@ class PipelineRun:
             if self.syncs:
                 runner.stash.start([slot.name for slot in runner._shared if slot.owner == runner.pipeline_rank])
             # A parameter that the loss doesn't reach may have zeros that another pipeline rank sent; as on one device it gets none.
-            self.gradients = {name: x for name, x in runner.stash.collect().items() if name in self.trained}
+            self.gradients = {name: x for name, x in runner.stash.collect(is_summed=self.syncs).items() if name in self.trained}
         for slot in runner.program.parameters:
             if slot.name in self.trained and slot.name not in self.gradients:
                 # Every rank must have a gradient of every parameter, of size 0 where it isn't stored: norms are summed by collectives.
-                self.gradients[slot.name] = runner.stash.zeros(slot.name)
+                self.gradients[slot.name] = runner.stash.zeros(slot.name, is_summed=self.syncs)
         runner.wait_for_all_ranks(_device_of(self.executor.tensors))
 
     def hand_over(self, scale: Tensor, uses: Mapping[str, GradientUse]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from autopar.rewrite import Program, Slot
 from autopar.runtime.dtensor import as_dtensor, gather_whole
 from autopar.runtime.gradients import GradientReducer, StashedGradients
 from autopar.runtime.outputs import Handover
+from autopar.runtime.parameters import gather_held
 from autopar.runtime.pipeline import PipelineRun, StageRunner, hand_over_on_backward, refuse_backward, run_backwards_on_backward
 from autopar.runtime.storage import Deployment, Storage, copy_updated_buffers, empty_part, stands_for
 from autopar.runtime.world import share_number
@@ -66,16 +67,36 @@ class PipelineCalls:
         tracked = [self._storage.track(slot, parameters[slot.name], local_leaves[slot.name]) for slot in program.parameters]
         leaves = [local_leaves[name] for name in stored]
         leaf_of = dict(zip(stored, leaves, strict=True))
+        entry_of = {entry.name: entry for entry in tracked}
+        held = [(entry_of[slot.name], slot) for slot in used if entry_of[slot.name].held is not None]
         for slot in used:
-            if slot.name not in leaf_of:
+            if slot.stored is not None and deployment.device_mesh is not None:
+                leaf_of[slot.name] = self._make_receiver(slot, parameters[slot.name])
+                if entry_of[slot.name].held is not None:  # not where another pipeline rank stores it, and gets the gradients
+                    entry_of[slot.name].receiver = leaf_of[slot.name]
+            elif slot.name not in leaf_of:
                 if slot.name not in self._borrowed:
                     shape = local_shape(slot.shape, slot.layout, deployment.mesh)
                     self._borrowed[slot.name] = torch.empty(shape, dtype=parameters[slot.name].dtype, device=self._storage.device)
                 leaf_of[slot.name] = self._borrowed[slot.name].detach().requires_grad_(parameters[slot.name].requires_grad)
         stash = StashedGradients(tracked, program.bucket_nbytes, self._reducer)
-        runner = StageRunner(program, deployment.pipeline_rank, deployment.pipeline, deployment.axes, leaf_of, stash, deployment.alarm)
+        runner = StageRunner(
+            program,
+            deployment.pipeline_rank,
+            deployment.pipeline,
+            deployment.axes,
+            leaf_of,
+            stash,
+            deployment.alarm,
+            lambda: gather_held(held, program.bucket_nbytes),
+        )
         self._runners[id(program)] = list(parameters.values()), leaves, runner
         return runner
+
+    def _make_receiver(self, slot: Slot, parameter: nn.Parameter) -> Tensor:
+        """A leaf of the sizes that a program is given of a parameter, without memory: it only gets gradients."""
+        shape = local_shape(slot.shape, slot.layout, self._deployment.mesh)
+        return torch.zeros((), dtype=parameter.dtype, device=self._storage.device).expand(shape).requires_grad_(parameter.requires_grad)
 
     def run(self, program: Program, runner: StageRunner, inputs: Sequence[Tensor], handover: Handover) -> list[Any]:
         """Run the stages of this rank; returns what the user gets of each output, by `handover`."""

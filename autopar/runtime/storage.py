@@ -196,13 +196,15 @@ class Storage:
         """A parameter of a program, whose gradients are to be summed; `leaf` is this rank's part."""
         reduced = None if slot.reduced_dtype is None else getattr(torch, slot.reduced_dtype)
         tracked = TrackedParameter(slot.name, parameter, leaf, self.sum_group(slot), reduced)
-        if slot.stored is not None and self.deployment is not None and self.deployment.device_mesh is not None:
+        deployment = self.deployment
+        is_here = deployment is not None and deployment.owners[slot.name] in (None, deployment.pipeline_rank)
+        if slot.stored is not None and deployment is not None and deployment.device_mesh is not None and is_here:
             axis, state = next((axis, state) for axis, state in enumerate(slot.stored) if state.level)
-            name = self.deployment.mesh.names[axis]
-            group_axis = self.deployment.axes[name]
+            name = deployment.mesh.names[axis]
+            group_axis = deployment.axes[name]
             assert isinstance(group_axis, comm.GroupAxis), "the ranks are processes"
             tracked.held = Held(group_axis, state.dim, state.level, name in slot.partial_axes)
-            tracked.group = self._groups.get(_axes_beside_held(slot, self.deployment.mesh))
+            tracked.group = self._groups.get(_axes_beside_held(slot, deployment.mesh))
         return tracked
 
     def _own_parameters(self) -> dict[str, nn.Parameter]:

@@ -95,7 +95,7 @@ def make_plan(
     machine's profile doesn't know, UnknownOpError as `strict` says.
     """
     tell = progress or (lambda _: None)
-    if pins.zero in (1, 2) and pins.asks_for_pipeline:
+    if pins.zero == 2 and pins.asks_for_pipeline:
         pins = replace(pins, pp=1, microbatches=1)
     tell("rules and costs")
     spaces, unruled = _read_rules(graph, strict=strict)
@@ -210,7 +210,7 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
     No pipeline is looked at when the mesh is given and pins don't ask for one.
     """
     model, pins, best = request.model, request.pins, results.best
-    if not (pins.asks_for_pipeline or (request.is_open and pins.zero not in (1, 2))):
+    if not (pins.asks_for_pipeline or (request.is_open and pins.zero != 2)):
         return None, ()
     problem = make_pipeline_problem(model, request.chain, request.cluster, pins, returns_loss=model.folded.graph.loss is not None)
     # On one pipeline rank, micro-batches and recomputation only save memory.

@@ -1,8 +1,8 @@
 """Times and weighs data parallelism with split storage against what a person writes with torch: FSDP2, and DDP with a ZeRO optimizer.
 
-All programs train the same Llama in one run, over gloo, and take turns step by step (`tests.benchmarks.speed`). Their memory is measured apart,
-each program in processes of its own: the peak of resident memory in some steps, after a few others, over what the process has before it
-builds the model.
+All programs train the same Llama in one run, over gloo, and take turns step by step (`tests.benchmarks.speed`). Their memory is measured
+apart, each program in processes of its own: the peak of resident memory in some steps, after a few others, over what the process has before
+it builds the model.
 """
 
 from __future__ import annotations
