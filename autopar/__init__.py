@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from autopar.plans import Plan as Plan
     from autopar.report import summarize as summarize
     from autopar.rules import register_rule as register_rule
+    from autopar.runtime import MasterWeights as MasterWeights
     from autopar.runtime import full_state_dict as full_state_dict
 
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "Precision": "autopar.ir",
     "Pins": "autopar.plans",
     "Plan": "autopar.plans",
+    "MasterWeights": "autopar.runtime",
     "full_state_dict": "autopar.runtime",
     "summarize": "autopar.report",
     "register_rule": "autopar.rules",

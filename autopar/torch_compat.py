@@ -21,7 +21,6 @@ import torch.distributed.tensor._api as dtensor_api
 import torch.distributed.tensor._dispatch as dtensor_dispatch
 import torch.distributed.tensor._redistribute as dtensor_redistribute
 import torch.fx.experimental.proxy_tensor as proxy_tensor
-import torch.optim._muon as muon
 import torch.utils.checkpoint as checkpointing
 from torch import Tensor, fx, nn
 from torch._C._distributed_c10d import Store
@@ -77,6 +76,7 @@ __all__ = [
     "make_dtensor",
     "make_like",
     "make_wrapper",
+    "part_of",
     "partial_norm",
     "read_in_backward",
     "redistribute_part",
@@ -100,7 +100,6 @@ __all__ = [
     "with_placements",
     "with_spec",
     "without_torch_function",
-    "wrap_orthogonalization",
 ]
 
 # torch 2.13 renames the flat collectives and warns about the old names, which are all that 2.11 has.
@@ -301,6 +300,11 @@ def local_of(x: Tensor) -> Tensor:
     return x._local_tensor.detach() if isinstance(x, DTensor) else x.detach()
 
 
+def part_of(x: DTensor) -> Tensor:
+    """This rank's part of a DTensor itself, where `local_of` makes a tensor on its storage."""
+    return x._local_tensor
+
+
 def address_of(x: Tensor) -> int:
     """The address of this rank's part of a tensor."""
     return int((x._local_tensor if isinstance(x, DTensor) else x).data_ptr())
@@ -472,11 +476,6 @@ def count_plain_as_replicated_in_backwards(device: torch.device) -> None:
     with torch.enable_grad(), torch.inference_mode(False):
         x = torch.zeros((), device=device, requires_grad=True)
         _CountPlainAsReplicated.apply(x).backward()  # type: ignore[no-untyped-call]
-
-
-def wrap_orthogonalization(wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
-    """Wrap the function by which ``torch.optim.Muon`` orthogonalizes an update, its first argument."""
-    muon._zeropower_via_newtonschulz = wrap(muon._zeropower_via_newtonschulz)
 
 
 def is_made(x: DTensor) -> bool:

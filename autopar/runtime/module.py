@@ -31,6 +31,7 @@ from autopar.runtime.dispatch import as_stored, take_plain_gradients, teach_whol
 from autopar.runtime.dtensor import gather_whole, take_local, teach_strided_shards
 from autopar.runtime.gradients import GradientReducer, refuse_sparse_gradients
 from autopar.runtime.inputs import Call, InputReader
+from autopar.runtime.local_steps import teach_local_steps
 from autopar.runtime.methods import SAVING, gather_when_called, save_on_first_rank
 from autopar.runtime.outputs import Handover, Step, name_outputs, returns_loss
 from autopar.runtime.parameters import Entrance, refuse_transforms
@@ -110,6 +111,7 @@ class ParallelModule(Unwrapped, nn.Module):
             teach_methods()
             teach_pickling()
             teach_optimizers()
+            teach_local_steps()
             replicate(model, self._device)
             gather_when_called(model, is_local=self._is_local)
             for module in (self, *model.modules()):

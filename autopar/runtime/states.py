@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils import _pytree as pytree
 
-from autopar import torch_compat
+from autopar import torch_compat, torch_optim_compat
 from autopar.runtime.dispatch import as_stored, gather, is_ours, is_temporary, move, place
 
 # --- parameters that `autopar.compile` replaced -----------------------------------------------------------------------------------
@@ -150,4 +150,4 @@ def _orthogonalize(torch_function: Callable[..., Tensor], update: Tensor, *optio
 def teach_optimizers() -> None:
     """Let all optimizers prepare their steps so; a second call changes nothing."""
     register_optimizer_step_pre_hook(_prepare_step)
-    torch_compat.wrap_orthogonalization(lambda torch_function: functools.partial(_orthogonalize, torch_function))
+    torch_optim_compat.wrap_orthogonalization(lambda torch_function: functools.partial(_orthogonalize, torch_function))
