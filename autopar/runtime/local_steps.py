@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
 
 from autopar import torch_compat
 from autopar.runtime.dispatch import gather, is_ours
@@ -84,7 +84,7 @@ def _find_parts(specs: Sequence[DTensorSpec | None], lists: Lists, names: Sequen
         # Some lists of states are empty, such as that of the largest second moments without ``amsgrad``.
         for x, spec in zip(values, specs, strict=False):
             if type(x) is not DTensor:
-                if spec is not None and x is not None:
+                if spec is not None and x is not None and not (x.dim() == 0 and all(map(_is_replicate, spec.placements))):
                     return None
                 column.append(x)
                 continue
@@ -97,6 +97,10 @@ def _find_parts(specs: Sequence[DTensorSpec | None], lists: Lists, names: Sequen
             column.append(part)
         parts.append(column)
     return parts
+
+
+def _is_replicate(placement: Placement) -> bool:
+    return placement.is_replicate()
 
 
 def _bring_back(specs: Sequence[DTensorSpec | None], lists: Lists, parts: Lists) -> None:

@@ -182,9 +182,9 @@ class MasterWeights(Optimizer):
 
     def _find_master(self, p: Tensor, group: Group) -> Tensor:
         state = self.state[p]
-        master = state.get(MASTER)
+        master: Tensor | None = state.get(MASTER)
         if master is not None:
-            master = as_stored(master, p)
+            master = _as_stored(master, p)
             if master.__dict__.get(_ROUNDED) != _version_of(p):
                 _follow(master, p)
         else:
@@ -193,7 +193,7 @@ class MasterWeights(Optimizer):
                 options = {name: value for name, value in group.items() if name != "param_names"}
                 state.update(self._make([options | {"params": [master]}], **self._options).state[master])
         state[MASTER] = master
-        return master  # type: ignore[no-any-return]
+        return master
 
 
 # --- masters and parameters -------------------------------------------------------------------------------------------------------
@@ -206,6 +206,16 @@ def _is_low(p: Any) -> bool:
 def _part_of(x: Tensor) -> Tensor:
     """What this rank stores of a tensor."""
     return torch_compat.part_of(x) if isinstance(x, DTensor) else x
+
+
+def _as_stored(x: Tensor, p: Tensor) -> Tensor:
+    """A gradient or master as its parameter is stored, which it nearly always is."""
+    if type(x) is DTensor and type(p) is DTensor:
+        own, spec = torch_compat.spec_of(x), torch_compat.spec_of(p)
+        if own is spec or (own.mesh is spec.mesh and own.placements == spec.placements):
+            return x
+    stored: Tensor = as_stored(x, p)
+    return stored
 
 
 def _version_of(p: Tensor) -> tuple[int, int]:
@@ -221,13 +231,13 @@ def _copy_wide(p: Tensor) -> Tensor:
 
 def _follow(master: Tensor, p: Tensor) -> None:
     """Take over what was written to the parameter since the master was rounded to it; elsewhere the master keeps its precision."""
-    part, wide = torch_compat.local_of(p), torch_compat.local_of(master)
+    part, wide = _part_of(p), _part_of(master)
     wide.copy_(torch.where(wide.to(part.dtype) == part, wide, part.to(torch.float32)))
 
 
 def _round(masters: Mapping[Tensor, Tensor]) -> None:
     """Round masters to their parameters."""
-    torch_optim_compat.copy_each([torch_compat.local_of(p) for p in masters], [torch_compat.local_of(x) for x in masters.values()])
+    torch_optim_compat.copy_each([_part_of(p) for p in masters], [_part_of(x) for x in masters.values()])
     # Of a DTensor, torch doesn't count changes of its part; autograd must know of them.
     torch.autograd.graph.increment_version([p for p in masters if isinstance(p, DTensor)])
     for p, master in masters.items():
@@ -238,10 +248,11 @@ def _widen(parameters: Sequence[Tensor], masters: Mapping[Tensor, Tensor], facto
     """By parameter, its gradient times `factor`, in float32 where it has a master."""
     given: list[Tensor] = []
     for p in parameters:
-        gradient: Tensor = as_stored(p.grad, p)
+        assert p.grad is not None
+        gradient = _as_stored(p.grad, p)
         if gradient.layout is not torch.strided:
             raise InputError(f"the gradient of a parameter {tuple(p.shape)} is sparse, which masters can't take: use sparse=False")
-        given.append(torch_compat.local_of(gradient))
+        given.append(_part_of(gradient))
     dtypes = (torch.float32 if p in masters else p.dtype for p in parameters)
     wide = [torch.empty_like(gradient, dtype=dtype) for gradient, dtype in zip(given, dtypes, strict=True)]
     torch_optim_compat.copy_each(wide, given)
