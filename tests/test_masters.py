@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import autopar
 from autopar.errors import InputError
@@ -110,10 +111,17 @@ def test_equals_the_recipe(make: Any, options: dict[str, Any], share: int, monke
     model, hand = build(), ByHand(make, **options)
     optimizer = autopar.MasterWeights(make, model.parameters(), **options)
     assert isinstance(optimizer, Optimizer)
+    counted: list[Optimizer] = []
     for seed in range(4):
+        handle = register_optimizer_step_post_hook(lambda stepped, *_: counted.append(stepped))
         step(model, optimizer, seed)
+        handle.remove()
         hand.step(seed)
         hand.check(model, optimizer)
+    # An optimizer that looks at all parameters at once gets all of them at once.
+    shares = len(hand.masters) if share == 1 and make is not Counter else 1
+    assert len(counted) == 4 * (shares + 1)
+    assert all(state["master"].grad is None for state in optimizer.state.values() if "master" in state)
     groups = [{name: x for name, x in group.items() if name != "params"} for group in optimizer.param_groups]
     assert groups == [{name: x for name, x in group.items() if name != "params"} for group in hand.optimizer.param_groups]
     assert all(p.grad.dtype == p.dtype for p in model.parameters())

@@ -73,7 +73,7 @@ class MasterWeights(Optimizer):
             raise InputError("rounding masters to parameters has no derivative: leave out differentiable=True")
         self._make, self._options, self._inner = make, options, inner
         # What an optimizer knows beside its parameters' states and the options of its groups, it may know of all parameters together.
-        self._is_by_parameter = type(inner).__module__.startswith("torch.optim.")
+        self._is_by_parameter = f"{type(inner).__module__}.".startswith("torch.optim.")
         super().__init__(inner.param_groups, inner.defaults)
         self._begins_with_states = bool(inner.state)
         self.state.update({p: state for p, state in inner.state.items() if not _is_low(p)})
