@@ -31,7 +31,8 @@ TP: Mapping[str, object] = {"tp": 2}
 DP: Mapping[str, object] = {"dp": 2, "fsdp": False}
 FSDP: Mapping[str, object] = {"dp": 2, "fsdp": True}
 PP: Mapping[str, object] = {"pp": 2, "microbatches": 2}
-PLANS = (TP, DP, FSDP, PP)
+ZERO: Mapping[str, object] = {"dp": 2, "zero": 2}
+PLANS = (TP, DP, ZERO, FSDP, PP)
 SIZE = 16
 
 CASES: list[Case] = []
@@ -352,7 +353,7 @@ def masters_follow_what_is_written_to_parameters() -> None:
         lambda p: p.copy_(torch.full(p.shape, 0.25)),
         lambda p: (p.to_local() if isinstance(p, DTensor) else p)[:1].zero_(),
     )
-    for pins in (TP, FSDP):
+    for pins in (FSDP,):
         for number, edit in enumerate(edits):
             hand = ByHand(torch.optim.SGD, lr=2**-12)
             model = autopar.compile(build(), pins=pins)
