@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from tests.helpers import tree_allclose
 from tests.processes import spawn
 
 SHAPES = {"first": (4, 3), "second": (5,), "third": (6, 2), "unused": (3,)}
+
+
+def _enter(tracked: Sequence[TrackedParameter], reducer: GradientReducer, bucket_nbytes: int) -> dict[str, Tensor]:
+    return enter_stored(tracked, reducer, reducer.track(tracked, bucket_nbytes))
 
 
 def _make(group: dist.ProcessGroup | None) -> dict[str, TrackedParameter]:
@@ -68,7 +73,7 @@ def _reduce(rank: int, bucket_nbytes: int, sums: int) -> None:
     tracked = _make(dist.group.WORLD)
     sent: list[int] = []
     reducer = GradientReducer()
-    parts = enter_stored(list(tracked.values()), reducer, bucket_nbytes)
+    parts = _enter(list(tracked.values()), reducer, bucket_nbytes)
     _loss(parts, rank).backward()
     tree_allclose(_held(tracked), _expected(tracked), rtol=1e-12)
     # A second backward adds, and sends as many buckets.
@@ -109,7 +114,7 @@ def _overlap(rank: int) -> None:
     """The sum of a gradient begins before the backward computes the next one."""
     tracked, order = _make(dist.group.WORLD), list[str]()
     del tracked["unused"]
-    parts = enter_stored(list(tracked.values()), GradientReducer(), 1)
+    parts = _enter(list(tracked.values()), GradientReducer(), 1)
     first = parts["first"].clone()
     first.register_hook(lambda _: order.append("first"))
     send = dist.all_reduce
@@ -132,7 +137,7 @@ def _optimize(rank: int) -> None:
     tracked = _make(dist.group.WORLD)
     del tracked["unused"]
     reducer = GradientReducer()
-    parts = enter_stored(list(tracked.values()), reducer, BUCKET_NBYTES)
+    parts = _enter(list(tracked.values()), reducer, BUCKET_NBYTES)
     parameters = [each.parameter for each in tracked.values()]
     wholes = [nn.Parameter(parameter.detach().full_tensor().clone()) for parameter in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=0.1, foreach=True)
@@ -175,7 +180,7 @@ def test_without_a_group_gradients_pass_to_plain_parameters() -> None:
     parameter = nn.Parameter(torch.ones(3))
     leaf = torch_compat.local_of(parameter).requires_grad_()
     entry = TrackedParameter("weight", parameter, leaf, None)
-    part = enter_stored([entry], GradientReducer(), BUCKET_NBYTES)["weight"]
+    part = _enter([entry], GradientReducer(), BUCKET_NBYTES)["weight"]
     part.sum().backward()
     part.sum().backward()
     assert parameter.grad is not None
