@@ -39,6 +39,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from autopar.replaced import on_this_thread, replaced
 
 __all__ = [
+    "AUTOCAST_DEVICES",
     "COMPOSABLE_STATES",
     "CheckpointFunction",
     "DTensorSpec",
@@ -106,6 +107,8 @@ __all__ = [
 all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_to_all_single: Callable[..., Any] = dist.all_to_all_single
+
+AUTOCAST_DEVICES: tuple[str, ...] = tuple(torch._C._autocast_supported_devices())
 
 
 class StorageRef:

@@ -425,12 +425,6 @@ def test_errors_of_the_model_name_their_line() -> None:
         capture(Net(), {})
 
 
-def test_autocast_is_refused_not_dropped() -> None:
-    model = nn.Linear(4, 4)
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(CaptureError, match="autocast is on"):
-        capture(model, (torch.randn(2, 4),))
-
-
 def test_constants_become_buffers_or_calls() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import autopar
-from autopar.errors import AutoparError, CaptureError, PlanError
+from autopar.errors import AutoparError, PlanError
 from autopar.runtime.executor import Executor
 from tests.helpers import tree_allclose
 from tests.processes import Case, Outcomes, run_cases
@@ -238,14 +238,6 @@ def a_first_call_in_inference_mode_spoils_nothing() -> None:
         _compare(Net, pins, loop)
 
 
-def autocast_is_refused_in_later_calls_too() -> None:
-    for pins in ({"tp": 2}, PIPELINE):
-        model = _compile(Net(), pins)
-        model(*_batch()).backward()
-        with torch.autocast("cpu", torch.bfloat16), pytest.raises(CaptureError, match="autocast is on"):
-            model(*_batch())
-
-
 def a_model_in_stages_is_not_run_inside_of_a_backward() -> None:
     model = _compile(Net(), PIPELINE)
     with pytest.raises(AutoparError, match="inside of a backward"):
@@ -363,7 +355,6 @@ LOOPS: tuple[Case, ...] = (
     a_step_after_a_backward_that_failed_is_right,
     a_forward_without_sums_whose_backward_has_them,
     a_first_call_in_inference_mode_spoils_nothing,
-    autocast_is_refused_in_later_calls_too,
     buffers_that_the_forward_writes_with_the_loss_outside,
     a_loss_may_have_a_dim,
     two_forwards_before_the_backward_share_a_table,

@@ -5,13 +5,13 @@ computed and a model on the meta device is captured like any other; a visible li
 in-place ops and devices.
 
 Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``settings``, ``attributes``, ``functions``, ``watch``, ``torch_modules``,
-``transformers``, ``precision``, ``functionalize``, ``decompose``, ``order``, ``record``, ``masks``, ``normalize``, ``graph_of``,
-``export``.
+``transformers``, ``precision``, ``functionalize``, ``decompose``, ``autocast``, ``order``, ``record``, ``masks``, ``normalize``,
+``graph_of``, ``export``.
 """
 
 from autopar.capture.calls import ExampleInputs, canonical, leaf_names, split_call
 from autopar.capture.errors import refuse_wrapped
-from autopar.capture.export import Captured, capture, refuse_autocast, refuse_tensors
+from autopar.capture.export import Captured, capture, refuse_tensors
 from autopar.capture.fx_nodes import source_of, takes
 from autopar.capture.precision import call_in_precision
 from autopar.capture.settings import OF_CLASS, class_attribute, contents_of, variables_of
@@ -28,7 +28,6 @@ __all__ = [
     "collects_outputs",
     "contents_of",
     "leaf_names",
-    "refuse_autocast",
     "refuse_tensors",
     "refuse_wrapped",
     "source_of",

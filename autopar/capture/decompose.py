@@ -11,6 +11,7 @@ Nothing is taken apart on trust: the calls must build the same autograd graph as
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from autopar.capture.functionalize import functionalize
-from autopar.capture.fx_nodes import emit, is_getitem
+from autopar.capture.fx_nodes import emit, is_getitem, list_operands
 from autopar.errors import CaptureError
+from autopar.ops import AUTOCAST_OFF, Autocast
 from autopar.rules import has_rule
 
 
@@ -51,7 +53,7 @@ def decompose(graph: fx.Graph, mode: FakeTensorMode, handled: Collection[Any]) -
 def _inline(new: fx.Graph, body: fx.Graph, node: fx.Node, env: Mapping[fx.Node, Any]) -> Any:
     """Emit the calls of `body` in the place of `node`; returns the node, or the list of nodes, that make its results."""
     inner: dict[fx.Node, fx.Node] = {}
-    given = iter(_list_operands(node))
+    given = iter(list_operands(node))
     for part in body.nodes:
         if part.op == "placeholder":
             inner[part] = env[next(given)]
@@ -64,16 +66,9 @@ def _inline(new: fx.Graph, body: fx.Graph, node: fx.Node, env: Mapping[fx.Node, 
     raise AssertionError("a traced graph has an output node")
 
 
-def _list_operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a call's arguments, in order, one that is given twice twice."""
-    operands: list[fx.Node] = []
-    fx.map_arg((node.args, node.kwargs), operands.append)
-    return operands
-
-
 def _find_body(node: fx.Node, mode: FakeTensorMode, known: dict[Any, fx.Graph | None]) -> fx.Graph | None:
     """The calls that make up a call of a composite operator, as a functional graph of its operands; None where it must stay whole."""
-    operands = [operand.meta["val"] for operand in _list_operands(node)]
+    operands = [operand.meta["val"] for operand in list_operands(node)]
     # Questions such as `torch.promote_types` make a number, which forward has by now.
     makes_tensors = isinstance(node.meta.get("val"), (Tensor, list, tuple))
     if not makes_tensors or not all(isinstance(operand, Tensor) for operand in operands):
@@ -86,6 +81,24 @@ def _find_body(node: fx.Node, mode: FakeTensorMode, known: dict[Any, fx.Graph | 
 
 
 def _trace(node: fx.Node, operands: Sequence[Tensor], mode: FakeTensorMode) -> fx.Graph | None:
+    body = find_parts(node, operands, mode)
+    if body is None:
+        return None
+    calls = [part for part in body.nodes if part.op not in ("placeholder", "output")]
+    return body if all(is_getitem(part) or has_rule(str(part.target)) for part in calls) else None
+
+
+def find_parts(node: fx.Node, operands: Sequence[Tensor], mode: FakeTensorMode, autocast: Autocast = AUTOCAST_OFF) -> fx.Graph | None:
+    """The calls that a call of a composite operator makes, as a functional graph of its operands, with the casts that autocast adds.
+
+    None for an operator that isn't composite, or whose calls build another autograd graph than the operator.
+
+    Args:
+        node: the call.
+        operands: fake tensors like its operands, in order.
+        mode: the mode of the fake tensors.
+        autocast: the state in which the call is made; that its cache is on must not matter.
+    """
     target: Any = node.target
 
     def call(function: Callable[..., Any], tensors: Sequence[Tensor]) -> Any:
@@ -94,7 +107,7 @@ def _trace(node: fx.Node, operands: Sequence[Tensor], mode: FakeTensorMode) -> f
         return function(*args, **kwargs)
 
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), autocast.active():
             traced = make_fx(lambda *tensors: call(target.decompose, tensors))(*(x.detach() for x in operands))
     except Exception:  # torch's: the operator isn't composite, or reads values
         return None
@@ -102,12 +115,14 @@ def _trace(node: fx.Node, operands: Sequence[Tensor], mode: FakeTensorMode) -> f
         body, written = functionalize(traced.graph, {}, [part.name for part in traced.graph.find_nodes(op="placeholder")])
     except CaptureError:
         return None
-    calls = [part for part in body.nodes if part.op not in ("placeholder", "output")]
-    if written or not all(part.op == "call_function" and (is_getitem(part) or has_rule(str(part.target))) for part in calls):
+    if written or not all(part.op in ("placeholder", "output", "call_function") for part in body.nodes):
         return None
     with mode, torch.enable_grad():
         fakes = [[x.detach().clone().requires_grad_(x.is_floating_point() or x.is_complex()) for x in operands] for _ in range(2)]
-        whole, parts = call(target, fakes[0]), traced(*fakes[1])
+        # Operands aren't all weights, whose casts alone are cached.
+        with dataclasses.replace(autocast, caches=autocast == AUTOCAST_OFF).active():
+            whole = call(target, fakes[0])
+        parts = traced(*fakes[1])
     return body if _describe_backward(whole, fakes[0]) == _describe_backward(parts, fakes[1]) else None
 
 

@@ -6,8 +6,10 @@ Comes in: an exception of `torch.export`, or a model or a graph of it that can't
 from __future__ import annotations
 
 import linecache
+import logging
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,6 +28,23 @@ _READS_VALUES = (
     "the line reads a value out of a tensor, and tensors have none while a graph is made",
     "Express the choice with torch.where or masking, pass the value as an argument that isn't a tensor, or do it outside the forward",
 )
+
+
+_LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
+
+
+@contextmanager
+def failures_unlogged() -> Iterator[None]:
+    """Inside, torch doesn't log failures of exports and of runs on fake tensors, which are told otherwise or tried on purpose."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def explain(error: BaseException, source: str = "") -> CaptureError:

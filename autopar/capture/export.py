@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import logging
 import sys
 import threading
 import warnings
@@ -26,9 +25,10 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 
 from autopar import ir
 from autopar.capture.attributes import ModelAttributes
+from autopar.capture.autocast import state_casts, weights_cached
 from autopar.capture.calls import CallSpec, ResultSpec, find_problem, read_call
 from autopar.capture.decompose import decompose
-from autopar.capture.errors import check_graph, explain, refuse_wrapped
+from autopar.capture.errors import check_graph, explain, failures_unlogged, refuse_wrapped
 from autopar.capture.functionalize import functionalize
 from autopar.capture.functions import calls_remembered, place_hooks, restore_functions
 from autopar.capture.graph_of import graph_of
@@ -43,6 +43,7 @@ from autopar.capture.transformers import adapted
 from autopar.capture.watch import watched
 from autopar.errors import AutoparError, CaptureError
 from autopar.garbage import no_garbage_collection
+from autopar.ops import AUTOCAST_OFF, Autocast
 
 aten = torch.ops.aten
 
@@ -99,15 +100,6 @@ class Captured:
         return self.results.unflatten(outputs)
 
 
-def refuse_autocast(device: torch.device) -> None:
-    """Raises CaptureError under autocast: programs, and messages between stages, have the dtypes of the captured graph."""
-    if torch.is_autocast_enabled(device.type):
-        raise CaptureError(
-            "autocast is on; which operators it casts isn't part of a graph. Give the model the dtype that it shall compute"
-            " in (model.to(torch.bfloat16)) and call it outside torch.autocast"
-        )
-
-
 def refuse_tensors(model: nn.Module) -> None:
     """Raises CaptureError for parameters and buffers that aren't plain tensors of known sizes."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -123,7 +115,7 @@ def capture(
     training: bool | None = None,
     precision: ir.Precision = ir.AS_MODEL,
 ) -> Captured:
-    """Capture a module for the sizes of an example call.
+    """Capture a module for the sizes of an example call, and for the state of ``torch.autocast`` in which this is called.
 
     Args:
         model: a model on any device, also the meta device; it isn't changed.
@@ -138,8 +130,7 @@ def capture(
     """
     spec, leaves = read_call(model.forward, example_inputs)
     refuse_tensors(model)
-    device = _device(model)
-    refuse_autocast(device)
+    device = _device(model, leaves)
     refuse_wrapped(model)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     given = [_fake(leaf, mode, device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -166,7 +157,9 @@ def capture(
             attributes.restore()
         attributes.raise_problems()
         notes += attributes.notes
-        return _assemble(program, originals, spec, given, precision, mode, device, notes, attributes.find_settings())
+        autocast = Autocast.now()
+        with AUTOCAST_OFF.active():
+            return _assemble(program, originals, spec, given, precision, mode, device, notes, attributes.find_settings(), autocast)
 
 
 def _run_again(
@@ -188,11 +181,22 @@ def _run_again(
     return changed & attributes.find_changed()
 
 
-def _device(model: nn.Module) -> torch.device:
-    """The model's device; a model on the meta device is captured as if it were on the CPU."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        return torch.device("cpu") if tensor.is_meta else tensor.device
-    return torch.device("cpu")
+def _device(model: nn.Module, leaves: Sequence[Any]) -> torch.device:
+    """The model's device; a model on the meta device is captured as if it were on the CPU, under autocast where its inputs are.
+
+    Raises CaptureError under autocast for a device where neither parameters nor inputs are, as each kind of device casts other operators.
+    """
+    first = next(iter((*model.parameters(), *model.buffers())), None)
+    if first is not None and not first.is_meta:
+        return first.device
+    kinds = [kind for kind, _ in Autocast.now().dtypes]
+    devices = [leaf.device for leaf in leaves if isinstance(leaf, Tensor) and leaf.device.type in kinds]
+    if kinds and not devices and "cpu" not in kinds:
+        raise CaptureError(
+            f"autocast is on for {kinds[0]}, and neither the model's parameters nor the example inputs are there, so which operators it"
+            f" casts isn't known: give example inputs on {kinds[0]}"
+        )
+    return devices[0] if devices else torch.device("cpu")
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -238,13 +242,8 @@ def _faked(model: nn.Module, mode: FakeTensorMode, device: torch.device, dtypes:
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
     """Export the model; what torch prints and logs about a failure is dropped, since `explain` raises it."""
-    names = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes", "torch.export", "torch._export")
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
     try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said, torch.enable_grad():
+        with failures_unlogged(), warnings.catch_warnings(), redirect_stderr(io.StringIO()) as said, torch.enable_grad(), weights_cached():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
         if said.getvalue():
@@ -254,9 +253,6 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         raise
     except BaseException as error:  # a forward may exit, or raise what is no Exception
         raise explain(error) from error
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -427,9 +423,10 @@ def _assemble(
     device: torch.device,
     notes: list[str],
     settings: Settings,
+    autocast: Autocast,
 ) -> Captured:
     """Run the passes over an exported program, in order, and put the results together."""
-    graph = inline_regions(program.graph_module)
+    graph = inline_regions(program.graph_module, autocast)
     drop_assertions(graph, notes)
     check_graph(graph)
     graph = restore_functions(graph)
@@ -439,6 +436,7 @@ def _assemble(
     tensor_leaves = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     differentiable = {name for name, tensor in parameters.items() if tensor.requires_grad}
     differentiable |= {name for name, leaf in zip(placeholders.inputs, tensor_leaves, strict=True) if leaf.requires_grad}
+    graph = state_casts(graph, mode, differentiable, notes)
     graph, written = functionalize(graph, _unwritable(placeholders), differentiable)
     tensors, results = _read_results(graph, program)
     mutated = [name for name in placeholders.buffers if name in written]

@@ -41,6 +41,13 @@ def is_getitem(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
+def list_operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes among a call's arguments, in order, one that is given twice twice."""
+    operands: list[fx.Node] = []
+    fx.map_arg((node.args, node.kwargs), operands.append)
+    return operands
+
+
 def takes(target: Any, name: str) -> bool:
     """Whether a call target is an operator with an argument called `name`."""
     return isinstance(target, torch._ops.OpOverload) and any(argument.name == name for argument in target._schema.arguments)

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autopar.capture.autocast import Region, around_call, enter_region
 from autopar.capture.fx_nodes import emit, is_getitem, source_of, takes, value_of
 from autopar.capture.record import Record
 from autopar.errors import CaptureError
+from autopar.ops import AUTOCAST_OFF, Autocast
 
 aten = torch.ops.aten
 
@@ -26,42 +28,56 @@ Call = tuple[Target, tuple[Any, ...], dict[str, Any]]
 
 @dataclass(slots=True)
 class _Inlining:
-    """The state of `inline_regions`: the new graph, its nodes made under ``no_grad``, and the detached version of each node read there."""
+    """The state of `inline_regions`.
+
+    Attributes:
+        graph: the new graph.
+        without_grad: its nodes made under ``no_grad``.
+        detached: the detached version of each node read there.
+        contexts: how many outermost regions of autocast there were.
+    """
 
     graph: fx.Graph
     without_grad: set[fx.Node] = field(default_factory=set)
     detached: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    contexts: int = 0
 
 
-def inline_regions(module: fx.GraphModule) -> fx.Graph:
-    """Replace ``no_grad`` and ``autocast(enabled=False)`` regions, which are submodules of the export, by their bodies.
+def inline_regions(module: fx.GraphModule, autocast: Autocast = AUTOCAST_OFF) -> fx.Graph:
+    """Replace ``no_grad`` and ``autocast`` regions, which are submodules of the export, by their bodies.
 
     What a ``no_grad`` region reads from outside is detached, so that nothing in it is differentiated; `drop_detach` later removes those
-    detach calls whose operand needs no gradient. Raises CaptureError for a region with autocast switched on, and for `torch.func`
-    and `torch.autograd.forward_ad`, which transform functions.
+    detach calls whose operand needs no gradient. Every call is told its `Region` of autocast, of which `state_casts` makes casts; around
+    the model autocast is in the state `autocast`. Raises CaptureError for `torch.func` and `torch.autograd.forward_ad`, which transform
+    functions.
     """
     state = _Inlining(fx.Graph())
     placeholders = [state.graph.node_copy(node) for node in module.graph.nodes if node.op == "placeholder"]
-    state.graph.output(_inline(module, placeholders, True, state))
+    state.graph.output(_inline(module, placeholders, True, around_call(autocast), state))
     return state.graph
 
 
-def _inline(module: fx.GraphModule, inputs: list[Any], grad: bool, state: _Inlining) -> Any:
+def _inline(module: fx.GraphModule, inputs: list[Any], grad: bool, casting: Region, state: _Inlining) -> Any:
     env: dict[fx.Node, Any] = {}
-    given = iter(inputs)
+    operands = iter(inputs)
     for node in module.graph.nodes:
         if node.op == "placeholder":
-            env[node] = next(given)
+            env[node] = next(operands)
         elif node.op == "get_attr":
             env[node] = getattr(module, str(node.target))
         elif node.op == "output":
             return fx.node.map_arg(node.args[0], env.__getitem__)
         elif is_getitem(node) and not isinstance(env[node.args[0]], fx.Node):
             env[node] = env[node.args[0]][node.args[1]]
-        elif (region := _region(node)) is not None:
-            body, enabled, args = region
+        elif (name := getattr(node.target, "__name__", "")) in _REGIONS:
+            count = _REGIONS[name]
+            given, body, args = node.args[:count], node.args[count], node.args[count + 1 :]
             values = [env[arg] if isinstance(arg, fx.Node) else arg for arg in args]
-            env[node] = _inline(env[body], values, grad if enabled is None else enabled, state)
+            if name == "wrap_with_autocast":
+                state.contexts += 1
+                env[node] = _inline(env[body], values, grad, enter_region(casting, given, state.contexts), state)
+            else:
+                env[node] = _inline(env[body], values, given[0], casting, state)
         else:
             if getattr(node.target, "__module__", "") == "torch._functorch.predispatch" or node.target is aten._make_dual.default:
                 raise CaptureError(
@@ -70,24 +86,14 @@ def _inline(module: fx.GraphModule, inputs: list[Any], grad: bool, state: _Inlin
                 )
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: _read(env[n], grad, state))
             env[node] = emit(state.graph, node.target, args, kwargs, node)
+            env[node].meta["autocast"] = casting
             if not grad:
                 state.without_grad.add(env[node])
     raise AssertionError("an exported graph has an output node")
 
 
-def _region(node: fx.Node) -> tuple[fx.Node, bool | None, tuple[Any, ...]] | None:
-    """(body, whether gradients are on or None for as outside, arguments) of a region; None for any other node."""
-    name = getattr(node.target, "__name__", "")
-    if name == "wrap_with_set_grad_enabled":
-        return node.args[1], node.args[0], node.args[2:]  # type: ignore[return-value]
-    if name == "wrap_with_autocast":
-        if node.args[2]:
-            raise CaptureError(
-                f"the model switches autocast on inside its forward ({source_of(node) or node.name}); which operators it casts"
-                " isn't part of a graph. Give the model the dtype that it shall compute in (model.to(torch.bfloat16))"
-            )
-        return node.args[4], None, node.args[5:]  # type: ignore[return-value]
-    return None
+_REGIONS = {"wrap_with_set_grad_enabled": 1, "wrap_with_autocast": 4}
+"""Region of an export -> how many arguments come before its body; what the body reads comes after."""
 
 
 def _read(value: Any, grad: bool, state: _Inlining) -> Any:
@@ -268,6 +274,13 @@ def spell_broadcast(call: Call, node: fx.Node) -> Call | fx.Node:
     return skip_same_tensor((aten.expand.default, (source.args[0][index], list(value_of(node).shape)), {}), node)
 
 
+def spell_mean_of_losses(call: Call, node: fx.Node) -> Call | fx.Node:
+    """Replace the loss that ``nll_loss_forward`` returns beside the weight of its targets, by the operator that returns the loss alone."""
+    source, index = call[1]
+    is_loss = index == 0 and source.target in (aten.nll_loss_forward.default, aten.nll_loss2d_forward.default)
+    return (aten.nll_loss_nd.default, source.args, {}) if is_loss else call
+
+
 def forget_output_size(call: Call, node: fx.Node) -> Call | fx.Node:
     """Drop the size of the result of ``repeat_interleave``, which follows from the operand's, and is another one for a part of it."""
     return call[0], call[1], {name: value for name, value in call[2].items() if name != "output_size"}
@@ -379,7 +392,7 @@ RULES: dict[Any, tuple[Rule, ...]] = {
         (skip_inactive_dropout,),
     ),
     **dict.fromkeys(_FACTORIES, (spell_factory,)),
-    operator.getitem: (spell_broadcast,),
+    operator.getitem: (spell_broadcast, spell_mean_of_losses),
     aten.add.Tensor: (skip_adding_zero,),
     aten.repeat_interleave.self_int: (forget_output_size,),
     **{

@@ -321,10 +321,19 @@ def attention_forward(
         )
     else:
         cap = None if softcap is None else float(softcap)
+        query, key, value = map(_as_autocast, (query, key, value))
+        bias = None if bias is None else _as_autocast(bias)
         out = torch.ops.autopar.attention(
             query, key, value, meaning.key_padding, bias, meaning.causal, meaning.window, scale, cap, float(dropout)
         )
     return out.transpose(1, 2).contiguous(), None
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """What autocast, which doesn't know our operator, makes of an operand of ``scaled_dot_product_attention``."""
+    if not torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
 
 
 def _add_bias(position_bias: Tensor, mask: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from autopar.checks import threads
 from autopar.checks.shards import cut, join
 from autopar.errors import InputError, VerificationError
 from autopar.ir import PARTIAL, PIPELINE, Layout, Mesh, OpKind, Split, StateKind, with_pipeline
-from autopar.ops import collectives, comm
+from autopar.ops import AUTOCAST_OFF, Autocast, collectives, comm
 from autopar.plans import Plan
 from autopar.rewrite import CrossingTensor, Program, Slot, rewrite
 from autopar.runtime import Executor, StageTensors
@@ -72,7 +72,7 @@ class Verification:
         if self.rounding >= CHECKS_NOTHING:
             remarks.append(
                 f"the captured graph was not checked against the model: in the model's dtype a relative error of {self.rounding:.2g} may be"
-                " rounding, so any graph would pass; verify the model in float32 or float64"
+                " rounding, so any graph would pass; verify the model in float32 or float64, outside of torch.autocast"
             )
         if self.tolerance >= CHECKS_NOTHING:
             remarks.append(f"the plan was not checked: with a tolerance of {self.tolerance:g} wrong results pass; leave the tolerance out")
@@ -132,7 +132,8 @@ def verify_plan(model: nn.Module, example_inputs: ExampleInputs, plan: Plan, *, 
 
     First the captured graph is compared with the model, in the model's own dtype and up to its rounding. Then the ranks' program is
     compared with the captured graph in float64, with every cast to a narrower float raised to float64: only the order of sums may differ.
-    The backward starts from fixed random gradients of all outputs, so that each of them counts.
+    The backward starts from fixed random gradients of all outputs, so that each of them counts. Inside of ``torch.autocast``, the model is
+    captured and run so.
 
     Args:
         model: a model with real parameters that computes the same twice (no dropout).
@@ -153,10 +154,16 @@ def prepare_reference(model: nn.Module, example_inputs: ExampleInputs, captured:
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise InputError("verification runs the model: build it with real parameters, not on the meta device")
+    autocast = Autocast.now()
+    with AUTOCAST_OFF.active():
+        return _prepare(model, example_inputs, captured, autocast)
+
+
+def _prepare(model: nn.Module, example_inputs: ExampleInputs, captured: Captured, autocast: Autocast) -> Reference:
     inputs = captured.bind(*split_call(example_inputs))
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     tensors.update(captured.constants)
-    capture_error = _capture_error(model, captured, example_inputs, tensors, inputs)
+    capture_error = _capture_error(model, captured, example_inputs, tensors, inputs, autocast)
     wide = widen(captured)
     inputs = [_wide(x) for x in inputs]
     # Copies, since the caller may change the model later.
@@ -168,7 +175,8 @@ def prepare_reference(model: nn.Module, example_inputs: ExampleInputs, captured:
 def verify_against(reference: Reference, plan: Plan, *, tolerance: float = 1e-9) -> Verification:
     """`verify_plan` with a reference that was prepared before. Raises PlanError for a plan of another graph."""
     program = _widen_program(rewrite(reference.wide, plan))
-    actual, disagreements = _run_program(program, reference.tensors, reference.inputs, reference.run)
+    with AUTOCAST_OFF.active():
+        actual, disagreements = _run_program(program, reference.tensors, reference.inputs, reference.run)
     errors = _compare(reference.run, actual)
     for name, disagreement in disagreements.items():
         errors[name] = max(errors.get(name, 0.0), disagreement)
@@ -229,8 +237,8 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _rounding(captured: Captured) -> float:
-    """By how much another order of operations may change a result in the dtypes that the program reads, relative to its size."""
-    dtypes = (getattr(torch, op.results[0].dtype) for op in captured.graph.of_kind(OpKind.PARAMETER))
+    """By how much another order of operations may change a result in the dtypes that the program computes in, relative to its size."""
+    dtypes = {getattr(torch, tensor.dtype) for op in captured.graph.ops for tensor in op.results}
     narrowest = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=2**-52)
     # Transformers compute norms and losses in float32 whatever the model's dtype.
     return 1000 * max(narrowest, torch.finfo(torch.float32).eps)
@@ -242,11 +250,14 @@ def _capture_error(
     example_inputs: ExampleInputs,
     tensors: Mapping[str, Tensor],
     inputs: Sequence[Tensor],
+    autocast: Autocast,
 ) -> float:
     """Largest relative difference between the model's own outputs and gradients and those of its captured graph."""
     twin = copy.deepcopy(model)
     args, kwargs = split_call(example_inputs)
-    outputs = _outputs(captured, call_in_precision(twin, args, kwargs, captured.precision))
+    with autocast.active():
+        returned = call_in_precision(twin, args, kwargs, captured.precision)
+    outputs = _outputs(captured, returned)
     _weighted_backward(outputs)
     gradients = {name: p.grad.detach() for name, p in twin.named_parameters() if p.grad is not None}
     buffers = {name: buffer.detach() for name, buffer in twin.named_buffers()}

@@ -3,10 +3,12 @@
 Comes in: a rank's parts of tensors. Goes out: a rank's parts of tensors, with autograd through the communication. The one idea: a program
 is the same for all ranks, names the axes of the mesh by text, and asks them at run time which part is this rank's.
 
-Modules, in reading order: ``comm``, ``collectives``, ``rng``, ``bounds``, ``losses``, ``kernels``, ``double_backward``,
+Modules, in reading order: ``autocast``, ``comm``, ``collectives``, ``rng``, ``bounds``, ``losses``, ``kernels``, ``double_backward``,
 ``weight_gradients``, ``deferrable``, ``recompute``, ``attention``, ``functions``.
 """
 
+from autopar.ops.autocast import OFF as AUTOCAST_OFF
+from autopar.ops.autocast import Autocast
 from autopar.ops.collectives import (
     gather_along,
     join_parts,
@@ -25,7 +27,9 @@ from autopar.ops.recompute import Recomputed
 from autopar.ops.weight_gradients import Deferred, deferring
 
 __all__ = [
+    "AUTOCAST_OFF",
     "DEFERRABLE",
+    "Autocast",
     "Axis",
     "Deferred",
     "FunctionCall",

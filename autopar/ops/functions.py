@@ -7,16 +7,20 @@ where forward and backward see what they would see on one device.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
+
+from autopar.ops.autocast import Autocast
 
 _MAX_INT = 1 << 63
 
@@ -29,6 +33,7 @@ class FunctionCall:
     Attributes:
         function: the class whose ``apply`` is called.
         results: how many tensors it returns; a single one is returned as it is, several as a tuple.
+        autocast: the state of autocast in which the function's forward runs; None for that of the caller.
         name: the function's module and name, and the kinds of its arguments, such as ``autograd_function.train_Round.T``. It is the same in
             every process that runs the same script, as plans and rules know ops by their names.
     """
@@ -37,12 +42,13 @@ class FunctionCall:
         leaves, self._in_spec = pytree.tree_flatten(tuple(args))
         self._fixed = [(not _letter(leaf), None if _letter(leaf) else leaf) for leaf in leaves]
         self.function = function
+        self.autocast: Autocast | None = None
         self.results = results
         letters = "".join(map(_letter, leaves))
         self.name = f"autograd_function.{_identifier(function)}.{letters}{'' if results == 1 else results}{self._digest()}"
         self.__name__ = f"{function.__name__}_{letters}"  # as fx writes it in the code of programs
         fixed = tuple((type(value), value if isinstance(value, _PLAIN) else id(value)) for _, value in self._fixed)
-        self._key = function, repr(self._in_spec), results, fixed
+        self._key: tuple[Any, ...] = function, repr(self._in_spec), results, fixed
 
     def __str__(self) -> str:
         return self.name
@@ -54,11 +60,19 @@ class FunctionCall:
     def __hash__(self) -> int:
         return hash(self._key)
 
+    def under(self, autocast: Autocast) -> FunctionCall:
+        """The same call, whose forward runs in this state of autocast."""
+        made = copy.copy(self)
+        made.autocast = autocast
+        made._key = (*self._key[:4], autocast)
+        return made
+
     def __call__(self, *given: Any) -> Any:
         """The tensors that the function returns for these arguments."""
         values = iter(given)
         leaves = [value if is_fixed else next(values) for is_fixed, value in self._fixed]
-        result = self.function.apply(*pytree.tree_unflatten(leaves, self._in_spec))  # type: ignore[no-untyped-call]
+        with nullcontext() if self.autocast is None else self.autocast.active():
+            result = self.function.apply(*pytree.tree_unflatten(leaves, self._in_spec))  # type: ignore[no-untyped-call]
         tensors = tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
         return tensors[0] if self.results == 1 else tensors
 

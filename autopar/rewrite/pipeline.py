@@ -80,6 +80,7 @@ def rewrite_pipeline(planned: PlannedGraph, chain: Chain, pipeline_rank: int | N
             written=written,
             makers=makers,
             random=any(is_random(op, planned.spaces.get(op.name)) for op in planned.graph.of_kind(OpKind.CALL)),
+            float16=any(tensor.dtype == "float16" for op in planned.graph.ops for tensor in op.results),
         ),
     )
 

@@ -141,6 +141,7 @@ class PipelineProgram:
         written: buffers that ops of the stages write to, such as running statistics; others get new values from the outputs.
         makers: the pipeline rank that makes each output and each new value of a buffer, by position.
         random: whether some op draws random numbers.
+        float16: whether some value is in float16, whose gradients vanish if the loss isn't scaled.
     """
 
     stages: Mapping[int, StageProgram]
@@ -152,6 +153,7 @@ class PipelineProgram:
     written: frozenset[str]
     makers: Mapping[int, int]
     random: bool
+    float16: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from autopar.errors import InputError
+from autopar.ops import Autocast
 from autopar.runtime.agreement import Agreement, digest, group_by, name_ranks
 from autopar.runtime.fingerprints import Projections, hash_tensors, project
 from autopar.runtime.inputs import Call, InputReader
@@ -25,6 +26,7 @@ EXACT_CALLS = 2
 """Calls of a kind in which all elements of all inputs are compared; later ones compare a sample."""
 
 _MODE, _FROZEN, _GRADIENTS, _COUNT = "the mode", "the set of frozen parameters", "the gradient mode", "the number of such calls before"
+_AUTOCAST = "torch.autocast"
 _HOOKED = "the set of parameters with hooks"
 _SETTINGS = "what forward reads of Python (attributes, methods, variables, hooks)"
 _BEFORE = " of the call before"
@@ -215,6 +217,7 @@ class CallCheck:
         unlike = ", ".join(name for name, module in self._model.named_modules() if module.training != self._model.training)
         texts[_MODE] = ("training" if self._model.training else "evaluation") + (f" but for {unlike}" if unlike else "")
         texts[_FROZEN] = ", ".join(name for name, parameter in self._model.named_parameters() if not parameter.requires_grad) or "empty"
+        texts[_AUTOCAST] = str(Autocast.now())
         return _Kind(texts, digest(repr((sorted(texts.items()), _ADDRESS.sub("", str(call.signature[0]))))), names)
 
     def _hash(self, tensors: Mapping[str, Tensor], offset: int | None, *, may_be_late: bool) -> dict[str, int]:

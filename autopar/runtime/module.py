@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from autopar import torch_compat
-from autopar.capture import refuse_autocast, refuse_wrapped
+from autopar.capture import refuse_wrapped
 from autopar.errors import InputError, PlanError
 from autopar.ir import Layout
-from autopar.ops import comm, regather, rng
+from autopar.ops import AUTOCAST_OFF, Autocast, comm, regather, rng
 from autopar.rewrite import Program
 from autopar.runtime.agreement import Agreement, digest, form_agreement
 from autopar.runtime.call_check import CallCheck
@@ -52,7 +52,7 @@ Only shapes, dtypes and devices of the parameters may be read, not their values;
 
 
 class ParallelModule(Unwrapped, nn.Module):
-    """Runs a model by parallel programs, one for each signature of inputs (shapes, dtypes, training, what requires gradients).
+    """Runs a model by parallel programs, one for each signature of inputs (shapes, dtypes, training, what requires gradients, autocast).
 
     Args:
         model: the user's model, on its device or on the meta device; its parameters are changed in place.
@@ -195,10 +195,11 @@ class ParallelModule(Unwrapped, nn.Module):
         return self._use_program(key, call, program)
 
     def train_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Run forward and backward of a model that returns its loss, and return the loss, detached."""
+        """Run forward and backward of a model that returns its loss, and return the loss, detached. Autocast is for the forward."""
         output = self(*args, **kwargs)
         loss = output if isinstance(output, Tensor) else _find_loss(output)
-        loss.backward()  # type: ignore[no-untyped-call]
+        with AUTOCAST_OFF.active():
+            loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -212,12 +213,10 @@ class ParallelModule(Unwrapped, nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program of this call's signature, which is planned first where there is none; returns what the model would.
 
-        Raises CaptureError under autocast, InputError for arguments that a program can't take, PipelineError when a pipeline has failed,
-        and what the planner raises.
+        Raises InputError for arguments that a program can't take, PipelineError when a pipeline has failed, and what the planner raises.
         """
         if self._storage.deployment is not None:
             self._storage.deployment.alarm.check()
-        refuse_autocast(self._device)
         refuse_transforms()
         if self._pipelines is not None:
             refuse_inside_backward()  # before the ranks meet: not all may be in a backward
@@ -245,7 +244,7 @@ class ParallelModule(Unwrapped, nn.Module):
                 self._pipelines = PipelineCalls(self._storage, deployment, self._reducer)
             with torch.inference_mode(False):
                 runner = self._pipelines.find_runner(program)
-            with deployment.alarm.guard(runner.where):
+            with deployment.alarm.guard(runner.where), AUTOCAST_OFF.active():
                 inputs = [call.whole(x, deployment) for x in tensors]
                 outputs = self._pipelines.run(program, runner, inputs, handover)
                 take_plain_gradients(outputs)
@@ -257,7 +256,7 @@ class ParallelModule(Unwrapped, nn.Module):
         read_buffers = copy_updated_buffers(program, buffers) if torch.is_grad_enabled() else buffers
         buffer_parts = [take_local(read_buffers[slot.name], slot.layout, deployment.mesh, deployment.place) for slot in program.buffers]
         shared_seed = rng.agreed(lambda number: share_number(number, self._device)) if deployment.device_mesh is not None else nullcontext()
-        with comm.active(deployment.axes), shared_seed, regather() if program.regather else nullcontext():
+        with AUTOCAST_OFF.active(), comm.active(deployment.axes), shared_seed, regather() if program.regather else nullcontext():
             results = program.module(*parameters, *buffer_parts, *parts)
         results = tuple(results) if isinstance(results, tuple | list) else (results,)
         if torch.is_grad_enabled() and deployment.device_mesh is not None:
@@ -282,7 +281,7 @@ class ParallelModule(Unwrapped, nn.Module):
 
     def _key(self, call: Call) -> Hashable:
         """What a program is made for."""
-        return call.signature, tuple(module.training for module in self._all_modules), self._storage.kinds()
+        return call.signature, tuple(module.training for module in self._all_modules), self._storage.kinds(), Autocast.now()
 
     def _use_program(self, key: Hashable, call: Call, program: Program | None) -> Program:
         """The program to run, which is made where there is none."""

@@ -33,7 +33,7 @@ from autopar.torch_compat import GradientUse
 
 SECOND_BACKWARD = "this pipelined step has had its backward already: call the model again before the next backward()"
 FIRST_HALF_SCALE = 2.0**16
-"""The factor by which the loss of a first step over float16 parameters is assumed to be scaled: torch GradScaler's initial one."""
+"""The factor by which the loss of a first step that computes in float16 is assumed to be scaled: torch GradScaler's initial one."""
 # What runs before the user has the outputs, where the loss is computed outside; planning prices that by `schedules.forwards_first`.
 FORWARD_KINDS = (Kind.FORWARD, Kind.SEND_FORWARD, Kind.RECEIVE_FORWARD)
 
@@ -101,9 +101,8 @@ class StageRunner:
             find_finished_sends(self.pipeline.inference, pipeline_rank),
         )
         # The factor by which the user scaled the last loss. It is used for the next one, whose factor isn't known before its backward.
-        has_float16 = any(slot.dtype == "float16" for slot in program.parameters)
         loss = self.pipeline.loss
-        is_scaled = has_float16 and loss is not None and program.outputs[loss].dtype != "float16"
+        is_scaled = self.pipeline.float16 and loss is not None and program.outputs[loss].dtype != "float16"
         self.scale = torch.tensor(FIRST_HALF_SCALE if is_scaled else 1.0)
 
     def run(self, buffers: Mapping[str, Tensor], inputs: Sequence[Tensor], *, random_seed: int, trains: bool, syncs: bool) -> PipelineRun:
