@@ -25,7 +25,8 @@ from autopar.ir import Mesh, Precision, StateKind, with_pipeline
 from autopar.plans import NO_PINS, Pins, Plan, check_devices, describe_ops, reconcile
 from autopar.report import describe_choice
 from autopar.rewrite import Program, mark_samples, rewrite
-from autopar.runtime import Init, ParallelModule, StoredParameter, form_agreement, world
+from autopar.rewrite import fuse as fuse_program
+from autopar.runtime import Init, ParallelModule, StoredParameter, decide_fusion, form_agreement, world
 from autopar.search import make_plan
 from autopar.units import format_seconds
 
@@ -192,6 +193,7 @@ def compile(
     outputs: Literal["plain", "sharded"] = "plain",
     init: Init | None = None,
     device: torch.device | str | None = None,
+    fuse: bool | None = None,
     progress: Progress | None = None,
 ) -> CompiledModule:
     """Make a model run in parallel over the ranks of this process group; the training loop stays as it is.
@@ -217,12 +219,14 @@ def compile(
         outputs: ``sharded`` for DTensors where a rank has a part of an output only; by default outputs are plain tensors.
         init: from name and meta tensor to the value of a parameter or buffer on the meta device.
         device: where these are stored.
+        fuse: whether the operators between collectives go through torch's compiler (``torch.compile``), each distinct layer once, when they
+            first run. Results are the same to rounding. By default on a GPU only.
         progress: called with a few words on what is being done, and on rank 0 with a line on what was chosen; without it, that line is
             shown once, by the logger ``autopar`` at INFO where logging is set up, else on standard error
             (``logging.getLogger("autopar").setLevel(logging.WARNING)`` leaves it out).
 
-    Raises InputError for arguments that can't be used or contradict each other, or the number of ranks, and PlanError for a plan of another
-    number of ranks. The other errors of `autopar.plan` are raised when planning: here with `example_inputs`, else by the first call.
+    Raises InputError for arguments that can't be used or contradict each other, or the number of ranks, and for ``fuse=True`` where torch
+    can't compile, and PlanError for a plan of another number of ranks. The other errors of `autopar.plan` are raised when planning: here with `example_inputs`, else by the first call.
     """
     if inputs not in ("global", "local"):
         raise InputError(f'inputs={inputs!r}: "global" or "local" is needed')
@@ -242,6 +246,8 @@ def compile(
     module = CompiledModule(model, planner, inputs=inputs, outputs=outputs, init=init, device=device)
     planner.module = module
     planner.check_world(_find_device(model))
+    planner.fuses = decide_fusion(fuse, module.device_type)
+    planner.fuse_is_required = fuse is True
     if example_inputs is not None:
         args, kwargs = split_call(example_inputs)
         module.prepare(*args, **kwargs)
@@ -317,6 +323,7 @@ class _Planner:
         self.first_plan: Plan | None = None
         self.module: CompiledModule | None = None
         self.marks_samples = False
+        self.fuses = self.fuse_is_required = False
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Program:
         device = _find_device(model)
@@ -337,6 +344,8 @@ class _Planner:
                 )
                 self._announce(f"{describe_choice(plan)}; captured in {format_seconds(capture_seconds)}{planned}")
         program = rewrite(captured, plan, device, world.rank() // plan.mesh.world_size)
+        if self.fuses:
+            program = fuse_program(program, captured.graph, required=self.fuse_is_required)
         return mark_samples(program, captured) if self.marks_samples else program
 
     def _search(self, model: nn.Module, captured: Captured, cluster: Cluster) -> Plan:

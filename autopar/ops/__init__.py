@@ -4,7 +4,7 @@ Comes in: a rank's parts of tensors. Goes out: a rank's parts of tensors, with a
 is the same for all ranks, names the axes of the mesh by text, and asks them at run time which part is this rank's.
 
 Modules, in reading order: ``autocast``, ``comm``, ``collectives``, ``rng``, ``bounds``, ``losses``, ``kernels``, ``double_backward``,
-``weight_gradients``, ``deferrable``, ``recompute``, ``attention``, ``functions``.
+``weight_gradients``, ``deferrable``, ``recompute``, ``fused``, ``attention``, ``functions``.
 """
 
 from autopar.ops.autocast import OFF as AUTOCAST_OFF
@@ -23,6 +23,7 @@ from autopar.ops.comm import Axis, GroupAxis, Message, MicrobatchAxis
 from autopar.ops.deferrable import DEFERRABLE
 from autopar.ops.double_backward import refuse_double_backward
 from autopar.ops.functions import FunctionCall, GradientHook, given_arguments
+from autopar.ops.fused import Fused
 from autopar.ops.recompute import Recomputed
 from autopar.ops.weight_gradients import Deferred, deferring
 
@@ -33,6 +34,7 @@ __all__ = [
     "Axis",
     "Deferred",
     "FunctionCall",
+    "Fused",
     "GradientHook",
     "GroupAxis",
     "Message",

@@ -10,13 +10,12 @@ import torch
 from autopar.errors import InputError
 
 
-def refuse_double_backward(what: str) -> None:
+def refuse_double_backward(what: str, remedy: str = "pin pp=1, microbatches=1") -> None:
     """Called in the backward of something that can't be differentiated twice: raise InputError if that is asked for.
 
     Args:
         what: what the gradients are those of, such as "a pipelined model".
+        remedy: what to do.
     """
     if torch.is_grad_enabled():
-        raise InputError(
-            f"create_graph=True asks for gradients that can be differentiated again, and those of {what} can't: pin pp=1, microbatches=1"
-        )
+        raise InputError(f"create_graph=True asks for gradients that can be differentiated again, and those of {what} can't: {remedy}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ _SWITCHES = ("train", "training")
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
     """The nodes of one region, in program order.
 
     Attributes:
@@ -87,7 +87,7 @@ def outline(module: fx.GraphModule, region_of: Mapping[str, Region]) -> fx.Graph
                 raise PlanError(f"{path} can't be run again as one: ops outside of it sit between its own; plan it with recompute none")
             del blocks[path]
     block_of = {node: block for block in blocks.values() for node in block.nodes}
-    outlining = _Outlining(module)
+    outlining = Outlining(module)
     for node in module.graph.nodes:
         if node not in block_of:
             outlining.copy(node)
@@ -96,23 +96,46 @@ def outline(module: fx.GraphModule, region_of: Mapping[str, Region]) -> fx.Graph
     return outlining.finish()
 
 
-class _Outlining:
-    """The graph of a module while its blocks are replaced by calls of submodules."""
+def _submodule_of(block: Block, inner: fx.GraphModule) -> nn.Module:
+    """The module to call for a region, given the one that runs its nodes."""
+    if not block.region.recomputed:
+        return inner
+    check_repeatable(inner.graph)
+    return Recomputed(inner)
 
-    def __init__(self, module: fx.GraphModule) -> None:
+
+class Outlining:
+    """The graph of a module while its blocks are replaced by calls of submodules.
+
+    Args:
+        module: the module; it isn't changed.
+        children: what stands in the place of its submodules, by name; by default they themselves.
+        make: the module to call for a block, given the one that runs its nodes.
+        key: equal for blocks that share one module; by default for those that run the same code.
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        children: Mapping[str, nn.Module] | None = None,
+        make: Callable[[Block, fx.GraphModule], nn.Module] = _submodule_of,
+        key: Callable[[Block], Hashable] | None = None,
+    ) -> None:
         self._module = module
+        self._make = make
+        self._key = key or signature
         self._graph = fx.Graph()
         self._root = nn.Module()
-        for name, child in module.named_children():
+        for name, child in (dict(module.named_children()) if children is None else children).items():
             self._root.add_module(name, child)
         self._copies: dict[fx.Node, fx.Node] = {}  # node of the module -> what stands for it in the new graph
-        self._names: dict[Any, str] = {}  # signature of a block -> name of the submodule that runs it
+        self._names: dict[Hashable, str] = {}  # key of a block -> name of the submodule that runs it
 
     def copy(self, node: fx.Node) -> None:
         """Take over a node that is in no block."""
         self._copies[node] = self._graph.node_copy(node, self._copies.__getitem__)
 
-    def call(self, block: _Block) -> None:
+    def call(self, block: Block) -> None:
         """Call the submodule that runs `block`."""
         call = self._graph.call_module(self._name_of(block), tuple(self._copies[node] for node in block.inputs))
         call.meta["layer"] = block.region.path
@@ -126,45 +149,44 @@ class _Outlining:
 
     def finish(self) -> fx.GraphModule:
         """The new module."""
-        outlined = fx.GraphModule(self._root, self._graph, class_name="LocalProgram")
+        outlined = fx.GraphModule(self._root, self._graph, class_name=type(self._module).__name__)
         outlined.delete_all_unused_submodules()
         self._graph.lint()
         return outlined
 
-    def _name_of(self, block: _Block) -> str:
+    def _name_of(self, block: Block) -> str:
         """The name of the submodule for `block`: one that runs the same code, or else a new one."""
-        signature = _signature(block)
-        if signature in self._names:
-            return self._names[signature]
+        key = self._key(block)
+        if key in self._names:
+            return self._names[key]
         # The layers of a model that is itself a list of layers have no name but their numbers.
         name = re.sub(r"\W+", "_", block.region.name.replace(".*", "")).strip("_") or "layers"
         while hasattr(self._root, name):
             name += "_"
-        inner = _submodule(block, name, self._module)
-        if block.region.recomputed:
-            check_repeatable(inner.graph)
-        self._root.add_module(name, Recomputed(inner) if block.region.recomputed else inner)
-        self._names[signature] = name
+        self._root.add_module(name, self._make(block, _submodule(block, name, self._module)))
+        self._names[key] = name
         return name
 
 
-def _find_blocks(graph: fx.Graph, region_of: Mapping[str, Region]) -> dict[str, _Block]:
+def _find_blocks(graph: fx.Graph, region_of: Mapping[str, Region]) -> dict[str, Block]:
     """Path of each region -> its block."""
     members: dict[Region, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         region = region_of.get(node.meta.get("block") or "")
         if region is not None and node.op in ("call_function", "call_module"):
             members[region].append(node)
-    blocks: dict[str, _Block] = {}
-    for region, nodes in members.items():
-        inside = set(nodes)
-        inputs = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in inside)
-        outputs = (node for node in nodes if any(user not in inside for user in node.users))
-        blocks[region.path] = _Block(region, tuple(nodes), tuple(inputs), tuple(outputs))
-    return blocks
+    return {region.path: make_block(region, nodes) for region, nodes in members.items()}
 
 
-def _runs_in_one_go(block: _Block) -> bool:
+def make_block(region: Region, nodes: Sequence[fx.Node]) -> Block:
+    """The block of these nodes, which are in program order."""
+    inside = set(nodes)
+    inputs = dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in inside)
+    outputs = (node for node in nodes if any(user not in inside for user in node.users))
+    return Block(region, tuple(nodes), tuple(inputs), tuple(outputs))
+
+
+def _runs_in_one_go(block: Block) -> bool:
     """Whether nothing outside sits between the block's first node and its last, in program order, and reads it."""
     inside = set(block.nodes)
     node, last = block.nodes[0], block.nodes[-1]
@@ -176,7 +198,7 @@ def _runs_in_one_go(block: _Block) -> bool:
     return True
 
 
-def _submodule(block: _Block, name: str, module: fx.GraphModule) -> fx.GraphModule:
+def _submodule(block: Block, name: str, module: fx.GraphModule) -> fx.GraphModule:
     """A module that runs the nodes of `block`; its placeholders are the block's inputs."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in block.inputs}
@@ -191,7 +213,7 @@ def _submodule(block: _Block, name: str, module: fx.GraphModule) -> fx.GraphModu
     return fx.GraphModule(root, graph, class_name="".join(part.title() for part in name.split("_")))
 
 
-def _signature(block: _Block) -> tuple[Any, ...]:
+def signature(block: Block) -> tuple[Any, ...]:
     """Equal for blocks that run the same code on their inputs."""
     number = {node: index for index, node in enumerate([*block.inputs, *block.nodes])}
     lines = []
@@ -214,10 +236,11 @@ def check_repeatable(graph: fx.Graph) -> None:
 
 def find_unrepeatable(graph: fx.Graph) -> tuple[fx.Node, ...]:
     """Calls of operators that draw from torch's generators directly; those that draw through `autopar.ops.rng` are no such."""
-    return tuple(node for node in graph.nodes if node.op == "call_function" and _draws(node))
+    return tuple(node for node in graph.nodes if node.op == "call_function" and draws(node))
 
 
-def _draws(node: fx.Node) -> bool:
+def draws(node: fx.Node) -> bool:
+    """Whether a call draws random numbers from torch's generators directly."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False

@@ -6,14 +6,15 @@ the global sizes and calls mean what they mean on one device; inside, programs c
 Modules, in reading order: ``failures``, ``dtensor``, ``owned``, ``owned_rules``, ``dispatch``, ``tensor_methods``, ``states``,
 ``local_steps``, ``masters``, ``gradients``, ``mailbox``, ``executor``, ``pipeline``, ``world``, ``checkpoints``, ``methods``, ``wrapping``,
 ``members``, ``storage``, ``agreement``, ``fingerprints``, ``parameters``, ``parts``, ``outputs``, ``inputs``, ``call_check``,
-``pipeline_calls``, ``programs``, ``module``.
+``pipeline_calls``, ``programs``, ``fusion``, ``module``.
 """
 
 from autopar.runtime.agreement import form_agreement
 from autopar.runtime.checkpoints import full_state_dict
 from autopar.runtime.executor import Executor, StageTensors
+from autopar.runtime.fusion import decide_fusion
 from autopar.runtime.masters import MasterWeights
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.storage import Init, StoredParameter
 
-__all__ = ["Executor", "Init", "MasterWeights", "ParallelModule", "StageTensors", "StoredParameter", "form_agreement", "full_state_dict"]
+__all__ = ["Executor", "Init", "MasterWeights", "ParallelModule", "StageTensors", "StoredParameter", "decide_fusion", "form_agreement", "full_state_dict"]

@@ -162,6 +162,11 @@ class ParallelModule(Unwrapped, nn.Module):
         return self._reducer.no_sync()
 
     @property
+    def device_type(self) -> str:
+        """The kind of device that the model computes on, such as ``cuda``."""
+        return self._device.type
+
+    @property
     def layouts(self) -> Mapping[str, Layout]:
         """Name of a parameter -> the layout in which it is stored, which later programs must use; empty before the first plan."""
         return {} if self._storage.deployment is None else self._storage.deployment.layouts
