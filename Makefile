@@ -1,6 +1,6 @@
 # Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help test lint types demo bench plan-bench pipe-bench assign-bench megatron-bench clean
+.PHONY: help test lint types demo bench fuse-bench plan-bench pipe-bench assign-bench megatron-bench clean
 
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
@@ -28,6 +28,9 @@ demo: $(INSTALLED) ## train a small GPT-2 in 4 processes next to a single-proces
 
 bench: $(INSTALLED) ## time what autopar emits against plain and hand-written programs
 	$(PYTHON) -m tests.benchmarks.speed
+
+fuse-bench: $(INSTALLED) ## time programs with fuse=True against torch.compile
+	$(PYTHON) -m tests.benchmarks.fusion
 
 plan-bench: $(INSTALLED) ## time the planner on large models
 	$(PYTHON) -m tests.benchmarks.planning

@@ -22,6 +22,7 @@ from autopar.checks import Verification, verify_plan
 from autopar.cost_models import Cluster, peak_flops
 from autopar.errors import CaptureError, InputError, PlanError
 from autopar.ir import Mesh, Precision, StateKind, with_pipeline
+from autopar.ops import Fused, Recomputed
 from autopar.plans import NO_PINS, Pins, Plan, check_devices, describe_ops, reconcile
 from autopar.report import describe_choice
 from autopar.rewrite import Program, mark_samples, rewrite
@@ -226,7 +227,8 @@ def compile(
             (``logging.getLogger("autopar").setLevel(logging.WARNING)`` leaves it out).
 
     Raises InputError for arguments that can't be used or contradict each other, or the number of ranks, and for ``fuse=True`` where torch
-    can't compile, and PlanError for a plan of another number of ranks. The other errors of `autopar.plan` are raised when planning: here with `example_inputs`, else by the first call.
+    can't compile; PlanError for a plan of another number of ranks. The other errors of `autopar.plan` are raised when planning: here with
+    `example_inputs`, else by the first call.
     """
     if inputs not in ("global", "local"):
         raise InputError(f'inputs={inputs!r}: "global" or "local" is needed')
@@ -271,10 +273,10 @@ class CompiledModule(ParallelModule):
         if self._last is None:
             raise PlanError("there is no program yet: compile with example inputs, or call the module once")
         module = self._last.module
-        if isinstance(module, torch.fx.GraphModule):
-            return str(module.print_readable(print_output=False))
-        stages = ((name, stage) for name, stage in module.named_children() if isinstance(stage, torch.fx.GraphModule))
-        return "\n".join(f"# {name}\n{stage.print_readable(print_output=False)}" for name, stage in stages)
+        titled = [("", module)] if isinstance(module, torch.fx.GraphModule) else [(f"# {name}\n", x) for name, x in module.named_children()]
+        # Torch prints graph modules that are right inside of another; those that are run in a way of their own follow.
+        titled += [("", part.module) for part in module.modules() if isinstance(part, Fused | Recomputed)]
+        return "\n".join(f"{title}{x.print_readable(print_output=False)}" for title, x in titled if isinstance(x, torch.fx.GraphModule))
 
 
 def _find_device(model: nn.Module) -> torch.device | None:

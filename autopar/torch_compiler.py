@@ -20,8 +20,9 @@ def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     import torch._functorch.config as functorch_config
     from torch._dynamo.backends.registry import lookup_backend
 
-    # Else the compiled backward reuses the memory of what the forward saved, and refuses a second backward.
-    with functorch_config.patch(donated_buffer=False):
+    # Else the compiled backward reuses the memory of what the forward saved, and it is made when it first runs, where nobody can be told
+    # that it can't be.
+    with functorch_config.patch(donated_buffer=False, force_non_lazy_backward_lowering=True):
         return lookup_backend("inductor")(graph, inputs)
 
 
