@@ -183,7 +183,9 @@ class _Fusing:
             return False
         if target._schema.is_mutable or not target._schema.returns or _UNSTEADY.intersection(target.tags):
             return False
-        op = self._graph.by_name[node.meta["block"]]  # collectives may be on behalf of no op, plain operators never are
+        if node.meta["block"] is None:  # a cast on behalf of the output
+            return False
+        op = self._graph.by_name[node.meta["block"]]
         tensors = (*self._graph.operand_tensors(op), *op.results)
         return all(tensor.dtype in _FUSED_DTYPES for tensor in tensors)
 
