@@ -17,4 +17,14 @@ from autopar.runtime.masters import MasterWeights
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.storage import Init, StoredParameter
 
-__all__ = ["Executor", "Init", "MasterWeights", "ParallelModule", "StageTensors", "StoredParameter", "decide_fusion", "form_agreement", "full_state_dict"]
+__all__ = [
+    "Executor",
+    "Init",
+    "MasterWeights",
+    "ParallelModule",
+    "StageTensors",
+    "StoredParameter",
+    "decide_fusion",
+    "form_agreement",
+    "full_state_dict",
+]
