@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autopar import ir
 from autopar.checks import threads
-from autopar.errors import VerificationError
+from autopar.errors import InputError, VerificationError
 from autopar.ir import (
     PASS_PARTIAL,
     AxisPlacement,
@@ -152,7 +152,7 @@ def check_space(
     directions: list[Tensor | None] | None = [_random(x, generator) if x.requires_grad else None for x in tensors]
     try:
         whole = _run(function, op.args, op.kwargs, tensors, cotangents, directions)
-    except (NotImplementedError, RuntimeError):  # torch's own op has no second derivative
+    except (InputError, NotImplementedError, RuntimeError):  # the op itself has no second derivative
         directions = None
         whole = _run(function, op.args, op.kwargs, tensors, cotangents)
     compared = []

@@ -14,12 +14,13 @@ that leave it for the same block if autograd saves them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import kept_nbytes
-from autopar.ir import Collective, Graph, Layout, OpKind, Value
+from autopar.ir import Collective, Graph, Layout, Op, OpKind, Value
 from autopar.structure import find_source
 
 
@@ -175,7 +176,7 @@ def _waiting_nbytes(solved: SolvedChain, number: int) -> int:
 
 
 def workspace_nbytes(solved: SolvedChain, number: int) -> int:
-    """Bytes that a block needs while it runs: those of the call with most, its operands, results and as many bytes of gradients.
+    """Bytes that a block needs while it runs: those of the call with most, for its operands, results, their gradients and its chunk.
 
     Parameters count only where they were moved for the call, as by ZeRO's gathers. An estimate: there is no liveness analysis.
     """
@@ -187,8 +188,18 @@ def workspace_nbytes(solved: SolvedChain, number: int) -> int:
             is_stored = solved.graph.by_name[value.op].kind is OpKind.PARAMETER
             if not is_stored or need[first_axis:] != solved.made(value)[first_axis:]:
                 total += solved.nbytes(value, need)
-        largest = max(largest, total)
-    return 2 * largest
+        largest = max(largest, 2 * total + _chunk_nbytes(solved, op))
+    return largest
+
+
+def _chunk_nbytes(solved: SolvedChain, op: Op) -> int:
+    """Bytes of what an op holds of one of its chunks (`Facts.workspace`)."""
+    space = solved.model.spaces.get(op.name)
+    if space is None or space.facts.workspace is None:
+        return 0
+    workspace = space.facts.workspace
+    points = math.prod(space.loops[name].size for name in workspace.loops) // solved.ways(op)
+    return workspace.itemsize * -(-points // workspace.chunks)
 
 
 def _region_nbytes(solved: SolvedChain, region: Sequence[str]) -> int:

@@ -125,8 +125,8 @@ def reduced_nbytes(tensor: Tensor, nbytes: int) -> int:
 def call_seconds(model: AnalyzedGraph, device: Device, op: Op, ways: int, nbytes: int) -> tuple[float, float]:
     """(forward, backward) seconds of a part of a call on one device.
 
-    The backward takes as many flops and bytes as the forward, times a factor of the op's family (`Family.backward_work`); none when no
-    operand or no result needs a gradient.
+    The backward takes as many flops and bytes as the forward, times a factor of the op's family (`Family.backward_work`), and once more
+    where it computes the forward again (`Facts.recomputes`); none when no operand or no result needs a gradient.
 
     Args:
         model: with the space of the call.
@@ -138,13 +138,30 @@ def call_seconds(model: AnalyzedGraph, device: Device, op: Op, ways: int, nbytes
     space = model.spaces.get(op.name)
     flops = space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
     family = Family.POINTWISE if space is None else space.family
-    dtype = op.results[0].dtype if op.results else "float32"
-    forward = op_seconds(device, flops=flops, nbytes=nbytes, dtype=dtype, family=family)
-    needing = sum(tensor.requires_grad for tensor in model.folded.graph.operand_tensors(op))
+    operands = model.folded.graph.operand_tensors(op)
+    # A product is computed in the dtype of what it reads, also where its result is a loss in a wider one.
+    dtype = operands[0].dtype if operands and family is not Family.POINTWISE else op.results[0].dtype if op.results else "float32"
+    chunks, worked = _read_workspace(space, ways)
+
+    def seconds(factor: float) -> float:
+        parts = op_seconds(device, flops=factor * flops / chunks, nbytes=int(factor * nbytes / chunks), dtype=dtype, family=family)
+        passes = op_seconds(device, flops=0, nbytes=worked, dtype=dtype, family="pointwise") if worked else 0.0
+        return chunks * parts + passes
+
+    forward = seconds(1.0)
+    needing = sum(tensor.requires_grad for tensor in operands)
     if not needing or not any(tensor.requires_grad for tensor in op.results):
         return forward, 0.0
-    factor = family.backward_work(needing)
-    return forward, op_seconds(device, flops=factor * flops, nbytes=int(factor * nbytes), dtype=dtype, family=family)
+    again = 1.0 if space is not None and space.facts.recomputes else 0.0
+    return forward, seconds(family.backward_work(needing) + again)
+
+
+def _read_workspace(space: Space | None, ways: int) -> tuple[int, int]:
+    """Of a part of an op: the number of chunks in which it is worked off, and the bytes of its workspace that it reads and writes."""
+    workspace = None if space is None else space.facts.workspace
+    if space is None or workspace is None:
+        return 1, 0
+    return workspace.chunks, workspace.passes * workspace.itemsize * math.prod(space.loops[name].size for name in workspace.loops) // ways
 
 
 class CostTables:

@@ -7,7 +7,7 @@ that axis, and where two ops disagree about a tensor a table says which collecti
 Modules, in reading order: ``precision``, ``graph``, ``facts``, ``space``, ``layout``, ``reshard``.
 """
 
-from autopar.ir.facts import Exchange, Facts, Family, Meaning, MicrobatchRefusal, TargetMean
+from autopar.ir.facts import Exchange, Facts, Family, Meaning, MicrobatchRefusal, TargetMean, Workspace
 from autopar.ir.graph import ITEMSIZE, Graph, Op, Operand, OpKind, Tensor, Value, freeze
 from autopar.ir.layout import (
     MICROBATCH,
@@ -81,6 +81,7 @@ __all__ = [
     "TargetMean",
     "Tensor",
     "Value",
+    "Workspace",
     "fits",
     "format_layout",
     "format_placement",

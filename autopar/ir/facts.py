@@ -67,6 +67,23 @@ class Exchange:
 
 
 @dataclass(frozen=True, slots=True)
+class Workspace:
+    """Memory that an op needs while it runs, in the forward and in the backward, beside its operands and results.
+
+    Attributes:
+        loops: the loops that it runs over; those that are split count with their local sizes.
+        chunks: number of parts in which the op works them off, one after the other.
+        itemsize: bytes per point of the loops.
+        passes: how often, in either direction, these bytes are read or written, for costs.
+    """
+
+    loops: tuple[str, ...]
+    chunks: int
+    itemsize: int
+    passes: int
+
+
+@dataclass(frozen=True, slots=True)
 class TargetMean:
     """A mean over the targets that count: over parts of the tokens, the op must be told the number of targets in the whole batch.
 
@@ -101,6 +118,8 @@ class Facts:
         coupled: loops that aren't KERNEL loops, but whose parts the kernel must gather something from, too little to be counted.
             Micro-batches, which can't exchange anything, split neither these nor KERNEL loops.
         meanings: loops that run over something else than features.
+        workspace: memory that the op needs beside its operands and results; None for little.
+        recomputes: the backward computes the forward's work again before its own.
         softmax: the op turns scores into weights that add up to one; the attention core is found around it.
         target_mean: the op is a mean over the targets that count.
         microbatch_refusal: why the op needs the whole batch at once, for the message that refuses micro-batches. That it does follows from
@@ -112,6 +131,8 @@ class Facts:
     exchanges: tuple[Exchange, ...] = ()
     coupled: frozenset[str] = frozenset()
     meanings: Mapping[str, Meaning] = field(default_factory=dict)
+    workspace: Workspace | None = None
+    recomputes: bool = False
     softmax: bool = False
     target_mean: TargetMean | None = None
     microbatch_refusal: MicrobatchRefusal | None = None

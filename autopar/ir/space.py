@@ -149,7 +149,8 @@ class Space:
 def _loops_of(facts: Facts) -> set[str]:
     """All loops that `facts` name."""
     exchanged = (name for exchange in facts.exchanges for name in (*exchange.split, *exchange.loops))
-    return {*facts.coupled, *facts.meanings, *exchanged}
+    worked = () if facts.workspace is None else facts.workspace.loops
+    return {*facts.coupled, *facts.meanings, *exchanged, *worked}
 
 
 def format_dims(dims: Dims) -> str:

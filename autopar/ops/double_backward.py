@@ -15,7 +15,7 @@ def refuse_double_backward(what: str, remedy: str = "pin pp=1, microbatches=1") 
 
     Args:
         what: what the gradients are those of, such as "a pipelined model".
-        remedy: what to do.
+        remedy: what to do instead, in words.
     """
     if torch.is_grad_enabled():
         raise InputError(f"create_graph=True asks for gradients that can be differentiated again, and those of {what} can't: {remedy}")

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from autopar.ops import comm, rng
 from autopar.ops.bounds import check_bounds
+from autopar.ops.chunked_loss import linear_cross_entropy as linear_cross_entropy
 from autopar.ops.collectives import all_reduce
 from autopar.ops.losses import Splits, all_axes, count_parts, wider
 from autopar.ops.losses import binary_cross_entropy as binary_cross_entropy

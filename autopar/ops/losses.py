@@ -126,7 +126,7 @@ def count_targets(target: Tensor, weight: Tensor | None, ignore_index: int) -> T
     return counts.sum() if weight is None else weight[target.masked_fill(~counts, 0)].masked_fill(~counts, 0.0).sum()
 
 
-def _count_all(target: Tensor, weight: Tensor | None, ignore_index: int, axes: Sequence[str], counted: Tensor | None) -> Tensor:
+def count_all(target: Tensor, weight: Tensor | None, ignore_index: int, axes: Sequence[str], counted: Tensor | None) -> Tensor:
     """`count_targets` over the whole batch.
 
     Micro-batches can't be summed over, so where they split the tokens, `counted` is this rank's `count_targets` of all of them.
@@ -148,10 +148,10 @@ def nll_loss(
 ) -> Tensor:
     """A summand of the mean negative log likelihood over the tokens of the whole batch; arguments as for `cross_entropy`."""
     losses = F.nll_loss(log_probabilities, target, weight, ignore_index=ignore_index, reduction="none")
-    return _divide(losses, _count_all(target, weight, ignore_index, all_axes(splits), counted))
+    return divide(losses, count_all(target, weight, ignore_index, all_axes(splits), counted))
 
 
-def _divide(losses: Tensor, count: Tensor | int) -> Tensor:
+def divide(losses: Tensor, count: Tensor | int) -> Tensor:
     """The sum of these losses, divided by the count. The sum of a batch may be beyond what a half-precision number can hold."""
     return (losses.sum(dtype=wider(losses.dtype)) / count).to(losses.dtype)
 
@@ -193,8 +193,8 @@ def cross_entropy(
     if reduction == 2:
         return losses.sum()
     if target.is_floating_point():
-        return _divide(losses, target.numel() // target.shape[1] * comm.count(tokens))
-    return _divide(losses, _count_all(target, weight, ignore_index, tokens, counted))
+        return divide(losses, target.numel() // target.shape[1] * comm.count(tokens))
+    return divide(losses, count_all(target, weight, ignore_index, tokens, counted))
 
 
 class _VocabularyCrossEntropy(torch.autograd.Function):
@@ -232,7 +232,7 @@ class _VocabularyCrossEntropy(torch.autograd.Function):
         gradient = (logits.to(log_sum.dtype) - log_sum[..., None]).exp_()
         if ctx.smoothing:
             gradient -= ctx.smoothing / ctx.size
-        place, is_local = _place_of(local, logits.shape[-1])
+        place, is_local = place_of(local, logits.shape[-1])
         gradient.scatter_add_(-1, place, is_local.to(gradient.dtype) * (ctx.smoothing - 1.0))
         gradient *= wide_grad[..., None]
         return gradient.to(logits.dtype), None, None, None, None
@@ -253,7 +253,7 @@ def _loss_of_part(logits: Tensor, local: Tensor, axes: Sequence[str], smoothing:
     wide = logits.to(wider(logits.dtype))
     largest = reduce_over(wide.detach().amax(-1), axes, "max")
     shifted = wide - largest[..., None]
-    place, is_local = _place_of(local, logits.shape[-1])
+    place, is_local = place_of(local, logits.shape[-1])
     # Logits of minus infinity are no mistake (classes that are masked out), and times zero they wouldn't be zero.
     target_logit = shifted.gather(-1, place).masked_fill(~is_local, 0.0)[..., 0]
     sums = torch.stack([shifted.exp().sum(-1), target_logit, *([shifted.sum(-1)] if smoothing else [])])
@@ -266,7 +266,7 @@ def _loss_of_part(logits: Tensor, local: Tensor, axes: Sequence[str], smoothing:
     return loss, largest + log_sum
 
 
-def _place_of(local: Tensor, part: int) -> tuple[Tensor, Tensor]:
+def place_of(local: Tensor, part: int) -> tuple[Tensor, Tensor]:
     """Where in this part of the vocabulary each token's class is, 0 where it isn't there, and whether it is; both are (..., 1)."""
     is_local = ((local >= 0) & (local < part))[..., None]
     return local[..., None].masked_fill(~is_local, 0), is_local

@@ -99,6 +99,7 @@ TABLE = (
         "of fsdp are 3 and 0",
     ),
     Pin("vocabulary", "true|false", _read_switch, "whether lookups and losses are split by the vocabulary"),
+    Pin("loss_chunks", "N", _read_count, "parts in which a linear head and its cross entropy compute the logits; 1 is all at once"),
     Pin("schedule", "NAME", _read_schedule, f"the pipeline's schedule: {', '.join(SCHEDULES)}", of_pipeline=True),
     Pin("microbatches", "N", _read_count, "parts of the batch that run one after the other; a divisor of the batch", of_pipeline=True),
     Pin("chunks", "N", _read_count, "stages on each pipeline rank", of_pipeline=True),
@@ -146,6 +147,7 @@ class Pins:
     fsdp: bool | None = None
     zero: int | None = None
     vocabulary: bool | None = None
+    loss_chunks: int | None = None
     schedule: str | None = None
     microbatches: int | None = None
     chunks: int | None = None

@@ -32,7 +32,7 @@ _LACKS = {
     1: " (a plan of version 1 has no fields pipeline, outputs, bucket_nbytes and costs)",
     2: " (a plan of version 2 has no fields outputs, bucket_nbytes and costs)",
     3: " (a plan of version 3 has no field repeated, and one for the seconds of its search)",
-    4: " (a plan of version 4 has no field precision)",
+    4: " (a plan of version 4 has no fields precision and loss_chunks)",
 }
 
 # Characters of a message at most: a file may name anything.
@@ -291,6 +291,7 @@ class Plan:
         repeated: contractions that several ranks run alike, those that waste most first; less than a thousandth isn't listed.
         unruled: ops without a rule.
         notes: what capture dropped or changed, for the user to know.
+        loss_chunks: in how many parts the logits of a head are computed together with their cross entropy; 1 is all at once.
     """
 
     model: Name
@@ -312,6 +313,7 @@ class Plan:
     repeated: tuple[RepeatedWork, ...]
     unruled: tuple[Unruled, ...]
     notes: tuple[str, ...]
+    loss_chunks: Count = 1
 
     @property
     def world_size(self) -> int:

@@ -36,6 +36,7 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
             "microbatches": plan.pipeline.microbatches,
             "blocks": [{**asdict(block), "pipeline_rank": rank_of[block.stage]} for block in select_blocks(plan, layer)],
         },
+        "loss_chunks": plan.loss_chunks,
         "axes": describe_axes(plan),
         "batch_axes": list(plan.batch_axes),
         "seconds": {**asdict(plan.seconds), "step": plan.seconds.step},

@@ -28,6 +28,7 @@ def summarize(plan: Plan) -> str:
         f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}{describe_precision(plan)}",
         "axes    " + ("; ".join(f"{axis} splits {role}" for axis, role in describe_axes(plan).items()) or "none: one rank"),
         *(f"stages  {text}" for text in [describe_pipeline(plan)] if text),
+        *([f"loss    its logits are computed in {plan.loss_chunks} chunks, twice"] if plan.loss_chunks > 1 else []),
         *(f"repeats {text}" for text in [describe_repeated(plan)] if text),
         f"step    {format_seconds(seconds.step)} predicted = " + " + ".join(_word_parts(plan)),
         f"memory  {format_bytes(memory.total)} of {format_bytes(memory.budget)} per device: {kinds or 'nothing'}",
@@ -51,6 +52,8 @@ def describe_choice(plan: Plan) -> str:
     if not plan.pipeline.is_trivial:
         number = plan.pipeline.microbatches
         parts.append(f"{plan.pipeline.schedule}, {number} micro-batch{'' if number == 1 else 'es'}")
+    if plan.loss_chunks > 1:
+        parts.append(f"loss in {plan.loss_chunks} chunks")
     if plan.world_size > 1 and set(describe_axes(plan).values()) == {"nothing"}:
         parts.append("no work is split, every rank runs the whole model")
     parts.append(f"step {format_seconds(plan.seconds.step)} and {format_bytes(plan.memory.total)} per device predicted")

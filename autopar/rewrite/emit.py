@@ -12,6 +12,7 @@ from autopar.capture import Captured
 from autopar.errors import PlanError
 from autopar.ir import OpKind
 from autopar.plans import Pipeline, Plan, check_fits
+from autopar.rewrite.chunked_loss import chunk_captured
 from autopar.rewrite.graphs import build_whole
 from autopar.rewrite.outline import outline
 from autopar.rewrite.pipeline import rewrite_pipeline
@@ -39,6 +40,7 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, 
         InputError: an op that the backward shall run again draws random numbers in a way that can't be repeated.
     """
     check_fits(plan, captured.graph)
+    captured = chunk_captured(captured, plan.loss_chunks)
     folded = fold(captured.graph)
     spaces, _ = find_spaces(captured.graph)
     planned = read_plan(captured, plan, folded, spaces, device)

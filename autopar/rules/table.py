@@ -11,11 +11,11 @@ from typing import Any
 
 from autopar.errors import InputError
 from autopar.ir import Facts, Graph, Op, OpKind, Space, Tensor, freeze
-from autopar.rules import contract, index, pointwise, view
+from autopar.rules import chunked_loss, contract, index, pointwise, view
 from autopar.rules.declared import DeclaredRule, read_rule
 from autopar.rules.notation import Rule
 
-RULES: dict[str, Rule] = {**pointwise.RULES, **contract.RULES, **view.RULES, **index.RULES}
+RULES: dict[str, Rule] = {**pointwise.RULES, **contract.RULES, **view.RULES, **index.RULES, **chunked_loss.RULES}
 
 
 def rule(op: Op, operands: tuple[Tensor, ...]) -> Space | None:

@@ -3,7 +3,7 @@
 Comes in: a `Graph`, a cluster, pins. Goes out: a `Plan` with its proof.
 
 Modules, in reading order: ``linear_model``, ``options``, ``meshes``, ``placement``, ``pipeline``, ``repeated``, ``assemble``, ``trials``,
-``planner``.
+``loss_chunks``, ``planner``.
 """
 
 from autopar.search.planner import make_plan

@@ -17,6 +17,7 @@ from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan,
 from autopar.rules import find_spaces, readable_name
 from autopar.schedules import make_schedule
 from autopar.search.assemble import Chosen, assemble
+from autopar.search.loss_chunks import plan_with_chunks
 from autopar.search.meshes import find_pipeline_trials, find_trials
 from autopar.search.options import AxisKind, kind_of
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
@@ -97,12 +98,40 @@ def make_plan(
     tell = progress or (lambda _: None)
     if pins.zero == 2 and pins.asks_for_pipeline:
         pins = replace(pins, pp=1, microbatches=1)
+
+    def attempt(graph: Graph) -> Plan:
+        asked = _Asked(cluster, model_name, precision, pins, mesh, stored or {}, first_plan, strict, notes)
+        return _plan_graph(graph, asked, tell)
+
+    memory_nbytes = cluster.world_size * cluster.machine.device.memory_bytes
+    plan = plan_with_chunks(graph, pins, first_plan, memory_nbytes, attempt)
+    return replace(plan, fingerprint=fingerprint(graph))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The arguments of `make_plan` but for the graph."""
+
+    cluster: Cluster
+    model_name: str
+    precision: Precision
+    pins: Pins
+    mesh: Mesh | None
+    stored: Mapping[str, Layout]
+    first_plan: Plan | None
+    strict: bool
+    notes: tuple[str, ...]
+
+
+def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
+    """The cheapest plan for a graph whose losses are computed in as many chunks as it says."""
+    cluster, pins, mesh, first_plan = asked.cluster, asked.pins, asked.mesh, asked.first_plan
     tell("rules and costs")
-    spaces, unruled = _read_rules(graph, strict=strict)
-    model, chain = _fold(graph, spaces, stored or {}, _widest_axis(cluster, pins, mesh))
+    spaces, unruled = _read_rules(graph, strict=asked.strict)
+    model, chain = _fold(graph, spaces, asked.stored, _widest_axis(cluster, pins, mesh))
     if first_plan is not None and not (first_plan.pipeline.is_trivial and first_plan.pipeline.keeps_all):
         pins = pin_pipeline(pins, first_plan, chain, batch_size(graph, model.roles))
-    request = _Request(model, chain, cluster, pins, mesh, stored or {})
+    request = _Request(model, chain, cluster, pins, mesh, asked.stored)
     results = _search_placements(request, tell)
     pipelined, candidates = _search_pipelines(request, results, tell)
     candidates = (*results.candidates, *candidates)
@@ -119,13 +148,13 @@ def make_plan(
         # Axes that the user named keep their names.
         rename=trial.name == "search" and request.is_open and not pins.asks_for_pipeline,
         cluster=cluster,
-        model_name=model_name,
-        precision=precision,
+        model_name=asked.model_name,
+        precision=asked.precision,
         fingerprint=fingerprint(graph),
         candidates=candidates,
         candidate=candidate,
         unruled=unruled,
-        notes=(*notes, *_note_loss(graph, chosen.pipeline), *_note_storage(chosen, pins)),
+        notes=(*asked.notes, *_note_loss(graph, chosen.pipeline), *_note_storage(chosen, pins)),
     )
 
 
