@@ -32,6 +32,9 @@ bench: $(INSTALLED) ## time what autopar emits against plain and hand-written pr
 fuse-bench: $(INSTALLED) ## time programs with fuse=True against torch.compile
 	$(PYTHON) -m tests.benchmarks.fusion
 
+sharded-bench: $(INSTALLED) ## time and weigh ZeRO plans against FSDP2 and DDP with a ZeRO optimizer
+	$(PYTHON) -m tests.benchmarks.sharded
+
 plan-bench: $(INSTALLED) ## time the planner on large models
 	$(PYTHON) -m tests.benchmarks.planning
 

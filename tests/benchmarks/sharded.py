@@ -26,7 +26,6 @@ import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import autopar
@@ -67,6 +66,8 @@ def _fsdp2(precision: MixedPrecisionPolicy | None, *, reshards: bool = True) -> 
 
 
 def _ddp_with_zero() -> Entrant:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # importing it warns of what torch has deprecated
+
     model = DistributedDataParallel(build_llama(), gradient_as_bucket_view=True)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, lr=3e-4)
     return Entrant(model, optimizer)
