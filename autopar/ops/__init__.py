@@ -4,7 +4,7 @@ Comes in: a rank's parts of tensors. Goes out: a rank's parts of tensors, with a
 is the same for all ranks, names the axes of the mesh by text, and asks them at run time which part is this rank's.
 
 Modules, in reading order: ``autocast``, ``comm``, ``collectives``, ``rng``, ``bounds``, ``losses``, ``double_backward``,
-``chunked_loss``, ``kernels``, ``weight_gradients``, ``deferrable``, ``recompute``, ``fused``, ``attention``, ``functions``.
+``chunked_loss``, ``draws``, ``kernels``, ``weight_gradients``, ``deferrable``, ``recompute``, ``fused``, ``attention``, ``functions``.
 """
 
 from autopar.ops.autocast import OFF as AUTOCAST_OFF

@@ -10,19 +10,25 @@ loops and the kernel. All are differentiable, and what they exchange goes throug
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from autopar.ops import comm, rng
 from autopar.ops.bounds import check_bounds
 from autopar.ops.chunked_loss import linear_cross_entropy as linear_cross_entropy
 from autopar.ops.collectives import all_reduce
+from autopar.ops.draws import bernoulli as bernoulli
+from autopar.ops.draws import draw as draw
+from autopar.ops.draws import dropout as dropout
+from autopar.ops.draws import rand as rand
+from autopar.ops.draws import rand_like as rand_like
+from autopar.ops.draws import randn as randn
+from autopar.ops.draws import randn_like as randn_like
 from autopar.ops.losses import Splits, all_axes, count_parts, wider
 from autopar.ops.losses import binary_cross_entropy as binary_cross_entropy
 from autopar.ops.losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
@@ -378,56 +384,6 @@ def _sum_over(x: Tensor, axes: Sequence[str]) -> Tensor:
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     """Values of (channels,) in a shape that broadcasts over `x`, whose dim 1 is the channels."""
     return values.view(1, -1, *([1] * (x.dim() - 2)))
-
-
-# --- random ops: every part draws from a stream of its own, replicas of a part from the same stream --------------------------
-
-
-def dropout(x: Tensor, p: float, train: bool, *, splits: Splits) -> Tensor:
-    """Dropout, with a mask that is this part's own."""
-    with rng.stream(all_axes(splits), x.device):
-        return F.dropout(x, p, train)
-
-
-def bernoulli(x: Tensor, *args: Any, splits: Splits, **kwargs: Any) -> Tensor:
-    """Zeros and ones; 1 has the probability `x`, per element, or the common probability among the arguments."""
-    with rng.stream(all_axes(splits), x.device):
-        return torch.bernoulli(x, *args, **kwargs)
-
-
-def rand_like(x: Tensor, *, splits: Splits, **kwargs: Any) -> Tensor:
-    """Uniform numbers in the shape of this part of a tensor."""
-    with rng.stream(all_axes(splits), x.device):
-        return torch.rand_like(x, **kwargs)
-
-
-def randn_like(x: Tensor, *, splits: Splits, **kwargs: Any) -> Tensor:
-    """Normal numbers in the shape of this part of a tensor."""
-    with rng.stream(all_axes(splits), x.device):
-        return torch.randn_like(x, **kwargs)
-
-
-def rand(size: Sequence[int], *, splits: Splits, device: Any = None, **kwargs: Any) -> Tensor:
-    """Uniform numbers; `size` is the shape of this part."""
-    with rng.stream(all_axes(splits), torch.device(device or "cpu")):
-        return torch.rand(size, device=device, **kwargs)
-
-
-def randn(size: Sequence[int], *, splits: Splits, device: Any = None, **kwargs: Any) -> Tensor:
-    """Normal numbers; `size` is the shape of this part."""
-    with rng.stream(all_axes(splits), torch.device(device or "cpu")):
-        return torch.randn(size, device=device, **kwargs)
-
-
-def draw(op: Callable[..., Any], *args: Any, splits: Splits, **kwargs: Any) -> Any:
-    """A random operator itself, on this part of its tensors: for operators that take nothing which depends on the part.
-
-    Operators without a rule run whole on every rank, so `splits` is empty and all ranks draw the same.
-    """
-    tensors = (value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
-    device = next((tensor.device for tensor in tensors), torch.device(kwargs.get("device") or "cpu"))
-    with rng.stream(all_axes(splits), device):
-        return op(*args, **kwargs)
 
 
 # --- ops whose arguments count elements of a dim that is split ---------------------------------------------------------------
