@@ -279,6 +279,21 @@ def test_a_cast_in_the_forward_is_a_dtype_of_the_parameter() -> None:
     autopar.verify(Head(), (torch.randn(4, 8),), ranks=2, pins={"dp": 2, "fsdp": True}).check()
 
 
+@pytest.mark.parametrize("pins", [{"dp": 2, "zero": level} for level in range(4)] + [{"tp": 2}], ids=str)
+def test_a_parameter_with_several_uses(pins: Mapping[str, object]) -> None:
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.randn(16, 16))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = nn.functional.linear(nn.functional.linear(x, self.first), self.second)
+            return (y * self.first[:1]).sum(), self.first
+
+    torch.manual_seed(0)
+    autopar.verify(Uses(), (torch.randn(8, 16),), ranks=2, pins=pins, precision="param_dtype=bfloat16,reduce_dtype=float32").check()
+
+
 def test_memory_counts_what_is_stored_copied_and_kept() -> None:
     model, batch = _model("llama")
     numel = sum(p.numel() for p in model.parameters())

@@ -89,7 +89,8 @@ def _is_gathered(solved: SolvedChain, parameter: Value) -> bool:
     tensor = solved.graph.tensor(parameter)
     for reader in dict.fromkeys(solved.graph.readers.get(parameter, ())):
         op = solved.graph.by_name[reader]
-        for operand, need in zip(op.operands, solved.needs(op), strict=True):
+        needs = solved.sharding.outputs if op.kind is OpKind.OUTPUT else solved.needs(op)
+        for operand, need in zip(op.operands, needs, strict=True):
             if operand == parameter:
                 steps = solved.tables.steps(tensor, solved.made(parameter), need)
                 if any(step.forward is Collective.ALL_GATHER for step, _ in steps):

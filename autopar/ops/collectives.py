@@ -201,6 +201,11 @@ def all_gather(
     return _apply(_AllGather, x, mesh_axis, dim, outer, grad, save, dtype, reduce_dtype or dtype)
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter that other ops gather, in the dtype in which an op reads it that needs only this rank's part."""
+    return x.to(dtype)
+
+
 def reduce_scatter(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
     """Partial -> Shard: the summands of all ranks are added, and each rank gets its part along `dim`; the gradient is gathered."""
     mesh_axis = comm.axis(axis)

@@ -143,7 +143,7 @@ def _cast(builder: GraphBuilder, local: LocalValue, reader: Op) -> LocalValue:
     """A parameter in the dtype in which ops read it; cast once for all of them."""
     if local.value not in builder.casts:
         dtype = getattr(torch, builder.planned.graph.tensor(local.value).dtype)
-        builder.casts[local.value] = replace(local, node=builder.call(reader, torch.ops.aten.to.dtype, (local.node, dtype)))
+        builder.casts[local.value] = replace(local, node=builder.call(reader, collectives.cast, (local.node, dtype)))
     return builder.casts[local.value]
 
 
