@@ -117,7 +117,7 @@ class Device:
         attention_efficiency: the same for fused attention kernels.
         matmul_half_flops: FLOPs of a local op at which half of that fraction is reached: ``eff = max * f / (f + half)``.
         launch_seconds: fixed cost of an op.
-        overlap: fraction (0 to 1) of gradient communication that can be overlapped with backward compute.
+        overlap: fraction (0 to 1) of the sums of gradients, and of gathers begun ahead, that can be overlapped with compute.
     """
 
     name: str = _ruled(_TEXT)

@@ -12,7 +12,7 @@ from torch import Tensor
 from autopar.checks import threads
 from autopar.ir.layout import PARTIAL as P
 from autopar.ir.layout import REPLICATE_PARTIAL_GRAD, Layout, Mesh, State, StateKind, outer_when_cut
-from autopar.ops.collectives import join_parts, take_part
+from autopar.ops.parts import join_parts, take_part
 
 RankFunction = Callable[..., tuple[Tensor, ...]]
 """From a rank's parts of the inputs to its parts of the results."""

@@ -32,6 +32,7 @@ def make_plan() -> Plan:
         placements={"addmm": (Split("b"), Split("o", 3)), "view": (None, Split("o"))},
         batch_axes=("dp",),
         bucket_nbytes=25_000_000,
+        prefetch=1,
         costs=_make_rows(),
         memory=Memory(
             parameters=1_000_000_000,

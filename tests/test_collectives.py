@@ -16,7 +16,7 @@ from autopar.checks import threads
 from autopar.errors import InputError
 from autopar.ir.layout import Mesh
 from autopar.ops import collectives as c
-from autopar.ops import comm
+from autopar.ops import comm, join_parts, regather, take_part
 from autopar.torch_compat import StorageRef
 from tests.helpers import tree_allclose
 from tests.processes import spawn
@@ -169,14 +169,14 @@ def test_whole_numbers_and_flags_travel_too() -> None:
 @pytest.mark.parametrize("outer", [1, 2, 3])
 def test_parts_join_again(outer: int) -> None:
     x = torch.arange(2 * 12).view(2, 12)
-    parts = [c.take_part(x, 1, outer, rank, 2) for rank in range(2)]
+    parts = [take_part(x, 1, outer, rank, 2) for rank in range(2)]
     assert [part.tolist() for part in parts] == [part.tolist() for part in _parts(x, 1, outer, 2)]
-    assert torch.equal(c.join_parts(parts, 1, outer), x)
+    assert torch.equal(join_parts(parts, 1, outer), x)
 
 
 def test_uneven_splits_and_one_dim_twice_are_refused() -> None:
     with pytest.raises(InputError, match=r"dim 1 of a tensor of shape \(2, 5\) can't be split 2 ways in 1 blocks"):
-        c.take_part(torch.zeros(2, 5), 1, 1, 0, 2)
+        take_part(torch.zeros(2, 5), 1, 1, 0, 2)
     with pytest.raises(InputError, match="between two dims"):
         c.all_to_all(torch.zeros(2, 4), "x", 1, 1, 1, 2)
 
@@ -191,11 +191,11 @@ def _loss(x: Tensor, part: Tensor, save: bool, seen: list[StorageRef]) -> Tensor
 def _check_forgetting() -> None:
     axis = comm.axis("x")
     x, whole = _values(1, (3, 6), 5)[0], _values(1, (8, 6), 6)[0]
-    part = c.take_part(whole, 0, 2, axis.index, axis.size)
+    part = take_part(whole, 0, 2, axis.index, axis.size)
     held, gradients = [], []
     for save in (True, False):
         leaf, seen = part.clone().requires_grad_(), list[StorageRef]()
-        with c.regather():
+        with regather():
             loss = _loss(x, leaf, save, seen)
         gc.collect()
         held.append(not seen[0].expired())
@@ -221,7 +221,7 @@ def test_a_weight_that_several_ops_save_is_gathered_once_more_only(monkeypatch: 
 
     def twice(rank: int) -> None:
         leaf = torch.ones(4, 6, dtype=torch.float64, requires_grad=True)
-        with c.regather():
+        with regather():
             loss = _loss(torch.ones(3, 6, dtype=torch.float64), leaf, False, [])
         loss.backward(retain_graph=True)
         loss.backward()
@@ -233,7 +233,7 @@ def test_a_weight_that_several_ops_save_is_gathered_once_more_only(monkeypatch: 
 
 def test_gathers_in_inference_mode() -> None:
     def run(rank: int) -> Tensor:
-        with torch.inference_mode(), c.regather():
+        with torch.inference_mode(), regather():
             return c.all_gather(torch.full((2, 3), float(rank)), "x", 0)
 
     assert [part[:, 0].tolist() for part in threads.run(Mesh(("x",), (2,)), run)] == [[0, 0, 1, 1]] * 2

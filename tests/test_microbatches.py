@@ -17,9 +17,9 @@ from autopar.errors import CommError, InputError
 from autopar.ir.graph import Op, OpKind, Value
 from autopar.ir.layout import PARTIAL, PASS_PARTIAL, REPLICATE, Mesh, Split, State, StateKind, local_shape, operand_layout, shard
 from autopar.ops import comm, kernels, rng
-from autopar.ops.collectives import join_parts, take_part
 from autopar.ops.comm import MicrobatchAxis
 from autopar.ops.losses import count_targets, cross_entropy, nll_loss
+from autopar.ops.parts import join_parts, take_part
 from autopar.rules.notation import argument
 from autopar.rules.table import find_spaces
 from autopar.structure import microbatches

@@ -33,8 +33,9 @@ from autopar.structure.roles import find_roles
 from tests.planning import make_plan
 from tests.zoo import DEEP
 
-TINY: Mapping[str, object] = {"dp": 4, "recompute": "none"}
-PIPELINE: Mapping[str, object] = {"pp": 2, "dp": 2, "recompute": "none", "microbatches": 2, "schedule": "1f1b"}
+# Of models that are so small, the gathers that are in flight would take the memory that mixing saves.
+TINY: Mapping[str, object] = {"dp": 4, "recompute": "none", "prefetch": 0}
+PIPELINE: Mapping[str, object] = {"pp": 2, "dp": 2, "recompute": "none", "prefetch": 0, "microbatches": 2, "schedule": "1f1b"}
 
 
 def _graph(name: str) -> Graph:
@@ -181,7 +182,7 @@ def test_a_mixture_is_faster_than_one_placement_for_all() -> None:
     assert len(_mixed(graph, plan)) == 2
     cluster = Cluster.parse("4xcpu").with_memory(plan.memory.budget)
     # A given mesh is searched with one placement for like layers.
-    assert plan.seconds.step < make_plan(graph, cluster, mesh={"dp": 4}).seconds.step
+    assert plan.seconds.step < make_plan(graph, cluster, mesh={"dp": 4}, pins={"prefetch": 0}).seconds.step
 
 
 def test_a_mixed_plan_survives_its_file() -> None:

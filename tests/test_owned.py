@@ -27,7 +27,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from autopar.errors import InputError
 from autopar.ir.layout import Mesh
-from autopar.ops import collectives
+from autopar.ops import take_part
 from autopar.runtime.dtensor import as_dtensor, placement_steps, teach_strided_shards
 from autopar.runtime.owned import Owned, as_owned, owner_of
 from autopar.runtime.world import form_mesh
@@ -74,7 +74,7 @@ def _values(seed: int) -> dict[str, Tensor]:
 def _part(whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
     where = mesh.get_coordinate()
     for axis, dim, outer in placement_steps(placements):
-        whole = collectives.take_part(whole, dim, outer, where[axis], mesh.size(axis))
+        whole = take_part(whole, dim, outer, where[axis], mesh.size(axis))
     return whole.clone()
 
 

@@ -142,6 +142,7 @@ def _plans(draw: st.DrawFn) -> Plan:
         placements=placements,
         batch_axes=names[: draw(st.integers(0, len(names)))],
         bucket_nbytes=draw(st.integers(0, 2**40)),
+        prefetch=draw(st.integers(0, 4)),
         costs=costs,
         memory=draw(_memories()),
         groups=groups,

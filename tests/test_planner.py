@@ -316,12 +316,14 @@ def test_less_memory_is_never_exceeded_and_never_faster_on_a_given_mesh() -> Non
     graph = captured("gpt2").graph
     cluster = Cluster.parse("4xcpu")
     reserved = cluster.machine.device.reserved_bytes
-    needs = make_plan(graph, cluster, mesh={"x": 4}).memory.total - reserved
+    # What is in flight of gathers depends on the solution so much that the four rounds of `_solve_trial` may set too much aside.
+    pins = {"prefetch": 0}
+    needs = make_plan(graph, cluster, mesh={"x": 4}, pins=pins).memory.total - reserved
     steps: list[float] = []
     for percent in range(100, 10, -3):
         small = cluster.with_memory(reserved + needs * percent // 100)
         try:
-            plan = make_plan(graph, small, mesh={"x": 4})
+            plan = make_plan(graph, small, mesh={"x": 4}, pins=pins)
         except InfeasibleError:
             break
         assert plan.memory.total <= small.machine.device.memory_bytes

@@ -18,7 +18,7 @@ from autopar.capture.export import capture
 from autopar.checks import threads
 from autopar.errors import InputError
 from autopar.ir.layout import Mesh
-from autopar.ops import collectives, comm, kernels, rng
+from autopar.ops import collectives, comm, kernels, regather, rng
 from autopar.ops.recompute import Recomputed
 from autopar.rewrite.emit import rewrite
 from autopar.rewrite.outline import check_repeatable, find_unrepeatable
@@ -254,7 +254,7 @@ def test_gathered_weights_are_forgotten_and_gathered_once_more(monkeypatch: pyte
         x = batch.detach().chunk(2)[rank].clone().requires_grad_()
         module: nn.Module = _graph(layer, 2)
         module = Recomputed(module) if recomputed else module  # type: ignore[arg-type]
-        with collectives.regather():
+        with regather():
             # What isn't recomputed may stand beside it, and two micro-batches may be under way.
             losses = [module(layer(x, part), part).square().sum() for _ in range(2)]
         gc.collect()

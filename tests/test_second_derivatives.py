@@ -22,7 +22,7 @@ from autopar.errors import InputError
 from autopar.ir.graph import Operand
 from autopar.ir.layout import PARTIAL, Mesh, operand_layout, parse_layout, parse_placement, result_layout
 from autopar.ops import collectives as c
-from autopar.ops import comm, deferrable, kernels, rng
+from autopar.ops import comm, deferrable, kernels, regather, rng
 from autopar.ops.weight_gradients import deferring
 from autopar.rewrite.emit import rewrite
 from autopar.rewrite.program import Program
@@ -217,7 +217,7 @@ def _run_rank(program: Program, tensors: Mapping[str, Tensor], x: Tensor, rank: 
     leaves = [cut(tensors[slot.name].detach(), slot.layout, mesh, rank).clone().requires_grad_() for slot in program.parameters]
     buffers = [cut(tensors[slot.name], slot.layout, mesh, rank).clone() for slot in program.buffers]
     whole = x.detach().clone().requires_grad_()
-    with c.regather():
+    with regather():
         score = program.module(*leaves, *buffers, *(shard_whole(whole, slot.layout, mesh, axes) for slot in program.inputs))
     _penalised(score[0] if isinstance(score, (list, tuple)) else score, whole).backward()
     assert whole.grad is not None

@@ -21,7 +21,7 @@ from autopar.capture.export import capture
 from autopar.checks import oracle, threads
 from autopar.errors import AutoparError
 from autopar.ir.layout import Mesh
-from autopar.ops import collectives, comm, deferrable, kernels, rng, weight_gradients
+from autopar.ops import collectives, comm, deferrable, kernels, regather, rng, weight_gradients
 from autopar.ops.deferrable import DEFERRABLE
 from autopar.ops.recompute import Recomputed
 from autopar.ops.weight_gradients import Deferred, deferring
@@ -579,7 +579,7 @@ def test_gathered_and_broadcast_weights(recomputed: bool) -> None:
         parts = [whole[0].chunk(2)[rank], whole[1].chunk(2)[rank], whole[2], whole[3]]
         x, *parameters = [part.clone().requires_grad_() for part in parts]
         all_deferred = []
-        with collectives.regather():
+        with regather():
             losses = [module(x * at, *parameters).square().sum() for at in (1, 2)]
         for loss in losses:
             with deferring() as deferred:

@@ -12,21 +12,21 @@ from typing import TypeVar
 
 from autopar.errors import AutoparError
 from autopar.ir import Mesh
-from autopar.ops import comm
+from autopar.ops import comm, rendezvous
 
 T = TypeVar("T")
 
 
 def axes_by_rank(mesh: Mesh) -> list[dict[str, comm.ThreadAxis]]:
     """Per rank its axes by name; ranks that differ along one axis only share the `Rendezvous` of that axis."""
-    exchanges: dict[tuple[int, tuple[int, ...]], comm.Rendezvous] = {}
+    exchanges: dict[tuple[int, tuple[int, ...]], rendezvous.Rendezvous] = {}
     ranks: list[dict[str, comm.ThreadAxis]] = []
     for rank in range(mesh.world_size):
         coordinates = mesh.coordinates(rank)
         axes: dict[str, comm.ThreadAxis] = {}
         for position, (name, size) in enumerate(zip(mesh.names, mesh.sizes, strict=True)):
             line = (position, coordinates[:position] + coordinates[position + 1 :])
-            exchange = exchanges.setdefault(line, comm.Rendezvous(size))
+            exchange = exchanges.setdefault(line, rendezvous.Rendezvous(size))
             axes[name] = comm.ThreadAxis(name, coordinates[position], exchange)
         ranks.append(axes)
     return ranks

@@ -23,7 +23,7 @@ from autopar.checks import threads
 from autopar.checks.shards import cut, join
 from autopar.errors import InputError, VerificationError
 from autopar.ir import PARTIAL, PIPELINE, Layout, Mesh, OpKind, Split, StateKind, with_pipeline
-from autopar.ops import AUTOCAST_OFF, Autocast, collectives, comm
+from autopar.ops import AUTOCAST_OFF, Autocast, comm, regather
 from autopar.plans import Plan
 from autopar.rewrite import CrossingTensor, Program, Slot, rewrite
 from autopar.runtime import Executor, StageTensors
@@ -392,7 +392,7 @@ def _run_whole(
     parameters = [_part(slot, tensors, mesh, rank) for slot in program.parameters]
     buffers = [_part(slot, tensors, mesh, rank) for slot in program.buffers]
     given = [cut(x, slot.layout, mesh, rank) for x, slot in zip(inputs, program.inputs, strict=True)]
-    with collectives.regather():
+    with regather(program.prefetch):
         results = list(program.module(*parameters, *buffers, *given))
     outputs = results[: len(program.outputs)]
     weighted = [(position, weight) for position, weight in enumerate(weights) if weight is not None]
@@ -433,7 +433,15 @@ def _run_stages(
         if w is not None
     }
     executor = Executor(
-        pipeline, pipeline.schedule, pipeline_rank, axis, axes, stage_tensors, output_gradients=output_gradients, regathers=True
+        pipeline,
+        pipeline.schedule,
+        pipeline_rank,
+        axis,
+        axes,
+        stage_tensors,
+        output_gradients=output_gradients,
+        regathers=True,
+        ahead=program.prefetch,
     )
     executor.run()
     assert executor.is_idle, "a schedule ended with micro-batches still under way"

@@ -3,9 +3,10 @@
 Comes in: an `AnalyzedGraph`, a mesh, a cluster, and for whole blocks a solution of the placement problem. Goes out: prices of single
 decisions (`CostTables`), and per block of the chain its rows of seconds and its bytes (`BlockCost`).
 
-Modules, in reading order: ``tables``, ``solved``, ``memory``, ``blocks``, ``cuts``.
+Modules, in reading order: ``tables``, ``solved``, ``memory``, ``blocks``, ``ahead``, ``cuts``.
 """
 
+from autopar.costs.ahead import Surroundings, find_surroundings, find_work, overlap
 from autopar.costs.blocks import BlockCost, block_kind, cost_block
 from autopar.costs.cuts import CutCost, cost_cut, cut_kind, travel_layout
 from autopar.costs.memory import given_nbytes
@@ -29,17 +30,21 @@ __all__ = [
     "CutCost",
     "Sharding",
     "SolvedChain",
+    "Surroundings",
     "block_kind",
     "call_seconds",
     "cost_block",
     "cost_cut",
     "count_uses",
     "cut_kind",
+    "find_surroundings",
+    "find_work",
     "given_nbytes",
     "kept_nbytes",
     "layout_numbers",
     "local_nbytes",
     "operand_layout_of",
+    "overlap",
     "result_layout_of",
     "travel_layout",
 ]

@@ -179,18 +179,29 @@ def _waiting_nbytes(solved: SolvedChain, number: int) -> int:
 def workspace_nbytes(solved: SolvedChain, number: int) -> int:
     """Bytes that a block needs while it runs: those of the call with most, for its operands, results, their gradients and its chunk.
 
-    Parameters count only where they were moved for the call, as by ZeRO's gathers. An estimate: there is no liveness analysis.
+    Parameters count only where they were moved for the call, as by ZeRO's gathers. What is in flight of gathers that are begun ahead, and
+    of their gradients' sums, isn't counted here but in ``ahead``. An estimate: there is no liveness analysis.
     """
     largest, first_axis = 0, solved.tables.first_axis
     for name in solved.chain.blocks[number].ops:
         op = solved.graph.by_name[name]
-        total = sum(solved.nbytes(value) for value in op.values)
+        total = 2 * sum(solved.nbytes(value) for value in op.values)
         for value, need in dict.fromkeys(zip(op.operands, solved.needs(op), strict=True)):
-            is_stored = solved.graph.by_name[value.op].kind is OpKind.PARAMETER
-            if not is_stored or need[first_axis:] != solved.made(value)[first_axis:]:
-                total += solved.nbytes(value, need)
-        largest = max(largest, 2 * total + _chunk_nbytes(solved, op))
+            times = 2
+            if solved.graph.by_name[value.op].kind is OpKind.PARAMETER:
+                times = 0 if need[first_axis:] == solved.made(value)[first_axis:] else _times_held(solved, value, need)
+            if times:
+                total += times * solved.nbytes(value, need)
+        largest = max(largest, total + _chunk_nbytes(solved, op))
     return largest
+
+
+def _times_held(solved: SolvedChain, parameter: Value, need: Layout) -> int:
+    """How many times a call needs the bytes of a parameter that was moved for it: the parameter and its gradient, unless in flight."""
+    steps = solved.tables.steps(solved.graph.tensor(parameter), solved.made(parameter), need)
+    if not solved.tables.ahead or not any(step.forward is Collective.ALL_GATHER for step, _ in steps):
+        return 2
+    return 0 if solved.sums_run_on else 1
 
 
 def _chunk_nbytes(solved: SolvedChain, op: Op) -> int:

@@ -76,6 +76,11 @@ class SolvedChain:
         self._needs: dict[str, tuple[Layout, ...]] = {}
         self._journeys: dict[str, tuple[Journey, ...]] = {}
 
+    @property
+    def sums_run_on(self) -> bool:
+        """Whether sums of gradients that gathers begun ahead leave run while the backward goes on; schedules of micro-batches wait."""
+        return self.tables.ahead > 0 and self.is_one_stage and not self.tables.first_axis
+
     def representative(self, op: Op) -> Op:
         """The op that stands for `op`, by whose name the sharding decides about it."""
         return self.graph.by_name[self.model.folded.representative[op.name]]

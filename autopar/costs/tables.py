@@ -62,6 +62,9 @@ COLLECTIVE_KIND: Mapping[Collective, str] = {
 }
 
 
+_BESIDE_COMPUTING = (Collective.ALL_GATHER, Collective.REDUCE_SCATTER)
+
+
 def operand_layout_of(model: AnalyzedGraph, op: Op, placement: Placement, index: int) -> Layout:
     """The layout in which `op` reads its operand number `index`; an op without a rule reads it whole."""
     space = model.spaces.get(op.name)
@@ -170,12 +173,14 @@ class CostTables:
     Attributes:
         first_axis: number of the first axis that consists of ranks (`first_rank_axis`).
         links: per axis of the mesh the link between its ranks.
+        ahead: how many blocks ahead the program begins gathers of parameters (`Plan.prefetch`).
     """
 
-    def __init__(self, model: AnalyzedGraph, mesh: Mesh, cluster: Cluster) -> None:
+    def __init__(self, model: AnalyzedGraph, mesh: Mesh, cluster: Cluster, ahead: int = 0) -> None:
         self.model = model
         self.mesh = mesh
         self.device = cluster.machine.device
+        self.ahead = ahead
         self.first_axis = first_rank_axis(mesh)
         ranks = mesh.sizes[self.first_axis :]
         links = tuple(axis_link(cluster, ranks, axis) for axis in range(len(ranks)))
@@ -183,6 +188,11 @@ class CostTables:
         self._collectives: dict[tuple[str, int, int], float] = {}
         self._calls: dict[tuple[str, Placement], tuple[float, float]] = {}
         self._steps: dict[RouteKey, list[tuple[RouteStep, int]]] = {}
+
+    @property
+    def gather_overlap(self) -> float:
+        """The share of gathers of parameters, and of sums of their gradients, that runs beside computing where there is enough of that."""
+        return self.device.overlap if self.ahead else 0.0
 
     def op_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
         """(forward, backward) seconds of one call under a placement; what its kernel exchanges in both directions is in the second."""
@@ -291,7 +301,8 @@ class CostTables:
 
         Every micro-batch takes the steps from the stored layout to the one that is read, and what `parameter_backward` says for each. The
         gradient of a parameter that is stored whole may be a part of a sum over ranks: it is added up once per step, in a bucket, and
-        overlapped with the backward as far as the device can.
+        overlapped with the backward as far as the device can. Of gathers that are begun ahead, and of their gradients' sums, the share
+        `gather_overlap` counts as hidden, whether there is computing enough or not: ``costs.ahead`` knows, as it knows the blocks.
 
         Args:
             tensor: the parameter.
@@ -300,15 +311,18 @@ class CostTables:
             uses: how many ops read the parameter: they share its one sum per step.
         """
         deferred = gathered = 0.0
+        # Blocks under micro-batches may be on stages of their own, where nothing runs beside what is gathered.
+        gather_overlap = 0.0 if self.first_axis else self.gather_overlap
         for step, nbytes in self.steps(tensor, program_layout(start), need):
-            forward = self.collective_seconds(step.forward, step.axis, nbytes)
             if step.forward is Collective.NONE:
                 if tensor.requires_grad:
                     summed = reduced_nbytes(tensor, nbytes)
                     deferred += self.bucket_seconds(sum_of(start[step.axis], step), step.axis, summed) / uses
             else:
                 in_backward = parameter_backward(tensor, step, nbytes)
-                gathered += forward + sum(self.collective_seconds(collective, step.axis, moved) for _, collective, moved in in_backward)
+                for collective, moved in ((step.forward, nbytes), *((collective, moved) for _, collective, moved in in_backward)):
+                    seconds = self.collective_seconds(collective, step.axis, moved)
+                    gathered += seconds * (1 - gather_overlap) if collective in _BESIDE_COMPUTING else seconds
         return gathered, deferred * (1 - self.device.overlap)
 
     def bucket_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:

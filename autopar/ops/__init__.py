@@ -3,27 +3,21 @@
 Comes in: a rank's parts of tensors. Goes out: a rank's parts of tensors, with autograd through the communication. The one idea: a program
 is the same for all ranks, names the axes of the mesh by text, and asks them at run time which part is this rank's.
 
-Modules, in reading order: ``autocast``, ``comm``, ``collectives``, ``rng``, ``bounds``, ``losses``, ``double_backward``,
-``chunked_loss``, ``draws``, ``kernels``, ``weight_gradients``, ``deferrable``, ``recompute``, ``fused``, ``attention``, ``functions``.
+Modules, in reading order: ``autocast``, ``rendezvous``, ``comm``, ``parts``, ``gathers``, ``collectives``, ``rng``, ``bounds``, ``losses``,
+``double_backward``, ``chunked_loss``, ``draws``, ``kernels``, ``weight_gradients``, ``deferrable``, ``recompute``, ``fused``,
+``attention``, ``functions``.
 """
 
 from autopar.ops.autocast import OFF as AUTOCAST_OFF
 from autopar.ops.autocast import Autocast
-from autopar.ops.collectives import (
-    gather_along,
-    join_parts,
-    reduce_scatter_along,
-    regather,
-    shard_along,
-    sum_along,
-    sum_gradient_along,
-    take_part,
-)
+from autopar.ops.collectives import gather_along, reduce_scatter_along, shard_along, sum_along, sum_gradient_along
 from autopar.ops.comm import Axis, GroupAxis, Message, MicrobatchAxis
 from autopar.ops.deferrable import DEFERRABLE
 from autopar.ops.double_backward import refuse_double_backward
 from autopar.ops.functions import FunctionCall, GradientHook, given_arguments
 from autopar.ops.fused import Fused
+from autopar.ops.gathers import deliver_to, regather
+from autopar.ops.parts import join_parts, take_part
 from autopar.ops.recompute import Recomputed
 from autopar.ops.weight_gradients import Deferred, deferring
 
@@ -41,6 +35,7 @@ __all__ = [
     "MicrobatchAxis",
     "Recomputed",
     "deferring",
+    "deliver_to",
     "gather_along",
     "given_arguments",
     "join_parts",

@@ -11,10 +11,6 @@ Axes are names, looked up in `autopar.ops.comm` when the forward runs; the backw
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,56 +18,19 @@ from torch import Tensor
 
 from autopar.errors import InputError
 from autopar.ops import comm
-from autopar.torch_compat import StorageRef
-
-
-def take_part(x: Tensor, dim: int, outer: int, index: int, size: int) -> Tensor:
-    """Part `index` of the `size` parts of `x` along `dim`, which is split inside each of its `outer` equal blocks; a contiguous copy.
-
-    >>> take_part(torch.arange(12), 0, 3, 1, 2).tolist()
-    [2, 3, 6, 7, 10, 11]
-
-    Raises InputError when the dim doesn't divide evenly.
-    """
-    part = _blocks(x, dim, outer, size).select(dim + 1, index)
-    return part.flatten(dim, dim + 1).clone(memory_format=torch.contiguous_format)
-
-
-def join_parts(parts: Sequence[Tensor], dim: int, outer: int) -> Tensor:
-    """The tensor of which `parts` are all parts along `dim`, in order; the reverse of `take_part`."""
-    return _join(torch.stack(list(parts)), dim, outer)
-
-
-def _blocks(x: Tensor, dim: int, outer: int, size: int) -> Tensor:
-    """`x` with `dim` unfolded to (outer, size, rest)."""
-    if x.shape[dim] % (outer * size):
-        raise InputError(f"dim {dim} of a tensor of shape {tuple(x.shape)} can't be split {size} ways in {outer} blocks")
-    return x.reshape(*x.shape[:dim], outer, size, x.shape[dim] // (outer * size), *x.shape[dim + 1 :])
-
-
-def _split(x: Tensor, dim: int, outer: int, size: int) -> Tensor:
-    """All parts, stacked along a new first dim; without a copy where the strides allow it."""
-    return _blocks(x, dim, outer, size).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
-
-
-def _join(stack: Tensor, dim: int, outer: int) -> Tensor:
-    """The reverse of `_split`, contiguous; without a copy for dim 0 with one outer block."""
-    if outer == 1:
-        return stack.movedim(0, dim).flatten(dim, dim + 1).contiguous()
-    # The first dim counts ranks, so the tensor's own dim is one further.
-    return _blocks(stack, dim + 1, outer, 1).movedim(0, dim + 1).flatten(dim, dim + 3).contiguous()
+from autopar.ops.gathers import Gather, GradientSink, Use, current_forward, find_sink, free_after_forward
+from autopar.ops.parts import blocks_of, join_stack, split_parts, take_part
 
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, axis: comm.Axis, dim: int, outer: int, grad: str, save: bool, dtype: torch.dtype, reduce_dtype: torch.dtype
-    ) -> Tensor:
-        ctx.step = (axis, dim, outer, grad, x.dtype, reduce_dtype)
-        recipe = _Recipe(x.detach(), axis, dim, outer, dtype)
-        full = recipe.gather()
+    def forward(ctx: Any, x: Tensor, use: Use, grad: str, save: bool, reduce_dtype: torch.dtype, sink: GradientSink | None) -> Tensor:
+        gather = use.gather
+        ctx.step = (gather.axis, gather.dim, gather.outer, grad, x.dtype, reduce_dtype)
+        ctx.sink, ctx.block, ctx.ahead = sink, use.block, use.forward.ahead if use.forward is not None else 0
+        full = use.take()
         if not save:
-            _free_after_forward(full, recipe)
+            free_after_forward(full, use)
         return full
 
     @staticmethod
@@ -79,16 +38,20 @@ class _AllGather(torch.autograd.Function):
         axis, dim, outer, grad, dtype, reduce_dtype = ctx.step
         if grad == "slice":
             gradient = _apply(_Shard, grads[0], axis, dim, outer)
+        elif ctx.sink is not None and ctx.sink.takes():
+            summands = split_parts(grads[0].to(reduce_dtype), dim, outer, axis.size)
+            ctx.sink.receive(lambda: axis.begin_reduce_stack(summands), dtype, ctx.block, ctx.ahead)
+            return None, None, None, None, None, None
         else:
             gradient = _apply(_ReduceScatter, grads[0].to(reduce_dtype), axis, dim, outer)
-        return gradient.to(dtype), None, None, None, None, None, None, None
+        return gradient.to(dtype), None, None, None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
         ctx.step = (axis, dim, outer)
-        return axis.reduce_stack(_split(x, dim, outer, axis.size))
+        return axis.reduce_stack(split_parts(x, dim, outer, axis.size))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -162,13 +125,34 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: comm.Axis, from_dim: int, to_dim: int, from_outer: int, to_outer: int) -> Tensor:
         ctx.step = (axis, from_dim, to_dim, from_outer, to_outer)
-        received = axis.exchange_stack(_split(x, to_dim, to_outer, axis.size))
-        return _join(received, from_dim, from_outer)
+        received = axis.exchange_stack(split_parts(x, to_dim, to_outer, axis.size))
+        return join_stack(received, from_dim, from_outer)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         axis, from_dim, to_dim, from_outer, to_outer = ctx.step
         return _apply(_AllToAll, grads[0], axis, to_dim, from_dim, to_outer, from_outer), None, None, None, None, None
+
+
+def begin_all_gather(x: Tensor, axis: str, dim: int, outer: int = 1, dtype: torch.dtype | None = None, *, block: int) -> Use | None:
+    """Begin the gather of a stored parameter that `all_gather` waits for: give it the result as ``begun``.
+
+    Args:
+        x: this rank's part.
+        axis: the mesh axis; with one rank on it there is nothing to begin, and the result is None.
+        dim: the dim that is joined.
+        outer: number of its outer blocks in `x`.
+        dtype: to which parts are cast before they are sent; by default that of `x`.
+        block: the number of the block of the program that reads it, from 0, in the order in which they run.
+    """
+    mesh_axis = comm.axis(axis)
+    if mesh_axis.size == 1:
+        return None
+    use = Use(Gather(x.detach(), mesh_axis, dim, outer, dtype or x.dtype), block, current_forward())
+    if use.forward is not None:
+        use.forward.add(use.gather, block)
+    use.gather.begin()
+    return use
 
 
 def all_gather(
@@ -180,6 +164,7 @@ def all_gather(
     save: bool = True,
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    begun: Use | None = None,
 ) -> Tensor:
     """Shard -> Replicate, with a whole or a partial gradient: the parts of all ranks joined along `dim`.
 
@@ -193,12 +178,15 @@ def all_gather(
         save: whether autograd may save the joined tensor for the backward. If not, and inside `regather`, it saves the part `x` instead.
         dtype: to which parts are cast before they are sent, that of the result; by default that of `x`, which its gradient has.
         reduce_dtype: in which gradients are summed by ``reduce_scatter``; by default the dtype of the result.
+        begun: this gather, where `begin_all_gather` has begun it.
     """
     mesh_axis = comm.axis(axis)
     dtype = dtype or x.dtype
     if mesh_axis.size == 1:
         return x.to(dtype).contiguous()
-    return _apply(_AllGather, x, mesh_axis, dim, outer, grad, save, dtype, reduce_dtype or dtype)
+    use = begun or Use(Gather(x.detach(), mesh_axis, dim, outer, dtype))
+    sink = find_sink(x) if begun is not None else None
+    return _apply(_AllGather, x, use, grad, save, reduce_dtype or dtype, sink)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -252,7 +240,7 @@ def take_microbatch(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
     if outer == 1:
         size = x.shape[dim] // mesh_axis.size
         return x.narrow(dim, mesh_axis.index * size, size)
-    return _blocks(x, dim, outer, mesh_axis.size).select(dim + 1, mesh_axis.index).flatten(dim, dim + 1)
+    return blocks_of(x, dim, outer, mesh_axis.size).select(dim + 1, mesh_axis.index).flatten(dim, dim + 1)
 
 
 def keep_in_first_microbatch(x: Tensor, axis: str) -> Tensor:
@@ -305,7 +293,7 @@ def sum_gradient_along(x: Tensor, axis: comm.Axis) -> Tensor:
 
 
 def _gather(x: Tensor, axis: comm.Axis, dim: int, outer: int, grad: str) -> Tensor:
-    return _apply(_AllGather, x, axis, dim, outer, grad, True, x.dtype, x.dtype)
+    return _apply(_AllGather, x, Use(Gather(x.detach(), axis, dim, outer, x.dtype)), grad, True, x.dtype, None)
 
 
 def _apply(function: type[torch.autograd.Function], x: Tensor, *arguments: object) -> Tensor:
@@ -316,96 +304,3 @@ def _apply(function: type[torch.autograd.Function], x: Tensor, *arguments: objec
 def _pass_on(dual: type[torch.autograd.Function], gradient: Tensor, *arguments: object) -> Tensor:
     """A gradient that passes a step unchanged, as itself, so that autograd may still own it; by the dual if it is differentiated."""
     return _apply(dual, gradient, *arguments) if torch.is_grad_enabled() else gradient
-
-
-# --- gathered parameters that are freed after the forward, and gathered again in the backward --------------------------------
-
-
-class _Recipe:
-    """How to gather a parameter again from this rank's part, and the gathered tensor while a backward reads it."""
-
-    def __init__(self, part: Tensor, axis: comm.Axis, dim: int, outer: int, dtype: torch.dtype) -> None:
-        self.part, self.axis, self.dim, self.outer, self.dtype = part, axis, dim, outer, dtype
-        self._version = 0 if part.is_inference() else part._version
-        self._saves = 0
-        self._unread = 0
-        self._full: Tensor | None = None
-
-    def gather(self) -> Tensor:
-        return _join(self.axis.gather_stack(self.part.to(self.dtype)), self.dim, self.outer)
-
-    def note_save(self) -> None:
-        self._saves += 1
-
-    def read(self) -> Tensor:
-        """The gathered tensor. The first read of a backward gathers it; it is freed after as many reads as there were saves."""
-        if self._full is None:
-            if self.part._version != self._version:
-                raise RuntimeError(
-                    "a parameter that the backward gathers again has been modified by an inplace operation since the forward"
-                )
-            self._full, self._unread = self.gather(), self._saves
-        full = self._full
-        self._unread -= 1
-        if self._unread <= 0:
-            self._full = None
-        return full
-
-
-@dataclass(frozen=True, slots=True)
-class _View:
-    """What autograd saves in the place of a tensor that is a view of a gathered one."""
-
-    recipe: _Recipe
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-class _Gathered(threading.local):
-    def __init__(self) -> None:
-        # Storages of the gathers made inside `regather` on this thread; None outside of it.
-        self.recipes: dict[int, tuple[StorageRef, _Recipe]] | None = None
-
-
-_GATHERED = _Gathered()
-
-
-def _free_after_forward(full: Tensor, recipe: _Recipe) -> None:
-    if _GATHERED.recipes is None:
-        return
-    for key in [key for key, (ref, _) in _GATHERED.recipes.items() if ref.expired()]:
-        del _GATHERED.recipes[key]
-    ref = StorageRef(full)
-    _GATHERED.recipes[ref.key] = ref, recipe
-
-
-def _pack(x: Tensor) -> Tensor | _View:
-    entry = (_GATHERED.recipes or {}).get(StorageRef.key_of(x))
-    if entry is None or x.dtype != entry[1].dtype:
-        return x
-    _, recipe = entry
-    recipe.note_save()
-    return _View(recipe, tuple(x.shape), x.stride(), int(x.storage_offset()))
-
-
-def _unpack(saved: Tensor | _View) -> Tensor:
-    if isinstance(saved, Tensor):
-        return saved
-    return saved.recipe.read().as_strided(saved.size, saved.stride, saved.offset)
-
-
-@contextmanager
-def regather() -> Iterator[None]:
-    """Inside, autograd saves nothing of the results of ``all_gather(..., save=False)``.
-
-    Where a call saves such a tensor, or a view of it, this rank's part is saved instead, and the backward gathers it again. This is
-    ZeRO-3's way with parameters (FSDP's ``reshard_after_forward``).
-    """
-    before = _GATHERED.recipes
-    _GATHERED.recipes = {}
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
-            yield
-    finally:
-        _GATHERED.recipes = before

@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, Protocol, final
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from autopar import torch_compat
 from autopar.errors import CommError
+from autopar.ops.rendezvous import Rendezvous
 
 Reduction = Literal["sum", "max"]
 """How `Axis.all_reduce` combines the ranks' tensors."""
@@ -83,6 +83,17 @@ class Axis(ABC):
     def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Message:
         """Begin to receive a tensor from the rank at position `source`: the n-th call gets the n-th tensor that it sends here."""
 
+    def begin_gather_stack(self, x: Tensor) -> Message:
+        """Begin `gather_stack`; the message's tensor is its result. `x` must not change until it is waited for.
+
+        All ranks begin and run the collectives of an axis in one order. An axis that can't leave one to run makes it at once.
+        """
+        return _DeliveredMessage(self.gather_stack(x))
+
+    def begin_reduce_stack(self, parts: Tensor) -> Message:
+        """Begin `reduce_stack`, as `begin_gather_stack` does `gather_stack`."""
+        return _DeliveredMessage(self.reduce_stack(parts))
+
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's `x`, in rank order; all have the same shape."""
         return list(self.gather_stack(x).unbind())
@@ -125,7 +136,7 @@ class GroupAxis(Axis):
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
         """Combine all ranks' `x` elementwise; `x` itself is left as it is."""
         if self._is_pair(x):
-            return _combine_into(self._swap(x), x, op)
+            return _combine_into(self._swap(x).wait(), x, op)
         if x.is_complex():
             return torch.view_as_complex(self.all_reduce(torch.view_as_real(x.detach().resolve_conj()), op))
         # Gloo reduces no bool: a sum or a maximum of flags is whether any rank has one.
@@ -138,29 +149,40 @@ class GroupAxis(Axis):
 
     def gather_stack(self, x: Tensor) -> Tensor:
         """Every rank's `x` in rank order along a new first dim: (size, *x.shape), contiguous; all have one shape."""
+        return self.begin_gather_stack(x).wait()
+
+    def begin_gather_stack(self, x: Tensor) -> Message:
+        """Begin `gather_stack`; the message's tensor is its result. `x` must not change until it is waited for."""
         if self._is_pair(x):
             stack = x.new_empty((2, *x.shape))
             stack[self.index].copy_(x.detach())
-            self._receive(stack[1 - self.index], x)
-            return stack
+            message = self._receive(stack[1 - self.index], x)
+            return _Begun(message, lambda: stack)
         sent = _as_moved(x.detach().contiguous())
         received = sent.new_empty((self.size, *sent.shape))
-        torch_compat.all_gather_single(received.view(-1), sent.view(-1), group=self.group)
-        return _from_moved(received, x.dtype)
+        work = torch_compat.all_gather_single(received.view(-1), sent.view(-1), group=self.group, async_op=True)
+        return _GroupMessage(received, work, x.dtype, sent)
 
     def reduce_stack(self, parts: Tensor) -> Tensor:
         """Sum over the ranks of their ``parts[index]``; `parts` is (size, *shape), the result is of `shape`."""
+        return self.begin_reduce_stack(parts).wait()
+
+    def begin_reduce_stack(self, parts: Tensor) -> Message:
+        """Begin `reduce_stack`; the message's tensor is its result. `parts` must not change until it is waited for."""
         if self._is_pair(parts):
-            return _combine_into(self._swap(parts[1 - self.index]), parts[self.index], "sum")
+            swapped = self._swap(parts[1 - self.index])
+            return _Begun(swapped, lambda: _combine_into(swapped.wait(), parts[self.index], "sum"))
         if self.size > 1 and parts.device.type == "cpu":
             # Gloo sums in a ring, one step after the other; sending every part where it is summed is one step.
-            return self.exchange_stack(parts).sum(0, dtype=parts.dtype)
+            exchanged = self._begin_exchange(parts)
+            return _Begun(exchanged, lambda: exchanged.wait().sum(0, dtype=parts.dtype))
         if parts.is_complex():
-            return torch.view_as_complex(self.reduce_stack(torch.view_as_real(parts.detach().resolve_conj())))
+            reduced = self.begin_reduce_stack(torch.view_as_real(parts.detach().resolve_conj()))
+            return _Begun(reduced, lambda: torch.view_as_complex(reduced.wait()))
         sent = parts.detach().contiguous()
         received = sent.new_empty(sent.shape[1:])
-        torch_compat.reduce_scatter_single(received.view(-1), sent.view(-1), group=self.group)
-        return received
+        work = torch_compat.reduce_scatter_single(received.view(-1), sent.view(-1), group=self.group, async_op=True)
+        return _GroupMessage(received, work, parts.dtype, sent)
 
     def begin_reduce(self, parts: Tensor) -> Callable[[], Tensor]:
         """Begin what `reduce_stack` does, of floats; returns a function that waits for it and gives the sum. `parts` must not change."""
@@ -180,10 +202,12 @@ class GroupAxis(Axis):
 
     def exchange_stack(self, parts: Tensor) -> Tensor:
         """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order, of the same shape (size, *shape)."""
+        return self._begin_exchange(parts).wait()
+
+    def _begin_exchange(self, parts: Tensor) -> Message:
         sent = _as_moved(parts.detach().contiguous())
         received = torch.empty_like(sent)
-        torch_compat.all_to_all_single(received, sent, group=self.group)
-        return _from_moved(received, parts.dtype)
+        return _GroupMessage(received, torch_compat.all_to_all_single(received, sent, group=self.group, async_op=True), parts.dtype, sent)
 
     # Two CPU ranks: a collective is one message to the other rank and one from it. Measured on loopback, taking turns with gloo's
     # own, best times of 64 KiB / 2 MiB: reduce-scatter 0.27 / 0.85 against 0.39 / 1.8 ms, all-gather 0.20 / 0.98 against
@@ -192,31 +216,50 @@ class GroupAxis(Axis):
     def _is_pair(self, x: Tensor) -> bool:
         return self.size == 2 and x.device.type == "cpu"
 
-    def _swap(self, sent: Tensor) -> Tensor:
-        """Send a tensor to the other rank; returns the one that it sent, which has the same shape."""
+    def _swap(self, sent: Tensor) -> Message:
+        """Begin to send a tensor to the other rank; the message is the one that it sends, which has the same shape."""
         return self._receive(torch.empty_like(sent, memory_format=torch.contiguous_format, requires_grad=False), sent)
 
-    def _receive(self, received: Tensor, sent: Tensor) -> Tensor:
+    def _receive(self, received: Tensor, sent: Tensor) -> Message:
         # The message to oneself is empty.
-        flat = _as_moved(sent.detach().contiguous()).view(-1)
+        flat, moved = _as_moved(sent.detach().contiguous()).view(-1), _as_moved(received)
         counts = [flat.numel() * (rank != self.index) for rank in range(2)]
-        torch_compat.all_to_all_single(_as_moved(received).view(-1), flat, counts, counts, group=self.group)
-        return received
+        work = torch_compat.all_to_all_single(moved.view(-1), flat, counts, counts, group=self.group, async_op=True)
+        return _GroupMessage(moved, work, sent.dtype, flat)
+
+
+@final
+class _Begun:
+    """A collective that was begun, of which `finish` makes the result when its messages have come."""
+
+    def __init__(self, message: Message, finish: Callable[[], Tensor]) -> None:
+        self._message, self._finish = message, finish
+
+    def is_done(self) -> bool:
+        return self._message.is_done()
+
+    def wait(self) -> Tensor:
+        self._message.wait()
+        return self._finish()
 
 
 @final
 class _GroupMessage:
-    """A tensor that torch.distributed sends or receives. Its failures name no rank, so callers must add what they waited for."""
+    """A tensor that torch.distributed sends or receives. Its failures name no rank, so callers must add what they waited for.
 
-    def __init__(self, x: Tensor, work: dist.Work | None, dtype: torch.dtype) -> None:
+    What is `sent` for it is held until then.
+    """
+
+    def __init__(self, x: Tensor, work: dist.Work | None, dtype: torch.dtype, sent: Tensor | None = None) -> None:
         assert work is not None, "this rank is in the group"
-        self._x, self._work, self._dtype = x, work, dtype
+        self._x, self._work, self._dtype, self._sent = x, work, dtype, sent
 
     def is_done(self) -> bool:
         return self._work.is_completed()
 
     def wait(self) -> Tensor:
         self._work.wait()
+        self._sent = None
         return _from_moved(self._x, self._dtype)
 
 
@@ -242,91 +285,6 @@ def _as_moved(x: Tensor) -> Tensor:
 
 def _from_moved(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.view_as_complex(x) if dtype is torch.complex128 else x.view(dtype)
-
-
-_EMPTY = ("", torch.empty(0))
-
-
-@final
-class Rendezvous:
-    """Where the threads of one axis exchange tensors: a slot per rank for collectives, an inbox per pair of ranks for messages.
-
-    In a collective every rank fills its slot, all wait for each other, all read the slots, and all wait again before the next one.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._slots: list[tuple[str, Tensor]] = [_EMPTY] * size
-        # threading.Barrier can't be closed safely: its abort also fails threads that were let through but haven't woken yet.
-        self._changed = threading.Condition()
-        self._arrived = 0
-        self._rounds = 0
-        self._ended: set[int] = set()
-        # Per (sender, receiver) the messages not received yet, by number, and how many were sent and are expected.
-        self._inboxes: dict[tuple[int, int], dict[int, Tensor]] = {}
-        self._sent: Counter[tuple[int, int]] = Counter()
-        self._expected_counts: Counter[tuple[int, int]] = Counter()
-
-    def meet(self, index: int, label: str, value: Tensor, read: Callable[[list[Tensor]], Tensor]) -> Tensor:
-        """Run one collective: hand in `value`, wait for all ranks, and return ``read(values)``, the values being in rank order.
-
-        No rank continues before all have read. `label` says which collective it is, and of what.
-
-        Raises CommError when another rank runs a collective with another label, has failed, or has ended.
-        """
-        self._slots[index] = (label, value)
-        self._wait(label)
-        labels = {slot[0] for slot in self._slots}
-        if len(labels) > 1:
-            raise CommError(f"ranks of one axis run different collectives at the same time: {', '.join(sorted(labels))}")
-        result = read([slot[1] for slot in self._slots])
-        self._wait(label)
-        self._slots[index] = _EMPTY
-        return result
-
-    def send(self, source: int, to: int, x: Tensor) -> None:
-        """Put the next message from `source` into the inbox of `to`; nobody waits."""
-        with self._changed:
-            self._inboxes.setdefault((source, to), {})[self._sent[source, to]] = x
-            self._sent[source, to] += 1
-            self._changed.notify_all()
-
-    def expect(self, source: int, to: int) -> int:
-        """The number of the next message from `source` to `to` that no receive expects yet."""
-        self._expected_counts[source, to] += 1
-        return self._expected_counts[source, to] - 1
-
-    def has_arrived(self, source: int, to: int, number: int) -> bool:
-        """Whether message `number` was sent and not received yet."""
-        return number in self._inboxes.get((source, to), {})
-
-    def receive(self, source: int, to: int, number: int) -> Tensor:
-        """Wait for message `number` and return it. Raises CommError when its sender has failed or ended."""
-        with self._changed:
-            while not self.has_arrived(source, to, number):
-                if source in self._ended:
-                    raise CommError(f"rank {source} of the axis ended without sending message {number} to rank {to}")
-                self._changed.wait()
-            return self._inboxes[source, to].pop(number)
-
-    def close(self, index: int) -> None:
-        """Declare that rank `index` has ended: every rank that waits for it, now or later, fails with a CommError."""
-        with self._changed:
-            self._ended.add(index)
-            self._changed.notify_all()
-
-    def _wait(self, label: str) -> None:
-        with self._changed:
-            this_round = self._rounds
-            self._arrived += 1
-            if self._arrived == self.size:
-                self._arrived = 0
-                self._rounds += 1
-                self._changed.notify_all()
-            while this_round == self._rounds:
-                if self._ended:
-                    raise CommError(f"another rank ended without coming to the {label}")
-                self._changed.wait()
 
 
 @final

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from autopar.ops import comm, rng
+from autopar.ops.gathers import Use
 from autopar.ops.weight_gradients import in_recomputed_region
 
 
@@ -21,7 +22,8 @@ class Recomputed(nn.Module):
     """A region of a program of which autograd saves the inputs only; the backward runs it again, as far as it needs to.
 
     It may be called many times before the first backward (micro-batches in flight), and its backward may run on another thread. A parameter
-    that is gathered inside is gathered once more, for the recomputation and the backward together, with `collectives.regather` or without.
+    that is gathered inside is gathered once more, for the recomputation and the backward together, with `gathers.regather` or without.
+    Where the program begins that gather ahead, the backward does so too.
     Buffers that the region updates are updated once, not again by the recomputation.
 
     Args:
@@ -41,6 +43,9 @@ class Recomputed(nn.Module):
         buffers = {position: inputs[position] for position in self._updated}
         # Updated buffers aren't handed to torch, which would save them and refuse the backward, since they change.
         others = [None if position in buffers else value for position, value in enumerate(inputs)]
+        for value in others:
+            if isinstance(value, Use):
+                value.note_run_again()
         region = _Region(self.module, buffers)
         return checkpoint(region, *others, use_reentrant=False, preserve_rng_state=False)
 

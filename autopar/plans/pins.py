@@ -45,6 +45,12 @@ def _read_level(name: str, value: object) -> int:
     return value
 
 
+def _read_ahead(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise InputError(f"pin {name}={value!r}: an integer from 0 is needed")
+    return value
+
+
 def _read_switch(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"pin {name}={value!r}: true or false is needed")
@@ -100,6 +106,7 @@ TABLE = (
     ),
     Pin("vocabulary", "true|false", _read_switch, "whether lookups and losses are split by the vocabulary"),
     Pin("loss_chunks", "N", _read_count, "parts in which a linear head and its cross entropy compute the logits; 1 is all at once"),
+    Pin("prefetch", "N", _read_ahead, "how many blocks ahead parameters that are stored split are gathered; 0 is none, 1 unless pinned"),
     Pin("schedule", "NAME", _read_schedule, f"the pipeline's schedule: {', '.join(SCHEDULES)}", of_pipeline=True),
     Pin("microbatches", "N", _read_count, "parts of the batch that run one after the other; a divisor of the batch", of_pipeline=True),
     Pin("chunks", "N", _read_count, "stages on each pipeline rank", of_pipeline=True),
@@ -114,6 +121,9 @@ TABLE = (
 """Every pin that has a name; what is pinned of modules is given by their paths (`describe_pins` lists both)."""
 
 PIN_NAMES = tuple(pin.name for pin in TABLE)
+
+PREFETCH = 1
+"""Blocks ahead of which gathers of parameters are begun, unless pinned."""
 
 LATER_PINS = ("ep", "offload", "attention")
 """Names that are refused today and will be pins of later versions."""
@@ -148,6 +158,7 @@ class Pins:
     zero: int | None = None
     vocabulary: bool | None = None
     loss_chunks: int | None = None
+    prefetch: int | None = None
     schedule: str | None = None
     microbatches: int | None = None
     chunks: int | None = None
@@ -243,6 +254,11 @@ class Pins:
         """The pinned sizes of axes of a pipeline rank's mesh, by kind, outermost first."""
         sizes = {"dp": self.dp, "cp": self.cp, "tp": self.tp}
         return {kind: size for kind, size in sizes.items() if size is not None}
+
+    @property
+    def ahead(self) -> int:
+        """How many blocks ahead gathers of parameters are begun."""
+        return PREFETCH if self.prefetch is None else self.prefetch
 
     @property
     def zero_level(self) -> int | None:

@@ -32,7 +32,7 @@ _LACKS = {
     1: " (a plan of version 1 has no fields pipeline, outputs, bucket_nbytes and costs)",
     2: " (a plan of version 2 has no fields outputs, bucket_nbytes and costs)",
     3: " (a plan of version 3 has no field repeated, and one for the seconds of its search)",
-    4: " (a plan of version 4 has no fields precision and loss_chunks)",
+    4: " (a plan of version 4 has no fields precision, loss_chunks and prefetch)",
 }
 
 # Characters of a message at most: a file may name anything.
@@ -283,6 +283,7 @@ class Plan:
         placements: placement of every call, by op name.
         batch_axes: axes that split the batch, outermost first.
         bucket_nbytes: bytes of gradients that are summed over ranks together.
+        prefetch: how many blocks ahead gathers of parameters are begun; 0 where they wait on the spot.
         costs: what a step costs the mean rank, by layer, phase, purpose, axis and collective. Seconds of the step, communication and the
             bubble are sums of these rows. Messages between stages are those of all stages together.
         memory: bytes of one device, under a pipeline of the fullest pipeline rank's.
@@ -306,6 +307,7 @@ class Plan:
     placements: Mapping[str, Placement]
     batch_axes: tuple[str, ...]
     bucket_nbytes: int
+    prefetch: int
     costs: tuple[CostRow, ...]
     memory: Memory
     groups: tuple[Group, ...]

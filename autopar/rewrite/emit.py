@@ -17,6 +17,7 @@ from autopar.rewrite.graphs import build_whole
 from autopar.rewrite.outline import outline
 from autopar.rewrite.pipeline import rewrite_pipeline
 from autopar.rewrite.planned import PlannedGraph, read_plan
+from autopar.rewrite.prefetch import begin_gathers_ahead
 from autopar.rewrite.program import Program
 from autopar.rewrite.regions import find_layers, find_recomputed
 from autopar.rewrite.slots import make_program
@@ -58,7 +59,10 @@ def _rewrite_whole(planned: PlannedGraph, chain: Chain) -> Program:
     else:
         # What is run again as one must stand in one piece, so the calls run block by block.
         (stage,) = partition(graph, chain, [block.stage for block in pipeline.blocks])
-        module = outline(build_whole(planned, stage.calls), find_recomputed(graph, planned.spaces, chain, pipeline))
+        module = build_whole(planned, stage.calls)
+    begin_gathers_ahead(module, chain, planned.plan.prefetch)
+    if not pipeline.keeps_all:
+        module = outline(module, find_recomputed(graph, planned.spaces, chain, pipeline))
     return make_program(planned, outline(module, find_layers(planned.folded)))
 
 

@@ -186,7 +186,9 @@ def _take_step(builder: GraphBuilder, node: fx.Node, step: ReshardStep, value: V
                 kwargs = {**kwargs, "dtype": getattr(torch, tensor.dtype)}
             if step.backward is Collective.REDUCE_SCATTER and requires_grad:
                 kwargs = {**kwargs, **summed}
-        return builder.call(reader, getattr(collectives, step.forward.value), (node, axis, *args), kwargs)
+        moved = builder.call(reader, getattr(collectives, step.forward.value), (node, axis, *args), kwargs)
+        moved.meta["gathers_stored"] = step.forward is Collective.ALL_GATHER and is_parameter and node is builder.made[value].node
+        return moved
     is_summed_later = is_parameter and axis in planned.partial_axes[producer.name]
     if step.backward is Collective.NONE or not requires_grad or is_summed_later:
         return node

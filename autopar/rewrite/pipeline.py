@@ -16,6 +16,7 @@ from autopar.ir import Graph, OpKind, Space, Value, is_legal
 from autopar.rewrite.graphs import build_prologue, build_stage
 from autopar.rewrite.outline import outline
 from autopar.rewrite.planned import PlannedGraph, placement_of
+from autopar.rewrite.prefetch import begin_gathers_ahead
 from autopar.rewrite.program import PipelineProgram, Program, StageProgram
 from autopar.rewrite.regions import Region, find_layers, find_recomputed
 from autopar.rewrite.slots import find_stage_outputs, make_crossing, make_program
@@ -108,16 +109,19 @@ def _make_stages(
     recomputed = find_recomputed(planned.graph, planned.spaces, chain, planned.plan.pipeline)
     split = {action.stage for actions in schedule.actions for action in actions if action.kind is Kind.BACKWARD_INPUT}
     return {
-        number: _make_stage(planned, stage, recomputed, splits_backward=number in split)
+        number: _make_stage(planned, chain, stage, recomputed, splits_backward=number in split)
         for number, stage in enumerate(stages)
         if pipeline_rank is None or schedule.rank_of[number] == pipeline_rank
     }
 
 
-def _make_stage(planned: PlannedGraph, stage: Stage, recomputed: Mapping[str, Region], *, splits_backward: bool) -> StageProgram:
+def _make_stage(
+    planned: PlannedGraph, chain: Chain, stage: Stage, recomputed: Mapping[str, Region], *, splits_backward: bool
+) -> StageProgram:
     graph = planned.graph
     batch_values = find_batch_values(planned, stage)
     module = build_stage(planned, stage, batch_values, splits_backward=splits_backward)
+    begin_gathers_ahead(module, chain, planned.plan.prefetch)
     return StageProgram(
         module=outline(outline(module, recomputed), find_layers(planned.folded)),
         prologue=build_prologue(planned, stage, batch_values) if batch_values else None,

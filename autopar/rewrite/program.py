@@ -167,6 +167,7 @@ class Program:
         captured: binds a user's call to the inputs, gives the outputs the user's structure.
         mutated_buffers: names of the buffers whose new values follow the user's outputs.
         regather: whether parameters that are gathered in the forward are gathered again in the backward, instead of saved for it.
+        prefetch: how many blocks ahead these gathers are begun.
         batch_axes: the axes that split the batch, in the order in which they number the parts.
         pipeline: with stages or micro-batches, how they run; `module` then holds the modules of the stages. None without.
         bucket_nbytes: bytes of gradients that are summed over ranks together.
@@ -183,6 +184,7 @@ class Program:
     captured: Signature
     mutated_buffers: tuple[str, ...] = ()
     regather: bool = False
+    prefetch: int = 0
     batch_axes: tuple[str, ...] = ()
     pipeline: PipelineProgram | None = None
     bucket_nbytes: int = 0

@@ -29,6 +29,7 @@ def make_program(planned: PlannedGraph, module: nn.Module) -> Program:
         batch_axes=planned.plan.batch_axes,
         bucket_nbytes=planned.plan.bucket_nbytes,
         regather=_regathers(module),
+        prefetch=planned.plan.prefetch,
         captured=planned.captured,
         constants=planned.captured.constants,
         settings=planned.captured.settings,

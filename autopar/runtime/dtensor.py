@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from autopar import torch_compat
 from autopar.ir import Layout, Mesh, StateKind, outer_when_cut
-from autopar.ops import Axis, GroupAxis, collectives
+from autopar.ops import Axis, GroupAxis, collectives, join_parts, take_part
 from autopar.torch_compat import StridedShard, state_dict_utils
 
 AxisSplit = tuple[int, int, int]
@@ -81,7 +81,7 @@ def take_local(x: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
     """The part of the whole tensor `x` that `rank` stores; `x` itself where nothing is split."""
     coordinate = mesh.coordinates(rank)
     for axis, dim, outer in split_steps(layout, mesh):
-        x = collectives.take_part(x, dim, outer, coordinate[axis], mesh.sizes[axis])
+        x = take_part(x, dim, outer, coordinate[axis], mesh.sizes[axis])
     return x
 
 
@@ -97,7 +97,7 @@ def shard_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis],
 def gather_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis]) -> Tensor:
     """The whole tensor, of which `x` is this rank's part; a collective, so every rank must call it. Not differentiable."""
     for axis, dim, outer in reversed(split_steps(layout, mesh)):
-        x = collectives.join_parts(axes[mesh.names[axis]].all_gather(x), dim, outer)
+        x = join_parts(axes[mesh.names[axis]].all_gather(x), dim, outer)
     return x
 
 
@@ -274,7 +274,7 @@ def distribute_tensors(states: dict[str, Any], keys: Sequence[str], *options: An
         if coordinate is None or not _has_strided(target.placements):
             continue
         for axis, dim, outer in placement_steps(target.placements):
-            part = collectives.take_part(part, dim, outer, coordinate[axis], target.device_mesh.size(axis))
+            part = take_part(part, dim, outer, coordinate[axis], target.device_mesh.size(axis))
         if target.is_meta:
             target = as_dtensor(part, target.device_mesh, target.placements, target.shape)
         else:

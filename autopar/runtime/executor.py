@@ -65,6 +65,7 @@ class Executor:
         output_gradients: position of an output -> this rank's part of its gradient, of the whole batch. Other outputs get none.
         random_seed: seeds the random ops; the same on all ranks.
         regathers: gathered parameters aren't saved for the backward, which gathers them again.
+        ahead: how many blocks ahead the backward begins these gathers.
         reduce: called with a stage when its gradients are complete on this rank.
         finished_sends: what `find_finished_sends` says of this schedule and rank, see `Mailbox`.
     """
@@ -81,6 +82,7 @@ class Executor:
         output_gradients: Mapping[int, Tensor] | None = None,
         random_seed: int = 0,
         regathers: bool = False,
+        ahead: int = 0,
         reduce: Callable[[int], None] | None = None,
         finished_sends: FinishedSends | None = None,
     ) -> None:
@@ -94,7 +96,7 @@ class Executor:
         self.random_seed = random_seed
         self.reduce = reduce or (lambda stage: None)
         self.trains = schedule.has_backward
-        self.regathers = regathers and self.trains
+        self.regathers, self.ahead = regathers and self.trains, ahead
         self.microbatches = schedule.microbatches
         self.mailbox = Mailbox(axis or comm.alone(PIPELINE), schedule, pipeline_rank, finished_sends)
         self.output_parts: dict[int, dict[int, Tensor]] = {}  # position of an output -> micro-batch -> its part
@@ -163,7 +165,7 @@ class Executor:
         with (
             comm.active(self._microbatch_axes[action.microbatch]),
             _random_streams(self.random_seed, action.stage) if self.pipeline.random else nullcontext(),
-            regather() if self.regathers else nullcontext(),
+            regather(self.ahead) if self.regathers else nullcontext(),
             torch.set_grad_enabled(self.trains),
         ):
             results = list(program.module(*tensors.parameters, *tensors.buffers, *tensors.inputs, *whole_values, *received_values))

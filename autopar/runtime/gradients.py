@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
 from autopar.errors import InputError
-from autopar.ops import GroupAxis, take_part
+from autopar.ops import GroupAxis, Message, take_part
 from autopar.runtime import dispatch
+from autopar.runtime.arrivals import Arrivals
 
 _SPARSE = "the gradient of {} is sparse, and only dense ones are summed over ranks: leave out sparse=True"
 
@@ -133,20 +134,55 @@ class _Program:
     is_active: bool = False
 
 
-Receive = Callable[[Tensor], None]
-"""Takes a local gradient of a parameter in a backward."""
+class Receiver:
+    """Takes the local gradients of a parameter in a backward of one program."""
+
+    def __init__(self, reducer: GradientReducer, program: _Program, bucket: _Bucket | None, entry: TrackedParameter) -> None:
+        self.reducer, self.entry = reducer, entry
+        self._program, self._bucket = program, bucket
+        self._use_count, self._stride = torch_compat.use_count_of_a_gradient(), entry.leaf.stride()
+
+    def __call__(self, gradient: Tensor) -> None:
+        """Take a gradient from autograd."""
+        if gradient.layout is not torch.strided:
+            raise InputError(_SPARSE.format(self.entry.name))
+        self.reducer.begin_backward()
+        # Autograd may have handed the same tensor to others too.
+        self._add(gradient, is_own=gradient._use_count() == self._use_count)  # type: ignore[attr-defined]
+
+    def receive_later(self, begin: Callable[[], Message], dtype: torch.dtype, block: int, ahead: int) -> None:
+        """Begin the sum of a gradient over ranks, and take it when it is complete (`Arrivals.add`)."""
+        self.reducer.begin_backward()
+        self.reducer.arrivals.add(begin, dtype, self._add, block, ahead)
+
+    def _add(self, gradient: Tensor, is_own: bool = True) -> None:
+        entry = self.entry
+        if entry.gradient is not None:
+            # Sums are in the stored dtype, also where a program's gradients aren't.
+            entry.gradient = entry.gradient.to(entry.leaf.dtype).add_(gradient)
+        elif is_own and gradient.stride() == self._stride:
+            entry.gradient = gradient
+        elif entry.held is not None:
+            entry.gradient = gradient.clone(memory_format=torch.contiguous_format)
+        else:
+            entry.gradient = torch.empty_like(entry.leaf, requires_grad=False).copy_(gradient)
+        self.reducer.note_gradient(self._program, self._bucket)
 
 
 class GradientReducer:
     """Sums the local gradients of the parameters of all programs of a model, and adds them to the parameters' ``grad``.
 
     Every rank must track the same parameters and run the same backwards, as programs of one plan do.
+
+    Attributes:
+        arrivals: gradients whose sums over ranks, of one plan's parts, are under way.
     """
 
     def __init__(self) -> None:
         self._programs: list[_Program] = []  # those that are active
         self._pending_sums: list[_PendingSum] = []
         self._stashes: list[StashedGradients] = []
+        self.arrivals = Arrivals()
         self._backward = -1
         # What the backward that runs now will call when it has ended. It is gone when that has failed.
         self._end_of_backward: Callable[[], Callable[[], None] | None] = _gone
@@ -159,7 +195,7 @@ class GradientReducer:
         """Whether backwards sum over the ranks, not only on this one (`no_sync`)."""
         return self._synced
 
-    def track(self, tracked: Sequence[TrackedParameter], bucket_nbytes: int) -> dict[str, Receive]:
+    def track(self, tracked: Sequence[TrackedParameter], bucket_nbytes: int) -> dict[str, Receiver]:
         """Prepare to sum the gradients of a program's parameters, `bucket_nbytes` bytes at a time.
 
         Returns the functions to call with the gradients, by the names of those parameters that require one.
@@ -168,7 +204,7 @@ class GradientReducer:
         buckets = _fill_buckets(trainable, bucket_nbytes)
         program = _Program(trainable, buckets)
         bucket_of = {entry.name: bucket for bucket in buckets for entry in bucket.members}
-        return {entry.name: self._make_receive(program, bucket_of.get(entry.name), entry) for entry in trainable}
+        return {entry.name: Receiver(self, program, bucket_of.get(entry.name), entry) for entry in trainable}
 
     def adds(self, node: Any) -> bool:
         """Whether the backward that runs now adds to ``grad``, or returns gradients; `node` is one of its graph, just before a leaf."""
@@ -176,27 +212,6 @@ class GradientReducer:
         if self._adds[0] != this_backward:
             self._adds = this_backward, torch_compat.use_of_gradient(node.next_functions[0][0]) == "added"
         return self._adds[1]
-
-    def _make_receive(self, program: _Program, bucket: _Bucket | None, entry: TrackedParameter) -> Receive:
-        use_count, stride = torch_compat.use_count_of_a_gradient(), entry.leaf.stride()
-
-        def receive(gradient: Tensor) -> None:
-            if gradient.layout is not torch.strided:
-                raise InputError(_SPARSE.format(entry.name))
-            self._begin_backward()
-            if entry.gradient is not None:
-                # Sums are in the stored dtype, also where a program's gradients aren't.
-                entry.gradient = entry.gradient.to(entry.leaf.dtype).add_(gradient)
-            elif gradient._use_count() == use_count and gradient.stride() == stride:  # type: ignore[attr-defined]
-                entry.gradient = gradient
-            elif entry.held is not None:
-                entry.gradient = gradient.clone(memory_format=torch.contiguous_format)
-            else:
-                # Autograd handed the same tensor to others too, or one in another order of memory.
-                entry.gradient = torch.empty_like(entry.leaf, requires_grad=False).copy_(gradient)
-            self._on_gradient(program, bucket)
-
-        return receive
 
     def zero(self) -> None:
         """Drop the gradients accumulated under `no_sync`."""
@@ -221,7 +236,7 @@ class GradientReducer:
         finally:
             self._synced = before
 
-    def _begin_backward(self) -> None:
+    def begin_backward(self) -> None:
         """Called before every gradient; at the first one of a backward, see to it that something is called at its end."""
         this_backward = torch_compat.backward_id()
         if this_backward != self._backward:
@@ -234,7 +249,7 @@ class GradientReducer:
             self._end_of_backward = weakref.ref(end)
             torch_compat.after_backward(end)
 
-    def _on_gradient(self, program: _Program, bucket: _Bucket | None) -> None:
+    def note_gradient(self, program: _Program, bucket: _Bucket | None) -> None:
         """A parameter got its local gradient: start the sums of full buckets, in the same order on every rank."""
         if not program.is_active:
             program.is_active = True
@@ -255,6 +270,7 @@ class GradientReducer:
         """Called before a forward or a backward: drop the local gradients of a backward that failed."""
         if self._backward != -1 and self._end_of_backward() is None:
             self._backward = -1
+            self.arrivals.clear()
             self._pending_sums.clear()
             self._drop()
 
@@ -267,6 +283,7 @@ class GradientReducer:
 
     def _end(self) -> None:
         """At the end of a backward under `no_sync`: finish what is summed in every backward."""
+        self.arrivals.finish()
         for program in self._programs:
             for bucket in program.buckets:
                 if bucket.sums_always:
@@ -286,6 +303,7 @@ class GradientReducer:
 
         That includes what any program accumulated under `no_sync`.
         """
+        self.arrivals.finish()
         for program in self._programs:
             # Buckets with a parameter that this backward didn't reach, and what other programs accumulated under `no_sync`.
             for bucket in program.buckets:

@@ -261,7 +261,8 @@ class ParallelModule(Unwrapped, nn.Module):
         read_buffers = copy_updated_buffers(program, buffers) if torch.is_grad_enabled() else buffers
         buffer_parts = [take_local(read_buffers[slot.name], slot.layout, deployment.mesh, deployment.place) for slot in program.buffers]
         shared_seed = rng.agreed(lambda number: share_number(number, self._device)) if deployment.device_mesh is not None else nullcontext()
-        with AUTOCAST_OFF.active(), comm.active(deployment.axes), shared_seed, regather() if program.regather else nullcontext():
+        regathering = regather(program.prefetch) if program.regather else nullcontext()
+        with AUTOCAST_OFF.active(), comm.active(deployment.axes), shared_seed, regathering:
             results = program.module(*parameters, *buffer_parts, *parts)
         results = tuple(results) if isinstance(results, tuple | list) else (results,)
         if torch.is_grad_enabled() and deployment.device_mesh is not None:

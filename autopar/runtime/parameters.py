@@ -12,7 +12,8 @@ where it is returned to the user, where it will be differentiated, and where the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,12 +23,21 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from autopar import torch_compat
 from autopar.errors import InputError
-from autopar.ops import GroupAxis, join_parts, reduce_scatter_along, shard_along, sum_along, sum_gradient_along
+from autopar.ops import (
+    GroupAxis,
+    Message,
+    deliver_to,
+    join_parts,
+    reduce_scatter_along,
+    shard_along,
+    sum_along,
+    sum_gradient_along,
+)
 from autopar.rewrite import Program, Slot
 from autopar.runtime.agreement import Agreement, digest, name_ranks
 from autopar.runtime.dtensor import read_as, shard_whole
 from autopar.runtime.fingerprints import Projections, hash_tensors, project
-from autopar.runtime.gradients import GradientReducer, Receive, TrackedParameter, is_ordinary, note_changes
+from autopar.runtime.gradients import GradientReducer, Receiver, TrackedParameter, is_ordinary, note_changes
 from autopar.runtime.storage import Deployment, Storage, stands_for
 from autopar.torch_compat import DTensorSpec
 
@@ -54,7 +64,7 @@ class Entrance:
         # Per parameter of the program, None for one of which only substitutes were seen; and the parts by name.
         self._tracked: list[TrackedParameter | None] = [None] * len(program.parameters)
         self._parts: dict[str, Tensor] = {}
-        self._receives: Mapping[str, Receive] = {}
+        self._receives: Mapping[str, Receiver] = {}
 
     def enter(self) -> list[Tensor]:
         """This rank's parts of what stands in the places of the parameters, in the dtypes in which the program takes them.
@@ -148,7 +158,7 @@ def refuse_transforms() -> None:
 # --- stored parameters ------------------------------------------------------------------------------------------------------
 
 
-def enter_stored(tracked: Sequence[TrackedParameter], reducer: GradientReducer, receives: Mapping[str, Receive]) -> dict[str, Tensor]:
+def enter_stored(tracked: Sequence[TrackedParameter], reducer: GradientReducer, receives: Mapping[str, Receiver]) -> dict[str, Tensor]:
     """This rank's parts of stored parameters, by name; one part serves all calls, since its backward needs nothing of a forward."""
     parts = {}
     for entry in tracked:
@@ -156,16 +166,32 @@ def enter_stored(tracked: Sequence[TrackedParameter], reducer: GradientReducer, 
             parts[entry.name] = _Enter.apply(entry.parameter, entry, reducer, receives[entry.name])  # type: ignore[no-untyped-call]
             # As of a leaf: otherwise it would come last, after the backwards of all that a program computes.
             torch_compat.run_early_in_backward(parts[entry.name])
+            deliver_to(parts[entry.name], _Sink(receives[entry.name], parts[entry.name].grad_fn))
         else:
             parts[entry.name] = entry.leaf
     return parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Sink:
+    """Takes gradients of a part past autograd, in backwards in which they would come to the reducer anyway; `node` is `_Enter`'s."""
+
+    receiver: Receiver
+    node: Any
+
+    def takes(self) -> bool:
+        receiver = self.receiver
+        return not torch.is_grad_enabled() and is_ordinary(receiver.entry.parameter) and receiver.reducer.adds(self.node)
+
+    def receive(self, begin: Callable[[], Message], dtype: torch.dtype, block: int, ahead: int) -> None:
+        self.receiver.receive_later(begin, dtype, block, ahead)
 
 
 class _Enter(torch.autograd.Function):
     """From a stored parameter to this rank's part, on the same storage."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: nn.Parameter, entry: TrackedParameter, reducer: GradientReducer, receive: Receive) -> Tensor:
+    def forward(ctx: Any, parameter: nn.Parameter, entry: TrackedParameter, reducer: GradientReducer, receive: Receiver) -> Tensor:
         ctx.entry, ctx.reducer, ctx.receive = entry, reducer, receive
         ctx.set_materialize_grads(False)
         return torch_compat.local_of(parameter)
@@ -180,7 +206,7 @@ class _Give(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, parameter: nn.Parameter, whole: Tensor, entry: TrackedParameter, reducer: GradientReducer, receive: Receive
+        ctx: Any, parameter: nn.Parameter, whole: Tensor, entry: TrackedParameter, reducer: GradientReducer, receive: Receiver
     ) -> Tensor:
         ctx.entry, ctx.reducer, ctx.receive = entry, reducer, receive
         ctx.set_materialize_grads(False)

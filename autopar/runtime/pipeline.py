@@ -158,6 +158,7 @@ class StageRunner:
             output_gradients=output_gradients,
             random_seed=random_seed,
             regathers=self.program.regather,
+            ahead=self.program.prefetch,
             reduce=reduce,
             finished_sends=self._finished_sends[0 if trains else 1],
         )

@@ -75,6 +75,7 @@ def assemble(
     rename: bool,
     model_name: str,
     precision: Precision,
+    prefetch: int,
     fingerprint: str,
     candidates: tuple[Candidate, ...],
     candidate: int,
@@ -89,6 +90,7 @@ def assemble(
         rename: whether to name free axes after what they split.
         model_name: the model's name, for the report.
         precision: in which dtypes the model trains.
+        prefetch: how many blocks ahead gathers of parameters are begun.
         fingerprint: of the captured graph, by which a plan is checked to be of it.
         candidates: the outcome of everything that the search tried.
         candidate: position of what was chosen among them.
@@ -114,6 +116,7 @@ def assemble(
         placements={name: placement[first_axis:] for name, placement in placements.items()},
         batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICROBATCH),
         bucket_nbytes=BUCKET_NBYTES,
+        prefetch=prefetch,
         costs=_sum_rows(chosen, dict(zip(chosen.mesh.names, mesh.names, strict=True))),
         memory=_memory(chosen, cluster),
         groups=_groups(chosen, mesh),

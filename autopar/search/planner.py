@@ -62,6 +62,9 @@ class _Request:
         return self.mesh is None and not self.stored
 
 
+_WAITS = "gathers of parameters are not begun ahead (prefetch=0), as that needs more memory than there is"
+
+
 @no_garbage_collection()
 def make_plan(
     graph: Graph,
@@ -141,6 +144,9 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
     elif results.best is not None:
         chosen, trial = _choose_solved(results.best, model, chain), results.best.trial
         candidate = results.best.candidate
+    elif pins.prefetch is None and any(candidate.memory_bytes is not None for candidate in candidates):
+        # What is in flight takes memory.
+        return _plan_graph(graph, replace(asked, pins=replace(asked.pins, prefetch=0), notes=(*asked.notes, _WAITS)), tell)
     else:
         raise _infeasible(request, candidates)
     return assemble(
@@ -150,6 +156,7 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         cluster=cluster,
         model_name=asked.model_name,
         precision=asked.precision,
+        prefetch=pins.ahead,
         fingerprint=fingerprint(graph),
         candidates=candidates,
         candidate=candidate,

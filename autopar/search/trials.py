@@ -135,7 +135,7 @@ def solve_trials(
 
     def measure(trial: Trial, problem: Problem, solution: Solution) -> SolvedTrial:
         sharding = sharding_of(problem, solution.choice)
-        solved = SolvedChain(model, chain, reads, CostTables(model, problem.mesh, cluster), sharding, is_one_stage=True)
+        solved = SolvedChain(model, chain, reads, CostTables(model, problem.mesh, cluster, pins.ahead), sharding, is_one_stage=True)
         return _measure(trial, problem, solution, solved)
 
     # In the order of their bounds: the costs of the first prune the others.

@@ -11,7 +11,20 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from autopar.cost_models import Link
-from autopar.costs import BlockCost, CutCost, SolvedChain, block_kind, cost_block, cost_cut, cut_kind, travel_layout
+from autopar.costs import (
+    BlockCost,
+    CutCost,
+    SolvedChain,
+    Surroundings,
+    block_kind,
+    cost_block,
+    cost_cut,
+    cut_kind,
+    find_surroundings,
+    find_work,
+    overlap,
+    travel_layout,
+)
 from autopar.ir import Layout
 from autopar.plans import RECOMPUTE, Phase
 from autopar.search.pipeline.block_options import BlockOption, BlockOptions
@@ -32,6 +45,9 @@ class BlockOptionMaker:
         self.link = link
         self.solution = solution
         self._kinds: list[tuple[object, CutCost]] = []  # per block what its costs depend on, and its cut; found when first needed
+        # What is equal for like blocks -> their name and cost by kind of recomputation, as if every collective waited on the spot.
+        self._costs: dict[tuple[object, str], tuple[str, BlockCost]] = {}
+        self._surroundings: list[Surroundings | None] = []
         self._options: dict[tuple[object, str], BlockOption] = {}
 
     def make(self, recompute: Collection[str], splits_backward: bool, pins: Mapping[str, int]) -> tuple[BlockOptions, ...]:
@@ -45,19 +61,28 @@ class BlockOptionMaker:
         blocks = self.solved.chain.blocks
         if not self._kinds:
             self._kinds = self._find_kinds()
-        options: dict[object, tuple[BlockOption, ...]] = {}
         for number, (kind, _) in enumerate(self._kinds):
-            if kind in options:
-                continue
-            if missing := [name for name in recompute if (kind, name) not in self._options]:
+            if missing := [name for name in {"none": None, **dict.fromkeys(recompute)} if (kind, name) not in self._costs]:
                 costs = cost_block(self.solved, number, missing)
-                self._options |= {(kind, name): self._make_option(*cost) for name, cost in zip(missing, costs, strict=True)}
+                self._costs |= {(kind, name): cost for name, cost in zip(missing, costs, strict=True)}
+        if not self._surroundings:
+            self._surroundings = self._find_surroundings()
+        kinds = [(kind, around) for (kind, _), around in zip(self._kinds, self._surroundings, strict=True)]
+        options: dict[object, tuple[BlockOption, ...]] = {}
+        for key in dict.fromkeys(kinds):
+            for name in recompute:
+                if (key, name) not in self._options:
+                    kind, around = key
+                    chosen, cost = self._costs[kind, name]
+                    if around is not None:
+                        cost = overlap(cost, around, self.solved.tables.gather_overlap)
+                    self._options[key, name] = self._make_option(chosen, cost)
             # Selective recomputation of a block without an attention core is none.
-            distinct = dict.fromkeys(self._options[kind, name] for name in RECOMPUTE if name in recompute)
-            options[kind] = tuple(distinct if splits_backward else map(_join_backward, distinct))
+            distinct = dict.fromkeys(self._options[key, name] for name in RECOMPUTE if name in recompute)
+            options[key] = tuple(distinct if splits_backward else map(_join_backward, distinct))
         return tuple(
-            BlockOptions(block.name, options[kind], cut, pins.get(block.name))
-            for block, (kind, cut) in zip(blocks, self._kinds, strict=True)
+            BlockOptions(block.name, options[key], cut, pins.get(block.name))
+            for block, key, (_, cut) in zip(blocks, kinds, self._kinds, strict=True)
         )
 
     def _find_kinds(self) -> list[tuple[object, CutCost]]:
@@ -70,6 +95,16 @@ class BlockOptionMaker:
                 cuts[key] = cost_cut(self.solved, number, self.link)
             kinds.append((block_kind(self.solved, number), cuts[key]))
         return kinds
+
+    def _find_surroundings(self) -> list[Surroundings | None]:
+        """Per block what the others mean for its gathers that are begun ahead; None where there are none."""
+        tables = self.solved.tables
+        works = [find_work(self._costs[kind, "none"][1]) for kind, _ in self._kinds]
+        if not tables.ahead or not any(work.gathered for work in works):
+            return [None] * len(works)
+        options = {"is_one_stage": self.solved.is_one_stage, "sums_run": self.solved.sums_run_on}
+        found = [find_surroundings(works, number, tables.ahead, tables.gather_overlap, **options) for number in range(len(works))]
+        return [around if work.gathered or work.unsummed else None for around, work in zip(found, works, strict=True)]
 
     def _make_option(self, name: str, cost: BlockCost) -> BlockOption:
         """The option of a block that has this cost; `name` says what its backward runs again."""

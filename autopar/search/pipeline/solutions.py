@@ -188,7 +188,7 @@ class SolutionCache:
         if search.bound_ns >= FORBIDDEN:
             return None
         fastest = sharding_of(problem, search.solution_at(0.0).choice)
-        tables = CostTables(model, problem.mesh, self.cluster)
+        tables = CostTables(model, problem.mesh, self.cluster, constraints.pins.ahead)
         once_s, outputs_s = _once_seconds(model, tables, fastest), _output_seconds(model, tables, fastest)
         return _PlacementSearch(configuration, model, problem, search, once_s, outputs_s)
 
@@ -260,7 +260,9 @@ class SolutionCache:
             mesh, link = configuration.trial.mesh, None
             if configuration.ranks > 1:
                 link = axis_link(self.cluster, with_pipeline(mesh, configuration.ranks).sizes, 0)
-            tables = CostTables(model, with_microbatch_axis(mesh, configuration.microbatches), self.cluster)
+            tables = CostTables(
+                model, with_microbatch_axis(mesh, configuration.microbatches), self.cluster, configuration.trial.constraints.pins.ahead
+            )
             self._makers[configuration, solutions] = [
                 BlockOptionMaker(SolvedChain(model, self.chain, self.reads, tables, sharding, is_one_stage=link is None), link, number)
                 for number, sharding in enumerate(solutions.shardings)

@@ -159,7 +159,7 @@ def build_problem(model: AnalyzedGraph, mesh: Mesh, cluster: Cluster, constraint
 
     Where these leave some op no placement that fits its neighbours', every choice costs `FORBIDDEN` nanoseconds or more.
     """
-    return _Builder(model, mesh, CostTables(model, mesh, cluster), constraints).build()
+    return _Builder(model, mesh, CostTables(model, mesh, cluster, constraints.pins.ahead), constraints).build()
 
 
 def saved_nbytes(model: AnalyzedGraph, op: Op, placement: Placement, mesh: Mesh) -> int:

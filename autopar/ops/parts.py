@@ -1,0 +1,47 @@
+"""A tensor to its parts along a dim, and back: how a dim is split over ranks, inside each of `outer` equal blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from autopar.errors import InputError
+
+
+def take_part(x: Tensor, dim: int, outer: int, index: int, size: int) -> Tensor:
+    """Part `index` of the `size` parts of `x` along `dim`, which is split inside each of its `outer` equal blocks; a contiguous copy.
+
+    >>> take_part(torch.arange(12), 0, 3, 1, 2).tolist()
+    [2, 3, 6, 7, 10, 11]
+
+    Raises InputError when the dim doesn't divide evenly.
+    """
+    part = blocks_of(x, dim, outer, size).select(dim + 1, index)
+    return part.flatten(dim, dim + 1).clone(memory_format=torch.contiguous_format)
+
+
+def join_parts(parts: Sequence[Tensor], dim: int, outer: int) -> Tensor:
+    """The tensor of which `parts` are all parts along `dim`, in order; the reverse of `take_part`."""
+    return join_stack(torch.stack(list(parts)), dim, outer)
+
+
+def blocks_of(x: Tensor, dim: int, outer: int, size: int) -> Tensor:
+    """`x` with `dim` unfolded to (outer, size, rest)."""
+    if x.shape[dim] % (outer * size):
+        raise InputError(f"dim {dim} of a tensor of shape {tuple(x.shape)} can't be split {size} ways in {outer} blocks")
+    return x.reshape(*x.shape[:dim], outer, size, x.shape[dim] // (outer * size), *x.shape[dim + 1 :])
+
+
+def split_parts(x: Tensor, dim: int, outer: int, size: int) -> Tensor:
+    """All parts, stacked along a new first dim; without a copy where the strides allow it."""
+    return blocks_of(x, dim, outer, size).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
+
+
+def join_stack(stack: Tensor, dim: int, outer: int) -> Tensor:
+    """The reverse of `split_parts`, contiguous; without a copy for dim 0 with one outer block."""
+    if outer == 1:
+        return stack.movedim(0, dim).flatten(dim, dim + 1).contiguous()
+    # The first dim counts ranks, so the tensor's own dim is one further.
+    return blocks_of(stack, dim + 1, outer, 1).movedim(0, dim + 1).flatten(dim, dim + 3).contiguous()
