@@ -131,8 +131,8 @@ def sums_and_gathers_have_the_dtypes_of_the_policy() -> None:
         with pytest.MonkeyPatch.context() as patch:
             for kind, of, name in (
                 ("reduce", dist, "all_reduce"),
-                ("reduce", GroupAxis, "reduce_stack"),
-                ("gather", GroupAxis, "gather_stack"),
+                ("reduce", GroupAxis, "begin_reduce_stack"),
+                ("gather", GroupAxis, "begin_gather_stack"),
             ):
                 patch.setattr(of, name, noted(kind, of, name))
             _loss(compiled(**batch)).backward()
