@@ -352,7 +352,7 @@ def test_random_operators_draw_from_streams(op: str) -> None:
     plan = autopar.plan(model, call, "2xcpu", pins={"dp": 2})
     code = rewrite(capture(model, call), plan).module.code
     splits = "{'b': ('dp',)}" if name == "noisy" else "{}"
-    assert f"kernels_draw(torch.ops.declared_rules.{name}.default" in code
+    assert f"draws_draw(torch.ops.declared_rules.{name}.default" in code
     assert f"splits = {splits}" in code
 
 
