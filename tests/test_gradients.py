@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from autopar import torch_compat
 from autopar.costs.tables import BUCKET_NBYTES
 from autopar.runtime.dtensor import as_dtensor
-from autopar.runtime.gradients import GradientReducer, TrackedParameter, _fill_buckets
+from autopar.runtime.gradients import GradientReducer
 from autopar.runtime.parameters import enter_stored
+from autopar.runtime.sums import TrackedParameter, fill_buckets
 from tests.helpers import tree_allclose
 from tests.processes import spawn
 
@@ -172,7 +173,7 @@ def test_buckets_hold_the_last_parameters_first_and_split_by_dtype() -> None:
         TrackedParameter(str(index), nn.Parameter(torch.zeros(10)), torch.zeros(10, dtype=dtype), group if index != 2 else None)
         for index, dtype in enumerate([torch.float32, torch.float64, torch.float32, torch.float32, torch.float32])
     ]
-    names = [[member.name for member in bucket.members] for bucket in _fill_buckets(tracked, 80)]
+    names = [[member.name for member in bucket.members] for bucket in fill_buckets(tracked, 80)]
     assert names == [["4", "3"], ["1"], ["0"]]
 
 

@@ -29,8 +29,9 @@ from autopar.ops.recompute import Recomputed
 from autopar.plans.plan import RECOMPUTE, Plan
 from autopar.rewrite.emit import rewrite
 from autopar.rewrite.program import Program
-from autopar.runtime.gradients import StashedGradients, TrackedParameter
+from autopar.runtime.gradients import StashedGradients
 from autopar.runtime.pipeline import StageRunner
+from autopar.runtime.sums import TrackedParameter
 from autopar.schedules.families import SCHEDULES
 from tests.emitted import subject
 from tests.exactness import CASES, PIPELINED, Case, amiss, left_out, make_pipeline

@@ -184,22 +184,6 @@ class GroupAxis(Axis):
         work = torch_compat.reduce_scatter_single(received.view(-1), sent.view(-1), group=self.group, async_op=True)
         return _GroupMessage(received, work, parts.dtype, sent)
 
-    def begin_reduce(self, parts: Tensor) -> Callable[[], Tensor]:
-        """Begin what `reduce_stack` does, of floats; returns a function that waits for it and gives the sum. `parts` must not change."""
-        sent = parts.detach().contiguous()
-        if self.size == 1:
-            return lambda: sent[0]
-        on_cpu = sent.device.type == "cpu"
-        received = torch.empty_like(sent) if on_cpu else sent.new_empty(sent.shape[1:])
-        begin = torch_compat.all_to_all_single if on_cpu else torch_compat.reduce_scatter_single
-        work = begin(received.view(-1), sent.view(-1), group=self.group, async_op=True)
-
-        def wait() -> Tensor:
-            work.wait()
-            return received.sum(0, dtype=sent.dtype) if on_cpu else received
-
-        return wait
-
     def exchange_stack(self, parts: Tensor) -> Tensor:
         """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order, of the same shape (size, *shape)."""
         return self._begin_exchange(parts).wait()

@@ -8,117 +8,32 @@ gradients, which are made before the user's backward, wait in `StashedGradients`
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
 from autopar.errors import InputError
-from autopar.ops import GroupAxis, Message, take_part
-from autopar.runtime import dispatch
+from autopar.ops import Message
 from autopar.runtime.arrivals import Arrivals
+from autopar.runtime.sums import (
+    Bucket,
+    PendingSum,
+    TrackedParameter,
+    add_to_grad,
+    end_sum,
+    fill_buckets,
+    is_ordinary,
+    like,
+    note_changes,
+    start_sum,
+)
 
 _SPARSE = "the gradient of {} is sparse, and only dense ones are summed over ranks: leave out sparse=True"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Held:
-    """How a parameter is stored that a program is given whole: ZeRO levels 1 and 2 (Rajbhandari et al. 2020).
-
-    Attributes:
-        axis: the axis along which it is stored in parts.
-        dim: the dim that is split.
-        level: 1: local gradients add up whole under `no_sync`, until they are summed; 2: every backward leaves each rank its part of the
-            sum.
-        is_summed: whether the local gradient is a summand along the axis; otherwise every rank has all of it.
-    """
-
-    axis: GroupAxis
-    dim: int
-    level: int
-    is_summed: bool
-
-    def split(self, gradient: Tensor) -> Tensor:
-        """A rank's whole gradient as (ranks, elements of a part)."""
-        size = self.axis.size
-        shape = (*gradient.shape[: self.dim], size, gradient.shape[self.dim] // size, *gradient.shape[self.dim + 1 :])
-        return gradient.reshape(shape).movedim(self.dim, 0).reshape(size, -1)
-
-    def take(self, gradient: Tensor) -> Tensor:
-        """This rank's part of a gradient that is whole on every rank."""
-        return take_part(gradient, self.dim, 1, self.axis.index, self.axis.size)
-
-
-@dataclass(slots=True, eq=False)
-class TrackedParameter:
-    """A parameter and its local gradient, until that is complete.
-
-    Attributes:
-        name: the parameter's name.
-        parameter: the user's parameter, a DTensor or, without process groups, a plain tensor.
-        leaf: a plain leaf on the storage of the parameter's local part; the stages of a pipeline compute with it.
-        group: the ranks over which the local gradient is Partial and must be summed, beside those of `held`; None when it is complete.
-        held: how the parameter is stored when the program is given more than the stored part; None when it is given that.
-        receiver: in a pipeline, the leaf without memory that gets the gradients of a parameter that is `held`.
-        reduced: the dtype in which local gradients are summed; None for their own.
-        gradient: the local gradient, of what the program is given; None when there is none.
-    """
-
-    name: str
-    parameter: nn.Parameter
-    leaf: Tensor
-    group: dist.ProcessGroup | None
-    reduced: torch.dtype | None = None
-    held: Held | None = None
-    receiver: Tensor | None = None
-    gradient: Tensor | None = None
-
-    @property
-    def reduce_dtype(self) -> torch.dtype:
-        """The dtype in which local gradients are summed."""
-        return self.reduced or self.leaf.dtype
-
-    @property
-    def collector(self) -> Tensor:
-        """The leaf in whose ``grad`` a pipeline's micro-batches add up their gradients."""
-        return self.leaf if self.receiver is None else self.receiver
-
-    @property
-    def is_deferred(self) -> bool:
-        """Whether something is left to be summed over ranks when a backward has made the local gradient."""
-        return self.group is not None or (self.held is not None and self.held.is_summed)
-
-    def complete_part(self, gradient: Tensor) -> Tensor:
-        """This rank's part of a gradient that isn't to be summed."""
-        return gradient if self.held is None else self.held.take(gradient)
-
-
-@dataclass(slots=True, eq=False)
-class _Bucket:
-    """Parameters whose gradients are summed by one all-reduce; `ready` counts those that this backward has computed."""
-
-    members: tuple[TrackedParameter, ...]
-    ready: int = 0
-
-    @property
-    def sums_always(self) -> bool:
-        """Whether every backward sums, under `no_sync` too: ZeRO level 2."""
-        held = self.members[0].held
-        return held is not None and held.level == 2 and held.is_summed
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _PendingSum:
-    """A sum that was started: `wait` waits for it and gives the stored parts of the members' gradients, one after the other."""
-
-    members: tuple[TrackedParameter, ...]
-    wait: Callable[[], Tensor]
 
 
 @dataclass(slots=True, eq=False)
@@ -129,7 +44,7 @@ class _Program:
     """
 
     tracked: tuple[TrackedParameter, ...]
-    buckets: tuple[_Bucket, ...]
+    buckets: tuple[Bucket, ...]
     started: int = 0
     is_active: bool = False
 
@@ -137,7 +52,7 @@ class _Program:
 class Receiver:
     """Takes the local gradients of a parameter in a backward of one program."""
 
-    def __init__(self, reducer: GradientReducer, program: _Program, bucket: _Bucket | None, entry: TrackedParameter) -> None:
+    def __init__(self, reducer: GradientReducer, program: _Program, bucket: Bucket | None, entry: TrackedParameter) -> None:
         self.reducer, self.entry = reducer, entry
         self._program, self._bucket = program, bucket
         self._use_count, self._stride = torch_compat.use_count_of_a_gradient(), entry.leaf.stride()
@@ -180,7 +95,7 @@ class GradientReducer:
 
     def __init__(self) -> None:
         self._programs: list[_Program] = []  # those that are active
-        self._pending_sums: list[_PendingSum] = []
+        self._pending_sums: list[PendingSum] = []
         self._stashes: list[StashedGradients] = []
         self.arrivals = Arrivals()
         self._backward = -1
@@ -201,7 +116,7 @@ class GradientReducer:
         Returns the functions to call with the gradients, by the names of those parameters that require one.
         """
         trainable = tuple(entry for entry in tracked if entry.leaf.requires_grad)
-        buckets = _fill_buckets(trainable, bucket_nbytes)
+        buckets = fill_buckets(trainable, bucket_nbytes)
         program = _Program(trainable, buckets)
         bucket_of = {entry.name: bucket for bucket in buckets for entry in bucket.members}
         return {entry.name: Receiver(self, program, bucket_of.get(entry.name), entry) for entry in trainable}
@@ -249,7 +164,7 @@ class GradientReducer:
             self._end_of_backward = weakref.ref(end)
             torch_compat.after_backward(end)
 
-    def note_gradient(self, program: _Program, bucket: _Bucket | None) -> None:
+    def note_gradient(self, program: _Program, bucket: Bucket | None) -> None:
         """A parameter got its local gradient: start the sums of full buckets, in the same order on every rank."""
         if not program.is_active:
             program.is_active = True
@@ -263,7 +178,7 @@ class GradientReducer:
             if self._synced or first.sums_always:
                 if not _is_full(first):
                     break
-                _start_sum(first.members, self._pending_sums)
+                start_sum(first.members, self._pending_sums)
             program.started += 1
 
     def recover(self) -> None:
@@ -287,15 +202,15 @@ class GradientReducer:
         for program in self._programs:
             for bucket in program.buckets:
                 if bucket.sums_always:
-                    _start_sum(bucket.members, self._pending_sums)
+                    start_sum(bucket.members, self._pending_sums)
         self._add_sums()
         self._backward = -1
 
     def _add_sums(self) -> None:
         """Wait for the sums that were started, and add them to the parameters' ``grad``."""
         for pending_sum in self._pending_sums:
-            for entry, gradient in _end_sum(pending_sum):
-                _add_to_grad(entry.parameter, gradient)
+            for entry, gradient in end_sum(pending_sum):
+                add_to_grad(entry.parameter, gradient)
         self._pending_sums.clear()
 
     def finish(self) -> None:
@@ -307,12 +222,12 @@ class GradientReducer:
         for program in self._programs:
             # Buckets with a parameter that this backward didn't reach, and what other programs accumulated under `no_sync`.
             for bucket in program.buckets:
-                _start_sum(bucket.members, self._pending_sums)
+                start_sum(bucket.members, self._pending_sums)
         self._add_sums()
         for program in self._programs:
             for entry in program.tracked:
                 if entry.gradient is not None:
-                    _add_to_grad(entry.parameter, entry.complete_part(entry.gradient))
+                    add_to_grad(entry.parameter, entry.complete_part(entry.gradient))
                     entry.gradient = None
             program.is_active = False
         self._programs.clear()
@@ -337,7 +252,7 @@ class StashedGradients:
         self._bucket_nbytes = bucket_nbytes
         # What earlier backwards accumulated under `no_sync`, on this rank only.
         self._unsynced: dict[str, Tensor] = {}
-        self._pending_sums: list[_PendingSum] = []
+        self._pending_sums: list[PendingSum] = []
 
     def note_changes(self) -> None:
         """Let autograd know of changes in place of parameters, before a forward and before a backward."""
@@ -359,8 +274,8 @@ class StashedGradients:
         for entry in members:
             if entry.collector.grad is not None:
                 entry.gradient, entry.collector.grad = entry.collector.grad.detach(), None
-        for bucket in _fill_buckets(members, self._bucket_nbytes):
-            _start_sum(bucket.members, self._pending_sums)
+        for bucket in fill_buckets(members, self._bucket_nbytes):
+            start_sum(bucket.members, self._pending_sums)
 
     def collect(self, *, is_summed: bool = True) -> dict[str, Tensor]:
         """All gradients by name, after waiting for the sums that were started; the leaves have none afterwards.
@@ -369,7 +284,7 @@ class StashedGradients:
         """
         gradients: dict[str, Tensor] = {}
         for pending_sum in self._pending_sums:
-            gradients.update({entry.name: gradient for entry, gradient in _end_sum(pending_sum)})
+            gradients.update({entry.name: gradient for entry, gradient in end_sum(pending_sum)})
         self._pending_sums.clear()
         for entry in self._tracked.values():
             if entry.collector.grad is not None:
@@ -395,7 +310,7 @@ class StashedGradients:
             return
         unsynced, self._unsynced = self._unsynced, {}
         for name, gradient in self.sum(unsynced).items():
-            _add_to_grad(self._tracked[name].parameter, gradient)
+            add_to_grad(self._tracked[name].parameter, gradient)
 
     def sum(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The sums over the ranks of gradients that are this rank's only."""
@@ -415,12 +330,12 @@ class StashedGradients:
 
     def as_gradient(self, name: str, gradient: Tensor) -> Tensor:
         """A complete gradient as autograd takes it: a DTensor, if the parameter is one."""
-        return _like(gradient, self._tracked[name].parameter)
+        return like(gradient, self._tracked[name].parameter)
 
     def apply(self, gradients: Mapping[str, Tensor]) -> None:
         """Add summed gradients to the parameters' ``grad``."""
         for name, gradient in gradients.items():
-            _add_to_grad(self._tracked[name].parameter, gradient)
+            add_to_grad(self._tracked[name].parameter, gradient)
 
 
 def _gone() -> None:
@@ -434,90 +349,6 @@ def refuse_sparse_gradients(model: nn.Module) -> None:
             raise InputError(_SPARSE.format(f"{path}.weight".lstrip(".")))
 
 
-def is_ordinary(parameter: nn.Parameter) -> bool:
-    """Whether nothing but ``grad`` gets a parameter's gradient: it has no hooks, and wasn't frozen since the forward."""
-    return parameter.requires_grad and not torch_compat.has_hooks(parameter)
-
-
-_VERSION = "_autopar_version"
-"""The attribute of a parameter that says of how many changes in place autograd knows by way of its part."""
-
-
-def note_changes(tracked: Iterable[TrackedParameter]) -> None:
-    """Let autograd know of changes in place of parameters, before a forward and before a backward.
-
-    Torch counts those of a DTensor, and not of its part, which programs save. Autograd refuses a backward that reads what has changed since
-    it was saved, as it does on one device. A plain parameter and its leaf are counted as one.
-    """
-    changed = []
-    for entry in tracked:
-        if not isinstance(entry.parameter, DTensor):
-            continue
-        attributes, version = entry.parameter.__dict__, entry.parameter._version
-        if attributes.get(_VERSION) != version:
-            attributes[_VERSION] = version
-            changed.append(entry.leaf)
-    if changed:
-        torch.autograd.graph.increment_version(changed)
-
-
-def _start_sum(members: Sequence[TrackedParameter], pending_sums: list[_PendingSum]) -> None:
-    """Start the sum of these members' gradients, all of one group and of the same dtypes, and note it; the entries have none afterwards."""
-    present, gradients = [], []
-    for entry in members:
-        if entry.gradient is not None:
-            present.append(entry)
-            gradients.append(entry.gradient)
-            entry.gradient = None
-    if not present:
-        return
-    if present[0].held is not None:
-        pending_sums.append(_start_scatter(present, gradients, present[0].held))
-        return
-    is_single = len(gradients) == 1 and gradients[0].is_contiguous()
-    flat = gradients[0].view(-1) if is_single else torch.cat([gradient.reshape(-1) for gradient in gradients])
-    flat = flat.to(present[0].reduce_dtype)
-    pending_sums.append(_PendingSum(tuple(present), _begin_all_reduce(flat, present[0].group)))
-
-
-def _start_scatter(members: Sequence[TrackedParameter], gradients: Sequence[Tensor], held: Held) -> _PendingSum:
-    """Start to bring every rank the sums of its parts of these gradients, over all ranks that have summands of them."""
-    parts = [held.split(gradient) for gradient in gradients]
-    first = members[0]
-    if not held.is_summed:
-        assert first.group is not None, "what is complete is in no bucket"
-        flat = torch.cat([rows[held.axis.index] for rows in parts]).to(first.reduce_dtype)
-        return _PendingSum(tuple(members), _begin_all_reduce(flat, first.group))
-    scattered = held.axis.begin_reduce(torch.cat(parts, 1).to(first.reduce_dtype))
-
-    def wait() -> Tensor:
-        flat = scattered()
-        if first.group is not None:
-            dist.all_reduce(flat, group=first.group)
-        return flat
-
-    return _PendingSum(tuple(members), wait)
-
-
-def _begin_all_reduce(flat: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
-    """Begin to sum `flat` over the ranks of a group, in place; returns a function that waits for it and gives the sum."""
-    work = dist.all_reduce(flat, group=group, async_op=True)
-    assert work is not None
-
-    def wait() -> Tensor:
-        work.wait()
-        return flat
-
-    return wait
-
-
-def _end_sum(pending_sum: _PendingSum) -> Iterator[tuple[TrackedParameter, Tensor]]:
-    """Wait for a sum; yields each member with its gradient, which is a view of the sum where that has the parameter's dtype."""
-    parts = torch.split(pending_sum.wait(), [entry.leaf.numel() for entry in pending_sum.members])
-    for entry, gradient in zip(pending_sum.members, parts, strict=True):
-        yield entry, gradient.view(entry.leaf.shape).to(entry.leaf.dtype)
-
-
 def _begin(program: _Program) -> None:
     """Count the gradients of a backward from its first one."""
     program.started = 0
@@ -525,39 +356,5 @@ def _begin(program: _Program) -> None:
         bucket.ready = 0
 
 
-def _is_full(bucket: _Bucket) -> bool:
+def _is_full(bucket: Bucket) -> bool:
     return bucket.ready >= len(bucket.members)
-
-
-def _fill_buckets(tracked: Sequence[TrackedParameter], limit: int) -> tuple[_Bucket, ...]:
-    """Buckets of parameters with Partial gradients, by process group and dtypes; the last parameter first, as the backward comes."""
-    filling: dict[tuple[Hashable, ...], list[TrackedParameter]] = {}
-    full: list[_Bucket] = []
-    for entry in reversed(tracked):
-        if not entry.is_deferred:
-            continue
-        held = entry.held and (entry.held.axis.name, entry.held.level, entry.held.is_summed)
-        members = filling.setdefault((id(entry.group), held, entry.leaf.dtype, entry.reduce_dtype), [])
-        members.append(entry)
-        if sum(member.leaf.nbytes for member in members) >= limit:
-            full.append(_Bucket(tuple(members)))
-            members.clear()
-    return (*full, *(_Bucket(tuple(members)) for members in filling.values() if members))
-
-
-def _add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
-    """Add a complete local gradient to the parameter's ``grad``."""
-    if gradient.dtype != parameter.dtype:
-        gradient = gradient.to(parameter.dtype)  # the user changed the model's since the call
-    before = parameter.grad
-    if before is None:
-        parameter.grad = _like(gradient, parameter)
-        return
-    if isinstance(parameter, DTensor) and not (isinstance(before, DTensor) and before.placements == parameter.placements):
-        # What autograd or the user put there, such as the gradient of a term of weights, may be stored otherwise, or be a plain tensor.
-        before = parameter.grad = dispatch.as_stored(before, parameter)
-    torch_compat.local_of(before).add_(gradient)
-
-
-def _like(gradient: Tensor, parameter: nn.Parameter) -> Tensor:
-    return torch_compat.make_like(gradient, parameter) if isinstance(parameter, DTensor) else gradient

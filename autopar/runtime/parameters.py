@@ -37,8 +37,9 @@ from autopar.rewrite import Program, Slot
 from autopar.runtime.agreement import Agreement, digest, name_ranks
 from autopar.runtime.dtensor import read_as, shard_whole
 from autopar.runtime.fingerprints import Projections, hash_tensors, project
-from autopar.runtime.gradients import GradientReducer, Receiver, TrackedParameter, is_ordinary, note_changes
+from autopar.runtime.gradients import GradientReducer, Receiver
 from autopar.runtime.storage import Deployment, Storage, stands_for
+from autopar.runtime.sums import TrackedParameter, is_ordinary, note_changes
 from autopar.torch_compat import DTensorSpec
 
 

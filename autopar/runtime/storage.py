@@ -27,9 +27,9 @@ from autopar.rewrite import Program, Slot
 from autopar.runtime import dispatch, states
 from autopar.runtime.dtensor import as_dtensor, placements_of, take_local
 from autopar.runtime.failures import Alarm
-from autopar.runtime.gradients import Held, TrackedParameter
 from autopar.runtime.members import Structure, find_places, read
 from autopar.runtime.owned import Owned
+from autopar.runtime.sums import Held, TrackedParameter
 from autopar.runtime.world import axes_of, form_alarm, form_mesh, group_over, pipeline_axis
 
 Init = Callable[[str, Tensor], Tensor]

@@ -1,0 +1,232 @@
+"""A parameter's local gradient, and its sum over ranks: buckets, sums that were started, and the `grad` that they end in.
+
+Comes in: local gradients of parameters (`TrackedParameter`), and over which ranks each is a summand. Goes out: sums that run while
+something else computes, and complete gradients added to the parameters' ``grad``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from autopar import torch_compat
+from autopar.ops import GroupAxis, take_part
+from autopar.runtime import dispatch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """How a parameter is stored that a program is given whole: ZeRO levels 1 and 2 (Rajbhandari et al. 2020).
+
+    Attributes:
+        axis: the axis along which it is stored in parts.
+        dim: the dim that is split.
+        level: 1: local gradients add up whole under `no_sync`, until they are summed; 2: every backward leaves each rank its part of the
+            sum.
+        is_summed: whether the local gradient is a summand along the axis; otherwise every rank has all of it.
+    """
+
+    axis: GroupAxis
+    dim: int
+    level: int
+    is_summed: bool
+
+    def split(self, gradient: Tensor) -> Tensor:
+        """A rank's whole gradient as (ranks, elements of a part)."""
+        size = self.axis.size
+        shape = (*gradient.shape[: self.dim], size, gradient.shape[self.dim] // size, *gradient.shape[self.dim + 1 :])
+        return gradient.reshape(shape).movedim(self.dim, 0).reshape(size, -1)
+
+    def take(self, gradient: Tensor) -> Tensor:
+        """This rank's part of a gradient that is whole on every rank."""
+        return take_part(gradient, self.dim, 1, self.axis.index, self.axis.size)
+
+
+@dataclass(slots=True, eq=False)
+class TrackedParameter:
+    """A parameter and its local gradient, until that is complete.
+
+    Attributes:
+        name: the parameter's name.
+        parameter: the user's parameter, a DTensor or, without process groups, a plain tensor.
+        leaf: a plain leaf on the storage of the parameter's local part; the stages of a pipeline compute with it.
+        group: the ranks over which the local gradient is Partial and must be summed, beside those of `held`; None when it is complete.
+        held: how the parameter is stored when the program is given more than the stored part; None when it is given that.
+        receiver: in a pipeline, the leaf without memory that gets the gradients of a parameter that is `held`.
+        reduced: the dtype in which local gradients are summed; None for their own.
+        gradient: the local gradient, of what the program is given; None when there is none.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    leaf: Tensor
+    group: dist.ProcessGroup | None
+    reduced: torch.dtype | None = None
+    held: Held | None = None
+    receiver: Tensor | None = None
+    gradient: Tensor | None = None
+
+    @property
+    def reduce_dtype(self) -> torch.dtype:
+        """The dtype in which local gradients are summed."""
+        return self.reduced or self.leaf.dtype
+
+    @property
+    def collector(self) -> Tensor:
+        """The leaf in whose ``grad`` a pipeline's micro-batches add up their gradients."""
+        return self.leaf if self.receiver is None else self.receiver
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether something is left to be summed over ranks when a backward has made the local gradient."""
+        return self.group is not None or (self.held is not None and self.held.is_summed)
+
+    def complete_part(self, gradient: Tensor) -> Tensor:
+        """This rank's part of a gradient that isn't to be summed."""
+        return gradient if self.held is None else self.held.take(gradient)
+
+
+@dataclass(slots=True, eq=False)
+class Bucket:
+    """Parameters whose gradients are summed by one all-reduce; `ready` counts those that this backward has computed."""
+
+    members: tuple[TrackedParameter, ...]
+    ready: int = 0
+
+    @property
+    def sums_always(self) -> bool:
+        """Whether every backward sums, under `no_sync` too: ZeRO level 2."""
+        held = self.members[0].held
+        return held is not None and held.level == 2 and held.is_summed
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingSum:
+    """A sum that was started: `wait` waits for it and gives the stored parts of the members' gradients, one after the other."""
+
+    members: tuple[TrackedParameter, ...]
+    wait: Callable[[], Tensor]
+
+
+def is_ordinary(parameter: nn.Parameter) -> bool:
+    """Whether nothing but ``grad`` gets a parameter's gradient: it has no hooks, and wasn't frozen since the forward."""
+    return parameter.requires_grad and not torch_compat.has_hooks(parameter)
+
+
+_VERSION = "_autopar_version"
+"""The attribute of a parameter that says of how many changes in place autograd knows by way of its part."""
+
+
+def note_changes(tracked: Iterable[TrackedParameter]) -> None:
+    """Let autograd know of changes in place of parameters, before a forward and before a backward.
+
+    Torch counts those of a DTensor, and not of its part, which programs save. Autograd refuses a backward that reads what has changed since
+    it was saved, as it does on one device. A plain parameter and its leaf are counted as one.
+    """
+    changed = []
+    for entry in tracked:
+        if not isinstance(entry.parameter, DTensor):
+            continue
+        attributes, version = entry.parameter.__dict__, entry.parameter._version
+        if attributes.get(_VERSION) != version:
+            attributes[_VERSION] = version
+            changed.append(entry.leaf)
+    if changed:
+        torch.autograd.graph.increment_version(changed)
+
+
+def start_sum(members: Sequence[TrackedParameter], pending_sums: list[PendingSum]) -> None:
+    """Start the sum of these members' gradients, all of one group and of the same dtypes, and note it; the entries have none afterwards."""
+    present, gradients = [], []
+    for entry in members:
+        if entry.gradient is not None:
+            present.append(entry)
+            gradients.append(entry.gradient)
+            entry.gradient = None
+    if not present:
+        return
+    if present[0].held is not None:
+        pending_sums.append(_start_scatter(present, gradients, present[0].held))
+        return
+    is_single = len(gradients) == 1 and gradients[0].is_contiguous()
+    flat = gradients[0].view(-1) if is_single else torch.cat([gradient.reshape(-1) for gradient in gradients])
+    flat = flat.to(present[0].reduce_dtype)
+    pending_sums.append(PendingSum(tuple(present), _begin_all_reduce(flat, present[0].group)))
+
+
+def _start_scatter(members: Sequence[TrackedParameter], gradients: Sequence[Tensor], held: Held) -> PendingSum:
+    """Start to bring every rank the sums of its parts of these gradients, over all ranks that have summands of them."""
+    parts = [held.split(gradient) for gradient in gradients]
+    first = members[0]
+    if not held.is_summed:
+        assert first.group is not None, "what is complete is in no bucket"
+        flat = torch.cat([rows[held.axis.index] for rows in parts]).to(first.reduce_dtype)
+        return PendingSum(tuple(members), _begin_all_reduce(flat, first.group))
+    scattered = held.axis.begin_reduce_stack(torch.cat(parts, 1).to(first.reduce_dtype))
+
+    def wait() -> Tensor:
+        flat = scattered.wait()
+        if first.group is not None:
+            dist.all_reduce(flat, group=first.group)
+        return flat
+
+    return PendingSum(tuple(members), wait)
+
+
+def _begin_all_reduce(flat: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
+    """Begin to sum `flat` over the ranks of a group, in place; returns a function that waits for it and gives the sum."""
+    work = dist.all_reduce(flat, group=group, async_op=True)
+    assert work is not None
+
+    def wait() -> Tensor:
+        work.wait()
+        return flat
+
+    return wait
+
+
+def end_sum(pending_sum: PendingSum) -> Iterator[tuple[TrackedParameter, Tensor]]:
+    """Wait for a sum; yields each member with its gradient, which is a view of the sum where that has the parameter's dtype."""
+    parts = torch.split(pending_sum.wait(), [entry.leaf.numel() for entry in pending_sum.members])
+    for entry, gradient in zip(pending_sum.members, parts, strict=True):
+        yield entry, gradient.view(entry.leaf.shape).to(entry.leaf.dtype)
+
+
+def fill_buckets(tracked: Sequence[TrackedParameter], limit: int) -> tuple[Bucket, ...]:
+    """Buckets of parameters with Partial gradients, by process group and dtypes; the last parameter first, as the backward comes."""
+    filling: dict[tuple[Hashable, ...], list[TrackedParameter]] = {}
+    full: list[Bucket] = []
+    for entry in reversed(tracked):
+        if not entry.is_deferred:
+            continue
+        held = entry.held and (entry.held.axis.name, entry.held.level, entry.held.is_summed)
+        members = filling.setdefault((id(entry.group), held, entry.leaf.dtype, entry.reduce_dtype), [])
+        members.append(entry)
+        if sum(member.leaf.nbytes for member in members) >= limit:
+            full.append(Bucket(tuple(members)))
+            members.clear()
+    return (*full, *(Bucket(tuple(members)) for members in filling.values() if members))
+
+
+def add_to_grad(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Add a complete local gradient to the parameter's ``grad``."""
+    if gradient.dtype != parameter.dtype:
+        gradient = gradient.to(parameter.dtype)  # the user changed the model's since the call
+    before = parameter.grad
+    if before is None:
+        parameter.grad = like(gradient, parameter)
+        return
+    if isinstance(parameter, DTensor) and not (isinstance(before, DTensor) and before.placements == parameter.placements):
+        # What autograd or the user put there, such as the gradient of a term of weights, may be stored otherwise, or be a plain tensor.
+        before = parameter.grad = dispatch.as_stored(before, parameter)
+    torch_compat.local_of(before).add_(gradient)
+
+
+def like(gradient: Tensor, parameter: nn.Parameter) -> Tensor:
+    """A complete gradient of the stored part as autograd takes it: a DTensor, if the parameter is one."""
+    return torch_compat.make_like(gradient, parameter) if isinstance(parameter, DTensor) else gradient
