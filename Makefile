@@ -1,6 +1,6 @@
 # Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help test lint types demo bench fuse-bench plan-bench pipe-bench assign-bench megatron-bench clean
+.PHONY: help test lint types demo bench fuse-bench sharded-bench gpu-bench plan-bench pipe-bench assign-bench megatron-bench clean
 
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
@@ -34,6 +34,9 @@ fuse-bench: $(INSTALLED) ## time programs with fuse=True against torch.compile
 
 sharded-bench: $(INSTALLED) ## time and weigh ZeRO plans against FSDP2 and DDP with a ZeRO optimizer
 	$(PYTHON) -m tests.benchmarks.sharded
+
+gpu-bench: $(INSTALLED) ## check, time and weigh one-rank plans on this machine's GPU (eight minutes)
+	$(PYTHON) -m tests.benchmarks.gpu -o gpu.md
 
 plan-bench: $(INSTALLED) ## time the planner on large models
 	$(PYTHON) -m tests.benchmarks.planning

@@ -27,7 +27,8 @@ class Moved(TorchDispatchMode):
 
     def __init__(self, seed: int) -> None:
         super().__init__()
-        self._generator = torch.Generator().manual_seed(seed)
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         result = func(*args, **(kwargs or {}))
@@ -40,7 +41,9 @@ class Moved(TorchDispatchMode):
         if not isinstance(x, Tensor) or x.dtype not in LOW:
             return x
         # Elements of these dtypes are ordered as their bits are, by sign and magnitude; zeros stay, as they are exact (masks, padding).
-        step = torch.randint(-1, 2, x.shape, generator=self._generator, dtype=torch.int16)
+        if x.device not in self._generators:
+            self._generators[x.device] = torch.Generator(x.device).manual_seed(self._seed)
+        step = torch.randint(-1, 2, x.shape, generator=self._generators[x.device], dtype=torch.int16, device=x.device)
         bits = x.contiguous().view(torch.int16) + torch.where(x == 0, 0, step)
         return torch.where(bits.view(x.dtype).isfinite(), bits.view(x.dtype), x)
 
