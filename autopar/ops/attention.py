@@ -43,10 +43,17 @@ def attention(
         softcap: scores are replaced by ``softcap * tanh(scores / softcap)``.
         dropout_p: probability that an attention weight is dropped.
     """
-    mask = merge_masks(q, k, key_padding, bias, causal, window)
+    is_grouped = k.shape[1] != q.shape[1]
+    # Flash kernels know the causal mask by name, and skip what it leaves out; a mask of elements would rule them out on a GPU.
+    is_causal = causal and softcap is None and window is None and key_padding is None and bias is None
+    mask = None if is_causal else merge_masks(q, k, key_padding, bias, causal, window)
     if softcap is None:
+        if is_grouped and mask is not None and q.is_cuda:
+            # No kernel of a GPU takes a mask and grouped heads, but the one that makes all scores.
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            is_grouped = False
         return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=is_grouped
         )
     batch, heads, queries, _ = q.shape
     kv_heads, keys = k.shape[1], k.shape[2]
