@@ -50,7 +50,8 @@ def hash_tensors(tensors: Sequence[Tensor], offset: int | None = None) -> Tensor
     # All together, as most of the time goes into starting operators: the sums of runs are differences of running sums.
     running = _mix(torch.cat([torch.zeros(1, dtype=torch.int64, device=bits[0].device), *bits]), 0).cumsum(0)
     ends = list(accumulate(x.numel() for x in bits))
-    return running[ends].diff(prepend=running[:1])
+    # One by one: a list of indices would be copied to the device, and that copy waited for.
+    return torch.stack([running[end] for end in (0, *ends)]).diff()
 
 
 def _read_bits(x: Tensor, offset: int | None) -> Tensor:

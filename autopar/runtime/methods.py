@@ -89,7 +89,7 @@ def _whole(parameter: DTensor, is_local: bool) -> Tensor:
 
 def _average(mesh: DeviceMesh, gradient: Tensor) -> Tensor:
     """The mean over the ranks of a mesh."""
-    mean = gradient / mesh.size()
+    mean = (gradient / mesh.size()).contiguous()  # as NCCL wants it
     for axis in range(mesh.ndim):
         dist.all_reduce(mean, group=mesh.get_group(axis))
     return mean
