@@ -329,7 +329,9 @@ class _Planner:
         self.fuses = self.fuse_is_required = False
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], training: bool) -> Program:
-        device = _find_device(model)
+        assert self.module is not None
+        # A model on the meta device has its place already, where the first plan will store it.
+        device = _find_device(model) or self.module._device
         start = time.perf_counter()
         captured = _capture_alike(model, (args, kwargs), self.precision)
         capture_seconds = time.perf_counter() - start

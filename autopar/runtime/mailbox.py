@@ -7,7 +7,7 @@ so it is held in `Mailbox.pending_sends`, and released as early as the schedule 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,6 +52,20 @@ def find_finished_sends(schedule: Schedule, pipeline_rank: int) -> FinishedSends
                 finished[awaited] = (*finished.get(awaited, ()), *received)
                 received = []
     return finished
+
+
+def connect(axis: Axis, pairs: Iterable[tuple[int, int]], device: torch.device) -> None:
+    """Exchange a first message between these pairs of positions on the axis, both ways; all ranks of the axis must name the same pairs.
+
+    NCCL connects two ranks when they first exchange a message, and holds up both until the other comes. In a schedule, whose sends mustn't
+    wait, that could be a circle. Here all ranks go through the pairs in one order.
+    """
+    for first, second in sorted(pairs):
+        for sender, receiver in ((first, second), (second, first)):
+            if axis.index == sender:
+                axis.send(torch.zeros(1, dtype=torch.uint8, device=device), receiver).wait()
+            elif axis.index == receiver:
+                axis.receive(sender, (1,), torch.uint8, device).wait()
 
 
 class Delivery(NamedTuple):

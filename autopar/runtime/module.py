@@ -24,7 +24,7 @@ from autopar.errors import InputError, PlanError
 from autopar.ir import Layout
 from autopar.ops import AUTOCAST_OFF, Autocast, comm, regather, rng
 from autopar.rewrite import Program
-from autopar.runtime.agreement import Agreement, digest, form_agreement
+from autopar.runtime.agreement import Agreement, digest, form_agreement, name_ranks
 from autopar.runtime.call_check import CallCheck
 from autopar.runtime.checkpoints import teach_pickling
 from autopar.runtime.dispatch import as_stored, take_plain_gradients, teach_whole_values
@@ -41,7 +41,7 @@ from autopar.runtime.programs import Programs
 from autopar.runtime.states import teach_optimizers
 from autopar.runtime.storage import Deployment, Init, Storage, StoredParameter, copy_updated_buffers, plain_parameters, replicate
 from autopar.runtime.tensor_methods import teach_methods
-from autopar.runtime.world import join_world, share_number
+from autopar.runtime.world import join_world, name_device
 from autopar.runtime.wrapping import Unwrapped, refuse_wrappers
 
 Planner = Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any], bool], Program]
@@ -97,10 +97,12 @@ class ParallelModule(Unwrapped, nn.Module):
         self._check: CallCheck | None = None
         if self._agreement is not None:
             self._name = self._agreement.name_model(self._name)
-            seeds = self._agreement.meet(f"compiles {self._name}", [torch.initial_seed() & _POSITIVE])
+            here = name_device(self._device)
+            facts = self._agreement.meet(f"compiles {self._name}", [torch.initial_seed() & _POSITIVE, digest(here) if here else 0])
+            _refuse_shared_devices([device for _, device, *_ in facts], self._device, dist.get_backend_config())
             _check_alike(model, self._agreement, self._name)
             if not self._is_local:
-                _seed_alike([seed for seed, *_ in seeds])
+                _seed_alike([seed for seed, *_ in facts])
             self._check = CallCheck(self._agreement, self._reader, model, self._name, self._is_local)
         if dist.is_available() and dist.is_initialized():
             teach_strided_shards()
@@ -260,7 +262,7 @@ class ParallelModule(Unwrapped, nn.Module):
         parameters = entrance.enter()
         read_buffers = copy_updated_buffers(program, buffers) if torch.is_grad_enabled() else buffers
         buffer_parts = [take_local(read_buffers[slot.name], slot.layout, deployment.mesh, deployment.place) for slot in program.buffers]
-        shared_seed = rng.agreed(lambda number: share_number(number, self._device)) if deployment.device_mesh is not None else nullcontext()
+        shared_seed = rng.agreed(step.share) if deployment.device_mesh is not None else nullcontext()
         regathering = regather(program.prefetch) if program.regather else nullcontext()
         with AUTOCAST_OFF.active(), comm.active(deployment.axes), shared_seed, regathering:
             results = program.module(*parameters, *buffer_parts, *parts)
@@ -348,6 +350,17 @@ def _seed_alike(seeds: Sequence[int]) -> None:
     """Where a script sets no seed, let all ranks draw the same numbers from now on: they must draw the same batches and the same noise."""
     if min(seeds) >= CHOSEN_SEEDS and len(set(seeds)) > 1:
         torch.manual_seed(CHOSEN_SEEDS | (digest(f"seed {seeds[0]}") & _POSITIVE))
+
+
+def _refuse_shared_devices(devices: Sequence[int], device: torch.device, backends: str) -> None:
+    """Raise InputError where ranks have the same GPU, given a number for each rank's, 0 for a CPU: NCCL would fail later, and name none."""
+    for number in set(devices) - {0}:
+        ranks = [rank for rank, other in enumerate(devices) if other == number]
+        if len(ranks) > 1 and "nccl" in backends:
+            raise InputError(
+                f"{name_ranks(ranks)} have their models on one GPU ({device} here): call torch.cuda.set_device(int(os.environ"
+                '["LOCAL_RANK"])) at the start of the script, and move the model to "cuda"'
+            )
 
 
 def _check_alike(model: nn.Module, agreement: Agreement, name: str) -> None:

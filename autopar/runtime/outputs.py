@@ -67,6 +67,10 @@ class Step:
         self.unread: set[int] = set()
         self.has_own_loss = False
 
+    def share(self, number: int) -> int:
+        """The first rank's number, on every rank, which all must ask for. It goes between hosts: no device is waited for."""
+        return number if self.agreement is None else self.agreement.meet(f"draws random numbers in {self.name}", [number])[0][0]
+
     def begin_read(self, position: int, output: str) -> None:
         """Wait until all ranks read this output. Raises CommError when another rank does something else."""
         if self.agreement is not None:

@@ -28,7 +28,7 @@ from autopar.runtime.executor import Executor, StageTensors, device_of
 from autopar.runtime.failures import Alarm
 from autopar.runtime.gradients import StashedGradients
 from autopar.runtime.mailbox import find_finished_sends
-from autopar.schedules import Kind
+from autopar.schedules import SENDS, Kind
 from autopar.torch_compat import GradientUse
 
 SECOND_BACKWARD = "this pipelined step has had its backward already: call the model again before the next backward()"
@@ -60,6 +60,7 @@ class StageRunner:
         alarm: stops the other ranks when the user's backward fails; callers of `run` must guard it themselves.
         gather: gives by name what programs are given of the parameters that are stored here in parts (ZeRO levels 1 and 2); their
             `leaves` only get gradients.
+        has_changed: says by name whether a parameter that another pipeline rank stores was changed in place since it was last asked.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class StageRunner:
         stash: StashedGradients,
         alarm: Alarm | None = None,
         gather: Callable[[], Mapping[str, Tensor]] = dict,
+        has_changed: Callable[[str], bool] = lambda name: True,
     ) -> None:
         assert program.pipeline is not None
         self.program = program
@@ -83,6 +85,7 @@ class StageRunner:
         self.stash = stash
         self.alarm = alarm or Alarm()
         self._gather = gather
+        self._has_changed = has_changed
         self._shared = [slot for slot in program.parameters if len(slot.users) > 1 and pipeline_rank in slot.users]
         own_stages = {
             number: stage for number, stage in self.pipeline.stages.items() if self.pipeline.schedule.rank_of[number] == pipeline_rank
@@ -174,6 +177,21 @@ class StageRunner:
                 run.finish()
         return run
 
+    def find_pairs(self) -> set[tuple[int, int]]:
+        """The pairs of pipeline ranks, the lower first, that exchange messages in any run of this program; the same on every rank."""
+        rank_of, makers = self.pipeline.schedule.rank_of, set(self.pipeline.makers.values())
+        sends = [
+            (rank, rank_of[action.peer])
+            for schedule in (self.pipeline.schedule, self.pipeline.inference)
+            for rank, actions in enumerate(schedule.actions)
+            for action in actions
+            if action.kind in SENDS
+        ]
+        shares = [(slot.owner, user) for slot in self.program.parameters for user in slot.users]
+        makers.update(slot.owner for slot in self.program.buffers if slot.name in self.pipeline.written)
+        results = [(maker, rank) for maker in makers for rank in range(self.pipeline.schedule.ranks)]
+        return {(min(pair), max(pair)) for pair in (*sends, *shares, *results) if pair[0] != pair[1]}
+
     @contextmanager
     def step_context(self, what: str) -> Iterator[None]:
         """Raise errors inside as PipelineErrors that name this rank's stages and `what`, which is no action of the schedule."""
@@ -211,9 +229,11 @@ class StageRunner:
                     wholes[slot.name] = _wait(axis.receive(owner, leaf.shape, getattr(torch, slot.dtype), leaf.device), owner)
                 else:
                     value = _wait(axis.receive(owner, leaf.shape, leaf.dtype, leaf.device), owner)
-                    # A later backward may have saved the leaf, and would refuse even a write of the same value.
-                    if not torch.equal(leaf, value):
-                        leaf.copy_(value)
+                    # A later backward may have saved the leaf, and would refuse even a write of the same value. Whether it's the same isn't
+                    # looked at, for which a GPU would have to be waited: autograd is told what it is told of the parameter itself.
+                    leaf.data.copy_(value)
+                    if self._has_changed(slot.name):
+                        torch.autograd.graph.increment_version([leaf])
         with self.step_context("before micro-batch 0, the values of shared parameters to other pipeline ranks"):
             for message in messages:
                 message.wait()

@@ -21,11 +21,11 @@ from autopar.ir import local_shape
 from autopar.rewrite import Program, Slot
 from autopar.runtime.dtensor import as_dtensor, gather_whole
 from autopar.runtime.gradients import GradientReducer, StashedGradients
+from autopar.runtime.mailbox import connect
 from autopar.runtime.outputs import Handover
 from autopar.runtime.parameters import gather_held
 from autopar.runtime.pipeline import PipelineRun, StageRunner, hand_over_on_backward, refuse_backward, run_backwards_on_backward
 from autopar.runtime.storage import Deployment, Storage, copy_updated_buffers, empty_part, stands_for
-from autopar.runtime.world import share_number
 
 
 class PipelineCalls:
@@ -39,6 +39,9 @@ class PipelineCalls:
         self._runners: dict[int, tuple[list[nn.Parameter], list[Tensor], StageRunner]] = {}
         # Name -> copy of a parameter that this pipeline rank uses and another one owns.
         self._borrowed: dict[str, Tensor] = {}
+        self._versions: dict[str, int] = {}
+        self._connected: set[tuple[int, int]] = set()
+        self._connected_programs: set[int] = set()
 
     def find_runner(self, program: Program) -> StageRunner:
         """The runner of a program, whose leaves share the storage that the parameters have now.
@@ -89,9 +92,16 @@ class PipelineCalls:
             stash,
             deployment.alarm,
             lambda: gather_held(held, program.bucket_nbytes),
+            self._has_changed,
         )
         self._runners[id(program)] = list(parameters.values()), leaves, runner
         return runner
+
+    def _has_changed(self, name: str) -> bool:
+        """Whether a borrowed parameter was changed in place since this was last asked: every rank has a part that counts changes."""
+        version = self._storage.parameter(name)._version
+        before, self._versions[name] = self._versions.get(name), version
+        return before != version
 
     def _make_receiver(self, slot: Slot, parameter: nn.Parameter) -> Tensor:
         """A leaf of the sizes that a program is given of a parameter, without memory: it only gets gradients."""
@@ -104,8 +114,9 @@ class PipelineCalls:
         assert pipeline is not None
         buffers = self._storage.buffers_of(program)
         random_seed = 0
+        self._connect(runner)
         if pipeline.random:
-            random_seed = self._agree(int(torch.randint(2**62, ())))
+            random_seed = handover.step.share(int(torch.randint(2**62, ())))
         trains = torch.is_grad_enabled() and bool(pipeline.trained)
         read_buffers = copy_updated_buffers(program, buffers) if trains else buffers
         run = runner.run(read_buffers, inputs, random_seed=random_seed, trains=trains, syncs=self._reducer.is_synced)
@@ -199,14 +210,16 @@ class PipelineCalls:
             if value is not buffers[name]:
                 buffers[name].copy_(value)
 
-    def _agree(self, number: int) -> int:
-        """The first rank's number, on every rank, over process groups that are closed when the pipeline fails."""
-        if self._deployment.pipeline is None:
-            return share_number(number, self._storage.device) if self._deployment.device_mesh is not None else number
-        x = torch.tensor(number, device=self._storage.device)
-        for axis in (self._deployment.pipeline, *self._deployment.axes.values()):
-            x = axis.gather_stack(x)[0]
-        return int(x)
+    def _connect(self, runner: StageRunner) -> None:
+        """Before the first run of a program: connect the pipeline ranks that exchange messages in it."""
+        axis = self._deployment.pipeline
+        if axis is None or id(runner.program) in self._connected_programs:
+            return
+        self._connected_programs.add(id(runner.program))
+        pairs = runner.find_pairs() - self._connected
+        with runner.step_context("before micro-batch 0, the first messages between pipeline ranks"):
+            connect(axis, pairs, self._storage.device)
+        self._connected |= pairs
 
 
 def refuse_gradients(inputs: Sequence[Tensor]) -> None:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -39,7 +40,9 @@ def join_world(device_type: str, timeout: timedelta = TIMEOUT) -> int:
         if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
             return 1
         if device_type == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            number = int(os.environ.get("LOCAL_RANK", "0"))
+            # Some launchers show every process its own GPU only.
+            torch.cuda.set_device(0 if torch.cuda.device_count() == 1 else number)
         dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timeout)
     return dist.get_world_size()
 
@@ -49,11 +52,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def share_number(number: int, device: torch.device) -> int:
-    """The first rank's number, on every rank."""
-    shared = torch.tensor(number, device=device)
-    dist.broadcast(shared, 0)
-    return int(shared)
+def name_device(device: torch.device) -> str:
+    """A name of this process's device that no other one has, of any machine; empty for a CPU, which processes may share."""
+    if device.type != "cuda":
+        return ""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def form_mesh(mesh: Mesh, device_type: str) -> DeviceMesh | None:
@@ -125,10 +128,27 @@ def pipeline_axis(device_mesh: DeviceMesh) -> comm.GroupAxis:
     # Forming a group is a collective: every rank forms the groups of all, in the same order.
     lines = device_mesh.mesh.flatten(1).T.tolist()
     place = next(i for i, line in enumerate(lines) if dist.get_rank() in line)
-    directions = [
-        [dist.new_group(line, timeout=default_timeout()) for line in lines] for _ in range(1 if device_mesh.device_type == "cpu" else 2)
-    ]
+    with connected_later():
+        directions = [
+            [dist.new_group(line, timeout=default_timeout()) for line in lines] for _ in range(1 if device_mesh.device_type == "cpu" else 2)
+        ]
     return comm.GroupAxis(PIPELINE, directions[0][place], (directions[0][place], directions[-1][place]))
+
+
+@contextmanager
+def connected_later() -> Iterator[None]:
+    """Inside, groups are formed that connect two ranks when these first exchange a message, also where the default group has a device.
+
+    With ``init_process_group(device_id=...)`` NCCL connects all ranks of a group at once, and all messages of the group, between any two
+    ranks, then run one after the other on each rank: a receive that waits for one rank would hold up the send to another.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    before, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = before
 
 
 def form_alarm(device_mesh: DeviceMesh, axis: comm.GroupAxis | None) -> Alarm:
