@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import autopar
+from autopar.errors import PipelineError
 from tests.processes import Outcomes, run_cases
 
 READS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__", "__getitem__")
@@ -59,13 +60,16 @@ def _reads() -> Iterator[set[str]]:
         yield found
 
 
-def _step_reads_only_what_is_allowed(pins: dict[str, Any], *, dropout: float = 0.0) -> None:
+def _compile(pins: dict[str, Any], dropout: float = 0.0) -> Any:
     shape = {"n_layer": 2, "n_embd": 32, "n_head": 4, "n_positions": 16, "vocab_size": 64}
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     plain: Any = GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, use_cache=False, **shape, **rates))
     plain.loss_type = "ForCausalLM"
-    ids = torch.randint(64, (4, 16))
-    model = autopar.compile(plain, pins=pins)
+    return autopar.compile(plain, pins=pins)
+
+
+def _step_reads_only_what_is_allowed(pins: dict[str, Any], *, dropout: float = 0.0) -> None:
+    model, ids = _compile(pins, dropout), torch.randint(64, (4, 16))
     optimizer = torch.optim.AdamW(model.parameters())
 
     def step() -> None:
@@ -99,7 +103,27 @@ def pipeline_with_a_shared_table_and_dropout() -> None:
     _step_reads_only_what_is_allowed({"pp": 2, "microbatches": 2}, dropout=0.1)
 
 
-CASES = (data_parallel, zero_3, tensor_parallel_with_dropout, pipeline_with_a_shared_table_and_dropout)
+def changes_of_a_shared_table_are_noticed_without_comparing_values() -> None:
+    """The last stage gets the table before every call; a backward that saved it goes on unless the table was changed in between."""
+    model, ids = _compile({"pp": 2, "schedule": "gpipe", "microbatches": 2}), torch.randint(64, (4, 16))
+    first, second = (model(input_ids=ids).logits for _ in range(2))
+    first.sum().backward()
+    second.sum().backward()
+    third = model(input_ids=ids).logits
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    model(input_ids=ids)
+    with pytest.raises(PipelineError, match="modified by an inplace operation"):
+        third.sum().backward()
+
+
+CASES = (
+    data_parallel,
+    zero_3,
+    tensor_parallel_with_dropout,
+    pipeline_with_a_shared_table_and_dropout,
+    changes_of_a_shared_table_are_noticed_without_comparing_values,  # the last, as it ends its process groups
+)
 
 
 @pytest.fixture(scope="module")
