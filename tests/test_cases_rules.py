@@ -151,7 +151,7 @@ def test_random_in_place_operators(draw: str) -> None:
     autopar.plan(model, call, "2xcpu", pins={"pp": 2, "microbatches": 2}, strict=True)
     plan = autopar.plan(model, call, "2xcpu", pins={"dp": 2}, strict=True)
     code = rewrite(capture(model, call), plan).module.print_readable(print_output=False)
-    assert "'dp'" in code.partition("bernoulli" if draw == "bernoulli_" else "kernels_draw(")[2].partition("\n")[0]
+    assert "'dp'" in code.partition("bernoulli" if draw == "bernoulli_" else "draws_draw(")[2].partition("\n")[0]
 
 
 def latent(version: str) -> tuple[nn.Module, dict[str, Tensor]]:
