@@ -122,8 +122,10 @@ def _time(rank: int, ranks: int, folder: str, number: int, warmup: int, rounds: 
             # A step has ended when it has on the slowest rank.
             slowest = {name: [max(step) for step in zip(*(each[name] for each in gathered), strict=True)] for name in times}
             Path(folder, "times.json").write_text(json.dumps(slowest))
-    finally:
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    _leave()
 
 
 def _weigh(rank: int, ranks: int, folder: str, number: int, name: str) -> None:
@@ -142,8 +144,16 @@ def _weigh(rank: int, ranks: int, folder: str, number: int, name: str) -> None:
         dist.all_gather_object(peaks, _resident("VmHWM") - before)
         if rank == 0:
             Path(folder, "peak.json").write_text(json.dumps(max(peaks)))
-    finally:
+    except BaseException:
         dist.destroy_process_group()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    """End this process when all ranks have come here: FSDP2 over gloo sometimes aborts where a process ends by itself."""
+    dist.barrier()
+    os._exit(0)
 
 
 def _resident(field: str) -> int:
