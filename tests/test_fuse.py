@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -22,7 +23,10 @@ from tests.helpers import tree_allclose
 from tests.processes import Outcomes, run_cases
 
 # Warnings that torch's compiler causes itself, by imports and by asking for the gradient of tensors that aren't leaves.
-pytestmark = [pytest.mark.filterwarnings(f"ignore:{text}") for text in ("The .grad attribute of a Tensor", ".*torch.jit.*is deprecated")]
+pytestmark = [
+    *(pytest.mark.filterwarnings(f"ignore:{text}") for text in ("The .grad attribute of a Tensor", ".*torch.jit.*is deprecated")),
+    pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="torch's compiler needs a C++ compiler"),
+]
 
 WIDTH, HEADS, VOCABULARY = 8, 2, 12
 
