@@ -26,7 +26,7 @@ SHAPES = {"first": (4, 3), "second": (5,), "third": (6, 2), "unused": (3,)}
 
 
 def _enter(tracked: Sequence[TrackedParameter], reducer: GradientReducer, bucket_nbytes: int) -> dict[str, Tensor]:
-    return enter_stored(tracked, reducer, reducer.track(tracked, bucket_nbytes))
+    return enter_stored(tracked, reducer.track(tracked, bucket_nbytes))
 
 
 def _make(group: dist.ProcessGroup | None) -> dict[str, TrackedParameter]:

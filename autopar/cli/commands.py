@@ -53,29 +53,18 @@ _MODEL_HELP = """
 _EXIT_HELP = "Exit codes: 0 done, 1 no plan exists or the verification failed, 2 bad input."
 
 
-def _list_pins() -> str:
-    """Every pin with its meaning, a column of each, for the text of a command's help."""
-    width = max(len(form) for form, _ in describe_pins()) + 2
+def _list_choices(title: str, choices: Sequence[tuple[str, str]]) -> str:
+    """Choices with their meanings, a column of each, for the text of a command's help."""
+    width = max(len(form) for form, _ in choices) + 2
     lines: list[str] = []
-    for form, meaning in describe_pins():
+    for form, meaning in choices:
         first, *rest = textwrap.wrap(meaning, _HELP_WIDTH - width, break_on_hyphens=False)
         lines += [f"      {form:{width}}{first}", *(f"      {'':{width}}{line}" for line in rest)]
-    return "\n".join(["", "    \b", "    Pins fix a choice and leave the rest to the search:", *lines, ""])
+    return "\n".join(["", "    \b", f"    {title}:", *lines, ""])
 
 
-_PIN_HELP = _list_pins()
-
-
-def _list_precisions() -> str:
-    width = max(len(name) for name, _ in PRECISION_HELP) + 2
-    lines = []
-    for name, meaning in PRECISION_HELP:
-        first, *rest = textwrap.wrap(meaning, _HELP_WIDTH - width, break_on_hyphens=False)
-        lines += [f"      {name:{width}}{first}", *(f"      {'':{width}}{line}" for line in rest)]
-    return "\n".join(["", "    \b", "    Precisions say in which dtypes a model is stored, computed and updated:", *lines, ""])
-
-
-_PRECISION_HELP = _list_precisions()
+_PIN_HELP = _list_choices("Pins fix a choice and leave the rest to the search", describe_pins())
+_PRECISION_HELP = _list_choices("Precisions say in which dtypes a model is stored, computed and updated", PRECISION_HELP)
 
 
 class _Commands(click.Group):

@@ -223,21 +223,22 @@ def _add_step(solved: SolvedChain, number: int, sums: RowSums) -> None:
     gradients are added up before. The share `Device.overlap` of a sum is overlapped with the backward.
     """
     for name in solved.reads.parameters[number]:
-        tensor, stored = solved.graph.by_name[name].results[0], solved.stored(name)
-        if solved.reads.first_block[name] == number:
-            for axis, nbytes, seconds in solved.tables.held_gathers(tensor, stored):
-                sums.add(
-                    Phase.STEP,
-                    Purpose.PARAMETERS,
-                    seconds,
-                    layer=solved.layer_of.get(name, ""),
-                    axis=solved.mesh.names[axis],
-                    collective=COLLECTIVE_KIND[Collective.ALL_GATHER],
-                    nbytes=nbytes,
-                )
-        if not tensor.requires_grad or solved.reads.first_block[name] != number:
+        if solved.reads.first_block[name] != number:
             continue
+        tensor, stored = solved.graph.by_name[name].results[0], solved.stored(name)
         layer = solved.layer_of.get(name, "")
+        for axis, nbytes, seconds in solved.tables.held_gathers(tensor, stored):
+            sums.add(
+                Phase.STEP,
+                Purpose.PARAMETERS,
+                seconds,
+                layer=layer,
+                axis=solved.mesh.names[axis],
+                collective=COLLECTIVE_KIND[Collective.ALL_GATHER],
+                nbytes=nbytes,
+            )
+        if not tensor.requires_grad:
+            continue
         sums.add(Phase.STEP, Purpose.OPTIMIZER, solved.tables.optimizer_seconds(tensor, stored), layer=layer)
         uses = [list(_reductions(solved, name, reader)) for reader in solved.graph.readers.get(Value(name), ())]
         reductions = max(uses, key=_total_seconds, default=[])

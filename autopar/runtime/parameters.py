@@ -27,7 +27,7 @@ from autopar.ops import (
     GroupAxis,
     Message,
     deliver_to,
-    join_parts,
+    join_stack,
     reduce_scatter_along,
     shard_along,
     sum_along,
@@ -98,7 +98,7 @@ class Entrance:
             elif entry.held is not None:
                 part = wholes[slot.name]
                 if trains and entry.leaf.requires_grad:
-                    part = _Give.apply(parameter, part, entry, self._reducer, self._receives[slot.name])  # type: ignore[no-untyped-call]
+                    part = _Give.apply(parameter, part, self._receives[slot.name])  # type: ignore[no-untyped-call]
                     torch_compat.run_early_in_backward(part)
             else:
                 part = self._parts[slot.name] if trains else entry.leaf
@@ -122,7 +122,7 @@ class Entrance:
             if is_changed:
                 tracked = [entry for entry in self._tracked if entry is not None]
                 self._receives = self._reducer.track(tracked, self._program.bucket_nbytes)
-                self._parts = enter_stored([entry for entry in tracked if entry.held is None], self._reducer, self._receives)
+                self._parts = enter_stored([entry for entry in tracked if entry.held is None], self._receives)
 
     def _check_alike(self, substitutes: Mapping[str, Tensor]) -> None:
         """Raise InputError when a whole tensor isn't the same on all ranks, beyond rounding."""
@@ -159,12 +159,12 @@ def refuse_transforms() -> None:
 # --- stored parameters ------------------------------------------------------------------------------------------------------
 
 
-def enter_stored(tracked: Sequence[TrackedParameter], reducer: GradientReducer, receives: Mapping[str, Receiver]) -> dict[str, Tensor]:
+def enter_stored(tracked: Sequence[TrackedParameter], receives: Mapping[str, Receiver]) -> dict[str, Tensor]:
     """This rank's parts of stored parameters, by name; one part serves all calls, since its backward needs nothing of a forward."""
     parts = {}
     for entry in tracked:
         if entry.leaf.requires_grad:
-            parts[entry.name] = _Enter.apply(entry.parameter, entry, reducer, receives[entry.name])  # type: ignore[no-untyped-call]
+            parts[entry.name] = _Enter.apply(entry.parameter, receives[entry.name])  # type: ignore[no-untyped-call]
             # As of a leaf: otherwise it would come last, after the backwards of all that a program computes.
             torch_compat.run_early_in_backward(parts[entry.name])
             deliver_to(parts[entry.name], _Sink(receives[entry.name], parts[entry.name].grad_fn))
@@ -181,8 +181,7 @@ class _Sink:
     node: Any
 
     def takes(self) -> bool:
-        receiver = self.receiver
-        return not torch.is_grad_enabled() and is_ordinary(receiver.entry.parameter) and receiver.reducer.adds(self.node)
+        return _is_left(self.receiver, self.node)
 
     def receive(self, begin: Callable[[], Message], dtype: torch.dtype, block: int, ahead: int) -> None:
         self.receiver.receive_later(begin, dtype, block, ahead)
@@ -192,41 +191,44 @@ class _Enter(torch.autograd.Function):
     """From a stored parameter to this rank's part, on the same storage."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: nn.Parameter, entry: TrackedParameter, reducer: GradientReducer, receive: Receiver) -> Tensor:
-        ctx.entry, ctx.reducer, ctx.receive = entry, reducer, receive
+    def forward(ctx: Any, parameter: nn.Parameter, receiver: Receiver) -> Tensor:
+        ctx.receiver = receiver
         ctx.set_materialize_grads(False)
         return torch_compat.local_of(parameter)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        return _leave_or_return(ctx, grads[0]), None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        return _leave_or_return(ctx, grads[0]), None
 
 
 class _Give(torch.autograd.Function):
     """From a stored parameter to what was gathered of it for a call."""
 
     @staticmethod
-    def forward(
-        ctx: Any, parameter: nn.Parameter, whole: Tensor, entry: TrackedParameter, reducer: GradientReducer, receive: Receiver
-    ) -> Tensor:
-        ctx.entry, ctx.reducer, ctx.receive = entry, reducer, receive
+    def forward(ctx: Any, parameter: nn.Parameter, whole: Tensor, receiver: Receiver) -> Tensor:
+        ctx.receiver = receiver
         ctx.set_materialize_grads(False)
         return whole
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
-        return _leave_or_return(ctx, grads[0]), None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        return _leave_or_return(ctx, grads[0]), None, None
+
+
+def _is_left(receiver: Receiver, node: Any) -> bool:
+    """Whether the backward that runs now leaves local gradients to the reducer; `node` is `_Enter`'s or `_Give`'s."""
+    return not torch.is_grad_enabled() and is_ordinary(receiver.entry.parameter) and receiver.reducer.adds(node)
 
 
 def _leave_or_return(ctx: Any, gradient: Tensor | None) -> Tensor | None:
     """In an ordinary backward, leave a local gradient to the reducer; otherwise the complete gradient as autograd takes it, a DTensor."""
     if gradient is None:
         return None
-    entry: TrackedParameter = ctx.entry
-    is_differentiated = torch.is_grad_enabled()
-    if not is_differentiated and is_ordinary(entry.parameter) and ctx.reducer.adds(ctx):
-        ctx.receive(gradient)
+    receiver: Receiver = ctx.receiver
+    if _is_left(receiver, ctx):
+        receiver(gradient)
         return None
+    entry = receiver.entry
     held, group = entry.held, entry.group
     gradient = gradient.to(entry.reduce_dtype)
     if held is not None:
@@ -234,7 +236,7 @@ def _leave_or_return(ctx: Any, gradient: Tensor | None) -> Tensor | None:
         gradient = take(gradient, held.axis, held.dim, 1)
     if group is not None:
         gradient = sum_along(gradient, GroupAxis("gradient", group))
-    elif held is None and not is_differentiated:
+    elif held is None and not torch.is_grad_enabled():
         # Autograd may have handed the same tensor to others, and sees only the DTensor that is made of it.
         gradient = gradient.clone()
     parameter: Any = entry.parameter
@@ -269,7 +271,7 @@ def _gather_bucket(bucket: Sequence[tuple[TrackedParameter, Slot]]) -> dict[str,
         sent = torch.cat([entry.leaf.reshape(-1).to(getattr(torch, slot.dtype)) for entry, slot in bucket])
         rows = torch.split(held[0].axis.gather_stack(sent), [entry.leaf.numel() for entry, _ in bucket], 1)
         return {
-            entry.name: join_parts([part.view(entry.leaf.shape) for part in row.unbind()], how.dim, 1)
+            entry.name: join_stack(row.view(-1, *entry.leaf.shape), how.dim, 1)
             for (entry, _), how, row in zip(bucket, held, rows, strict=True)
         }
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
-from autopar.ops import GroupAxis, take_part
+from autopar.ops import GroupAxis, split_parts, take_part
 from autopar.runtime import dispatch
 
 
@@ -38,9 +38,7 @@ class Held:
 
     def split(self, gradient: Tensor) -> Tensor:
         """A rank's whole gradient as (ranks, elements of a part)."""
-        size = self.axis.size
-        shape = (*gradient.shape[: self.dim], size, gradient.shape[self.dim] // size, *gradient.shape[self.dim + 1 :])
-        return gradient.reshape(shape).movedim(self.dim, 0).reshape(size, -1)
+        return split_parts(gradient, self.dim, 1, self.axis.size).flatten(1)
 
     def take(self, gradient: Tensor) -> Tensor:
         """This rank's part of a gradient that is whole on every rank."""
