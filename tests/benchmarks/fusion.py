@@ -9,30 +9,26 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import parallelize_module
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import autopar
+from tests.benchmarks.speed import Times, plan_layers, race, run_ranks, save_slowest, with_named_loss
 
-BATCH, SEQ, VOCABULARY, RANKS = 4, 128, 4096, 2
+BATCH, SEQ, VOCABULARY, RANKS, WARMUP = 4, 128, 4096, 2, 3
 OURS = "autopar, fused"
 
 
@@ -49,7 +45,7 @@ def build_llama(layers: int = 6) -> nn.Module:
         max_position_embeddings=SEQ,
         use_cache=False,
     )
-    return _with_named_loss(LlamaForCausalLM(config))
+    return with_named_loss(LlamaForCausalLM(config))
 
 
 def build_gpt2(layers: int = 6) -> nn.Module:
@@ -68,15 +64,10 @@ def build_gpt2(layers: int = 6) -> nn.Module:
         eos_token_id=0,
         use_cache=False,
     )
-    return _with_named_loss(GPT2LMHeadModel(config))
+    return with_named_loss(GPT2LMHeadModel(config))
 
 
 BUILDERS: Mapping[str, Callable[[int], nn.Module]] = {"llama": build_llama, "gpt2": build_gpt2}
-
-
-def _with_named_loss(model: nn.Module) -> nn.Module:
-    model.loss_type = "ForCausalLM"  # what transformers would fall back on, with a message
-    return model.train()
 
 
 def draw_batch() -> dict[str, Tensor]:
@@ -99,30 +90,6 @@ class Entrant:
         return float(loss.detach())
 
 
-Times = dict[str, list[tuple[float, float]]]
-"""Of every entrant and step: seconds, and CPU seconds, which other work on the machine disturbs less."""
-
-
-def race(entrants: Mapping[str, Entrant], rounds: int) -> Times:
-    """Let the entrants take turns, in an order that rotates; check that their losses agree, and return the times of their steps."""
-    batch, names = draw_batch(), list(entrants)
-    times: Times = {name: [] for name in names}
-    warmup = 3
-    for number in range(warmup + rounds):
-        losses = {}
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            if dist.is_initialized():
-                dist.barrier()
-            start, start_of_cpu = time.perf_counter(), time.process_time()
-            losses[name] = entrants[name].step(batch)
-            if number >= warmup:
-                times[name].append((time.perf_counter() - start, time.process_time() - start_of_cpu))
-        if max(losses.values()) - min(losses.values()) > 1e-3 * abs(losses[OURS]):
-            raise SystemExit(f"the programs don't compute the same: losses of step {number} are {losses}")
-    return times
-
-
 def race_one_rank(kind: str, rounds: int) -> Times:
     """The fused program, torch's compiler on the whole model, and the eager model."""
     eager = BUILDERS[kind](6)
@@ -131,18 +98,7 @@ def race_one_rank(kind: str, rounds: int) -> Times:
         "torch.compile": Entrant(torch.compile(copy.deepcopy(eager), dynamic=False)),  # type: ignore[arg-type]
         "eager": Entrant(eager),
     }
-    return race(entrants, rounds)
-
-
-def _plan_layers(model: Any) -> dict[str, Any]:
-    """Attention, MLP and head split as Megatron does; one all-reduce after each of the former."""
-    styles: dict[str, Any] = {}
-    for layer in range(len(model.model.layers)):
-        path = f"model.layers.{layer}."
-        styles |= {f"{path}self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
-        styles |= {f"{path}mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
-        styles |= {f"{path}self_attn.o_proj": RowwiseParallel(), f"{path}mlp.down_proj": RowwiseParallel()}
-    return styles
+    return race(entrants, WARMUP, rounds, draw_batch())
 
 
 def _run_rank(rank: int, folder: str, rounds: int) -> None:
@@ -150,29 +106,20 @@ def _run_rank(rank: int, folder: str, rounds: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(minutes=9))
     try:
         by_hand = build_llama()
-        parallelize_module(by_hand, init_device_mesh("cpu", (RANKS,)), _plan_layers(by_hand))
+        parallelize_module(by_hand, init_device_mesh("cpu", (RANKS,)), plan_layers(by_hand))
         entrants = {
             OURS: Entrant(autopar.compile(build_llama(), draw_batch(), pins={"tp": RANKS}, fuse=True)),
             "autopar": Entrant(autopar.compile(build_llama(), draw_batch(), pins={"tp": RANKS}, fuse=False)),
             "parallelize_module, torch.compile": Entrant(torch.compile(by_hand, dynamic=False)),  # type: ignore[arg-type]
         }
-        times = race(entrants, rounds)
-        gathered: list[Any] = [None] * RANKS
-        dist.all_gather_object(gathered, times)
-        if rank == 0:
-            # A step has ended when it has on the slower rank.
-            slower = {name: [max(step) for step in zip(*(ranks[name] for ranks in gathered), strict=True)] for name in times}
-            Path(folder, "times.json").write_text(json.dumps(slower))
+        save_slowest(race(entrants, WARMUP, rounds, draw_batch()), folder)
     finally:
         dist.destroy_process_group()
 
 
 def race_two_ranks(rounds: int) -> Times:
     """Times of the tensor-parallel programs, the slower rank's."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run_rank, (folder, rounds), nprocs=RANKS)
-        times: Times = json.loads(Path(folder, "times.json").read_text())
-    return times
+    return run_ranks(_run_rank, RANKS, rounds)
 
 
 def time_first_step(kind: str, name: str, layers: int) -> float:

@@ -23,29 +23,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import autopar
 from autopar.units import format_bytes
-from tests.benchmarks.speed import OURS, Entrant, Times, build_llama, describe, draw_batch, race
+from tests.benchmarks.speed import OURS, Entrant, adamw, build_llama, describe, draw_batch, race, run_ranks, save_slowest
 
 Make = Callable[[], Entrant]
 
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=3e-4)
-
-
 def _ours(zero: int, precision: Any) -> Make:
     def make() -> Entrant:
         pins = {"dp": dist.get_world_size(), "zero": zero}
         model = autopar.compile(build_llama(), draw_batch(), pins=pins, precision=precision)
-        return Entrant(model, _adamw(model))
+        return Entrant(model, adamw(model))
 
     return make
 
@@ -60,7 +55,7 @@ def _fsdp2(precision: MixedPrecisionPolicy | None, *, reshards: bool = True) -> 
         for layer in model.model.layers:
             fully_shard(layer, **options)
         fully_shard(model, **options)
-        return Entrant(model, _adamw(model))
+        return Entrant(model, adamw(model))
 
     return make
 
@@ -112,16 +107,11 @@ def _start(rank: int, ranks: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timedelta(minutes=5))
 
 
-def _time(rank: int, ranks: int, folder: str, number: int, warmup: int, rounds: int) -> None:
+def _time(rank: int, folder: str, ranks: int, number: int, warmup: int, rounds: int) -> None:
     _start(rank, ranks, folder)
     try:
-        times = race({name: _make(name, make) for name, make in RACES[number].entrants.items()}, warmup, rounds)
-        gathered: list[Any] = [None] * ranks
-        dist.all_gather_object(gathered, times)
-        if rank == 0:
-            # A step has ended when it has on the slowest rank.
-            slowest = {name: [max(step) for step in zip(*(each[name] for each in gathered), strict=True)] for name in times}
-            Path(folder, "times.json").write_text(json.dumps(slowest))
+        entrants = {name: _make(name, make) for name, make in RACES[number].entrants.items()}
+        save_slowest(race(entrants, warmup, rounds, draw_batch()), folder)
     except BaseException:
         dist.destroy_process_group()
         raise
@@ -165,9 +155,7 @@ def _resident(field: str) -> int:
 
 def _measure(number: int, ranks: int, warmup: int, rounds: int, repeats: int) -> str:
     entrants = RACES[number].entrants
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_time, (ranks, folder, number, warmup, rounds), nprocs=ranks)
-        times: Times = json.loads(Path(folder, "times.json").read_text())
+    times = run_ranks(_time, ranks, ranks, number, warmup, rounds)
     peaks: dict[str, list[int]] = {name: [] for name in entrants}
     for _ in range(repeats):
         for name in entrants:

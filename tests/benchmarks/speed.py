@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -75,7 +75,7 @@ def build_llama() -> nn.Module:
         max_position_embeddings=SEQ,
         use_cache=False,
     )
-    return _with_named_loss(LlamaForCausalLM(config))
+    return with_named_loss(LlamaForCausalLM(config))
 
 
 def build_gpt2() -> nn.Module:
@@ -94,10 +94,11 @@ def build_gpt2() -> nn.Module:
         eos_token_id=0,
         use_cache=False,
     )
-    return _with_named_loss(GPT2LMHeadModel(config))
+    return with_named_loss(GPT2LMHeadModel(config))
 
 
-def _with_named_loss(model: nn.Module) -> nn.Module:
+def with_named_loss(model: nn.Module) -> nn.Module:
+    """A model of transformers that trains, and knows which loss it has."""
     model.loss_type = "ForCausalLM"  # what transformers would fall back on, with a message
     return model.train()
 
@@ -112,9 +113,16 @@ Times = dict[str, list[tuple[float, float]]]
 """Of every entrant and step: seconds, and CPU seconds, which other work on the machine disturbs less."""
 
 
-def race(entrants: Mapping[str, Entrant], warmup: int, rounds: int) -> Times:
+class Steps(Protocol):
+    """What can race: it does a step on a batch, and gives the loss."""
+
+    def step(self, batch: Mapping[str, Tensor], /) -> float:
+        """Do one step and return the loss before it."""
+        ...
+
+
+def race(entrants: Mapping[str, Steps], warmup: int, rounds: int, batch: Mapping[str, Tensor]) -> Times:
     """Let the entrants take turns, check that their losses agree, and return the times of each one's steps."""
-    batch = draw_batch()
     names = list(entrants)
     times: Times = {name: [] for name in names}
     for number in range(warmup + rounds):
@@ -127,7 +135,7 @@ def race(entrants: Mapping[str, Entrant], warmup: int, rounds: int) -> Times:
             losses[name] = entrants[name].step(batch)
             if number >= warmup:
                 times[name].append((time.perf_counter() - start, time.process_time() - start_of_cpu))
-        if max(losses.values()) - min(losses.values()) > 1e-3 * abs(losses[OURS]):
+        if max(losses.values()) - min(losses.values()) > 1e-3 * abs(losses[names[0]]):
             raise SystemExit(f"the programs don't compute the same: losses of step {number} are {losses}")
     return times
 
@@ -135,11 +143,12 @@ def race(entrants: Mapping[str, Entrant], warmup: int, rounds: int) -> Times:
 # --- by hand ----------------------------------------------------------------------------------------------------------------
 
 
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of every entrant."""
     return torch.optim.AdamW(model.parameters(), lr=3e-4)
 
 
-def _plan_layers(model: Any) -> dict[str, Any]:
+def plan_layers(model: Any) -> dict[str, Any]:
     """Attention and MLP split as Megatron does; one all-reduce after each."""
     styles: dict[str, Any] = {}
     for layer in range(len(model.model.layers)):
@@ -183,17 +192,34 @@ def enter_by_hand() -> dict[str, Entrant]:
     entrants = {}
     for name in ("layers", "layers, vocabulary", "layers, vocabulary, sequence"):
         model = build_llama()
-        styles = _plan_layers(model)
+        styles = plan_layers(model)
         if "vocabulary" in name:
             styles |= _plan_vocabulary()
         if "sequence" in name:
             styles |= _plan_sequence(model)
         parallelize_module(model, mesh, styles)
-        entrants[f"by hand: {name}"] = Entrant(model, _adamw(model), loss_parallel if "vocabulary" in name else nullcontext)
+        entrants[f"by hand: {name}"] = Entrant(model, adamw(model), loss_parallel if "vocabulary" in name else nullcontext)
     return entrants
 
 
 # --- the races --------------------------------------------------------------------------------------------------------------
+
+
+def save_slowest(times: Times, folder: str) -> None:
+    """Write the times of the slowest rank to a file of the folder, on the first one: a step has ended when it has on all ranks."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, times)
+    if dist.get_rank() == 0:
+        slowest = {name: [max(step) for step in zip(*(ranks[name] for ranks in gathered), strict=True)] for name in times}
+        Path(folder, "times.json").write_text(json.dumps(slowest))
+
+
+def run_ranks(work: Callable[..., None], ranks: int, *arguments: Any) -> Times:
+    """What `work`, called with (rank, folder, *arguments) on each of some processes, saved by `save_slowest`."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (folder, *arguments), nprocs=ranks)
+        times: Times = json.loads(Path(folder, "times.json").read_text())
+    return times
 
 
 def _run_rank(rank: int, folder: str, warmup: int, rounds: int) -> None:
@@ -201,31 +227,22 @@ def _run_rank(rank: int, folder: str, warmup: int, rounds: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timedelta(minutes=5))
     try:
         model = autopar.compile(build_llama(), draw_batch(), pins={"tp": RANKS})
-        entrants = {OURS: Entrant(model, _adamw(model)), **enter_by_hand()}
-        times = race(entrants, warmup, rounds)
-        gathered: list[Any] = [None] * RANKS
-        dist.all_gather_object(gathered, times)
-        if rank == 0:
-            # A step has ended when it has on the slower rank.
-            slower = {name: [max(step) for step in zip(*(ranks[name] for ranks in gathered), strict=True)] for name in times}
-            Path(folder, "times.json").write_text(json.dumps(slower))
+        entrants = {OURS: Entrant(model, adamw(model)), **enter_by_hand()}
+        save_slowest(race(entrants, warmup, rounds, draw_batch()), folder)
     finally:
         dist.destroy_process_group()
 
 
 def race_two_ranks(warmup: int, rounds: int) -> Times:
     """Times of the tensor-parallel programs, the slower rank's."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run_rank, (folder, warmup, rounds), nprocs=RANKS)
-        times: Times = json.loads(Path(folder, "times.json").read_text())
-    return times
+    return run_ranks(_run_rank, RANKS, warmup, rounds)
 
 
 def race_one_rank(build: Callable[[], nn.Module], warmup: int, rounds: int) -> Times:
     """Times of the compiled module and of the eager one, in this process."""
     eager = build()
     model = autopar.compile(copy.deepcopy(eager), draw_batch())
-    return race({OURS: Entrant(model, _adamw(model)), "eager": Entrant(eager, _adamw(eager))}, warmup, rounds)
+    return race({OURS: Entrant(model, adamw(model)), "eager": Entrant(eager, adamw(eager))}, warmup, rounds, draw_batch())
 
 
 def describe(title: str, times: Times, target: float) -> str:
