@@ -28,7 +28,7 @@ from autopar.report import describe_choice
 from autopar.rewrite import Program, mark_samples, rewrite
 from autopar.rewrite import fuse as fuse_program
 from autopar.runtime import Init, ParallelModule, StoredParameter, decide_fusion, form_agreement, world
-from autopar.search import make_plan
+from autopar.search import AxisKind, kind_of, make_plan
 from autopar.units import format_seconds
 
 Progress = Callable[[str], None]
@@ -409,13 +409,18 @@ class _Planner:
         Raises PlanError when this model's pins or mesh contradict that.
         """
         name, parameter = next(iter(stored.items()))
-        sizes = _sizes_of(parameter.mesh)
-        asked = {**self.pins.axis_sizes, **_sizes_of(self.mesh)}
-        if any(sizes.get(axis, 1) != size for axis, size in asked.items()) or self.pins.pp not in (None, parameter.pipeline_ranks):
+        sizes, of_kinds = _sizes_of(parameter.mesh), _sizes_of_kinds(parameter.mesh)
+        # The pin zero_group makes two axes of one.
+        of_mesh = _sizes_of(self.mesh) if self.pins.zero_group is None else _sizes_of_kinds(self.mesh)
+        asked = {**self.pins.axis_sizes, **of_mesh}
+        if any(size not in (sizes.get(axis, 1), of_kinds.get(axis)) for axis, size in asked.items()) or self.pins.pp not in (
+            None,
+            parameter.pipeline_ranks,
+        ):
             raise PlanError(parameter.contradiction(name, f"this model's is pinned to {self.mesh or self.pins}"))
         if self.pins.zero_level is not None and "dp" in sizes:
-            axis = parameter.mesh.names.index("dp")
-            if (self.pins.zero_level > 0) != any(shared.layout[axis].kind is StateKind.SHARD for shared in stored.values()):
+            axes = [axis for axis, axis_name in enumerate(parameter.mesh.names) if kind_of(axis_name) is AxisKind.DP]
+            if (self.pins.zero_level > 0) != any(shared.layout[axis].kind is StateKind.SHARD for shared in stored.values() for axis in axes):
                 raise PlanError(parameter.contradiction(name, f"this model is pinned to {self.pins}, which stores parameters otherwise"))
         # Axes that were asked for have their kinds, as in any first plan.
         pins = replace(self.pins, dp=asked.get("dp"), cp=asked.get("cp"), tp=asked.get("tp"))
@@ -424,3 +429,13 @@ class _Planner:
 
 def _sizes_of(mesh: Mesh | None) -> dict[str, int]:
     return {} if mesh is None else dict(zip(mesh.names, mesh.sizes, strict=True))
+
+
+def _sizes_of_kinds(mesh: Mesh | None) -> dict[str, int]:
+    """Ranks of the axes of each kind together: dp=2 x dp2=4 are dp=8."""
+    sizes: dict[str, int] = {}
+    for name, size in _sizes_of(mesh).items():
+        kind = kind_of(name)
+        key = name if kind is AxisKind.FREE else kind.value
+        sizes[key] = sizes.get(key, 1) * size
+    return sizes

@@ -179,7 +179,7 @@ def test_little_memory_mixes_placements_and_the_plan_is_exact(name: str, pins: M
 def test_a_mixture_is_faster_than_one_placement_for_all() -> None:
     graph = _graph("gpt2_deep")
     plan = _cramped(graph, 0.65, TINY)
-    assert len(_mixed(graph, plan)) == 2
+    assert len(_mixed(graph, plan)) > 1
     cluster = Cluster.parse("4xcpu").with_memory(plan.memory.budget)
     # A given mesh is searched with one placement for like layers.
     assert plan.seconds.step < make_plan(graph, cluster, mesh={"dp": 4}, pins={"prefetch": 0}).seconds.step

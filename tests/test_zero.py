@@ -276,6 +276,48 @@ def test_pipelines_of_level_1(tmp_path: Path) -> None:
     spawn(4, tmp_path, _pipeline)
 
 
+def _groups(rank: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    for level in (1, 2, 3):
+        twin, model = _model(), autopar.compile(_model(), pins={"dp": 4, "zero": level, "zero_group": 2})
+        optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+        for loss, expected in zip(_steps(model, optimizers[0]), _steps(twin, optimizers[1]), strict=True):
+            torch.testing.assert_close(loss, expected, **CLOSE)
+        _agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
+        assert {str(p.placements) for p in model.parameters()} >= {"(Replicate(), Shard(dim=0))"}
+
+
+class _Twice(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        return 2 * self.body(input_ids=input_ids, labels=labels).loss
+
+
+def _shared_groups(rank: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    pins = {"zero": 3, "zero_group": 2}
+    for given in ({"pins": {"dp": 4, **pins}}, {"pins": pins, "mesh": {"dp": 4}}, {"pins": pins, "mesh": {"dp": 2, "dp2": 2}}):
+        twin, body = _model(), _model()
+        model, other = autopar.compile(body, **given), autopar.compile(_Twice(body), **given)
+        for one, two in ((model, twin), (other, _Twice(twin))):
+            for called in (one, two):
+                output = called(**_batch(0))
+                getattr(output, "loss", output).backward()
+        assert {str(p.placements) for p in model.parameters()} >= {"(Replicate(), Shard(dim=0))"}
+        _agree(_gradients(model), _gradients(twin))
+
+
+def test_models_that_share_parameters_in_groups(tmp_path: Path) -> None:
+    spawn(4, tmp_path, _shared_groups)
+
+
+def test_groups_in_four_processes(tmp_path: Path) -> None:
+    spawn(4, tmp_path, _groups)
+
+
 CASES = (
     three_steps,
     gradients_add_up_without_sync,
@@ -314,6 +356,27 @@ def test_plans_agree_in_float64(name: str, level: int, more: Mapping[str, int]) 
     assert from_json(to_json(verification.plan)) == verification.plan
 
 
+@pytest.mark.parametrize(
+    ("level", "pins", "mesh"),
+    [
+        *((level, {"dp": 4}, "dp=2 x dp2=2") for level in (1, 2, 3)),
+        *((level, {"dp": 4, "tp": 2}, "dp=2 x dp2=2 x tp=2") for level in (1, 2, 3)),
+        *((level, {"pp": 1}, "dp=4 x dp2=2") for level in (2, 3)),
+        *((level, {"pp": 2, "dp": 4, "microbatches": 2}, "dp=2 x dp2=2") for level in (1, 3)),
+    ],
+)
+def test_groups_of_ranks_store_the_same(level: int, pins: Mapping[str, object], mesh: str) -> None:
+    model, batch = ZOO["llama"]()
+    ranks = 4 if pins == {"dp": 4} else 8
+    verification = autopar.verify(model, batch, ranks=ranks, pins={**pins, "zero": level, "zero_group": 2})
+    verification.check()
+    plan = verification.plan
+    assert str(plan.mesh) == mesh
+    outer, inner = ({str(layout[axis]) for layout in plan.layouts.values()} for axis in range(2))
+    assert outer == {"R"}
+    assert any(state.startswith("S") for state in inner)
+
+
 def test_memory_by_level() -> None:
     model, batch = ZOO["llama"]()
     model = model.float()
@@ -326,6 +389,22 @@ def test_memory_by_level() -> None:
     ):
         memory = autopar.plan(model, batch, "4xcpu", precision="mixed", pins={"dp": 4, "zero": level}).memory
         assert (memory.parameters, memory.gradients, memory.optimizer) == (parameters * numel, gradients * numel, optimizer * numel), level
+
+
+@pytest.mark.parametrize(("name", "cluster"), [("llama", "4xcpu"), ("gpt2", "8xH100"), ("bert", "2x4xH100")])
+@pytest.mark.parametrize("precision", ["model", "mixed"])
+def test_no_level_is_faster_than_what_the_search_chooses(name: str, cluster: str, precision: str) -> None:
+    model, batch = ZOO[name]()
+    model = model.float()
+    free = autopar.plan(model, batch, cluster, precision=precision)
+    for level in range(4):
+        pinned = autopar.plan(model, batch, cluster, precision=precision, pins={"zero": level})
+        assert free.seconds.step <= pinned.seconds.step * (1 + 1e-5), level
+    for pins in ({"dp": 4}, {"dp": 2, "pp": 2, "microbatches": 2}):
+        free = autopar.plan(model, batch, cluster, precision=precision, pins=pins)
+        for level in (0, 1, 3):
+            pinned = autopar.plan(model, batch, cluster, precision=precision, pins={**pins, "zero": level})
+            assert free.seconds.step <= pinned.seconds.step * (1 + 1e-5), (pins, level)
 
 
 def test_levels_move_the_bytes_of_the_paper() -> None:
@@ -354,6 +433,12 @@ def test_levels_move_the_bytes_of_the_paper() -> None:
         ({"zero": 2, "pp": 2}, "zero=2 leaves each rank its part of the gradients after every backward"),
         ({"zero": 2, "microbatches": 2}, "pin zero=1 there, or pp=1 and microbatches=1"),
         ({"zero": 2, "tp": 4}, "zero=2 stores parameters split over a dp axis, but all axes"),
+        ({"zero_group": 2}, "says over how many ranks a ZeRO level stores in parts: pin zero=1, 2 or 3 too"),
+        ({"zero_group": 2, "zero": 0}, "pin zero=1, 2 or 3 too"),
+        ({"zero_group": 1, "zero": 3}, "zero_group=1: a number of ranks is needed, an integer from 2"),
+        ({"zero_group": 3, "zero": 3}, "zero_group=3 can't form equal groups of the ranks that split the batch"),
+        ({"zero_group": 4, "zero": 3, "dp": 2}, "zero_group=4 can't form equal groups of dp=2 ranks"),
+        ({"zero_group": 4, "zero": 3, "pp": 2}, "zero_group=4"),
     ],
 )
 def test_pins_that_cannot_be_had(pins: Mapping[str, object], message: str) -> None:

@@ -45,6 +45,12 @@ def _read_level(name: str, value: object) -> int:
     return value
 
 
+def _read_group(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
+        raise InputError(f"pin {name}={value!r}: a number of ranks is needed, an integer from 2")
+    return value
+
+
 def _read_ahead(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise InputError(f"pin {name}={value!r}: an integer from 0 is needed")
@@ -104,6 +110,12 @@ TABLE = (
         "ZeRO level, what is stored split over dp: 0 nothing, 1 the optimizer's states, 2 gradients too, 3 parameters too; true and false "
         "of fsdp are 3 and 0",
     ),
+    Pin(
+        "zero_group",
+        "N",
+        _read_group,
+        "ranks over which a ZeRO level stores in parts, neighbours along dp; each group of N stores the same (hybrid sharding)",
+    ),
     Pin("vocabulary", "true|false", _read_switch, "whether lookups and losses are split by the vocabulary"),
     Pin("loss_chunks", "N", _read_count, "parts in which a linear head and its cross entropy compute the logits; 1 is all at once"),
     Pin("prefetch", "N", _read_ahead, "how many blocks ahead parameters that are stored split are gathered; 0 is none, 1 unless pinned"),
@@ -156,6 +168,7 @@ class Pins:
     pp: int | None = None
     fsdp: bool | None = None
     zero: int | None = None
+    zero_group: int | None = None
     vocabulary: bool | None = None
     loss_chunks: int | None = None
     prefetch: int | None = None
@@ -281,6 +294,10 @@ def _check_together(pins: Pins) -> None:
         raise InputError(f"the pins fsdp={pins.fsdp} and zero={pins.zero} contradict each other: fsdp is short for zero=3; leave out one")
     if pins.zero_level and pins.dp == 1:
         raise InputError(f"{pins.word_zero()} over a dp axis, but dp is pinned to 1; pin more, or leave it out")
+    if pins.zero_group and not pins.zero_level:
+        raise InputError(f"pin zero_group={pins.zero_group} says over how many ranks a ZeRO level stores in parts: pin zero=1, 2 or 3 too")
+    if pins.zero_group and pins.dp is not None and pins.dp % pins.zero_group:
+        raise InputError(f"pin zero_group={pins.zero_group} can't form equal groups of dp={pins.dp} ranks; pin a divisor of dp")
     if pins.zero == 2 and (pins.pp or 1, pins.microbatches or 1) != (1, 1):
         raise InputError(
             "pin zero=2 leaves each rank its part of the gradients after every backward, but a pipeline's micro-batches add theirs up"

@@ -6,6 +6,7 @@ Modules, in reading order: ``linear_model``, ``options``, ``meshes``, ``placemen
 ``loss_chunks``, ``planner``.
 """
 
+from autopar.search.options import AxisKind, kind_of
 from autopar.search.planner import make_plan
 
-__all__ = ["make_plan"]
+__all__ = ["AxisKind", "kind_of", "make_plan"]

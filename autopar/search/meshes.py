@@ -15,8 +15,10 @@ Since they are candidates like any other, the search can't return a plan that it
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from autopar.cost_models import Cluster
@@ -79,12 +81,13 @@ def find_trials(
             if kind is AxisKind.DP and name in requested:
                 _check_batch(model, size)
         try:
+            trial = _form_groups(Trial("search", trial_mesh, constraints))
             if pins.zero_level:
-                _check_storage(model, trial_mesh, constraints)
+                _check_storage(model, trial.mesh, trial.constraints)
         except InputError as error:
             unstored.append(error)
         else:
-            trials.append(Trial("search", trial_mesh, constraints))
+            trials.append(trial)
     if not trials:
         raise unstored[0]
     if not pins and mesh is None and not stored:
@@ -125,8 +128,38 @@ def find_pipeline_trials(
         for pipeline_mesh in (trial_mesh, factored):
             if pipeline_mesh is not None:
                 kinds = tuple(kind_of(name) for name in pipeline_mesh.names)
-                trials.append(Trial("pipeline", pipeline_mesh, Constraints(kinds, pins, stored)))
+                trial = Trial("pipeline", pipeline_mesh, Constraints(kinds, pins, stored=stored))
+                with suppress(InputError):  # too few ranks for a group
+                    trials.append(_form_groups(trial))
     return trials
+
+
+def _form_groups(trial: Trial) -> Trial:
+    """The trial with the ranks of its dp axes in groups, as the pin `zero_group` asks; the trial itself where nothing is pinned.
+
+    A group is made of neighbours: of dp=8 with zero_group=4 come an outer axis of 2, along which every rank stores the same, and an inner
+    one of 4. Raises InputError where the dp axes can't be divided so.
+    """
+    mesh, constraints, group = trial.mesh, trial.constraints, trial.constraints.pins.zero_group
+    if group is None:
+        return trial
+    names, sizes, kinds = list(mesh.names), list(mesh.sizes), list(constraints.kinds)
+    rest = group
+    axes = [axis for axis, kind in enumerate(kinds) if kind is AxisKind.DP]
+    while axes and rest > 1 and rest % sizes[axes[-1]] == 0:
+        rest //= sizes[axes.pop()]
+    if rest > 1:
+        if not axes or sizes[axes[-1]] % rest:
+            raise InputError(f"pin zero_group={group} can't form equal groups of the ranks that split the batch on the mesh {mesh}")
+        outer = axes[-1]
+        name = next(name for number in itertools.count(2) if (name := f"{names[outer]}{number}") not in names)
+        names[outer + 1 : outer + 1], kinds[outer + 1 : outer + 1] = [name], [AxisKind.DP]
+        sizes[outer : outer + 1] = [sizes[outer] // rest, rest]
+    return replace(
+        trial,
+        mesh=Mesh(tuple(names), tuple(sizes)),
+        constraints=replace(constraints, kinds=tuple(kinds), copies=frozenset(axes)),
+    )
 
 
 def _factor_heads(model: AnalyzedGraph, mesh: Mesh) -> Mesh | None:
@@ -152,9 +185,13 @@ def _constrain(model: AnalyzedGraph, mesh: Mesh, pins: Pins, stored: Mapping[str
     # For a later program over stored parameters, which nothing is pinned for, the names are no constraints: a last, smaller batch must
     # run too.
     is_free = bool(stored) and not pins.axis_sizes
-    constraints = Constraints(tuple(AxisKind.FREE if is_free else kind_of(name) for name in mesh.names), pins, stored)
+    constraints = Constraints(tuple(AxisKind.FREE if is_free else kind_of(name) for name in mesh.names), pins, stored=stored)
     if pins.zero_level is not None and AxisKind.DP not in constraints.kinds:
         constraints = replace(constraints, kinds=_with_batch_axis(constraints, mesh))
+    if pins.zero_group is not None:
+        # What else split the batch would add to the ranks of a group.
+        kinds = tuple(AxisKind.TP if kind is AxisKind.FREE else kind for kind in constraints.kinds)
+        constraints = replace(constraints, kinds=kinds)
     _check_placements(model, pins, mesh)
     return constraints
 

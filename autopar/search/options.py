@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 
@@ -61,14 +61,20 @@ class Constraints:
     Attributes:
         kinds: per axis what it may split.
         pins: `fsdp` and `zero`, `vocabulary`, `placements` and axis sizes of 1 are obeyed here, other pins elsewhere.
+        copies: axes of kind DP along which every rank stores the same: the groups of the pin `zero_group` are copies of each other.
         stored: layouts in which parameters are stored already, by name of the parameter (for a second program over the same parameters).
         baseline_filter: a baseline's own rule, whether a call may have a placement.
     """
 
     kinds: tuple[AxisKind, ...]
     pins: Pins = NO_PINS
+    copies: frozenset[int] = frozenset()
     stored: Mapping[str, Layout] = field(default_factory=dict)
     baseline_filter: Callable[[Op, Placement], bool] | None = None
+
+    def with_microbatches(self) -> Constraints:
+        """The same on a mesh whose first axis is one of micro-batches, before those that this is about."""
+        return replace(self, kinds=(AxisKind.MICROBATCH, *self.kinds), copies=frozenset(axis + 1 for axis in self.copies))
 
     @property
     def unused_kinds(self) -> frozenset[AxisKind]:
@@ -189,12 +195,21 @@ def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Con
         states += [shard(dim, outer) for outer in bounds]
     layouts = _fitting(tensor, states, mesh)
     level = constraints.pins.zero_level
+    # Gradients of micro-batches add up before they are summed, which level 2 doesn't allow; elsewhere it is level 1 with less memory.
+    offered = 1 if first_rank_axis(mesh) else 2
+    held: list[Layout] = []
     for axis, kind in enumerate(constraints.kinds):
-        if kind is AxisKind.DP and level is not None:
+        if axis in constraints.copies:
+            layouts = [layout for layout in layouts if layout[axis] == REPLICATE]
+        elif kind is AxisKind.DP and level is not None:
             pinned = [layout for layout in layouts if (layout[axis].kind is StateKind.SHARD) == (level > 0)]
             layouts = pinned or layouts
             if level in (1, 2):
                 layouts = _held_layouts(layouts, axis, level) or [layout for layout in layouts if layout[axis] == REPLICATE] or layouts
+        elif kind in (AxisKind.DP, AxisKind.FREE) and level is None and not mesh.sizes[axis] == 1:
+            held += _held_layouts(layouts, axis, offered)
+    layouts += held
+    for axis, kind in enumerate(constraints.kinds):
         if kind is AxisKind.CP:
             layouts = [layout for layout in layouts if layout[axis] == REPLICATE]
     return layouts

@@ -318,7 +318,7 @@ def _note_loss(graph: Graph, pipeline: Pipeline) -> tuple[str, ...]:
 
 def _note_storage(chosen: Chosen, pins: Pins) -> tuple[str, ...]:
     """A note for the report if parameters are pinned to be stored split, but a hundredth or more of their bytes can't be so."""
-    axes = [axis for axis, name in enumerate(chosen.mesh.names) if kind_of(name) is AxisKind.DP]
+    axes = [axis for axis, name in enumerate(chosen.mesh.names) if kind_of(name) in (AxisKind.DP, AxisKind.FREE)]
     if not (pins.zero_level and axes):
         return ()
     layouts, folded = chosen.sharding.layouts, chosen.model.folded

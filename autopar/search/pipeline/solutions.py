@@ -180,7 +180,7 @@ class SolutionCache:
         model = self.model_of_microbatch(configuration.microbatches)
         if model is None:
             return None
-        constraints = replace(configuration.trial.constraints, kinds=(AxisKind.MICROBATCH, *configuration.trial.constraints.kinds))
+        constraints = configuration.trial.constraints.with_microbatches()
         problem = build_problem(
             model, with_microbatch_axis(configuration.trial.mesh, configuration.microbatches), self.cluster, constraints
         )
