@@ -1,6 +1,6 @@
 # Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help test lint types demo bench fuse-bench sharded-bench gpu-bench plan-bench pipe-bench assign-bench megatron-bench clean
+.PHONY: help test lint types demo bench fuse-bench sharded-bench gpu-bench precision-bench plan-bench pipe-bench assign-bench megatron-bench clean
 
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
@@ -37,6 +37,9 @@ sharded-bench: $(INSTALLED) ## time and weigh ZeRO plans against FSDP2 and DDP w
 
 gpu-bench: $(INSTALLED) ## check, time and weigh one-rank plans on this machine's GPU (eight minutes)
 	$(PYTHON) -m tests.benchmarks.gpu -o gpu.md
+
+precision-bench: $(INSTALLED) ## compare steps of parallel programs in each precision with those of one device
+	$(PYTHON) -m tests.benchmarks.precision
 
 plan-bench: $(INSTALLED) ## time the planner on large models
 	$(PYTHON) -m tests.benchmarks.planning

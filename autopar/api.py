@@ -420,7 +420,9 @@ class _Planner:
             raise PlanError(parameter.contradiction(name, f"this model's is pinned to {self.mesh or self.pins}"))
         if self.pins.zero_level is not None and "dp" in sizes:
             axes = [axis for axis, axis_name in enumerate(parameter.mesh.names) if kind_of(axis_name) is AxisKind.DP]
-            if (self.pins.zero_level > 0) != any(shared.layout[axis].kind is StateKind.SHARD for shared in stored.values() for axis in axes):
+            if (self.pins.zero_level > 0) != any(
+                shared.layout[axis].kind is StateKind.SHARD for shared in stored.values() for axis in axes
+            ):
                 raise PlanError(parameter.contradiction(name, f"this model is pinned to {self.pins}, which stores parameters otherwise"))
         # Axes that were asked for have their kinds, as in any first plan.
         pins = replace(self.pins, dp=asked.get("dp"), cp=asked.get("cp"), tp=asked.get("tp"))

@@ -65,10 +65,18 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a.detach().double() - b.detach().double()).abs().max())
 
 
-def check_within_rounding(actual: Mapping[str, Tensor], step: Step, samples: int = 4) -> None:
-    """Fail unless a step's tensors are those of `step` but for roundings: of `step` itself and of what it is compared with, so twice."""
-    expected, bounds = step(), rounding_of(step, samples)
+def share_of_rounding(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], bounds: Mapping[str, float]) -> dict[str, float]:
+    """Name -> how far a step's tensor is from the expected one, as a share of what is accepted.
+
+    Roundings of the step itself and of what it is compared with are accepted, so twice the bound of `rounding_of`.
+    """
     assert actual.keys() == expected.keys()
-    worst = {name: distance(actual[name], x) / max(2 * bounds[name], 1e-30) for name, x in expected.items()}
-    beyond = {name: (share, bounds[name], float(expected[name].abs().max())) for name, share in worst.items() if share > 1}
+    return {name: distance(actual[name], x) / max(2 * bounds[name], 1e-30) for name, x in expected.items()}
+
+
+def check_within_rounding(actual: Mapping[str, Tensor], step: Step, samples: int = 4) -> None:
+    """Fail unless a step's tensors are those of `step` but for roundings."""
+    expected, bounds = step(), rounding_of(step, samples)
+    shares = share_of_rounding(actual, expected, bounds)
+    beyond = {name: (share, bounds[name], float(expected[name].abs().max())) for name, share in shares.items() if share > 1}
     assert not beyond, f"beyond rounding (share of the bound, what roundings do, largest element): {beyond}"

@@ -11,7 +11,6 @@ import transformers
 from torch import nn
 
 import autopar
-from autopar.errors import InputError
 from autopar.ir import Split, StateKind
 from autopar.report import summarize
 
@@ -92,14 +91,14 @@ def test_an_empty_batch_has_no_work_to_share() -> None:
     assert autopar.plan(Wide(64, 64), (torch.zeros(0, 64),), "2xcpu", pins={"dp": 2}).repeated == ()
 
 
-def test_fsdp_that_can_split_no_parameter_is_refused() -> None:
-    with pytest.raises(InputError, match=r"pin fsdp=True stores parameters split over dp=5, which divides no dim .*'layers.0.weight'.*64"):
-        autopar.plan(Wide(64, 64), (torch.zeros(10, 64),), "5xcpu", pins={"fsdp": True, "dp": 5})
-
-
-def test_fsdp_that_leaves_parameters_whole_says_how_many() -> None:
+def test_fsdp_stores_what_no_dim_divides_in_unequal_parts() -> None:
     plan = autopar.plan(Wide(64, 64, 65), (torch.zeros(10, 64),), "5xcpu", pins={"fsdp": True, "dp": 5})
-    assert any("fsdp=true leaves" in note and "layers.0.weight (float32[64, 64])" in note for note in plan.notes)
+    assert {name: str(layout[0]) for name, layout in plan.layouts.items() if name.startswith("p_")} == {
+        "p_layers_0_weight": "S0p",
+        "p_layers_0_bias": "S0p",
+        "p_layers_1_weight": "S0",
+        "p_layers_1_bias": "S0",
+    }
 
 
 def test_fsdp_takes_a_mesh_that_splits_something() -> None:

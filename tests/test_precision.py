@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ from autopar.errors import InputError, PlanError
 from autopar.ir.precision import PRECISIONS, Precision
 from autopar.ops.comm import GroupAxis
 from autopar.plans.plan import from_json, to_json
-from tests.processes import Outcomes, run_cases
+from tests.precision_steps import MODELS, build, largest_error, loss_of, step_in_parallel, step_of_one_device
+from tests.processes import Outcomes, run_cases, spawn
 from tests.rounding import LOW, Moved, check_within_rounding
-from tests.zoo import ZOO
 
 PINS: Mapping[str, Mapping[str, object]] = {
     "dp": {"dp": 2, "fsdp": False},
@@ -29,43 +30,15 @@ PINS: Mapping[str, Mapping[str, object]] = {
     "1f1b": {"pp": 2, "microbatches": 2, "schedule": "1f1b"},
     "zb-h1": {"pp": 2, "microbatches": 4, "schedule": "zb-h1"},
 }
-MODELS = ("gpt2", "llama", "bert", "vit")
-
 # Norms, a step of the update and sums of float32 roundings; float32's unit roundoff is 6e-8.
 FLOAT32 = 1e-6
 
 
-def _model(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, dict[str, Tensor]]:
-    model, batch = ZOO[name]()
-    return model.to(dtype), {key: x.to(dtype) if x.is_floating_point() else x for key, x in batch.items()}
-
-
-def _loss(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output.loss
-
-
-def _step_of_one_device(name: str, precision: Precision, dtype: torch.dtype = torch.float32) -> Mapping[str, Tensor]:
-    model, batch = _model(name, dtype)
-    loss = _loss(call_in_precision(model, (), batch, precision))
-    loss.backward()
-    return {"loss": loss.detach(), **{path: p.grad for path, p in model.named_parameters() if p.grad is not None}}
-
-
-def _step_in_parallel(name: str, pins: str, precision: Any, dtype: torch.dtype = torch.float32) -> Mapping[str, Tensor]:
-    model, batch = _model(name, dtype)
-    compiled = autopar.compile(model, precision=precision, pins=PINS[pins])
-    loss = _loss(compiled(**batch))
-    loss.backward()
-    for p in compiled.parameters():
-        assert p.dtype == dtype
-        assert p.grad is None or p.grad.dtype == dtype
-    return {"loss": loss.detach(), **{path: p.grad.full_tensor() for path, p in compiled.named_parameters() if p.grad is not None}}
-
-
 def _mixed_precision(name: str, precision: str = "mixed", dtype: torch.dtype = torch.float32) -> None:
-    step = functools.partial(_step_of_one_device, name, Precision.parse(precision), dtype)
+    step = functools.partial(step_of_one_device, name, Precision.parse(precision), dtype)
     for pins in PINS:
-        check_within_rounding(_step_in_parallel(name, pins, precision, dtype), step)
+        _, actual = step_in_parallel(name, PINS[pins], precision, dtype)
+        check_within_rounding(actual, step)
 
 
 def gpt2_in_mixed_precision() -> None:
@@ -98,12 +71,10 @@ def parameters_in_bfloat16() -> None:
 
 def float32_policy() -> None:
     for name in MODELS:
-        expected = _step_of_one_device(name, PRECISIONS["float32"])
-        largest = max(float(x.abs().max()) for x in expected.values())
+        expected = step_of_one_device(name, PRECISIONS["float32"])
         for pins in PINS:
-            for path, x in _step_in_parallel(name, pins, "float32").items():
-                scale = max(float(expected[path].abs().max()), 1e-3 * largest)  # some gradients are zero but for rounding
-                assert float((x - expected[path]).abs().max()) <= FLOAT32 * scale, (name, pins, path)
+            _, actual = step_in_parallel(name, PINS[pins], "float32")
+            assert largest_error(actual, expected) <= FLOAT32, (name, pins)
 
 
 def sums_and_gathers_have_the_dtypes_of_the_policy() -> None:
@@ -124,7 +95,7 @@ def sums_and_gathers_have_the_dtypes_of_the_policy() -> None:
         ("fsdp", "mixed", {("gather", torch.bfloat16), ("reduce", torch.float32)}),
         ("fsdp", "param_dtype=bfloat16", {("gather", torch.bfloat16), ("reduce", torch.bfloat16)}),
     ):
-        model, batch = _model("llama")
+        model, batch = build("llama")
         compiled = autopar.compile(model, precision=precision, pins={**PINS[pins], "microbatches": 1})
         compiled.prepare(**batch)
         sent.clear()
@@ -135,36 +106,36 @@ def sums_and_gathers_have_the_dtypes_of_the_policy() -> None:
                 ("gather", GroupAxis, "begin_gather_stack"),
             ):
                 patch.setattr(of, name, noted(kind, of, name))
-            _loss(compiled(**batch)).backward()
+            loss_of(compiled(**batch)).backward()
         assert set(sent) == expected, (pins, precision, sent)
 
 
 def gradients_add_up_in_float32() -> None:
     # Of 64 calls under no_sync the last ones would vanish in a bfloat16 sum.
     for pins in ("dp", "fsdp"):
-        model, batch = _model("llama")
+        model, batch = build("llama")
         compiled = autopar.compile(model, precision="mixed", pins=PINS[pins])
-        _loss(compiled(**batch)).backward()
+        loss_of(compiled(**batch)).backward()
         once = {name: p.grad.full_tensor().clone() for name, p in compiled.named_parameters()}
         compiled.zero_grad()
         for _ in range(15):
             with compiled.no_sync():
-                _loss(compiled(**batch)).backward()
-        _loss(compiled(**batch)).backward()
+                loss_of(compiled(**batch)).backward()
+        loss_of(compiled(**batch)).backward()
         for name, p in compiled.named_parameters():
             torch.testing.assert_close(p.grad.full_tensor(), 16 * once[name], rtol=1e-5, atol=1e-6 * float(once[name].abs().max()))
 
 
 def the_user_asks_for_gradients() -> None:
     for pins in ("dp", "fsdp", "tp"):
-        model, batch = _model("llama")
+        model, batch = build("llama")
         compiled = autopar.compile(model, precision="mixed", pins=PINS[pins])
         named = dict(compiled.named_parameters())
-        asked = torch.autograd.grad(_loss(compiled(**batch)), list(named.values()))
+        asked = torch.autograd.grad(loss_of(compiled(**batch)), list(named.values()))
         assert all(x.dtype == torch.float32 for x in asked)
         seen: list[torch.dtype] = []
         named["lm_head.weight"].register_hook(lambda x, seen=seen: seen.append(x.dtype))
-        _loss(compiled(**batch)).backward()
+        loss_of(compiled(**batch)).backward()
         assert seen == [torch.float32]
         for gradient, p in zip(asked, named.values(), strict=True):
             torch.testing.assert_close(gradient.full_tensor(), p.grad.full_tensor(), rtol=0, atol=0)
@@ -172,19 +143,19 @@ def the_user_asks_for_gradients() -> None:
 
 def an_update_reaches_the_next_call() -> None:
     for pins in PINS:
-        (model, batch), (twin, _) = _model("llama"), _model("llama")
+        (model, batch), (twin, _) = build("llama"), build("llama")
         compiled = autopar.compile(model, precision="mixed", pins=PINS[pins])
-        _loss(compiled(**batch)).backward()
+        loss_of(compiled(**batch)).backward()
         with torch.no_grad():
             for p in (*compiled.parameters(), *twin.parameters()):
                 p.data.mul_(0.5)
-        loss, expected = _loss(compiled(**batch)), _loss(call_in_precision(twin, (), batch, PRECISIONS["mixed"]))
+        loss, expected = loss_of(compiled(**batch)), loss_of(call_in_precision(twin, (), batch, PRECISIONS["mixed"]))
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
 
 
 def outputs_have_the_dtype_that_was_asked_for() -> None:
     for output, expected in ((None, torch.bfloat16), ("float32", torch.float32)):
-        model, batch = _model("vit")
+        model, batch = build("vit")
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None if output is None else torch.float32
         )
@@ -193,10 +164,10 @@ def outputs_have_the_dtype_that_was_asked_for() -> None:
 
 
 def a_plan_brings_its_precision() -> None:
-    model, batch = _model("llama")
+    model, batch = build("llama")
     plan = autopar.plan(model, batch, "2xcpu", pins=PINS["fsdp"], precision="mixed")
     compiled = autopar.compile(model, plan=from_json(to_json(plan)))
-    _loss(compiled(**batch)).backward()
+    loss_of(compiled(**batch)).backward()
     assert "dtype = torch.bfloat16, reduce_dtype = torch.float32" in compiled.print_program()
 
 
@@ -228,10 +199,31 @@ def test_in_two_processes(outcomes: Outcomes, case: Callable[[], None]) -> None:
     outcomes.check(case.__name__)
 
 
+MIXES: Sequence[Mapping[str, object]] = (
+    {"dp": 2, "tp": 2, "zero": 3},
+    {"dp": 2, "tp": 2, "zero": 2},
+    {"dp": 4, "zero": 3, "zero_group": 2},
+    {"pp": 2, "dp": 2, "zero": 1, "microbatches": 2},
+    {"pp": 2, "tp": 2, "microbatches": 2, "schedule": "zb-h1"},
+)
+
+
+def _mixes(rank: int) -> None:
+    step = functools.partial(step_of_one_device, "llama", PRECISIONS["mixed"])
+    for pins in MIXES:
+        plan, actual = step_in_parallel("llama", pins, "mixed")
+        assert plan.precision == PRECISIONS["mixed"]
+        check_within_rounding(actual, step)
+
+
+def test_mixes_in_four_processes(tmp_path: Path) -> None:
+    spawn(4, tmp_path, _mixes)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("pins", [*PINS.values(), {"dp": 2, "tp": 2, "fsdp": True}, {"pp": 2, "dp": 2, "fsdp": True, "microbatches": 2}])
 def test_plans_agree_in_float64(name: str, pins: Mapping[str, object]) -> None:
-    model, batch = _model(name)
+    model, batch = build(name)
     ranks = 4 if "dp" in pins and len(pins) > 2 else 2
     verification = autopar.verify(model, batch, ranks=ranks, pins=pins, precision="mixed")
     verification.check()
@@ -240,7 +232,7 @@ def test_plans_agree_in_float64(name: str, pins: Mapping[str, object]) -> None:
 
 def test_one_process_computes_what_the_policy_says() -> None:
     for precision in ("mixed", "mixed-float16", autopar.Precision(param_dtype=torch.bfloat16, output_dtype=torch.float32)):
-        (model, batch), (twin, _) = _model("llama"), _model("llama")
+        (model, batch), (twin, _) = build("llama"), build("llama")
         compiled = autopar.compile(model, precision=precision)
         output, expected = compiled(**batch), call_in_precision(twin, (), batch, Precision.parse(precision))
         output.loss.backward()
@@ -253,7 +245,7 @@ def test_one_process_computes_what_the_policy_says() -> None:
 
 
 def test_batch_norms_keep_their_parameters() -> None:
-    model, batch = _model("resnet")
+    model, batch = build("resnet")
     captured = capture(model, batch, precision=PRECISIONS["mixed"])
     dtypes = {op.target: op.results[0].dtype for op in captured.graph.ops if op.target in dict(model.named_parameters())}
     assert dtypes["stem.0.weight"] == "bfloat16"
@@ -295,7 +287,7 @@ def test_a_parameter_with_several_uses(pins: Mapping[str, object]) -> None:
 
 
 def test_memory_counts_what_is_stored_copied_and_kept() -> None:
-    model, batch = _model("llama")
+    model, batch = build("llama")
     numel = sum(p.numel() for p in model.parameters())
     for precision, dtype, parameters, gradients, optimizer in (
         ("float32", torch.float32, 4, 4, 8),
@@ -313,7 +305,7 @@ def test_memory_counts_what_is_stored_copied_and_kept() -> None:
 
 
 def test_traffic_is_counted_in_the_dtypes_of_the_policy() -> None:
-    model, batch = _model("llama")
+    model, batch = build("llama")
     nbytes: dict[str, dict[str, int]] = {}
     for precision in ("float32", "mixed", "param_dtype=bfloat16"):
         plan = autopar.plan(model, batch, "2xcpu", precision=precision, pins={"dp": 2, "fsdp": True})
@@ -346,7 +338,7 @@ def test_a_bad_precision_is_refused(value: Any, message: str) -> None:
 
 
 def test_a_model_stored_otherwise_is_refused() -> None:
-    model, batch = _model("llama", torch.bfloat16)
+    model, batch = build("llama", torch.bfloat16)
     with pytest.raises(InputError, match=r"'mixed' stores parameters as float32, model\.embed_tokens\.weight is bfloat16: call model\.to"):
         autopar.plan(model, batch, "2xcpu", precision="mixed")
     plan = autopar.plan(model, batch, "1xcpu")

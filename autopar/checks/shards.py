@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from autopar.ir import Layout, Mesh, StateKind, outer_when_cut
-from autopar.ops import join_parts, take_part
+from autopar.ops import join_parts, take_part, take_rows
 
 
 def cut(whole: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
     """The part of `whole` that `rank` has; on an axis with a Partial state the first rank has the value and the others zeros."""
     part = whole
     for axis, (state, index) in enumerate(zip(layout, mesh.coordinates(rank), strict=True)):
-        if state.kind is StateKind.SHARD:
+        if state.padded:
+            part = take_rows(part, state.dim, index, mesh.sizes[axis])
+        elif state.kind is StateKind.SHARD:
             part = take_part(part, state.dim, outer_when_cut(layout, mesh, axis), index, mesh.sizes[axis])
         elif state.kind is StateKind.PARTIAL and index:
             part = torch.zeros_like(part)
@@ -42,7 +44,9 @@ def join(parts: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Joined:
     for axis in reversed(range(len(layout))):
         state, size = layout[axis], mesh.sizes[axis]
         groups = [pieces[start : start + size] for start in range(0, len(pieces), size)]
-        if state.kind is StateKind.SHARD:
+        if state.padded:
+            pieces = [torch.cat(list(group), state.dim) for group in groups]
+        elif state.kind is StateKind.SHARD:
             outer = outer_when_cut(layout, mesh, axis)
             pieces = [join_parts(group, state.dim, outer) for group in groups]
         elif state.kind is StateKind.PARTIAL:

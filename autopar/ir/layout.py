@@ -15,7 +15,11 @@ The states of a tensor on one axis, with their text forms:
   A parameter that is stored so and needed whole is gathered at each use (ZeRO-3). ``S1z1`` and ``S1z2`` are the lower ZeRO levels
   (Rajbhandari et al. 2020): it is stored in the same parts, and so are gradient and optimizer state, but a program is given it whole,
   as ``R`` (`program_layout`). With ``z1`` a rank's gradients are kept whole until they are summed, with ``z2`` every backward leaves
-  each rank its part of the sum.
+  each rank its part of the sum. A parameter of which no dim divides is stored padded, ``S0p``: on n ranks of an axis, rank i has the i-th
+  n-th of the rows that a multiple of n would be, without those that aren't there, as ``torch.chunk`` cuts it::
+
+      S0p    a dim of 5 on three ranks: 0 1          2 3          4
+
 - Replicate (``R``): every rank has the whole tensor, and its gradient is whole on every rank.
 - Replicate with a partial gradient (``B``), only as what a consumer needs: every rank has the whole tensor but computes a part of what
   follows, so that its gradient is Partial. This is what data parallelism needs of a weight.
@@ -100,17 +104,20 @@ class State:
         dim: of a Shard, the dim that is split.
         outer: of a Shard, the number of equal outer blocks of the dim.
         level: of a parameter that is stored split and given whole to programs, its ZeRO level, 1 or 2; else 0.
+        padded: of a parameter that is stored split, whether the parts are unequal: they are padded when they are gathered.
     """
 
     kind: StateKind
     dim: int = -1
     outer: int = 1
     level: int = 0
+    padded: bool = False
 
     def __str__(self) -> str:
         if self.kind is not StateKind.SHARD:
             return self.kind.value
         text = f"S{self.dim}" if self.outer == 1 else f"S{self.dim}/{self.outer}"
+        text = f"{text}p" if self.padded else text
         return f"{text}z{self.level}" if self.level else text
 
 
@@ -119,15 +126,15 @@ REPLICATE_PARTIAL_GRAD = State(StateKind.REPLICATE_PARTIAL_GRAD)
 PARTIAL = State(StateKind.PARTIAL)
 
 
-def shard(dim: int, outer: int = 1, level: int = 0) -> State:
-    """The Shard state that splits `dim` inside each of its `outer` equal blocks; `level` is as in `State`."""
-    return State(StateKind.SHARD, dim, outer, level)
+def shard(dim: int, outer: int = 1, level: int = 0, *, padded: bool = False) -> State:
+    """The Shard state that splits `dim` inside each of its `outer` equal blocks; `level` and `padded` are as in `State`."""
+    return State(StateKind.SHARD, dim, outer, level, padded)
 
 
 Layout = tuple[State, ...]
 """What every rank has of a tensor: a state per mesh axis, in the mesh's order."""
 
-_STATE = re.compile(r"^(?:S(\d+)(?:/(\d+))?(?:z([12]))?|([RBP]))$")
+_STATE = re.compile(r"^(?:S(\d+)(?:/(\d+))?(p)?(?:z([12]))?|([RBP]))$")
 
 
 def parse_layout(text: str) -> Layout:
@@ -136,9 +143,9 @@ def parse_layout(text: str) -> Layout:
     for state_text in text.split(",") if text else []:
         match = _STATE.match(state_text.strip())
         if match is None:
-            raise ValueError(f"{state_text!r} is no state of a layout (S<dim>, S<dim>/<outer>, either with z1 or z2, R, B or P)")
-        dim, outer, level, kind = match.groups()
-        layout.append(State(StateKind(kind)) if kind else shard(int(dim), int(outer or 1), int(level or 0)))
+            raise ValueError(f"{state_text!r} is no state of a layout (S<dim>, S<dim>/<outer>, either with p, z1 or z2, R, B or P)")
+        dim, outer, padded, level, kind = match.groups()
+        layout.append(State(StateKind(kind)) if kind else shard(int(dim), int(outer or 1), int(level or 0), padded=bool(padded)))
     return tuple(layout)
 
 
@@ -255,16 +262,20 @@ def _split_state(space: Space, split: Split, dims: Dims) -> State | None:
 
 
 def fits(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
-    """Whether a tensor of sizes `shape` can be split by `layout` into parts of equal size.
+    """Whether a tensor of sizes `shape` can be split by `layout` into parts of equal size, but for states that are padded.
 
-    No part is padded or empty, and where two axes split one dim at different numbers of outer blocks, neither cuts through the other's
-    blocks.
+    Where two axes split one dim at different numbers of outer blocks, neither cuts through the other's blocks. A dim that is padded is
+    split by one axis alone.
     """
     shards = [(state, size) for state, size in zip(layout, mesh.sizes, strict=True) if state.kind is StateKind.SHARD]
     for state, _ in shards:
         if state.dim >= len(shape):
             return False
         same_dim = [(neighbour, size) for neighbour, size in shards if neighbour.dim == state.dim]
+        if state.padded:
+            if len(same_dim) > 1 or state.outer > 1 or not shape[state.dim]:
+                return False
+            continue
         # Everything split at this boundary must divide one block; coarser boundaries must be split on whole finer blocks.
         ways = math.prod(size for neighbour, size in same_dim if neighbour.outer == state.outer)
         if shape[state.dim] % state.outer or (shape[state.dim] // state.outer) % ways:
@@ -276,11 +287,11 @@ def fits(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
 
 
 def local_shape(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> tuple[int, ...]:
-    """Sizes of a rank's part of a tensor of sizes `shape`; they are the same on every rank (see `fits`)."""
+    """Sizes of a rank's part of a tensor of sizes `shape`: the same on every rank (see `fits`); where it is padded, those of the first."""
     local = list(shape)
     for state, size in zip(layout, mesh.sizes, strict=True):
         if state.kind is StateKind.SHARD:
-            local[state.dim] //= size
+            local[state.dim] = -(-local[state.dim] // size)
     return tuple(local)
 
 

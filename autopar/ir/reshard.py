@@ -66,6 +66,7 @@ class ReshardStep:
         to_dim, to_outer: likewise the dim that an all-to-all splits; -1 and 1 for other collectives.
         after: the axis' state after the step.
         shape_before, shape_after: sizes of a rank's part before and after the step.
+        padded: whether parts of unequal sizes are gathered, padded to the size of the largest.
     """
 
     axis: int
@@ -78,6 +79,7 @@ class ReshardStep:
     after: State
     shape_before: tuple[int, ...]
     shape_after: tuple[int, ...]
+    padded: bool = False
 
 
 def journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> tuple[ReshardStep, ...]:
@@ -152,7 +154,7 @@ def _next_step(shape: tuple[int, ...], current: Layout, need: Layout, mesh: Mesh
         if state == target or not _can_step(shape, current, need, axis, mesh):
             continue
         forward = PAIRS.get((state.kind, target.kind), (Collective.ALL_GATHER, Collective.SLICE))[0]
-        if state.kind is S and target.kind is S and state.dim != target.dim:
+        if state.kind is S and target.kind is S and state.dim != target.dim and not state.padded:
             candidates.append((100 + axis, axis, target))
         elif state.kind is S and target.kind in (S, P):
             candidates.append((300 - axis, axis, REPLICATE))  # no single collective does it: gather, then slice or keep the first
@@ -224,4 +226,5 @@ def _step(shape: tuple[int, ...], current: Layout, axis: int, target: State, mes
         after=target,
         shape_before=local_shape(shape, current, mesh),
         shape_after=local_shape(shape, after, mesh),
+        padded=state.padded,
     )

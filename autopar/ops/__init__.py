@@ -17,7 +17,7 @@ from autopar.ops.double_backward import refuse_double_backward
 from autopar.ops.functions import FunctionCall, GradientHook, given_arguments
 from autopar.ops.fused import Fused
 from autopar.ops.gathers import deliver_to, regather
-from autopar.ops.parts import join_parts, join_stack, split_parts, take_part
+from autopar.ops.parts import join_parts, join_stack, pad_to, rows_of_part, split_parts, take_part, take_rows
 from autopar.ops.recompute import Recomputed
 from autopar.ops.weight_gradients import Deferred, deferring
 
@@ -40,12 +40,15 @@ __all__ = [
     "given_arguments",
     "join_parts",
     "join_stack",
+    "pad_to",
     "reduce_scatter_along",
     "refuse_double_backward",
     "regather",
+    "rows_of_part",
     "shard_along",
     "split_parts",
     "sum_along",
     "sum_gradient_along",
     "take_part",
+    "take_rows",
 ]

@@ -11,6 +11,7 @@ Axes are names, looked up in `autopar.ops.comm` when the forward runs; the backw
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from autopar.errors import InputError
 from autopar.ops import comm
 from autopar.ops.gathers import Gather, GradientSink, Use, current_forward, find_sink, free_after_forward
-from autopar.ops.parts import blocks_of, join_stack, split_parts, take_part
+from autopar.ops.parts import blocks_of, join_stack, pad_to, rows_of_part, split_parts, take_part
 
 
 class _AllGather(torch.autograd.Function):
@@ -27,6 +28,8 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, use: Use, grad: str, save: bool, reduce_dtype: torch.dtype, sink: GradientSink | None) -> Tensor:
         gather = use.gather
         ctx.step = (gather.axis, gather.dim, gather.outer, grad, x.dtype, reduce_dtype)
+        # Rows of the joined dim that are summed, and of those the ones of this rank, where parts are padded.
+        ctx.padded = None if gather.size is None else (gather.axis.size * rows_of_part(gather.size, gather.axis.size), x.shape[gather.dim])
         ctx.sink, ctx.block, ctx.ahead = sink, use.block, use.forward.ahead if use.forward is not None else 0
         full = use.take()
         if not save:
@@ -36,15 +39,37 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         axis, dim, outer, grad, dtype, reduce_dtype = ctx.step
+        rows, own = ctx.padded or (grads[0].shape[dim], None)
+        whole = pad_to(grads[0], dim, rows)
         if grad == "slice":
-            gradient = _apply(_Shard, grads[0], axis, dim, outer)
+            gradient = _apply(_Shard, whole, axis, dim, outer)
         elif ctx.sink is not None and ctx.sink.takes():
-            summands = split_parts(grads[0].to(reduce_dtype), dim, outer, axis.size)
-            ctx.sink.receive(lambda: axis.begin_reduce_stack(summands), dtype, ctx.block, ctx.ahead)
+            summands = split_parts(whole.to(reduce_dtype), dim, outer, axis.size)
+            ctx.sink.receive(lambda: _Narrowed.of(axis.begin_reduce_stack(summands), dim, own), dtype, ctx.block, ctx.ahead)
             return None, None, None, None, None, None
         else:
-            gradient = _apply(_ReduceScatter, grads[0].to(reduce_dtype), axis, dim, outer)
-        return gradient.to(dtype), None, None, None, None, None
+            gradient = _apply(_ReduceScatter, whole.to(reduce_dtype), axis, dim, outer)
+        return (gradient if own is None else gradient.narrow(dim, 0, own)).to(dtype), None, None, None, None, None
+
+
+@dataclass(frozen=True, slots=True)
+class _Narrowed:
+    """A message of whose tensor only the first rows along a dim are meant: the others pad it."""
+
+    message: comm.Message
+    dim: int
+    rows: int
+
+    @staticmethod
+    def of(message: comm.Message, dim: int, rows: int | None) -> comm.Message:
+        """The message itself where nothing is padded."""
+        return message if rows is None else _Narrowed(message, dim, rows)
+
+    def is_done(self) -> bool:
+        return self.message.is_done()
+
+    def wait(self) -> Tensor:
+        return self.message.wait().narrow(self.dim, 0, self.rows)
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -134,7 +159,9 @@ class _AllToAll(torch.autograd.Function):
         return _apply(_AllToAll, grads[0], axis, to_dim, from_dim, to_outer, from_outer), None, None, None, None, None
 
 
-def begin_all_gather(x: Tensor, axis: str, dim: int, outer: int = 1, dtype: torch.dtype | None = None, *, block: int) -> Use | None:
+def begin_all_gather(
+    x: Tensor, axis: str, dim: int, outer: int = 1, dtype: torch.dtype | None = None, size: int | None = None, *, block: int
+) -> Use | None:
     """Begin the gather of a stored parameter that `all_gather` waits for: give it the result as ``begun``.
 
     Args:
@@ -143,12 +170,13 @@ def begin_all_gather(x: Tensor, axis: str, dim: int, outer: int = 1, dtype: torc
         dim: the dim that is joined.
         outer: number of its outer blocks in `x`.
         dtype: to which parts are cast before they are sent; by default that of `x`.
+        size: the size of the joined dim, where parts aren't of one size.
         block: the number of the block of the program that reads it, from 0, in the order in which they run.
     """
     mesh_axis = comm.axis(axis)
     if mesh_axis.size == 1:
         return None
-    use = Use(Gather(x.detach(), mesh_axis, dim, outer, dtype or x.dtype), block, current_forward())
+    use = Use(Gather(x.detach(), mesh_axis, dim, outer, dtype or x.dtype, size), block, current_forward())
     if use.forward is not None:
         use.forward.add(use.gather, block)
     use.gather.begin()
@@ -164,6 +192,7 @@ def all_gather(
     save: bool = True,
     dtype: torch.dtype | None = None,
     reduce_dtype: torch.dtype | None = None,
+    size: int | None = None,
     begun: Use | None = None,
 ) -> Tensor:
     """Shard -> Replicate, with a whole or a partial gradient: the parts of all ranks joined along `dim`.
@@ -178,13 +207,14 @@ def all_gather(
         save: whether autograd may save the joined tensor for the backward. If not, and inside `regather`, it saves the part `x` instead.
         dtype: to which parts are cast before they are sent, that of the result; by default that of `x`, which its gradient has.
         reduce_dtype: in which gradients are summed by ``reduce_scatter``; by default the dtype of the result.
+        size: the size of the joined dim, where parts aren't of one size but as ``torch.chunk`` makes them: they are padded while they move.
         begun: this gather, where `begin_all_gather` has begun it.
     """
     mesh_axis = comm.axis(axis)
     dtype = dtype or x.dtype
     if mesh_axis.size == 1:
         return x.to(dtype).contiguous()
-    use = begun or Use(Gather(x.detach(), mesh_axis, dim, outer, dtype))
+    use = begun or Use(Gather(x.detach(), mesh_axis, dim, outer, dtype, size))
     sink = find_sink(x) if begun is not None else None
     return _apply(_AllGather, x, use, grad, save, reduce_dtype or dtype, sink)
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from autopar import torch_compat
 from autopar.ops import comm
-from autopar.ops.parts import join_stack
+from autopar.ops.parts import join_stack, pad_to, rows_of_part
 from autopar.torch_compat import StorageRef
 
 
@@ -37,10 +37,11 @@ class Gather:
         axis: the mesh axis.
         dim, outer: the dim that is joined, and the number of its outer blocks in `part`.
         dtype: to which parts are cast before they are sent.
+        size: the size of the joined dim, where parts aren't of one size: they are padded before they are sent.
     """
 
-    def __init__(self, part: Tensor, axis: comm.Axis, dim: int, outer: int, dtype: torch.dtype) -> None:
-        self.part, self.axis, self.dim, self.outer, self.dtype = part, axis, dim, outer, dtype
+    def __init__(self, part: Tensor, axis: comm.Axis, dim: int, outer: int, dtype: torch.dtype, size: int | None = None) -> None:
+        self.part, self.axis, self.dim, self.outer, self.dtype, self.size = part, axis, dim, outer, dtype, size
         # Whether the forward's region that reads it is run again in the backward, which then gathers it again.
         self.runs_again = False
         self._version = 0 if part.is_inference() else part._version
@@ -57,16 +58,21 @@ class Gather:
     def begin(self) -> None:
         """Begin to gather, unless that has been begun, or a backward is reading the gathered tensor."""
         if self._begun is None and self._full is None:
-            self._begun = self.axis.begin_gather_stack(self.part.to(self.dtype))
+            self._begun = self.axis.begin_gather_stack(self._sent())
 
     def take(self) -> Tensor:
         """The gathered tensor, which is the caller's alone."""
         if self._begun is None:
-            stack = self.axis.gather_stack(self.part.to(self.dtype))
+            stack = self.axis.gather_stack(self._sent())
         else:
             begun, self._begun = self._begun, None
             stack = begun.wait()
-        return join_stack(stack, self.dim, self.outer)
+        full = join_stack(stack, self.dim, self.outer)
+        return full if self.size is None else full.narrow(self.dim, 0, self.size).contiguous()
+
+    def _sent(self) -> Tensor:
+        part = self.part.to(self.dtype)
+        return part if self.size is None else pad_to(part, self.dim, rows_of_part(self.size, self.axis.size))
 
     def drop(self) -> None:
         """Wait for what was begun, and release it."""

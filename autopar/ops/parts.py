@@ -22,6 +22,28 @@ def take_part(x: Tensor, dim: int, outer: int, index: int, size: int) -> Tensor:
     return part.flatten(dim, dim + 1).clone(memory_format=torch.contiguous_format)
 
 
+def take_rows(x: Tensor, dim: int, index: int, size: int) -> Tensor:
+    """Part `index` of `x` cut along `dim` as ``torch.chunk`` cuts it in `size` parts, of which the last ones may be short; a view.
+
+    >>> [take_rows(torch.arange(5), 0, index, 4).tolist() for index in range(4)]
+    [[0, 1], [2, 3], [4], []]
+    """
+    whole, rows = x.shape[dim], rows_of_part(x.shape[dim], size)
+    start = min(index * rows, whole)
+    return x.narrow(dim, start, min(rows, whole - start))
+
+
+def rows_of_part(whole: int, size: int) -> int:
+    """Of a dim that is cut in `size` parts, the size of the largest."""
+    return -(-whole // size)
+
+
+def pad_to(x: Tensor, dim: int, length: int) -> Tensor:
+    """`x` with zeros behind it along `dim`, `length` in all; itself where it is as long. Differentiable."""
+    missing = length - x.shape[dim]
+    return torch.nn.functional.pad(x, [*(0, 0) * (x.ndim - 1 - dim), 0, missing]) if missing else x
+
+
 def join_parts(parts: Sequence[Tensor], dim: int, outer: int) -> Tensor:
     """The tensor of which `parts` are all parts along `dim`, in order; the reverse of `take_part`."""
     return join_stack(torch.stack(list(parts)), dim, outer)

@@ -186,6 +186,8 @@ def _take_step(builder: GraphBuilder, node: fx.Node, step: ReshardStep, value: V
                 kwargs = {**kwargs, "dtype": getattr(torch, tensor.dtype)}
             if step.backward is Collective.REDUCE_SCATTER and requires_grad:
                 kwargs = {**kwargs, **summed}
+            if step.padded:
+                kwargs = {**kwargs, "size": step.shape_after[step.dim]}
         moved = builder.call(reader, getattr(collectives, step.forward.value), (node, axis, *args), kwargs)
         moved.meta["gathers_stored"] = step.forward is Collective.ALL_GATHER and is_parameter and node is builder.made[value].node
         return moved

@@ -226,8 +226,11 @@ def _check_decisions(planned: PlannedGraph) -> None:
         raise PlanError(f"plan.outputs has {len(plan.outputs)} layouts, the model has {len(outputs)} outputs; plan again")
     for position, (tensor, layout) in enumerate(zip(outputs, plan.outputs, strict=True)):
         _check_layout(f"plan.outputs[{position}]", layout, tensor, mesh)
-        if PARTIAL in layout or any(state.level for state in layout):
-            raise PlanError(f"plan.outputs[{position}] has the state P; what is returned is split or replicated, but no part of a sum")
+        for state in layout:
+            if state == PARTIAL or state.level or state.padded:
+                raise PlanError(
+                    f"plan.outputs[{position}] has the state {state}; what is returned has equal parts (S0, S1, ...) or is whole (R)"
+                )
     buffers = {op.target: op for op in graph.of_kind(OpKind.BUFFER)}
     for position, name in enumerate(graph.updates, start=len(graph.returned)):
         if plan.outputs[position] != stored_layout(planned, buffers[name]):
@@ -237,7 +240,7 @@ def _check_decisions(planned: PlannedGraph) -> None:
             )
     for name, layout in plan.pipeline.travel.items():
         sent = _find_tensor(graph, name)
-        if sent is None or not fits(sent.shape, layout, mesh):
+        if sent is None or any(state.padded for state in layout) or not fits(sent.shape, layout, mesh):
             raise PlanError(f"plan.pipeline.travel[{name!r}] doesn't fit the mesh {mesh} or names nothing of the model; plan again")
 
 
@@ -263,6 +266,8 @@ def _check_levels(plan: Plan, op: Op) -> None:
     """Raise PlanError for a ZeRO level where it can't be: of what is no parameter, of several axes, of a dim that another axis splits."""
     layout = plan.layouts[op.name]
     held = [state for state in layout if state.level]
+    if any(state.padded for state in layout) and op.kind is not OpKind.PARAMETER:
+        raise PlanError(f"plan.layouts[{op.name!r}] is {format_layout(layout)}: only parameters are stored padded; plan again")
     if not held:
         return
     same_dim = [state for state in layout if state.kind is StateKind.SHARD and state.dim == held[0].dim]

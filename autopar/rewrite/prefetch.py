@@ -51,7 +51,7 @@ def begin_gathers_ahead(module: fx.GraphModule, chain: Chain, ahead: int) -> Non
         before = first_nodes[order[place - ahead]] if place > ahead else calls[0]
         for node in gathers[number]:
             with module.graph.inserting_before(before):
-                options = {name: value for name, value in node.kwargs.items() if name in ("outer", "dtype")}
+                options = {name: value for name, value in node.kwargs.items() if name in ("outer", "dtype", "size")}
                 begun = module.graph.call_function(collectives.begin_all_gather, node.args, {**options, "block": place})
             begun.meta["block"] = None
             if "stack_trace" in node.meta:

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from autopar import torch_compat
-from autopar.ir import Layout, Mesh, StateKind, outer_when_cut
-from autopar.ops import Axis, GroupAxis, collectives, join_parts, take_part
+from autopar.ir import Layout, Mesh, StateKind, local_shape, outer_when_cut
+from autopar.ops import Axis, GroupAxis, collectives, join_parts, pad_to, rows_of_part, take_part, take_rows
 from autopar.torch_compat import StridedShard, state_dict_utils
 
 AxisSplit = tuple[int, int, int]
@@ -81,15 +81,31 @@ def take_local(x: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
     """The part of the whole tensor `x` that `rank` stores; `x` itself where nothing is split."""
     coordinate = mesh.coordinates(rank)
     for axis, dim, outer in split_steps(layout, mesh):
-        x = take_part(x, dim, outer, coordinate[axis], mesh.sizes[axis])
+        if layout[axis].padded:
+            x = take_rows(x, dim, coordinate[axis], mesh.sizes[axis]).clone(memory_format=torch.contiguous_format)
+        else:
+            x = take_part(x, dim, outer, coordinate[axis], mesh.sizes[axis])
     return x
+
+
+def shape_of_part(shape: Sequence[int], layout: Layout, mesh: Mesh, rank: int) -> tuple[int, ...]:
+    """Sizes of the part of a tensor that `rank` stores, which `take_local` takes."""
+    local = list(local_shape(tuple(shape), layout, mesh))
+    for state, index in zip(layout, mesh.coordinates(rank), strict=True):
+        if state.padded:
+            local[state.dim] = max(0, min(local[state.dim], shape[state.dim] - index * local[state.dim]))
+    return tuple(local)
 
 
 def shard_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis], skipped: Sequence[str] = ()) -> Tensor:
     """This rank's part of the whole tensor `x`, whose gradient is gathered; the axes `skipped` have split `x` already."""
     for axis, dim, outer in split_steps(layout, mesh):
         name = mesh.names[axis]
-        if name not in skipped and axes[name].size > 1:
+        if layout[axis].padded:
+            rows, whole = rows_of_part(x.shape[dim], axes[name].size), x.shape[dim]
+            x = collectives.shard_along(pad_to(x, dim, rows * axes[name].size), axes[name], dim, 1)
+            x = x.narrow(dim, 0, max(0, min(rows, whole - axes[name].index * rows)))
+        elif name not in skipped and axes[name].size > 1:
             x = collectives.shard_along(x, axes[name], dim, outer)
     return x
 

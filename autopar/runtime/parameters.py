@@ -27,7 +27,6 @@ from autopar.ops import (
     GroupAxis,
     Message,
     deliver_to,
-    join_stack,
     reduce_scatter_along,
     shard_along,
     sum_along,
@@ -233,7 +232,7 @@ def _leave_or_return(ctx: Any, gradient: Tensor | None) -> Tensor | None:
     gradient = gradient.to(entry.reduce_dtype)
     if held is not None:
         take = reduce_scatter_along if held.is_summed else shard_along
-        gradient = take(gradient, held.axis, held.dim, 1)
+        gradient = held.kept(take(held.pad(gradient), held.axis, held.dim, 1))
     if group is not None:
         gradient = sum_along(gradient, GroupAxis("gradient", group))
     elif held is None and not torch.is_grad_enabled():
@@ -268,12 +267,9 @@ def _gather_bucket(bucket: Sequence[tuple[TrackedParameter, Slot]]) -> dict[str,
     """The parts of some parameters of all ranks, sent in one message and joined."""
     held = [entry.held for entry, _ in bucket if entry.held is not None]
     with torch.no_grad():
-        sent = torch.cat([entry.leaf.reshape(-1).to(getattr(torch, slot.dtype)) for entry, slot in bucket])
-        rows = torch.split(held[0].axis.gather_stack(sent), [entry.leaf.numel() for entry, _ in bucket], 1)
-        return {
-            entry.name: join_stack(row.view(-1, *entry.leaf.shape), how.dim, 1)
-            for (entry, _), how, row in zip(bucket, held, rows, strict=True)
-        }
+        parts = [how.sent(entry.leaf).reshape(-1).to(getattr(torch, slot.dtype)) for (entry, slot), how in zip(bucket, held, strict=True)]
+        rows = torch.split(held[0].axis.gather_stack(torch.cat(parts)), [part.numel() for part in parts], 1)
+        return {entry.name: how.join(row.view(-1, *entry.sent_shape)) for (entry, _), how, row in zip(bucket, held, rows, strict=True)}
 
 
 # --- substitutes ------------------------------------------------------------------------------------------------------------

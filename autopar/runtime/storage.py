@@ -25,7 +25,7 @@ from autopar.ir import REPLICATE, Layout, Mesh, format_layout, local_shape, with
 from autopar.ops import comm
 from autopar.rewrite import Program, Slot
 from autopar.runtime import dispatch, states
-from autopar.runtime.dtensor import as_dtensor, placements_of, take_local
+from autopar.runtime.dtensor import as_dtensor, placements_of, shape_of_part, take_local
 from autopar.runtime.failures import Alarm
 from autopar.runtime.members import Structure, find_places, read
 from autopar.runtime.owned import Owned
@@ -203,7 +203,9 @@ class Storage:
             name = deployment.mesh.names[axis]
             group_axis = deployment.axes[name]
             assert isinstance(group_axis, comm.GroupAxis), "the ranks are processes"
-            tracked.held = Held(group_axis, state.dim, state.level, name in slot.partial_axes)
+            tracked.held = Held(
+                group_axis, state.dim, state.level, name in slot.partial_axes, parameter.shape[state.dim] if state.padded else None
+            )
             tracked.group = self._groups.get(_axes_beside_held(slot, deployment.mesh))
         return tracked
 
@@ -347,7 +349,7 @@ class Storage:
             if whole.shape != meta.shape:
                 raise InputError(f"init gave {name} the shape {tuple(whole.shape)}, the model has {tuple(meta.shape)}")
             return take_local(whole.to(meta.dtype), layout, mesh, rank).to(self.device)
-        local = torch.empty(local_shape(tuple(meta.shape), layout, mesh), dtype=meta.dtype, device=self.device)
+        local = torch.empty(shape_of_part(meta.shape, layout, mesh, rank), dtype=meta.dtype, device=self.device)
         return local.fill_(float("nan")) if local.is_floating_point() else local.zero_()
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
-from autopar.ops import GroupAxis, split_parts, take_part
+from autopar.ops import GroupAxis, join_stack, pad_to, rows_of_part, split_parts, take_part
 from autopar.runtime import dispatch
 
 
@@ -29,20 +29,42 @@ class Held:
         level: 1: local gradients add up whole under `no_sync`, until they are summed; 2: every backward leaves each rank its part of the
             sum.
         is_summed: whether the local gradient is a summand along the axis; otherwise every rank has all of it.
+        whole: the size of the split dim where the parts aren't of one size (`State.padded`): what is sent is padded; else None.
     """
 
     axis: GroupAxis
     dim: int
     level: int
     is_summed: bool
+    whole: int | None = None
+
+    def sent(self, part: Tensor) -> Tensor:
+        """A rank's part as all ranks send it, of one size."""
+        return part if self.whole is None else pad_to(part, self.dim, rows_of_part(self.whole, self.axis.size))
+
+    def kept(self, sent: Tensor) -> Tensor:
+        """Of a part as it is sent, what this rank stores."""
+        if self.whole is None:
+            return sent
+        rows = rows_of_part(self.whole, self.axis.size)
+        return sent.narrow(self.dim, 0, max(0, min(rows, self.whole - self.axis.index * rows)))
+
+    def join(self, stack: Tensor) -> Tensor:
+        """The whole tensor from all ranks' parts as they are sent."""
+        joined = join_stack(stack, self.dim, 1)
+        return joined if self.whole is None else joined.narrow(self.dim, 0, self.whole).contiguous()
 
     def split(self, gradient: Tensor) -> Tensor:
         """A rank's whole gradient as (ranks, elements of a part)."""
-        return split_parts(gradient, self.dim, 1, self.axis.size).flatten(1)
+        return split_parts(self.pad(gradient), self.dim, 1, self.axis.size).flatten(1)
+
+    def pad(self, gradient: Tensor) -> Tensor:
+        """A rank's whole gradient, padded so that it has parts of one size."""
+        return gradient if self.whole is None else pad_to(gradient, self.dim, rows_of_part(self.whole, self.axis.size) * self.axis.size)
 
     def take(self, gradient: Tensor) -> Tensor:
         """This rank's part of a gradient that is whole on every rank."""
-        return take_part(gradient, self.dim, 1, self.axis.index, self.axis.size)
+        return self.kept(take_part(self.pad(gradient), self.dim, 1, self.axis.index, self.axis.size))
 
 
 @dataclass(slots=True, eq=False)
@@ -73,6 +95,14 @@ class TrackedParameter:
     def reduce_dtype(self) -> torch.dtype:
         """The dtype in which local gradients are summed."""
         return self.reduced or self.leaf.dtype
+
+    @property
+    def sent_shape(self) -> torch.Size:
+        """Sizes of this rank's part as it is sent, which are the same on all ranks."""
+        if self.held is None or self.held.whole is None:
+            return self.leaf.shape
+        dim, rows = self.held.dim, rows_of_part(self.held.whole, self.held.axis.size)
+        return torch.Size((*self.leaf.shape[:dim], rows, *self.leaf.shape[dim + 1 :]))
 
     @property
     def collector(self) -> Tensor:
@@ -159,7 +189,8 @@ def start_sum(members: Sequence[TrackedParameter], pending_sums: list[PendingSum
 
 def _start_scatter(members: Sequence[TrackedParameter], gradients: Sequence[Tensor], held: Held) -> PendingSum:
     """Start to bring every rank the sums of its parts of these gradients, over all ranks that have summands of them."""
-    parts = [held.split(gradient) for gradient in gradients]
+    # Members have axis, level and dtypes in common, not the dim that is split.
+    parts = [(entry.held or held).split(gradient) for entry, gradient in zip(members, gradients, strict=True)]
     first = members[0]
     if not held.is_summed:
         assert first.group is not None, "what is complete is in no bucket"
@@ -190,9 +221,11 @@ def _begin_all_reduce(flat: Tensor, group: dist.ProcessGroup | None) -> Callable
 
 def end_sum(pending_sum: PendingSum) -> Iterator[tuple[TrackedParameter, Tensor]]:
     """Wait for a sum; yields each member with its gradient, which is a view of the sum where that has the parameter's dtype."""
-    parts = torch.split(pending_sum.wait(), [entry.leaf.numel() for entry in pending_sum.members])
-    for entry, gradient in zip(pending_sum.members, parts, strict=True):
-        yield entry, gradient.view(entry.leaf.shape).to(entry.leaf.dtype)
+    shapes = [entry.sent_shape for entry in pending_sum.members]
+    parts = torch.split(pending_sum.wait(), [shape.numel() for shape in shapes])
+    for entry, shape, gradient in zip(pending_sum.members, shapes, parts, strict=True):
+        part = gradient.view(shape)
+        yield entry, (part if entry.held is None else entry.held.kept(part)).to(entry.leaf.dtype)
 
 
 def fill_buckets(tracked: Sequence[TrackedParameter], limit: int) -> tuple[Bucket, ...]:

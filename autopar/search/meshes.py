@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
-from autopar.ir import Family, Layout, Mesh, Op, OpKind, Placement, Split, StateKind
+from autopar.ir import Family, Layout, Mesh, Op, OpKind, Placement, Split
 from autopar.plans import Pins, check_devices
-from autopar.search.options import AxisKind, Constraints, is_inside, kind_of, parameter_options
+from autopar.search.options import AxisKind, Constraints, is_inside, kind_of
 from autopar.structure import AnalyzedGraph, Role, grouped_heads, role_of
 
 
@@ -74,22 +74,18 @@ def find_trials(
     trials = []
     if mesh is None and not pins.placements:
         meshes += [factored for trial_mesh in meshes if (factored := _factor_heads(model, trial_mesh)) is not None]
-    unstored: list[InputError] = []
+    ungrouped: list[InputError] = []
     for trial_mesh in meshes:
         constraints = _constrain(model, trial_mesh, pins, stored)
         for name, size, kind in zip(trial_mesh.names, trial_mesh.sizes, constraints.kinds, strict=True):
             if kind is AxisKind.DP and name in requested:
                 _check_batch(model, size)
         try:
-            trial = _form_groups(Trial("search", trial_mesh, constraints))
-            if pins.zero_level:
-                _check_storage(model, trial.mesh, trial.constraints)
+            trials.append(_form_groups(Trial("search", trial_mesh, constraints)))
         except InputError as error:
-            unstored.append(error)
-        else:
-            trials.append(trial)
+            ungrouped.append(error)
     if not trials:
-        raise unstored[0]
+        raise ungrouped[0]
     if not pins and mesh is None and not stored:
         trials += _baselines(model, cluster)
     return trials
@@ -246,24 +242,6 @@ def _check_batch(model: AnalyzedGraph, size: int) -> None:
             f"input {op.target!r} has {op.results[0].shape[0]} rows in dim 0 (the batch), which an axis of {size} (dp={size}) "
             f"doesn't divide; use a batch that is a multiple of {size}, or a smaller dp"
         )
-
-
-def _check_storage(model: AnalyzedGraph, mesh: Mesh, constraints: Constraints) -> None:
-    """Raise InputError if no parameter at all can be stored split over the dp axes, as the pins fsdp and zero ask."""
-    axes = [axis for axis, kind in enumerate(constraints.kinds) if kind is AxisKind.DP]
-    parameters = [op for op in model.folded.ops if op.kind is OpKind.PARAMETER and op.results[0].numel > 1]
-    if not axes or not parameters:
-        return
-    for op in parameters:
-        for layout in parameter_options(model, op, mesh, constraints):
-            if any(layout[axis].kind is StateKind.SHARD for axis in axes):
-                return
-    largest = max(parameters, key=lambda op: op.results[0].nbytes)
-    sizes = " x ".join(f"{mesh.names[axis]}={mesh.sizes[axis]}" for axis in axes)
-    raise InputError(
-        f"{constraints.pins.word_zero()} over {sizes}, which divides no dim of any of them (the largest, {largest.target!r}, is "
-        f"{largest.results[0]}); use a number of ranks that divides their dims, or leave it out"
-    )
 
 
 def _pinned_mesh(sizes: Mapping[str, int], world: int) -> Mesh:

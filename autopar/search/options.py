@@ -194,38 +194,60 @@ def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Con
     for dim, bounds in enumerate(model.roles.of_dims[Value(op.name)]):
         states += [shard(dim, outer) for outer in bounds]
     layouts = _fitting(tensor, states, mesh)
-    level = constraints.pins.zero_level
+    pinned = constraints.pins.zero_level
     # Gradients of micro-batches add up before they are summed, which level 2 doesn't allow; elsewhere it is level 1 with less memory.
-    offered = 1 if first_rank_axis(mesh) else 2
-    held: list[Layout] = []
+    held = 1 if first_rank_axis(mesh) else 2
     for axis, kind in enumerate(constraints.kinds):
-        if axis in constraints.copies:
-            layouts = [layout for layout in layouts if layout[axis] == REPLICATE]
-        elif kind is AxisKind.DP and level is not None:
-            pinned = [layout for layout in layouts if (layout[axis].kind is StateKind.SHARD) == (level > 0)]
-            layouts = pinned or layouts
-            if level in (1, 2):
-                layouts = _held_layouts(layouts, axis, level) or [layout for layout in layouts if layout[axis] == REPLICATE] or layouts
-        elif kind in (AxisKind.DP, AxisKind.FREE) and level is None and not mesh.sizes[axis] == 1:
-            held += _held_layouts(layouts, axis, offered)
-    layouts += held
-    for axis, kind in enumerate(constraints.kinds):
-        if kind is AxisKind.CP:
-            layouts = [layout for layout in layouts if layout[axis] == REPLICATE]
+        whole = [layout for layout in layouts if layout[axis] == REPLICATE]
+        if axis in constraints.copies or kind is AxisKind.CP:
+            layouts = whole
+        elif kind in (AxisKind.DP, AxisKind.FREE) and mesh.sizes[axis] > 1:
+            if pinned != 0:
+                layouts = layouts + _padded_layouts(tensor, layouts, axis, mesh)
+            if kind is AxisKind.FREE:
+                layouts = layouts if pinned is not None else layouts + _split_layouts(layouts, axis, held)
+            elif pinned is None:
+                layouts = [*whole, *_split_layouts(layouts, axis, 3), *_split_layouts(layouts, axis, held)]
+            else:
+                layouts = (_split_layouts(layouts, axis, pinned) if pinned else whole) or whole or layouts
     return layouts
 
 
-def _held_layouts(layouts: Sequence[Layout], axis: int, level: int) -> list[Layout]:
-    """The layouts that store a parameter split over an axis, by the first dim that no other axis splits, and give it whole to programs.
+def _padded_layouts(tensor: Tensor, layouts: Sequence[Layout], axis: int, mesh: Mesh) -> list[Layout]:
+    """The layouts that store a parameter of which no dim divides in unequal parts over an axis, along a dim that no other axis splits.
 
-    By which dim a parameter is split makes no difference to what is sent, so of all dims one is enough.
+    It is the first dim with a row for every rank, whose parts need not be copied when they are joined, or else the largest dim.
+    """
+    ranks = mesh.sizes[axis]
+    if ranks == 1 or any(layout[axis].kind is StateKind.SHARD for layout in layouts):
+        return []
+    dims = sorted(range(len(tensor.shape)), key=lambda dim: (-min(tensor.shape[dim], ranks), dim))
+    padded = []
+    for layout in layouts:
+        tried = ((*layout[:axis], shard(dim, padded=True), *layout[axis + 1 :]) for dim in dims)
+        padded += list(itertools.islice((one for one in tried if fits(tensor.shape, one, mesh)), 1))
+    return padded
+
+
+def _split_layouts(layouts: Sequence[Layout], axis: int, level: int) -> list[Layout]:
+    """The layouts that store a parameter split over an axis along which all ops need it whole, by a ZeRO level.
+
+    By which dim it is split makes no difference to what is sent, so of all dims one is enough: the first that no other axis splits. At
+    level 3 several axes may split one dim, where there is no other.
     """
     found: dict[Layout, Layout] = {}
-    for layout in sorted(layouts, key=lambda layout: layout[axis].dim):
+
+    def is_shared(layout: Layout) -> bool:
+        return any(place != axis and state.kind is StateKind.SHARD and state.dim == layout[axis].dim for place, state in enumerate(layout))
+
+    for layout in sorted(layouts, key=lambda layout: (is_shared(layout), layout[axis].dim, layout[axis].outer)):
         state, others = layout[axis], (*layout[:axis], *layout[axis + 1 :])
-        is_alone = all(other.kind is not StateKind.SHARD or (other.dim != state.dim and not other.level) for other in others)
-        if state.kind is StateKind.SHARD and state.outer == 1 and is_alone:
-            found.setdefault(others, (*layout[:axis], shard(state.dim, 1, level), *layout[axis + 1 :]))
+        if state.kind is not StateKind.SHARD:
+            continue
+        if level == 3:
+            found.setdefault(others, layout)
+        elif state.outer == 1 and not is_shared(layout) and not any(other.level for other in others):
+            found.setdefault(others, (*layout[:axis], replace(state, level=level), *layout[axis + 1 :]))
     return list(found.values())
 
 

@@ -12,14 +12,13 @@ from dataclasses import dataclass, replace
 from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, UnknownOpError
 from autopar.garbage import no_garbage_collection
-from autopar.ir import AS_MODEL, REPLICATE, Graph, Layout, Mesh, Op, OpKind, Precision, Space
+from autopar.ir import AS_MODEL, Graph, Layout, Mesh, Op, OpKind, Precision, Space
 from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
 from autopar.rules import find_spaces, readable_name
 from autopar.schedules import make_schedule
 from autopar.search.assemble import Chosen, assemble
 from autopar.search.loss_chunks import plan_with_chunks
 from autopar.search.meshes import find_pipeline_trials, find_trials
-from autopar.search.options import AxisKind, kind_of
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
 from autopar.search.trials import Progress, SolvedTrial, TrialResults, name_request, solve_trials
 from autopar.structure import AnalyzedGraph, Chain, batch_size, find_chain, find_constants, find_roles, fold, regroup, relabel
@@ -161,7 +160,7 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         candidates=candidates,
         candidate=candidate,
         unruled=unruled,
-        notes=(*asked.notes, *_note_loss(graph, chosen.pipeline), *_note_storage(chosen, pins)),
+        notes=(*asked.notes, *_note_loss(graph, chosen.pipeline)),
     )
 
 
@@ -314,25 +313,6 @@ def _note_loss(graph: Graph, pipeline: Pipeline) -> tuple[str, ...]:
     if graph.loss is not None or pipeline.schedule == "gpipe":
         return ()
     return (LOSS_OUTSIDE.format(pipeline.schedule),)
-
-
-def _note_storage(chosen: Chosen, pins: Pins) -> tuple[str, ...]:
-    """A note for the report if parameters are pinned to be stored split, but a hundredth or more of their bytes can't be so."""
-    axes = [axis for axis, name in enumerate(chosen.mesh.names) if kind_of(name) in (AxisKind.DP, AxisKind.FREE)]
-    if not (pins.zero_level and axes):
-        return ()
-    layouts, folded = chosen.sharding.layouts, chosen.model.folded
-    parameters = [op for op in folded.ops if op.kind is OpKind.PARAMETER and op.name in layouts]
-    whole = [op for op in parameters if all(layouts[op.name][axis] == REPLICATE for axis in axes)]
-    nbytes, total = (sum(op.results[0].nbytes * folded.count[op.name] for op in ops) for ops in (whole, parameters))
-    if not whole or nbytes < total / 100:
-        return ()
-    pinned = "fsdp=true" if pins.zero is None else f"zero={pins.zero}"
-    largest = max(whole, key=lambda op: op.results[0].nbytes)
-    return (
-        f"{pinned} leaves {format_bytes(nbytes)} of {format_bytes(total)} of parameters whole on every rank of {chosen.mesh},"
-        f" since no dim of theirs divides; the largest is {largest.target} ({largest.results[0]})",
-    )
 
 
 def _infeasible(request: _Request, candidates: tuple[Candidate, ...]) -> InfeasibleError:
