@@ -169,6 +169,32 @@ def _masters(rank: int) -> None:
             torch.testing.assert_close(losses[0], losses[1], rtol=2e-2, atol=0)
 
 
+def _pipelines(rank: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    odd, batches = Odd(), torch.randn(3, 8, 7)
+    for level in (1, 3):
+        for schedule in ("1f1b", "zb-h1"):
+            twin, model = copy.deepcopy(odd), copy.deepcopy(odd)
+            model = autopar.compile(model, pins={"pp": 2, "dp": 2, "zero": level, "microbatches": 4, "schedule": schedule})
+            optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
+            for x in batches:
+                losses = []
+                for one, optimizer in zip((model, twin), optimizers, strict=True):
+                    optimizer.zero_grad()
+                    losses.append(one(x))
+                    losses[-1].backward()
+                    torch.nn.utils.clip_grad_norm_(one.parameters(), 0.5)
+                    optimizer.step()
+                torch.testing.assert_close(losses[0].detach(), losses[1].detach(), **CLOSE)
+            assert any(state.padded for layout in model.plan.layouts.values() for state in layout)
+            _agree(autopar.full_state_dict(model), twin.state_dict()) if rank == 0 else autopar.full_state_dict(model)
+
+
+def test_pipelines(tmp_path: Path) -> None:
+    spawn(4, tmp_path, _pipelines)
+
+
 def test_training(tmp_path: Path) -> None:
     spawn(RANKS, tmp_path, _train)
 
