@@ -3,7 +3,7 @@
 Comes in: a rank's parts of tensors. Goes out: a rank's parts of tensors, with autograd through the communication. The one idea: a program
 is the same for all ranks, names the axes of the mesh by text, and asks them at run time which part is this rank's.
 
-Modules, in reading order: ``autocast``, ``rendezvous``, ``comm``, ``parts``, ``gathers``, ``collectives``, ``rng``, ``bounds``, ``losses``,
+Modules, in reading order: ``autocast``, ``rendezvous``, ``comm``, ``parts``, ``gathers``, ``wholes``, ``collectives``, ``rng``, ``bounds``, ``losses``,
 ``double_backward``, ``chunked_loss``, ``draws``, ``kernels``, ``weight_gradients``, ``deferrable``, ``recompute``, ``fused``,
 ``attention``, ``functions``.
 """
@@ -20,10 +20,12 @@ from autopar.ops.gathers import deliver_to, regather
 from autopar.ops.parts import join_parts, join_stack, pad_to, rows_of_part, split_parts, take_part, take_rows
 from autopar.ops.recompute import Recomputed
 from autopar.ops.weight_gradients import Deferred, deferring
+from autopar.ops.wholes import LARGE_NBYTES, StoredPart, begin_wholes, stand_for_whole, take_wholes
 
 __all__ = [
     "AUTOCAST_OFF",
     "DEFERRABLE",
+    "LARGE_NBYTES",
     "Autocast",
     "Axis",
     "Deferred",
@@ -34,6 +36,8 @@ __all__ = [
     "Message",
     "MicrobatchAxis",
     "Recomputed",
+    "StoredPart",
+    "begin_wholes",
     "deferring",
     "deliver_to",
     "gather_along",
@@ -47,8 +51,10 @@ __all__ = [
     "rows_of_part",
     "shard_along",
     "split_parts",
+    "stand_for_whole",
     "sum_along",
     "sum_gradient_along",
     "take_part",
     "take_rows",
+    "take_wholes",
 ]

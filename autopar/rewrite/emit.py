@@ -16,8 +16,8 @@ from autopar.rewrite.chunked_loss import chunk_captured
 from autopar.rewrite.graphs import build_whole
 from autopar.rewrite.outline import outline
 from autopar.rewrite.pipeline import rewrite_pipeline
-from autopar.rewrite.planned import PlannedGraph, read_plan
-from autopar.rewrite.prefetch import begin_gathers_ahead
+from autopar.rewrite.planned import PlannedGraph, read_plan, stored_layout
+from autopar.rewrite.prefetch import begin_gathers_ahead, gather_wholes
 from autopar.rewrite.program import Program
 from autopar.rewrite.regions import find_layers, find_recomputed
 from autopar.rewrite.slots import make_program
@@ -61,6 +61,8 @@ def _rewrite_whole(planned: PlannedGraph, chain: Chain) -> Program:
         (stage,) = partition(graph, chain, [block.stage for block in pipeline.blocks])
         module = build_whole(planned, stage.calls)
     begin_gathers_ahead(module, chain, planned.plan.prefetch)
+    held = [op.name for op in graph.of_kind(OpKind.PARAMETER) if any(state.level for state in stored_layout(planned, op))]
+    gather_wholes(module, held, chain, planned.plan.prefetch)
     if not pipeline.keeps_all:
         module = outline(module, find_recomputed(graph, planned.spaces, chain, pipeline))
     return make_program(planned, outline(module, find_layers(planned.folded)))

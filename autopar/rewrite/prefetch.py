@@ -5,9 +5,12 @@ Comes in: the graph of a program, before its regions become submodules. Goes out
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Collection
+
 from torch import fx
 
-from autopar.ops import collectives
+from autopar.ops import begin_wholes, collectives, take_wholes
 from autopar.structure import Chain
 
 
@@ -57,4 +60,65 @@ def begin_gathers_ahead(module: fx.GraphModule, chain: Chain, ahead: int) -> Non
             if "stack_trace" in node.meta:
                 begun.meta["stack_trace"] = node.meta["stack_trace"]
             node.kwargs = {**node.kwargs, "begun": begun}
+    module.recompile()
+
+
+def gather_wholes(module: fx.GraphModule, held: Collection[str], chain: Chain, ahead: int) -> None:
+    """Gather parameters that are stored in parts and computed with whole, block by block, each block's begun `ahead` blocks before.
+
+    Before, with a block per product and `ahead` 1, where the program is given whole parameters::
+
+        linear = linear(x, p_0_weight)
+        linear_1 = linear(linear, p_1_weight)
+        linear_2 = linear(linear_1, p_2_weight)
+
+    After::
+
+        begin_wholes = begin_wholes((p_0_weight,))
+        begin_wholes_1 = begin_wholes((p_1_weight,))
+        take_wholes = take_wholes(begin_wholes)
+        getitem = take_wholes[0]
+        linear = linear(x, getitem)
+        begin_wholes_2 = begin_wholes((p_2_weight,))
+        take_wholes_1 = take_wholes(begin_wholes_1)
+        getitem_1 = take_wholes_1[0]
+        linear_1 = linear(linear, getitem_1)
+        ...
+
+    A parameter is gathered for the first block that reads it and stays until the backward has read it, for all blocks. All of these calls
+    are in no block, and so stay outside of submodules that like layers share, and of regions that are run again.
+
+    Args:
+        held: names of the placeholders of these parameters.
+        chain: the blocks.
+        ahead: how many; 0 gathers where a block begins.
+    """
+    block_of = {name: number for number, block in enumerate(chain.blocks) for name in block.ops}
+    parameters = {node for node in module.graph.find_nodes(op="placeholder") if node.target in held}
+    # What runs first of each block that is the first to read some of them -> these. A call that is in no block is one by itself.
+    new_reads: dict[fx.Node, list[fx.Node]] = {}
+    first_nodes: dict[int, fx.Node] = {}
+    seen: set[fx.Node] = set()
+    calls = [node for node in module.graph.nodes if node.op in ("call_function", "output")]
+    for node in calls:
+        number = block_of.get(node.meta.get("block") or "")
+        first = node if number is None else first_nodes.setdefault(number, node)
+        new = [x for x in node.all_input_nodes if x in parameters and x not in seen]
+        seen.update(new)
+        if new:
+            new_reads.setdefault(first, []).extend(new)
+    order = [node for node in calls if node in new_reads]
+    begun = []
+    for place, first in enumerate(order):
+        with module.graph.inserting_before(order[place - ahead] if place > ahead or not ahead else calls[0]):
+            begun.append(module.graph.call_function(begin_wholes, (new_reads[first],)))
+            begun[-1].meta["block"] = None
+    for first, begin in zip(order, begun, strict=True):
+        with module.graph.inserting_before(first):
+            taken = module.graph.call_function(take_wholes, (begin,))
+            items = [module.graph.call_function(operator.getitem, (taken, index)) for index in range(len(new_reads[first]))]
+        for node in (taken, *items):
+            node.meta["block"] = None
+        for x, item in zip(new_reads[first], items, strict=True):
+            x.replace_all_uses_with(item, delete_user_cb=lambda user, begin=begin: user is not begin)
     module.recompile()

@@ -45,6 +45,7 @@ class _Program:
 
     tracked: tuple[TrackedParameter, ...]
     buckets: tuple[Bucket, ...]
+    bucket_nbytes: int
     started: int = 0
     is_active: bool = False
 
@@ -117,7 +118,7 @@ class GradientReducer:
         """
         trainable = tuple(entry for entry in tracked if entry.leaf.requires_grad)
         buckets = fill_buckets(trainable, bucket_nbytes)
-        program = _Program(trainable, buckets)
+        program = _Program(trainable, buckets, bucket_nbytes)
         bucket_of = {entry.name: bucket for bucket in buckets for entry in bucket.members}
         return {entry.name: Receiver(self, program, bucket_of.get(entry.name), entry) for entry in trainable}
 
@@ -178,7 +179,7 @@ class GradientReducer:
             if self._synced or first.sums_always:
                 if not _is_full(first):
                     break
-                start_sum(first.members, self._pending_sums)
+                start_sum(first.members, self._pending_sums, program.bucket_nbytes)
             program.started += 1
 
     def recover(self) -> None:
@@ -202,7 +203,7 @@ class GradientReducer:
         for program in self._programs:
             for bucket in program.buckets:
                 if bucket.sums_always:
-                    start_sum(bucket.members, self._pending_sums)
+                    start_sum(bucket.members, self._pending_sums, program.bucket_nbytes)
         self._add_sums()
         self._backward = -1
 
@@ -222,7 +223,7 @@ class GradientReducer:
         for program in self._programs:
             # Buckets with a parameter that this backward didn't reach, and what other programs accumulated under `no_sync`.
             for bucket in program.buckets:
-                start_sum(bucket.members, self._pending_sums)
+                start_sum(bucket.members, self._pending_sums, program.bucket_nbytes)
         self._add_sums()
         for program in self._programs:
             for entry in program.tracked:
@@ -275,7 +276,7 @@ class StashedGradients:
             if entry.collector.grad is not None:
                 entry.gradient, entry.collector.grad = entry.collector.grad.detach(), None
         for bucket in fill_buckets(members, self._bucket_nbytes):
-            start_sum(bucket.members, self._pending_sums)
+            start_sum(bucket.members, self._pending_sums, self._bucket_nbytes)
 
     def collect(self, *, is_summed: bool = True) -> dict[str, Tensor]:
         """All gradients by name, after waiting for the sums that were started; the leaves have none afterwards.

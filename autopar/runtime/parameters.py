@@ -11,6 +11,7 @@ where it is returned to the user, where it will be differentiated, and where the
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,15 @@ from autopar.errors import InputError
 from autopar.ops import (
     GroupAxis,
     Message,
+    StoredPart,
+    begin_wholes,
     deliver_to,
     reduce_scatter_along,
     shard_along,
+    stand_for_whole,
     sum_along,
     sum_gradient_along,
+    take_wholes,
 )
 from autopar.rewrite import Program, Slot
 from autopar.runtime.agreement import Agreement, digest, name_ranks
@@ -69,7 +74,7 @@ class Entrance:
     def enter(self) -> list[Tensor]:
         """This rank's parts of what stands in the places of the parameters, in the dtypes in which the program takes them.
 
-        Raises InputError for a substitute that isn't the same on all ranks.
+        Of a parameter that the program gathers for the whole call it is what stands for it (`autopar.ops.wholes`). Raises InputError for a substitute that isn't the same on all ranks.
         """
         slots, storage = self._program.parameters, self._storage
         parameters = [storage.parameter(slot.name) for slot in slots]
@@ -86,19 +91,13 @@ class Entrance:
             entry if entry is not None and entry.parameter is parameter else None
             for entry, parameter in zip(self._tracked, parameters, strict=True)
         ]
-        wholes = gather_held(
-            [(entry, slot) for entry, slot in zip(own, slots, strict=True) if entry is not None and entry.held is not None],
-            self._program.bucket_nbytes,
-        )
         parts = []
         for slot, entry, parameter in zip(slots, own, parameters, strict=True):
+            if entry is not None and entry.held is not None:
+                parts.append(self._parts[slot.name])
+                continue
             if entry is None:
                 part = enter_substitute(parameter, slot, self._deployment, storage.sum_group(slot))
-            elif entry.held is not None:
-                part = wholes[slot.name]
-                if trains and entry.leaf.requires_grad:
-                    part = _Give.apply(parameter, part, self._receives[slot.name])  # type: ignore[no-untyped-call]
-                    torch_compat.run_early_in_backward(part)
             else:
                 part = self._parts[slot.name] if trains else entry.leaf
             parts.append(read_as(slot.dtype, part))
@@ -122,6 +121,10 @@ class Entrance:
                 tracked = [entry for entry in self._tracked if entry is not None]
                 self._receives = self._reducer.track(tracked, self._program.bucket_nbytes)
                 self._parts = enter_stored([entry for entry in tracked if entry.held is None], self._receives)
+                for slot, entry in zip(self._program.parameters, self._tracked, strict=True):
+                    if entry is not None and entry.held is not None:
+                        enter = functools.partial(_give, entry, self._receives.get(slot.name))
+                        self._parts[slot.name] = stand_for_held(entry, slot, enter)
 
     def _check_alike(self, substitutes: Mapping[str, Tensor]) -> None:
         """Raise InputError when a whole tensor isn't the same on all ranks, beyond rounding."""
@@ -242,34 +245,29 @@ def _leave_or_return(ctx: Any, gradient: Tensor | None) -> Tensor | None:
     return from_part(gradient.to(entry.leaf.dtype), torch_compat.spec_of(parameter))
 
 
-def gather_held(held: Sequence[tuple[TrackedParameter, Slot]], bucket_nbytes: int) -> dict[str, Tensor]:
-    """What a program is given of parameters that are stored in parts and held whole during a call, by name; `bucket_nbytes` at a time."""
-    buckets: dict[tuple[str, str], list[tuple[TrackedParameter, Slot]]] = {}
-    wholes: dict[str, Tensor] = {}
-
-    def empty(bucket: list[tuple[TrackedParameter, Slot]]) -> None:
-        wholes.update(_gather_bucket(bucket))
-        bucket.clear()
-
-    for entry, slot in held:
-        assert entry.held is not None
-        bucket = buckets.setdefault((entry.held.axis.name, slot.dtype), [])
-        bucket.append((entry, slot))
-        if sum(member.leaf.nbytes for member, _ in bucket) >= bucket_nbytes:
-            empty(bucket)
-    for bucket in buckets.values():
-        if bucket:
-            empty(bucket)
-    return wholes
+def _give(entry: TrackedParameter, receiver: Receiver | None, whole: Tensor) -> Tensor:
+    """What a program computes with of a parameter that was gathered for the call."""
+    if receiver is None or not torch.is_grad_enabled():
+        return whole
+    whole = _Give.apply(entry.parameter, whole, receiver)  # type: ignore[no-untyped-call]
+    torch_compat.run_early_in_backward(whole)
+    return whole
 
 
-def _gather_bucket(bucket: Sequence[tuple[TrackedParameter, Slot]]) -> dict[str, Tensor]:
-    """The parts of some parameters of all ranks, sent in one message and joined."""
-    held = [entry.held for entry, _ in bucket if entry.held is not None]
-    with torch.no_grad():
-        parts = [how.sent(entry.leaf).reshape(-1).to(getattr(torch, slot.dtype)) for (entry, slot), how in zip(bucket, held, strict=True)]
-        rows = torch.split(held[0].axis.gather_stack(torch.cat(parts)), [part.numel() for part in parts], 1)
-        return {entry.name: how.join(row.view(-1, *entry.sent_shape)) for (entry, _), how, row in zip(bucket, held, rows, strict=True)}
+def stand_for_held(entry: TrackedParameter, slot: Slot, enter: Callable[[Tensor], Tensor]) -> Tensor:
+    """What stands for a parameter that is stored in parts and that a program is given whole."""
+    assert entry.held is not None
+    held, leaf = entry.held, entry.leaf
+    stored = StoredPart(
+        held.axis, entry.sent_shape, getattr(torch, slot.dtype), lambda: held.sent(leaf.detach()), lambda stack: enter(held.join(stack))
+    )
+    return stand_for_whole(entry.leaf.detach(), stored)
+
+
+def gather_held(held: Sequence[tuple[TrackedParameter, Slot]]) -> dict[str, Tensor]:
+    """What the stages of a pipeline are given of parameters that are stored in parts and held whole during a call, by name."""
+    begun = begin_wholes([stand_for_held(entry, slot, lambda whole: whole) for entry, slot in held])
+    return {entry.name: whole for (entry, _), whole in zip(held, take_wholes(begun), strict=True)}
 
 
 # --- substitutes ------------------------------------------------------------------------------------------------------------

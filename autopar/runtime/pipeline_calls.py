@@ -91,7 +91,7 @@ class PipelineCalls:
             leaf_of,
             stash,
             deployment.alarm,
-            lambda: gather_held(held, program.bucket_nbytes),
+            lambda: gather_held(held),
             self._has_changed,
         )
         self._runners[id(program)] = list(parameters.values()), leaves, runner

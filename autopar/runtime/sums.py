@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
-from autopar.ops import GroupAxis, join_stack, pad_to, rows_of_part, split_parts, take_part
+from autopar.ops import LARGE_NBYTES, GroupAxis, join_stack, pad_to, rows_of_part, split_parts, take_part
 from autopar.runtime import dispatch
 
 
@@ -105,6 +105,11 @@ class TrackedParameter:
         return torch.Size((*self.leaf.shape[:dim], rows, *self.leaf.shape[dim + 1 :]))
 
     @property
+    def summed_nbytes(self) -> int:
+        """Bytes of the local gradient in the sum."""
+        return self.sent_shape.numel() * self.reduce_dtype.itemsize * (1 if self.held is None else self.held.axis.size)
+
+    @property
     def collector(self) -> Tensor:
         """The leaf in whose ``grad`` a pipeline's micro-batches add up their gradients."""
         return self.leaf if self.receiver is None else self.receiver
@@ -133,12 +138,28 @@ class Bucket:
         return held is not None and held.level == 2 and held.is_summed
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class PendingSum:
-    """A sum that was started: `wait` waits for it and gives the stored parts of the members' gradients, one after the other."""
+    """A sum that was started.
+
+    Attributes:
+        members: the parameters whose gradients are summed.
+        wait: waits for it, and gives the stored parts of the gradients, one after the other; None after that.
+        sent_nbytes: what is held for it until it is waited for, and not after.
+        flat: what `wait` gave.
+    """
 
     members: tuple[TrackedParameter, ...]
-    wait: Callable[[], Tensor]
+    wait: Callable[[], Tensor] | None
+    sent_nbytes: int = 0
+    flat: Tensor | None = None
+
+    def settle(self) -> Tensor:
+        """Wait for it, and let go of what was sent."""
+        if self.wait is not None:
+            self.flat, self.wait, self.sent_nbytes = self.wait(), None, 0
+        assert self.flat is not None
+        return self.flat
 
 
 def is_ordinary(parameter: nn.Parameter) -> bool:
@@ -168,8 +189,12 @@ def note_changes(tracked: Iterable[TrackedParameter]) -> None:
         torch.autograd.graph.increment_version(changed)
 
 
-def start_sum(members: Sequence[TrackedParameter], pending_sums: list[PendingSum]) -> None:
-    """Start the sum of these members' gradients, all of one group and of the same dtypes, and note it; the entries have none afterwards."""
+def start_sum(members: Sequence[TrackedParameter], pending_sums: list[PendingSum], in_flight_nbytes: int) -> None:
+    """Start the sum of these members' gradients, all of one group and of the same dtypes, and note it; the entries have none afterwards.
+
+    Whole gradients of which each rank gets its part are let go when their sums have come: of those that are noted, the first ones are waited
+    for until what they hold is no more than `in_flight_nbytes`.
+    """
     present, gradients = [], []
     for entry in members:
         if entry.gradient is not None:
@@ -179,32 +204,51 @@ def start_sum(members: Sequence[TrackedParameter], pending_sums: list[PendingSum
     if not present:
         return
     if present[0].held is not None:
+        _settle_first(pending_sums, in_flight_nbytes)
         pending_sums.append(_start_scatter(present, gradients, present[0].held))
         return
-    is_single = len(gradients) == 1 and gradients[0].is_contiguous()
-    flat = gradients[0].view(-1) if is_single else torch.cat([gradient.reshape(-1) for gradient in gradients])
-    flat = flat.to(present[0].reduce_dtype)
+    flat = _flatten(gradients, present[0].reduce_dtype)
     pending_sums.append(PendingSum(tuple(present), _begin_all_reduce(flat, present[0].group)))
 
 
-def _start_scatter(members: Sequence[TrackedParameter], gradients: Sequence[Tensor], held: Held) -> PendingSum:
+def _settle_first(pending_sums: Sequence[PendingSum], in_flight_nbytes: int) -> None:
+    """Wait for the first of some sums until the others hold no more than some bytes."""
+    excess = sum(pending_sum.sent_nbytes for pending_sum in pending_sums) - in_flight_nbytes
+    for pending_sum in pending_sums:
+        if excess <= 0:
+            break
+        excess -= pending_sum.sent_nbytes
+        pending_sum.settle()
+
+
+def _flatten(gradients: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Gradients one after the other, in a dtype; without a copy of a single one in it."""
+    is_single = len(gradients) == 1 and gradients[0].is_contiguous()
+    flat = gradients[0].view(-1) if is_single else torch.cat([gradient.reshape(-1) for gradient in gradients])
+    return flat.to(dtype)
+
+
+def _start_scatter(members: Sequence[TrackedParameter], gradients: list[Tensor], held: Held) -> PendingSum:
     """Start to bring every rank the sums of its parts of these gradients, over all ranks that have summands of them."""
     # Members have axis, level and dtypes in common, not the dim that is split.
     parts = [(entry.held or held).split(gradient) for entry, gradient in zip(members, gradients, strict=True)]
+    gradients.clear()
     first = members[0]
     if not held.is_summed:
         assert first.group is not None, "what is complete is in no bucket"
-        flat = torch.cat([rows[held.axis.index] for rows in parts]).to(first.reduce_dtype)
+        flat = _flatten([rows[held.axis.index] for rows in parts], first.reduce_dtype)
         return PendingSum(tuple(members), _begin_all_reduce(flat, first.group))
-    scattered = held.axis.begin_reduce_stack(torch.cat(parts, 1).to(first.reduce_dtype))
+    # What is large is a bucket by itself, and isn't copied.
+    sent = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(first.reduce_dtype)
+    scattered = held.axis.begin_reduce_stack(sent)
 
     def wait() -> Tensor:
         flat = scattered.wait()
         if first.group is not None:
             dist.all_reduce(flat, group=first.group)
-        return flat
+        return flat.view(-1)
 
-    return PendingSum(tuple(members), wait)
+    return PendingSum(tuple(members), wait, sent.nbytes)
 
 
 def _begin_all_reduce(flat: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
@@ -222,23 +266,29 @@ def _begin_all_reduce(flat: Tensor, group: dist.ProcessGroup | None) -> Callable
 def end_sum(pending_sum: PendingSum) -> Iterator[tuple[TrackedParameter, Tensor]]:
     """Wait for a sum; yields each member with its gradient, which is a view of the sum where that has the parameter's dtype."""
     shapes = [entry.sent_shape for entry in pending_sum.members]
-    parts = torch.split(pending_sum.wait(), [shape.numel() for shape in shapes])
+    parts = torch.split(pending_sum.settle(), [shape.numel() for shape in shapes])
     for entry, shape, gradient in zip(pending_sum.members, shapes, parts, strict=True):
         part = gradient.view(shape)
         yield entry, (part if entry.held is None else entry.held.kept(part)).to(entry.leaf.dtype)
 
 
 def fill_buckets(tracked: Sequence[TrackedParameter], limit: int) -> tuple[Bucket, ...]:
-    """Buckets of parameters with Partial gradients, by process group and dtypes; the last parameter first, as the backward comes."""
+    """Buckets of parameters with Partial gradients, by process group and dtypes; the last parameter first, as the backward comes.
+
+    A large gradient of which each rank gets its part is a bucket by itself.
+    """
     filling: dict[tuple[Hashable, ...], list[TrackedParameter]] = {}
     full: list[Bucket] = []
     for entry in reversed(tracked):
         if not entry.is_deferred:
             continue
+        if entry.held is not None and entry.summed_nbytes >= LARGE_NBYTES:
+            full.append(Bucket((entry,)))
+            continue
         held = entry.held and (entry.held.axis.name, entry.held.level, entry.held.is_summed)
         members = filling.setdefault((id(entry.group), held, entry.leaf.dtype, entry.reduce_dtype), [])
         members.append(entry)
-        if sum(member.leaf.nbytes for member in members) >= limit:
+        if sum(member.summed_nbytes for member in members) >= limit:
             full.append(Bucket(tuple(members)))
             members.clear()
     return (*full, *(Bucket(tuple(members)) for members in filling.values() if members))
