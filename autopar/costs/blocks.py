@@ -108,7 +108,13 @@ def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
     parameters = tuple(
         (solved.representative(graph.by_name[name]).name, reads.first_block[name] == number) for name in reads.parameters[number]
     )
-    return block.like, read, cheap, shared, parameters, outputs
+    hides = _hides_gathers(solved, number) and any(state.level for name in reads.parameters[number] for state in solved.stored(name))
+    return block.like, read, cheap, shared, parameters, outputs, hides
+
+
+def _hides_gathers(solved: SolvedChain, number: int) -> bool:
+    """Whether a block's gathers of parameters of ZeRO level 1 or 2 run behind the blocks before it, in a program of the whole batch."""
+    return number > 0 and solved.runs_ahead
 
 
 Move = tuple[Tensor, bool, RouteStep, int]
@@ -227,15 +233,17 @@ def _add_step(solved: SolvedChain, number: int, sums: RowSums) -> None:
             continue
         tensor, stored = solved.graph.by_name[name].results[0], solved.stored(name)
         layer = solved.layer_of.get(name, "")
+        hidden_share = solved.tables.gather_overlap if _hides_gathers(solved, number) else 0.0
         for axis, nbytes, seconds in solved.tables.held_gathers(tensor, stored):
             sums.add(
                 Phase.STEP,
                 Purpose.PARAMETERS,
-                seconds,
+                seconds * (1 - hidden_share),
                 layer=layer,
                 axis=solved.mesh.names[axis],
                 collective=COLLECTIVE_KIND[Collective.ALL_GATHER],
                 nbytes=nbytes,
+                hidden=seconds * hidden_share,
             )
         if not tensor.requires_grad:
             continue

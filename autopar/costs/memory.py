@@ -201,7 +201,7 @@ def _times_held(solved: SolvedChain, parameter: Value, need: Layout) -> int:
     steps = solved.tables.steps(solved.graph.tensor(parameter), solved.made(parameter), need)
     if not solved.tables.ahead or not any(step.forward is Collective.ALL_GATHER for step, _ in steps):
         return 2
-    return 0 if solved.sums_run_on else 1
+    return 0 if solved.runs_ahead else 1
 
 
 def _chunk_nbytes(solved: SolvedChain, op: Op) -> int:

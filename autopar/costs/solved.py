@@ -77,8 +77,11 @@ class SolvedChain:
         self._journeys: dict[str, tuple[Journey, ...]] = {}
 
     @property
-    def sums_run_on(self) -> bool:
-        """Whether sums of gradients that gathers begun ahead leave run while the backward goes on; schedules of micro-batches wait."""
+    def runs_ahead(self) -> bool:
+        """Whether sums of gradients run while the backward goes on, and gathers for the whole step behind the forward.
+
+        Schedules of micro-batches wait for both.
+        """
         return self.tables.ahead > 0 and self.is_one_stage and not self.tables.first_axis
 
     def representative(self, op: Op) -> Op:

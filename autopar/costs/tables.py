@@ -355,7 +355,8 @@ class CostTables:
 
     def step_seconds(self, tensor: Tensor, layout: Layout) -> float:
         """Seconds once per step of a parameter that is stored so: AdamW's update, and the gathers of ZeRO levels 1 and 2."""
-        return self.optimizer_seconds(tensor, layout) + sum(seconds for *_, seconds in self.held_gathers(tensor, layout))
+        exposed = 1.0 if self.first_axis else 1 - self.gather_overlap
+        return self.optimizer_seconds(tensor, layout) + exposed * sum(seconds for *_, seconds in self.held_gathers(tensor, layout))
 
 
 def sum_of(stored: State, step: RouteStep) -> Collective:

@@ -102,7 +102,7 @@ class BlockOptionMaker:
         works = [find_work(self._costs[kind, "none"][1]) for kind, _ in self._kinds]
         if not tables.ahead or not any(work.gathered for work in works):
             return [None] * len(works)
-        options = {"is_one_stage": self.solved.is_one_stage, "sums_run": self.solved.sums_run_on}
+        options = {"is_one_stage": self.solved.is_one_stage, "sums_run": self.solved.runs_ahead}
         found = [find_surroundings(works, number, tables.ahead, tables.gather_overlap, **options) for number in range(len(works))]
         return [around if work.gathered or work.unsummed else None for around, work in zip(found, works, strict=True)]
 
