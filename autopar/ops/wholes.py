@@ -1,8 +1,8 @@
 """Parameters that are stored in parts and computed with whole: ZeRO levels 1 and 2 (Rajbhandari et al. 2020).
 
 Comes in: this rank's parts. Goes out: whole parameters, once per call of a program. `begin_wholes` begins the gathers of a block's
-parameters, and `take_wholes` waits for them, where the block begins. What was gathered lives as long as something reads it: autograd saves it
-for the backward, and frees it parameter by parameter while that runs.
+parameters, and `take_wholes` waits for them, where the block begins. What was gathered lives as long as something reads it: autograd saves
+it for the backward, and frees it parameter by parameter while that runs.
 
 A large parameter is gathered by a message of its own, into the memory in which it stays where its first dim is split. Small ones of a
 block share a message, out of which they are copied.

@@ -89,6 +89,7 @@ def gather_wholes(module: fx.GraphModule, held: Collection[str], chain: Chain, a
     are in no block, and so stay outside of submodules that like layers share, and of regions that are run again.
 
     Args:
+        module: the graph; it is changed.
         held: names of the placeholders of these parameters.
         chain: the blocks.
         ahead: how many; 0 gathers where a block begins.
@@ -120,5 +121,6 @@ def gather_wholes(module: fx.GraphModule, held: Collection[str], chain: Chain, a
         for node in (taken, *items):
             node.meta["block"] = None
         for x, item in zip(new_reads[first], items, strict=True):
-            x.replace_all_uses_with(item, delete_user_cb=lambda user, begin=begin: user is not begin)
+            for reader in [user for user in x.users if user is not begin]:
+                reader.replace_input_with(x, item)
     module.recompile()

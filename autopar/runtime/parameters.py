@@ -74,7 +74,9 @@ class Entrance:
     def enter(self) -> list[Tensor]:
         """This rank's parts of what stands in the places of the parameters, in the dtypes in which the program takes them.
 
-        Of a parameter that the program gathers for the whole call it is what stands for it (`autopar.ops.wholes`). Raises InputError for a substitute that isn't the same on all ranks.
+        Of a parameter that the program gathers for the whole call it is what stands for it (`autopar.ops.wholes`).
+
+        Raises InputError for a substitute that isn't the same on all ranks.
         """
         slots, storage = self._program.parameters, self._storage
         parameters = [storage.parameter(slot.name) for slot in slots]

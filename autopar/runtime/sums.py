@@ -192,8 +192,8 @@ def note_changes(tracked: Iterable[TrackedParameter]) -> None:
 def start_sum(members: Sequence[TrackedParameter], pending_sums: list[PendingSum], in_flight_nbytes: int) -> None:
     """Start the sum of these members' gradients, all of one group and of the same dtypes, and note it; the entries have none afterwards.
 
-    Whole gradients of which each rank gets its part are let go when their sums have come: of those that are noted, the first ones are waited
-    for until what they hold is no more than `in_flight_nbytes`.
+    Whole gradients of which each rank gets its part are let go when their sums have come: of those that are noted, the first ones are
+    waited for until what they hold is no more than `in_flight_nbytes`.
     """
     present, gradients = [], []
     for entry in members:
