@@ -6,7 +6,10 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,10 +18,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Replicate, Shard
 
 import autopar
-from autopar.capture import call_in_precision
+from autopar.capture import call_in_precision, capture
 from autopar.errors import InputError, PlanError
 from autopar.ir.precision import PRECISIONS
+from autopar.ops import LARGE_NBYTES
 from autopar.plans.plan import from_json, to_json
+from autopar.rewrite import rewrite
+from autopar.runtime import sums
+from autopar.torch_compat import StorageRef
 from tests.processes import Outcomes, run_cases, spawn
 from tests.rounding import check_within_rounding
 from tests.zoo import ZOO, in_float64, labels, tokens
@@ -197,7 +204,7 @@ def an_optimizer_from_before_the_first_call() -> None:
             torch.testing.assert_close(loss, one, **CLOSE)
 
 
-def what_no_rank_count_divides_stays_whole() -> None:
+def what_no_rank_count_divides_is_stored_in_unequal_parts() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -212,8 +219,93 @@ def what_no_rank_count_divides_stays_whole() -> None:
     twin(x).backward()
     model = _compile(2, odd)
     model(x).backward()
-    assert model.odd.placements == (Replicate(),)
+    assert model.odd.placements == (Shard(0),)
     _agree(_gradients(model), _gradients(twin))
+
+
+def gathered_parameters_are_freed_as_the_backward_goes() -> None:
+    for level in (1, 2):
+        model = _compile(level)
+        refs: dict[int, tuple[str, StorageRef]] = {}
+        names = {tuple(p.shape): name for name, p in model.named_parameters() if p.ndim == 2}
+        left: list[int] = []
+
+        def pack(x: Tensor, refs: dict[int, tuple[str, StorageRef]] = refs, names: dict[tuple[int, ...], str] = names) -> Tensor:
+            if tuple(x.shape) in names or tuple(x.shape[::-1]) in names:
+                ref = StorageRef(x)
+                refs[ref.key] = names.get(tuple(x.shape)) or names[tuple(x.shape[::-1])], ref
+            return x
+
+        def unpack(x: Tensor, refs: dict[int, tuple[str, StorageRef]] = refs, left: list[int] = left) -> Tensor:
+            left.append(sum(not ref.expired() for _, ref in refs.values()))
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            loss = model(**_batch(0)).loss
+        assert len(refs) >= 10
+        loss.backward()
+        assert left[0] == len(refs)
+        assert left[-1] <= 3
+
+
+def sums_hold_no_more_than_a_bucket() -> None:
+    twin = _model()
+    twin(**_batch(0)).loss.backward()
+    for level in (1, 2):
+        held: dict[int, list[int]] = {}
+        for nbytes in (1, 10**9):
+            plan = autopar.plan(_model(), _batch(0), "2xcpu", pins={"dp": 2, "zero": level})
+            model = autopar.compile(_model(), plan=replace(plan, bucket_nbytes=nbytes))
+            seen = held.setdefault(nbytes, [])
+
+            def start(members: Any, pending: Any, limit: int, seen: list[int] = seen) -> None:
+                sums.start_sum(members, pending, limit)
+                seen.append(sum(one.sent_nbytes > 0 for one in pending))
+
+            with mock.patch("autopar.runtime.gradients.start_sum", start):
+                model(**_batch(0)).loss.backward()
+            _agree(_gradients(model), _gradients(twin))
+        assert max(held[1]) == 1
+        assert len(held[1]) > len(held[10**9])
+
+
+def large_parameters_are_messages_of_their_own() -> None:
+    # Beside small ones, split along any dim.
+    class Large(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.norm, self.odd = nn.Linear(512, 513), nn.LayerNorm(513), nn.Linear(513, 300)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.odd(self.norm(self.wide(x))).square().mean()
+
+    torch.manual_seed(0)
+    twin = Large()
+    assert twin.wide.weight.nbytes > LARGE_NBYTES > twin.norm.weight.nbytes
+    for level in (1, 2):
+        torch.manual_seed(1)
+        model, x = copy.deepcopy(twin), torch.randn(4, 512)
+        compiled = autopar.compile(model, pins={"dp": 2, "zero": level})
+        twin.zero_grad()
+        for _ in range(2):
+            twin(x).backward()
+            compiled(x).backward()
+        _agree(_gradients(compiled), _gradients(twin))
+
+
+def a_call_that_fails_leaves_the_next_one_right() -> None:
+    twin = _model()
+    twin(**_batch(1)).loss.backward()
+    for level in (1, 2):
+        model = _compile(level)
+        model(**_batch(0)).loss.backward()
+        model.zero_grad()
+        broken = _batch(0)
+        broken["input_ids"] = broken["input_ids"] + 10**6
+        with pytest.raises(Exception, match="index"):
+            model(**broken)
+        model(**_batch(1)).loss.backward()
+        _agree(_gradients(model), _gradients(twin))
 
 
 def micro_batches() -> None:
@@ -328,7 +420,11 @@ CASES = (
     other_calls_over_the_same_parameters,
     checkpoints_go_from_level_to_level,
     an_optimizer_from_before_the_first_call,
-    what_no_rank_count_divides_stays_whole,
+    what_no_rank_count_divides_is_stored_in_unequal_parts,
+    gathered_parameters_are_freed_as_the_backward_goes,
+    sums_hold_no_more_than_a_bucket,
+    large_parameters_are_messages_of_their_own,
+    a_call_that_fails_leaves_the_next_one_right,
     micro_batches,
 )
 
@@ -375,6 +471,31 @@ def test_groups_of_ranks_store_the_same(level: int, pins: Mapping[str, object], 
     outer, inner = ({str(layout[axis]) for layout in plan.layouts.values()} for axis in range(2))
     assert outer == {"R"}
     assert any(state.startswith("S") for state in inner)
+
+
+@pytest.mark.parametrize(("ahead", "recompute"), [(0, "none"), (1, "none"), (2, "full")])
+def test_gathers_for_the_whole_call_are_begun_ahead(ahead: int, recompute: str) -> None:
+    model, batch = ZOO["llama"]()
+    plan = autopar.plan(model, batch, "2xcpu", pins={"dp": 2, "zero": 2, "prefetch": ahead, "recompute": recompute})
+    program = rewrite(capture(model, batch), plan)
+    assert isinstance(program.module, torch.fx.GraphModule)
+    given = {node.target for node in program.module.graph.find_nodes(op="placeholder")}
+    begun: list[torch.fx.Node] = []
+    taken: list[torch.fx.Node] = []
+    gathered: list[str] = []
+    for node in program.module.graph.nodes:
+        if getattr(node.target, "__name__", "") == "begin_wholes":
+            begun.append(node)
+            gathered += [str(x.target) for x in node.all_input_nodes]
+        elif getattr(node.target, "__name__", "") == "take_wholes":
+            taken.append(node)
+            # What this block reads, and the next ones' that were begun.
+            assert len(begun) == min(len(taken) + ahead, 4)
+            assert node.args == (begun[len(taken) - 1],)
+    assert len(begun) == len(taken) == 4  # the embedding, two layers, the head
+    held = [slot.name for slot in program.parameters if slot.stored is not None]
+    assert len(gathered) == len(set(gathered)) == len(held)
+    assert set(gathered) <= given
 
 
 def test_memory_by_level() -> None:
