@@ -60,7 +60,8 @@ def plan(
         pins: what the plan must have, as a dict or `autopar.Pins`: axis sizes by kind (``{"dp": 2, "tp": 4}``), ``zero`` (ZeRO level, 0 to
             3), ``fsdp`` (short for level 3 or 0) and ``vocabulary`` (true or false); of a pipeline ``pp`` (pipeline ranks), ``schedule``
             (``"1f1b"``), ``microbatches``, ``chunks`` (stages per pipeline rank) and ``recompute`` (``"none"``, ``"selective"``,
-            ``"full"``); ``loss_chunks`` (parts in which a head and its cross entropy compute the logits); placements
+            ``"full"``); ``loss_chunks`` (parts in which a head and its cross entropy compute the logits); ``prefetch``
+            (blocks ahead of which parameters are gathered); ``half_batches`` (whether halves of the batch take turns); placements
             and stages of modules by glob (``{"layers.*.mlp": {"tp": "o"}, "layers.3": {"pp": 1}}``).
         mesh: axis sizes by name, instead of a search over meshes. ``dp``, ``tp`` and ``cp`` are kinds, ``pp`` is the pipeline, other names
             are free. With a mesh there is a pipeline only if ``pp`` is in it or pinned.

@@ -152,6 +152,7 @@ def _plans(draw: st.DrawFn) -> Plan:
         ),
         unruled=tuple(draw(st.lists(st.builds(Unruled, _TEXT, _TEXT, _TEXT), max_size=2))),
         notes=tuple(draw(st.lists(_TEXT, max_size=2))),
+        half_batches=pipeline.is_trivial and pipeline.keeps_all and draw(st.booleans()),
     )
 
 

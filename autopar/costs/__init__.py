@@ -3,7 +3,7 @@
 Comes in: an `AnalyzedGraph`, a mesh, a cluster, and for whole blocks a solution of the placement problem. Goes out: prices of single
 decisions (`CostTables`), and per block of the chain its rows of seconds and its bytes (`BlockCost`).
 
-Modules, in reading order: ``tables``, ``solved``, ``memory``, ``blocks``, ``ahead``, ``cuts``.
+Modules, in reading order: ``tables``, ``solved``, ``memory``, ``halves``, ``blocks``, ``ahead``, ``cuts``.
 """
 
 from autopar.costs.ahead import Surroundings, find_surroundings, find_work, overlap

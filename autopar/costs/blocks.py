@@ -20,10 +20,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from autopar.costs.halves import Move, hide_exchanges
 from autopar.costs.memory import BlockMemory, find_memory, recompute_memory
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import COLLECTIVE_KIND, parameter_backward, reduced_nbytes, sum_of
-from autopar.ir import Collective, Layout, Op, OpKind, RouteStep, Tensor, Value
+from autopar.ir import Collective, Layout, Op, OpKind, RouteStep, Value
 from autopar.plans import CostRow, Phase, Purpose, RowSums, seconds_of
 from autopar.structure import find_cores
 
@@ -75,6 +76,8 @@ def cost_block(solved: SolvedChain, number: int, recompute: Iterable[str]) -> It
     _add_outputs(solved, number, base)
     _add_step(solved, number, base)
     plain, memory = base.rows(), find_memory(solved, number)
+    if solved.tables.halved:
+        plain = hide_exchanges(solved, {name: moves[name] for name in block.ops}, plain)
     for kind in recompute:
         rerun = regions[kind]
         again = RowSums()
@@ -117,11 +120,6 @@ def _hides_gathers(solved: SolvedChain, number: int) -> bool:
     return number > 0 and solved.runs_ahead
 
 
-Move = tuple[Tensor, bool, RouteStep, int]
-"""A tensor that is moved for a call, whether it is a parameter, a step of its journey, and the bytes of the larger of a rank's parts before
-and after that step."""
-
-
 def _moves_of_calls(solved: SolvedChain, number: int) -> dict[str, list[Move]]:
     """The moves of the operands of every call of a block, and of the cheap calls that it is the first to need, which come first.
 
@@ -140,7 +138,8 @@ def _moves_of_calls(solved: SolvedChain, number: int) -> dict[str, list[Move]]:
                     continue
                 moved.add(key)
             tensor = solved.graph.tensor(journey.value)
-            moves[name] += [(tensor, is_parameter, *step) for step in solved.tables.steps(tensor, journey.start, journey.need)]
+            pieces = 2 if solved.model.folded.representative[journey.value.op] in solved.tables.halved else 1
+            moves[name] += [(tensor, is_parameter, *step, pieces) for step in solved.tables.steps(tensor, journey.start, journey.need)]
     return moves
 
 
@@ -151,25 +150,34 @@ def _forward_rows(solved: SolvedChain, moves: Mapping[str, Sequence[Move]]) -> d
         op, sums = solved.graph.by_name[name], RowSums()
         layer = solved.layer_of.get(name, "")
         sums.add(Phase.FORWARD, Purpose.COMPUTE, solved.tables.op_seconds(solved.representative(op), solved.placement(op))[0], layer=layer)
-        for _, is_parameter, move, nbytes in moves[name]:
+        for _, is_parameter, move, nbytes, pieces in moves[name]:
             if move.forward is not Collective.NONE:
                 purpose = Purpose.PARAMETERS if is_parameter else Purpose.ACTIVATIONS
-                _add_move(solved, sums, Phase.FORWARD, purpose, move.forward, move, nbytes, layer)
+                _add_move(solved, sums, Phase.FORWARD, purpose, move.forward, move, nbytes, layer, pieces)
         rows[name] = sums.rows()
     return rows
 
 
 def _add_move(
-    solved: SolvedChain, sums: RowSums, phase: str, purpose: str, collective: Collective, move: RouteStep, nbytes: int, layer: str
+    solved: SolvedChain,
+    sums: RowSums,
+    phase: str,
+    purpose: str,
+    collective: Collective,
+    move: RouteStep,
+    nbytes: int,
+    layer: str,
+    pieces: int = 1,
 ) -> None:
-    """Add an entry for one direction of a step of a journey: `collective` along its axis."""
+    """Add an entry for one direction of a step of a journey: `collective` along its axis, in so many pieces."""
     sums.add(
         phase,
         purpose,
-        solved.tables.collective_seconds(collective, move.axis, nbytes),
+        pieces * solved.tables.collective_seconds(collective, move.axis, nbytes // pieces),
         layer=layer,
         axis=solved.mesh.names[move.axis],
         collective=COLLECTIVE_KIND.get(collective, LOCAL_COPY),
+        count=pieces,
         nbytes=nbytes,
     )
 
@@ -197,12 +205,12 @@ def _add_backward(solved: SolvedChain, number: int, moves: Mapping[str, Sequence
         sums.add(Phase.BACKWARD_INPUT, Purpose.COMPUTE, backward - weight, layer=layer)
         if weight:
             sums.add(Phase.BACKWARD_WEIGHT, Purpose.COMPUTE, weight, layer=layer)
-        for tensor, is_parameter, move, nbytes in moves[name]:
+        for tensor, is_parameter, move, nbytes, pieces in moves[name]:
             if is_parameter:
                 for purpose, direction, moved in parameter_backward(tensor, move, nbytes):
                     _add_move(solved, sums, Phase.BACKWARD_INPUT, purpose, direction, move, moved, layer)
             elif tensor.requires_grad and move.backward is not Collective.NONE:
-                _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.ACTIVATION_GRADIENTS, move.backward, move, nbytes, layer)
+                _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.ACTIVATION_GRADIENTS, move.backward, move, nbytes, layer, pieces)
 
 
 def _has_activation(solved: SolvedChain, op: Op) -> bool:

@@ -34,6 +34,7 @@ from autopar.ir import (
     Layout,
     Mesh,
     Op,
+    OpKind,
     Placement,
     RouteStep,
     Space,
@@ -174,13 +175,15 @@ class CostTables:
         first_axis: number of the first axis that consists of ranks (`first_rank_axis`).
         links: per axis of the mesh the link between its ranks.
         ahead: how many blocks ahead the program begins gathers of parameters (`Plan.prefetch`).
+        halved: the calls that the program runs once for each half of the batch (`Plan.half_batches`); none without.
     """
 
-    def __init__(self, model: AnalyzedGraph, mesh: Mesh, cluster: Cluster, ahead: int = 0) -> None:
+    def __init__(self, model: AnalyzedGraph, mesh: Mesh, cluster: Cluster, ahead: int = 0, halved: frozenset[str] = frozenset()) -> None:
         self.model = model
         self.mesh = mesh
         self.device = cluster.machine.device
         self.ahead = ahead
+        self.halved = halved
         self.first_axis = first_rank_axis(mesh)
         ranks = mesh.sizes[self.first_axis :]
         links = tuple(axis_link(cluster, ranks, axis) for axis in range(len(ranks)))
@@ -210,8 +213,23 @@ class CostTables:
         made = [result_layout_of(self.model, op, placement, i) for i in range(len(op.results))]
         nbytes = sum(local_nbytes(*pair, self.mesh) for pair in zip((*operands, *op.results), (*needs, *made), strict=True))
         ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
-        forward, backward = call_seconds(self.model, self.device, op, ways, nbytes)
+        if op.name not in self.halved:
+            forward, backward = call_seconds(self.model, self.device, op, ways, nbytes)
+        else:
+            forward, backward = self._halved_seconds(op, needs, ways, nbytes)
         return forward, backward + sum(seconds for *_, seconds in self.exchanges(op, placement))
+
+    def _halved_seconds(self, op: Op, needs: Sequence[Layout], ways: int, nbytes: int) -> tuple[float, float]:
+        """Seconds of a call that runs for each half of the batch: both read all of its parameters, whose two gradients are added."""
+        graph = self.model.folded.graph
+        parameters = [
+            local_nbytes(graph.tensor(value), need, self.mesh)
+            for value, need in zip(op.operands, needs, strict=True)
+            if graph.by_name[value.op].kind is OpKind.PARAMETER
+        ]
+        forward, backward = call_seconds(self.model, self.device, op, 2 * ways, (nbytes + sum(parameters)) // 2)
+        added = sum(op_seconds(self.device, flops=0, nbytes=3 * size, dtype="float32", family="pointwise") for size in parameters)
+        return 2 * forward, 2 * backward + (added if backward else 0.0)
 
     def exchanges(self, op: Op, placement: Placement) -> list[tuple[int, str, int, float]]:
         """The collectives inside of an op's kernel under a placement, as the op's rule states them (`Facts.exchanges`).
@@ -222,6 +240,7 @@ class CostTables:
         if space is None or not space.facts.exchanges:
             return []
         made: list[tuple[int, str, int, float]] = []
+        halves = 2 if op.name in self.halved else 1
         for exchange in space.facts.exchanges:
             nbytes = self._exchanged_nbytes(space, exchange, placement)
             for axis, part in enumerate(placement):
@@ -229,7 +248,7 @@ class CostTables:
                     size = self.mesh.sizes[axis]
                     total = nbytes if exchange.collective == "all_reduce" else nbytes * size
                     times = exchange.forward + exchange.backward
-                    seconds = times * collective_seconds(exchange.collective, total, size, self.links[axis])
+                    seconds = times * halves * collective_seconds(exchange.collective, total / halves, size, self.links[axis])
                     made.append((axis, exchange.collective, times * nbytes, seconds))
         return made
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from autopar.errors import InputError
 from autopar.ops import comm
 from autopar.ops.gathers import Gather, GradientSink, Use, current_forward, find_sink, free_after_forward
-from autopar.ops.parts import blocks_of, join_stack, pad_to, rows_of_part, split_parts, take_part
+from autopar.ops.parts import blocks_of, join_parts, join_stack, pad_to, rows_of_part, split_parts, take_part
 
 
 class _AllGather(torch.autograd.Function):
@@ -276,6 +276,16 @@ def take_microbatch(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
 def keep_in_first_microbatch(x: Tensor, axis: str) -> Tensor:
     """Replicate -> Partial on the axis of micro-batches: `x` in the first micro-batch, zeros in the others."""
     return x if comm.axis(axis).index == 0 else torch.zeros_like(x)
+
+
+def join_halves(first: Tensor, second: Tensor, dim: int, outer: int) -> Tensor:
+    """What the whole batch has of a tensor of which the two halves have parts along `dim`, inside each of its `outer` blocks."""
+    return join_parts((first, second), dim, outer)
+
+
+def add_halves(first: Tensor, second: Tensor) -> Tensor:
+    """What the whole batch has of a tensor of which the two halves have summands."""
+    return first + second
 
 
 def all_to_all(x: Tensor, axis: str, from_dim: int, to_dim: int, from_outer: int = 1, to_outer: int = 1) -> Tensor:

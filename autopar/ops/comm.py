@@ -94,6 +94,14 @@ class Axis(ABC):
         """Begin `reduce_stack`, as `begin_gather_stack` does `gather_stack`."""
         return _DeliveredMessage(self.reduce_stack(parts))
 
+    def begin_all_reduce(self, x: Tensor) -> Message:
+        """Begin to sum `x` over the ranks, as `begin_gather_stack` does `gather_stack`."""
+        return _DeliveredMessage(self.all_reduce(x))
+
+    def begin_exchange_stack(self, parts: Tensor) -> Message:
+        """Begin `exchange_stack`, as `begin_gather_stack` does `gather_stack`."""
+        return _DeliveredMessage(self.exchange_stack(parts))
+
     def all_gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's `x`, in rank order; all have the same shape."""
         return list(self.gather_stack(x).unbind())
@@ -147,6 +155,16 @@ class GroupAxis(Axis):
             dist.all_reduce(work, reduction, group=self.group)
         return work.to(x.dtype)
 
+    def begin_all_reduce(self, x: Tensor) -> Message:
+        """Begin to sum `x` over the ranks; the message's tensor is the sum. `x` must not change until it is waited for."""
+        if self._is_pair(x):
+            swapped = self._swap(x)
+            return _Begun(lambda: _combine_into(swapped.wait(), x, "sum"), swapped)
+        if x.is_complex() or x.dtype is torch.bool or self.size == 1:
+            return _DeliveredMessage(self.all_reduce(x))
+        total = x.detach().clone(memory_format=torch.contiguous_format)
+        return _GroupMessage(total, dist.all_reduce(total, group=self.group, async_op=True), x.dtype)
+
     def gather_stack(self, x: Tensor) -> Tensor:
         """Every rank's `x` in rank order along a new first dim: (size, *x.shape), contiguous; all have one shape."""
         return self.begin_gather_stack(x).wait()
@@ -180,7 +198,7 @@ class GroupAxis(Axis):
             return _Begun(lambda: _combine_into(swapped.wait(), parts[self.index], "sum"), swapped)
         if self.size > 1 and parts.device.type == "cpu":
             # Gloo sums in a ring, one step after the other; sending every part where it is summed is one step.
-            exchanged = self._begin_exchange(parts)
+            exchanged = self.begin_exchange_stack(parts)
             return _Begun(lambda: exchanged.wait().sum(0, dtype=parts.dtype), exchanged)
         if parts.is_complex():
             reduced = self.begin_reduce_stack(torch.view_as_real(parts.detach().resolve_conj()))
@@ -192,9 +210,10 @@ class GroupAxis(Axis):
 
     def exchange_stack(self, parts: Tensor) -> Tensor:
         """Send ``parts[i]`` to rank i; returns what each rank sent here, in rank order, of the same shape (size, *shape)."""
-        return self._begin_exchange(parts).wait()
+        return self.begin_exchange_stack(parts).wait()
 
-    def _begin_exchange(self, parts: Tensor) -> Message:
+    def begin_exchange_stack(self, parts: Tensor) -> Message:
+        """Begin `exchange_stack`; the message's tensor is its result. `parts` must not change until it is waited for."""
         sent = _as_moved(parts.detach().contiguous())
         received = torch.empty_like(sent)
         return _GroupMessage(received, torch_compat.all_to_all_single(received, sent, group=self.group, async_op=True), parts.dtype, sent)
@@ -442,8 +461,14 @@ def current() -> Mapping[str, Axis]:
     return _STACK.axes[-1]
 
 
+HALVES: Mapping[str, Axis] = {f"half_{index}": MicrobatchAxis(f"half_{index}", 2, index) for index in range(2)}
+"""The axis of two micro-batches as each of them sees it, for programs that compute both at once."""
+
+
 def axis(name: str) -> Axis:
     """The axis that `name` stands for on this thread. Raises CommError when none of that name is active."""
+    if name in HALVES:
+        return HALVES[name]
     axes = current()
     if name not in axes:
         raise CommError(f"no axis {name!r} is active; there are {', '.join(sorted(axes))}")

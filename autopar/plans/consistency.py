@@ -43,6 +43,8 @@ def check_consistency(plan: Plan) -> None:
     _check_cluster(plan)
     _check_layouts(plan)
     _check_pipeline(plan.pipeline)
+    if plan.half_batches and not (plan.pipeline.is_trivial and plan.pipeline.keeps_all):
+        raise PlanError("plan.half_batches is true, but plan.pipeline has stages, micro-batches or recomputation; plan again")
     _check_groups(plan)
     _check_costs(plan)
     _check_memory(plan)

@@ -153,6 +153,10 @@ def _read(kind: Any, value: Any, where: str) -> Any:
         return _FORMS[kind][0](value, where)
     if kind is str:
         return _read_text(value, where, *limits)
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise PlanError(f"{where}: true or false is needed, not {type(value).__name__}")
+        return value
     if kind in (int, float):
         return _read_number(kind, value, where, *limits)
     if _has_fields(kind):
@@ -183,7 +187,7 @@ def _read_text(value: Any, where: str, *limits: AtLeast | Among) -> str:
 
 
 def _read_number(kind: type[int] | type[float], value: Any, where: str, limit: AtLeast = AtLeast(0)) -> int | float:
-    # bool is an int in Python, but no field is a truth value. A whole number may stand for a real one.
+    # bool is an int in Python, but no number. A whole number may stand for a real one.
     if isinstance(value, bool) or not isinstance(value, (int, kind)):
         raise PlanError(f"{where}: {kind.__name__} is needed, not {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):

@@ -119,6 +119,12 @@ TABLE = (
     Pin("vocabulary", "true|false", _read_switch, "whether lookups and losses are split by the vocabulary"),
     Pin("loss_chunks", "N", _read_count, "parts in which a linear head and its cross entropy compute the logits; 1 is all at once"),
     Pin("prefetch", "N", _read_ahead, "how many blocks ahead parameters that are stored split are gathered; 0 is none, 1 unless pinned"),
+    Pin(
+        "half_batches",
+        "true|false",
+        _read_switch,
+        "whether two halves of the batch take turns, one computing while the ranks exchange for the other; without a pipeline",
+    ),
     Pin("schedule", "NAME", _read_schedule, f"the pipeline's schedule: {', '.join(SCHEDULES)}", of_pipeline=True),
     Pin("microbatches", "N", _read_count, "parts of the batch that run one after the other; a divisor of the batch", of_pipeline=True),
     Pin("chunks", "N", _read_count, "stages on each pipeline rank", of_pipeline=True),
@@ -136,6 +142,9 @@ PIN_NAMES = tuple(pin.name for pin in TABLE)
 
 PREFETCH = 1
 """Blocks ahead of which gathers of parameters are begun, unless pinned."""
+
+_ONE_STAGE = {"pp": 1, "schedule": None, "microbatches": 1, "chunks": None, "recompute": "none"}
+"""What pins of pipelines say where there is neither a pipeline nor recomputation."""
 
 LATER_PINS = ("ep", "offload", "attention")
 """Names that are refused today and will be pins of later versions."""
@@ -172,6 +181,7 @@ class Pins:
     vocabulary: bool | None = None
     loss_chunks: int | None = None
     prefetch: int | None = None
+    half_batches: bool | None = None
     schedule: str | None = None
     microbatches: int | None = None
     chunks: int | None = None
@@ -298,6 +308,11 @@ def _check_together(pins: Pins) -> None:
         raise InputError(f"pin zero_group={pins.zero_group} says over how many ranks a ZeRO level stores in parts: pin zero=1, 2 or 3 too")
     if pins.zero_group and pins.dp is not None and pins.dp % pins.zero_group:
         raise InputError(f"pin zero_group={pins.zero_group} can't form equal groups of dp={pins.dp} ranks; pin a divisor of dp")
+    if pins.half_batches and (pins.stages or any(getattr(pins, name) not in (None, value) for name, value in _ONE_STAGE.items())):
+        raise InputError(
+            "pin half_batches=True is for programs without stages, micro-batches and recomputation: leave out pp, schedule, microbatches,"
+            " chunks, recompute and stages of modules, or half_batches"
+        )
     if pins.zero == 2 and (pins.pp or 1, pins.microbatches or 1) != (1, 1):
         raise InputError(
             "pin zero=2 leaves each rank its part of the gradients after every backward, but a pipeline's micro-batches add theirs up"

@@ -293,6 +293,7 @@ class Plan:
         unruled: ops without a rule.
         notes: what capture dropped or changed, for the user to know.
         loss_chunks: in how many parts the logits of a head are computed together with their cross entropy; 1 is all at once.
+        half_batches: whether the program computes the two halves of the batch in turns, each while the ranks exchange for the other one.
     """
 
     model: Name
@@ -316,6 +317,7 @@ class Plan:
     unruled: tuple[Unruled, ...]
     notes: tuple[str, ...]
     loss_chunks: Count = 1
+    half_batches: bool = False
 
     @property
     def world_size(self) -> int:

@@ -37,6 +37,7 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
             "blocks": [{**asdict(block), "pipeline_rank": rank_of[block.stage]} for block in select_blocks(plan, layer)],
         },
         "loss_chunks": plan.loss_chunks,
+        "half_batches": plan.half_batches,
         "axes": describe_axes(plan),
         "batch_axes": list(plan.batch_axes),
         "seconds": {**asdict(plan.seconds), "step": plan.seconds.step},

@@ -29,6 +29,7 @@ def summarize(plan: Plan) -> str:
         "axes    " + ("; ".join(f"{axis} splits {role}" for axis, role in describe_axes(plan).items()) or "none: one rank"),
         *(f"stages  {text}" for text in [describe_pipeline(plan)] if text),
         *([f"loss    its logits are computed in {plan.loss_chunks} chunks, twice"] if plan.loss_chunks > 1 else []),
+        *(["halves  of the batch take turns: one computes while the ranks exchange for the other"] if plan.half_batches else []),
         *(f"repeats {text}" for text in [describe_repeated(plan)] if text),
         f"step    {format_seconds(seconds.step)} predicted = " + " + ".join(_word_parts(plan)),
         f"memory  {format_bytes(memory.total)} of {format_bytes(memory.budget)} per device: {kinds or 'nothing'}",
@@ -54,6 +55,8 @@ def describe_choice(plan: Plan) -> str:
         parts.append(f"{plan.pipeline.schedule}, {number} micro-batch{'' if number == 1 else 'es'}")
     if plan.loss_chunks > 1:
         parts.append(f"loss in {plan.loss_chunks} chunks")
+    if plan.half_batches:
+        parts.append("half batches")
     if plan.world_size > 1 and set(describe_axes(plan).values()) == {"nothing"}:
         parts.append("no work is split, every rank runs the whole model")
     parts.append(f"step {format_seconds(plan.seconds.step)} and {format_bytes(plan.memory.total)} per device predicted")

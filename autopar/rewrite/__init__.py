@@ -3,7 +3,7 @@
 Comes in: `Captured` and a `Plan`. Goes out: a `Program`.
 
 Modules, in reading order: ``program``, ``stages``, ``planned``, ``whole_batch``, ``builder``, ``moves``, ``calls``, ``graphs``,
-``regions``, ``outline``, ``prefetch``, ``slots``, ``pipeline``, ``chunked_loss``, ``emit``, ``fuse``.
+``regions``, ``outline``, ``prefetch``, ``slots``, ``halves``, ``pipeline``, ``chunked_loss``, ``emit``, ``fuse``.
 """
 
 from autopar.rewrite.emit import rewrite

@@ -14,9 +14,10 @@ from autopar.ir import OpKind
 from autopar.plans import Pipeline, Plan, check_fits
 from autopar.rewrite.chunked_loss import chunk_captured
 from autopar.rewrite.graphs import build_whole
+from autopar.rewrite.halves import build_halves
 from autopar.rewrite.outline import outline
 from autopar.rewrite.pipeline import rewrite_pipeline
-from autopar.rewrite.planned import PlannedGraph, read_plan, stored_layout
+from autopar.rewrite.planned import PlannedGraph, read_plan, stored_layout, with_microbatches
 from autopar.rewrite.prefetch import begin_gathers_ahead, gather_wholes
 from autopar.rewrite.program import Program
 from autopar.rewrite.regions import find_layers, find_recomputed
@@ -54,7 +55,10 @@ def rewrite(captured: Captured, plan: Plan, device: torch.device | None = None, 
 def _rewrite_whole(planned: PlannedGraph, chain: Chain) -> Program:
     """Carry out a plan without stages and micro-batches."""
     graph, pipeline = planned.graph, planned.plan.pipeline
-    if pipeline.keeps_all:
+    if planned.plan.half_batches:
+        planned = with_microbatches(planned)
+        module = build_halves(planned, chain)
+    elif pipeline.keeps_all:
         module = build_whole(planned, [op.name for op in graph.of_kind(OpKind.CALL)])
     else:
         # What is run again as one must stand in one piece, so the calls run block by block.

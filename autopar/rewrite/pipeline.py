@@ -12,10 +12,10 @@ from dataclasses import replace
 from torch import nn
 
 from autopar.errors import PlanError
-from autopar.ir import Graph, OpKind, Space, Value, is_legal
+from autopar.ir import Graph, OpKind, Space, Value
 from autopar.rewrite.graphs import build_prologue, build_stage
 from autopar.rewrite.outline import outline
-from autopar.rewrite.planned import PlannedGraph, placement_of
+from autopar.rewrite.planned import PlannedGraph, with_microbatches
 from autopar.rewrite.prefetch import begin_gathers_ahead
 from autopar.rewrite.program import PipelineProgram, Program, StageProgram
 from autopar.rewrite.regions import Region, find_layers, find_recomputed
@@ -24,7 +24,7 @@ from autopar.rewrite.stages import Stage, edges_of, partition
 from autopar.rewrite.whole_batch import find_batch_values, with_prologue
 from autopar.rules import facts_of, is_random
 from autopar.schedules import Kind, Schedule, StageEdge, add_messages, forward_only, make_schedule
-from autopar.structure import Chain, find_roles, split_microbatches
+from autopar.structure import Chain
 
 
 def rewrite_pipeline(planned: PlannedGraph, chain: Chain, pipeline_rank: int | None) -> Program:
@@ -51,7 +51,7 @@ def rewrite_pipeline(planned: PlannedGraph, chain: Chain, pipeline_rank: int | N
         PlanError: the batch can't be split into the plan's micro-batches, or stages of several pipeline ranks write to one buffer.
     """
     pipeline = planned.plan.pipeline
-    planned = _with_microbatches(planned)
+    planned = with_microbatches(planned)
     graph = planned.graph
     stages = partition(graph, chain, [block.stage for block in pipeline.blocks])
     edges = edges_of(graph, stages)
@@ -84,22 +84,6 @@ def rewrite_pipeline(planned: PlannedGraph, chain: Chain, pipeline_rank: int | N
             float16=any(tensor.dtype == "float16" for op in planned.graph.ops for tensor in op.results),
         ),
     )
-
-
-def _with_microbatches(planned: PlannedGraph) -> PlannedGraph:
-    """`planned` for programs that run on one micro-batch."""
-    graph, spaces, count = planned.graph, planned.spaces, planned.plan.pipeline.microbatches
-    micro_split = split_microbatches(graph, spaces, find_roles(graph, spaces), count)
-    if micro_split.reasons:
-        raise PlanError(f"the plan has {count} micro-batches, but {'; '.join(micro_split.reasons)}")
-    planned = replace(planned, micro_split=micro_split)
-    for op in graph.of_kind(OpKind.CALL) if count > 1 else ():
-        if op.name in spaces and not is_legal(spaces[op.name], placement_of(planned, op), planned.mesh):
-            raise PlanError(
-                f"plan.pipeline.microbatches is {count}: a micro-batch of {op.target} at {op.source or op.layer or op.name} can't be"
-                " split as plan.placements says, as its sizes don't divide; take fewer micro-batches"
-            )
-    return planned
 
 
 def _make_stages(

@@ -10,7 +10,7 @@ they answer for the axes of `with_microbatch_axis`: what a micro-batch does or h
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -44,7 +44,7 @@ from autopar.ir import (
     result_layout,
 )
 from autopar.plans import Plan
-from autopar.structure import Folded, MicroSplit, fold_as_planned, with_microbatch_axis
+from autopar.structure import Folded, MicroSplit, find_roles, fold_as_planned, split_microbatches, with_microbatch_axis
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,15 @@ class PlannedGraph:
         """The captured graph."""
         return self.captured.graph
 
+    @property
+    def microbatches(self) -> int:
+        """Number of micro-batches; two halves of the batch are such too."""
+        return 2 if self.plan.half_batches else self.plan.pipeline.microbatches
+
     @cached_property
     def mesh(self) -> Mesh:
         """The plan's mesh; with micro-batches, these are its outermost axis."""
-        return self.plan.mesh if self.micro_split is None else with_microbatch_axis(self.plan.mesh, self.plan.pipeline.microbatches)
+        return self.plan.mesh if self.micro_split is None else with_microbatch_axis(self.plan.mesh, self.microbatches)
 
     @cached_property
     def fx_nodes(self) -> Mapping[str, fx.Node]:
@@ -113,6 +118,27 @@ def read_plan(captured: Captured, plan: Plan, folded: Folded, spaces: Mapping[st
     """
     planned = PlannedGraph(captured, plan, fold_as_planned(folded, {*plan.placements, *plan.layouts}), spaces, device)
     _check_decisions(planned)
+    return planned
+
+
+def with_microbatches(planned: PlannedGraph) -> PlannedGraph:
+    """`planned` for programs that run on one micro-batch, or on the halves of a batch.
+
+    Raises PlanError when the batch can't be split into so many, or a micro-batch not as the plan's placements say.
+    """
+    graph, spaces, count = planned.graph, planned.spaces, planned.microbatches
+    wanted = "runs in half batches" if planned.plan.half_batches else f"has {count} micro-batches"
+    micro_split = split_microbatches(graph, spaces, find_roles(graph, spaces), count)
+    if micro_split.reasons:
+        raise PlanError(f"the plan {wanted}, but {'; '.join(micro_split.reasons)}")
+    planned = replace(planned, micro_split=micro_split)
+    for op in graph.of_kind(OpKind.CALL) if count > 1 else ():
+        if op.name in spaces and not is_legal(spaces[op.name], placement_of(planned, op), planned.mesh):
+            field = "half_batches is true" if planned.plan.half_batches else f"pipeline.microbatches is {count}"
+            raise PlanError(
+                f"plan.{field}: a micro-batch of {op.target} at {op.source or op.layer or op.name} can't be"
+                " split as plan.placements says, as its sizes don't divide; take fewer micro-batches"
+            )
     return planned
 
 

@@ -76,6 +76,7 @@ def assemble(
     model_name: str,
     precision: Precision,
     prefetch: int,
+    half_batches: bool,
     fingerprint: str,
     candidates: tuple[Candidate, ...],
     candidate: int,
@@ -91,6 +92,7 @@ def assemble(
         model_name: the model's name, for the report.
         precision: in which dtypes the model trains.
         prefetch: how many blocks ahead gathers of parameters are begun.
+        half_batches: whether two halves of the batch take turns.
         fingerprint: of the captured graph, by which a plan is checked to be of it.
         candidates: the outcome of everything that the search tried.
         candidate: position of what was chosen among them.
@@ -117,6 +119,7 @@ def assemble(
         batch_axes=tuple(name for name in _batch_axes(model, mesh, placements) if name != MICROBATCH),
         bucket_nbytes=BUCKET_NBYTES,
         prefetch=prefetch,
+        half_batches=half_batches,
         costs=_sum_rows(chosen, dict(zip(chosen.mesh.names, mesh.names, strict=True))),
         memory=_memory(chosen, cluster),
         groups=_groups(chosen, mesh),

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from autopar.cost_models import Cluster
-from autopar.errors import InfeasibleError, UnknownOpError
+from autopar.errors import InfeasibleError, InputError, UnknownOpError
 from autopar.garbage import no_garbage_collection
 from autopar.ir import AS_MODEL, Graph, Layout, Mesh, Op, OpKind, Precision, Space
 from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
@@ -98,12 +98,21 @@ def make_plan(
     machine's profile doesn't know, UnknownOpError as `strict` says.
     """
     tell = progress or (lambda _: None)
-    if pins.zero == 2 and pins.asks_for_pipeline:
+    if pins.half_batches:
+        pins = replace(pins, pp=None, schedule=None, microbatches=None, chunks=None, recompute=None)  # they say that there is no pipeline
+    elif pins.zero == 2 and pins.asks_for_pipeline:
         pins = replace(pins, pp=1, microbatches=1)
 
     def attempt(graph: Graph) -> Plan:
         asked = _Asked(cluster, model_name, precision, pins, mesh, stored or {}, first_plan, strict, notes)
-        return _plan_graph(graph, asked, tell)
+        try:
+            return _plan_graph(graph, asked, tell)
+        except InputError as error:
+            if first_plan is None or not pins.half_batches:
+                raise
+            # Another kind of call, such as a smaller last batch, runs whole where it can't run in halves.
+            whole = replace(asked, pins=replace(pins, half_batches=False), notes=(*notes, f"the batch runs whole: {error}"))
+            return _plan_graph(graph, whole, tell)
 
     memory_nbytes = cluster.world_size * cluster.machine.device.memory_bytes
     plan = plan_with_chunks(graph, pins, first_plan, memory_nbytes, attempt)
@@ -138,10 +147,10 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
     pipelined, candidates = _search_pipelines(request, results, tell)
     candidates = (*results.candidates, *candidates)
     if pipelined is not None:
-        chosen, trial = _choose_pipelined(pipelined, model, chain), pipelined.configuration.trial
+        chosen, trial, halves = _choose_pipelined(pipelined, model, chain), pipelined.configuration.trial, False
         candidate = len(results.candidates) + pipelined.candidate
     elif results.best is not None:
-        chosen, trial = _choose_solved(results.best, model, chain), results.best.trial
+        chosen, trial, halves = _choose_solved(results.best, model, chain), results.best.trial, results.best.half_batches
         candidate = results.best.candidate
     elif pins.prefetch is None and any(candidate.memory_bytes is not None for candidate in candidates):
         # What is in flight takes memory.
@@ -156,6 +165,7 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         model_name=asked.model_name,
         precision=asked.precision,
         prefetch=pins.ahead,
+        half_batches=halves,
         fingerprint=fingerprint(graph),
         candidates=candidates,
         candidate=candidate,
@@ -245,7 +255,7 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
     No pipeline is looked at when the mesh is given and pins don't ask for one.
     """
     model, pins, best = request.model, request.pins, results.best
-    if not (pins.asks_for_pipeline or (request.is_open and pins.zero != 2)):
+    if not (pins.asks_for_pipeline or (request.is_open and pins.zero != 2 and not pins.half_batches)):
         return None, ()
     problem = make_pipeline_problem(model, request.chain, request.cluster, pins, returns_loss=model.folded.graph.loss is not None)
     # On one pipeline rank, micro-batches and recomputation only save memory.
@@ -303,7 +313,8 @@ def _choose_solved(solved: SolvedTrial, model: AnalyzedGraph, chain: Chain) -> C
         cost=solved.cost,
         step_seconds=solved.step_seconds,
         bound_seconds=solved.solution.bound_ns / 1e9,
-        status=solved.solution.status,
+        # The bound is that of programs that run on the whole batch.
+        status=f"{solved.solution.status} without half batches" if solved.half_batches else solved.solution.status,
         method=solved.solution.method,
     )
 

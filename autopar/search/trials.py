@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 
 from autopar.cost_models import Cluster
 from autopar.costs import CostTables, Sharding, SolvedChain, given_nbytes
-from autopar.errors import InfeasibleError
-from autopar.plans import Candidate, Pins
+from autopar.errors import InfeasibleError, InputError
+from autopar.ir import Mesh, OpKind, is_legal
+from autopar.plans import Candidate, Pins, Purpose
 from autopar.schedules import make_schedule
 from autopar.search.meshes import Trial
 from autopar.search.pipeline import (
@@ -29,7 +30,7 @@ from autopar.search.pipeline import (
     make_problem,
 )
 from autopar.search.placement import FORBIDDEN, PlacementSolver, Problem, Solution, build_problem, least_bytes, nanoseconds, sharding_of
-from autopar.structure import AnalyzedGraph, Chain, read_chain
+from autopar.structure import AnalyzedGraph, Chain, MicroSplit, read_chain, split_microbatches, with_microbatch_axis
 from autopar.units import format_bytes
 
 Progress = Callable[[str], None]
@@ -53,6 +54,7 @@ class SolvedTrial:
         step_seconds: seconds of a step.
         given_nbytes: bytes of inputs and buffers, which every rank has whole.
         candidate: position of the trial among the candidates of the plan.
+        half_batches: whether two halves of the batch take turns.
     """
 
     trial: Trial
@@ -64,6 +66,7 @@ class SolvedTrial:
     step_seconds: float
     given_nbytes: int
     candidate: int = 0
+    half_batches: bool = False
 
     @property
     def needed_nbytes(self) -> int:
@@ -133,19 +136,31 @@ def solve_trials(
         )
     reads = read_chain(model.folded.graph, model.spaces, chain)
 
+    halves = Halves(model, cluster, pins)
+
     def measure(trial: Trial, problem: Problem, solution: Solution) -> SolvedTrial:
         sharding = sharding_of(problem, solution.choice)
-        solved = SolvedChain(model, chain, reads, CostTables(model, problem.mesh, cluster, pins.ahead), sharding, is_one_stage=True)
-        return _measure(trial, problem, solution, solved)
+
+        def run(halved: frozenset[str]) -> SolvedTrial:
+            tables = CostTables(model, problem.mesh, cluster, pins.ahead, halved)
+            return _measure(trial, problem, solution, SolvedChain(model, chain, reads, tables, sharding, is_one_stage=True))
+
+        return halves.choose(run, sharding, problem.mesh)
 
     # In the order of their bounds: the costs of the first prune the others.
     searches.sort(key=lambda pair: pair[1].bound_ns)
     solved: list[SolvedTrial] = []
     candidates: list[Candidate] = []
+    refusals: list[InputError] = []
     for trial, search in searches:
         tell(f"memory: {trial.name} on {trial.mesh}")
         cutoff_ns = min((solved_trial.solution.cost_ns for solved_trial in solved), default=None)
-        solved_trial = _solve_trial(partial(measure, trial, search.problem), search, cluster, cutoff_ns, tighten=not is_open)
+        try:
+            solved_trial = _solve_trial(partial(measure, trial, search.problem), search, cluster, cutoff_ns, tighten=not is_open)
+        except InputError as error:
+            refusals.append(error)
+            candidates.append(Candidate(trial.name, str(trial.mesh), None, None, "can't run in half batches"))
+            continue
         if solved_trial is None:
             candidates.append(Candidate(trial.name, str(trial.mesh), search.bound_in_memory_ns / 1e9, None, PRUNED))
         elif solved_trial.needed_nbytes > cluster.machine.device.usable_bytes:
@@ -154,7 +169,73 @@ def solve_trials(
             solved.append(replace(solved_trial, candidate=len(candidates)))
             outcome = solved_trial.solution.status
             candidates.append(Candidate(trial.name, str(trial.mesh), solved_trial.step_seconds, solved_trial.needed_nbytes, outcome))
+    if len(refusals) == len(searches):
+        raise refusals[0]
     return TrialResults(solved, tuple(candidates), [trial for trial, _ in searches if not trial.baseline])
+
+
+class Halves:
+    """Whether two halves of the batch take turns in a trial: as pinned, or where that is faster.
+
+    Only a solution that is there is asked; the placement problem knows nothing of halves.
+    """
+
+    def __init__(self, model: AnalyzedGraph, cluster: Cluster, pins: Pins) -> None:
+        self._model = model
+        self._pinned = pins.half_batches
+        self._overlap = cluster.machine.device.overlap
+
+    def choose(self, run: Callable[[frozenset[str]], SolvedTrial], sharding: Sharding, mesh: Mesh) -> SolvedTrial:
+        """A trial as it is or in halves.
+
+        Args:
+            run: measures it, given the calls that run for each half.
+            sharding: its solution.
+            mesh: its mesh.
+
+        Raises InputError for pinned halves of a batch that can't be split.
+        """
+        if self._pinned:
+            return run(self._halved(sharding, mesh))
+        whole = run(frozenset())
+        if self._pinned is False or not self._overlap or self._split.reasons or not _exposes(whole):
+            return whole
+        halved = self._halved(sharding, mesh)
+        return min(whole, run(halved), key=lambda solved: solved.step_seconds) if halved else whole
+
+    @cached_property
+    def _split(self) -> MicroSplit:
+        model = self._model
+        return split_microbatches(model.folded.graph, model.spaces, model.roles, 2)
+
+    def _halved(self, sharding: Sharding, mesh: Mesh) -> frozenset[str]:
+        """Representatives of the calls that run for each half; empty if some placement doesn't fit a half, and halves aren't pinned."""
+        if self._split.reasons:
+            raise InputError(f"pin half_batches=True can't be had: {'; '.join(self._split.reasons)}")
+        folded, spaces = self._model.folded, self._model.spaces
+        parts = {op.name: self._split.placements[op.name] for op in folded.ops if op.kind is OpKind.CALL}
+        for op in folded.ops:
+            if op.name in parts and op.name in spaces:
+                placement = parts[op.name], *sharding.placements[op.name]
+                if not is_legal(spaces[op.name], placement, with_microbatch_axis(mesh, 2)):
+                    if not self._pinned:
+                        return frozenset()
+                    where = f"{op.target} at {op.source or op.layer or op.name}"
+                    raise InputError(
+                        f"pin half_batches=True can't be had: {where} can't be split over {mesh} in each half; take a larger batch"
+                    )
+        return frozenset(name for name, part in parts.items() if part is not None)
+
+
+# Exchanges of activations that take less of a step aren't worth a second program.
+_WORTH = 0.01
+
+
+def _exposes(solved: SolvedTrial) -> bool:
+    """Whether exchanges of activations take a part of the step that is worth hiding."""
+    rows = [row for block in solved.blocks for option in block.options if option.cost is not None for row in option.cost.rows]
+    exchanged = sum(row.seconds for row in rows if row.axis and row.purpose in (Purpose.ACTIVATIONS, Purpose.ACTIVATION_GRADIENTS))
+    return exchanged > _WORTH * solved.step_seconds
 
 
 def _solve_trial(
@@ -199,7 +280,8 @@ def _measure(trial: Trial, problem: Problem, solution: Solution, solved: SolvedC
     assignment = make_problem(blocks, make_schedule("gpipe", 1, 1, 1), 0)
     cost = compute_cost(assignment, [0] * len(blocks), [0] * len(blocks))
     step_seconds = longest_path(assignment, cost.columns)[0] + cost.per_step
-    return SolvedTrial(trial, problem, solution, solved.sharding, blocks, cost, step_seconds, given)
+    is_halved = bool(solved.tables.halved)
+    return SolvedTrial(trial, problem, solution, solved.sharding, blocks, cost, step_seconds, given, half_batches=is_halved)
 
 
 def name_request(pins: Pins) -> str:
