@@ -75,13 +75,11 @@ class Probes:
         profile = find_machine("cpu")
         kept = [self._times[number] for number in rounds]
         middle = {name: statistics.median(seconds for times in kept for seconds in times[name]) for name in kept[0]}
-        # What an exchange takes after a product, ranks being apart by what they differ in that.
-        taken = {name: seconds - middle["product 1"] for name, seconds in middle.items() if name.startswith(("gather", "reduce"))}
-        latency = statistics.mean(taken[f"{kind} {_SIZES[0]}"] for kind in ("gather", "reduce"))
+        latency = statistics.mean(middle[f"{kind} {_SIZES[0]}"] for kind in ("gather", "reduce"))
         moved = (self._axis.size - 1) / self._axis.size
-        sent = [(moved * size, taken[f"{kind} {size}"]) for kind in ("gather", "reduce") for size in _SIZES[1:]]
+        sent = [(moved * size, middle[f"{kind} {size}"]) for kind in ("gather", "reduce") for size in _SIZES[1:]]
         rate = sum(nbytes for nbytes, _ in sent) / max(sum(seconds - latency for _, seconds in sent), 1e-6)
-        gather, beside = taken[f"gather {_SIZES[-1]}"], middle["product 2"]
+        gather, beside = middle[f"gather {_SIZES[-1]}"], middle["product 2"]
         flops = [2.0 * rows * features * out for rows, features, out in _PRODUCTS]
         peak = max(flops[number] / middle[f"product {number}"] for number in range(1, len(flops)))
         device = dataclasses.replace(
@@ -93,9 +91,9 @@ class Probes:
             mem_bandwidth_bytes_per_s=3 * self._memory.nbytes / middle["pointwise"],
             mem_efficiency=1.0,
             launch_seconds=max(middle["launch"] / 100, profile.device.launch_seconds),
-            overlap=min(1.0, max(0.0, (gather + beside - (middle["both"] - middle["product 1"])) / min(gather, beside))),
+            overlap=min(1.0, max(0.0, (gather + beside - middle["both"]) / min(gather, beside))),
         )
-        link = dataclasses.replace(profile.intra, latency_seconds=max(latency, 0.0), bandwidth_bytes_per_s=rate)
+        link = dataclasses.replace(profile.intra, latency_seconds=latency, bandwidth_bytes_per_s=rate)
         return dataclasses.replace(profile, device=device, intra=link, inter=link)
 
     def _next(self, nbytes: int) -> Tensor:
@@ -109,8 +107,7 @@ class Probes:
         return torch.nn.functional.linear(*self._operands[number])
 
     def _exchange(self, begin: Callable[[Tensor], comm.Message], x: Tensor, beside: int | None = None) -> Tensor:
-        """A product, then an exchange, beside another product if one is given."""
-        self._multiply(1)
+        """An exchange, beside a product if one is given."""
         begun = begin(x)
         if beside is not None:
             self._multiply(beside)
