@@ -58,7 +58,11 @@ def program_text(module: fx.GraphModule) -> str:
 
 @pytest.mark.parametrize(
     ("name", "pins"),
-    [("megatron", {"dp": 2, "tp": 2}), ("zero", {"dp": 4, "fsdp": True})],
+    [
+        ("megatron", {"dp": 2, "tp": 2, "zero": 0}),
+        ("zero", {"dp": 4, "fsdp": True}),
+        ("zero_2", {"dp": 2, "tp": 2, "zero": 2}),
+    ],
 )
 def test_the_program_reads(name: str, pins: dict[str, object], golden: Callable[[str, str], None]) -> None:
     model = Tagger()
