@@ -1,6 +1,6 @@
 # Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help test lint types demo bench fuse-bench sharded-bench gpu-bench precision-bench plan-bench pipe-bench assign-bench megatron-bench clean
+.PHONY: help test lint types demo bench fuse-bench sharded-bench gpu-bench precision-bench plan-bench memory-bench pipe-bench assign-bench megatron-bench clean
 
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
@@ -43,6 +43,9 @@ precision-bench: $(INSTALLED) ## compare steps of parallel programs in each prec
 
 plan-bench: $(INSTALLED) ## time the planner on large models
 	$(PYTHON) -m tests.benchmarks.planning
+
+memory-bench: $(INSTALLED) ## predicted and allocated peaks of memory, 48 plans (ten minutes)
+	$(PYTHON) -m tests.benchmarks.memory
 
 pipe-bench: $(INSTALLED) ## time the pipeline executor against torch's own runtime
 	$(PYTHON) -m tests.benchmarks.pipelines

@@ -482,15 +482,18 @@ NO_SURROUNDINGS = Surroundings(0.0, 0.0, 0.0, 0)
 
 def test_what_hides_what() -> None:
     share = 0.5
-    works = [BlockWork(forward=number + 1.0, backward=2.0 * (number + 1), gathers=4.0, gathered=100, unsummed=200) for number in range(4)]
+    works = [
+        BlockWork(forward=number + 1.0, backward=2.0 * (number + 1), gathers=4.0, gathered=100, unsummed=200, largest=60)
+        for number in range(4)
+    ]
     options = {"is_one_stage": True, "sums_run": True}
     first, second, third, last = (find_surroundings(works, number, 1, share, **options) for number in range(4))
     assert (first.forward, second.forward, last.forward) == (0.0, 1.0, 3.0)  # of the block before
     assert (first.backward, third.backward, last.backward) == (4.0, 8.0, 0.0)  # of the block after
     # The backward of the block before, without what it hides of the gathers of the one before that: 0.5 * 4.
     assert (first.sums, second.sums, third.sums, last.sums) == (0.0, 2.0, 4.0 - 2.0, 6.0 - 2.0)
-    # Gathered and gradients of two blocks; the last has none after it, the first none before it.
-    assert (first.nbytes, second.nbytes, last.nbytes) == (100 + 2 * 200, 2 * 100 + 2 * 200, 2 * 100 + 200)
+    # Gathered of the block before, gradients of the one after; of its own either, and one parameter as both.
+    assert (first.nbytes, second.nbytes, last.nbytes) == (260 + 200, 100 + 260 + 200, 100 + 260)
     assert find_surroundings(works, 1, 1, share, is_one_stage=True, sums_run=False).nbytes == 2 * 100
     assert find_surroundings(works, 1, 2, share, is_one_stage=False, sums_run=False) == replace(NO_SURROUNDINGS, nbytes=3 * 100)
 
@@ -528,5 +531,5 @@ def test_what_is_hidden_is_in_the_rows() -> None:
 
 def test_a_block_alone_hides_nothing() -> None:
     assert find_surroundings([BlockWork(1.0, 2.0, 3.0, 4, 5)], 0, 1, 0.8, is_one_stage=True, sums_run=True) == replace(
-        NO_SURROUNDINGS, nbytes=9
+        NO_SURROUNDINGS, nbytes=5, is_last=True
     )

@@ -145,15 +145,18 @@ def test_orders_of_several_stages_are_those_of_torch(name: str, kind: Any, ranks
 
 def most(schedule: Schedule, rank: int) -> int:
     """The most micro-batches times stages that a rank holds, before F's or I's part of them is let go."""
-    return max(sum(map(sum, moment)) for moment in peaks_in_flight(schedule)[rank])
+    return max(sum(full + waiting for full, waiting, _ in moment) for moment in peaks_in_flight(schedule)[rank])
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_micro_batches_in_flight_are_as_published(ranks: int) -> None:
     for microbatches, _ in sizes("1f1b", ranks):
         for rank in range(ranks):
-            assert peaks_in_flight(make_schedule("gpipe", ranks, microbatches))[rank] == (((microbatches, 0),),)
-            assert peaks_in_flight(make_schedule("1f1b", ranks, microbatches))[rank] == (((min(ranks - rank, microbatches), 0),),)
+            # The first backward, and the second, where the gradients of the first are there.
+            second = [((microbatches - 1, 0, 1),)] if microbatches > 1 else []
+            assert peaks_in_flight(make_schedule("gpipe", ranks, microbatches))[rank] == (((microbatches, 0, 0),), *second)
+            moments = peaks_in_flight(make_schedule("1f1b", ranks, microbatches))[rank]
+            assert moments[0] == ((min(ranks - rank, microbatches), 0, int(ranks - rank < microbatches)),)
             # Delayed W fill every rank up to what the first one holds (arXiv 2401.10241, section 3.1).
             assert most(make_schedule("zb-h1", ranks, microbatches), rank) == min(ranks, microbatches)
             # As much as 1F1B's first rank: `ranks` micro-batches of two half stages (section 6).
@@ -177,14 +180,14 @@ def test_interleaved_holds_its_warm_up_and_one_more(ranks: int) -> None:
 def test_held_keeps_the_moments_that_none_exceeds() -> None:
     # Two whole ones, or one whole and two waiting: neither is more than the other. One whole and one waiting is less.
     schedule = read("0F0 0F1 0I0 0W0 0F2 0I1 0I2 0F3 0W1 0W2 0B3 0G0", microbatches=4)
-    assert peaks_in_flight(schedule) == ((((1, 2),), ((2, 0),)),)
+    assert peaks_in_flight(schedule) == ((((1, 2, 1),), ((2, 0, 1),)),)
     # Stages of a rank are counted apart, and a forward of one beside the other's backward.
     schedule = read("0F0 0F1 1F0 1B0 0B0 1F1 1B1 0B1 0G0 1G0", microbatches=2, rank_of=(0, 0))
-    assert peaks_in_flight(schedule) == ((((2, 0), (1, 0)),),)
+    assert peaks_in_flight(schedule) == ((((2, 0, 0), (1, 0, 0)), ((1, 0, 1), (1, 0, 1)), ((2, 0, 0), (0, 0, 1))),)
 
 
 def test_without_a_backward_nothing_is_held_but_what_runs() -> None:
-    assert peaks_in_flight(forward_only((0, 1, 0), 5)) == ((((0, 0), (1, 0)), ((1, 0), (0, 0))), (((1, 0),),))
+    assert peaks_in_flight(forward_only((0, 1, 0), 5)) == ((((0, 0, 1), (1, 0, 1)), ((1, 0, 1), (0, 0, 1))), (((1, 0, 1),),))
 
 
 def test_held_is_the_largest_sum_at_any_moment() -> None:
@@ -208,7 +211,7 @@ def test_held_is_the_largest_sum_at_any_moment() -> None:
                             now -= waiting[action.stage]
                     peak = max(peak, now)
                 sums = [
-                    sum(a * full[stage] + b * waiting[stage] for stage, (a, b) in zip(stages, moment, strict=True)) for moment in moments
+                    sum(a * full[stage] + b * waiting[stage] for stage, (a, b, _) in zip(stages, moment, strict=True)) for moment in moments
                 ]
                 assert max(sums) == peak
 

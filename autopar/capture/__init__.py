@@ -5,8 +5,8 @@ computed and a model on the meta device is captured like any other; a visible li
 in-place ops and devices.
 
 Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``settings``, ``attributes``, ``functions``, ``watch``, ``torch_modules``,
-``transformers``, ``precision``, ``functionalize``, ``decompose``, ``autocast``, ``order``, ``record``, ``masks``, ``normalize``,
-``graph_of``, ``export``.
+``transformers``, ``precision``, ``functionalize``, ``decompose``, ``autocast``, ``order``, ``working``, ``record``, ``masks``,
+``normalize``, ``graph_of``, ``export``.
 """
 
 from autopar.capture.calls import ExampleInputs, canonical, leaf_names, split_call

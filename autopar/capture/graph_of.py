@@ -80,6 +80,7 @@ def _op(
         source=source_of(node),
         saved=frozenset(record.saved.get(node.name, ())),
         extra_saved_nbytes=record.saved_nbytes.get(node.name, 0),
+        working=record.working.get(node.name, ir.Working()),
     )
 
 

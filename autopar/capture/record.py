@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from autopar import ir
 from autopar.capture.errors import explain
 from autopar.capture.fx_nodes import on_device, source_of
+from autopar.capture.working import find_working
 
 aten = torch.ops.aten
 
@@ -28,11 +30,13 @@ class Record:
         values: the fake result (or results), with ``requires_grad`` as autograd set it.
         saved: indices of the results that autograd saves.
         saved_nbytes: bytes that autograd saves for a node beyond operands and results of any node.
+        working: what a node needs while it runs.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     saved: dict[str, set[int]] = field(default_factory=dict)
     saved_nbytes: dict[str, int] = field(default_factory=dict)
+    working: dict[str, ir.Working] = field(default_factory=dict)
 
     def needs_grad(self, node: fx.Node) -> bool:
         """Whether the tensor that `node` makes needs a gradient."""
@@ -133,6 +137,7 @@ def record(graph: fx.Graph, mode: FakeTensorMode, device: torch.device, needs_gr
             _claim(result, makers, node, value, unclaimed)
             alive.append(value)
             node.meta["val"] = value
+    result.working = find_working(graph, result.values, mode, _run)
     return result
 
 

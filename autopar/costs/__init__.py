@@ -3,13 +3,13 @@
 Comes in: an `AnalyzedGraph`, a mesh, a cluster, and for whole blocks a solution of the placement problem. Goes out: prices of single
 decisions (`CostTables`), and per block of the chain its rows of seconds and its bytes (`BlockCost`).
 
-Modules, in reading order: ``tables``, ``solved``, ``memory``, ``halves``, ``blocks``, ``ahead``, ``cuts``.
+Modules, in reading order: ``tables``, ``solved``, ``liveness``, ``memory``, ``halves``, ``blocks``, ``ahead``, ``cuts``.
 """
 
 from autopar.costs.ahead import Surroundings, find_surroundings, find_work, overlap
 from autopar.costs.blocks import BlockCost, block_kind, cost_block
 from autopar.costs.cuts import CutCost, cost_cut, cut_kind, travel_layout
-from autopar.costs.memory import given_nbytes
+from autopar.costs.memory import BlockMemory, given_nbytes
 from autopar.costs.solved import Sharding, SolvedChain
 from autopar.costs.tables import (
     BUCKET_NBYTES,
@@ -26,6 +26,7 @@ from autopar.costs.tables import (
 __all__ = [
     "BUCKET_NBYTES",
     "BlockCost",
+    "BlockMemory",
     "CostTables",
     "CutCost",
     "Sharding",

@@ -14,7 +14,7 @@ The first block's gathers, forward and backward, and the last sums of the backwa
 evens out unlike blocks, which isn't counted.
 
 In flight are, while block b runs, the gathered parameters of the blocks b to b + ahead in the forward; in the backward those of b - ahead
-to b, and the gradients of b to b + ahead that aren't summed yet.
+to b, and the gradients of b to b + ahead that aren't summed yet. A parameter of b is free when its gradient has been made.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autopar.costs.blocks import BlockCost
+from autopar.costs.memory import BlockMemory
 from autopar.plans import CostRow, Phase, Purpose
 
 _BACKWARD = (Phase.BACKWARD_INPUT, Phase.BACKWARD_WEIGHT)
@@ -36,6 +37,7 @@ class BlockWork:
         forward, backward: seconds of computing.
         gathers: seconds of the gathers of its parameters in the backward.
         gathered, unsummed: bytes of its gathered parameters, and of their gradients before these are summed over ranks.
+        largest: of the parameter with most among these.
     """
 
     forward: float = 0.0
@@ -43,6 +45,7 @@ class BlockWork:
     gathers: float = 0.0
     gathered: int = 0
     unsummed: int = 0
+    largest: int = 0
 
 
 NO_WORK = BlockWork()
@@ -50,12 +53,16 @@ NO_WORK = BlockWork()
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What the other blocks of a chain mean for one: seconds that hide its gathers in the forward, in the backward, and its sums; bytes."""
+    """What the other blocks of a chain mean for one: seconds that hide its gathers in the forward, in the backward, and its sums; bytes.
+
+    `is_last` says that it is the last of its stage, whose backward comes first.
+    """
 
     forward: float
     backward: float
     sums: float
     nbytes: int
+    is_last: bool = False
 
 
 def find_work(cost: BlockCost) -> BlockWork:
@@ -68,6 +75,7 @@ def find_work(cost: BlockCost) -> BlockWork:
         gathers=sum(row.seconds for row in gathers if row.phase != Phase.FORWARD),
         gathered=int(sum(row.nbytes for row in gathers if row.phase == Phase.FORWARD)),
         unsummed=int(sum(row.nbytes for row in rows if _is_sum(row))),
+        largest=cost.memory.largest,
     )
 
 
@@ -95,14 +103,18 @@ def find_surroundings(
     next_gathers = min(share * work(number - 2).gathers, before.backward)
     following = [work(number + step) for step in range(1, ahead + 1)]
     forward_nbytes = own.gathered + sum(other.gathered for other in following)
-    backward_nbytes = own.gathered + sum(work(number - step).gathered for step in range(1, ahead + 1))
+    backward_nbytes = sum(work(number - step).gathered for step in range(1, ahead + 1))
     if sums_run:
-        backward_nbytes += own.unsummed + sum(other.unsummed for other in following)
+        # What the block has read of a parameter is free before it has made the gradient of the next.
+        backward_nbytes += max(own.gathered, own.unsummed) + own.largest + sum(other.unsummed for other in following)
+    else:
+        backward_nbytes += own.gathered
     return Surroundings(
         forward=before.forward,
         backward=after.backward,
         sums=before.backward - next_gathers if sums_run else 0.0,
         nbytes=max(forward_nbytes, backward_nbytes) if own.gathered else 0,
+        is_last=number == len(works) - 1,
     )
 
 
@@ -112,7 +124,13 @@ def overlap(cost: BlockCost, around: Surroundings, share: float) -> BlockCost:
     _hide(rows, [i for i, row in enumerate(rows) if _is_gather(row) and row.phase == Phase.FORWARD], share, around.forward)
     _hide(rows, [i for i, row in enumerate(rows) if _is_gather(row) and row.phase != Phase.FORWARD], share, around.backward)
     _hide(rows, [i for i, row in enumerate(rows) if _is_sum(row)], share, around.sums)
-    return BlockCost(tuple(rows), replace(cost.memory, workspace=cost.memory.workspace + around.nbytes))
+    return BlockCost(tuple(rows), _with_workspace(cost.memory, around))
+
+
+def _with_workspace(memory: BlockMemory, around: Surroundings) -> BlockMemory:
+    """The memory of a block with what is in flight while it runs; nothing is before the backward's first block reads a parameter."""
+    nbytes = max(0, around.nbytes - memory.unread) if around.is_last else around.nbytes
+    return replace(memory, workspace=memory.workspace + nbytes, first_workspace=memory.first_workspace + nbytes)
 
 
 def _hide(rows: list[CostRow], places: Sequence[int], share: float, window: float) -> None:

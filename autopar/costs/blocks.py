@@ -93,7 +93,7 @@ def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
     Blocks of like layers may differ in costs: the first one counts what all of them read, and the last one may make an output.
     """
     reads, graph = solved.reads, solved.graph
-    read = tuple((graph.tensor(value), solved.made(value), solved.is_saved(value)) for value in reads.first_read[number])
+    read = tuple((graph.tensor(value), solved.made(value), solved.is_saved_as_made(value)) for value in reads.first_read[number])
     cheap = tuple(
         solved.tables.op_seconds(solved.representative(op), solved.placement(op))
         for op in map(graph.by_name.__getitem__, reads.cheap[number])
@@ -109,10 +109,13 @@ def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
     block = solved.chain.blocks[number]
     # Like blocks have like parameters, but other blocks may read them before, and the last block has those that none reads.
     parameters = tuple(
-        (solved.representative(graph.by_name[name]).name, reads.first_block[name] == number) for name in reads.parameters[number]
+        (solved.representative(graph.by_name[name]).name, reads.first_block[name] == number, reads.last_block[name] == number)
+        for name in reads.parameters[number]
     )
+    # Between the first and the last block that read a parameter, a summand of its gradient waits.
+    tied = tuple(name for name, last in reads.last_block.items() if reads.first_block[name] < number <= last)
     hides = _hides_gathers(solved, number) and any(state.level for name in reads.parameters[number] for state in solved.stored(name))
-    return block.like, read, cheap, shared, parameters, outputs, hides
+    return block.like, read, cheap, shared, parameters, outputs, hides, tied
 
 
 def _hides_gathers(solved: SolvedChain, number: int) -> bool:

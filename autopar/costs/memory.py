@@ -14,12 +14,12 @@ that leave it for the same block if autograd saves them.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from autopar.costs.liveness import Held, find_workspace
 from autopar.costs.solved import SolvedChain
-from autopar.costs.tables import kept_nbytes
+from autopar.costs.tables import kept_nbytes, reduced_nbytes
 from autopar.ir import Collective, Graph, Layout, Op, OpKind, Value
 from autopar.structure import find_source
 
@@ -35,6 +35,14 @@ class BlockMemory:
         saved: per micro-batch, held from its forward to its backward.
         waiting: per micro-batch, held from its input gradients to its weight gradients, where a schedule runs these apart.
         workspace: needed while the block runs, forward or backward, and free afterwards.
+        first_workspace: the same in a step's first backward, in which gradients of parameters come into being, with those of the block.
+        copies: of parameters, in which the program reads them; part of `parameters`.
+        arriving: gradients that the block's first backward makes; of a parameter that several blocks of a stage read, the last makes it.
+        bucketed: local gradients that are summed over ranks in buckets.
+        unsummed: those among them of which a rank keeps a part (ZeRO levels 1 and 2), and `scattered`: these parts.
+        unread: by how much `workspace` is less while gathered parameters are there, in a block whose backward comes first.
+        largest: of the parameters that are gathered from parts, or of their whole gradients, the one with most.
+        update: the optimizer's states of the parameter with most: what a step needs beside these is of that size.
     """
 
     parameters: int
@@ -44,6 +52,15 @@ class BlockMemory:
     saved: int
     waiting: int
     workspace: int
+    first_workspace: int = 0
+    copies: int = 0
+    arriving: int = 0
+    bucketed: int = 0
+    unsummed: int = 0
+    scattered: int = 0
+    unread: int = 0
+    largest: int = 0
+    update: int = 0
 
     @property
     def static(self) -> int:
@@ -61,7 +78,7 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
 
     Where all blocks run on the same ranks, a parameter that several blocks read counts with the first of them only.
     """
-    parameters = gradients = optimizer = 0
+    parameters = copies = gradients = optimizer = bucketed = unsummed = scattered = update = 0
     for name in solved.reads.parameters[number]:
         is_first = solved.reads.first_block[name] == number
         if solved.is_one_stage and not is_first:
@@ -71,17 +88,95 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
         parameters += kept.stored
         if kept.copy and not _is_gathered(solved, value):
             parameters += kept.copy
+            copies += kept.copy
         gradients += kept.gradient
         optimizer += kept.optimizer if is_first else 0
+        update = max(update, kept.optimizer)
+        if is_first and kept.gradient and _is_bucketed(solved, value):
+            whole = _given_gradient_nbytes(solved, value)
+            bucketed += whole
+            if any(state.level for state in solved.stored(name)):
+                unsummed += whole
+                scattered += kept.stored
+    held = find_held(solved, number, ())
+    workspace = find_workspace(solved, number, held)
+    waiting, added = _tied_nbytes(solved, number)
     return BlockMemory(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
         outputs=sum(solved.nbytes(value, solved.sharding.outputs[position]) for position, value in solved.reads.outputs[number]),
-        saved=_saved_nbytes(solved, number, ()),
+        saved=held.nbytes,
         waiting=_waiting_nbytes(solved, number),
-        workspace=workspace_nbytes(solved, number),
+        workspace=workspace.later + waiting + added,
+        first_workspace=workspace.first + added,
+        arriving=_arriving_nbytes(solved, number) if solved.is_one_stage else gradients,
+        copies=copies,
+        bucketed=bucketed,
+        unsummed=unsummed,
+        scattered=scattered,
+        unread=workspace.unread,
+        largest=_largest_gathered(solved, number),
+        update=update,
     )
+
+
+def _largest_gathered(solved: SolvedChain, number: int) -> int:
+    """Bytes of the largest parameter that a call of the block gathers, or of its gradient before the sum."""
+    largest = 0
+    for name in solved.chain.blocks[number].ops:
+        for journey in solved.journeys(solved.graph.by_name[name]):
+            if solved.graph.by_name[journey.value.op].kind is OpKind.PARAMETER and solved.is_copied(journey):
+                nbytes = solved.nbytes(journey.value, journey.need)
+                largest = max(largest, nbytes, reduced_nbytes(solved.graph.tensor(journey.value), nbytes))
+    return largest
+
+
+def _tied_nbytes(solved: SolvedChain, number: int) -> tuple[int, int]:
+    """Bytes of gradients of parameters that several blocks of a stage read: what waits for the other summands, and their sum.
+
+    Autograd adds the summands before it adds them to what is there; in a step's first backward what waits is counted as arrived.
+    """
+    if not solved.is_one_stage:
+        return 0, 0
+    waiting = added = 0
+    for name, last in solved.reads.last_block.items():
+        first = solved.reads.first_block[name]
+        tensor = solved.graph.tensor(Value(name))
+        if first <= number <= last and first < last and tensor.requires_grad:
+            nbytes = _given_gradient_nbytes(solved, Value(name))
+            waiting += nbytes
+            added += nbytes if number == first else 0
+    return waiting, added
+
+
+def _arriving_nbytes(solved: SolvedChain, number: int) -> int:
+    """Bytes of the gradients of which the backward of block `number` makes the first summand: of parameters that no later block reads."""
+    total = 0
+    for name in solved.reads.parameters[number]:
+        if solved.reads.last_block[name] == number:
+            kept = kept_nbytes(solved.graph.tensor(Value(name)), solved.stored(name), solved.mesh)
+            total += kept.gradient and kept.stored
+    return total
+
+
+def _is_bucketed(solved: SolvedChain, parameter: Value) -> bool:
+    """Whether the gradient of a parameter is left to a sum over ranks once per step."""
+    tensor = solved.graph.tensor(parameter)
+    for reader in dict.fromkeys(solved.graph.readers.get(parameter, ())):
+        op = solved.graph.by_name[reader]
+        if op.kind is OpKind.CALL:
+            for operand, need in zip(op.operands, solved.needs(op), strict=True):
+                if operand == parameter:
+                    steps = solved.tables.steps(tensor, solved.made(parameter), need)
+                    if any(step.forward is Collective.NONE and step.backward is not Collective.NONE for step, _ in steps):
+                        return True
+    return False
+
+
+def _given_gradient_nbytes(solved: SolvedChain, parameter: Value) -> int:
+    """Bytes of a parameter's local gradient, of all that programs are given of it."""
+    return reduced_nbytes(solved.graph.tensor(parameter), solved.nbytes(parameter))
 
 
 def _is_gathered(solved: SolvedChain, parameter: Value) -> bool:
@@ -109,13 +204,20 @@ def recompute_memory(solved: SolvedChain, number: int, plain: BlockMemory, regio
     """
     if not regions:
         return plain
-    # While a region is run again, all that autograd saves of it is held.
-    region_nbytes = max(_region_nbytes(solved, region) for region in regions)
-    return replace(plain, saved=_saved_nbytes(solved, number, regions), workspace=plain.workspace + region_nbytes)
+    held = find_held(solved, number, regions)
+    workspace = find_workspace(solved, number, held, find_held(solved, number, ()), regions)
+    waiting, added = _tied_nbytes(solved, number)
+    return replace(
+        plain,
+        saved=held.nbytes,
+        workspace=workspace.later + waiting + added,
+        first_workspace=workspace.first + added,
+        unread=workspace.unread,
+    )
 
 
-def _saved_nbytes(solved: SolvedChain, number: int, regions: Sequence[Sequence[str]]) -> int:
-    """Bytes that a micro-batch saves of a block from its forward to its backward when these regions, sets of its calls, are run again.
+def find_held(solved: SolvedChain, number: int, regions: Sequence[Sequence[str]]) -> Held:
+    """What a micro-batch saves of a block from its forward to its backward when these regions, sets of its calls, are run again.
 
     A value counts once per layout in which it is saved.
     """
@@ -125,7 +227,7 @@ def _saved_nbytes(solved: SolvedChain, number: int, regions: Sequence[Sequence[s
     inside = set(block.ops)
     held: dict[tuple[Value, Layout], int] = {}
     read_again: list[Value] = []
-    extra_nbytes = 0
+    beside: dict[str, int] = {}
 
     def hold(value: Value, layout: Layout) -> None:
         held[value, layout] = solved.nbytes(value, layout)
@@ -136,23 +238,29 @@ def _saved_nbytes(solved: SolvedChain, number: int, regions: Sequence[Sequence[s
         # again.
         for value in op.operands:
             if reads.first_reader.get(value) == number:
-                if name in again or solved.is_saved(value):
+                if name in again or solved.is_saved_as_made(value):
                     hold(value, solved.made(value))
+                # Of a view that a cheap call makes, what another cheap call made is saved.
+                root = solved.root(value)
+                if root != value and root.op in solved.chain.cheap and solved.is_saved_as_made(root):
+                    hold(root, solved.made(root))
             elif name in again and value.op in inside and value.op not in again:
                 read_again.append(value)
         if name in again:
             # Results that leave the region are inputs of the calls after it, and saved for these if autograd saves them.
             for value in op.values:
                 leaves = any(reader in inside and reader not in again for reader in readers.get(value, ()))
-                if leaves and solved.is_saved(value):
+                if leaves and solved.is_saved_as_made(value):
                     hold(value, solved.made(value))
             continue
         for value in op.values:
             # Results that no call of this block reads count with the first block that reads them, or with the outputs.
             is_read_here = any(reads.block_of.get(reader) == number for reader in readers.get(value, ()))
-            if solved.is_saved(value) and is_read_here:
+            if solved.is_saved_as_made(value) and is_read_here:
                 hold(value, solved.made(value))
-        extra_nbytes += -(-op.extra_saved_nbytes // solved.ways(op))
+        beside[name] = solved.extra_saved_nbytes(op)
+        for value in _saved_by_kernel(solved, op, number):
+            hold(value, solved.made(value))
         for journey in solved.journeys(op):
             if solved.saves_copy(journey) and not solved.is_moved_before(number, journey.value, journey.need):
                 hold(journey.value, journey.need)
@@ -161,7 +269,17 @@ def _saved_nbytes(solved: SolvedChain, number: int, regions: Sequence[Sequence[s
         source = find_source(solved.graph, solved.model.spaces, value)
         if (source, solved.made(source)) not in held:
             hold(value, solved.made(value))
-    return extra_nbytes + sum(held.values())
+    return Held(held, beside)
+
+
+def _saved_by_kernel(solved: SolvedChain, op: Op, number: int) -> Iterator[Value]:
+    """What the kernel that replaces a call saves of its operands and nobody has otherwise; views of it share its memory."""
+    memory = solved.kernel_memory(op)
+    returned = {solved.root(value) for _, value in solved.reads.outputs[number]}
+    for position in memory.saves if memory is not None else ():
+        source = solved.root(op.operands[position])
+        if source not in returned:
+            yield source
 
 
 def _waiting_nbytes(solved: SolvedChain, number: int) -> int:
@@ -173,53 +291,4 @@ def _waiting_nbytes(solved: SolvedChain, number: int) -> int:
             read = {j.value: j.need for j in solved.journeys(op) if solved.graph.by_name[j.value.op].kind is OpKind.CALL}
             total += sum(solved.nbytes(value, need) for value, need in read.items())
             total += sum(solved.nbytes(value) for value in op.values)
-    return total
-
-
-def workspace_nbytes(solved: SolvedChain, number: int) -> int:
-    """Bytes that a block needs while it runs: those of the call with most, for its operands, results, their gradients and its chunk.
-
-    Parameters count only where they were moved for the call, as by ZeRO's gathers. What is in flight of gathers that are begun ahead, and
-    of their gradients' sums, isn't counted here but in ``ahead``. An estimate: there is no liveness analysis.
-    """
-    largest, first_axis = 0, solved.tables.first_axis
-    for name in solved.chain.blocks[number].ops:
-        op = solved.graph.by_name[name]
-        total = 2 * sum(solved.nbytes(value) for value in op.values)
-        for value, need in dict.fromkeys(zip(op.operands, solved.needs(op), strict=True)):
-            times = 2
-            if solved.graph.by_name[value.op].kind is OpKind.PARAMETER:
-                times = 0 if need[first_axis:] == solved.made(value)[first_axis:] else _times_held(solved, value, need)
-            if times:
-                total += times * solved.nbytes(value, need)
-        largest = max(largest, total + _chunk_nbytes(solved, op))
-    return largest
-
-
-def _times_held(solved: SolvedChain, parameter: Value, need: Layout) -> int:
-    """How many times a call needs the bytes of a parameter that was moved for it: the parameter and its gradient, unless in flight."""
-    steps = solved.tables.steps(solved.graph.tensor(parameter), solved.made(parameter), need)
-    if not solved.tables.ahead or not any(step.forward is Collective.ALL_GATHER for step, _ in steps):
-        return 2
-    return 0 if solved.runs_ahead else 1
-
-
-def _chunk_nbytes(solved: SolvedChain, op: Op) -> int:
-    """Bytes of what an op holds of one of its chunks (`Facts.workspace`)."""
-    space = solved.model.spaces.get(op.name)
-    if space is None or space.facts.workspace is None:
-        return 0
-    workspace = space.facts.workspace
-    points = math.prod(space.loops[name].size for name in workspace.loops) // solved.ways(op)
-    return workspace.itemsize * -(-points // workspace.chunks)
-
-
-def _region_nbytes(solved: SolvedChain, region: Sequence[str]) -> int:
-    """Bytes that a region saves for its backward while it is being run again."""
-    total = 0
-    for name in region:
-        op = solved.graph.by_name[name]
-        total += -(-op.extra_saved_nbytes // solved.ways(op))
-        total += sum(solved.nbytes(value) for value in op.values if solved.is_saved(value))
-        total += sum(solved.nbytes(journey.value, journey.need) for journey in solved.journeys(op) if solved.saves_copy(journey))
     return total

@@ -8,12 +8,12 @@ Comes in: an `AnalyzedGraph`, its chain of blocks, and a `Sharding`, what one so
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from autopar.costs.tables import CostTables, local_nbytes, operand_layout_of, result_layout_of
-from autopar.ir import Graph, Layout, Mesh, Op, OpKind, Placement, Split, Value, program_layout
+from autopar.ir import Collective, Graph, KernelMemory, Layout, Mesh, Op, OpKind, Placement, Split, Value, program_layout
 from autopar.structure import AnalyzedGraph, Chain, ChainReads
 
 
@@ -82,7 +82,7 @@ class SolvedChain:
 
         Schedules of micro-batches wait for both.
         """
-        return self.tables.ahead > 0 and self.is_one_stage and not self.tables.first_axis
+        return self.tables.ahead > 0 and self.is_one_stage and (not self.tables.first_axis or self.mesh.sizes[0] == 1)
 
     def representative(self, op: Op) -> Op:
         """The op that stands for `op`, by whose name the sharding decides about it."""
@@ -95,6 +95,48 @@ class SolvedChain:
     def ways(self, op: Op) -> int:
         """Into how many parts a call's work is split, over ranks and micro-batches together."""
         return math.prod(size for part, size in zip(self.placement(op), self.mesh.sizes, strict=True) if isinstance(part, Split))
+
+    def kernel_memory(self, op: Op) -> KernelMemory | None:
+        """What the kernel of a call saves and needs, if its placement splits a loop that makes one necessary whose memory is known."""
+        space = self.model.spaces.get(op.name)
+        memory = None if space is None else space.facts.kernel_memory
+        if memory is None or not any(
+            isinstance(part, Split) and part.loop in memory.split for part in self.placement(op)[self.tables.first_axis :]
+        ):
+            return None
+        return memory
+
+    def points(self, op: Op, loops: Iterable[str]) -> int:
+        """How many points of these loops of a call's space a rank runs over."""
+        space, named = self.model.spaces[op.name], set(loops)
+        ways = math.prod(
+            size for part, size in zip(self.placement(op), self.mesh.sizes, strict=True) if isinstance(part, Split) and part.loop in named
+        )
+        return math.prod(space.loops[name].size for name in named) // ways
+
+    def extra_saved_nbytes(self, op: Op) -> int:
+        """Bytes that a rank's part of a call saves beside operands and results."""
+        memory = self.kernel_memory(op)
+        if memory is not None:
+            return memory.saved * self.points(op, set(memory.loops) - memory.split)
+        return -(-op.extra_saved_nbytes // self.ways(op))
+
+    def working_nbytes(self, op: Op) -> tuple[int, int]:
+        """Bytes that a rank's part of a call needs while it runs, forward and backward (`Op.working`)."""
+        memory = self.kernel_memory(op)
+        if memory is not None:
+            points = self.points(op, memory.loops)
+            return memory.forward * points, memory.backward * points
+        ways, beside = self.ways(op), self._chunk_nbytes(op)
+        return -(-op.working.forward // ways) + beside, -(-op.working.backward // ways) + beside
+
+    def _chunk_nbytes(self, op: Op) -> int:
+        """Bytes of what an op holds of one of its chunks (`Facts.workspace`)."""
+        space = self.model.spaces.get(op.name)
+        if space is None or space.facts.workspace is None:
+            return 0
+        workspace = space.facts.workspace
+        return workspace.itemsize * -(-self.points(op, workspace.loops) // workspace.chunks)
 
     def made(self, value: Value) -> Layout:
         """The layout in which a value is made by its call, or in which the program is given it."""
@@ -137,6 +179,43 @@ class SolvedChain:
     def is_saved(self, value: Value) -> bool:
         """Whether autograd saves the value itself for the backward."""
         return value.index in self.graph.by_name[value.op].saved
+
+    def is_saved_as_made(self, value: Value) -> bool:
+        """Whether autograd saves a value in the layout in which it is made: for its maker, or for a reader that doesn't read a copy."""
+        op = self.graph.by_name[value.op]
+        if not self.is_saved(value):
+            return False
+        if value.index in op.working.keeps or len(op.working.views) <= value.index:
+            return True
+        waiting = [value]
+        while waiting:
+            value = waiting.pop()
+            for name in self.graph.readers.get(value, ()):
+                reader = self.graph.by_name[name]
+                if reader.kind is not OpKind.CALL:
+                    continue
+                memory = self.kernel_memory(reader)
+                saves = reader.working.saves if memory is None else memory.saves
+                for position, journey in enumerate(self.journeys(reader)):
+                    if journey.value != value or self.is_copied(journey):
+                        continue
+                    if position in saves or not reader.working.views:
+                        return True
+                    waiting += [Value(name, index) for index, view in enumerate(reader.working.views) if view == position]
+        return False
+
+    def is_copied(self, journey: Journey) -> bool:
+        """Whether a journey makes a copy in memory."""
+        steps = self.tables.steps(self.graph.tensor(journey.value), journey.start, journey.need)
+        return any(step.forward is not Collective.NONE for step, _ in steps)
+
+    def root(self, value: Value) -> Value:
+        """The value whose memory a value shares, as a view or a view of views; itself when it has memory of its own."""
+        while True:
+            op = self.graph.by_name[value.op]
+            if op.kind is not OpKind.CALL or len(op.working.views) <= value.index or op.working.views[value.index] < 0:
+                return value
+            value = op.operands[op.working.views[value.index]]
 
     def saves_copy(self, journey: Journey) -> bool:
         """Whether autograd saves the copy that a journey makes."""

@@ -7,8 +7,8 @@ that axis, and where two ops disagree about a tensor a table says which collecti
 Modules, in reading order: ``precision``, ``graph``, ``facts``, ``space``, ``layout``, ``reshard``.
 """
 
-from autopar.ir.facts import Exchange, Facts, Family, Meaning, MicrobatchRefusal, TargetMean, Workspace
-from autopar.ir.graph import ITEMSIZE, Graph, Op, Operand, OpKind, Tensor, Value, freeze
+from autopar.ir.facts import Exchange, Facts, Family, KernelMemory, Meaning, MicrobatchRefusal, TargetMean, Workspace
+from autopar.ir.graph import ITEMSIZE, Graph, Op, Operand, OpKind, Tensor, Value, Working, freeze
 from autopar.ir.layout import (
     MICROBATCH,
     PARTIAL,
@@ -60,6 +60,7 @@ __all__ = [
     "Facts",
     "Family",
     "Graph",
+    "KernelMemory",
     "Layout",
     "LoopKind",
     "Meaning",
@@ -81,6 +82,7 @@ __all__ = [
     "TargetMean",
     "Tensor",
     "Value",
+    "Working",
     "Workspace",
     "fits",
     "format_layout",

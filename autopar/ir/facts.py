@@ -84,6 +84,26 @@ class Workspace:
 
 
 @dataclass(frozen=True, slots=True)
+class KernelMemory:
+    """Memory of the kernel that replaces an op where a loop is split, instead of what the op itself was seen to save and to need.
+
+    Attributes:
+        split: the loops whose split makes the kernel necessary.
+        saves: operands that it saves as they are.
+        loops: the loops that `forward` and `backward` run over; those that are split count with their local sizes.
+        forward, backward: bytes per point that are needed while it runs, beside operands, results and their gradients.
+        saved: bytes that are saved per point of the loops that aren't in `split`.
+    """
+
+    split: frozenset[str]
+    saves: frozenset[int]
+    loops: tuple[str, ...]
+    forward: int
+    backward: int
+    saved: int
+
+
+@dataclass(frozen=True, slots=True)
 class TargetMean:
     """A mean over the targets that count: over parts of the tokens, the op must be told the number of targets in the whole batch.
 
@@ -119,6 +139,7 @@ class Facts:
             Micro-batches, which can't exchange anything, split neither these nor KERNEL loops.
         meanings: loops that run over something else than features.
         workspace: memory that the op needs beside its operands and results; None for little.
+        kernel_memory: what the kernel of a split loop saves and needs; None where that is no more than what the op itself does.
         recomputes: the backward computes the forward's work again before its own.
         softmax: the op turns scores into weights that add up to one; the attention core is found around it.
         target_mean: the op is a mean over the targets that count.
@@ -132,6 +153,7 @@ class Facts:
     coupled: frozenset[str] = frozenset()
     meanings: Mapping[str, Meaning] = field(default_factory=dict)
     workspace: Workspace | None = None
+    kernel_memory: KernelMemory | None = None
     recomputes: bool = False
     softmax: bool = False
     target_mean: TargetMean | None = None

@@ -110,6 +110,27 @@ class OpKind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Working:
+    """What a call needs of memory while it runs, and what its tensors share.
+
+    Attributes:
+        views: per result the operand whose memory it shares; -1 for memory of its own.
+        saves: operands that the call itself saves for its backward.
+        keeps: results that it saves for its own backward.
+        passes: operands that get the gradient of a result, or a view of it, without a copy.
+        forward: bytes at the peak of the forward beside operands, results, and what is saved.
+        backward: bytes at the peak of the backward beside what was saved, and the gradients of results and operands.
+    """
+
+    views: tuple[int, ...] = ()
+    saves: frozenset[int] = frozenset()
+    keeps: frozenset[int] = frozenset()
+    passes: frozenset[int] = frozenset()
+    forward: int = 0
+    backward: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """An input, parameter or buffer of the program, a call of an operator, or the program's return.
 
@@ -126,6 +147,7 @@ class Op:
         source: the user's line, ``file.py:12: y = self.fc(x)``; empty when unknown.
         saved: indices of the results that autograd saves for the backward.
         extra_saved_nbytes: bytes that autograd saves for this op beyond its operands and results, such as the statistics of a norm.
+        working: what it needs while it runs, of the whole tensors.
     """
 
     name: str
@@ -139,6 +161,7 @@ class Op:
     source: str = ""
     saved: frozenset[int] = frozenset()
     extra_saved_nbytes: int = 0
+    working: Working = Working()
 
     @property
     def values(self) -> tuple[Value, ...]:

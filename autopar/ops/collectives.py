@@ -178,7 +178,7 @@ def begin_all_gather(
         return None
     use = Use(Gather(x.detach(), mesh_axis, dim, outer, dtype or x.dtype, size), block, current_forward())
     if use.forward is not None:
-        use.forward.add(use.gather, block)
+        use.forward.add(use.gather, block, find_sink(x))
     use.gather.begin()
     return use
 

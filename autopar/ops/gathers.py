@@ -109,14 +109,17 @@ class Forward:
     def __init__(self, ahead: int) -> None:
         self.ahead = ahead
         self._blocks: dict[int, list[Gather]] = {}
+        self._sinks: dict[int, GradientSink] = {}
         # The backward that runs now, and the blocks that it has come to, and those whose gathers it has begun.
         self._backward = -1
         self._reached: set[int] = set()
         self._begun: set[int] = set()
 
-    def add(self, gather: Gather, block: int) -> None:
-        """A gather of a block, in program order."""
+    def add(self, gather: Gather, block: int, sink: GradientSink | None) -> None:
+        """A gather of a block, in program order, and who takes gradients of what it gathers."""
         self._blocks.setdefault(block, []).append(gather)
+        if sink is not None:
+            self._sinks[block] = sink
 
     def reach(self, block: int) -> None:
         """A backward comes to a block: begin its gathers, and those of the next ones, unless this backward has."""
@@ -129,6 +132,9 @@ class Forward:
         if block in self._reached:
             return
         self._reached.add(block)
+        # Before more is gathered: what is in flight of the blocks behind is as much as the plan says.
+        if (sink := self._sinks.get(block)) is not None:
+            sink.reach(block, self.ahead)
         for number in range(block, block - 1 - self.ahead, -1):
             if number not in self._begun:
                 self._begun.add(number)
@@ -182,6 +188,10 @@ class GradientSink(Protocol):
 
     def takes(self) -> bool:
         """Whether it does in the backward that runs now; if not, autograd gets the complete gradient."""
+        ...
+
+    def reach(self, block: int, ahead: int) -> None:
+        """The backward that runs now comes to a block, and makes its gradients next."""
         ...
 
     def receive(self, begin: Callable[[], comm.Message], dtype: torch.dtype, block: int, ahead: int) -> None:

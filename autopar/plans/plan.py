@@ -44,7 +44,10 @@ _MOST_BYTES = 2**26
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device, by kind, at the peak (``docs/costs.md`` says what each kind holds); `budget` is what the device has."""
+    """Bytes on one device: the most of each kind (``docs/costs.md`` says what each holds); `budget` is what the device has.
+
+    `apart` are bytes of these that aren't there at the same time, such as gradients while all activations are still saved.
+    """
 
     parameters: int
     gradients: int
@@ -54,11 +57,13 @@ class Memory:
     workspace: int
     reserved: int
     budget: Count
+    apart: int = 0
 
     @property
     def total(self) -> int:
         """Bytes used at the peak."""
-        return self.parameters + self.gradients + self.optimizer + self.activations + self.buffers + self.workspace + self.reserved
+        kinds = self.parameters + self.gradients + self.optimizer + self.activations + self.buffers + self.workspace + self.reserved
+        return kinds - self.apart
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,8 @@ from autopar.ir import AS_MODEL, PIPELINE, with_pipeline
 from autopar.plans import RECOMPUTE, Memory, Plan, Unruled
 from autopar.units import format_bytes, format_seconds, format_share
 
-MEMORY_KINDS = tuple(field.name for field in fields(Memory) if field.name != "budget")
-"""The parts of `Memory.total`, in the order shown."""
+MEMORY_KINDS = tuple(field.name for field in fields(Memory) if field.name not in ("budget", "apart"))
+"""The kinds of `Memory`, in the order shown."""
 
 _UNRULED_SHOWN = 3
 
@@ -24,6 +24,7 @@ def summarize(plan: Plan) -> str:
     """Describe `plan` in a few plain lines: mesh, predicted time and memory, proof, and ops without a rule."""
     seconds, memory, proof = plan.seconds, plan.memory, plan.proof
     kinds = ", ".join(f"{kind} {format_bytes(getattr(memory, kind))}" for kind in MEMORY_KINDS if getattr(memory, kind))
+    kinds += f"; {format_bytes(memory.apart)} of these not at the same time" if memory.apart else ""
     lines = [
         f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}{describe_precision(plan)}",
         "axes    " + ("; ".join(f"{axis} splits {role}" for axis, role in describe_axes(plan).items()) or "none: one rank"),

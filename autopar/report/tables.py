@@ -202,6 +202,8 @@ def _tabulate_memory(plan: Plan) -> Stack:
     for kind in (*MEMORY_KINDS, "total"):
         nbytes = getattr(memory, kind)
         rows.append([kind, format_bytes(nbytes), format_share(nbytes, memory.budget), _draw_bar(nbytes, memory.budget)])
+    if memory.apart:
+        rows.insert(-1, ["not at once", f"-{format_bytes(memory.apart)}", f"-{format_share(memory.apart, memory.budget)}", ""])
     columns: dict[str, _Justify] = {"kind": "left", "bytes": "right", "of the budget": "right", "": "left"}
     which = "the fullest device" if plan.pipeline.ranks > 1 else "one device"
     return _make_table(f"Memory of {which} at the peak, budget {format_bytes(memory.budget)}", columns, rows, total=True)

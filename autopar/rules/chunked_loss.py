@@ -18,7 +18,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autopar.ir import ITEMSIZE, Exchange, Facts, Family, Graph, Meaning, Op, Operand, OpKind, Space, TargetMean, Tensor, Value, Workspace
+from autopar.ir import (
+    ITEMSIZE,
+    Exchange,
+    Facts,
+    Family,
+    Graph,
+    Meaning,
+    Op,
+    Operand,
+    OpKind,
+    Space,
+    TargetMean,
+    Tensor,
+    Value,
+    Working,
+    Workspace,
+)
 from autopar.rules.notation import Rule, argument, is_float, normal, operand, space
 
 TARGET = "autopar.linear_cross_entropy.default"
@@ -158,6 +174,8 @@ def _make_ops(graph: Graph, loss: ChunkedLoss, chunks: int) -> list[Op]:
         saved = frozenset({0} if is_cut and move.target == _RESHAPE else ())
         is_cut = move.target == _SLICE
         move = replace(move, operands=(hidden,), results=(tensor,), args=args, layer=head.layer, saved=saved, extra_saved_nbytes=0)
+        # A slice leaves gaps, and so does its gradient.
+        move = replace(move, working=Working() if saved else replace(move.working, forward=0, backward=0))
         hidden = Value(move.name)
         ops.append(move)
     places = [Operand(0), Operand(1), Operand(2) if bias else None, Operand(3 if bias else 2)]
@@ -178,6 +196,7 @@ def _make_ops(graph: Graph, loss: ChunkedLoss, chunks: int) -> list[Op]:
         saved=frozenset(),
         # The logarithm of each token's sum.
         extra_saved_nbytes=tensor.shape[0] * _widest(tensor),
+        working=Working(saves=frozenset({0})),
     )
     return [*ops, fused]
 

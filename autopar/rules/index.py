@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from autopar.ir import Exchange, Facts, Family, Meaning, Op, Operand, Space, TargetMean, Tensor
+from autopar.ir import ITEMSIZE, Exchange, Facts, Family, KernelMemory, Meaning, Op, Operand, Space, TargetMean, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, floats, letters, named, normal, operand, space
 
 _MEAN, _SUM = 1, 2  # values of aten's `reduction` argument; 0 is none
@@ -191,6 +191,10 @@ def cross_entropy(op: Op, operands: tuple[Tensor, ...]) -> Space:
     vocabulary = "v*" if split else "v!"
     left = [[*tokens[:1], vocabulary, *tokens[1:]], [*tokens[:1], vocabulary, *tokens[1:]] if by_class else tokens, ["v!"]]
     mean = tokens if reduction == _MEAN else []
+    itemsize, wide = ITEMSIZE[logits.dtype], max(ITEMSIZE[logits.dtype], ITEMSIZE["float32"])
+    cast = wide if itemsize < wide else 0
+    # Logits less their maximum, and the exponentials of these. Saved are the logits, each token's class, and two numbers more.
+    memory = KernelMemory(frozenset("v"), frozenset({0}), ("v", *tokens), forward=2 * wide + cast, backward=cast, saved=24)
     return space(
         op,
         operands,
@@ -205,6 +209,7 @@ def cross_entropy(op: Op, operands: tuple[Tensor, ...]) -> Space:
             # Two statistics of each token's logits.
             exchanges=(Exchange(frozenset("v"), "all_reduce", tuple(tokens), forward=2, backward=2),) if split else (),
             meanings={"v": Meaning.VOCABULARY},
+            kernel_memory=memory if split else None,
             target_mean=_mean_over_targets(op) if mean and not by_class else None,
         ),
     )

@@ -34,11 +34,15 @@ class Arrivals:
             block: whose gradient it is.
             ahead: how many blocks the backward may go on meanwhile.
         """
+        self.reach(block, ahead)
         if not self._blocks or self._blocks[-1][0] != block:
             self._blocks.append((block, []))
-        while len(self._blocks) > 1 + ahead:
-            self._finish_first()
         self._blocks[-1][1].append((begin(), dtype, hand_over))
+
+    def reach(self, block: int, ahead: int) -> None:
+        """The backward comes to a block, before it makes gradients there: wait for the sums of those that are too far behind."""
+        while self._blocks and len(self._blocks) - (self._blocks[-1][0] == block) > ahead:
+            self._finish_first()
 
     def finish(self) -> None:
         """Wait for all, and hand them over."""

@@ -187,6 +187,9 @@ class _Sink:
     def takes(self) -> bool:
         return _is_left(self.receiver, self.node)
 
+    def reach(self, block: int, ahead: int) -> None:
+        self.receiver.reducer.arrivals.reach(block, ahead)
+
     def receive(self, begin: Callable[[], Message], dtype: torch.dtype, block: int, ahead: int) -> None:
         self.receiver.receive_later(begin, dtype, block, ahead)
 

@@ -110,9 +110,10 @@ def _join_passes(schedule: Schedule, links: _StageLinks) -> Schedule:
     )
 
 
-InFlight = tuple[tuple[int, int], ...]
-"""Micro-batches in flight on a rank at one moment. Per stage of the rank, in order, a pair: those between F and B or I, whose activations
-are saved, and those between I and W, of which only what the weight gradients need is saved."""
+InFlight = tuple[tuple[int, int, int], ...]
+"""Micro-batches in flight on a rank at one moment. Per stage of the rank, in order, three numbers: those between F and B or I, whose
+activations are saved; those between I and W, of which only what the weight gradients need is saved; and 1 if a backward has run before, so
+that the gradients of all parameters are there, 0 if the one that runs now or next is the first."""
 
 
 # A search looks at one schedule many times.
@@ -126,32 +127,34 @@ def peaks_in_flight(schedule: Schedule) -> tuple[tuple[InFlight, ...], ...]:
 
     >>> from autopar.schedules import make_schedule
     >>> peaks_in_flight(make_schedule("1f1b", 3, 8))
-    ((((3, 0),),), (((2, 0),),), (((1, 0),),))
+    ((((3, 0, 1),),), (((2, 0, 1),),), (((1, 0, 1),),))
     """
     trains = schedule.has_backward
     peaks = []
     for rank, actions in enumerate(schedule.actions):
-        counts = {stage: (0, 0) for stage, owner in enumerate(schedule.rank_of) if owner == rank}
+        counts = {stage: (0, 0, int(not trains)) for stage, owner in enumerate(schedule.rank_of) if owner == rank}
         moments: set[InFlight] = set()
         for action in actions:
             if action.kind not in COMPUTING:
                 continue
-            full, waiting = counts[action.stage]
+            full, waiting, has_gradients = counts[action.stage]
             if action.kind is Kind.FORWARD:
-                counts[action.stage] = (full + 1, waiting)
+                counts[action.stage] = (full + 1, waiting, has_gradients)
                 if not trains:
                     moments.add(tuple(counts.values()))
-                    counts[action.stage] = (0, 0)
+                    counts[action.stage] = (0, 0, 1)
                 continue
             # A backward follows each forward, so only a moment before something is let go can be a peak.
             moments.add(tuple(counts.values()))
             if action.kind is Kind.BACKWARD_WEIGHT:
-                counts[action.stage] = (full, waiting - 1)
+                counts[action.stage] = (full, waiting - 1, 1)
             else:
-                counts[action.stage] = (full - 1, waiting + (action.kind is Kind.BACKWARD_INPUT))
+                counts[action.stage] = (full - 1, waiting + (action.kind is Kind.BACKWARD_INPUT), 1)
         rank_peaks: list[InFlight] = []
         # From the largest sum down, so that whoever exceeds a moment stands before it.
-        for moment in sorted(moments, key=lambda moment: (-sum(map(sum, moment)), moment)):
+        for moment in sorted(
+            moments, key=lambda moment: (-sum(full + waiting for full, waiting, _ in moment), -sum(g for *_, g in moment), moment)
+        ):
             if not any(_exceeds(peak, moment) for peak in rank_peaks):
                 rank_peaks.append(moment)
         peaks.append(tuple(rank_peaks))
@@ -160,7 +163,7 @@ def peaks_in_flight(schedule: Schedule) -> tuple[tuple[InFlight, ...], ...]:
 
 def _exceeds(peak: InFlight, moment: InFlight) -> bool:
     """Whether `peak` has at least as much of everything as `moment`."""
-    return all(full >= m_full and weights >= m_weights for (full, weights), (m_full, m_weights) in zip(peak, moment, strict=True))
+    return all(a >= b for numbers, others in zip(peak, moment, strict=True) for a, b in zip(numbers, others, strict=True))
 
 
 def validate(schedule: Schedule, edges: Sequence[StageEdge]) -> None:

@@ -246,6 +246,7 @@ def _memory(chosen: Chosen, cluster: Cluster) -> Memory:
         workspace=rank_memory.workspace,
         reserved=device.reserved_bytes,
         budget=device.memory_bytes,
+        apart=rank_memory.apart,
     )
 
 

@@ -35,6 +35,7 @@ class ChainReads:
         first_block: parameter -> the first block that has it in `parameters`: its optimizer state counts there. The program follows the
             same
             rule: `Slot.owner` is the first pipeline rank that uses it.
+        last_block: parameter -> the last block that has it in `parameters`: its backward makes the first summand of its gradient.
         shared: per block its operands, as (call, number of the operand), whose values other blocks read too and which aren't parameters.
     """
 
@@ -47,6 +48,7 @@ class ChainReads:
     deferrable: frozenset[str]
     parameters: tuple[tuple[str, ...], ...]
     first_block: Mapping[str, int]
+    last_block: Mapping[str, int]
     shared: tuple[tuple[tuple[str, int], ...], ...]
 
 
@@ -72,6 +74,7 @@ def read_chain(graph: Graph, spaces: Mapping[str, Space], chain: Chain) -> Chain
         deferrable=frozenset(name for name in block_of if is_deferrable(graph, spaces, graph.by_name[name])),
         parameters=parameters,
         first_block={name: number for number in reversed(range(len(parameters))) for name in parameters[number]},
+        last_block={name: number for number, names in enumerate(parameters) for name in names},
         shared=_find_shared_operands(graph, chain, block_of),
     )
 

@@ -2,8 +2,8 @@
 
 Comes in: a `PipelineProblem` and configurations. Goes out: the fastest pipeline found, with its bound.
 
-Modules, in reading order: ``block_options``, ``assignment_problem``, ``greedy``, ``assignment_model``, ``assignment``, ``option_maker``,
-``mixing``, ``configurations`` (which states what is proven), ``solutions``, ``best_first``.
+Modules, in reading order: ``block_options``, ``peaks``, ``assignment_problem``, ``greedy``, ``assignment_model``, ``assignment``,
+``option_maker``, ``mixing``, ``configurations`` (which states what is proven), ``solutions``, ``best_first``.
 """
 
 from autopar.search.pipeline.assignment_problem import PHASES, AssignmentCost, RankMemory, compute_cost, longest_path, make_problem

@@ -336,7 +336,9 @@ def _select_options(run: BlockRun, is_selected: Sequence[bool]) -> BlockRun:
         saved=run.saved[mask],
         waiting=run.waiting[mask],
         static=run.static[mask],
+        arriving=run.arriving[mask],
         workspace=run.workspace[mask],
+        first_workspace=run.first_workspace[mask],
     )
 
 

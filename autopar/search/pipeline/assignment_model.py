@@ -38,6 +38,7 @@ import numpy as np
 from autopar.errors import InfeasibleError
 from autopar.search.linear_model import LinearModel
 from autopar.search.pipeline.assignment_problem import PHASES, RECEIVES_AT_ONCE, AssignmentProblem, BlockRun, Floats, Ints
+from autopar.search.pipeline.peaks import has_first_backward
 
 # The model's units: a step takes about this many units of time, a budget is this many units of memory. Solvers' tolerances are absolute.
 TIME_UNITS = 1e4
@@ -211,20 +212,24 @@ class AssignmentModel:
     def _add_memory(self, budgets: Sequence[float], excess: int | None) -> None:
         """Constraint (3), in units of the model; `excess` is the id of a variable that every budget grows by."""
         problem, byte = self.problem, self.byte
-        least = min(int(run.workspace.min()) for run in problem.runs)
         for rank, (stages, holdings) in enumerate(zip(problem.stages_of, problem.holdings, strict=True)):
-            workspace_above_least = self._add_workspace(stages, least)
+            workspaces = [run.first_workspace if has_first_backward(holdings) else run.workspace for run in problem.runs]
+            least = min(int(nbytes.min()) for nbytes in workspaces)
+            workspace_above_least = self._add_workspace(stages, workspaces, least)
             message = self._add_variable(0.0, np.inf)
             for stage in problem.messages_to[rank]:
                 constant, terms = self._number_at_end(stage, [byte * run.cut.nbytes for run in problem.runs])
                 self._add_sum([(message, 1.0), *((column, -factor) for column, factor in terms)], constant, np.inf)
-            possible = [(position, run, self.counts[key]) for key, run, position in self._possible_runs(stages)]
+            possible = [(position, key[0], self.counts[key]) for key, _, position in self._possible_runs(stages)]
             always: list[tuple[int, float]] = [(workspace_above_least, 1.0), (message, RECEIVES_AT_ONCE)]
             if excess is not None:
                 always.append((excess, -1.0))
-            for in_flight, waiting in np.moveaxis(holdings, 2, 1) if len(holdings) else np.zeros((1, 2, len(stages))):
-                columns = [ids for _, _, ids in possible]
-                bytes_of = [run.static + in_flight[position] * run.saved + waiting[position] * run.waiting for position, run, _ in possible]
+            moments = holdings if len(holdings) else np.zeros((1, len(stages), 3), dtype=np.int64)
+            tables = [problem.held(index, moments[:, position]) for position, index, _ in possible]
+            columns = [ids for _, _, ids in possible]
+            for number in range(len(tables[0])):
+                in_flight = moments[min(number, len(moments) - 1), :, 0]
+                bytes_of = [table[number] for table in tables]
                 read_before = [
                     self._number_at_end(stage - 1, [byte * count * run.cut.saved for run in problem.runs])
                     for count, stage in zip(in_flight.tolist(), stages, strict=True)
@@ -245,11 +250,11 @@ class AssignmentModel:
                 if (index, stage) in self.counts:
                     yield (index, stage), run, position
 
-    def _add_workspace(self, stages: Sequence[int], least: int) -> int:
+    def _add_workspace(self, stages: Sequence[int], workspaces: Sequence[Ints], least: int) -> int:
         """A variable no less than what any block on these stages needs of workspace above `least` bytes."""
         above = self._add_variable(0.0, np.inf)
         for key, run, _ in self._possible_runs(stages):
-            counts, extra = self.counts[key], run.workspace - least
+            counts, extra = self.counts[key], workspaces[key[0]] - least
             if run.length == 1:
                 self.model.add_row([above, *counts], [1.0, *-(self.byte * extra)], 0.0, np.inf)
                 continue

@@ -29,7 +29,8 @@ import numpy.typing as npt
 from autopar.costs import CutCost
 from autopar.errors import InfeasibleError, InputError
 from autopar.schedules import Kind, Schedule, StageTimes, peaks_in_flight, simulate
-from autopar.search.pipeline.block_options import BlockOptions
+from autopar.search.pipeline.block_options import BlockOption, BlockOptions
+from autopar.search.pipeline.peaks import StageProfile, find_peak
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -52,7 +53,7 @@ class BlockRun:
         indices: of these options in `BlockOptions.options`.
         seconds: forward, input and weight gradients of one micro-batch, shape (options, 3).
         per_step: seconds per step outside of the schedule, shape (options,).
-        saved, waiting, static, workspace: bytes as in `BlockOption`, shape (options,) each.
+        saved, waiting, static, arriving, workspace, first_workspace: bytes as in `BlockOption`, shape (options,) each.
         cut: what it takes to end a stage after one of the blocks.
         stage: the stage that the user pinned them to, if any.
     """
@@ -65,9 +66,20 @@ class BlockRun:
     saved: Ints
     waiting: Ints
     static: Ints
+    arriving: Ints
     workspace: Ints
+    first_workspace: Ints
     cut: CutCost
     stage: int | None
+
+    def held(self, in_flight: Ints, waiting: Ints, _: Ints) -> Ints:
+        """Bytes of a block in each option at moments of a schedule, without its workspace, shape (moments, options).
+
+        The arguments are a column of `AssignmentProblem.holdings` each. The gradients of parameters count as being there, also in the first
+        backward of a step, which makes them.
+        """
+        nbytes: Ints = self.static + in_flight[:, None] * self.saved + waiting[:, None] * self.waiting
+        return nbytes
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,9 @@ class AssignmentProblem:
         schedule: computing actions of each pipeline rank; its stages stand in a chain.
         budgets: bytes of each pipeline rank.
         stages_of: per pipeline rank its stages, ascending.
-        holdings: per pipeline rank the numbers (h, w) of micro-batches that it holds at once, per combination in the course of the schedule
-            and per stage of the rank, shape (combinations, stages of the rank, 2).
+        holdings: per pipeline rank the numbers (h, w) of micro-batches that it holds at once, and whether there are gradients from an
+            earlier backward, per combination in the course of the schedule and per stage of the rank, shape (combinations, stages of the
+            rank, 3).
     """
 
     blocks: tuple[BlockOptions, ...]
@@ -98,6 +111,24 @@ class AssignmentProblem:
     def has_backward(self) -> bool:
         """Whether the schedule has backward passes."""
         return self.schedule.has_backward
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is one stage and one micro-batch: the program runs without a schedule."""
+        return self.schedule.stages == self.schedule.microbatches == 1 and self.has_backward
+
+    def held(self, index: int, moments: Ints) -> Ints:
+        """Bytes of a block of run `index` in each option, without its workspace, shape (moments, options).
+
+        The moments are those of a stage in the schedule, as in `holdings`; of a program without one the backwards of each run, before which
+        the runs before it hold what they save, and those after it the gradients of their parameters.
+        """
+        run = self.runs[index]
+        if not self.is_whole:
+            return run.held(*moments.T)
+        now = np.arange(len(self.runs))[:, None]
+        begun = np.where(now > index, run.saved, np.where(now < index, run.arriving, np.maximum(run.saved, run.arriving)))
+        return run.static - run.arriving + begun
 
     @cached_property
     def messages_to(self) -> tuple[tuple[int, ...], ...]:
@@ -118,18 +149,20 @@ class RankMemory(NamedTuple):
         static: what is there all the time: parameters, gradients, optimizer state, outputs.
         held: what micro-batches hold for their backward.
         messages: receive buffers.
-        workspace: the largest of any of its blocks.
+        workspace: what is needed only while something runs.
+        apart: bytes of all these that aren't there at the same time.
     """
 
     static: int
     held: int
     messages: int
     workspace: int
+    apart: int = 0
 
     @property
     def total(self) -> int:
-        """The sum of all four."""
-        return sum(self)
+        """Bytes at the peak."""
+        return self.static + self.held + self.messages + self.workspace - self.apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +216,7 @@ def make_problem(blocks: Sequence[BlockOptions], schedule: Schedule, budget: int
         else:
             runs.append(_make_run(number, block, has_backward, splits_backward))
     stages_of = tuple(tuple(stage for stage, rank_of in enumerate(schedule.rank_of) if rank_of == rank) for rank in range(schedule.ranks))
-    holdings = tuple(np.array(combinations, dtype=np.int64).reshape(len(combinations), -1, 2) for combinations in peaks_in_flight(schedule))
+    holdings = tuple(np.array(combinations, dtype=np.int64).reshape(len(combinations), -1, 3) for combinations in peaks_in_flight(schedule))
     return AssignmentProblem(tuple(blocks), tuple(runs), schedule, budgets, stages_of, holdings)
 
 
@@ -193,23 +226,22 @@ def compute_cost(problem: AssignmentProblem, stages: Sequence[int], options: Seq
     seconds = np.zeros((PHASES, count))
     cuts = np.zeros((2, count))
     per_step = np.zeros(count)
-    saved, waiting, static, workspace, message, read_before = np.zeros((6, count), dtype=np.int64)
+    static, message, read_before = np.zeros((3, count), dtype=np.int64)
+    on_stage: list[list[BlockOption]] = [[] for _ in range(count)]
     for block, stage, index in zip(problem.blocks, stages, options, strict=True):
         option = block.options[index]
         seconds[:, stage] += (option.forward, option.backward_input, option.backward_weight)
         per_step[stage] += option.per_step
-        saved[stage] += option.saved
-        waiting[stage] += option.waiting
         static[stage] += option.static
-        workspace[stage] = max(workspace[stage], option.workspace)
+        on_stage[stage].append(option)
         cuts[:, stage], message[stage], read_before[stage] = block.cut.seconds, block.cut.nbytes, block.cut.saved
-    saved[1:] += read_before[:-1]
+    profiles = [StageProfile.of(options_of, int(before)) for options_of, before in zip(on_stage, (0, *read_before[:-1]), strict=True)]
     memory, longest_per_step = [], 0.0
     for stages_of_rank, holdings, messages in zip(problem.stages_of, problem.holdings, problem.messages_to, strict=True):
         own = list(stages_of_rank)
-        held = holdings[:, :, 0] @ saved[own] + holdings[:, :, 1] @ waiting[own]
         buffers = RECEIVES_AT_ONCE * max((int(message[stage]) for stage in messages), default=0)
-        memory.append(RankMemory(int(static[own].sum()), int(held.max(initial=0)), buffers, int(workspace[own].max())))
+        peak = find_peak([profiles[stage] for stage in own], holdings, is_whole=problem.is_whole)
+        memory.append(RankMemory(int(static[own].sum()), peak.held, buffers, peak.workspace, peak.apart))
         longest_per_step = max(longest_per_step, float(per_step[own].sum()))
     return AssignmentCost(np.concatenate([seconds.ravel(), cuts[:, : count - 1].ravel()]), longest_per_step, tuple(memory))
 
@@ -275,12 +307,16 @@ def _make_run(number: int, block: BlockOptions, has_backward: bool, splits_backw
     """A run of one block, without dominated options: those that another option is no worse than in all that counts under this schedule."""
     seconds = np.array([(option.forward, option.backward_input, option.backward_weight) for option in block.options])
     per_step = np.array([option.per_step for option in block.options])
-    saved, waiting, static, workspace = np.array(
-        [(option.saved, option.waiting, option.static, option.workspace) for option in block.options], dtype=np.int64
+    saved, waiting, static, arriving, workspace, first_workspace = np.array(
+        [
+            (option.saved, option.waiting, option.static, option.arriving, option.workspace, max(option.workspace, option.first_workspace))
+            for option in block.options
+        ],
+        dtype=np.int64,
     ).T
-    criteria = [seconds[:, 0], per_step, static, workspace]
+    criteria = [seconds[:, 0], per_step, static, workspace, first_workspace]
     if has_backward:
-        criteria.append(saved)
+        criteria += [saved, static - arriving]
     if splits_backward:
         criteria += [seconds[:, 1], seconds[:, 2], waiting]
     elif has_backward:
@@ -300,7 +336,9 @@ def _make_run(number: int, block: BlockOptions, has_backward: bool, splits_backw
         saved=saved[worthwhile],
         waiting=waiting[worthwhile],
         static=static[worthwhile],
+        arriving=arriving[worthwhile],
         workspace=workspace[worthwhile],
+        first_workspace=first_workspace[worthwhile],
         cut=block.cut,
         stage=block.stage,
     )

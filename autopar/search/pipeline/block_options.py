@@ -31,6 +31,7 @@ class BlockOption:
         waiting: bytes that one micro-batch holds from its input gradients to its weight gradients.
         static: bytes all the time: parameters, gradients, optimizer state, and outputs of the model that the block makes.
         workspace: bytes only while the block runs.
+        first_workspace, arriving: as in `autopar.costs.memory.BlockMemory`.
         solution: which solution its placements are of, by number among those that blocks may mix.
         cost: the rows and bytes that the numbers above are sums of; None for made-up options, as in tests.
     """
@@ -44,6 +45,8 @@ class BlockOption:
     waiting: int
     static: int
     workspace: int
+    first_workspace: int = 0
+    arriving: int = 0
     solution: int = 0
     cost: BlockCost | None = field(default=None, compare=False, repr=False)
 

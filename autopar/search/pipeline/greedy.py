@@ -22,10 +22,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
 from autopar.search.pipeline.assignment_problem import RECEIVES_AT_ONCE, AssignmentProblem, BlockRun
+from autopar.search.pipeline.peaks import has_first_backward
 
 # Halvings of the interval of seconds that no stage exceeds, doublings to find one that can be met, and turns of the two steps.
 BISECTIONS = 12
@@ -66,8 +68,8 @@ def find_leanest(problem: AssignmentProblem) -> tuple[tuple[int, ...], tuple[int
     options = []
     for block, stage in enumerate(stages):
         run = problem.runs[search.run_of[block]]
-        in_flight, waiting = search.held[stage]
-        options.append(run.indices[int((run.static + in_flight * run.saved + waiting * run.waiting + run.workspace).argmin())])
+        moment = np.array([search.held[stage]], dtype=np.int64)
+        options.append(run.indices[int((run.held(*moment.T) + run.first_workspace).argmin())])
     return stages, tuple(options)
 
 
@@ -92,12 +94,14 @@ class _RunOnStage:
     Attributes:
         stage: the stage; `position`: its index among the stages of its pipeline rank.
         first: index of the first of these blocks.
+        index: of the run.
         counts: number of blocks in each option of the run.
     """
 
     stage: int
     position: int
     first: int
+    index: int
     run: BlockRun
     counts: list[int]
 
@@ -122,16 +126,16 @@ class _GreedySearch:
         self.run_of = [index for index, run in enumerate(problem.runs) for _ in range(run.length)]
         self.seconds = [float(run.seconds.sum(axis=1).min()) for run in problem.runs for _ in range(run.length)]
         self.least, self.most = _find_limits(problem)
-        self.held = [(0, 0)] * self.stages
+        self.held = [(0, 0, 1)] * self.stages
         for stages, holdings in zip(problem.stages_of, problem.holdings, strict=True):
             if len(holdings):
                 fullest = holdings[int(holdings.sum(axis=(1, 2)).argmax())]
-                for stage, (in_flight, waiting) in zip(stages, fullest.tolist(), strict=True):
-                    self.held[stage] = (in_flight, waiting)
+                for stage, (in_flight, waiting, has_gradients) in zip(stages, fullest.tolist(), strict=True):
+                    self.held[stage] = (in_flight, waiting, has_gradients)
         # Per block, the number of blocks of its run from it on.
         self._left_of_run = [run.length - position for run in problem.runs for position in range(run.length)]
         self._stage_seconds_of: dict[tuple[object, ...], float] = {}
-        self._exchanges: dict[tuple[int, tuple[int, int]], tuple[float, int, tuple[_OptionSwap, ...]]] = {}
+        self._exchanges: dict[tuple[int, tuple[int, int, int]], tuple[float, int, tuple[_OptionSwap, ...]]] = {}
 
     # --- stages ---
 
@@ -232,7 +236,7 @@ class _GreedySearch:
             self._stage_seconds_of[key] = self._find_stage_seconds(start, end, self.held[stage], share)
         return self._stage_seconds_of[key]
 
-    def _find_stage_seconds(self, start: int, end: int, held: tuple[int, int], share: float) -> float:
+    def _find_stage_seconds(self, start: int, end: int, held: tuple[int, int, int], share: float) -> float:
         """As `_stage_seconds`, when `held` micro-batches are held: exchanges are made in order of their slopes until the bytes fit."""
         seconds, excess = 0.0, -share
         exchanges: list[tuple[_OptionSwap, int]] = []
@@ -253,13 +257,13 @@ class _GreedySearch:
                 return seconds
         return math.inf
 
-    def _find_exchanges(self, index: int, held: tuple[int, int]) -> tuple[float, int, tuple[_OptionSwap, ...]]:
+    def _find_exchanges(self, index: int, held: tuple[int, int, int]) -> tuple[float, int, tuple[_OptionSwap, ...]]:
         """(seconds of a run's fastest option, its bytes, exchanges from it to leaner ones by slope), with `held` micro-batches held."""
         key = index, held
         if key not in self._exchanges:
             run = self.problem.runs[index]
             seconds = run.seconds.sum(axis=1)
-            nbytes = run.static + held[0] * run.saved + held[1] * run.waiting
+            nbytes = run.held(*np.array([held], dtype=np.int64).T)[0]
             fastest = option = int(np.lexsort((nbytes, seconds))[0])
             exchanges = []
             while True:
@@ -299,24 +303,22 @@ class _GreedySearch:
                 first = max(start, run.first)
                 counts = [0] * len(run.indices)
                 counts[int(run.seconds.sum(axis=1).argmin())] = min(ends[stage], run.first + run.length) - first
-                parts.append(_RunOnStage(stage, position, first, run, counts))
+                parts.append(_RunOnStage(stage, position, first, index, run, counts))
         return parts
 
     def _fit(self, rank: int, ends: Ends, parts: Sequence[_RunOnStage]) -> bool:
         """Exchange options, in `parts`, until the pipeline rank's bytes are within its budget; returns False if they can't be."""
         holdings = self.problem.holdings[rank]
-        moments = holdings if len(holdings) else np.zeros((1, len(self.problem.stages_of[rank]), 2), dtype=np.int64)
+        moments = holdings if len(holdings) else np.zeros((1, len(self.problem.stages_of[rank]), 3), dtype=np.int64)
         # Per part the bytes of each option at each moment of the schedule, shape (moments, options).
-        nbytes = [
-            part.run.static + moments[:, part.position, :1] * part.run.saved + moments[:, part.position, 1:] * part.run.waiting
-            for part in parts
-        ]
+        nbytes = [self.problem.held(part.index, moments[:, part.position]) for part in parts]
         seconds = [part.run.seconds.sum(axis=1) for part in parts]
         received = moments[:, :, 0] @ np.array([_received_bytes(self.problem, stage, ends) for stage in self.problem.stages_of[rank]])
         budget = self.problem.budgets[rank] - _message_bytes(self.problem, rank, ends)
+        needed = attrgetter("first_workspace" if has_first_backward(holdings) else "workspace")
         for _ in range(sum(len(part.counts) for part in parts) * 4):
             used = received + np.sum([table @ np.array(part.counts) for table, part in zip(nbytes, parts, strict=True)], axis=0)
-            workspace = max(int(part.run.workspace[option]) for part in parts for option, count in enumerate(part.counts) if count)
+            workspace = max(int(needed(part.run)[option]) for part in parts for option, count in enumerate(part.counts) if count)
             moment = int(used.argmax())
             excess = int(used[moment]) + workspace - budget
             if excess <= 0:
@@ -349,12 +351,12 @@ class _GreedySearch:
         for rank, stages in enumerate(self.problem.stages_of):
             used, received, workspace = [], 0, 0
             for stage in stages:
-                in_flight, waiting = self.held[stage]
+                in_flight, waiting, _ = self.held[stage]
                 received += in_flight * _received_bytes(self.problem, stage, ends)
                 stage_nbytes = 0
                 for number in range(ends[stage - 1] if stage else 0, ends[stage]):
                     block_options = self.problem.blocks[number].options
-                    nbytes_of = [option.static + in_flight * option.saved + waiting * option.waiting for option in block_options]
+                    nbytes_of = [o.static + in_flight * o.saved + waiting * o.waiting for o in block_options]
                     chosen = nbytes_of.index(min(nbytes_of)) if options is None else options[number]
                     stage_nbytes += nbytes_of[chosen]
                     workspace = max(workspace, block_options[chosen].workspace)

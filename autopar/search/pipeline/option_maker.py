@@ -119,6 +119,8 @@ class BlockOptionMaker:
             waiting=memory.waiting,
             static=memory.static,
             workspace=memory.workspace,
+            first_workspace=memory.first_workspace,
+            arriving=memory.arriving,
             solution=self.solution,
             cost=cost,
         )

@@ -1,0 +1,167 @@
+"""When the memory of a pipeline rank is fullest: what its stages hold at each moment of a schedule, block by block.
+
+Comes in: the options that the blocks of every stage run in, and the moments of a schedule (`AssignmentProblem.holdings`). Goes out: the
+`Peak`.
+
+Without a schedule, with the blocks numbered in the order of the forward, s what a block saves and g the gradients of its parameters, there
+is while the backward runs block b
+
+    sum over i <= b of s(i)  +  sum over i > b of g(i)  +  workspace(b)
+
+and after it all gradients, while the optimizer updates the parameters. In the forward there is no more than in the backward. Gradients that
+are summed over ranks in buckets are copied into one; those of ZeRO levels 1 and 2 are whole until then.
+
+In a schedule, with h micro-batches in flight, every block is taken to hold h s(i) + g(i) at the same time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from autopar.costs import BUCKET_NBYTES, BlockMemory
+from autopar.search.pipeline.block_options import BlockOption
+
+Ints = npt.NDArray[np.int64]
+
+
+class Peak(NamedTuple):
+    """Bytes of a pipeline rank beside what is there all the time.
+
+    Attributes:
+        held: the most that micro-batches hold for their backward.
+        workspace: the most that is needed only while something runs.
+        apart: bytes of these, of gradients of parameters and of parameters' copies, that aren't there at the same time as the others.
+    """
+
+    held: int
+    workspace: int
+    apart: int
+
+
+class _Moment(NamedTuple):
+    """Bytes at one moment; `absent` are gradients and copies of parameters that aren't there."""
+
+    held: int
+    workspace: int
+    absent: int
+
+
+NO_MEMORY = BlockMemory(*[0] * 7)
+
+
+@dataclass(frozen=True, slots=True)
+class StageProfile:
+    """The blocks of a stage in the order of the forward, an entry each, in bytes as in `BlockMemory`; `update` is of the whole stage."""
+
+    saved: Ints
+    waiting: Ints
+    gradients: Ints
+    arriving: Ints
+    copies: Ints
+    workspace: Ints
+    first_workspace: Ints
+    bucketed: Ints
+    unsummed: Ints
+    scattered: Ints
+    update: int
+
+    @classmethod
+    def of(cls, options: Sequence[BlockOption], read_before: int) -> StageProfile:
+        """The profile of blocks in these options; the stage saves its own copies of `read_before` bytes of values made before it."""
+        memories = [NO_MEMORY if option.cost is None else option.cost.memory for option in options]
+        rows = [
+            (
+                option.saved,
+                option.waiting,
+                memory.gradients,
+                option.arriving,
+                memory.copies,
+                option.workspace,
+                option.workspace if option.cost is None else option.first_workspace,
+                memory.bucketed,
+                memory.unsummed,
+                memory.scattered,
+            )
+            for option, memory in zip(options, memories, strict=True)
+        ]
+        columns = np.array(rows, dtype=np.int64).reshape(-1, 10).T
+        columns[0, :1] += read_before
+        update = max((memory.update for memory in memories), default=0)
+        saved, waiting, gradients, arriving, copies, *rest = columns
+        workspace, first_workspace, bucketed, unsummed, scattered = rest
+        return cls(saved, waiting, gradients, arriving, copies, workspace, first_workspace, bucketed, unsummed, scattered, update)
+
+
+def find_peak(stages: Sequence[StageProfile], holdings: Ints, *, is_whole: bool) -> Peak:
+    """The moment at which a pipeline rank with these stages needs most.
+
+    `is_whole` says that there is one stage and one micro-batch, which run without a schedule. Otherwise all blocks are taken to hold most
+    at the same time, as the model of assignments has it (`BlockRun.held`).
+    """
+    moments = _find_moments_after(stages, is_whole)
+    moments += _find_moments_of_blocks(stages[0]) if is_whole else _find_moments_of_schedule(stages, holdings)
+    held, workspace = max(moment.held for moment in moments), max(moment.workspace for moment in moments)
+    return Peak(held, workspace, held + workspace - max(moment.held + moment.workspace - moment.absent for moment in moments))
+
+
+def _find_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) -> list[_Moment]:
+    has_first = has_first_backward(holdings)
+    needed = max(int((stage.first_workspace if has_first else stage.workspace).max(initial=0)) for stage in stages)
+    moments = []
+    for numbers in holdings:
+        held = 0
+        for stage, (in_flight, waiting, _) in zip(stages, numbers.tolist(), strict=True):
+            held += in_flight * int(stage.saved.sum()) + waiting * int(stage.waiting.sum())
+        moments.append(_Moment(held, needed, 0))
+    return moments
+
+
+def has_first_backward(holdings: Ints) -> bool:
+    """Whether a rank is as full as ever in a first backward, in which the gradients of parameters come into being."""
+    return bool((holdings[:, :, 2] == 0).any()) if len(holdings) else False
+
+
+def _find_moments_after(stages: Sequence[StageProfile], is_whole: bool) -> list[_Moment]:
+    """When the backward has ended: the last buckets of gradients are summed, then the optimizer updates the parameters."""
+    unsummed = sum(_limited(int(stage.unsummed.sum())) for stage in stages)
+    copied = max((_limited(int(stage.bucketed.sum())) for stage in stages), default=0)
+    update = max((stage.update for stage in stages), default=0)
+    if not is_whole:
+        return [_Moment(0, max(unsummed + copied, update), 0)]
+    (stage,) = stages
+    # A backward under `no_sync` would leave gradients whole at ZeRO level 1; this one doesn't.
+    absent = int((stage.gradients - stage.arriving + stage.copies).sum())
+    # What is left of one bucket doesn't come before it is summed.
+    no_parts = int(stage.scattered.sum()) if unsummed < BUCKET_NBYTES else 0
+    return [_Moment(0, unsummed + copied, absent + no_parts), _Moment(0, update, absent)]
+
+
+def _find_moments_of_blocks(stage: StageProfile) -> list[_Moment]:
+    """The backward of each block of a program without a schedule; autograd's graph alone holds the copies of parameters."""
+    saved = np.cumsum(stage.saved)
+    absent = int(stage.gradients.sum()) - _behind(stage.arriving) + _behind(stage.copies)
+    # Gradients of blocks that the backward has come past wait in buckets; one that is full is summed.
+    unsummed = _behind(stage.unsummed)
+    filled = _behind(stage.bucketed) + stage.bucketed
+    in_sums = np.minimum(unsummed, FULLEST_BUCKET) + np.where(filled >= BUCKET_NBYTES, np.minimum(filled, FULLEST_BUCKET), 0)
+    absent = absent + np.where(unsummed < BUCKET_NBYTES, _behind(stage.scattered), 0)
+    columns = zip(saved.tolist(), (stage.first_workspace + in_sums).tolist(), absent.tolist(), strict=True)
+    return [_Moment(*numbers) for numbers in columns]
+
+
+def _behind(numbers: Ints) -> Ints:
+    """Per block the sum of the blocks after it: what the backward has come past."""
+    return np.cumsum(numbers[::-1])[::-1] - numbers
+
+
+FULLEST_BUCKET = 2 * BUCKET_NBYTES
+
+
+def _limited(nbytes: int) -> int:
+    """Bytes of what waits in a bucket: it is summed when it is full."""
+    return min(nbytes, FULLEST_BUCKET)
