@@ -319,7 +319,7 @@ def windows_without_sums() -> None:
 
 def a_parameter_that_changes_before_the_backward() -> None:
     """Changed in place between a forward and its backward, which needs the old value: autograd refuses, as on one device."""
-    for make, pins in ((Loss, DP), (Loss, FSDP), (Loss, TP), (layers, GPIPE)):
+    for make, pins in ((Loss, DP), (Loss, {**DP, "zero": 0}), (Loss, FSDP), (Loss, TP), (layers, GPIPE)):
         model = autopar.compile(make(), pins=pins)
         loss = model(batch()).mean()
         with torch.no_grad():
@@ -330,6 +330,19 @@ def a_parameter_that_changes_before_the_backward() -> None:
         if pins is not GPIPE:  # a failure in a pipeline ends it
             model.zero_grad()
             model(batch()).mean().backward()
+
+
+def a_parameter_that_changes_before_the_backward_of_a_copy() -> None:
+    """At ZeRO levels 1 and 2 a forward computes with what it has gathered, so its backward doesn't see the change."""
+    for level in (1, 2):
+        twin, model = Loss(), autopar.compile(Loss(), pins={**DP, "zero": level})
+        losses = [one(batch()).mean() for one in (twin, model)]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        for loss in losses:
+            loss.backward()
+        agree(gradients(model), gradients(twin))
 
 
 # --- higher derivatives ---

@@ -60,7 +60,8 @@ def find_working(graph: fx.Graph, values: Mapping[str, Any], mode: FakeTensorMod
     found: dict[str, ir.Working] = {}
     known: dict[object, ir.Working] = {}
     for node in graph.nodes:
-        if node.op != "call_function":
+        # Autograd functions and hooks run the user's code, which must see no fake tensors but those of the capture.
+        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         key = _key(node, values)
         if key not in known:

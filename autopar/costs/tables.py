@@ -55,6 +55,9 @@ from autopar.structure import AnalyzedGraph, RouteKey, first_rank_axis
 # to overlap.
 BUCKET_NBYTES = 25 * 10**6
 
+# From how many bytes on a parameter of ZeRO levels 1 and 2 isn't sent together with others (`autopar.ops.wholes.LARGE_NBYTES`).
+MESSAGE_NBYTES = 2**20
+
 COLLECTIVE_KIND: Mapping[Collective, str] = {
     Collective.ALL_GATHER: "all_gather",
     Collective.REDUCE_SCATTER: "reduce_scatter",
@@ -345,9 +348,16 @@ class CostTables:
         return gathered, deferred * (1 - self.device.overlap)
 
     def bucket_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
-        """Seconds of a gradient of `nbytes` in the sum of a bucket: its share, by bytes, of the time of a full one."""
-        full = max(nbytes, BUCKET_NBYTES)
-        return self.collective_seconds(collective, axis, full) * nbytes / full
+        """Seconds of a collective that a parameter takes part in once per step, together with others.
+
+        An all-reduce of a gradient is the share, by bytes, of a full bucket. Gathers and scatters of ZeRO levels 1 and 2 are messages of
+        their own from `MESSAGE_NBYTES` on; smaller ones share one with others of their block, counted as an eighth of it.
+        """
+        if collective is Collective.ALL_REDUCE:
+            full = max(nbytes, BUCKET_NBYTES)
+            return self.collective_seconds(collective, axis, full) * nbytes / full
+        together = 1 if nbytes >= MESSAGE_NBYTES else 8
+        return self.collective_seconds(collective, axis, together * nbytes) / together
 
     def optimizer_seconds(self, tensor: Tensor, layout: Layout) -> float:
         """Seconds of AdamW's update of a rank's part of one parameter; 0 for one that isn't trained.
@@ -366,7 +376,7 @@ class CostTables:
     def held_gathers(self, tensor: Tensor, layout: Layout) -> list[tuple[int, int, float]]:
         """The gathers, once per step, of a parameter of ZeRO level 1 or 2, which programs are given whole.
 
-        Each is (axis, bytes of the whole, seconds), its share of those of a full bucket.
+        Each is (axis, bytes of the whole, seconds).
         """
         nbytes = local_nbytes(tensor, program_layout(layout), self.mesh)
         axes = [axis for axis, state in enumerate(layout) if state.level]

@@ -8,6 +8,7 @@ is the loop over the batch.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -196,7 +197,7 @@ def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Con
     layouts = _fitting(tensor, states, mesh)
     pinned = constraints.pins.zero_level
     # Gradients of micro-batches add up before they are summed, which level 2 doesn't allow; elsewhere it is level 1 with less memory.
-    held = 1 if first_rank_axis(mesh) else 2
+    held = 1 if math.prod(mesh.sizes[: first_rank_axis(mesh)]) > 1 else 2
     for axis, kind in enumerate(constraints.kinds):
         whole = [layout for layout in layouts if layout[axis] == REPLICATE]
         if axis in constraints.copies or kind is AxisKind.CP:
