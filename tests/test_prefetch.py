@@ -289,10 +289,10 @@ def _watched() -> Iterator[list[Event]]:
 
     original_add = gathers.Forward.add
 
-    def noted_add(forward: Any, gather: Any, block: int) -> None:
+    def noted_add(forward: Any, gather: Any, block: int, sink: Any) -> None:
         note_use(gather, block)
         kept.append(gather)  # so that its id stays its own
-        original_add(forward, gather, block)
+        original_add(forward, gather, block, sink)
 
     kept: list[Any] = []
     with (
