@@ -20,7 +20,8 @@ from autopar.checks import threads
 from autopar.checks.shards import cut
 from autopar.cost_models import Cluster
 from autopar.errors import InputError, PlanError
-from autopar.ops import exchanges
+from autopar.ir import HALVES
+from autopar.ops import comm, exchanges
 from autopar.plans import Purpose, from_json, to_json
 from autopar.report.summary import summarize
 from autopar.rewrite import Program, rewrite
@@ -350,3 +351,7 @@ def test_tell_of_halves(tmp_path: Path) -> None:
     assert "halves  of the batch take turns" in summarize(plan)
     plan.save(tmp_path / "plan.json")
     assert autopar.Plan.load(tmp_path / "plan.json").half_batches
+
+
+def test_the_names_of_halves_are_taken() -> None:
+    assert tuple(comm.HALVES) == HALVES

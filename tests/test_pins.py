@@ -158,6 +158,7 @@ def test_a_mesh_and_pins_are_brought_together(pins: Any, mesh: Any, wanted: tupl
         ({}, {"dp": 0}, r"mesh axes \{'dp': 0\}: sizes are integers from 1"),
         ({}, {"pp": True, "dp": 2}, r"mesh axes \{'pp': True\}: sizes are integers from 1"),
         ({}, {"micro": 4}, "mesh axis 'micro': the name is taken"),
+        ({}, {"half_1": 4}, "mesh axis 'half_1': the name is taken"),
         ({"pp": 4}, {"pp": 2, "dp": 2}, "the mesh has pp=2 and pin pp=4 asks for another number"),
         ({"tp": 2}, {"dp": 4}, r"the mesh \{'dp': 4\} and the pins tp=2 contradict each other"),
         ({"schedule": "1f1b", "layers.3": {"pp": 3}}, {"pp": 2, "tp": 2}, "make stages 0 to 1"),

@@ -10,6 +10,7 @@ Modules, in reading order: ``precision``, ``graph``, ``facts``, ``space``, ``lay
 from autopar.ir.facts import Exchange, Facts, Family, KernelMemory, Meaning, MicrobatchRefusal, TargetMean, Workspace
 from autopar.ir.graph import ITEMSIZE, Graph, Op, Operand, OpKind, Tensor, Value, Working, freeze
 from autopar.ir.layout import (
+    HALVES,
     MICROBATCH,
     PARTIAL,
     PASS_PARTIAL,
@@ -45,6 +46,7 @@ from autopar.ir.space import Dims, LoopKind, Space, parse
 
 __all__ = [
     "AS_MODEL",
+    "HALVES",
     "ITEMSIZE",
     "MICROBATCH",
     "PARTIAL",

@@ -74,6 +74,9 @@ MICROBATCH = "micro"
 """Name of the axis of micro-batches, the outermost of a mesh. Its parts are computed one after the other by the same ranks, so what is
 split over it can never be exchanged."""
 
+HALVES = ("half_0", "half_1")
+"""Names of the axis of micro-batches as the two halves of a batch see it that take turns in one program."""
+
 
 def with_pipeline(mesh: Mesh, ranks: int) -> Mesh:
     """The mesh of the whole world: `ranks` pipeline ranks along the outermost axis ``pp``, each of which is a `mesh` of devices.

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from autopar.errors import InputError, PlanError
-from autopar.ir import MICROBATCH, PARTIAL, PIPELINE, REPLICATE_PARTIAL_GRAD, Layout, Placement
+from autopar.ir import HALVES, MICROBATCH, PARTIAL, PIPELINE, REPLICATE_PARTIAL_GRAD, Layout, Placement
 from autopar.plans.rows import OUTSIDE, Phase, Purpose
 from autopar.schedules import check_schedule
 
@@ -53,7 +53,7 @@ def check_consistency(plan: Plan) -> None:
 
 def _check_mesh(plan: Plan) -> None:
     position = {name: index for index, name in enumerate(plan.mesh.names)}
-    if reserved := [name for name in (MICROBATCH, PIPELINE) if name in position]:
+    if reserved := [name for name in (MICROBATCH, PIPELINE, *HALVES) if name in position]:
         raise PlanError(f"plan.mesh has an axis {reserved[0]!r}, which is no axis of the mesh of a pipeline rank; plan again")
     if unknown := [axis for axis in plan.batch_axes if axis not in position]:
         raise PlanError(f"plan.batch_axes names {', '.join(map(repr, unknown))}, the mesh has {plan.mesh}")

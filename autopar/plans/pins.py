@@ -21,7 +21,7 @@ from typing import Any
 
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
-from autopar.ir import MICROBATCH, PIPELINE, Mesh
+from autopar.ir import HALVES, MICROBATCH, PIPELINE, Mesh
 from autopar.plans.plan import RECOMPUTE
 from autopar.schedules import SCHEDULES, check_schedule
 
@@ -353,8 +353,8 @@ def reconcile(pins: Pins, mesh: Mapping[str, int] | None) -> tuple[Pins, Mesh | 
         raise InputError(f"mesh={mesh!r}: a dict is needed, such as {{'dp': 4}}")
     if wrong := {name: size for name, size in mesh.items() if type(size) is not int or size < 1}:
         raise InputError(f"mesh axes {wrong}: sizes are integers from 1")
-    if MICROBATCH in mesh:
-        raise InputError(f"mesh axis {MICROBATCH!r}: the name is taken, by micro-batches; call the axis something else")
+    if taken := [name for name in (MICROBATCH, *HALVES) if name in mesh]:
+        raise InputError(f"mesh axis {taken[0]!r}: the name is taken, by micro-batches; call the axis something else")
     pipeline_ranks = mesh.get(PIPELINE, pins.pp)
     if pins.pp not in (None, pipeline_ranks):
         raise InputError(f"the mesh has pp={pipeline_ranks} and pin pp={pins.pp} asks for another number; leave out one of them")
