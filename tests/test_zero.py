@@ -20,8 +20,8 @@ from torch.distributed.tensor import Shard
 import autopar
 from autopar.capture import call_in_precision, capture
 from autopar.errors import InputError, PlanError
+from autopar.ir import MESSAGE_NBYTES
 from autopar.ir.precision import PRECISIONS
-from autopar.ops import LARGE_NBYTES
 from autopar.plans.plan import from_json, to_json
 from autopar.rewrite import rewrite
 from autopar.runtime import sums
@@ -281,7 +281,7 @@ def large_parameters_are_messages_of_their_own() -> None:
 
     torch.manual_seed(0)
     twin = Large()
-    assert twin.wide.weight.nbytes > LARGE_NBYTES > twin.norm.weight.nbytes
+    assert twin.wide.weight.nbytes > MESSAGE_NBYTES > twin.norm.weight.nbytes
     for level in (1, 2):
         torch.manual_seed(1)
         model, x = copy.deepcopy(twin), torch.randn(4, 512)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from autopar.cost_models import Cluster, Device, Link, axis_link, collective_seconds, op_seconds
 from autopar.ir import (
     ITEMSIZE,
+    MESSAGE_NBYTES,
     REPLICATE,
     Collective,
     Exchange,
@@ -54,9 +55,6 @@ from autopar.structure import AnalyzedGraph, RouteKey, first_rank_axis
 # Bytes of gradients that the runtime sums together (`Plan.bucket_nbytes`); DDP's default: large enough to hide latency, small enough
 # to overlap.
 BUCKET_NBYTES = 25 * 10**6
-
-# From how many bytes on a parameter of ZeRO levels 1 and 2 isn't sent together with others (`autopar.ops.wholes.LARGE_NBYTES`).
-MESSAGE_NBYTES = 2**20
 
 COLLECTIVE_KIND: Mapping[Collective, str] = {
     Collective.ALL_GATHER: "all_gather",

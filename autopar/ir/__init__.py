@@ -11,6 +11,7 @@ from autopar.ir.facts import Exchange, Facts, Family, KernelMemory, Meaning, Mic
 from autopar.ir.graph import ITEMSIZE, Graph, Op, Operand, OpKind, Tensor, Value, Working, freeze
 from autopar.ir.layout import (
     HALVES,
+    MESSAGE_NBYTES,
     MICROBATCH,
     PARTIAL,
     PASS_PARTIAL,
@@ -48,6 +49,7 @@ __all__ = [
     "AS_MODEL",
     "HALVES",
     "ITEMSIZE",
+    "MESSAGE_NBYTES",
     "MICROBATCH",
     "PARTIAL",
     "PASS_PARTIAL",

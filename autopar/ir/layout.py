@@ -77,6 +77,10 @@ split over it can never be exchanged."""
 HALVES = ("half_0", "half_1")
 """Names of the axis of micro-batches as the two halves of a batch see it that take turns in one program."""
 
+MESSAGE_NBYTES = 2**20
+"""From this many bytes on, a whole parameter of ZeRO levels 1 and 2, or its gradient, is a message of its own: sending it takes longer than
+beginning to."""
+
 
 def with_pipeline(mesh: Mesh, ranks: int) -> Mesh:
     """The mesh of the whole world: `ranks` pipeline ranks along the outermost axis ``pp``, each of which is a `mesh` of devices.

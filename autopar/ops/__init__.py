@@ -17,15 +17,14 @@ from autopar.ops.double_backward import refuse_double_backward
 from autopar.ops.functions import FunctionCall, GradientHook, given_arguments
 from autopar.ops.fused import Fused
 from autopar.ops.gathers import deliver_to, regather
-from autopar.ops.parts import join_parts, join_stack, pad_to, rows_of_part, split_parts, take_part, take_rows
+from autopar.ops.parts import join_parts, join_stack, pad_part, pad_whole, rows_of_part, rows_of_rank, split_parts, take_part, take_rows
 from autopar.ops.recompute import Recomputed
 from autopar.ops.weight_gradients import Deferred, deferring
-from autopar.ops.wholes import LARGE_NBYTES, StoredPart, begin_wholes, stand_for_whole, take_wholes
+from autopar.ops.wholes import StoredPart, begin_wholes, stand_for_whole, take_wholes
 
 __all__ = [
     "AUTOCAST_OFF",
     "DEFERRABLE",
-    "LARGE_NBYTES",
     "Autocast",
     "Axis",
     "Deferred",
@@ -44,11 +43,13 @@ __all__ = [
     "given_arguments",
     "join_parts",
     "join_stack",
-    "pad_to",
+    "pad_part",
+    "pad_whole",
     "reduce_scatter_along",
     "refuse_double_backward",
     "regather",
     "rows_of_part",
+    "rows_of_rank",
     "shard_along",
     "split_parts",
     "stand_for_whole",

@@ -20,7 +20,7 @@ from torch import Tensor
 from autopar.errors import InputError
 from autopar.ops import comm
 from autopar.ops.gathers import Gather, GradientSink, Use, current_forward, find_sink, free_after_forward
-from autopar.ops.parts import blocks_of, join_parts, join_stack, pad_to, rows_of_part, split_parts, take_part
+from autopar.ops.parts import blocks_of, join_parts, join_stack, pad_whole, split_parts, take_part
 
 
 class _AllGather(torch.autograd.Function):
@@ -28,8 +28,8 @@ class _AllGather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, use: Use, grad: str, save: bool, reduce_dtype: torch.dtype, sink: GradientSink | None) -> Tensor:
         gather = use.gather
         ctx.step = (gather.axis, gather.dim, gather.outer, grad, x.dtype, reduce_dtype)
-        # Rows of the joined dim that are summed, and of those the ones of this rank, where parts are padded.
-        ctx.padded = None if gather.size is None else (gather.axis.size * rows_of_part(gather.size, gather.axis.size), x.shape[gather.dim])
+        # Where parts are padded: the rows of this rank.
+        ctx.rows = None if gather.size is None else x.shape[gather.dim]
         ctx.sink, ctx.block, ctx.ahead = sink, use.block, use.forward.ahead if use.forward is not None else 0
         full = use.take()
         if not save:
@@ -39,17 +39,16 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         axis, dim, outer, grad, dtype, reduce_dtype = ctx.step
-        rows, own = ctx.padded or (grads[0].shape[dim], None)
-        whole = pad_to(grads[0], dim, rows)
+        rows, whole = ctx.rows, grads[0] if ctx.rows is None else pad_whole(grads[0], dim, axis.size)
         if grad == "slice":
             gradient = _apply(_Shard, whole, axis, dim, outer)
         elif ctx.sink is not None and ctx.sink.takes():
             summands = split_parts(whole.to(reduce_dtype), dim, outer, axis.size)
-            ctx.sink.receive(lambda: _Narrowed.of(axis.begin_reduce_stack(summands), dim, own), dtype, ctx.block, ctx.ahead)
+            ctx.sink.receive(lambda: _Narrowed.of(axis.begin_reduce_stack(summands), dim, rows), dtype, ctx.block, ctx.ahead)
             return None, None, None, None, None, None
         else:
             gradient = _apply(_ReduceScatter, whole.to(reduce_dtype), axis, dim, outer)
-        return (gradient if own is None else gradient.narrow(dim, 0, own)).to(dtype), None, None, None, None, None
+        return (gradient if rows is None else gradient.narrow(dim, 0, rows)).to(dtype), None, None, None, None, None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from autopar import torch_compat
 from autopar.errors import CommError
+from autopar.ir import HALVES
 from autopar.ops.rendezvous import Rendezvous
 
 Reduction = Literal["sum", "max"]
@@ -461,14 +462,14 @@ def current() -> Mapping[str, Axis]:
     return _STACK.axes[-1]
 
 
-HALVES: Mapping[str, Axis] = {f"half_{index}": MicrobatchAxis(f"half_{index}", 2, index) for index in range(2)}
+_HALVES: Mapping[str, Axis] = {name: MicrobatchAxis(name, 2, index) for index, name in enumerate(HALVES)}
 """The axis of two micro-batches as each of them sees it, for programs that compute both at once."""
 
 
 def axis(name: str) -> Axis:
     """The axis that `name` stands for on this thread. Raises CommError when none of that name is active."""
-    if name in HALVES:
-        return HALVES[name]
+    if name in _HALVES:
+        return _HALVES[name]
     axes = current()
     if name not in axes:
         raise CommError(f"no axis {name!r} is active; there are {', '.join(sorted(axes))}")

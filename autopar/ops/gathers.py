@@ -25,7 +25,7 @@ from torch import Tensor
 
 from autopar import torch_compat
 from autopar.ops import comm
-from autopar.ops.parts import join_stack, pad_to, rows_of_part
+from autopar.ops.parts import join_stack, pad_part
 from autopar.torch_compat import StorageRef
 
 
@@ -67,12 +67,11 @@ class Gather:
         else:
             begun, self._begun = self._begun, None
             stack = begun.wait()
-        full = join_stack(stack, self.dim, self.outer)
-        return full if self.size is None else full.narrow(self.dim, 0, self.size).contiguous()
+        return join_stack(stack, self.dim, self.outer, self.size)
 
     def _sent(self) -> Tensor:
         part = self.part.to(self.dtype)
-        return part if self.size is None else pad_to(part, self.dim, rows_of_part(self.size, self.axis.size))
+        return part if self.size is None else pad_part(part, self.dim, self.size, self.axis.size)
 
     def drop(self) -> None:
         """Wait for what was begun, and release it."""

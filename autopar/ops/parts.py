@@ -28,9 +28,8 @@ def take_rows(x: Tensor, dim: int, index: int, size: int) -> Tensor:
     >>> [take_rows(torch.arange(5), 0, index, 4).tolist() for index in range(4)]
     [[0, 1], [2, 3], [4], []]
     """
-    whole, rows = x.shape[dim], rows_of_part(x.shape[dim], size)
-    start = min(index * rows, whole)
-    return x.narrow(dim, start, min(rows, whole - start))
+    whole = x.shape[dim]
+    return x.narrow(dim, min(index * rows_of_part(whole, size), whole), rows_of_rank(whole, index, size))
 
 
 def rows_of_part(whole: int, size: int) -> int:
@@ -38,8 +37,23 @@ def rows_of_part(whole: int, size: int) -> int:
     return -(-whole // size)
 
 
-def pad_to(x: Tensor, dim: int, length: int) -> Tensor:
-    """`x` with zeros behind it along `dim`, `length` in all; itself where it is as long. Differentiable."""
+def rows_of_rank(whole: int, index: int, size: int) -> int:
+    """Of a dim that is cut in `size` parts, the size of part `index`."""
+    rows = rows_of_part(whole, size)
+    return max(0, min(rows, whole - index * rows))
+
+
+def pad_part(part: Tensor, dim: int, whole: int, size: int) -> Tensor:
+    """One of `size` parts of a dim of `whole` rows, with zeros behind it, as large as the largest part. Differentiable."""
+    return _pad_to(part, dim, rows_of_part(whole, size))
+
+
+def pad_whole(x: Tensor, dim: int, size: int) -> Tensor:
+    """`x` with zeros behind it along `dim`, so that it has `size` equal parts; itself where it has. Differentiable."""
+    return _pad_to(x, dim, rows_of_part(x.shape[dim], size) * size)
+
+
+def _pad_to(x: Tensor, dim: int, length: int) -> Tensor:
     missing = length - x.shape[dim]
     return torch.nn.functional.pad(x, [*(0, 0) * (x.ndim - 1 - dim), 0, missing]) if missing else x
 
@@ -61,8 +75,13 @@ def split_parts(x: Tensor, dim: int, outer: int, size: int) -> Tensor:
     return blocks_of(x, dim, outer, size).movedim(dim + 1, 0).flatten(dim + 1, dim + 2)
 
 
-def join_stack(stack: Tensor, dim: int, outer: int) -> Tensor:
-    """The reverse of `split_parts`, contiguous; without a copy for dim 0 with one outer block."""
+def join_stack(stack: Tensor, dim: int, outer: int, whole: int | None = None) -> Tensor:
+    """The reverse of `split_parts`, contiguous; without a copy for dim 0 with one outer block.
+
+    Of parts that were padded (`pad_part`), `whole` is the size of the dim without the padding.
+    """
+    if whole is not None:
+        return join_stack(stack, dim, outer).narrow(dim, 0, whole).contiguous()
     if outer == 1:
         return stack.movedim(0, dim).flatten(dim, dim + 1).contiguous()
     # The first dim counts ranks, so the tensor's own dim is one further.

@@ -16,10 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from autopar.ir import MESSAGE_NBYTES
 from autopar.ops import comm
-
-LARGE_NBYTES = 2**20
-"""From this many bytes on, a whole parameter or gradient is a message of its own: sending it takes longer than beginning to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class StoredPart:
     @property
     def is_large(self) -> bool:
         """Whether it is gathered by itself."""
-        return self.shape.numel() * self.axis.size * self.dtype.itemsize >= LARGE_NBYTES
+        return self.shape.numel() * self.axis.size * self.dtype.itemsize >= MESSAGE_NBYTES
 
 
 _STORED_PART = "_autopar_stored_part"

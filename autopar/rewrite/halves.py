@@ -13,8 +13,8 @@ from typing import Any, cast
 
 from torch import fx
 
-from autopar.ir import MICROBATCH, OpKind, Space, StateKind
-from autopar.ops import collectives, comm, exchanges
+from autopar.ir import HALVES, MICROBATCH, OpKind, Space, StateKind
+from autopar.ops import collectives, exchanges
 from autopar.rewrite.graphs import build_prologue, build_stage
 from autopar.rewrite.planned import PlannedGraph
 from autopar.rewrite.program import StageOutput
@@ -99,7 +99,7 @@ class _Unrolling:
         own = _find_own(graph)
         halves: tuple[dict[fx.Node, fx.Node], ...] = (dict(shared), dict(shared))
         for half, part in _take_turns(_cut(graph, own), self._planned.spaces):
-            copies, axis = halves[half], tuple(comm.HALVES)[half]
+            copies, axis = halves[half], HALVES[half]
             for node, is_end in part:
                 if is_end:
                     copies[node] = self._end(node, copies[node])

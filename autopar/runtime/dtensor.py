@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from autopar import torch_compat
 from autopar.ir import Layout, Mesh, StateKind, local_shape, outer_when_cut
-from autopar.ops import Axis, GroupAxis, collectives, join_parts, pad_to, rows_of_part, take_part, take_rows
+from autopar.ops import Axis, GroupAxis, collectives, join_parts, pad_whole, rows_of_rank, take_part, take_rows
 from autopar.torch_compat import StridedShard, state_dict_utils
 
 AxisSplit = tuple[int, int, int]
@@ -91,9 +91,9 @@ def take_local(x: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
 def shape_of_part(shape: Sequence[int], layout: Layout, mesh: Mesh, rank: int) -> tuple[int, ...]:
     """Sizes of the part of a tensor that `rank` stores, which `take_local` takes."""
     local = list(local_shape(tuple(shape), layout, mesh))
-    for state, index in zip(layout, mesh.coordinates(rank), strict=True):
+    for state, index, size in zip(layout, mesh.coordinates(rank), mesh.sizes, strict=True):
         if state.padded:
-            local[state.dim] = max(0, min(local[state.dim], shape[state.dim] - index * local[state.dim]))
+            local[state.dim] = rows_of_rank(shape[state.dim], index, size)
     return tuple(local)
 
 
@@ -102,9 +102,8 @@ def shard_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis],
     for axis, dim, outer in split_steps(layout, mesh):
         name = mesh.names[axis]
         if layout[axis].padded:
-            rows, whole = rows_of_part(x.shape[dim], axes[name].size), x.shape[dim]
-            x = collectives.shard_along(pad_to(x, dim, rows * axes[name].size), axes[name], dim, 1)
-            x = x.narrow(dim, 0, max(0, min(rows, whole - axes[name].index * rows)))
+            rows = rows_of_rank(x.shape[dim], axes[name].index, axes[name].size)
+            x = collectives.shard_along(pad_whole(x, dim, axes[name].size), axes[name], dim, 1).narrow(dim, 0, rows)
         elif name not in skipped and axes[name].size > 1:
             x = collectives.shard_along(x, axes[name], dim, outer)
     return x

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from autopar import torch_compat
-from autopar.ops import LARGE_NBYTES, GroupAxis, join_stack, pad_to, rows_of_part, split_parts, take_part
+from autopar.ir import MESSAGE_NBYTES
+from autopar.ops import GroupAxis, join_stack, pad_part, pad_whole, rows_of_part, rows_of_rank, split_parts, take_part
 from autopar.runtime import dispatch
 
 
@@ -40,19 +41,17 @@ class Held:
 
     def sent(self, part: Tensor) -> Tensor:
         """A rank's part as all ranks send it, of one size."""
-        return part if self.whole is None else pad_to(part, self.dim, rows_of_part(self.whole, self.axis.size))
+        return part if self.whole is None else pad_part(part, self.dim, self.whole, self.axis.size)
 
     def kept(self, sent: Tensor) -> Tensor:
         """Of a part as it is sent, what this rank stores."""
         if self.whole is None:
             return sent
-        rows = rows_of_part(self.whole, self.axis.size)
-        return sent.narrow(self.dim, 0, max(0, min(rows, self.whole - self.axis.index * rows)))
+        return sent.narrow(self.dim, 0, rows_of_rank(self.whole, self.axis.index, self.axis.size))
 
     def join(self, stack: Tensor) -> Tensor:
         """The whole tensor from all ranks' parts as they are sent."""
-        joined = join_stack(stack, self.dim, 1)
-        return joined if self.whole is None else joined.narrow(self.dim, 0, self.whole).contiguous()
+        return join_stack(stack, self.dim, 1, self.whole)
 
     def split(self, gradient: Tensor) -> Tensor:
         """A rank's whole gradient as (ranks, elements of a part)."""
@@ -60,7 +59,7 @@ class Held:
 
     def pad(self, gradient: Tensor) -> Tensor:
         """A rank's whole gradient, padded so that it has parts of one size."""
-        return gradient if self.whole is None else pad_to(gradient, self.dim, rows_of_part(self.whole, self.axis.size) * self.axis.size)
+        return gradient if self.whole is None else pad_whole(gradient, self.dim, self.axis.size)
 
     def take(self, gradient: Tensor) -> Tensor:
         """This rank's part of a gradient that is whole on every rank."""
@@ -282,7 +281,7 @@ def fill_buckets(tracked: Sequence[TrackedParameter], limit: int) -> tuple[Bucke
     for entry in reversed(tracked):
         if not entry.is_deferred:
             continue
-        if entry.held is not None and entry.summed_nbytes >= LARGE_NBYTES:
+        if entry.held is not None and entry.summed_nbytes >= MESSAGE_NBYTES:
             full.append(Bucket((entry,)))
             continue
         held = entry.held and (entry.held.axis.name, entry.held.level, entry.held.is_summed)
