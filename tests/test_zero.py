@@ -549,6 +549,7 @@ def test_levels_move_the_bytes_of_the_paper() -> None:
     [
         ({"zero": 4}, "pin zero=4 is unknown; there are 0, 1, 2 and 3"),
         ({"zero": True}, "pin zero=True is unknown"),
+        ({"zero": 2.0}, "pin zero=2.0 is unknown"),
         ({"zero": 1, "fsdp": True}, "fsdp=True and zero=1 contradict each other"),
         ({"zero": 2, "dp": 1}, "zero=2 stores parameters split over a dp axis, but dp is pinned to 1"),
         ({"zero": 2, "pp": 2}, "zero=2 leaves each rank its part of the gradients after every backward"),

@@ -246,40 +246,37 @@ def _add_step(solved: SolvedChain, number: int, sums: RowSums) -> None:
         layer = solved.layer_of.get(name, "")
         hidden_share = solved.tables.gather_overlap if _hides_gathers(solved, number) else 0.0
         for axis, nbytes, seconds in solved.tables.held_gathers(tensor, stored):
-            sums.add(
-                Phase.STEP,
-                Purpose.PARAMETERS,
-                seconds * (1 - hidden_share),
-                layer=layer,
-                axis=solved.mesh.names[axis],
-                collective=COLLECTIVE_KIND[Collective.ALL_GATHER],
-                nbytes=nbytes,
-                hidden=seconds * hidden_share,
-            )
+            moved = axis, COLLECTIVE_KIND[Collective.ALL_GATHER], nbytes, seconds
+            _add_once(solved, sums, Purpose.PARAMETERS, moved, hidden_share, layer)
         if not tensor.requires_grad:
             continue
         sums.add(Phase.STEP, Purpose.OPTIMIZER, solved.tables.optimizer_seconds(tensor, stored), layer=layer)
         uses = [list(_reductions(solved, name, reader)) for reader in solved.graph.readers.get(Value(name), ())]
         reductions = max(uses, key=_total_seconds, default=[])
-        overlap = solved.tables.device.overlap
-        for axis, collective, nbytes, seconds in reductions:
-            sums.add(
-                Phase.STEP,
-                Purpose.GRADIENTS,
-                seconds * (1 - overlap),
-                layer=layer,
-                axis=solved.mesh.names[axis],
-                collective=collective,
-                nbytes=nbytes,
-                hidden=seconds * overlap,
-            )
+        for moved in reductions:
+            _add_once(solved, sums, Purpose.GRADIENTS, moved, solved.tables.device.overlap, layer)
 
 
-Reduction = tuple[int, str, int, float]
-"""Axis, collective, bytes, seconds."""
+Moved = tuple[int, str, int, float]
+"""A collective that runs once per step: axis, name, bytes, seconds."""
 
 
-def _reductions(solved: SolvedChain, parameter: str, reader: str) -> Iterator[Reduction]:
+def _add_once(solved: SolvedChain, sums: RowSums, purpose: str, moved: Moved, hidden_share: float, layer: str) -> None:
+    """Add the entry of a collective that runs once per step, and of whose seconds the share `hidden_share` runs beside computing."""
+    axis, collective, nbytes, seconds = moved
+    sums.add(
+        Phase.STEP,
+        purpose,
+        seconds * (1 - hidden_share),
+        layer=layer,
+        axis=solved.mesh.names[axis],
+        collective=collective,
+        nbytes=nbytes,
+        hidden=seconds * hidden_share,
+    )
+
+
+def _reductions(solved: SolvedChain, parameter: str, reader: str) -> Iterator[Moved]:
     """The sums over ranks, once per step, that the gradient of a parameter needs after its use by one reader."""
     op = solved.graph.by_name[reader]
     if op.kind is OpKind.OUTPUT:
@@ -293,5 +290,5 @@ def _reductions(solved: SolvedChain, parameter: str, reader: str) -> Iterator[Re
             yield move.axis, COLLECTIVE_KIND[collective], summed, solved.tables.bucket_seconds(collective, move.axis, summed)
 
 
-def _total_seconds(reductions: Sequence[Reduction]) -> float:
+def _total_seconds(reductions: Sequence[Moved]) -> float:
     return sum(seconds for *_, seconds in reductions)

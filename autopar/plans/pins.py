@@ -26,34 +26,26 @@ from autopar.plans.plan import RECOMPUTE
 from autopar.schedules import SCHEDULES, check_schedule
 
 
-def _read_axis_size(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"pin {name}={value!r}: the size of an axis is needed, an integer from 1")
-    return value
+def _integer_from(least: int, needed: str) -> Callable[[str, object], int]:
+    """What reads an integer of at least `least`, or raises an InputError that says in the words `needed` what is."""
+
+    def read(name: str, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"pin {name}={value!r}: {needed}")
+        return value
+
+    return read
 
 
-def _read_count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"pin {name}={value!r}: an integer from 1 is needed")
-    return value
+_read_axis_size = _integer_from(1, "the size of an axis is needed, an integer from 1")
+_read_group = _integer_from(2, "a number of ranks is needed, an integer from 2")
+_read_count = _integer_from(1, "an integer from 1 is needed")
+_read_ahead = _integer_from(0, "an integer from 0 is needed")
 
 
 def _read_level(name: str, value: object) -> int:
-    if isinstance(value, bool) or value not in (0, 1, 2, 3):
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 3:
         raise InputError(f"pin {name}={value!r} is unknown; there are 0, 1, 2 and 3")
-    assert isinstance(value, int)
-    return value
-
-
-def _read_group(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 2:
-        raise InputError(f"pin {name}={value!r}: a number of ranks is needed, an integer from 2")
-    return value
-
-
-def _read_ahead(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise InputError(f"pin {name}={value!r}: an integer from 0 is needed")
     return value
 
 
