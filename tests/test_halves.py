@@ -21,7 +21,7 @@ from autopar.checks.shards import cut
 from autopar.cost_models import Cluster
 from autopar.errors import InputError, PlanError
 from autopar.ir import HALVES
-from autopar.ops import comm, exchanges
+from autopar.ops import comm, exchanges, steps
 from autopar.plans import Purpose, from_json, to_json
 from autopar.report.summary import summarize
 from autopar.rewrite import Program, rewrite
@@ -231,7 +231,7 @@ def _watch_backward(kind: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[st
         method = getattr(exchanges._Run, f"{name}_dual")
 
         def noting(run: Any, x: Tensor) -> Tensor:
-            if not isinstance(run.step.dual, exchanges._Pass):
+            if not isinstance(run.step.dual, steps.PassOn):
                 events[run.step.axis.index].append((name, id(run)))
             return method(run, x)
 

@@ -1,8 +1,8 @@
 """The differentiable collectives that emitted programs call.
 
-Comes in: this rank's part of a tensor in one layout. Goes out: its part in another layout, with autograd. Each function is a step on one
-axis between two states of `autopar.ir.layout`, and its backward is the dual step for the gradient; `autopar.ir.reshard.PAIRS` lists which.
-The dual of the dual is the step itself, so a backward that calls the dual can be differentiated again, any number of times.
+Comes in: this rank's part of a tensor in one layout. Goes out: its part in another layout, with autograd. Each function takes a step
+(`autopar.ops.steps`) and waits for it, and its backward takes the dual step for the gradient. The gather of a stored parameter is more than
+a step: it may be begun ahead, it casts, and its result needn't be saved (`autopar.ops.gathers`).
 
 Axes are names, looked up in `autopar.ops.comm` when the forward runs; the backward, which may run on another thread, uses the same axes.
 `dim` is split inside each of `outer` equal blocks, `outer` being the number of those blocks in this rank's part
@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from autopar.errors import InputError
-from autopar.ops import comm
+from autopar.ops import comm, steps
 from autopar.ops.gathers import Gather, GradientSink, Use, current_forward, find_sink, free_after_forward
-from autopar.ops.parts import blocks_of, join_parts, join_stack, pad_whole, split_parts, take_part
+from autopar.ops.parts import blocks_of, join_parts, pad_whole, split_parts
+from autopar.ops.steps import AllGather, AllReduce, AllToAll, KeepFirst, PassOn, ReduceScatter, Shard, Step
 
 
 class _AllGather(torch.autograd.Function):
@@ -41,13 +42,13 @@ class _AllGather(torch.autograd.Function):
         axis, dim, outer, grad, dtype, reduce_dtype = ctx.step
         rows, whole = ctx.rows, grads[0] if ctx.rows is None else pad_whole(grads[0], dim, axis.size)
         if grad == "slice":
-            gradient = _apply(_Shard, whole, axis, dim, outer)
+            gradient = _take(Shard(axis, dim, outer), whole)
         elif ctx.sink is not None and ctx.sink.takes():
             summands = split_parts(whole.to(reduce_dtype), dim, outer, axis.size)
             ctx.sink.receive(lambda: _Narrowed.of(axis.begin_reduce_stack(summands), dim, rows), dtype, ctx.block, ctx.ahead)
             return None, None, None, None, None, None
         else:
-            gradient = _apply(_ReduceScatter, whole.to(reduce_dtype), axis, dim, outer)
+            gradient = _take(ReduceScatter(axis, dim, outer), whole.to(reduce_dtype))
         return (gradient if rows is None else gradient.narrow(dim, 0, rows)).to(dtype), None, None, None, None, None
 
 
@@ -71,91 +72,23 @@ class _Narrowed:
         return self.message.wait().narrow(self.dim, 0, self.rows)
 
 
-class _ReduceScatter(torch.autograd.Function):
+class _Step(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
-        ctx.step = (axis, dim, outer)
-        return axis.reduce_stack(split_parts(x, dim, outer, axis.size))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        axis, dim, outer = ctx.step
-        return _gather(grads[0], axis, dim, outer, "reduce_scatter"), None, None, None
-
-
-class _AllReduce(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: comm.Axis, grad: str) -> Tensor:
-        ctx.step = (axis, grad)
-        return axis.all_reduce(x)
+    def forward(ctx: Any, x: Tensor, step: Step) -> Tensor:
+        ctx.step = step
+        return step.begin(x)()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        axis, grad = ctx.step
-        if grad == "all_reduce":
-            return _apply(_AllReduce, grads[0], axis, grad), None, None
-        return _pass_on(_SumGradient, grads[0], axis, grads[0].dtype), None, None
+        return _take(ctx.step.dual, grads[0]), None
 
 
-class _Shard(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
-        ctx.step = (axis, dim, outer)
-        return take_part(x, dim, outer, axis.index, axis.size)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        axis, dim, outer = ctx.step
-        return _gather(grads[0], axis, dim, outer, "slice"), None, None, None
-
-
-class _SumGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: comm.Axis, reduce_dtype: torch.dtype) -> Tensor:
-        ctx.axis, ctx.dtypes = axis, (x.dtype, reduce_dtype)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dtype, reduce_dtype = ctx.dtypes
-        return _apply(_AllReduce, grads[0].to(reduce_dtype), ctx.axis, "identity").to(dtype), None, None
-
-
-class _KeepFirst(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: comm.Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x) if axis.index == 0 else torch.zeros_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _pass_on(_KeepFirstGradient, grads[0], ctx.axis), None
-
-
-class _KeepFirstGradient(torch.autograd.Function):
-    """The dual of `_KeepFirst`: a whole tensor whose gradient, whole on every rank, becomes summands."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: comm.Axis) -> Tensor:
-        ctx.axis = axis
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _apply(_KeepFirst, grads[0], ctx.axis), None
-
-
-class _AllToAll(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: comm.Axis, from_dim: int, to_dim: int, from_outer: int, to_outer: int) -> Tensor:
-        ctx.step = (axis, from_dim, to_dim, from_outer, to_outer)
-        received = axis.exchange_stack(split_parts(x, to_dim, to_outer, axis.size))
-        return join_stack(received, from_dim, from_outer)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        axis, from_dim, to_dim, from_outer, to_outer = ctx.step
-        return _apply(_AllToAll, grads[0], axis, to_dim, from_dim, to_outer, from_outer), None, None, None, None, None
+def _take(step: Step, x: Tensor) -> Tensor:
+    """Take a step and wait for it, differentiable. What it passes unchanged is passed as itself, so that autograd may still own it."""
+    if isinstance(step, PassOn) and not torch.is_grad_enabled():
+        return x
+    result: Tensor = _Step.apply(x, step)  # type: ignore[no-untyped-call]
+    return result
 
 
 def begin_all_gather(
@@ -215,7 +148,8 @@ def all_gather(
         return x.to(dtype).contiguous()
     use = begun or Use(Gather(x.detach(), mesh_axis, dim, outer, dtype, size))
     sink = find_sink(x) if begun is not None else None
-    return _apply(_AllGather, x, use, grad, save, reduce_dtype or dtype, sink)
+    result: Tensor = _AllGather.apply(x, use, grad, save, reduce_dtype or dtype, sink)  # type: ignore[no-untyped-call]
+    return result
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -226,7 +160,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 def reduce_scatter(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
     """Partial -> Shard: the summands of all ranks are added, and each rank gets its part along `dim`; the gradient is gathered."""
     mesh_axis = comm.axis(axis)
-    return x.contiguous() if mesh_axis.size == 1 else _apply(_ReduceScatter, x, mesh_axis, dim, outer)
+    return x.contiguous() if mesh_axis.size == 1 else _take(ReduceScatter(mesh_axis, dim, outer), x)
 
 
 def all_reduce(x: Tensor, axis: str, grad: Literal["identity", "all_reduce"] = "identity") -> Tensor:
@@ -236,13 +170,13 @@ def all_reduce(x: Tensor, axis: str, grad: Literal["identity", "all_reduce"] = "
     summand of the gradient, and the sum is passed on.
     """
     mesh_axis = comm.axis(axis)
-    return x.contiguous() if mesh_axis.size == 1 else _apply(_AllReduce, x, mesh_axis, grad)
+    return x.contiguous() if mesh_axis.size == 1 else _take(AllReduce(mesh_axis, grad), x)
 
 
 def shard(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
     """Replicate -> Shard: this rank's part along `dim`, without communication; the gradient is gathered."""
     mesh_axis = comm.axis(axis)
-    return x.contiguous() if mesh_axis.size == 1 else _apply(_Shard, x, mesh_axis, dim, outer)
+    return x.contiguous() if mesh_axis.size == 1 else _take(Shard(mesh_axis, dim, outer), x)
 
 
 def sum_gradient(x: Tensor, axis: str, reduce_dtype: torch.dtype | None = None) -> Tensor:
@@ -251,13 +185,13 @@ def sum_gradient(x: Tensor, axis: str, reduce_dtype: torch.dtype | None = None) 
     They are summed in `reduce_dtype`, by default that of `x`.
     """
     mesh_axis = comm.axis(axis)
-    return x if mesh_axis.size == 1 else _apply(_SumGradient, x, mesh_axis, reduce_dtype or x.dtype)
+    return x if mesh_axis.size == 1 else _take(steps.sum_gradient(mesh_axis, reduce_dtype), x)
 
 
 def keep_first(x: Tensor, axis: str) -> Tensor:
     """Replicate -> Partial: `x` on the first rank of the axis, zeros on the others; the gradient passes unchanged."""
     mesh_axis = comm.axis(axis)
-    return x if mesh_axis.size == 1 else _apply(_KeepFirst, x, mesh_axis)
+    return x if mesh_axis.size == 1 else _take(KeepFirst(mesh_axis), x)
 
 
 def take_microbatch(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
@@ -303,43 +237,29 @@ def all_to_all(x: Tensor, axis: str, from_dim: int, to_dim: int, from_outer: int
     if from_dim == to_dim:
         raise InputError(f"an all-to-all goes between two dims of a tensor, both are {to_dim}: gather and shard instead")
     mesh_axis = comm.axis(axis)
-    return x.contiguous() if mesh_axis.size == 1 else _apply(_AllToAll, x, mesh_axis, from_dim, to_dim, from_outer, to_outer)
+    return x.contiguous() if mesh_axis.size == 1 else _take(AllToAll(mesh_axis, from_dim, to_dim, from_outer, to_outer), x)
 
 
 def gather_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
     """`all_gather` with ``grad="slice"``, given the axis itself instead of its name."""
-    return _gather(x, axis, dim, outer, "slice")
+    return _take(AllGather(axis, dim, outer, "slice"), x)
 
 
 def shard_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
     """`shard`, given the axis itself instead of its name."""
-    return _apply(_Shard, x, axis, dim, outer)
+    return _take(Shard(axis, dim, outer), x)
 
 
 def reduce_scatter_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
     """`reduce_scatter`, given the axis itself instead of its name."""
-    return _apply(_ReduceScatter, x, axis, dim, outer)
+    return _take(ReduceScatter(axis, dim, outer), x)
 
 
 def sum_along(x: Tensor, axis: comm.Axis) -> Tensor:
     """`all_reduce` with ``grad="identity"``, given the axis itself instead of its name."""
-    return _apply(_AllReduce, x, axis, "identity")
+    return _take(AllReduce(axis), x)
 
 
 def sum_gradient_along(x: Tensor, axis: comm.Axis) -> Tensor:
     """`sum_gradient`, given the axis itself instead of its name."""
-    return _apply(_SumGradient, x, axis, x.dtype)
-
-
-def _gather(x: Tensor, axis: comm.Axis, dim: int, outer: int, grad: str) -> Tensor:
-    return _apply(_AllGather, x, Use(Gather(x.detach(), axis, dim, outer, x.dtype)), grad, True, x.dtype, None)
-
-
-def _apply(function: type[torch.autograd.Function], x: Tensor, *arguments: object) -> Tensor:
-    result: Tensor = function.apply(x, *arguments)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _pass_on(dual: type[torch.autograd.Function], gradient: Tensor, *arguments: object) -> Tensor:
-    """A gradient that passes a step unchanged, as itself, so that autograd may still own it; by the dual if it is differentiated."""
-    return _apply(dual, gradient, *arguments) if torch.is_grad_enabled() else gradient
+    return _take(steps.sum_gradient(axis), x)

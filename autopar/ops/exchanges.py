@@ -11,7 +11,6 @@ A begin and its end are joined in autograd's graph by an empty tensor, the token
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -21,122 +20,16 @@ from torch import Tensor
 
 from autopar import torch_backward
 from autopar.ops import comm
-from autopar.ops.parts import join_stack, split_parts, take_part
-
-
-class _Step(ABC):
-    """A step between two states of a layout on one axis, for a tensor; its dual is that for the gradient."""
-
-    axis: comm.Axis
-
-    @abstractmethod
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        """Begin the step; the function that is returned waits for it, and gives its result."""
-
-    @property
-    @abstractmethod
-    def dual(self) -> _Step:
-        """The step of the gradient."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Pass(_Step):
-    """Nothing, whose gradient is summed (Megatron's f)."""
-
-    axis: comm.Axis
-
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        detached = x.detach()
-        return lambda: detached.view_as(detached)
-
-    @property
-    def dual(self) -> _Step:
-        return _Sum(self.axis, "identity")
-
-
-@dataclass(frozen=True, slots=True)
-class _Sum(_Step):
-    axis: comm.Axis
-    grad: str
-
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        return self.axis.begin_all_reduce(x).wait
-
-    @property
-    def dual(self) -> _Step:
-        return self if self.grad == "all_reduce" else _Pass(self.axis)
-
-
-@dataclass(frozen=True, slots=True)
-class _Gather(_Step):
-    axis: comm.Axis
-    dim: int
-    outer: int
-    grad: str
-
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        begun = self.axis.begin_gather_stack(x.detach())
-        return lambda: join_stack(begun.wait(), self.dim, self.outer)
-
-    @property
-    def dual(self) -> _Step:
-        return _Take(self.axis, self.dim, self.outer) if self.grad == "slice" else _Scatter(self.axis, self.dim, self.outer)
-
-
-@dataclass(frozen=True, slots=True)
-class _Scatter(_Step):
-    axis: comm.Axis
-    dim: int
-    outer: int
-
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        return self.axis.begin_reduce_stack(split_parts(x.detach(), self.dim, self.outer, self.axis.size)).wait
-
-    @property
-    def dual(self) -> _Step:
-        return _Gather(self.axis, self.dim, self.outer, "reduce_scatter")
-
-
-@dataclass(frozen=True, slots=True)
-class _Take(_Step):
-    axis: comm.Axis
-    dim: int
-    outer: int
-
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        part = take_part(x.detach(), self.dim, self.outer, self.axis.index, self.axis.size)
-        return lambda: part
-
-    @property
-    def dual(self) -> _Step:
-        return _Gather(self.axis, self.dim, self.outer, "slice")
-
-
-@dataclass(frozen=True, slots=True)
-class _Exchange(_Step):
-    axis: comm.Axis
-    from_dim: int
-    to_dim: int
-    from_outer: int
-    to_outer: int
-
-    def begin(self, x: Tensor) -> Callable[[], Tensor]:
-        begun = self.axis.begin_exchange_stack(split_parts(x.detach(), self.to_dim, self.to_outer, self.axis.size))
-        return lambda: join_stack(begun.wait(), self.from_dim, self.from_outer)
-
-    @property
-    def dual(self) -> _Step:
-        return _Exchange(self.axis, self.to_dim, self.from_dim, self.to_outer, self.from_outer)
-
+from autopar.ops.steps import AllGather, AllReduce, AllToAll, ReduceScatter, Shard, Step, sum_gradient
 
 # The arguments are those of the functions of `autopar.ops.collectives`, behind the tensor.
-_STEPS: Mapping[str, Callable[..., _Step]] = {
-    "all_reduce": lambda axis, grad="identity": _Sum(axis, grad),
-    "sum_gradient": _Pass,
-    "all_gather": lambda axis, dim, outer=1, grad="reduce_scatter": _Gather(axis, dim, outer, grad),
-    "reduce_scatter": lambda axis, dim, outer=1: _Scatter(axis, dim, outer),
-    "shard": lambda axis, dim, outer=1: _Take(axis, dim, outer),
-    "all_to_all": lambda axis, from_dim, to_dim, from_outer=1, to_outer=1: _Exchange(axis, from_dim, to_dim, from_outer, to_outer),
+_STEPS: Mapping[str, Callable[..., Step]] = {
+    "all_reduce": AllReduce,
+    "sum_gradient": sum_gradient,
+    "all_gather": AllGather,
+    "reduce_scatter": ReduceScatter,
+    "shard": Shard,
+    "all_to_all": AllToAll,
 }
 
 KINDS = frozenset(_STEPS)
@@ -149,7 +42,7 @@ KINDS_OF_GRADIENTS = frozenset({"sum_gradient", "shard"})
 class _Run:
     """One run of a step, from its begin to its end, and the one of the dual step in the backward that runs now."""
 
-    def __init__(self, step: _Step) -> None:
+    def __init__(self, step: Step) -> None:
         self.step = step
         self._finish: Callable[[], Tensor] | None = None
         self._dual: _Run | None = None
