@@ -88,6 +88,37 @@ def _train(rank: int) -> None:
         assert weight.placements == (Shard(0),)
         assert weight.to_local().shape[0] == [22, 22, 20][rank]
         assert optimizers[0].state[weight]["exp_avg"].placements == weight.placements
+    _step_fused(rank)
+
+
+class _Wide(nn.Module):
+    """A parameter whose first dim is less than the ranks, so that a later one is split, in unequal parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide = nn.Parameter(torch.randn(2, 13))
+        self.out = nn.Linear(2, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.out(x @ self.wide.T).square().sum()
+        return result
+
+
+def _step_fused(rank: int) -> None:
+    """Fused optimizers read memory as if a gradient had no gaps, and say nothing."""
+    torch.set_default_dtype(torch.float64)
+    x = torch.randn(12, 13, generator=torch.Generator().manual_seed(1))
+    for level in (1, 2, 3):
+        twin, model = _Wide(), autopar.compile(_Wide(), pins={"dp": 3, "zero": level})
+        for module in (twin, model):
+            optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+            for _ in range(2):
+                module(x).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert model.wide.to_local().shape == [(2, 5), (2, 5), (2, 3)][rank]
+        _agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
 
 
 def _accumulate(rank: int) -> None:

@@ -76,13 +76,17 @@ class Receiver:
         if entry.gradient is not None:
             # Sums are in the stored dtype, also where a program's gradients aren't.
             entry.gradient = entry.gradient.to(entry.leaf.dtype).add_(gradient)
-        elif is_own and gradient.stride() == self._stride:
+        elif is_own and self._is_as_stored(gradient):
             entry.gradient = gradient
         elif entry.held is not None:
             entry.gradient = gradient.clone(memory_format=torch.contiguous_format)
         else:
             entry.gradient = torch.empty_like(entry.leaf, requires_grad=False).copy_(gradient)
         self.reducer.note_gradient(self._program, self._bucket)
+
+    def _is_as_stored(self, gradient: Tensor) -> bool:
+        """Whether a gradient lies in memory as that of this parameter shall: optimizers' kernels may go by the parameter's strides alone."""
+        return gradient.is_contiguous() if self.entry.held is not None else gradient.stride() == self._stride
 
 
 class GradientReducer:

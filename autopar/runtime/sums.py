@@ -47,7 +47,8 @@ class Held:
         """Of a part as it is sent, what this rank stores."""
         if self.whole is None:
             return sent
-        return sent.narrow(self.dim, 0, rows_of_rank(self.whole, self.axis.index, self.axis.size))
+        # Fused optimizers go through memory as if gradients had no gaps, which those of a short part along a later dim would have.
+        return sent.narrow(self.dim, 0, rows_of_rank(self.whole, self.axis.index, self.axis.size)).contiguous()
 
     def join(self, stack: Tensor) -> Tensor:
         """The whole tensor from all ranks' parts as they are sent."""
