@@ -9,7 +9,7 @@ A block's rows are, by phase:
 - BACKWARD_INPUT: the backward of its calls without weight gradients that can wait, what kernels exchange (of both directions), the
   journeys of gradients, ZeRO's second gathers, and the forward rows of the calls that are run again (Purpose.RECOMPUTE);
 - BACKWARD_WEIGHT: the weight gradients that can wait: of a product with a weight half of the backward;
-- STEP: updates of parameters, and sums of gradients over ranks.
+- STEP: updates of parameters, sums of gradients over ranks, and gathers of parameters that are stored in parts (ZeRO levels 1 and 2).
 
 What several blocks share counts in one of them, as `ChainReads` says.
 """
