@@ -349,7 +349,46 @@ def steps_leave_nothing_behind() -> None:
     assert seen() is None, "a loss that is kept keeps the inputs of its step"
 
 
+class Seen(nn.Module):
+    """Returns a hidden tensor, and what it computes from it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = Block(), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.first(x)
+        return hidden, self.last(torch.tanh(hidden))
+
+
+def a_hook_on_an_output_sees_all_of_its_gradient_or_is_refused() -> None:
+    x, _ = _batch()
+    for pins in ({"dp": 2, "zero": 3}, {"tp": 2}, {"dp": 2, "half_batches": True}, {"pp": 2, "microbatches": 2}):
+        model, twin = autopar.compile(Seen(), pins=pins), Seen()
+        for stop in (lambda h: h.register_hook(torch.zeros_like), lambda h: h.retain_grad()):
+            hidden, scores = model(x)
+            stop(hidden)
+            with pytest.raises(AutoparError, match=r"output\[0\] of call \d+ .* has a hook or retains its gradient"):
+                scores.square().mean().backward()
+        for _ in range(3):
+            grads = []
+            for each in (twin, model):
+                # Of a hook that is gone, of the last output, and of a backward that comes through the hooked one alone.
+                hidden, scores = each(x)
+                hidden.register_hook(torch.zeros_like).remove()
+                scores.register_hook(lambda gradient: 2 * gradient)
+                (hidden.square().mean() + scores.mean()).backward()
+                hidden = each(x)[0]
+                hidden.retain_grad()
+                hidden.square().mean().backward()
+                grads.append((hidden.grad, _gradients(each)))
+                each.zero_grad()
+            tree_allclose(grads[1], grads[0])
+
+
 LOOPS: tuple[Case, ...] = (
+    a_hook_on_an_output_sees_all_of_its_gradient_or_is_refused,
     an_output_that_is_not_used_gives_no_gradients,
     a_loss_of_the_first_block_gives_the_others_none,
     a_step_after_a_backward_that_failed_is_right,

@@ -48,6 +48,7 @@ class Slot:
             split that way unless `layout` says so.
         reduced_dtype: of a parameter, the dtype in which its gradient is summed over `partial_axes`; None where that is the stored one.
         stored: of a parameter, the layout in which it is stored where that isn't `layout` (`autopar.ir.layout.program_layout`).
+        made_from: of an output, positions of the outputs that it is computed from, as far as gradients pass.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Slot:
     batch: State | None = _FIRST_DIM
     reduced_dtype: str | None = None
     stored: Layout | None = None
+    made_from: tuple[int, ...] = ()
 
     @property
     def stored_layout(self) -> Layout:

@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 from autopar.capture import Captured
-from autopar.ir import Layout, OpKind, State, StateKind, Value, local_outer, local_shape, program_layout, shard
+from autopar.ir import Graph, Layout, OpKind, State, StateKind, Value, local_outer, local_shape, program_layout, shard
 from autopar.rewrite.planned import PlannedGraph, needed_layout, sent_layout, stored_layout
 from autopar.rewrite.program import CrossingTensor, Program, Slot, StageOutput
 from autopar.rewrite.stages import Stage
@@ -56,12 +56,28 @@ def find_slots(planned: PlannedGraph, kind: OpKind) -> tuple[Slot, ...]:
 
 def find_output_slots(planned: PlannedGraph) -> tuple[Slot, ...]:
     """The outputs that the user gets, in order; of micro-batches joined."""
-    slots = []
-    for position, value in enumerate(planned.graph.returned):
-        tensor = planned.graph.tensor(value)
-        layout = _joined_layout(planned, needed_layout(planned, planned.graph.output, position))
-        slots.append(Slot(f"output {position}", layout, tensor.shape, tensor.dtype, (), tensor.requires_grad))
+    graph, slots = planned.graph, []
+    made_from = _find_makers(graph)
+    for position, value in enumerate(graph.returned):
+        tensor = graph.tensor(value)
+        layout = _joined_layout(planned, needed_layout(planned, graph.output, position))
+        slot = Slot(f"output {position}", layout, tensor.shape, tensor.dtype, (), tensor.requires_grad)
+        slots.append(replace(slot, made_from=made_from[value]) if value in made_from else slot)
     return tuple(slots)
+
+
+def _find_makers(graph: Graph) -> dict[Value, tuple[int, ...]]:
+    """Returned value -> positions of the returned values that it is computed from, as far as gradients pass; where there are any."""
+    positions: dict[Value, set[int]] = {}
+    for position, value in enumerate(graph.returned):
+        positions.setdefault(value, set()).add(position)
+    behind: dict[Value, set[int]] = {}
+    for op in graph.ops:
+        operands = [value for value in op.operands if graph.tensor(value).requires_grad]
+        found = set[int]().union(*(behind.get(value, set()) | positions.get(value, set()) for value in operands))
+        if found:
+            behind.update((value, found) for value in op.values if graph.tensor(value).requires_grad)
+    return {value: tuple(sorted(behind[value])) for value in positions if value in behind}
 
 
 def mark_samples(program: Program, captured: Captured) -> Program:

@@ -33,7 +33,7 @@ from autopar.runtime.gradients import GradientReducer, refuse_sparse_gradients
 from autopar.runtime.inputs import Call, InputReader
 from autopar.runtime.local_steps import teach_local_steps
 from autopar.runtime.methods import SAVING, gather_when_called, save_on_first_rank
-from autopar.runtime.outputs import Handover, Step, name_outputs, returns_loss
+from autopar.runtime.outputs import Handover, Step, name_outputs, returns_loss, watch_hooks
 from autopar.runtime.parameters import Entrance, refuse_transforms
 from autopar.runtime.pipeline import refuse_inside_backward
 from autopar.runtime.pipeline_calls import PipelineCalls, refuse_gradients
@@ -255,6 +255,7 @@ class ParallelModule(Unwrapped, nn.Module):
                 inputs = [call.whole(x, deployment) for x in tensors]
                 outputs = self._pipelines.run(program, runner, inputs, handover)
                 take_plain_gradients(outputs)
+                watch_hooks(program, [None] * len(outputs), outputs, names, step.name)
                 return program.captured.unflatten(outputs)
         parts = [call.part(x, slot.layout, deployment, step) for slot, x in zip(program.inputs, tensors, strict=True)]
         buffers = self._storage.buffers_of(program)
@@ -275,6 +276,7 @@ class ParallelModule(Unwrapped, nn.Module):
                 buffers[name].copy_(gather_whole(value, layouts[name], deployment.mesh, deployment.axes))
         outputs = [handover.give(position, slot, x) for position, (slot, x) in enumerate(zip(program.outputs, results, strict=False))]
         take_plain_gradients(outputs)
+        watch_hooks(program, results, outputs, names, step.name)
         return program.captured.unflatten(outputs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

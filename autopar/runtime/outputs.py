@@ -11,7 +11,9 @@ DDP.
 
 from __future__ import annotations
 
+import functools
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -331,6 +333,47 @@ class Handover:
         take_plain_gradients([x])
         x.register_hook(lambda gradient: route.step.begin_backward(route.name, gradient))  # type: ignore[no-untyped-call]
         return x
+
+
+def watch_hooks(program: Program, parts: Sequence[Tensor | None], outputs: Sequence[Tensor], names: Sequence[str], call: str) -> None:
+    """Let a backward through an output raise InputError where a hook on another output would miss what the backward sends into that.
+
+    On one device a tensor that the model returns, and goes on to compute with, is one place in autograd's graph. What the user gets here is
+    another place than what the program went on with, unless it is the same object as the program's part.
+    """
+    watched = set[int]().union(*(slot.made_from for slot in program.outputs)) if torch.is_grad_enabled() else set()
+    inside = {i: _Inside(names[i], weakref.ref(outputs[i])) for i in watched if outputs[i] is not parts[i]}
+    if not inside:
+        return
+    for slot, output in zip(program.outputs, outputs, strict=True):
+        before = [inside[i] for i in slot.made_from if i in inside]
+        if before and not isinstance(output, UnreadOutput) and output.grad_fn is not None:
+            output.register_hook(functools.partial(_refuse_hooks, before, call))  # type: ignore[no-untyped-call]
+    for i, entry in inside.items():
+        # One that is gathered when it is read gets `take_plain_gradients` then.
+        entry.hooks = 1 if isinstance(outputs[i], UnreadOutput) else len(outputs[i]._backward_hooks or ())
+
+
+@dataclass(slots=True)
+class _Inside:
+    """An output that others are computed from; `hooks` of it are none of the user's."""
+
+    name: str
+    output: weakref.ref[Tensor]
+    hooks: int = 0
+
+
+def _refuse_hooks(entries: Sequence[_Inside], call: str, gradient: Tensor | None) -> None:
+    if gradient is None:
+        return  # the backward comes through another output of a pipeline, whose outputs are one node of the graph
+    for entry in entries:
+        output = entry.output()
+        read = output._plain if isinstance(output, UnreadOutput) else output
+        if read is not None and (len(read._backward_hooks or ()) > entry.hooks or read.retains_grad):
+            raise InputError(
+                f"{entry.name} of {call} has a hook or retains its gradient, and would miss what comes from inside of the model, which "
+                "goes on to compute with it: register the hook where forward makes the tensor, or compute the loss from this output outside"
+            )
 
 
 def name_outputs(program: Program) -> tuple[str, ...]:
