@@ -85,7 +85,7 @@ class Receiver:
         self.reducer.note_gradient(self._program, self._bucket)
 
     def _is_as_stored(self, gradient: Tensor) -> bool:
-        """Whether a gradient lies in memory as that of this parameter shall: optimizers' kernels may go by the parameter's strides alone."""
+        """Whether a gradient lies in memory as that of this parameter shall: kernels of optimizers may go by the parameter's strides."""
         return gradient.is_contiguous() if self.entry.held is not None else gradient.stride() == self._stride
 
 
