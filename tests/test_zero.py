@@ -458,7 +458,7 @@ def test_plans_agree_in_float64(name: str, level: int, more: Mapping[str, int]) 
         *((level, {"dp": 4}, "dp=2 x dp2=2") for level in (1, 2, 3)),
         *((level, {"dp": 4, "tp": 2}, "dp=2 x dp2=2 x tp=2") for level in (1, 2, 3)),
         *((level, {"pp": 1}, "dp=4 x dp2=2") for level in (2, 3)),
-        *((level, {"pp": 2, "dp": 4, "microbatches": 2}, "dp=2 x dp2=2") for level in (1, 3)),
+        *((level, {"pp": 2, "dp": 4, "microbatches": 2}, "dp=2 x dp2=2") for level in (1, 2, 3)),
     ],
 )
 def test_groups_of_ranks_store_the_same(level: int, pins: Mapping[str, object], mesh: str) -> None:
@@ -523,7 +523,7 @@ def test_no_level_is_faster_than_what_the_search_chooses(name: str, cluster: str
         assert free.seconds.step <= pinned.seconds.step * (1 + 1e-5), level
     for pins in ({"dp": 4}, {"dp": 2, "pp": 2, "microbatches": 2}):
         free = autopar.plan(model, batch, cluster, precision=precision, pins=pins)
-        for level in (0, 1, 3):
+        for level in range(4):
             pinned = autopar.plan(model, batch, cluster, precision=precision, pins={**pins, "zero": level})
             assert free.seconds.step <= pinned.seconds.step * (1 + 1e-5), (pins, level)
 
@@ -552,8 +552,6 @@ def test_levels_move_the_bytes_of_the_paper() -> None:
         ({"zero": 2.0}, "pin zero=2.0 is unknown"),
         ({"zero": 1, "fsdp": True}, "fsdp=True and zero=1 contradict each other"),
         ({"zero": 2, "dp": 1}, "zero=2 stores parameters split over a dp axis, but dp is pinned to 1"),
-        ({"zero": 2, "pp": 2}, "zero=2 leaves each rank its part of the gradients after every backward"),
-        ({"zero": 2, "microbatches": 2}, "pin zero=1 there, or pp=1 and microbatches=1"),
         ({"zero": 2, "tp": 4}, "zero=2 stores parameters split over a dp axis, but all axes"),
         ({"zero_group": 2}, "says over how many ranks a ZeRO level stores in parts: pin zero=1, 2 or 3 too"),
         ({"zero_group": 2, "zero": 0}, "pin zero=1, 2 or 3 too"),

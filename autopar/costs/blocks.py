@@ -8,8 +8,10 @@ A block's rows are, by phase:
 - FORWARD: compute of its calls, journeys of their operands, and of the outputs that it makes;
 - BACKWARD_INPUT: the backward of its calls without weight gradients that can wait, what kernels exchange (of both directions), the
   journeys of gradients, ZeRO's second gathers, and the forward rows of the calls that are run again (Purpose.RECOMPUTE);
-- BACKWARD_WEIGHT: the weight gradients that can wait: of a product with a weight half of the backward;
-- STEP: updates of parameters, sums of gradients over ranks, and gathers of parameters that are stored in parts (ZeRO levels 1 and 2).
+- BACKWARD_WEIGHT: the weight gradients that can wait: of a product with a weight half of the backward; sums of gradients over ranks where
+  they are of one micro-batch (`CostTables.sums_each`);
+- STEP: updates of parameters, the other sums of gradients over ranks, and gathers of parameters that are stored in parts (ZeRO levels 1
+  and 2).
 
 What several blocks share counts in one of them, as `ChainReads` says.
 """
@@ -237,35 +239,45 @@ def _add_step(solved: SolvedChain, number: int, sums: RowSums) -> None:
     """What a block's parameters take once per step: the optimizer's update, and sums of gradients over ranks.
 
     A parameter that several blocks read counts with the first of them; of its uses that leave a sum over ranks the dearest counts, as their
-    gradients are added up before. The share `Device.overlap` of a sum is overlapped with the backward.
+    gradients are added up before. The share `Device.overlap` of a sum is overlapped with the backward. What is summed after every
+    micro-batch isn't, and blocks that may be on several stages each sum their own.
     """
     for name in solved.reads.parameters[number]:
-        if solved.reads.first_block[name] != number:
-            continue
         tensor, stored = solved.graph.by_name[name].results[0], solved.stored(name)
         layer = solved.layer_of.get(name, "")
+        is_first = solved.reads.first_block[name] == number
+        sums_each = solved.tables.sums_each(stored)
+        if tensor.requires_grad and (is_first or (sums_each and not solved.is_one_stage)):
+            _add_sums(solved, name, sums, layer, Phase.BACKWARD_WEIGHT if sums_each else Phase.STEP)
+        if not is_first:
+            continue
         hidden_share = solved.tables.gather_overlap if _hides_gathers(solved, number) else 0.0
         for axis, nbytes, seconds in solved.tables.held_gathers(tensor, stored):
             moved = axis, COLLECTIVE_KIND[Collective.ALL_GATHER], nbytes, seconds
-            _add_once(solved, sums, Purpose.PARAMETERS, moved, hidden_share, layer)
-        if not tensor.requires_grad:
-            continue
-        sums.add(Phase.STEP, Purpose.OPTIMIZER, solved.tables.optimizer_seconds(tensor, stored), layer=layer)
-        uses = [list(_reductions(solved, name, reader)) for reader in solved.graph.readers.get(Value(name), ())]
-        reductions = max(uses, key=_total_seconds, default=[])
-        for moved in reductions:
-            _add_once(solved, sums, Purpose.GRADIENTS, moved, solved.tables.device.overlap, layer)
+            _add_moved(solved, sums, Phase.STEP, Purpose.PARAMETERS, moved, hidden_share, layer)
+        if tensor.requires_grad:
+            sums.add(Phase.STEP, Purpose.OPTIMIZER, solved.tables.optimizer_seconds(tensor, stored), layer=layer)
+
+
+def _add_sums(solved: SolvedChain, parameter: str, sums: RowSums, layer: str, phase: str) -> None:
+    """The sums over ranks of the gradient of a parameter, of one step or of one micro-batch."""
+    uses = [list(_reductions(solved, parameter, reader)) for reader in solved.graph.readers.get(Value(parameter), ())]
+    hidden_share = solved.tables.device.overlap if phase == Phase.STEP else 0.0
+    for moved in max(uses, key=_total_seconds, default=[]):
+        _add_moved(solved, sums, phase, Purpose.GRADIENTS, moved, hidden_share, layer)
 
 
 Moved = tuple[int, str, int, float]
-"""A collective that runs once per step: axis, name, bytes, seconds."""
+"""A collective for a parameter: axis, name, bytes, seconds."""
 
 
-def _add_once(solved: SolvedChain, sums: RowSums, purpose: str, moved: Moved, hidden_share: float, layer: str) -> None:
-    """Add the entry of a collective that runs once per step, and of whose seconds the share `hidden_share` runs beside computing."""
+def _add_moved(
+    solved: SolvedChain, sums: RowSums, phase: str, purpose: str, moved: Moved, hidden_share: float, layer: str
+) -> None:
+    """Add the entry of a collective of whose seconds the share `hidden_share` runs beside computing."""
     axis, collective, nbytes, seconds = moved
     sums.add(
-        Phase.STEP,
+        phase,
         purpose,
         seconds * (1 - hidden_share),
         layer=layer,
@@ -277,7 +289,7 @@ def _add_once(solved: SolvedChain, sums: RowSums, purpose: str, moved: Moved, hi
 
 
 def _reductions(solved: SolvedChain, parameter: str, reader: str) -> Iterator[Moved]:
-    """The sums over ranks, once per step, that the gradient of a parameter needs after its use by one reader."""
+    """The sums over ranks that the gradient of a parameter needs after its use by one reader."""
     op = solved.graph.by_name[reader]
     if op.kind is OpKind.OUTPUT:
         return

@@ -241,9 +241,13 @@ class _Block:
         return nbytes if backward and not solved.runs_ahead else 0
 
     def gradient_nbytes(self, journey: Journey) -> int:
-        """Bytes of the gradient of a parameter, of the part that is stored."""
-        tensor = self.solved.graph.tensor(journey.value)
-        return self.solved.nbytes(journey.value, journey.start) * ITEMSIZE[tensor.stored_dtype] // ITEMSIZE[tensor.dtype]
+        """Bytes of the gradient of a parameter, of the part that is stored or given whole."""
+        tensor, nbytes = self.solved.graph.tensor(journey.value), self.solved.nbytes(journey.value, journey.start)
+        return nbytes if self.sums_each(journey) else nbytes * ITEMSIZE[tensor.stored_dtype] // ITEMSIZE[tensor.dtype]
+
+    def sums_each(self, journey: Journey) -> bool:
+        """Whether the gradient of a parameter is summed over ranks after every micro-batch."""
+        return self.solved.tables.sums_each(self.solved.stored(journey.value.op))
 
 
 class _Backward:
@@ -271,6 +275,7 @@ class _Backward:
         self._buffers: list[_Buffer] = []
         self._gradients: dict[Value, _Buffer] = {}
         self._own = [0, 0]  # gradients of parameters: of all that were made, and of the call that runs
+        self._passing = 0  # of the call that runs, those that are summed over ranks at once (`BlockMemory.passing`)
         self._is_reading = bool(regions)
 
     def run(self) -> None:
@@ -284,7 +289,8 @@ class _Backward:
                 self._gradients[value] = self._make(self.solved.nbytes(value))
         for index in range(len(block.ops) - 1, -1, -1):
             op = block.ops[index]
-            self._own[1] = 0
+            self._own = [self._own[0] - self._passing, 0]
+            self._passing = 0
             self._is_reading = self._is_reading or block.reads_gathered(index)
             arrived = [self._gradients.pop(value) for value in op.values if value in self._gradients]
             if index in self._regions:
@@ -319,8 +325,9 @@ class _Backward:
                 arrived[0].owners += 1
                 made.append((journey, arrived[0]))
             elif solved.graph.by_name[journey.value.op].kind is OpKind.PARAMETER:
-                for which in (0, 1):
-                    self._own[which] += block.gradient_nbytes(journey)
+                nbytes = block.gradient_nbytes(journey)
+                self._own = [own + nbytes for own in self._own]
+                self._passing += nbytes if block.sums_each(journey) else 0
             else:
                 made.append((journey, self._make(solved.nbytes(journey.value, journey.need))))
         for journey in block.moved[index]:

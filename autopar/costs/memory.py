@@ -19,9 +19,31 @@ from dataclasses import dataclass, replace
 
 from autopar.costs.liveness import Held, find_workspace
 from autopar.costs.solved import SolvedChain
-from autopar.costs.tables import kept_nbytes, reduced_nbytes
-from autopar.ir import Collective, Graph, Layout, Op, OpKind, Value
+from autopar.costs.tables import kept_nbytes, local_nbytes, reduced_nbytes
+from autopar.ir import MESSAGE_NBYTES, Collective, Graph, Layout, Op, OpKind, Value
 from autopar.structure import find_source
+
+
+@dataclass(frozen=True, slots=True)
+class Passing:
+    """Bytes of local gradients in the dtype of sums, which a backward makes and a sum over ranks takes.
+
+    Attributes:
+        whole: of all that programs are given of the parameters.
+        together: of those among them that share messages with others.
+        largest: of the one with most.
+        parts: of the parts of the sums that a rank gets.
+    """
+
+    whole: int = 0
+    together: int = 0
+    largest: int = 0
+    parts: int = 0
+
+    def add(self, whole: int, part: int) -> Passing:
+        """With one more gradient, of which this rank gets a part."""
+        shared = whole if whole < MESSAGE_NBYTES else 0
+        return Passing(self.whole + whole, self.together + shared, max(self.largest, whole), self.parts + part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +62,7 @@ class BlockMemory:
         arriving: gradients that the block's first backward makes; of a parameter that several blocks of a stage read, the last makes it.
         bucketed: local gradients that are summed over ranks in buckets.
         unsummed: those among them of which a rank keeps a part (ZeRO levels 1 and 2), and `scattered`: these parts.
+        passing: local gradients that are summed after every micro-batch (ZeRO level 2).
         unread: by how much `workspace` is less while gathered parameters are there, in a block whose backward comes first.
         largest: of the parameters that are gathered from parts, or of their whole gradients, the one with most.
         update: the optimizer's states of the parameter with most: what a step needs beside these is of that size.
@@ -58,6 +81,7 @@ class BlockMemory:
     bucketed: int = 0
     unsummed: int = 0
     scattered: int = 0
+    passing: Passing = Passing()
     unread: int = 0
     largest: int = 0
     update: int = 0
@@ -79,6 +103,7 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
     Where all blocks run on the same ranks, a parameter that several blocks read counts with the first of them only.
     """
     parameters = copies = gradients = optimizer = bucketed = unsummed = scattered = update = 0
+    passing = Passing()
     for name in solved.reads.parameters[number]:
         is_first = solved.reads.first_block[name] == number
         if solved.is_one_stage and not is_first:
@@ -92,8 +117,13 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
         gradients += kept.gradient
         optimizer += kept.optimizer if is_first else 0
         update = max(update, kept.optimizer)
-        if is_first and kept.gradient and _is_bucketed(solved, value):
-            whole = _given_gradient_nbytes(solved, value)
+        if not kept.gradient or not _is_bucketed(solved, value):
+            continue
+        whole = _given_gradient_nbytes(solved, value)
+        if solved.tables.sums_each(solved.stored(name)):
+            part = reduced_nbytes(solved.graph.tensor(value), local_nbytes(solved.graph.tensor(value), solved.stored(name), solved.mesh))
+            passing = passing.add(whole, part)
+        elif is_first:
             bucketed += whole
             if any(state.level for state in solved.stored(name)):
                 unsummed += whole
@@ -115,6 +145,7 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
         bucketed=bucketed,
         unsummed=unsummed,
         scattered=scattered,
+        passing=passing,
         unread=workspace.unread,
         largest=_largest_gathered(solved, number),
         update=update,

@@ -323,6 +323,7 @@ class CostTables:
         gradient of a parameter that is stored whole may be a part of a sum over ranks: it is added up once per step, in a bucket, and
         overlapped with the backward as far as the device can. Of gathers that are begun ahead, and of their gradients' sums, the share
         `gather_overlap` counts as hidden, whether there is computing enough or not: ``costs.ahead`` knows, as it knows the blocks.
+        At ZeRO level 2 the gradients of every micro-batch are summed (`sums_each`), and nothing of that counts as hidden.
 
         Args:
             tensor: the parameter.
@@ -337,13 +338,21 @@ class CostTables:
             if step.forward is Collective.NONE:
                 if tensor.requires_grad:
                     summed = reduced_nbytes(tensor, nbytes)
-                    deferred += self.bucket_seconds(sum_of(start[step.axis], step), step.axis, summed) / uses
+                    seconds = self.bucket_seconds(sum_of(start[step.axis], step), step.axis, summed) / uses
+                    if self.sums_each(start):
+                        gathered += seconds
+                    else:
+                        deferred += seconds
             else:
                 in_backward = parameter_backward(tensor, step, nbytes)
                 for collective, moved in ((step.forward, nbytes), *((collective, moved) for _, collective, moved in in_backward)):
                     seconds = self.collective_seconds(collective, step.axis, moved)
                     gathered += seconds * (1 - gather_overlap) if collective in _BESIDE_COMPUTING else seconds
         return gathered, deferred * (1 - self.device.overlap)
+
+    def sums_each(self, layout: Layout) -> bool:
+        """Whether the gradient of a parameter that is stored so is summed over ranks after every micro-batch, and added up in parts."""
+        return self.first_axis > 0 and self.mesh.sizes[0] > 1 and any(state.level == 2 for state in layout)
 
     def bucket_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
         """Seconds of a collective that a parameter takes part in once per step, together with others.

@@ -305,11 +305,6 @@ def _check_together(pins: Pins) -> None:
             "pin half_batches=True is for programs without stages, micro-batches and recomputation: leave out pp, schedule, microbatches,"
             " chunks, recompute and stages of modules, or half_batches"
         )
-    if pins.zero == 2 and (pins.pp or 1, pins.microbatches or 1) != (1, 1):
-        raise InputError(
-            "pin zero=2 leaves each rank its part of the gradients after every backward, but a pipeline's micro-batches add theirs up"
-            " before they are summed: pin zero=1 there, or pp=1 and microbatches=1"
-        )
     chunks = pins.chunks
     if pins.schedule is not None:
         try:

@@ -60,21 +60,26 @@ def read_as(dtype: str, part: Tensor) -> Tensor:
     return cast
 
 
-def stand_in(receiver: Tensor, whole: Tensor) -> Tensor:
-    """`whole`, whose gradient is that of the leaf `receiver`, cast to its dtype."""
-    part: Tensor = _StandIn.apply(receiver, whole)  # type: ignore[no-untyped-call]
+def stand_in(receiver: Tensor, whole: Tensor, take: Callable[[Tensor], None] | None = None) -> Tensor:
+    """`whole`, whose gradient is that of the leaf `receiver`, cast to its dtype, or is taken by a function as soon as it is known."""
+    part: Tensor = _StandIn.apply(receiver, whole, take)  # type: ignore[no-untyped-call]
+    if take is not None and part.requires_grad:
+        torch_compat.run_early_in_backward(part)
     return part
 
 
 class _StandIn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, receiver: Tensor, whole: Tensor) -> Tensor:
-        ctx.dtype = receiver.dtype
+    def forward(ctx: Any, receiver: Tensor, whole: Tensor, take: Callable[[Tensor], None] | None) -> Tensor:
+        ctx.dtype, ctx.take = receiver.dtype, take
         return whole
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].to(ctx.dtype), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        if ctx.take is not None:
+            ctx.take(grads[0])
+            return None, None, None
+        return grads[0].to(ctx.dtype), None, None
 
 
 def take_local(x: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:

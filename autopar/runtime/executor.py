@@ -21,7 +21,7 @@ from autopar.ir import MICROBATCH, PIPELINE, State, StateKind
 from autopar.ops import Axis, Deferred, MicrobatchAxis, comm, deferring, join_parts, regather, rng, take_part
 from autopar.rewrite import PipelineProgram, StageProgram
 from autopar.runtime.mailbox import AwaitedPass, Delivery, FinishedSends, Mailbox
-from autopar.schedules import Action, Kind, Schedule
+from autopar.schedules import COMPUTING, Action, Kind, Schedule
 
 StageMicrobatch = tuple[int, int]
 """A stage and a micro-batch."""
@@ -66,6 +66,8 @@ class Executor:
         random_seed: seeds the random ops; the same on all ranks.
         regathers: gathered parameters aren't saved for the backward, which gathers them again.
         ahead: how many blocks ahead the backward begins these gathers.
+        settle: called before every action that computes.
+        scatter: called with a stage after each backward of it that computes weight gradients.
         reduce: called with a stage when its gradients are complete on this rank.
         finished_sends: what `find_finished_sends` says of this schedule and rank, see `Mailbox`.
     """
@@ -83,6 +85,8 @@ class Executor:
         random_seed: int = 0,
         regathers: bool = False,
         ahead: int = 0,
+        settle: Callable[[], None] | None = None,
+        scatter: Callable[[int], None] | None = None,
         reduce: Callable[[int], None] | None = None,
         finished_sends: FinishedSends | None = None,
     ) -> None:
@@ -94,6 +98,8 @@ class Executor:
         self.tensors = tensors
         self.output_gradients = dict(output_gradients or {})
         self.random_seed = random_seed
+        self.settle = settle or (lambda: None)
+        self.scatter = scatter or (lambda stage: None)
         self.reduce = reduce or (lambda stage: None)
         self.trains = schedule.has_backward
         self.regathers, self.ahead = regathers and self.trains, ahead
@@ -149,6 +155,8 @@ class Executor:
     # --- actions ---
 
     def _run_action(self, action: Action) -> None:
+        if action.kind in COMPUTING:
+            self.settle()
         getattr(self, _METHODS[action.kind])(action)
 
     def _forward(self, action: Action) -> None:
@@ -194,6 +202,10 @@ class Executor:
         return self._whole_values[stage]
 
     def _backward(self, action: Action) -> None:
+        self._pass_back(action)
+        self.scatter(action.stage)
+
+    def _pass_back(self, action: Action) -> None:
         in_stage = self._in_stages.pop((action.stage, action.microbatch))
         program = self.pipeline.stages[action.stage]
         gradients: dict[int, Tensor] = {}
@@ -218,12 +230,13 @@ class Executor:
 
     def _input(self, action: Action) -> None:
         with deferring() as deferred:
-            self._backward(action)
+            self._pass_back(action)
         self._deferred[action.stage, action.microbatch] = deferred
 
     def _weight(self, action: Action) -> None:
         with comm.active(self._microbatch_axes[action.microbatch]):
             self._deferred.pop((action.stage, action.microbatch)).run()
+        self.scatter(action.stage)
 
     def _reduce(self, action: Action) -> None:
         self.reduce(action.stage)

@@ -245,7 +245,8 @@ class StashedGradients:
     """The gradients of a schedule that has run, until the user's backward says by which factor they are scaled.
 
     Args:
-        tracked: the parameters of this rank's stages; their leaves accumulate the gradients of the micro-batches in ``grad``.
+        tracked: the parameters of this rank's stages; their leaves accumulate the gradients of the micro-batches in ``grad``. Of those of
+            ZeRO level 2 these are parts of sums over ranks already (`autopar.runtime.scattered`).
         bucket_nbytes: bytes of gradients that are summed by one all-reduce.
         reducer: the reducer of the model's other programs.
     """
@@ -275,7 +276,7 @@ class StashedGradients:
 
     def start(self, names: Sequence[str]) -> None:
         """Start to sum these parameters' gradients over the ranks that have summands; all ranks of a stage start the same ones."""
-        members = [self._tracked[name] for name in names if name in self._tracked]
+        members = [self._tracked[name] for name in names if name in self._tracked and not self._tracked[name].is_scattered]
         for entry in members:
             if entry.collector.grad is not None:
                 entry.gradient, entry.collector.grad = entry.collector.grad.detach(), None
@@ -285,7 +286,7 @@ class StashedGradients:
     def collect(self, *, is_summed: bool = True) -> dict[str, Tensor]:
         """All gradients by name, after waiting for the sums that were started; the leaves have none afterwards.
 
-        They are those of the stored parts, or of all that programs are given if nothing `is_summed` yet.
+        They are those of the stored parts, or of all that programs are given if nothing `is_summed` yet; at ZeRO level 2 always the former.
         """
         gradients: dict[str, Tensor] = {}
         for pending_sum in self._pending_sums:
@@ -296,8 +297,12 @@ class StashedGradients:
                 entry.gradient, entry.collector.grad = entry.collector.grad.detach(), None
             if entry.gradient is not None:
                 gradient, entry.gradient = entry.gradient, None
-                gradients[entry.name] = entry.complete_part(gradient) if is_summed else gradient
+                gradients[entry.name] = entry.complete_part(gradient) if is_summed and not entry.is_scattered else gradient
         return gradients
+
+    def is_summed(self, name: str) -> bool:
+        """Whether a parameter's gradient is a part of the sum after every backward."""
+        return self._tracked[name].is_scattered
 
     def zeros(self, name: str, *, is_summed: bool) -> Tensor:
         """A gradient of zeros for a parameter, as `collect` gives it."""

@@ -28,6 +28,8 @@ from autopar.runtime.executor import Executor, StageTensors, device_of
 from autopar.runtime.failures import Alarm
 from autopar.runtime.gradients import StashedGradients
 from autopar.runtime.mailbox import find_finished_sends
+from autopar.runtime.scattered import ScatteredSums
+from autopar.runtime.sums import TrackedParameter
 from autopar.schedules import SENDS, Kind
 from autopar.torch_compat import GradientUse
 
@@ -57,9 +59,10 @@ class StageRunner:
         axes: the axes of the mesh that every pipeline rank runs.
         leaves: name -> leaf of every parameter that this pipeline rank uses.
         stash: stores the leaves' gradients until the user's backward.
+        scattered: the parameters of ZeRO level 2 that this pipeline rank uses, whose gradients are summed after every backward.
         alarm: stops the other ranks when the user's backward fails; callers of `run` must guard it themselves.
         gather: gives by name what programs are given of the parameters that are stored here in parts (ZeRO levels 1 and 2); their
-            `leaves` only get gradients.
+            `leaves` only get gradients, those of level 2 not even these.
         has_changed: says by name whether a parameter that another pipeline rank stores was changed in place since it was last asked.
     """
 
@@ -71,6 +74,7 @@ class StageRunner:
         axes: Mapping[str, Axis],
         leaves: Mapping[str, Tensor],
         stash: StashedGradients,
+        scattered: Sequence[TrackedParameter] = (),
         alarm: Alarm | None = None,
         gather: Callable[[], Mapping[str, Tensor]] = dict,
         has_changed: Callable[[str], bool] = lambda name: True,
@@ -93,6 +97,8 @@ class StageRunner:
         self._stages = own_stages
         stages = ("stages " if len(own_stages) > 1 else "stage ") + ", ".join(map(str, own_stages))
         self.where = f"{stages} (pipeline rank {pipeline_rank})"
+        names = {number: [program.parameters[position].name for position in stage.parameters] for number, stage in own_stages.items()}
+        self.scattered = ScatteredSums(scattered, names, program.bucket_nbytes)
         # A parameter's gradient may be summed over the mesh when the last stage of this rank that uses it has run its backwards.
         self._stages_using: dict[int, set[int]] = {}
         for number, stage in own_stages.items():
@@ -126,7 +132,9 @@ class StageRunner:
         with torch.set_grad_enabled(trains):
             # Once for all micro-batches; their gradients add up in the leaves, in the stored dtype.
             parts = {
-                slot.name: stand_in(leaf, wholes[slot.name]) if slot.name in wholes else read_as(slot.dtype, leaf)
+                slot.name: stand_in(leaf, wholes[slot.name], self.scattered.find_receiver(slot.name))
+                if slot.name in wholes
+                else read_as(slot.dtype, leaf)
                 for slot in self.program.parameters
                 if (leaf := self.leaves.get(slot.name)) is not None
             }
@@ -162,6 +170,8 @@ class StageRunner:
             random_seed=random_seed,
             regathers=self.program.regather,
             ahead=self.program.prefetch,
+            settle=self.scattered.finish,
+            scatter=self.scattered.flush,
             reduce=reduce,
             finished_sends=self._finished_sends[0 if trains else 1],
         )
@@ -169,6 +179,7 @@ class StageRunner:
         if trains:
             self.stash.note_changes()
             self.stash.begin()
+            self.scattered.clear()
         if trains and loss is None:
             executor.run([action for action in executor.actions if action.kind in FORWARD_KINDS])
         else:
@@ -244,8 +255,11 @@ class StageRunner:
             return
         axis = self.axis
         messages = []
+        # At ZeRO level 2 every user of a parameter has a part of the sum.
+        leaves = {slot.name: self.scattered.find_leaf(slot.name) for slot in self._shared}
+        leaves = {name: self.leaves[name] if leaf is None else leaf for name, leaf in leaves.items()}
         for slot in self._shared:
-            leaf, owner = self.leaves[slot.name], slot.owner
+            leaf, owner = leaves[slot.name], slot.owner
             if owner != self.pipeline_rank and leaf.requires_grad:
                 with self.step_context(
                     f"after the last micro-batch, the gradient of the shared parameter {slot.name} to pipeline rank {owner}"
@@ -253,7 +267,7 @@ class StageRunner:
                     messages.append(axis.send(leaf.grad if leaf.grad is not None else torch.zeros_like(leaf), owner))
                 leaf.grad = None
         for slot in self._shared:
-            leaf = self.leaves[slot.name]
+            leaf = leaves[slot.name]
             if slot.owner == self.pipeline_rank and leaf.requires_grad:
                 for user in slot.users[1:]:
                     with self.step_context(
@@ -314,6 +328,8 @@ class PipelineRun:
     def finish(self) -> None:
         """After the last backward: sum gradients of shared parameters on their owners, and all gradients over the ranks of the mesh."""
         runner = self.runner
+        with runner.step_context("after the last micro-batch, the parts of gradients of this rank"):
+            runner.scattered.finish()
         runner.sum_shared_gradients()
         with runner.step_context("after the last micro-batch, the sum of gradients over the ranks of the mesh"):
             if self.syncs:
@@ -358,10 +374,11 @@ class PipelineRun:
             returned = {name: gradient for name, gradient in scaled.items() if name not in added}
             if not self.syncs:
                 # The forward was under `no_sync`; what is returned can't wait.
-                returned = stash.sum(returned)
-                stash.accumulate(added)
-            else:
-                stash.apply(added)
+                waiting = {name: gradient for name, gradient in scaled.items() if not stash.is_summed(name)}
+                returned |= stash.sum({name: waiting[name] for name in returned if name in waiting})
+                stash.accumulate({name: waiting[name] for name in added if name in waiting})
+                added = {name: gradient for name, gradient in added.items() if name not in waiting}
+            stash.apply(added)
             if "added" in uses.values():
                 stash.end_unsynced()
             return {name: stash.as_gradient(name, gradient) for name, gradient in returned.items()}

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from autopar import torch_compat
 from autopar.errors import InputError
-from autopar.ir import local_shape
+from autopar.ir import Layout, local_shape
 from autopar.rewrite import Program, Slot
-from autopar.runtime.dtensor import as_dtensor, gather_whole
+from autopar.runtime.dtensor import as_dtensor, gather_whole, shape_of_part
 from autopar.runtime.gradients import GradientReducer, StashedGradients
 from autopar.runtime.mailbox import connect
 from autopar.runtime.outputs import Handover
@@ -72,11 +72,16 @@ class PipelineCalls:
         leaf_of = dict(zip(stored, leaves, strict=True))
         entry_of = {entry.name: entry for entry in tracked}
         held = [(entry_of[slot.name], slot) for slot in used if entry_of[slot.name].held is not None]
+        scattered = []
         for slot in used:
             if slot.stored is not None and deployment.device_mesh is not None:
-                leaf_of[slot.name] = self._make_receiver(slot, parameters[slot.name])
-                if entry_of[slot.name].held is not None:  # not where another pipeline rank stores it, and gets the gradients
-                    entry_of[slot.name].receiver = leaf_of[slot.name]
+                parameter, entry = parameters[slot.name], entry_of[slot.name]
+                leaf_of[slot.name] = self._make_leaf(slot, slot.layout, parameter)
+                if entry.held is None:  # another pipeline rank stores it, and gets the gradients
+                    entry = self._storage.track(slot, parameter, self._make_leaf(slot, slot.stored, parameter), is_borrowed=True)
+                entry.receiver = leaf_of[slot.name]
+                if entry.is_scattered:
+                    scattered.append(entry)
             elif slot.name not in leaf_of:
                 if slot.name not in self._borrowed:
                     shape = local_shape(slot.shape, slot.layout, deployment.mesh)
@@ -90,6 +95,7 @@ class PipelineCalls:
             deployment.axes,
             leaf_of,
             stash,
+            scattered,
             deployment.alarm,
             lambda: gather_held(held),
             self._has_changed,
@@ -103,9 +109,10 @@ class PipelineCalls:
         before, self._versions[name] = self._versions.get(name), version
         return before != version
 
-    def _make_receiver(self, slot: Slot, parameter: nn.Parameter) -> Tensor:
-        """A leaf of the sizes that a program is given of a parameter, without memory: it only gets gradients."""
-        shape = local_shape(slot.shape, slot.layout, self._deployment.mesh)
+    def _make_leaf(self, slot: Slot, layout: Layout, parameter: nn.Parameter) -> Tensor:
+        """A leaf of the sizes of this rank's part of a parameter in a layout, without memory: it only gets gradients."""
+        deployment = self._deployment
+        shape = shape_of_part(slot.shape, layout, deployment.mesh, deployment.place)
         return torch.zeros((), dtype=parameter.dtype, device=self._storage.device).expand(shape).requires_grad_(parameter.requires_grad)
 
     def run(self, program: Program, runner: StageRunner, inputs: Sequence[Tensor], handover: Handover) -> list[Any]:

@@ -192,12 +192,16 @@ class Storage:
         """The process group over which the gradient of a program's parameter is summed; None when it is complete on every rank."""
         return self._groups.get(slot.partial_axes)
 
-    def track(self, slot: Slot, parameter: nn.Parameter, leaf: Tensor) -> TrackedParameter:
-        """A parameter of a program, whose gradients are to be summed; `leaf` is this rank's part."""
+    def track(self, slot: Slot, parameter: nn.Parameter, leaf: Tensor, *, is_borrowed: bool = False) -> TrackedParameter:
+        """A parameter of a program, whose gradients are to be summed.
+
+        `leaf` is this rank's part; where the parameter `is_borrowed`, another pipeline rank stores it, and the leaf is of the sizes of the
+        part there.
+        """
         reduced = None if slot.reduced_dtype is None else getattr(torch, slot.reduced_dtype)
         tracked = TrackedParameter(slot.name, parameter, leaf, self.sum_group(slot), reduced)
         deployment = self.deployment
-        is_here = deployment is not None and deployment.owners[slot.name] in (None, deployment.pipeline_rank)
+        is_here = is_borrowed or (deployment is not None and deployment.owners[slot.name] in (None, deployment.pipeline_rank))
         if slot.stored is not None and deployment is not None and deployment.device_mesh is not None and is_here:
             axis, state = next((axis, state) for axis, state in enumerate(slot.stored) if state.level)
             name = deployment.mesh.names[axis]

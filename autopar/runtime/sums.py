@@ -27,8 +27,8 @@ class Held:
     Attributes:
         axis: the axis along which it is stored in parts.
         dim: the dim that is split.
-        level: 1: local gradients add up whole under `no_sync`, until they are summed; 2: every backward leaves each rank its part of the
-            sum.
+        level: 1: local gradients add up whole under `no_sync` and over micro-batches, until they are summed; 2: every backward, of a
+            micro-batch too, leaves each rank its part of the sum.
         is_summed: whether the local gradient is a summand along the axis; otherwise every rank has all of it.
         whole: the size of the split dim where the parts aren't of one size (`State.padded`): what is sent is padded; else None.
     """
@@ -110,9 +110,14 @@ class TrackedParameter:
         return self.sent_shape.numel() * self.reduce_dtype.itemsize * (1 if self.held is None else self.held.axis.size)
 
     @property
+    def is_scattered(self) -> bool:
+        """Whether every backward leaves each rank its part of the sum: ZeRO level 2."""
+        return self.held is not None and self.held.level == 2
+
+    @property
     def collector(self) -> Tensor:
         """The leaf in whose ``grad`` a pipeline's micro-batches add up their gradients."""
-        return self.leaf if self.receiver is None else self.receiver
+        return self.leaf if self.receiver is None or self.is_scattered else self.receiver
 
     @property
     def is_deferred(self) -> bool:
@@ -135,7 +140,7 @@ class Bucket:
     def sums_always(self) -> bool:
         """Whether every backward sums, under `no_sync` too: ZeRO level 2."""
         held = self.members[0].held
-        return held is not None and held.level == 2 and held.is_summed
+        return held is not None and self.members[0].is_scattered and held.is_summed
 
 
 @dataclass(slots=True, eq=False)
@@ -153,6 +158,11 @@ class PendingSum:
     wait: Callable[[], Tensor] | None
     sent_nbytes: int = 0
     flat: Tensor | None = None
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it was waited for."""
+        return self.wait is None
 
     def settle(self) -> Tensor:
         """Wait for it, and let go of what was sent."""
@@ -236,10 +246,12 @@ def _start_scatter(members: Sequence[TrackedParameter], gradients: list[Tensor],
     first = members[0]
     if not held.is_summed:
         assert first.group is not None, "what is complete is in no bucket"
-        flat = _flatten([rows[held.axis.index] for rows in parts], first.reduce_dtype)
+        # A copy, which the sum may change, and which doesn't hold the whole gradients.
+        flat = torch.cat([rows[held.axis.index] for rows in parts]).to(first.reduce_dtype)
         return PendingSum(tuple(members), _begin_all_reduce(flat, first.group))
     # What is large is a bucket by itself, and isn't copied.
     sent = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(first.reduce_dtype)
+    parts.clear()
     scattered = held.axis.begin_reduce_stack(sent)
 
     def wait() -> Tensor:

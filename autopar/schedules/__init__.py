@@ -7,12 +7,13 @@ list that is proven and simulated is the one that runs.
 Modules, in reading order: ``actions``, ``families``, ``messages``, ``timeline``.
 """
 
-from autopar.schedules.actions import SENDS, Action, Kind, Schedule, StageEdge
+from autopar.schedules.actions import COMPUTING, SENDS, Action, Kind, Schedule, StageEdge
 from autopar.schedules.families import SCHEDULES, check_schedule, forward_only, forwards_first, make_schedule, splits_backward
 from autopar.schedules.messages import add_messages, peaks_in_flight
 from autopar.schedules.timeline import StageTimes, simulate
 
 __all__ = [
+    "COMPUTING",
     "SCHEDULES",
     "SENDS",
     "Action",

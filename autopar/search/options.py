@@ -196,8 +196,8 @@ def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Con
         states += [shard(dim, outer) for outer in bounds]
     layouts = _fitting(tensor, states, mesh)
     pinned = constraints.pins.zero_level
-    # Gradients of micro-batches add up before they are summed, which level 2 doesn't allow; elsewhere it is level 1 with less memory.
-    held = 1 if math.prod(mesh.sizes[: first_rank_axis(mesh)]) > 1 else 2
+    # With micro-batches, level 1 sums gradients once per step and holds them whole, level 2 sums those of each; else 2 is 1 with less memory.
+    held = (1, 2) if math.prod(mesh.sizes[: first_rank_axis(mesh)]) > 1 else (2,)
     for axis, kind in enumerate(constraints.kinds):
         whole = [layout for layout in layouts if layout[axis] == REPLICATE]
         if axis in constraints.copies or kind is AxisKind.CP:
@@ -206,9 +206,10 @@ def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Con
             if pinned != 0:
                 layouts = layouts + _padded_layouts(tensor, layouts, axis, mesh)
             if kind is AxisKind.FREE:
-                layouts = layouts if pinned is not None else layouts + _split_layouts(layouts, axis, held)
+                levels = held if pinned is None else ()
+                layouts = layouts + [layout for level in levels for layout in _split_layouts(layouts, axis, level)]
             elif pinned is None:
-                layouts = [*whole, *_split_layouts(layouts, axis, 3), *_split_layouts(layouts, axis, held)]
+                layouts = [*whole, *(layout for level in (3, *held) for layout in _split_layouts(layouts, axis, level))]
             else:
                 layouts = (_split_layouts(layouts, axis, pinned) if pinned else whole) or whole or layouts
     return layouts

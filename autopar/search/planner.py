@@ -100,8 +100,6 @@ def make_plan(
     tell = progress or (lambda _: None)
     if pins.half_batches:
         pins = replace(pins, pp=None, schedule=None, microbatches=None, chunks=None, recompute=None)  # they say that there is no pipeline
-    elif pins.zero == 2 and pins.asks_for_pipeline:
-        pins = replace(pins, pp=1, microbatches=1)
 
     def attempt(graph: Graph) -> Plan:
         asked = _Asked(cluster, model_name, precision, pins, mesh, stored or {}, first_plan, strict, notes)
@@ -255,7 +253,7 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
     No pipeline is looked at when the mesh is given and pins don't ask for one.
     """
     model, pins, best = request.model, request.pins, results.best
-    if not (pins.asks_for_pipeline or (request.is_open and pins.zero != 2 and not pins.half_batches)):
+    if not (pins.asks_for_pipeline or (request.is_open and not pins.half_batches)):
         return None, ()
     problem = make_pipeline_problem(model, request.chain, request.cluster, pins, returns_loss=model.folded.graph.loss is not None)
     # On one pipeline rank, micro-batches and recomputation only save memory.

@@ -305,6 +305,10 @@ def _cases() -> tuple[Case, ...]:
     cases += [
         Case("llama zero 3 mixed", _llama, 2, {"dp": 2, "zero": 3}, "mixed"),
         Case("llama zero 2 mixed", _llama, 2, {"dp": 2, "zero": 2}, "mixed"),
+        Case("llama zero 1 4 micro-batches", _llama, 2, {"dp": 2, "zero": 1, "microbatches": 4}),
+        Case("llama zero 2 4 micro-batches", _llama, 2, {"dp": 2, "zero": 2, "microbatches": 4}),
+        Case("llama zero 2 mixed 4 micro-batches", _llama, 2, {"dp": 2, "zero": 2, "microbatches": 4}, "mixed"),
+        Case("gpt2 zero 2 4 micro-batches", _gpt2, 2, {"dp": 2, "zero": 2, "microbatches": 4}),
         Case("llama zero 3 recomputed", _llama, 2, {"dp": 2, "zero": 3, "recompute": "full"}),
         Case("llama dp=2 batch 2", _little_batch, 2, {"dp": 2, "zero": 0}),
         Case("llama zero 3 batch 2", _little_batch, 2, {"dp": 2, "zero": 3}),

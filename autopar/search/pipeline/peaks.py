@@ -11,7 +11,9 @@ is while the backward runs block b
 and after it all gradients, while the optimizer updates the parameters. In the forward there is no more than in the backward. Gradients that
 are summed over ranks in buckets are copied into one; those of ZeRO levels 1 and 2 are whole until then.
 
-In a schedule, with h micro-batches in flight, every block is taken to hold h s(i) + g(i) at the same time.
+In a schedule, with h micro-batches in flight, every block is taken to hold h s(i) + g(i) at the same time. Gradients that are summed over
+ranks in the backward of every micro-batch take the place of what this backward has come past: those that wait for their bucket, their copy
+in it, those that are being sent, and the parts that come of them.
 """
 
 from __future__ import annotations
@@ -68,6 +70,10 @@ class StageProfile:
     bucketed: Ints
     unsummed: Ints
     scattered: Ints
+    passing: Ints
+    together: Ints
+    largest: Ints
+    parts: Ints
     update: int
 
     @classmethod
@@ -86,15 +92,18 @@ class StageProfile:
                 memory.bucketed,
                 memory.unsummed,
                 memory.scattered,
+                memory.passing.whole,
+                memory.passing.together,
+                memory.passing.largest,
+                memory.passing.parts,
             )
             for option, memory in zip(options, memories, strict=True)
         ]
-        columns = np.array(rows, dtype=np.int64).reshape(-1, 10).T
+        columns = np.array(rows, dtype=np.int64).reshape(-1, 14).T
         columns[0, :1] += read_before
         update = max((memory.update for memory in memories), default=0)
         saved, waiting, gradients, arriving, copies, *rest = columns
-        workspace, first_workspace, bucketed, unsummed, scattered = rest
-        return cls(saved, waiting, gradients, arriving, copies, workspace, first_workspace, bucketed, unsummed, scattered, update)
+        return cls(saved, waiting, gradients, arriving, copies, *rest, update)
 
 
 def find_peak(stages: Sequence[StageProfile], holdings: Ints, *, is_whole: bool) -> Peak:
@@ -111,7 +120,9 @@ def find_peak(stages: Sequence[StageProfile], holdings: Ints, *, is_whole: bool)
 
 def _find_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) -> list[_Moment]:
     has_first = has_first_backward(holdings)
-    needed = max(int((stage.first_workspace if has_first else stage.workspace).max(initial=0)) for stage in stages)
+    needed = max(
+        int(((stage.first_workspace if has_first else stage.workspace) + _find_passing(stage)).max(initial=0)) for stage in stages
+    )
     moments = []
     for numbers in holdings:
         held = 0
@@ -119,6 +130,19 @@ def _find_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) ->
             held += in_flight * int(stage.saved.sum()) + waiting * int(stage.waiting.sum())
         moments.append(_Moment(held, needed, 0))
     return moments
+
+
+def _find_passing(stage: StageProfile) -> Ints:
+    """Per block the bytes in its backward of gradients that are summed after every micro-batch, beyond what that has freed."""
+    if not stage.passing.any():
+        return stage.passing
+    whole, together, parts = (_behind(column) + column for column in (stage.passing, stage.together, stage.parts))
+    waiting = np.minimum(together, BUCKET_NBYTES)
+    # A sum begins when those before it hold no more than a bucket.
+    sent = np.minimum(whole - waiting, BUCKET_NBYTES + int(stage.largest.max()))
+    arrived = sent * parts // np.maximum(whole, 1)
+    freed = _behind(np.maximum(stage.saved - stage.waiting, 0))
+    return np.maximum(2 * waiting + sent + arrived - freed, 0)
 
 
 def has_first_backward(holdings: Ints) -> bool:

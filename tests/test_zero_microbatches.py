@@ -1,0 +1,254 @@
+"""ZeRO level 2 where a step is many backwards: parts of sums after every micro-batch, with stages and without, what they cost and hold."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autopar
+from autopar.cost_models import Cluster
+from autopar.runtime import scattered, sums
+from tests.processes import Outcomes, run_cases, spawn
+from tests.rounding import check_within_rounding
+from tests.test_zero import CLOSE, _agree, _gradients, _mixed_step, _model, _run_alike
+from tests.zoo import ZOO, labels, tokens
+
+
+def _batch(seed: int) -> dict[str, Tensor]:
+    """Eight samples, which four micro-batches and two ranks split."""
+    return {name: torch.cat([make(seed), make(100 + seed)]) for name, make in (("input_ids", tokens), ("labels", labels))}
+
+
+def _compile(model: nn.Module, level: int = 2, **pins: object) -> autopar.CompiledModule:
+    return autopar.compile(model, pins={"dp": 2, "zero": level, "microbatches": 4, **pins})
+
+
+def steps_are_those_of_one_device() -> None:
+    for name in ("llama", "gpt2"):
+        compiled, twin = _compile(_model(name), microbatches=2), _model(name)
+        _run_alike(compiled, twin)
+        assert compiled.plan.pipeline.microbatches == 2
+        assert {state.level for layout in compiled.plan.layouts.values() for state in layout} >= {2}
+
+
+def mixed_precision_within_rounding() -> None:
+    twin = _model().float()
+    compiled = autopar.compile(_model().float(), pins={"dp": 2, "zero": 2, "microbatches": 2}, precision="mixed")
+    loss = compiled(**_batch(0)).loss
+    loss.backward()
+    check_within_rounding({"loss": loss.detach(), **_gradients(compiled)}, functools.partial(_mixed_step, twin))
+    assert {p.grad.dtype for p in compiled.parameters() if p.grad is not None} == {torch.float32}
+
+
+def every_backward_leaves_parts() -> None:
+    twin, model = _model(), _compile(_model())
+    for seed in range(3):
+        with model.no_sync() if seed < 2 else nullcontext():
+            model(**_batch(seed)).loss.backward(retain_graph=seed == 1)
+        twin(**_batch(seed)).loss.backward()
+        # Under `no_sync` too.
+        _agree(_gradients(model), _gradients(twin))
+
+
+def sums_are_of_every_micro_batch_and_hold_a_bucket() -> None:
+    twin = _model()
+    twin(**_batch(0)).loss.backward()
+    counts = {}
+    for level in (1, 2):
+        plan = autopar.plan(_model(), _batch(0), "2xcpu", pins={"dp": 2, "zero": level, "microbatches": 4})
+        model = autopar.compile(_model(), plan=replace(plan, bucket_nbytes=1))
+        seen: list[int] = []
+
+        def start(members: Any, pending: Any, limit: int, seen: list[int] = seen) -> None:
+            sums.start_sum(members, pending, limit)
+            seen.append(sum(one.sent_nbytes > 0 for one in pending))
+
+        with mock.patch.object(scattered, "start_sum", start), mock.patch("autopar.runtime.gradients.start_sum", start):
+            model(**_batch(0)).loss.backward()
+        _agree(_gradients(model), _gradients(twin))
+        counts[level] = len(seen)
+        if level == 2:
+            assert max(seen) == 1
+    assert counts[2] == 4 * counts[1] > 40
+
+
+def no_whole_gradient_waits() -> None:
+    # What a backward hands over is let go at once, but for small parameters, which share a message.
+    plan = autopar.plan(_model(), _batch(0), "2xcpu", pins={"dp": 2, "zero": 2, "microbatches": 4})
+    model = autopar.compile(_model(), plan=replace(plan, bucket_nbytes=1))
+    waiting: list[int] = []
+    flush = scattered.ScatteredSums.flush
+
+    def look(self: scattered.ScatteredSums, stage: int) -> None:
+        waiting.append(sum(entry.gradient is not None for entry in self._tracked.values()))
+        flush(self, stage)
+        assert all(entry.gradient is None for entry in self._tracked.values())
+        assert all(entry.receiver is None or entry.receiver.grad is None for entry in self._tracked.values())
+
+    with mock.patch.object(scattered.ScatteredSums, "flush", look):
+        model(**_batch(0)).loss.backward()
+    assert waiting == [0] * 4
+
+
+def a_loss_outside_of_the_model() -> None:
+    twin, model = _model(), _compile(_model())
+    for called in (twin, model):
+        logits = called(input_ids=_batch(0)["input_ids"]).logits
+        nn.functional.cross_entropy(logits.flatten(0, 1), _batch(0)["labels"].flatten()).backward()
+    _agree(_gradients(model), _gradients(twin))
+
+
+class _Odd(nn.Module):
+    """Sizes that two ranks don't divide, what every rank has whole, a scalar, and a parameter that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.odd, self.scale = nn.Linear(8, 5), nn.Linear(5, 5), nn.Parameter(torch.ones(()))
+        self.table = nn.Parameter(torch.randn(3, 7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.odd(torch.tanh(self.odd(self.inner(x)))) * self.scale).square().mean() + self.table.square().mean()
+
+
+def unequal_parts_and_what_is_complete_on_every_rank() -> None:
+    torch.manual_seed(0)
+    odd, x = _Odd(), torch.randn(16, 8)
+    twin = copy.deepcopy(odd)
+    model = _compile(odd)
+    for _ in range(2):
+        twin(x).backward()
+        model(x).backward()
+    _agree(_gradients(model), _gradients(twin))
+    assert any(state.padded for layout in model.plan.layouts.values() for state in layout)
+
+
+def a_step_that_fails_leaves_the_next_one_right() -> None:
+    twin, model = _model(), _compile(_model())
+    twin(**_batch(1)).loss.backward()
+    model(**_batch(0)).loss.backward()
+    model.zero_grad()
+    start, calls = sums.start_sum, []
+
+    def fail(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise ValueError("on every rank")
+        start(*arguments)
+
+    with mock.patch.object(scattered, "start_sum", fail), pytest.raises(autopar.AutoparError, match="on every rank"):
+        model(**_batch(0))
+    model(**_batch(1)).loss.backward()
+    _agree(_gradients(model), _gradients(twin))
+
+
+CASES = (
+    steps_are_those_of_one_device,
+    mixed_precision_within_rounding,
+    every_backward_leaves_parts,
+    sums_are_of_every_micro_batch_and_hold_a_bucket,
+    no_whole_gradient_waits,
+    a_loss_outside_of_the_model,
+    unequal_parts_and_what_is_complete_on_every_rank,
+    a_step_that_fails_leaves_the_next_one_right,
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return run_cases(tmp_path_factory.mktemp("zero"), CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_in_two_processes(outcomes: Outcomes, case: Callable[[], None]) -> None:
+    outcomes.check(case.__name__)
+
+
+PIPELINES = (
+    ("llama", {"schedule": "1f1b", "microbatches": 4}),
+    ("llama", {"schedule": "zb-v", "microbatches": 4}),
+    ("gpt2", {"schedule": "interleaved", "microbatches": 2}),  # its embedding and its head are one parameter, on two pipeline ranks
+    ("gpt2", {"schedule": "zb-h1", "microbatches": 2, "recompute": "full"}),
+    ("gpt2", {"schedule": "zb-v", "microbatches": 2}),  # and on one, in two stages
+    ("gpt2", {"schedule": "gpipe", "microbatches": 2}),
+)
+
+
+def _pipelines(rank: int) -> None:
+    torch.set_default_dtype(torch.float64)
+    for name, pins in PIPELINES:
+        torch.manual_seed(0)
+        twin = _model(name)
+        torch.manual_seed(0)
+        model = _compile(_model(name), pp=2, **pins)
+        for seed in range(2):
+            with model.no_sync() if seed == 0 else nullcontext():
+                loss = model(**_batch(seed)).loss
+                loss.backward()
+            expected = twin(**_batch(seed)).loss
+            expected.backward()
+            torch.testing.assert_close(loss, expected, **CLOSE)
+        assert model.plan.pipeline.ranks == 2
+        assert any(state.level == 2 for layout in model.plan.layouts.values() for state in layout)
+        for key, p in model.named_parameters():
+            torch.testing.assert_close(p.grad.full_tensor(), dict(twin.named_parameters())[key].grad, rtol=0, atol=1e-12)
+        asked = torch.autograd.grad(model(**_batch(4)).loss, list(model.parameters()))
+        wanted = torch.autograd.grad(twin(**_batch(4)).loss, list(twin.parameters()))
+        for x, y in zip(asked, wanted, strict=True):
+            torch.testing.assert_close(x.full_tensor(), y, rtol=0, atol=1e-12)
+
+
+def test_pipelines_in_four_processes(tmp_path: Path) -> None:
+    spawn(4, tmp_path, _pipelines)
+
+
+def _rows(plan: autopar.Plan, purpose: str) -> dict[str, int]:
+    return {row.collective: row.nbytes for row in plan.traffic if row.purpose == purpose and row.axis == "dp"}
+
+
+@pytest.mark.parametrize("pins", [{}, {"pp": 2, "schedule": "1f1b"}])
+def test_the_price_of_parts(pins: Mapping[str, object]) -> None:
+    model, batch = ZOO["llama"]()[0].float(), _batch(0)
+    ranks = 2 * (2 if pins else 1)
+    plans = {
+        (level, count): autopar.plan(
+            model, batch, f"{ranks}xcpu", pins={"dp": 2, "zero": level, "microbatches": count, "recompute": "none", **pins}
+        )
+        for level in (1, 2)
+        for count in (2, 4)
+    }
+    nbytes = sum(p.nbytes for p in model.parameters()) // (ranks // 2)
+    for (level, count), plan in plans.items():
+        sums_per_step = count if level == 2 else 1
+        assert _rows(plan, "gradients")["reduce_scatter"] == pytest.approx(sums_per_step * nbytes, rel=1e-6)
+        assert _rows(plan, "parameters") == {"all_gather": pytest.approx(nbytes, rel=1e-6)}
+    for count in (2, 4):
+        whole, parts = plans[1, count], plans[2, count]
+        assert whole.memory.gradients == 3 * parts.memory.gradients
+        assert whole.seconds.step < parts.seconds.step
+
+
+def test_the_search_pays_for_parts_where_memory_needs_them() -> None:
+    model, batch = ZOO["llama"]()[0], _batch(0)
+    pins = {"dp": 2, "microbatches": 4, "recompute": "none", "prefetch": 0}
+    cluster = Cluster.parse("2xcpu")
+    pinned = {level: autopar.plan(model, batch, cluster, pins={**pins, "zero": level}) for level in range(4)}
+    roomy = autopar.plan(model, batch, cluster, pins=pins)
+    for level, plan in pinned.items():
+        assert roomy.seconds.step <= plan.seconds.step * (1 + 1e-5), level
+    parts = pinned[2]
+    tight = cluster.with_memory(parts.memory.total * 101 // 100)
+    plan = autopar.plan(model, batch, tight, pins=pins)
+    assert plan.memory.total <= tight.machine.device.memory_bytes
+    levels = {state.level for layout in plan.layouts.values() for state in layout if str(state) != "R"}
+    assert levels & {0, 2}
+    assert plan.seconds.step <= parts.seconds.step * (1 + 1e-5)
