@@ -323,9 +323,9 @@ def micro_batches() -> None:
             check_within_rounding({"loss": loss.detach(), **_gradients(compiled)}, step)
 
 
-def _mixed_step(twin: nn.Module) -> dict[str, Tensor]:
+def _mixed_step(twin: nn.Module, batch: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     twin.zero_grad()
-    loss = call_in_precision(twin, (), _batch(0), PRECISIONS["mixed"]).loss
+    loss = call_in_precision(twin, (), batch or _batch(0), PRECISIONS["mixed"]).loss
     loss.backward()
     return {"loss": loss.detach(), **{name: p.grad.clone() for name, p in twin.named_parameters() if p.grad is not None}}
 

@@ -256,8 +256,7 @@ class StageRunner:
         axis = self.axis
         messages = []
         # At ZeRO level 2 every user of a parameter has a part of the sum.
-        leaves = {slot.name: self.scattered.find_leaf(slot.name) for slot in self._shared}
-        leaves = {name: self.leaves[name] if leaf is None else leaf for name, leaf in leaves.items()}
+        leaves = {slot.name: self.scattered.find_leaf(slot.name, self.leaves[slot.name]) for slot in self._shared}
         for slot in self._shared:
             leaf, owner = leaves[slot.name], slot.owner
             if owner != self.pipeline_rank and leaf.requires_grad:

@@ -1,9 +1,9 @@
 """Gradients of a pipeline's micro-batches of which each rank gets its part of the sum after every backward: ZeRO level 2.
 
 Comes in: the local gradients of parameters, which the backwards of micro-batches hand over one by one. Goes out: in the ``grad`` of each
-parameter's leaf, the stored part of the sum over ranks and micro-batches. So a rank never has more whole gradients than a bucket and what is
-under way. The gradients of one micro-batch are summed over ranks in the dtype of sums, what comes of the micro-batches is added up in the
-stored dtype.
+parameter's leaf, the stored part of the sum over ranks and micro-batches. So a rank never has more whole gradients than a bucket and what
+is under way. The gradients of one micro-batch are summed over ranks in the dtype of sums; what comes of the micro-batches is added up in
+the stored dtype.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class ScatteredSums:
         self._bucket_nbytes = bucket_nbytes
         uses = Counter(name for names in stages.values() for name in names)
         # What several stages use waits for no other parameter: their backwards take turns.
-        own = {stage: [self._tracked[name] for name in names if name in self._tracked and uses[name] == 1] for stage, names in stages.items()}
+        own = {
+            stage: [self._tracked[name] for name in names if name in self._tracked and uses[name] == 1] for stage, names in stages.items()
+        }
         self._buckets = {stage: fill_buckets(entries, bucket_nbytes) for stage, entries in own.items()}
         self._bucket_of = {entry.name: bucket for buckets in self._buckets.values() for bucket in buckets for entry in bucket.members}
-        self._bucket_of |= {
-            name: Bucket((entry,)) for name, entry in self._tracked.items() if uses[name] > 1 and entry.is_deferred
-        }
+        self._bucket_of |= {name: Bucket((entry,)) for name, entry in self._tracked.items() if uses[name] > 1 and entry.is_deferred}
         self._pending_sums: list[PendingSum] = []
 
     def find_receiver(self, name: str) -> Callable[[Tensor], None] | None:
@@ -47,10 +47,10 @@ class ScatteredSums:
         entry = self._tracked.get(name)
         return None if entry is None else partial(self._receive, entry)
 
-    def find_leaf(self, name: str) -> Tensor | None:
-        """The leaf in whose ``grad`` the stored part of a parameter's gradient adds up; None for one that isn't among these."""
+    def find_leaf(self, name: str, other: Tensor) -> Tensor:
+        """The leaf in whose ``grad`` the stored part of a parameter's gradient adds up; `other` for one that isn't among these."""
         entry = self._tracked.get(name)
-        return None if entry is None else entry.leaf
+        return other if entry is None else entry.leaf
 
     def _receive(self, entry: TrackedParameter, gradient: Tensor) -> None:
         """Take a local gradient of what the program was given, and start the sum of its bucket if that is full."""

@@ -196,7 +196,7 @@ def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Con
         states += [shard(dim, outer) for outer in bounds]
     layouts = _fitting(tensor, states, mesh)
     pinned = constraints.pins.zero_level
-    # With micro-batches, level 1 sums gradients once per step and holds them whole, level 2 sums those of each; else 2 is 1 with less memory.
+    # With micro-batches, level 1 holds whole gradients and sums them once, level 2 sums those of each; else 2 is 1 with less memory.
     held = (1, 2) if math.prod(mesh.sizes[: first_rank_axis(mesh)]) > 1 else (2,)
     for axis, kind in enumerate(constraints.kinds):
         whole = [layout for layout in layouts if layout[axis] == REPLICATE]

@@ -317,6 +317,7 @@ def _cases() -> tuple[Case, ...]:
         Case("llama 1f1b", _llama, 2, {"pp": 2, "schedule": "1f1b", "microbatches": 4}),
         Case("gpt2 1f1b recomputed", _gpt2, 2, {"pp": 2, "schedule": "1f1b", "microbatches": 4, "recompute": "full"}),
         Case("llama gpipe", _llama, 2, {"pp": 2, "schedule": "gpipe", "microbatches": 4}),
+        Case("llama 1f1b zero 2", _llama, 4, {"pp": 2, "dp": 2, "zero": 2, "schedule": "1f1b", "microbatches": 4}),
     ]
     return tuple(cases)
 

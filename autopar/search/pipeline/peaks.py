@@ -12,8 +12,8 @@ and after it all gradients, while the optimizer updates the parameters. In the f
 are summed over ranks in buckets are copied into one; those of ZeRO levels 1 and 2 are whole until then.
 
 In a schedule, with h micro-batches in flight, every block is taken to hold h s(i) + g(i) at the same time. Gradients that are summed over
-ranks in the backward of every micro-batch take the place of what this backward has come past: those that wait for their bucket, their copy
-in it, those that are being sent, and the parts that come of them.
+ranks in the backward of every micro-batch take the place of what this backward has freed: those that wait for their bucket, their copy in
+it, those that are being sent, and the parts that come of them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _Moment(NamedTuple):
     absent: int
 
 
-NO_MEMORY = BlockMemory(*[0] * 7)
+NO_MEMORY = BlockMemory(0, 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +99,13 @@ class StageProfile:
             )
             for option, memory in zip(options, memories, strict=True)
         ]
-        columns = np.array(rows, dtype=np.int64).reshape(-1, 14).T
+        columns = np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMNS)).T
         columns[0, :1] += read_before
         update = max((memory.update for memory in memories), default=0)
-        saved, waiting, gradients, arriving, copies, *rest = columns
-        return cls(saved, waiting, gradients, arriving, copies, *rest, update)
+        return cls(**dict(zip(_COLUMNS, columns, strict=True)), update=update)
+
+
+_COLUMNS = tuple(name for name in StageProfile.__dataclass_fields__ if name != "update")
 
 
 def find_peak(stages: Sequence[StageProfile], holdings: Ints, *, is_whole: bool) -> Peak:
@@ -120,9 +122,7 @@ def find_peak(stages: Sequence[StageProfile], holdings: Ints, *, is_whole: bool)
 
 def _find_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) -> list[_Moment]:
     has_first = has_first_backward(holdings)
-    needed = max(
-        int(((stage.first_workspace if has_first else stage.workspace) + _find_passing(stage)).max(initial=0)) for stage in stages
-    )
+    needed = max(_find_needed(stage, stage.first_workspace if has_first else stage.workspace) for stage in stages)
     moments = []
     for numbers in holdings:
         held = 0
@@ -132,17 +132,18 @@ def _find_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) ->
     return moments
 
 
-def _find_passing(stage: StageProfile) -> Ints:
-    """Per block the bytes in its backward of gradients that are summed after every micro-batch, beyond what that has freed."""
+def _find_needed(stage: StageProfile, workspace: Ints) -> int:
+    """The most that a stage needs while it runs, with gradients that every micro-batch sums, beyond what its backward has freed."""
     if not stage.passing.any():
-        return stage.passing
+        return int(workspace.max(initial=0))
     whole, together, parts = (_behind(column) + column for column in (stage.passing, stage.together, stage.parts))
     waiting = np.minimum(together, BUCKET_NBYTES)
     # A sum begins when those before it hold no more than a bucket.
     sent = np.minimum(whole - waiting, BUCKET_NBYTES + int(stage.largest.max()))
-    arrived = sent * parts // np.maximum(whole, 1)
-    freed = _behind(np.maximum(stage.saved - stage.waiting, 0))
-    return np.maximum(2 * waiting + sent + arrived - freed, 0)
+    beside = waiting + sent + sent * parts // np.maximum(whole, 1) - _behind(np.maximum(stage.saved - stage.waiting, 0))
+    # What waits is copied when there is enough of it, or when the backward has ended.
+    copied = np.where(together < BUCKET_NBYTES, 0, waiting)
+    return max(int((workspace + np.maximum(beside + copied, 0)).max()), int(beside[0] + waiting[0]))
 
 
 def has_first_backward(holdings: Ints) -> bool:
