@@ -87,21 +87,36 @@ def sums_are_of_every_micro_batch_and_hold_a_bucket() -> None:
 
 
 def no_whole_gradient_waits() -> None:
-    # What a backward hands over is let go at once, but for small parameters, which share a message.
     plan = autopar.plan(_model(), _batch(0), "2xcpu", pins={"dp": 2, "zero": 2, "microbatches": 4})
     model = autopar.compile(_model(), plan=replace(plan, bucket_nbytes=1))
     waiting: list[int] = []
-    flush = scattered.ScatteredSums.flush
+    events: list[str] = []
+    flush, receive = scattered.ScatteredSums.flush, scattered.ScatteredSums._receive
 
     def look(self: scattered.ScatteredSums, stage: int) -> None:
         waiting.append(sum(entry.gradient is not None for entry in self._tracked.values()))
         flush(self, stage)
-        assert all(entry.gradient is None for entry in self._tracked.values())
         assert all(entry.receiver is None or entry.receiver.grad is None for entry in self._tracked.values())
+        events.append("end")
 
-    with mock.patch.object(scattered.ScatteredSums, "flush", look):
+    def take(self: scattered.ScatteredSums, entry: Any, gradient: Tensor) -> None:
+        events.append("take")
+        receive(self, entry, gradient)
+
+    def unpack(x: Tensor) -> Tensor:
+        events.append("compute")
+        return x
+
+    with (
+        mock.patch.object(scattered.ScatteredSums, "flush", look),
+        mock.patch.object(scattered.ScatteredSums, "_receive", take),
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack),
+    ):
         model(**_batch(0)).loss.backward()
     assert waiting == [0] * 4
+    # Gradients are taken as the backward goes, not when it has ended.
+    backwards = " ".join(events).split("end")[:4]
+    assert all(backward.count("take compute") > 5 for backward in backwards)
 
 
 def a_loss_outside_of_the_model() -> None:

@@ -275,7 +275,7 @@ class _Backward:
         self._buffers: list[_Buffer] = []
         self._gradients: dict[Value, _Buffer] = {}
         self._own = [0, 0]  # gradients of parameters: of all that were made, and of the call that runs
-        self._passing = 0  # of the call that runs, those that are summed over ranks at once (`BlockMemory.passing`)
+        self._at_once = 0  # of the call that runs, those that are summed over ranks at once (`BlockMemory.scatters`)
         self._is_reading = bool(regions)
 
     def run(self) -> None:
@@ -289,8 +289,8 @@ class _Backward:
                 self._gradients[value] = self._make(self.solved.nbytes(value))
         for index in range(len(block.ops) - 1, -1, -1):
             op = block.ops[index]
-            self._own = [self._own[0] - self._passing, 0]
-            self._passing = 0
+            self._own = [self._own[0] - self._at_once, 0]
+            self._at_once = 0
             self._is_reading = self._is_reading or block.reads_gathered(index)
             arrived = [self._gradients.pop(value) for value in op.values if value in self._gradients]
             if index in self._regions:
@@ -327,7 +327,7 @@ class _Backward:
             elif solved.graph.by_name[journey.value.op].kind is OpKind.PARAMETER:
                 nbytes = block.gradient_nbytes(journey)
                 self._own = [own + nbytes for own in self._own]
-                self._passing += nbytes if block.sums_each(journey) else 0
+                self._at_once += nbytes if block.sums_each(journey) else 0
             else:
                 made.append((journey, self._make(solved.nbytes(journey.value, journey.need))))
         for journey in block.moved[index]:

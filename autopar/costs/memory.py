@@ -25,7 +25,7 @@ from autopar.structure import find_source
 
 
 @dataclass(frozen=True, slots=True)
-class Passing:
+class Scatters:
     """Bytes of local gradients in the dtype of sums, which a backward makes and a sum over ranks takes.
 
     Attributes:
@@ -40,10 +40,10 @@ class Passing:
     largest: int = 0
     parts: int = 0
 
-    def add(self, whole: int, part: int) -> Passing:
+    def add(self, whole: int, part: int) -> Scatters:
         """With one more gradient, of which this rank gets a part."""
         shared = whole if whole < MESSAGE_NBYTES else 0
-        return Passing(self.whole + whole, self.together + shared, max(self.largest, whole), self.parts + part)
+        return Scatters(self.whole + whole, self.together + shared, max(self.largest, whole), self.parts + part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class BlockMemory:
         arriving: gradients that the block's first backward makes; of a parameter that several blocks of a stage read, the last makes it.
         bucketed: local gradients that are summed over ranks in buckets.
         unsummed: those among them of which a rank keeps a part (ZeRO levels 1 and 2), and `scattered`: these parts.
-        passing: local gradients that are summed after every micro-batch (ZeRO level 2).
+        scatters: local gradients that are summed after every micro-batch (ZeRO level 2).
         unread: by how much `workspace` is less while gathered parameters are there, in a block whose backward comes first.
         largest: of the parameters that are gathered from parts, or of their whole gradients, the one with most.
         update: the optimizer's states of the parameter with most: what a step needs beside these is of that size.
@@ -81,7 +81,7 @@ class BlockMemory:
     bucketed: int = 0
     unsummed: int = 0
     scattered: int = 0
-    passing: Passing = Passing()
+    scatters: Scatters = Scatters()
     unread: int = 0
     largest: int = 0
     update: int = 0
@@ -103,7 +103,7 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
     Where all blocks run on the same ranks, a parameter that several blocks read counts with the first of them only.
     """
     parameters = copies = gradients = optimizer = bucketed = unsummed = scattered = update = 0
-    passing = Passing()
+    scatters = Scatters()
     for name in solved.reads.parameters[number]:
         is_first = solved.reads.first_block[name] == number
         if solved.is_one_stage and not is_first:
@@ -122,21 +122,25 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
         whole = _given_gradient_nbytes(solved, value)
         if solved.tables.sums_each(solved.stored(name)):
             part = reduced_nbytes(solved.graph.tensor(value), local_nbytes(solved.graph.tensor(value), solved.stored(name), solved.mesh))
-            passing = passing.add(whole, part)
+            scatters = scatters.add(whole, part)
         elif is_first:
-            bucketed += whole
-            if any(state.level for state in solved.stored(name)):
+            held = [state for state in solved.stored(name) if state.level]
+            # Over micro-batches a whole gradient adds up: it is in `gradients`, and is sent from there if it can be.
+            adds_up = bool(held) and solved.tables.has_microbatches
+            is_sent_alone = adds_up and held[0].dim == 0 and MESSAGE_NBYTES <= whole == kept.gradient - kept.stored
+            bucketed += 0 if is_sent_alone else whole
+            if held and not adds_up:
                 unsummed += whole
                 scattered += kept.stored
-    held = find_held(solved, number, ())
-    workspace = find_workspace(solved, number, held)
+    saved = find_held(solved, number, ())
+    workspace = find_workspace(solved, number, saved)
     waiting, added = _tied_nbytes(solved, number)
     return BlockMemory(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
         outputs=sum(solved.nbytes(value, solved.sharding.outputs[position]) for position, value in solved.reads.outputs[number]),
-        saved=held.nbytes,
+        saved=saved.nbytes,
         waiting=_waiting_nbytes(solved, number),
         workspace=workspace.later + waiting + added,
         first_workspace=workspace.first + added,
@@ -145,7 +149,7 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
         bucketed=bucketed,
         unsummed=unsummed,
         scattered=scattered,
-        passing=passing,
+        scatters=scatters,
         unread=workspace.unread,
         largest=_largest_gathered(solved, number),
         update=update,

@@ -350,9 +350,14 @@ class CostTables:
                     gathered += seconds * (1 - gather_overlap) if collective in _BESIDE_COMPUTING else seconds
         return gathered, deferred * (1 - self.device.overlap)
 
+    @property
+    def has_microbatches(self) -> bool:
+        """Whether a step is more than one micro-batch."""
+        return self.first_axis > 0 and self.mesh.sizes[0] > 1
+
     def sums_each(self, layout: Layout) -> bool:
         """Whether the gradient of a parameter that is stored so is summed over ranks after every micro-batch, and added up in parts."""
-        return self.first_axis > 0 and self.mesh.sizes[0] > 1 and any(state.level == 2 for state in layout)
+        return self.has_microbatches and any(state.level == 2 for state in layout)
 
     def bucket_seconds(self, collective: Collective, axis: int, nbytes: int) -> float:
         """Seconds of a collective that a parameter takes part in once per step, together with others.

@@ -70,7 +70,7 @@ class StageProfile:
     bucketed: Ints
     unsummed: Ints
     scattered: Ints
-    passing: Ints
+    scattered_each: Ints
     together: Ints
     largest: Ints
     parts: Ints
@@ -92,10 +92,10 @@ class StageProfile:
                 memory.bucketed,
                 memory.unsummed,
                 memory.scattered,
-                memory.passing.whole,
-                memory.passing.together,
-                memory.passing.largest,
-                memory.passing.parts,
+                memory.scatters.whole,
+                memory.scatters.together,
+                memory.scatters.largest,
+                memory.scatters.parts,
             )
             for option, memory in zip(options, memories, strict=True)
         ]
@@ -134,9 +134,9 @@ def _find_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) ->
 
 def _find_needed(stage: StageProfile, workspace: Ints) -> int:
     """The most that a stage needs while it runs, with gradients that every micro-batch sums, beyond what its backward has freed."""
-    if not stage.passing.any():
+    if not stage.scattered_each.any():
         return int(workspace.max(initial=0))
-    whole, together, parts = (_behind(column) + column for column in (stage.passing, stage.together, stage.parts))
+    whole, together, parts = (_behind(column) + column for column in (stage.scattered_each, stage.together, stage.parts))
     waiting = np.minimum(together, BUCKET_NBYTES)
     # A sum begins when those before it hold no more than a bucket.
     sent = np.minimum(whole - waiting, BUCKET_NBYTES + int(stage.largest.max()))
