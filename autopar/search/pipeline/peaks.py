@@ -134,16 +134,22 @@ def _find_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) ->
 
 def _find_needed(stage: StageProfile, workspace: Ints) -> int:
     """The most that a stage needs while it runs, with gradients that every micro-batch sums, beyond what its backward has freed."""
+    sums, at_end = _find_sums(stage)
+    freed = _behind(np.maximum(stage.saved - stage.waiting, 0))
+    return max(int((workspace + np.maximum(sums - freed, 0)).max(initial=0)), at_end - int(freed.max(initial=0)))
+
+
+def _find_sums(stage: StageProfile) -> tuple[Ints, int]:
+    """Bytes of gradients that are summed after every micro-batch, during the backward of each block and when it has ended."""
     if not stage.scattered_each.any():
-        return int(workspace.max(initial=0))
+        return stage.scattered_each, 0
     whole, together, parts = (_behind(column) + column for column in (stage.scattered_each, stage.together, stage.parts))
     waiting = np.minimum(together, BUCKET_NBYTES)
     # A sum begins when those before it hold no more than a bucket.
     sent = np.minimum(whole - waiting, BUCKET_NBYTES + int(stage.largest.max()))
-    beside = waiting + sent + sent * parts // np.maximum(whole, 1) - _behind(np.maximum(stage.saved - stage.waiting, 0))
+    sums = waiting + sent + sent * parts // np.maximum(whole, 1)
     # What waits is copied when there is enough of it, or when the backward has ended.
-    copied = np.where(together < BUCKET_NBYTES, 0, waiting)
-    return max(int((workspace + np.maximum(beside + copied, 0)).max()), int(beside[0] + waiting[0]))
+    return sums + np.where(together < BUCKET_NBYTES, 0, waiting), int(sums[0] + waiting[0])
 
 
 def has_first_backward(holdings: Ints) -> bool:
