@@ -124,23 +124,23 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
             part = reduced_nbytes(solved.graph.tensor(value), local_nbytes(solved.graph.tensor(value), solved.stored(name), solved.mesh))
             scatters = scatters.add(whole, part)
         elif is_first:
-            held = [state for state in solved.stored(name) if state.level]
+            split = [state for state in solved.stored(name) if state.level]
             # Over micro-batches a whole gradient adds up: it is in `gradients`, and is sent from there if it can be.
-            adds_up = bool(held) and solved.tables.has_microbatches
-            is_sent_alone = adds_up and held[0].dim == 0 and MESSAGE_NBYTES <= whole == kept.gradient - kept.stored
+            adds_up = bool(split) and solved.tables.has_microbatches
+            is_sent_alone = adds_up and split[0].dim == 0 and MESSAGE_NBYTES <= whole == kept.gradient - kept.stored
             bucketed += 0 if is_sent_alone else whole
-            if held and not adds_up:
+            if split and not adds_up:
                 unsummed += whole
                 scattered += kept.stored
-    saved = find_held(solved, number, ())
-    workspace = find_workspace(solved, number, saved)
+    held = find_held(solved, number, ())
+    workspace = find_workspace(solved, number, held)
     waiting, added = _tied_nbytes(solved, number)
     return BlockMemory(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
         outputs=sum(solved.nbytes(value, solved.sharding.outputs[position]) for position, value in solved.reads.outputs[number]),
-        saved=saved.nbytes,
+        saved=held.nbytes,
         waiting=_waiting_nbytes(solved, number),
         workspace=workspace.later + waiting + added,
         first_workspace=workspace.first + added,
