@@ -38,11 +38,10 @@ def _compile(model: nn.Module, level: int = 2, **pins: object) -> autopar.Compil
 
 
 def steps_are_those_of_one_device() -> None:
-    for name in ("llama", "gpt2"):
-        compiled, twin = _compile(_model(name), microbatches=2), _model(name)
-        _run_alike(compiled, twin)
-        assert compiled.plan.pipeline.microbatches == 2
-        assert {state.level for layout in compiled.plan.layouts.values() for state in layout} >= {2}
+    compiled, twin = _compile(_model(), microbatches=2), _model()
+    _run_alike(compiled, twin)
+    assert compiled.plan.pipeline.microbatches == 2
+    assert {state.level for layout in compiled.plan.layouts.values() for state in layout} >= {2}
 
 
 def mixed_precision_within_rounding() -> None:
@@ -205,7 +204,6 @@ PIPELINES = (
     ("gpt2", {"schedule": "interleaved", "microbatches": 2}),  # its embedding and its head are one parameter, on two pipeline ranks
     ("gpt2", {"schedule": "zb-h1", "microbatches": 2, "recompute": "full"}),
     ("gpt2", {"schedule": "zb-v", "microbatches": 2}),  # and on one, in two stages
-    ("gpt2", {"schedule": "gpipe", "microbatches": 2}),
 )
 
 
