@@ -271,9 +271,7 @@ Moved = tuple[int, str, int, float]
 """A collective for a parameter: axis, name, bytes, seconds."""
 
 
-def _add_moved(
-    solved: SolvedChain, sums: RowSums, phase: str, purpose: str, moved: Moved, hidden_share: float, layer: str
-) -> None:
+def _add_moved(solved: SolvedChain, sums: RowSums, phase: str, purpose: str, moved: Moved, hidden_share: float, layer: str) -> None:
     """Add the entry of a collective of whose seconds the share `hidden_share` runs beside computing."""
     axis, collective, nbytes, seconds = moved
     sums.add(
