@@ -1,8 +1,10 @@
 """What the processes of a run reach on this machine, measured in turns with the steps that it predicts; and races of plans beside that.
 
 In a profile that was measured on an idle machine the ranks have their cores, caches and memory to themselves. Here all ranks of a gloo
-group do the same at the same time, one thread each, so that whatever slows the steps down slows the measured rates too. Run as a program
-it prints the rates of two processes.
+group do the same at the same time, one thread each, so that whatever slows the steps down slows the measured rates too. An exchange is
+measured as a step has it, between products: what the products take longer with it is its price. That holds the wait for the slower rank
+and caches that products have filled, neither of which shows where ranks do nothing but exchange. Run as a program it prints the rates of
+two processes.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ from tests.processes import spawn
 # Bytes of a gathered tensor: those of the parameters and activations of a small model.
 _SIZES = (2**10, 2**18, 2**20, 2**22)
 # Samples of each per turn: many, as they are as short as single ops of a step.
-_SAMPLES = 5
+_SAMPLES = 3
+# Products in a chain with an exchange after each.
+_LINKS = 4
 # Rows, features in and features out of the products; the first counts for the price of a small one.
 _PRODUCTS = ((32, 64, 64), (256, 512, 512), (256, 512, 1408))
 
@@ -65,21 +69,22 @@ class Probes:
                 self._time(f"product {number}", partial(self._multiply, number))
             self._time("pointwise", lambda: self._memory + self._memory)
             self._time("launch", lambda: [self._memory[:64] + 1 for _ in range(100)])
+            self._time("chain", self._chain)
             for size in _SIZES:
-                self._time(f"gather {size}", partial(self._exchange, self._axis.begin_gather_stack, self._next(size)[0]))
-                self._time(f"reduce {size}", partial(self._exchange, self._axis.begin_reduce_stack, self._next(size)))
-            self._time("both", partial(self._exchange, self._axis.begin_gather_stack, self._next(_SIZES[-1])[0], 2))
+                self._time(f"gather {size}", partial(self._chain, partial(self._begin_gather, size)))
+                self._time(f"reduce {size}", partial(self._chain, partial(self._begin_reduce, size)))
+            self._time("ahead", partial(self._chain, partial(self._begin_gather, _SIZES[-1]), ahead=True))
 
     def machine(self, rounds: Sequence[int]) -> Machine:
         """The profile of CPUs, with the medians of the samples of some rounds in it."""
         profile = find_machine("cpu")
         kept = [self._times[number] for number in rounds]
         middle = {name: statistics.median(seconds for times in kept for seconds in times[name]) for name in kept[0]}
-        latency = statistics.mean(middle[f"{kind} {_SIZES[0]}"] for kind in ("gather", "reduce"))
+        price = {name: (seconds - middle["chain"]) / _LINKS for name, seconds in middle.items()}
+        latency = max(0.0, statistics.mean(price[f"{kind} {_SIZES[0]}"] for kind in ("gather", "reduce")))
         moved = (self._axis.size - 1) / self._axis.size
-        sent = [(moved * size, middle[f"{kind} {size}"]) for kind in ("gather", "reduce") for size in _SIZES[1:]]
+        sent = [(moved * size, price[f"{kind} {size}"]) for kind in ("gather", "reduce") for size in _SIZES[1:]]
         rate = sum(nbytes for nbytes, _ in sent) / max(sum(seconds - latency for _, seconds in sent), 1e-6)
-        gather, beside = middle[f"gather {_SIZES[-1]}"], middle["product 2"]
         flops = [2.0 * rows * features * out for rows, features, out in _PRODUCTS]
         peak = max(flops[number] / middle[f"product {number}"] for number in range(1, len(flops)))
         device = dataclasses.replace(
@@ -91,7 +96,7 @@ class Probes:
             mem_bandwidth_bytes_per_s=3 * self._memory.nbytes / middle["pointwise"],
             mem_efficiency=1.0,
             launch_seconds=max(middle["launch"] / 100, profile.device.launch_seconds),
-            overlap=min(1.0, max(0.0, (gather + beside - middle["both"]) / min(gather, beside))),
+            overlap=min(1.0, max(0.0, 1 - price["ahead"] / max(price[f"gather {_SIZES[-1]}"], 1e-6))),
         )
         link = dataclasses.replace(profile.intra, latency_seconds=latency, bandwidth_bytes_per_s=rate)
         return dataclasses.replace(profile, device=device, intra=link, inter=link)
@@ -106,20 +111,27 @@ class Probes:
     def _multiply(self, number: int) -> Tensor:
         return torch.nn.functional.linear(*self._operands[number])
 
-    def _exchange(self, begin: Callable[[Tensor], comm.Message], x: Tensor, beside: int | None = None) -> Tensor:
-        """An exchange, beside a product if one is given."""
-        begun = begin(x)
-        if beside is not None:
-            self._multiply(beside)
-        return begun.wait()
+    def _begin_gather(self, nbytes: int) -> comm.Message:
+        return self._axis.begin_gather_stack(self._next(nbytes)[0])
+
+    def _begin_reduce(self, nbytes: int) -> comm.Message:
+        return self._axis.begin_reduce_stack(self._next(nbytes))
+
+    def _chain(self, begin: Callable[[], comm.Message] | None = None, *, ahead: bool = False) -> None:
+        """Products one after the other, with an exchange before each, or beside it if it is begun `ahead`."""
+        for _ in range(_LINKS):
+            begun = None if begin is None else begin()
+            if begun is not None and not ahead:
+                self._held.append(begun.wait())
+            self._held.append(self._multiply(len(_PRODUCTS) - 1))
+            if begun is not None and ahead:
+                self._held.append(begun.wait())
 
     def _time(self, name: str, do: Callable[[], object]) -> None:
         dist.barrier()
         start = time.perf_counter()
-        result = do()
+        do()
         self._times[-1].setdefault(name, []).append(time.perf_counter() - start)
-        if isinstance(result, Tensor):
-            self._held.append(result)
 
 
 @final

@@ -31,23 +31,24 @@ import autopar
 from autopar.units import format_bytes
 from tests.benchmarks.speed import OURS, Entrant, adamw, build_llama, describe, draw_batch, race, run_ranks, save_slowest
 
-Make = Callable[[], Entrant]
+# Makes a program over a Llama of so many layers.
+Make = Callable[[int], Entrant]
 
 MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def _ours(zero: int, precision: Any) -> Make:
-    def make() -> Entrant:
+    def make(layers: int) -> Entrant:
         pins = {"dp": dist.get_world_size(), "zero": zero}
-        model = autopar.compile(build_llama(), draw_batch(), pins=pins, precision=precision)
+        model = autopar.compile(build_llama(layers), draw_batch(), pins=pins, precision=precision)
         return Entrant(model, adamw(model))
 
     return make
 
 
 def _fsdp2(precision: MixedPrecisionPolicy | None, *, reshards: bool = True) -> Make:
-    def make() -> Entrant:
-        model: Any = build_llama()
+    def make(layers: int) -> Entrant:
+        model: Any = build_llama(layers)
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshards}
         if precision is not None:
@@ -60,10 +61,10 @@ def _fsdp2(precision: MixedPrecisionPolicy | None, *, reshards: bool = True) -> 
     return make
 
 
-def _ddp_with_zero() -> Entrant:
+def _ddp_with_zero(layers: int) -> Entrant:
     from torch.distributed.optim import ZeroRedundancyOptimizer  # importing it warns of what torch has deprecated
 
-    model = DistributedDataParallel(build_llama(), gradient_as_bucket_view=True)
+    model = DistributedDataParallel(build_llama(layers), gradient_as_bucket_view=True)
     optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.AdamW, lr=3e-4)
     return Entrant(model, optimizer)
 
@@ -98,8 +99,8 @@ class _OwnRows:
         return float(loss) / dist.get_world_size()
 
 
-def _make(name: str, make: Make) -> Any:
-    return make() if name == OURS else _OwnRows(make())
+def _make(name: str, make: Make, layers: int) -> Any:
+    return make(layers) if name == OURS else _OwnRows(make(layers))
 
 
 def _start(rank: int, ranks: int, folder: str) -> None:
@@ -107,10 +108,10 @@ def _start(rank: int, ranks: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks, timeout=timedelta(minutes=5))
 
 
-def _time(rank: int, folder: str, ranks: int, number: int, warmup: int, rounds: int) -> None:
+def _time(rank: int, folder: str, ranks: int, number: int, layers: int, warmup: int, rounds: int) -> None:
     _start(rank, ranks, folder)
     try:
-        entrants = {name: _make(name, make) for name, make in RACES[number].entrants.items()}
+        entrants = {name: _make(name, make, layers) for name, make in RACES[number].entrants.items()}
         save_slowest(race(entrants, warmup, rounds, draw_batch()), folder)
     except BaseException:
         dist.destroy_process_group()
@@ -118,12 +119,12 @@ def _time(rank: int, folder: str, ranks: int, number: int, warmup: int, rounds: 
     _leave()
 
 
-def _weigh(rank: int, ranks: int, folder: str, number: int, name: str) -> None:
+def _weigh(rank: int, ranks: int, folder: str, number: int, layers: int, name: str) -> None:
     _start(rank, ranks, folder)
     try:
         batch = draw_batch()
         before = _resident("VmRSS")
-        entrant = _make(name, RACES[number].entrants[name])
+        entrant = _make(name, RACES[number].entrants[name], layers)
         for _ in range(3):
             entrant.step(batch)
         gc.collect()
@@ -153,20 +154,20 @@ def _resident(field: str) -> int:
     return int(match[1]) * 1024
 
 
-def _measure(number: int, ranks: int, warmup: int, rounds: int, repeats: int) -> str:
-    entrants = RACES[number].entrants
-    times = run_ranks(_time, ranks, ranks, number, warmup, rounds)
+def _measure(number: int, ranks: int, options: argparse.Namespace) -> str:
+    entrants, layers = RACES[number].entrants, options.layers
+    times = run_ranks(_time, ranks, ranks, number, layers, options.warmup, options.rounds)
     peaks: dict[str, list[int]] = {name: [] for name in entrants}
-    for _ in range(repeats):
+    for _ in range(options.repeats):
         for name in entrants:
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(_weigh, (ranks, folder, number, name), nprocs=ranks)
+                mp.spawn(_weigh, (ranks, folder, number, layers, name), nprocs=ranks)
                 peaks[name].append(json.loads(Path(folder, "peak.json").read_text()))
     medians = {name: statistics.median(each) for name, each in peaks.items()}
     ratio = medians[OURS] / min(peak for name, peak in medians.items() if name != OURS)
     weights = ", ".join(f"{name} {format_bytes(int(peak))}" for name, peak in medians.items())
     return (
-        describe(f"{RACES[number].title}, {ranks} ranks over gloo", times, 1.0)
+        describe(f"{RACES[number].title}, {layers} layers, {ranks} ranks over gloo", times, 1.0)
         + f"\n  peak of resident memory: {weights}; ratio {ratio:.3f}, target 1.00: {'met' if ratio <= 1 else 'MISSED'}"
     )
 
@@ -178,12 +179,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="measured steps of each program (default: 20)")
     parser.add_argument("--warmup", type=int, default=4, help="steps before these (default: 4)")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of memory (default: 3)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of the Llama (default: 4)")
     parser.add_argument("--only", type=int, choices=range(len(RACES)), help="only the race of this number")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     for ranks in options.ranks:
         for number in range(len(RACES)) if options.only is None else [options.only]:
-            print(_measure(number, ranks, options.warmup, options.rounds, options.repeats), flush=True)
+            print(_measure(number, ranks, options), flush=True)
 
 
 if __name__ == "__main__":
