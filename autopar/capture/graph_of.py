@@ -68,6 +68,8 @@ def _op(
     results = tuple(map(_tensor, value if isinstance(value, (list, tuple)) else [value]))
     if node.op == "placeholder":
         return ir.Op(node.name, kinds[node.name], names[node.name], (), results)
+    memory = record.memory(node.name)
+    on_cpu = None if record.on_cpu is None else record.on_cpu.memory(node.name)
     return ir.Op(
         name=node.name,
         kind=ir.OpKind.CALL,
@@ -78,9 +80,10 @@ def _op(
         kwargs=kwargs,
         layer=layer_of(node),
         source=source_of(node),
-        saved=frozenset(record.saved.get(node.name, ())),
-        extra_saved_nbytes=record.saved_nbytes.get(node.name, 0),
-        working=record.working.get(node.name, ir.Working()),
+        saved=memory.saved,
+        extra_saved_nbytes=memory.extra_saved_nbytes,
+        working=memory.working,
+        on_cpu=None if on_cpu == memory else on_cpu,
     )
 
 

@@ -6,18 +6,19 @@ under hooks that see every tensor that autograd saves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar import ir
 from autopar.capture.errors import explain
 from autopar.capture.fx_nodes import on_device, source_of
-from autopar.capture.working import find_working
+from autopar.capture.working import Run, call_key, find_working
 
 aten = torch.ops.aten
 
@@ -31,12 +32,19 @@ class Record:
         saved: indices of the results that autograd saves.
         saved_nbytes: bytes that autograd saves for a node beyond operands and results of any node.
         working: what a node needs while it runs.
+        on_cpu: the same with the kernels that torch takes on a CPU; None where these save what a GPU's do.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     saved: dict[str, set[int]] = field(default_factory=dict)
     saved_nbytes: dict[str, int] = field(default_factory=dict)
     working: dict[str, ir.Working] = field(default_factory=dict)
+    on_cpu: Record | None = None
+
+    def memory(self, name: str) -> ir.OpMemory:
+        """What is known of a node's memory."""
+        saved = frozenset(self.saved.get(name, ()))
+        return ir.OpMemory(saved, self.saved_nbytes.get(name, 0), self.working.get(name, ir.Working()))
 
     def needs_grad(self, node: fx.Node) -> bool:
         """Whether the tensor that `node` makes needs a gradient."""
@@ -47,7 +55,7 @@ class Record:
 class _FusedAttention(torch.autograd.Function):
     """Stands for fused attention: saves what every fused kernel saves, the operands, the result and a float32 statistic per query.
 
-    Which kernel runs is decided on the device, with the plan's shapes; for a fake tensor torch would decide otherwise.
+    Which kernel a GPU runs is decided there, with the plan's shapes; for a fake tensor torch would decide otherwise.
     """
 
     @staticmethod
@@ -59,7 +67,7 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise AssertionError("only recorded, never differentiated")
+        raise NotImplementedError("only recorded, never differentiated")
 
 
 _GATES = {aten.lstm.input: 6, aten.gru.input: 5, aten.rnn_tanh.input: 1, aten.rnn_relu.input: 1}
@@ -98,6 +106,22 @@ def record(graph: fx.Graph, mode: FakeTensorMode, device: torch.device, needs_gr
         device: where factories put their results.
         needs_grad: names of the placeholders that require gradients.
     """
+    working: dict[object, ir.Working] = {}
+    result = _run_graph(graph, mode, device, needs_grad, _run, working)
+    attention = {call_key(node, result.values): node for node in graph.nodes if _may_be_fused(node)} if device.type == "cpu" else {}
+    if any(_has_other_kernel(node, result.values, mode) for node in attention.values()):
+        others = {key: needs for key, needs in working.items() if key not in attention}
+        result.on_cpu = _run_graph(graph, mode, device, needs_grad, _run_as_it_is, others)
+    for node in graph.nodes:
+        if node.name in result.values:
+            node.meta["val"] = result.values[node.name]
+    return result
+
+
+def _run_graph(
+    graph: fx.Graph, mode: FakeTensorMode, device: torch.device, needs_grad: frozenset[str], run: Run, working: dict[object, ir.Working]
+) -> Record:
+    """Run a graph, node by node with `run`; `working` is what is known of calls by `call_key`, and is added to."""
     result = Record()
     makers: dict[int, tuple[str, int] | None] = {}  # storage -> the node and the index of the result that made it
     alive: list[Any] = []  # a storage's address identifies it only while it lives
@@ -128,7 +152,7 @@ def record(graph: fx.Graph, mode: FakeTensorMode, device: torch.device, needs_gr
                 args = fx.node.map_arg(node.args, values.__getitem__)
                 kwargs = fx.node.map_arg(on_device(node, device), values.__getitem__)
                 try:
-                    value = _run(node, args, kwargs)
+                    value = run(node, args, kwargs)
                 except Exception as error:  # exported, but its result depends on values
                     raise explain(error, source_of(node)) from error
                 if workspace := _find_workspace(node, args, value):
@@ -136,8 +160,7 @@ def record(graph: fx.Graph, mode: FakeTensorMode, device: torch.device, needs_gr
             values[node] = result.values[node.name] = value
             _claim(result, makers, node, value, unclaimed)
             alive.append(value)
-            node.meta["val"] = value
-    result.working = find_working(graph, result.values, mode, _run)
+    result.working = find_working(graph, result.values, mode, run, working)
     return result
 
 
@@ -148,10 +171,37 @@ def _placeholder(node: fx.Node, needs_grad: bool) -> Tensor:
 
 
 def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
-    target = node.target
-    if target is aten.scaled_dot_product_attention.default and (len(args) < 4 or args[3] is None):
+    if _may_be_fused(node):
         return _FusedAttention.apply(*args[:3])  # type: ignore[no-untyped-call]
-    return target(*args, **kwargs)  # type: ignore[operator]
+    return _run_as_it_is(node, args, kwargs)
+
+
+def _run_as_it_is(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _may_be_fused(node: fx.Node) -> bool:
+    return node.target is aten.scaled_dot_product_attention.default and (len(node.args) < 4 or node.args[3] is None)
+
+
+class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the names of operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def _has_other_kernel(node: fx.Node, values: Mapping[str, Any], mode: FakeTensorMode) -> bool:
+    """Whether torch has no fused kernel on a CPU for this call of attention, such as one with dropout, and so saves its scores."""
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda argument: values[argument.name])
+    with mode, torch.no_grad(), _Kernels() as kernels:
+        _run_as_it_is(node, args, kwargs)
+    return not any(name.startswith("aten::_scaled_dot_product") for name in kernels.names)
 
 
 def _claim(result: Record, makers: dict[int, tuple[str, int] | None], node: fx.Node, value: Any, unclaimed: list[int]) -> None:

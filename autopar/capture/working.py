@@ -24,12 +24,12 @@ Run = Callable[[fx.Node, Any, Any], Any]
 
 
 class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of storages that are made inside, as long as they live."""
+    """Counts the bytes of storages that are made inside, and of some that are there before, as long as they live."""
 
-    def __init__(self, known: Iterable[Tensor]) -> None:
+    def __init__(self, known: Iterable[Tensor], before: Mapping[int, tuple[StorageRef, int]] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._known = {StorageRef.key_of(x) for x in known}
-        self._living: dict[int, tuple[StorageRef, int]] = {}
+        self._living: dict[int, tuple[StorageRef, int]] = dict(before or {})
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -48,7 +48,9 @@ class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return sum(nbytes for _, nbytes in self._living.values())
 
 
-def find_working(graph: fx.Graph, values: Mapping[str, Any], mode: FakeTensorMode, run: Run) -> dict[str, ir.Working]:
+def find_working(
+    graph: fx.Graph, values: Mapping[str, Any], mode: FakeTensorMode, run: Run, known: dict[object, ir.Working]
+) -> dict[str, ir.Working]:
     """What every call of a graph needs while it runs, by the name of its node.
 
     Args:
@@ -56,21 +58,21 @@ def find_working(graph: fx.Graph, values: Mapping[str, Any], mode: FakeTensorMod
         values: name of a node -> its fake result or results, with ``requires_grad`` as autograd sets it.
         mode: the mode of those fake tensors.
         run: runs a node on arguments.
+        known: what is known already, by `call_key`; what is found is added.
     """
     found: dict[str, ir.Working] = {}
-    known: dict[object, ir.Working] = {}
     for node in graph.nodes:
         # Autograd functions and hooks run the user's code, which must see no fake tensors but those of the capture.
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        key = _key(node, values)
+        key = call_key(node, values)
         if key not in known:
             known[key] = _observe(node, values, mode, run)
         found[node.name] = known[key]
     return found
 
 
-def _key(node: fx.Node, values: Mapping[str, Any]) -> object:
+def call_key(node: fx.Node, values: Mapping[str, Any]) -> object:
     """Equal for calls of the same operator on tensors of the same types."""
 
     def describe(argument: fx.Node) -> Any:
@@ -102,16 +104,17 @@ def _observe(node: fx.Node, values: Mapping[str, Any], mode: FakeTensorMode, run
         with mode, torch.enable_grad():
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), stand_in)
             return _run_both_ways(node, args, kwargs, operands, run)
-    except Exception:  # an operator that can't run on fake tensors by itself, or has no backward there
+    except RuntimeError:  # torch's refusals to run an operator on fake tensors are all of this type
         return ir.Working()
 
 
 def _run_both_ways(node: fx.Node, args: Any, kwargs: Any, operands: Sequence[Tensor], run: Run) -> ir.Working:
     place = {StorageRef.key_of(x): index for index, x in enumerate(operands)}
-    packed: set[int] = set()
+    packed: dict[int, tuple[StorageRef, int]] = {}
 
     def pack(x: Tensor) -> Tensor:
-        packed.add(StorageRef.key_of(x))
+        ref = StorageRef(x)
+        packed[ref.key] = ref, _nbytes(x)
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Living(operands) as living:
@@ -128,15 +131,19 @@ def _run_both_ways(node: fx.Node, args: Any, kwargs: Any, operands: Sequence[Ten
         return seen
     gradients = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in differentiable]
     try:
-        with _Living([*operands, *made, *gradients]) as living:
+        # What is saved beside operands and results is let go piece by piece, where the operator consists of several.
+        given_keys = {StorageRef.key_of(x) for x in (*operands, *made)}
+        beside = {key: entry for key, entry in packed.items() if key not in given_keys}
+        with _Living([*operands, *made, *gradients], beside) as living:
             returned = torch.autograd.grad(differentiable, leaves, gradients, allow_unused=True)
-    except Exception:  # what only stands for an operator has no backward
+    except RuntimeError:  # without a backward, or one that reads values
         return seen
     given = {StorageRef.key_of(x) for x in gradients}
     of_leaf = {id(leaf): gradient for leaf, gradient in zip(leaves, returned, strict=True)}
     passes = frozenset(index for index, x in enumerate(operands) if (g := of_leaf.get(id(x))) is not None and StorageRef.key_of(g) in given)
+    saved = sum(nbytes for _, nbytes in beside.values())
     own = {StorageRef.key_of(x): _nbytes(x) for x in returned if x is not None and StorageRef.key_of(x) not in given}
-    return dataclasses.replace(seen, passes=passes, backward=max(0, living.peak - sum(own.values())))
+    return dataclasses.replace(seen, passes=passes, backward=max(0, living.peak - sum(own.values()) - saved))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -130,7 +130,9 @@ def overlap(cost: BlockCost, around: Surroundings, share: float) -> BlockCost:
 def _with_workspace(memory: BlockMemory, around: Surroundings) -> BlockMemory:
     """The memory of a block with what is in flight while it runs; nothing is before the backward's first block reads a parameter."""
     nbytes = max(0, around.nbytes - memory.unread) if around.is_last else around.nbytes
-    return replace(memory, workspace=memory.workspace + nbytes, first_workspace=memory.first_workspace + nbytes)
+    first = memory.first_workspace + nbytes
+    forward = min(memory.forward_workspace + around.nbytes, first)
+    return replace(memory, workspace=memory.workspace + nbytes, first_workspace=first, forward_workspace=forward)
 
 
 def _hide(rows: list[CostRow], places: Sequence[int], share: float, window: float) -> None:

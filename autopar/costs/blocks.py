@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from autopar.costs.halves import Move, hide_exchanges
+from autopar.costs.liveness import passing
 from autopar.costs.memory import BlockMemory, find_memory, recompute_memory
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import COLLECTIVE_KIND, parameter_backward, reduced_nbytes, sum_of
@@ -111,13 +112,22 @@ def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
     block = solved.chain.blocks[number]
     # Like blocks have like parameters, but other blocks may read them before, and the last block has those that none reads.
     parameters = tuple(
-        (solved.representative(graph.by_name[name]).name, reads.first_block[name] == number, reads.last_block[name] == number)
+        (
+            solved.representative(graph.by_name[name]).name,
+            reads.first_block[name] == number,
+            reads.last_block[name] == number,
+            solved.model.folded.representative.get(solved.updated_before.get(name, "")),
+        )
         for name in reads.parameters[number]
     )
     # Between the first and the last block that read a parameter, a summand of its gradient waits.
     tied = tuple(name for name, last in reads.last_block.items() if reads.first_block[name] < number <= last)
     hides = _hides_gathers(solved, number) and any(state.level for name in reads.parameters[number] for state in solved.stored(name))
-    return block.like, read, cheap, shared, parameters, outputs, hides, tied
+    through = tuple(
+        (graph.tensor(value), solved.made(value), solved.is_saved_as_made(value), reads.first_reader[value] <= number)
+        for value in passing(solved, number)
+    )
+    return block.like, read, cheap, shared, parameters, outputs, hides, tied, through
 
 
 def _hides_gathers(solved: SolvedChain, number: int) -> bool:

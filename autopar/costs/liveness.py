@@ -46,11 +46,13 @@ class Workspace:
     Attributes:
         first: in a step's first backward, with the gradients of parameters that the block has made until then.
         later: while the gradients of all parameters are there, counted elsewhere.
+        forward: in the forward alone.
         unread: by how much it is less before the backward reads a gathered parameter, and after the forward has read the last.
     """
 
     first: int
     later: int
+    forward: int
     unread: int = 0
 
 
@@ -79,7 +81,12 @@ def find_workspace(
     backward = block.backward_peaks(held if held_inside is None else held_inside, held, regions)
     first, later = (max(0, forward, peak) for peak in backward)
     reading = max(block.reading)
-    return Workspace(first, later, max(0, min(first, later) - reading))
+    return Workspace(first, later, max(0, forward), max(0, min(first, later) - reading))
+
+
+def passing(solved: SolvedChain, number: int) -> tuple[Value, ...]:
+    """The values that blocks before number `number` make and blocks after it read."""
+    return tuple(value for value in solved.chain.blocks[number].crossing if solved.reads.block_of[value.op] < number)
 
 
 class _Block:
@@ -105,8 +112,8 @@ class _Block:
             return False
         return self.solved.reads.first_reader.get(value) == self.number or not self.solved.is_saved_as_made(value)
 
-    def forward_peak(self, held: Held) -> int:
-        """Bytes at the peak of the forward beside what the block saves."""
+    def forward_peak(self, held: Held, *, again: bool = False) -> int:
+        """Bytes at the peak of the forward beside what the block saves; `again` says that the backward runs it."""
         solved, end = self.solved, len(self.ops)
         born: dict[Memory, int] = {}
         dies: dict[Memory, int] = {}
@@ -144,6 +151,11 @@ class _Block:
             key = self.root(value), layout
             if key in dies:
                 dies[key] = end
+        for value in () if again else passing(solved, self.number):
+            is_counted = solved.is_saved_as_made(value) and solved.reads.first_reader[value] <= self.number
+            if self.root(value) == value and value not in self.returned and not is_counted:
+                note(value, solved.made(value), 0)
+                dies[value, solved.made(value)] = end
         change = [0] * (end + 2)
         for key, nbytes in sizes.items():
             change[born[key]] += nbytes
@@ -218,7 +230,7 @@ class _Block:
     def rerun_nbytes(self, region: Sequence[str], held: Held) -> int:
         """Bytes that a region needs while it is run again, beside what it saves then."""
         if len(region) == len(self.ops):
-            return max(0, self.forward_peak(held))
+            return max(0, self.forward_peak(held, again=True))
         needs = 0
         for name in region:
             op = self.solved.graph.by_name[name]
@@ -286,6 +298,10 @@ class _Backward:
                 reader not in block.place and graph.by_name[reader].kind is not OpKind.OUTPUT for reader in graph.readers.get(value, ())
             )
             if graph.tensor(value).requires_grad and is_read_elsewhere:
+                self._gradients[value] = self._make(self.solved.nbytes(value))
+        # Of values that blocks before this one make and later ones read, gradients are there already.
+        for value in passing(self.solved, block.number):
+            if graph.tensor(value).requires_grad:
                 self._gradients[value] = self._make(self.solved.nbytes(value))
         for index in range(len(block.ops) - 1, -1, -1):
             op = block.ops[index]

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from autopar.costs.liveness import Held, find_workspace
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import kept_nbytes, local_nbytes, reduced_nbytes
-from autopar.ir import MESSAGE_NBYTES, Collective, Graph, Layout, Op, OpKind, Value
+from autopar.ir import MESSAGE_NBYTES, MOMENTS, Collective, Graph, Layout, Op, OpKind, Value
 from autopar.structure import find_source
 
 
@@ -58,14 +59,18 @@ class BlockMemory:
         waiting: per micro-batch, held from its input gradients to its weight gradients, where a schedule runs these apart.
         workspace: needed while the block runs, forward or backward, and free afterwards.
         first_workspace: the same in a step's first backward, in which gradients of parameters come into being, with those of the block.
+        forward_workspace: the same in the forward alone.
         copies: of parameters, in which the program reads them; part of `parameters`.
+        unsaved: those copies that nothing needs for the backward, such as a table that is looked up: free when the forward has ended.
         arriving: gradients that the block's first backward makes; of a parameter that several blocks of a stage read, the last makes it.
         bucketed: local gradients that are summed over ranks in buckets.
         unsummed: those among them of which a rank keeps a part (ZeRO levels 1 and 2), and `scattered`: these parts.
         scatters: local gradients that are summed after every micro-batch (ZeRO level 2).
         unread: by how much `workspace` is less while gathered parameters are there, in a block whose backward comes first.
         largest: of the parameters that are gathered from parts, or of their whole gradients, the one with most.
-        update: the optimizer's states of the parameter with most: what a step needs beside these is of that size.
+        update: what a step of the optimizer needs beside its states, of the parameter with most: two tensors of the size of the stored
+            part, and one of the part of the parameter before, since the loop over parameters still has its name for it.
+        masters: gradients in float32 of the parameters of which the optimizer keeps copies in float32: a step makes all of them.
     """
 
     parameters: int
@@ -76,7 +81,9 @@ class BlockMemory:
     waiting: int
     workspace: int
     first_workspace: int = 0
+    forward_workspace: int = 0
     copies: int = 0
+    unsaved: int = 0
     arriving: int = 0
     bucketed: int = 0
     unsummed: int = 0
@@ -85,6 +92,7 @@ class BlockMemory:
     unread: int = 0
     largest: int = 0
     update: int = 0
+    masters: int = 0
 
     @property
     def static(self) -> int:
@@ -97,27 +105,45 @@ def given_nbytes(graph: Graph) -> int:
     return sum(op.results[0].nbytes for kind in (OpKind.INPUT, OpKind.BUFFER) for op in graph.of_kind(kind))
 
 
-def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
+@dataclass(frozen=True, slots=True)
+class PlainMemory:
+    """A block without recomputation.
+
+    Attributes:
+        memory: its memory.
+        held: what it saves.
+        tied: bytes of gradients of parameters that other blocks read too (`_tied_nbytes`).
+    """
+
+    memory: BlockMemory
+    held: Held
+    tied: tuple[int, int]
+
+
+def find_memory(solved: SolvedChain, number: int) -> PlainMemory:
     """The memory of block `number` of the chain without recomputation.
 
     Where all blocks run on the same ranks, a parameter that several blocks read counts with the first of them only.
     """
-    parameters = copies = gradients = optimizer = bucketed = unsummed = scattered = update = 0
+    parameters = copies = unsaved = gradients = optimizer = bucketed = unsummed = scattered = update = masters = 0
     scatters = Scatters()
     for name in solved.reads.parameters[number]:
         is_first = solved.reads.first_block[name] == number
         if solved.is_one_stage and not is_first:
             continue
         value = Value(name)
-        kept = kept_nbytes(solved.graph.tensor(value), solved.stored(name), solved.mesh)
+        kept, uses = kept_nbytes(solved.graph.tensor(value), solved.stored(name), solved.mesh), _find_uses(solved, value)
         parameters += kept.stored
-        if kept.copy and not _is_gathered(solved, value):
+        if kept.copy and not uses.is_gathered:
             parameters += kept.copy
             copies += kept.copy
+            unsaved += kept.copy if not uses.is_saved and solved.reads.last_block[name] == number else 0
         gradients += kept.gradient
         optimizer += kept.optimizer if is_first else 0
-        update = max(update, kept.optimizer)
-        if not kept.gradient or not _is_bucketed(solved, value):
+        state, before = _state_nbytes(solved, name), solved.updated_before.get(name)
+        update = max(update, MOMENTS * state + (0 if before is None else _state_nbytes(solved, before)))
+        masters += state if len(solved.graph.tensor(value).states) > MOMENTS else 0
+        if not kept.gradient or not uses.is_bucketed:
             continue
         whole = _given_gradient_nbytes(solved, value)
         if solved.tables.sums_each(solved.stored(name)):
@@ -134,8 +160,8 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
                 scattered += kept.stored
     held = find_held(solved, number, ())
     workspace = find_workspace(solved, number, held)
-    waiting, added = _tied_nbytes(solved, number)
-    return BlockMemory(
+    waiting, added = tied = _tied_nbytes(solved, number)
+    memory = BlockMemory(
         parameters=parameters,
         gradients=gradients,
         optimizer=optimizer,
@@ -144,8 +170,10 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
         waiting=_waiting_nbytes(solved, number),
         workspace=workspace.later + waiting + added,
         first_workspace=workspace.first + added,
+        forward_workspace=workspace.forward,
         arriving=_arriving_nbytes(solved, number) if solved.is_one_stage else gradients,
         copies=copies,
+        unsaved=unsaved,
         bucketed=bucketed,
         unsummed=unsummed,
         scattered=scattered,
@@ -153,7 +181,9 @@ def find_memory(solved: SolvedChain, number: int) -> BlockMemory:
         unread=workspace.unread,
         largest=_largest_gathered(solved, number),
         update=update,
+        masters=masters,
     )
+    return PlainMemory(memory, held, tied)
 
 
 def _largest_gathered(solved: SolvedChain, number: int) -> int:
@@ -195,18 +225,45 @@ def _arriving_nbytes(solved: SolvedChain, number: int) -> int:
     return total
 
 
-def _is_bucketed(solved: SolvedChain, parameter: Value) -> bool:
-    """Whether the gradient of a parameter is left to a sum over ranks once per step."""
-    tensor = solved.graph.tensor(parameter)
-    for reader in dict.fromkeys(solved.graph.readers.get(parameter, ())):
-        op = solved.graph.by_name[reader]
-        if op.kind is OpKind.CALL:
-            for operand, need in zip(op.operands, solved.needs(op), strict=True):
-                if operand == parameter:
-                    steps = solved.tables.steps(tensor, solved.made(parameter), need)
-                    if any(step.forward is Collective.NONE and step.backward is not Collective.NONE for step, _ in steps):
-                        return True
-    return False
+def _state_nbytes(solved: SolvedChain, parameter: str) -> int:
+    """Bytes of one of the optimizer's states of a parameter."""
+    tensor = solved.graph.tensor(Value(parameter))
+    return kept_nbytes(tensor, solved.stored(parameter), solved.mesh).optimizer // max(1, len(tensor.states))
+
+
+class _Uses(NamedTuple):
+    """How programs use a parameter.
+
+    Attributes:
+        is_gathered: some reader gathers it from its parts, which then are cast as they are gathered.
+        is_bucketed: its gradient is left to a sum over ranks once per step.
+        is_saved: some reader needs it for the backward.
+    """
+
+    is_gathered: bool
+    is_bucketed: bool
+    is_saved: bool
+
+
+def _find_uses(solved: SolvedChain, parameter: Value) -> _Uses:
+    graph, tensor = solved.graph, solved.graph.tensor(parameter)
+    is_gathered = is_bucketed = is_saved = False
+    for reader in dict.fromkeys(graph.readers.get(parameter, ())):
+        op = graph.by_name[reader]
+        is_call = op.kind is OpKind.CALL
+        memory = solved.kernel_memory(op) if is_call else None
+        saves = op.working.saves if memory is None else memory.saves
+        needs = solved.needs(op) if is_call else solved.sharding.outputs
+        for position, (operand, need) in enumerate(zip(op.operands, needs, strict=True)):
+            if operand == parameter:
+                steps = solved.tables.steps(tensor, solved.made(parameter), need)
+                is_gathered |= any(step.forward is Collective.ALL_GATHER for step, _ in steps)
+                is_bucketed |= is_call and any(
+                    step.forward is Collective.NONE and step.backward is not Collective.NONE for step, _ in steps
+                )
+                # Of what a view is of, and of calls that weren't seen to run, it isn't known.
+                is_saved |= position in saves or position in op.working.views or not op.working.views
+    return _Uses(is_gathered, is_bucketed, is_saved)
 
 
 def _given_gradient_nbytes(solved: SolvedChain, parameter: Value) -> int:
@@ -214,39 +271,27 @@ def _given_gradient_nbytes(solved: SolvedChain, parameter: Value) -> int:
     return reduced_nbytes(solved.graph.tensor(parameter), solved.nbytes(parameter))
 
 
-def _is_gathered(solved: SolvedChain, parameter: Value) -> bool:
-    """Whether some reader gathers the parameter from its parts, which then are cast as they are gathered."""
-    tensor = solved.graph.tensor(parameter)
-    for reader in dict.fromkeys(solved.graph.readers.get(parameter, ())):
-        op = solved.graph.by_name[reader]
-        needs = solved.sharding.outputs if op.kind is OpKind.OUTPUT else solved.needs(op)
-        for operand, need in zip(op.operands, needs, strict=True):
-            if operand == parameter:
-                steps = solved.tables.steps(tensor, solved.made(parameter), need)
-                if any(step.forward is Collective.ALL_GATHER for step, _ in steps):
-                    return True
-    return False
-
-
-def recompute_memory(solved: SolvedChain, number: int, plain: BlockMemory, regions: Sequence[Sequence[str]]) -> BlockMemory:
+def recompute_memory(solved: SolvedChain, number: int, plain: PlainMemory, regions: Sequence[Sequence[str]]) -> BlockMemory:
     """The memory of block `number` when the backward runs regions of it again.
 
     Args:
         solved: the chain.
         number: of the block.
-        plain: its memory without recomputation (`find_memory`).
+        plain: the block without recomputation (`find_memory`).
         regions: sets of its calls, each run again in one go.
     """
     if not regions:
-        return plain
+        return plain.memory
     held = find_held(solved, number, regions)
-    workspace = find_workspace(solved, number, held, find_held(solved, number, ()), regions)
-    waiting, added = _tied_nbytes(solved, number)
+    workspace = find_workspace(solved, number, held, plain.held, regions)
+    waiting, added = plain.tied
     return replace(
-        plain,
+        plain.memory,
         saved=held.nbytes,
+        unsaved=0,  # what is run again reads parameters again
         workspace=workspace.later + waiting + added,
         first_workspace=workspace.first + added,
+        forward_workspace=workspace.forward,
         unread=workspace.unread,
     )
 

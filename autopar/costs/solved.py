@@ -224,6 +224,12 @@ class SolvedChain:
         return journey.is_saved and self.model.saved.saves_copy(kind, representative, journey.start[first_axis:], journey.need[first_axis:])
 
     @cached_property
+    def updated_before(self) -> Mapping[str, str]:
+        """Parameter that is trained -> the one that an optimizer updates before it, in the order of the model."""
+        trained = [op.name for op in self.graph.of_kind(OpKind.PARAMETER) if op.results[0].requires_grad]
+        return dict(zip(trained[1:], trained, strict=False))
+
+    @cached_property
     def first_movers(self) -> Mapping[tuple[Value, Layout], int]:
         """(value that several blocks read, layout in which it is read) -> the first block that reads it in this layout.
 

@@ -8,7 +8,7 @@ Modules, in reading order: ``precision``, ``graph``, ``facts``, ``space``, ``lay
 """
 
 from autopar.ir.facts import Exchange, Facts, Family, KernelMemory, Meaning, MicrobatchRefusal, TargetMean, Workspace
-from autopar.ir.graph import ITEMSIZE, Graph, Op, Operand, OpKind, Tensor, Value, Working, freeze
+from autopar.ir.graph import ITEMSIZE, Graph, Op, Operand, OpKind, OpMemory, Tensor, Value, Working, freeze
 from autopar.ir.layout import (
     HALVES,
     MESSAGE_NBYTES,
@@ -40,7 +40,7 @@ from autopar.ir.layout import (
     shard,
     with_pipeline,
 )
-from autopar.ir.precision import AS_MODEL, Precision, StorageDtypes
+from autopar.ir.precision import AS_MODEL, MOMENTS, Precision, StorageDtypes
 from autopar.ir.precision import HELP as PRECISION_HELP
 from autopar.ir.reshard import Collective, ReshardStep, Route, RouteStep, journey, route
 from autopar.ir.space import Dims, LoopKind, Space, parse
@@ -51,6 +51,7 @@ __all__ = [
     "ITEMSIZE",
     "MESSAGE_NBYTES",
     "MICROBATCH",
+    "MOMENTS",
     "PARTIAL",
     "PASS_PARTIAL",
     "PIPELINE",
@@ -72,6 +73,7 @@ __all__ = [
     "MicrobatchRefusal",
     "Op",
     "OpKind",
+    "OpMemory",
     "Operand",
     "Placement",
     "Precision",

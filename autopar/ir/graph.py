@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -131,6 +131,15 @@ class Working:
 
 
 @dataclass(frozen=True, slots=True)
+class OpMemory:
+    """What autograd saves for a call, and what it needs while it runs: fields as in `Op`."""
+
+    saved: frozenset[int] = frozenset()
+    extra_saved_nbytes: int = 0
+    working: Working = Working()
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """An input, parameter or buffer of the program, a call of an operator, or the program's return.
 
@@ -148,6 +157,7 @@ class Op:
         saved: indices of the results that autograd saves for the backward.
         extra_saved_nbytes: bytes that autograd saves for this op beyond its operands and results, such as the statistics of a norm.
         working: what it needs while it runs, of the whole tensors.
+        on_cpu: the three where a CPU takes another kernel than GPUs do; None where they are the same.
     """
 
     name: str
@@ -162,6 +172,7 @@ class Op:
     saved: frozenset[int] = frozenset()
     extra_saved_nbytes: int = 0
     working: Working = Working()
+    on_cpu: OpMemory | None = None
 
     @property
     def values(self) -> tuple[Value, ...]:
@@ -205,6 +216,19 @@ class Graph:
             seen[op.name] = op
         object.__setattr__(self, "by_name", seen)
         object.__setattr__(self, "readers", {value: tuple(names) for value, names in readers.items()})
+
+    def on_device(self, kind: str) -> Graph:
+        """The same program with the memory that its calls need on devices of a kind, ``cpu`` or another."""
+        if kind != "cpu" or all(op.on_cpu is None for op in self.ops):
+            return self
+
+        def use(op: Op) -> Op:
+            memory = op.on_cpu
+            if memory is None:
+                return op
+            return replace(op, saved=memory.saved, extra_saved_nbytes=memory.extra_saved_nbytes, working=memory.working, on_cpu=None)
+
+        return Graph(tuple(map(use, self.ops)))
 
     def tensor(self, value: Value) -> Tensor:
         """The tensor that `value` stands for."""

@@ -251,7 +251,7 @@ def _start_scatter(members: Sequence[TrackedParameter], gradients: list[Tensor],
         return PendingSum(tuple(members), _begin_all_reduce(flat, first.group))
     # What is large is a bucket by itself, and isn't copied.
     sent = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(first.reduce_dtype)
-    parts.clear()
+    parts.clear()  # a rank's part of the sum comes into other memory: of the gradients, only the copy is there with it
     scattered = held.axis.begin_reduce_stack(sent)
 
     def wait() -> Tensor:

@@ -98,6 +98,7 @@ def make_plan(
     machine's profile doesn't know, UnknownOpError as `strict` says.
     """
     tell = progress or (lambda _: None)
+    graph = graph.on_device(cluster.machine.device.kind)
     if pins.half_batches:
         pins = replace(pins, pp=None, schedule=None, microbatches=None, chunks=None, recompute=None)  # they say that there is no pipeline
 

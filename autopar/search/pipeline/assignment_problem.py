@@ -72,13 +72,15 @@ class BlockRun:
     cut: CutCost
     stage: int | None
 
-    def held(self, in_flight: Ints, waiting: Ints, _: Ints) -> Ints:
+    def held(self, in_flight: Ints, waiting: Ints, has_gradients: Ints) -> Ints:
         """Bytes of a block in each option at moments of a schedule, without its workspace, shape (moments, options).
 
-        The arguments are a column of `AssignmentProblem.holdings` each. The gradients of parameters count as being there, also in the first
-        backward of a step, which makes them.
+        The arguments are a column of `AssignmentProblem.holdings` each. In a step's first backward gradients come as what is saved goes.
         """
-        nbytes: Ints = self.static + in_flight[:, None] * self.saved + waiting[:, None] * self.waiting
+        saved, arriving = self.saved[None], self.arriving[None]
+        in_flight, waiting = in_flight[:, None], waiting[:, None]
+        of_gradients = np.where(has_gradients[:, None] > 0, arriving, np.where(in_flight > 0, np.maximum(arriving - saved, 0), 0))
+        nbytes: Ints = self.static - arriving + of_gradients + in_flight * saved + waiting * self.waiting
         return nbytes
 
 
@@ -220,8 +222,11 @@ def make_problem(blocks: Sequence[BlockOptions], schedule: Schedule, budget: int
     return AssignmentProblem(tuple(blocks), tuple(runs), schedule, budgets, stages_of, holdings)
 
 
-def compute_cost(problem: AssignmentProblem, stages: Sequence[int], options: Sequence[int]) -> AssignmentCost:
-    """The seconds and bytes of an assignment; `stages` and `options` have one entry per block, the latter indices into its options."""
+def compute_cost(problem: AssignmentProblem, stages: Sequence[int], options: Sequence[int], *, is_bound: bool = True) -> AssignmentCost:
+    """The seconds and bytes of an assignment; `stages` and `options` have one entry per block, the latter indices into its options.
+
+    Where it `is_bound`, the bytes under a schedule are those of the model of assignments, which are no less than what is needed.
+    """
     count = problem.schedule.stages
     seconds = np.zeros((PHASES, count))
     cuts = np.zeros((2, count))
@@ -240,7 +245,7 @@ def compute_cost(problem: AssignmentProblem, stages: Sequence[int], options: Seq
     for stages_of_rank, holdings, messages in zip(problem.stages_of, problem.holdings, problem.messages_to, strict=True):
         own = list(stages_of_rank)
         buffers = RECEIVES_AT_ONCE * max((int(message[stage]) for stage in messages), default=0)
-        peak = find_peak([profiles[stage] for stage in own], holdings, is_whole=problem.is_whole)
+        peak = find_peak([profiles[stage] for stage in own], holdings, is_whole=problem.is_whole, is_bound=is_bound)
         memory.append(RankMemory(int(static[own].sum()), peak.held, buffers, peak.workspace, peak.apart))
         longest_per_step = max(longest_per_step, float(per_step[own].sum()))
     return AssignmentCost(np.concatenate([seconds.ravel(), cuts[:, : count - 1].ravel()]), longest_per_step, tuple(memory))

@@ -495,6 +495,6 @@ def _describe(
         pipeline=Pipeline(configuration.ranks, schedule.family, schedule.chunks, configuration.microbatches, block_choices, travel_layouts),
         assignment=assignment,
         blocks=blocks,
-        cost=compute_cost(make_problem(blocks, built_schedule, 0), assignment.stages, assignment.options),
+        cost=compute_cost(make_problem(blocks, built_schedule, 0), assignment.stages, assignment.options, is_bound=False),
         candidate=candidate,
     )

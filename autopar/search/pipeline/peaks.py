@@ -8,12 +8,14 @@ is while the backward runs block b
 
     sum over i <= b of s(i)  +  sum over i > b of g(i)  +  workspace(b)
 
-and after it all gradients, while the optimizer updates the parameters. In the forward there is no more than in the backward. Gradients that
-are summed over ranks in buckets are copied into one; those of ZeRO levels 1 and 2 are whole until then.
+and after it all gradients, while the optimizer updates the parameters. In the forward of block b there is what is saved, and no gradients,
+but also copies of parameters that the backward doesn't need. Gradients that are summed over ranks in buckets are copied into one; those of
+ZeRO levels 1 and 2 are whole until then.
 
-In a schedule, with h micro-batches in flight, every block is taken to hold h s(i) + g(i) at the same time. Gradients that are summed over
-ranks in the backward of every micro-batch take the place of what this backward has freed: those that wait for their bucket, their copy in
-it, those that are being sent, and the parts that come of them.
+In a schedule, with h micro-batches in flight on a stage, all but one of them hold everything, and that one goes through its backward. The
+model of assignments takes every block to hold most at the same time (`BlockRun.held`), which is no less. Gradients that are summed over
+ranks in the backward of every micro-batch are beside it, in the place of what this backward has freed: those that wait for their bucket,
+their copy in it, those that are being sent, and the parts that come of them.
 """
 
 from __future__ import annotations
@@ -65,8 +67,10 @@ class StageProfile:
     gradients: Ints
     arriving: Ints
     copies: Ints
+    unsaved: Ints
     workspace: Ints
     first_workspace: Ints
+    forward_workspace: Ints
     bucketed: Ints
     unsummed: Ints
     scattered: Ints
@@ -87,8 +91,10 @@ class StageProfile:
                 memory.gradients,
                 option.arriving,
                 memory.copies,
+                memory.unsaved,
                 option.workspace,
                 option.workspace if option.cost is None else option.first_workspace,
+                memory.forward_workspace,
                 memory.bucketed,
                 memory.unsummed,
                 memory.scattered,
@@ -101,34 +107,67 @@ class StageProfile:
         ]
         columns = np.array(rows, dtype=np.int64).reshape(-1, len(_COLUMNS)).T
         columns[0, :1] += read_before
-        update = max((memory.update for memory in memories), default=0)
+        update = max((memory.update for memory in memories), default=0) + sum(memory.masters for memory in memories)
         return cls(**dict(zip(_COLUMNS, columns, strict=True)), update=update)
 
 
 _COLUMNS = tuple(name for name in StageProfile.__dataclass_fields__ if name != "update")
 
 
-def find_peak(stages: Sequence[StageProfile], holdings: Ints, *, is_whole: bool) -> Peak:
+def find_peak(stages: Sequence[StageProfile], holdings: Ints, *, is_whole: bool, is_bound: bool) -> Peak:
     """The moment at which a pipeline rank with these stages needs most.
 
-    `is_whole` says that there is one stage and one micro-batch, which run without a schedule. Otherwise all blocks are taken to hold most
-    at the same time, as the model of assignments has it (`BlockRun.held`).
+    Args:
+        stages: of the rank.
+        holdings: of its schedule (`AssignmentProblem.holdings`).
+        is_whole: whether there is one stage and one micro-batch, which run without a schedule.
+        is_bound: whether to take all blocks of a schedule to hold most at the same time, as the model of assignments does.
     """
     moments = _find_moments_after(stages, is_whole)
-    moments += _find_moments_of_blocks(stages[0]) if is_whole else _find_moments_of_schedule(stages, holdings)
+    if is_whole:
+        moments += _find_moments_of_blocks(stages[0])
+    else:
+        moments += _bound_moments_of_schedule(stages, holdings) if is_bound else _find_moments_of_schedule(stages, holdings)
     held, workspace = max(moment.held for moment in moments), max(moment.workspace for moment in moments)
     return Peak(held, workspace, held + workspace - max(moment.held + moment.workspace - moment.absent for moment in moments))
 
 
-def _find_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) -> list[_Moment]:
+def _bound_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) -> list[_Moment]:
+    """The moments as `BlockRun.held` has them."""
     has_first = has_first_backward(holdings)
     needed = max(_find_needed(stage, stage.first_workspace if has_first else stage.workspace) for stage in stages)
     moments = []
-    for numbers in holdings:
-        held = 0
-        for stage, (in_flight, waiting, _) in zip(stages, numbers.tolist(), strict=True):
+    for numbers in holdings.tolist():
+        held = absent = 0
+        for stage, (in_flight, waiting, has_gradients) in zip(stages, numbers, strict=True):
             held += in_flight * int(stage.saved.sum()) + waiting * int(stage.waiting.sum())
-        moments.append(_Moment(held, needed, 0))
+            if not has_gradients:
+                absent += int((np.minimum(stage.arriving, stage.saved) if in_flight else stage.arriving).sum())
+        moments.append(_Moment(held, needed, absent))
+    return moments
+
+
+def _find_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) -> list[_Moment]:
+    """What stages hold while any of them runs a forward, or the backward of any of its blocks.
+
+    The forward has ended before a backward begins, so both count as many micro-batches. Gradients come with a stage's first backward.
+    """
+    moments = []
+    forward = max((int(stage.forward_workspace.max(initial=0)) for stage in stages), default=0)
+    for numbers in holdings.tolist():
+        full = sum(h * int(stage.saved.sum()) + w * int(stage.waiting.sum()) for stage, (h, w, _) in zip(stages, numbers, strict=True))
+        absent = [0 if has_gradients else int(stage.arriving.sum()) for stage, (*_, has_gradients) in zip(stages, numbers, strict=True)]
+        weights = (int(stage.workspace.max(initial=0)) for stage, (_, w, _) in zip(stages, numbers, strict=True) if w)
+        moments.append(_Moment(full, max(forward, *weights, 0), sum(absent)))
+        for stage, (in_flight, _, has_gradients), own_absent in zip(stages, numbers, absent, strict=True):
+            if in_flight:
+                held = full - _behind(stage.saved) + _behind(stage.waiting)
+                sums, at_end = _find_sums(stage)
+                workspace = sums + (stage.workspace if has_gradients else stage.first_workspace)
+                others_absent = sum(absent) - own_absent
+                not_yet = others_absent + (0 if has_gradients else own_absent - _behind(stage.arriving)) + np.zeros_like(held)
+                moments += [_Moment(*row) for row in zip(held.tolist(), workspace.tolist(), not_yet.tolist(), strict=True)]
+                moments.append(_Moment(int(held[0]), at_end, int(not_yet[0])))
     return moments
 
 
@@ -173,16 +212,18 @@ def _find_moments_after(stages: Sequence[StageProfile], is_whole: bool) -> list[
 
 
 def _find_moments_of_blocks(stage: StageProfile) -> list[_Moment]:
-    """The backward of each block of a program without a schedule; autograd's graph alone holds the copies of parameters."""
-    saved = np.cumsum(stage.saved)
-    absent = int(stage.gradients.sum()) - _behind(stage.arriving) + _behind(stage.copies)
+    """Forward and backward of each block of a program without a schedule; autograd's graph alone holds the copies of parameters."""
+    saved, all_gradients = np.cumsum(stage.saved), int(stage.gradients.sum())
+    forward = zip(saved.tolist(), stage.forward_workspace.tolist(), strict=True)
+    moments = [_Moment(held, workspace, all_gradients) for held, workspace in forward]
+    absent = all_gradients - _behind(stage.arriving) + _behind(stage.copies) + np.cumsum(stage.unsaved)
     # Gradients of blocks that the backward has come past wait in buckets; one that is full is summed.
     unsummed = _behind(stage.unsummed)
     filled = _behind(stage.bucketed) + stage.bucketed
     in_sums = np.minimum(unsummed, FULLEST_BUCKET) + np.where(filled >= BUCKET_NBYTES, np.minimum(filled, FULLEST_BUCKET), 0)
     absent = absent + np.where(unsummed < BUCKET_NBYTES, _behind(stage.scattered), 0)
     columns = zip(saved.tolist(), (stage.first_workspace + in_sums).tolist(), absent.tolist(), strict=True)
-    return [_Moment(*numbers) for numbers in columns]
+    return moments + [_Moment(*numbers) for numbers in columns]
 
 
 def _behind(numbers: Ints) -> Ints:

@@ -177,13 +177,13 @@ def saved_nbytes(model: AnalyzedGraph, op: Op, placement: Placement, mesh: Mesh)
 def least_bytes(model: AnalyzedGraph, ranks: int) -> int:
     """A lower bound on the bytes that one rank needs without recomputation: everything split evenly over all ranks.
 
-    That is (saved tensors + parameters, gradients and optimizer state) / ranks, rounded up.
+    That is (parameters and optimizer state + the larger of saved tensors and gradients) / ranks, rounded up: before the backward there are
+    no gradients, and after it nothing is saved.
     """
     graph = model.folded.graph
-    saved = model.saved
-    total = sum(times * graph.tensor(value).nbytes for value, times in saved.times.items()) + sum(saved.extra_nbytes.values())
-    for op in graph.of_kind(OpKind.PARAMETER):
-        total += kept_nbytes(op.results[0], (), _ONE_RANK).total
+    saved = sum(times * graph.tensor(value).nbytes for value, times in model.saved.times.items()) + sum(model.saved.extra_nbytes.values())
+    kept = [kept_nbytes(op.results[0], (), _ONE_RANK) for op in graph.of_kind(OpKind.PARAMETER)]
+    total = sum(parameter.stored + parameter.optimizer for parameter in kept) + max(saved, sum(parameter.gradient for parameter in kept))
     return -(-total // ranks)
 
 
