@@ -498,6 +498,20 @@ def test_what_hides_what() -> None:
     assert find_surroundings(works, 1, 2, share, is_one_stage=False, sums_run=False) == replace(NO_SURROUNDINGS, nbytes=3 * 100)
 
 
+def test_a_block_hides_all_but_one_of_its_own() -> None:
+    """A block that begins the forward, and ends the backward: its gathers, and its sums, run beside its own computing too."""
+    first = BlockWork(forward=10.0, backward=20.0, gathers=8.0, sums=6.0, count=4)
+    second = BlockWork(forward=1.0, backward=1.0, gathers=14.0, sums=12.0, count=2)
+    found = find_surroundings([first, second], 0, 1, 0.5, is_one_stage=True, sums_run=True)
+    # Of 4 gathers 3, of which half can be hidden; 10 seconds less half of 14 for the next one's are just these 3.
+    assert found.forward == 3.0 == min(0.75 * 0.5 * 8.0, 10.0 - 0.5 * 14.0)
+    assert found.sums == 0.75 * 0.5 * 6.0 < 20.0 - 0.5 * 12.0
+    # What is left when the neighbour has had its share is less.
+    busy = replace(first, forward=8.0, backward=7.0)
+    found = find_surroundings([busy, second], 0, 1, 0.5, is_one_stage=True, sums_run=True)
+    assert (found.forward, found.sums) == (1.0, 1.0)
+
+
 def _rows(plan: Any, phase: Phase, purpose: Purpose) -> tuple[float, float]:
     rows = [row for row in plan.costs if row.phase == phase and row.purpose == purpose]
     return sum(row.seconds for row in rows), sum(row.hidden for row in rows)
@@ -522,7 +536,7 @@ def test_what_is_hidden_is_in_the_rows() -> None:
             assert exposed + hidden == pytest.approx(all_of_it, rel=1e-9)
             assert hidden < share * all_of_it
             if purpose == Purpose.GRADIENTS:
-                assert (hidden < 0.6 * share * all_of_it) == is_slow
+                assert (hidden < 0.7 * share * all_of_it) == is_slow
         assert ahead.memory.workspace > waiting.memory.workspace
         # The placement problem takes all of the share for hidden, which is a bound.
         assert ahead.proof.bound_ns < ahead.proof.objective_ns
@@ -530,6 +544,5 @@ def test_what_is_hidden_is_in_the_rows() -> None:
 
 
 def test_a_block_alone_hides_nothing() -> None:
-    assert find_surroundings([BlockWork(1.0, 2.0, 3.0, 4, 5)], 0, 1, 0.8, is_one_stage=True, sums_run=True) == replace(
-        NO_SURROUNDINGS, nbytes=5, is_last=True
-    )
+    alone = [BlockWork(1.0, 2.0, 3.0, count=1, gathered=4, unsummed=5)]
+    assert find_surroundings(alone, 0, 1, 0.8, is_one_stage=True, sums_run=True) == replace(NO_SURROUNDINGS, nbytes=5, is_last=True)

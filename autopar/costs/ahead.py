@@ -6,12 +6,14 @@ block in a program that begins gathers of parameters some blocks ahead (`Plan.pr
 Of the communication that can be hidden the share `Device.overlap` runs beside computing, and no longer than that lasts. With W the seconds
 that a block computes, F and B for forward and backward, G those of its gathers, S those of its sums, blocks being numbered b::
 
-    forward    hidden G(b) = min(overlap G(b), W_F(b - 1))
+    forward    hidden G(b) = min(overlap G(b), W_F(b - 1) + own W_F(b))
     backward   hidden G(b) = min(overlap G(b), W_B(b + 1))
-               hidden S(b) = min(overlap S(b), W_B(b - 1) - hidden G(b - 2))
+               hidden S(b) = min(overlap S(b), W_B(b - 1) - hidden G(b - 2) + own W_B(b))
 
-The first block's gathers, forward and backward, and the last sums of the backward have nothing to run behind. More than one block ahead
-evens out unlike blocks, which isn't counted.
+A block's gathers are begun together, and each is waited for where it is read; a sum begins when its gradient is made. So all of them but
+one run beside the block's own computing too, as far as that hides nothing of its neighbours ("own"). That counts where no neighbour has
+enough to do: in the first block of the forward and in the last of the backward. The first gathers of the forward and of the backward and
+the last sum have nothing to run behind. More than one block ahead evens out unlike blocks, which isn't counted.
 
 In flight are, while block b runs, the gathered parameters of the blocks b to b + ahead in the forward; in the backward those of b - ahead
 to b, and the gradients of b to b + ahead that aren't summed yet. A parameter of b is free when its gradient has been made.
@@ -36,6 +38,8 @@ class BlockWork:
     Attributes:
         forward, backward: seconds of computing.
         gathers: seconds of the gathers of its parameters in the backward.
+        sums: seconds of the sums of their gradients.
+        count: how many parameters it gathers.
         gathered, unsummed: bytes of its gathered parameters, and of their gradients before these are summed over ranks.
         largest: of the parameter with most among these.
     """
@@ -43,6 +47,8 @@ class BlockWork:
     forward: float = 0.0
     backward: float = 0.0
     gathers: float = 0.0
+    sums: float = 0.0
+    count: float = 0.0
     gathered: int = 0
     unsummed: int = 0
     largest: int = 0
@@ -73,6 +79,8 @@ def find_work(cost: BlockCost) -> BlockWork:
         forward=sum(row.seconds for row in rows if row.phase == Phase.FORWARD and row.purpose == Purpose.COMPUTE),
         backward=sum(row.seconds for row in rows if row.phase in _BACKWARD and row.purpose == Purpose.COMPUTE),
         gathers=sum(row.seconds for row in gathers if row.phase != Phase.FORWARD),
+        sums=sum(row.seconds for row in rows if _is_sum(row)),
+        count=sum(row.count for row in gathers if row.phase == Phase.FORWARD),
         gathered=int(sum(row.nbytes for row in gathers if row.phase == Phase.FORWARD)),
         unsummed=int(sum(row.nbytes for row in rows if _is_sum(row))),
         largest=cost.memory.largest,
@@ -101,6 +109,9 @@ def find_surroundings(
     if not is_one_stage:
         return Surroundings(0.0, 0.0, 0.0, (1 + ahead) * own.gathered)
     next_gathers = min(share * work(number - 2).gathers, before.backward)
+    all_but_one = 1 - 1 / own.count if own.count else 0.0
+    own_forward = min(all_but_one * share * own.gathers, max(0.0, own.forward - share * after.gathers))
+    own_backward = min(all_but_one * share * own.sums, max(0.0, own.backward - share * (before.gathers + after.sums)))
     following = [work(number + step) for step in range(1, ahead + 1)]
     forward_nbytes = own.gathered + sum(other.gathered for other in following)
     backward_nbytes = sum(work(number - step).gathered for step in range(1, ahead + 1))
@@ -110,9 +121,9 @@ def find_surroundings(
     else:
         backward_nbytes += own.gathered
     return Surroundings(
-        forward=before.forward,
+        forward=before.forward + own_forward,
         backward=after.backward,
-        sums=before.backward - next_gathers if sums_run else 0.0,
+        sums=before.backward - next_gathers + own_backward if sums_run else 0.0,
         nbytes=max(forward_nbytes, backward_nbytes) if own.gathered else 0,
         is_last=number == len(works) - 1,
     )

@@ -33,14 +33,15 @@ from autopar.cost_models import Cluster, Machine, find_machine
 from autopar.ops import GroupAxis, comm
 from tests.processes import spawn
 
-# Bytes of a gathered tensor: those of the parameters and activations of a small model.
-_SIZES = (2**10, 2**18, 2**20, 2**22)
+# Bytes of what is exchanged for a block: norms and matrices of a small Llama; and of a block of nothing but small tensors.
+_BLOCK = (2**11, 2**20, 2**19, 2**19, 2**20, 2**11, *[3 * 2**20] * 3)
+_SMALL = (2**11,) * len(_BLOCK)
 # Samples of each per turn: many, as they are as short as single ops of a step.
 _SAMPLES = 3
-# Products in a chain with an exchange after each.
-_LINKS = 4
-# Rows, features in and features out of the products; the first counts for the price of a small one.
-_PRODUCTS = ((32, 64, 64), (256, 512, 512), (256, 512, 1408))
+# Rows, features in and features out of the products of a layer; the first counts for the price of a small one.
+_PRODUCTS = ((32, 64, 64), (128, 512, 512), (128, 512, 1408))
+# A step multiplies as often as the forward, for the gradients of inputs, and of weights.
+_PASSES = 3
 
 
 @final
@@ -56,7 +57,7 @@ class Probes:
         # As in a step, what is sent isn't in a cache, and results are held for a while.
         self._sent = torch.randn(2**24)
         self._at = 0
-        self._held: deque[Tensor] = deque(maxlen=8)
+        self._held: deque[Tensor] = deque(maxlen=2 * len(_BLOCK))
         self._operands = [(torch.randn(rows, features), torch.randn(out, features)) for rows, features, out in _PRODUCTS]
         self._memory = torch.randn(2**19)
         self._times: list[dict[str, list[float]]] = []
@@ -69,34 +70,37 @@ class Probes:
                 self._time(f"product {number}", partial(self._multiply, number))
             self._time("pointwise", lambda: self._memory + self._memory)
             self._time("launch", lambda: [self._memory[:64] + 1 for _ in range(100)])
-            self._time("chain", self._chain)
-            for size in _SIZES:
-                self._time(f"gather {size}", partial(self._chain, partial(self._begin_gather, size)))
-                self._time(f"reduce {size}", partial(self._chain, partial(self._begin_reduce, size)))
-            self._time("ahead", partial(self._chain, partial(self._begin_gather, _SIZES[-1]), ahead=True))
+            self._time("block", self._compute)
+            for kind, begin in (("gather", self._begin_gather), ("reduce", self._begin_reduce)):
+                self._time(f"small {kind}", partial(self._compute, begin, _SMALL))
+                self._time(kind, partial(self._compute, begin, _BLOCK))
+                self._time(f"{kind} ahead", partial(self._compute, begin, _BLOCK, ahead=True))
 
     def machine(self, rounds: Sequence[int]) -> Machine:
         """The profile of CPUs, with the medians of the samples of some rounds in it."""
         profile = find_machine("cpu")
         kept = [self._times[number] for number in rounds]
         middle = {name: statistics.median(seconds for times in kept for seconds in times[name]) for name in kept[0]}
-        price = {name: (seconds - middle["chain"]) / _LINKS for name, seconds in middle.items()}
-        latency = max(0.0, statistics.mean(price[f"{kind} {_SIZES[0]}"] for kind in ("gather", "reduce")))
-        moved = (self._axis.size - 1) / self._axis.size
-        sent = [(moved * size, price[f"{kind} {size}"]) for kind in ("gather", "reduce") for size in _SIZES[1:]]
-        rate = sum(nbytes for nbytes, _ in sent) / max(sum(seconds - latency for _, seconds in sent), 1e-6)
-        flops = [2.0 * rows * features * out for rows, features, out in _PRODUCTS]
+        kinds = "gather", "reduce"
+        # What a block takes longer with its exchanges: where it waits for each on the spot, and where they are begun ahead.
+        small, exposed, beside = (
+            sum(middle[name.format(kind)] - middle["block"] for kind in kinds) / len(kinds) for name in ("small {}", "{}", "{} ahead")
+        )
+        latency = max(0.0, small / len(_SMALL))
+        moved = (self._axis.size - 1) / self._axis.size * sum(_BLOCK)
+        rate = moved / max(exposed - small, 1e-6)
+        flops = [2.0 * _PASSES * rows * features * out for rows, features, out in _PRODUCTS]
         peak = max(flops[number] / middle[f"product {number}"] for number in range(1, len(flops)))
         device = dataclasses.replace(
             profile.device,
             name="CPU core, as measured",
             peak_flops={**profile.device.peak_flops, "float32": peak},
             matmul_efficiency=1.0,
-            matmul_half_flops=max(0.0, middle["product 0"] * peak - flops[0]),
+            matmul_half_flops=max(0.0, middle["product 0"] * peak - flops[0]) / _PASSES,
             mem_bandwidth_bytes_per_s=3 * self._memory.nbytes / middle["pointwise"],
             mem_efficiency=1.0,
             launch_seconds=max(middle["launch"] / 100, profile.device.launch_seconds),
-            overlap=min(1.0, max(0.0, 1 - price["ahead"] / max(price[f"gather {_SIZES[-1]}"], 1e-6))),
+            overlap=min(1.0, max(0.0, 1 - beside / max(exposed, 1e-6))),
         )
         link = dataclasses.replace(profile.intra, latency_seconds=latency, bandwidth_bytes_per_s=rate)
         return dataclasses.replace(profile, device=device, intra=link, inter=link)
@@ -109,7 +113,10 @@ class Probes:
         return self._sent[self._at - numel : self._at].view(self._axis.size, -1)
 
     def _multiply(self, number: int) -> Tensor:
-        return torch.nn.functional.linear(*self._operands[number])
+        x, weight = self._operands[number]
+        made = torch.nn.functional.linear(x, weight)
+        of_input, _ = made @ weight, made.T @ x
+        return of_input
 
     def _begin_gather(self, nbytes: int) -> comm.Message:
         return self._axis.begin_gather_stack(self._next(nbytes)[0])
@@ -117,15 +124,14 @@ class Probes:
     def _begin_reduce(self, nbytes: int) -> comm.Message:
         return self._axis.begin_reduce_stack(self._next(nbytes))
 
-    def _chain(self, begin: Callable[[], comm.Message] | None = None, *, ahead: bool = False) -> None:
-        """Products one after the other, with an exchange before each, or beside it if it is begun `ahead`."""
-        for _ in range(_LINKS):
-            begun = None if begin is None else begin()
-            if begun is not None and not ahead:
-                self._held.append(begun.wait())
-            self._held.append(self._multiply(len(_PRODUCTS) - 1))
-            if begun is not None and ahead:
-                self._held.append(begun.wait())
+    def _compute(self, begin: Callable[[int], comm.Message] | None = None, sizes: Sequence[int] = _SMALL, *, ahead: bool = False) -> None:
+        """Products of a block, each behind an exchange of its own; or all of them beside the exchanges, which are begun `ahead`."""
+        begun = [begin(size) for size in sizes] if begin is not None and ahead else []
+        for size in sizes:
+            if begin is not None and not ahead:
+                self._held.append(begin(size).wait())
+            self._held.append(self._multiply(1))
+        self._held.extend(message.wait() for message in begun)
 
     def _time(self, name: str, do: Callable[[], object]) -> None:
         dist.barrier()
