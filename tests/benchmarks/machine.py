@@ -113,6 +113,7 @@ class Probes:
         return self._sent[self._at - numel : self._at].view(self._axis.size, -1)
 
     def _multiply(self, number: int) -> Tensor:
+        """The product of a layer, and those of its backward."""
         x, weight = self._operands[number]
         made = torch.nn.functional.linear(x, weight)
         of_input, _ = made @ weight, made.T @ x
