@@ -33,6 +33,9 @@ def test_pins_are_read_from_python() -> None:
     assert Pins.parse(None) == Pins.parse({}) == Pins.parse({"tp": None, "layers.3": {}}) == Pins()
     assert Pins.parse({"recompute": True}).recompute == "full"
     assert Pins.parse({"recompute": False}).recompute == "none"
+    assert Pins.parse({"tp": 2, "layers.*.mlp": "tp:o, pp:0", "layers.3": "pp:1"}) == Pins.parse_texts(
+        ["tp=2", "layers.*.mlp=tp:o,pp:0", "layers.3=pp:1"]
+    )
     assert autopar.Pins is Pins
 
 

@@ -547,18 +547,19 @@ def test_levels_move_the_bytes_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("pins", "message"),
     [
-        ({"zero": 4}, "pin zero=4 is unknown; there are 0, 1, 2 and 3"),
-        ({"zero": True}, "pin zero=True is unknown"),
-        ({"zero": 2.0}, "pin zero=2.0 is unknown"),
+        ({"zero": 4}, "pin zero=4: an integer from 0 to 3 is needed, such as zero=2"),
+        ({"zero": True}, "pin zero=True: an integer from 0 to 3 is needed, such as zero=2"),
+        ({"zero": 2.0}, "pin zero=2.0: an integer from 0 to 3"),
+        ({"zero": "2"}, "pin zero='2': an integer from 0 to 3 is needed, such as zero=2"),
         ({"zero": 1, "fsdp": True}, "fsdp=True and zero=1 contradict each other"),
         ({"zero": 2, "dp": 1}, "zero=2 stores parameters split over a dp axis, but dp is pinned to 1"),
         ({"zero": 2, "tp": 4}, "zero=2 stores parameters split over a dp axis, but all axes"),
         ({"zero_group": 2}, "says over how many ranks a ZeRO level stores in parts: pin zero=1, 2 or 3 too"),
         ({"zero_group": 2, "zero": 0}, "pin zero=1, 2 or 3 too"),
         ({"zero_group": 1, "zero": 3}, "zero_group=1: a number of ranks is needed, an integer from 2"),
-        ({"zero_group": 3, "zero": 3}, "zero_group=3 can't form equal groups of the ranks that split the batch"),
+        ({"zero_group": 3, "zero": 3}, "zero_group=3 can't form equal groups: 4 ranks split the batch; zero_group must divide 4"),
         ({"zero_group": 4, "zero": 3, "dp": 2}, "zero_group=4 can't form equal groups of dp=2 ranks"),
-        ({"zero_group": 4, "zero": 3, "pp": 2}, "zero_group=4"),
+        ({"zero_group": 4, "zero": 3, "pp": 2}, "zero_group=4 can't form equal groups: 2 ranks split the batch; zero_group must divide 2$"),
     ],
 )
 def test_pins_that_cannot_be_had(pins: Mapping[str, object], message: str) -> None:

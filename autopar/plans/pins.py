@@ -45,7 +45,7 @@ _read_ahead = _integer_from(0, "an integer from 0 is needed")
 
 def _read_level(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 3:
-        raise InputError(f"pin {name}={value!r} is unknown; there are 0, 1, 2 and 3")
+        raise InputError(f"pin {name}={value!r}: an integer from 0 to 3 is needed, such as {name}=2")
     return value
 
 
@@ -147,7 +147,11 @@ def describe_pins() -> tuple[tuple[str, str], ...]:
     return (
         *((f"{pin.name}={pin.values}", pin.help) for pin in TABLE),
         ("MODULE=pp:N", "the stage that a module is on, from 0; * in the module's path stands for any name"),
-        ("MODULE=AXIS:LOOP", "the loop that an axis splits in a module's ops; loops and stage are joined by commas"),
+        (
+            "MODULE=AXIS:LOOP",
+            "the loop that an axis splits in a module's ops, with * for the numbers of layers that are alike; loops and"
+            " stage are joined by commas",
+        ),
     )
 
 
@@ -202,7 +206,8 @@ class Pins:
     def parse(cls, pins: Mapping[str, object] | Pins | None) -> Pins:
         """Read pins as Python code gives them: ``{"tp": 8, "fsdp": True, "layers.*.mlp": {"tp": "o"}, "layers.3": {"pp": 1}}``.
 
-        Keys are names, or globs of module paths. None pins nothing, and leaves a name to the search.
+        Keys are names, or globs of module paths, whose choices may also be text as on the command line, ``"tp:o,pp:1"``. None pins nothing,
+        and leaves a name to the search.
 
         Raises InputError for what isn't known, of the wrong type, or contradicts itself.
         """
@@ -216,18 +221,20 @@ class Pins:
         for name, value in pins.items():
             if name in PIN_NAMES:
                 named[name] = value
-            elif name in LATER_PINS:
+                continue
+            if name in LATER_PINS:
                 raise InputError(f"pin {name!r} is not supported yet; this version pins {', '.join(PIN_NAMES)} and modules")
-            elif not (isinstance(name, str) and isinstance(value, Mapping)):
+            if isinstance(name, str) and isinstance(value, str) and ":" in value:
+                value = _parse_module(f"{name}={value}", value)
+            if not (isinstance(name, str) and isinstance(value, Mapping)):
                 raise InputError(
                     f"unknown pin {name!r}; known are {', '.join(PIN_NAMES)} and globs of module paths, "
                     "whose choices are pp:STAGE or AXIS:LOOP"
                 )
-            else:
-                if loops := {axis: loop for axis, loop in value.items() if axis != PIPELINE}:
-                    placements[name] = loops
-                if PIPELINE in value:
-                    stages[name] = value[PIPELINE]
+            if loops := {axis: loop for axis, loop in value.items() if axis != PIPELINE}:
+                placements[name] = loops
+            if PIPELINE in value:
+                stages[name] = value[PIPELINE]
         return cls(**named, placements=placements, stages=stages)
 
     @classmethod
@@ -245,8 +252,7 @@ class Pins:
                 raise InputError(
                     f"pin {text!r} is {len(parts)} pins; give each of its own, as in {' '.join(f'--pin {part.strip()}' for part in parts)}"
                 )
-            is_module = ":" in value and name not in (*PIN_NAMES, *LATER_PINS)
-            pins[name] = _parse_module(text, value) if is_module else _parse_value(value)
+            pins[name] = _parse_value(value)
         return cls.parse(pins)
 
     def __str__(self) -> str:

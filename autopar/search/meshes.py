@@ -146,7 +146,12 @@ def _form_groups(trial: Trial) -> Trial:
         rest //= sizes[axes.pop()]
     if rest > 1:
         if not axes or sizes[axes[-1]] % rest:
-            raise InputError(f"pin zero_group={group} can't form equal groups of the ranks that split the batch on the mesh {mesh}")
+            splitting = [sizes[axis] for axis, kind in enumerate(kinds) if kind is AxisKind.DP]
+            ranks = math.prod(splitting)
+            raise InputError(
+                f"pin zero_group={group} can't form equal groups: {ranks} {'rank splits' if ranks == 1 else 'ranks split'} the batch;"
+                f" zero_group must divide {ranks}" + (f", and be a group of neighbours on the mesh {mesh}" if len(splitting) > 1 else "")
+            )
         outer = axes[-1]
         name = next(name for number in itertools.count(2) if (name := f"{names[outer]}{number}") not in names)
         names[outer + 1 : outer + 1], kinds[outer + 1 : outer + 1] = [name], [AxisKind.DP]
