@@ -267,6 +267,15 @@ def test_backward_every_exchange_runs_beside_a_product(kind: str, monkeypatch: p
     assert 0 not in beside[2:-2], beside
 
 
+def test_an_odd_batch_is_refused() -> None:
+    with pytest.raises(
+        InputError,
+        match=r"pin half_batches=True can't be had: an even batch is needed, this has 7 rows \(dim 0 of .*\);"
+        " take an even one, or leave out half_batches$",
+    ):
+        autopar.plan(nn.Linear(WIDTH, WIDTH), (torch.randn(7, WIDTH),), "2xcpu", pins={"tp": 2, "half_batches": True})
+
+
 def test_what_needs_the_whole_batch_is_refused() -> None:
     class Normed(nn.Module):
         def __init__(self) -> None:
@@ -279,7 +288,9 @@ def test_what_needs_the_whole_batch_is_refused() -> None:
 
     call = (torch.randn(BATCH, WIDTH),)
     with pytest.raises(
-        InputError, match=r"pin half_batches=True can't be had: aten.batch_norm.default at .*test_halves.py:\d+: .*whole batch"
+        InputError,
+        match=r"pin half_batches=True can't be had: aten.batch_norm.default at .*test_halves.py:\d+: .*whole batch, "
+        r"which no one of 2 halves sees; .*, or leave out half_batches$",
     ):
         autopar.plan(Normed(), call, "2xcpu", pins={"tp": 2, "half_batches": True})
     assert not autopar.plan(Normed(), call, "2xH100", pins={"tp": 2}).half_batches

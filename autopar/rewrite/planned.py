@@ -128,7 +128,7 @@ def with_microbatches(planned: PlannedGraph) -> PlannedGraph:
     """
     graph, spaces, count = planned.graph, planned.spaces, planned.microbatches
     wanted = "runs in half batches" if planned.plan.half_batches else f"has {count} micro-batches"
-    micro_split = split_microbatches(graph, spaces, find_roles(graph, spaces), count)
+    micro_split = split_microbatches(graph, spaces, find_roles(graph, spaces), count, half_batches=planned.plan.half_batches)
     if micro_split.reasons:
         raise PlanError(f"the plan {wanted}, but {'; '.join(micro_split.reasons)}")
     planned = replace(planned, micro_split=micro_split)

@@ -206,7 +206,7 @@ class Halves:
     @cached_property
     def _split(self) -> MicroSplit:
         model = self._model
-        return split_microbatches(model.folded.graph, model.spaces, model.roles, 2)
+        return split_microbatches(model.folded.graph, model.spaces, model.roles, 2, half_batches=True)
 
     def _halved(self, sharding: Sharding, mesh: Mesh) -> frozenset[str]:
         """Representatives of the calls that run for each half; empty if some placement doesn't fit a half, and halves aren't pinned."""

@@ -88,7 +88,9 @@ def reads_locally(state: State, need: State) -> bool:
     return state in (need, REPLICATE)
 
 
-def split_microbatches(graph: Graph, spaces: Mapping[str, Space], roles: GraphRoles, count: int) -> MicroSplit:
+def split_microbatches(
+    graph: Graph, spaces: Mapping[str, Space], roles: GraphRoles, count: int, *, half_batches: bool = False
+) -> MicroSplit:
     """Split the batch of `graph` into `count` micro-batches of equal size.
 
     The batch is dim 0 of the inputs. Where inputs differ in its size, those of the most frequent size are split; if there is a reason
@@ -99,10 +101,11 @@ def split_microbatches(graph: Graph, spaces: Mapping[str, Space], roles: GraphRo
         spaces: of every call that has a rule.
         roles: the roles of the inputs' dims.
         count: number of micro-batches. With 1 nothing is split and every value is the same in all.
+        half_batches: whether they are the two halves of the batch that take turns, and reasons speak of that.
 
     Raises InputError when `count` is below 1. That the graph can't be split is no error: `MicroSplit.reasons` says why.
     """
-    return MicroSplitter(graph, spaces, roles).split(count)
+    return MicroSplitter(graph, spaces, roles, half_batches=half_batches).split(count)
 
 
 class MicroSplitter:
@@ -112,9 +115,10 @@ class MicroSplitter:
     share a split.
     """
 
-    def __init__(self, graph: Graph, spaces: Mapping[str, Space], roles: GraphRoles) -> None:
+    def __init__(self, graph: Graph, spaces: Mapping[str, Space], roles: GraphRoles, *, half_batches: bool = False) -> None:
         self.graph = graph
         self.spaces = spaces
+        self.half_batches = half_batches
         self.batches = _find_batches(graph, roles)
         self._walks: list[tuple[_Walk, MicroSplit]] = []  # those that ended without a reason
 
@@ -127,14 +131,17 @@ class MicroSplitter:
         if not self.batches:
             named = ", ".join(f"{op.target} {op.results[0]}" for op in self.graph.of_kind(OpKind.INPUT)) or "none"
             return _refuse(
-                f"no input has a batch to split into {count} micro-batches (inputs: {named}); give inputs whose first dim is the batch"
+                f"no input has a batch to split into {_word_parts(count, self.half_batches)} (inputs: {named});"
+                " give inputs whose first dim is the batch"
             )
         refusals: list[MicroSplit] = []
         for size, inputs in self.batches.items():
             if size % count:
                 names = ", ".join(self.graph.by_name[name].target for name in inputs)
                 split = _refuse(
-                    f"the batch of {size} (dim 0 of {names}) can't be split into {count} micro-batches; take a divisor of {size}"
+                    f"an even batch is needed, this has {size} rows (dim 0 of {names}); take an even one, or leave out half_batches"
+                    if self.half_batches
+                    else f"the batch of {size} (dim 0 of {names}) can't be split into {count} micro-batches; take a divisor of {size}"
                 )
             else:
                 split = self._split_inputs(frozenset(inputs), count)
@@ -148,11 +155,16 @@ class MicroSplitter:
         for walk, split in self._walks:
             if walk.inputs == inputs and walk.holds_for(count):
                 return split
-        walk = _Walk(self.graph, self.spaces, inputs, count)
+        walk = _Walk(self.graph, self.spaces, inputs, count, self.half_batches)
         split = walk.run()
         if not split.reasons:  # reasons name the number of micro-batches, so they hold for no other
             self._walks.append((walk, split))
         return split
+
+
+def _word_parts(count: int, half_batches: bool) -> str:
+    """What a batch is split into, for messages."""
+    return f"{count} halves" if half_batches else f"{count} micro-batches"
 
 
 def _refuse(reason: str) -> MicroSplit:
@@ -211,6 +223,8 @@ class _Walk:
     Attributes:
         inputs: names of the inputs that are split by dim 0.
         mesh: the axis of micro-batches alone.
+        parts: what the batch is split into, for messages.
+        whole_batch: how to run the batch whole, for messages.
         origins: op -> what its results were computed from.
         splits_work: whether any call that depends on a parameter is split: without one the split would be for nothing.
         options: what was decided for like calls with like operands.
@@ -218,11 +232,13 @@ class _Walk:
             is a cache key: another number of micro-batches with the same answers gives the same walk (`holds_for`).
     """
 
-    def __init__(self, graph: Graph, spaces: Mapping[str, Space], inputs: frozenset[str], count: int) -> None:
+    def __init__(self, graph: Graph, spaces: Mapping[str, Space], inputs: frozenset[str], count: int, half_batches: bool) -> None:
         self.graph = graph
         self.spaces = spaces
         self.inputs = inputs
         self.mesh = Mesh((MICROBATCH,), (count,))
+        self.parts = _word_parts(count, half_batches)
+        self.whole_batch = "leave out half_batches" if half_batches else "pin microbatches=1"
         self.placements: dict[str, AxisPlacement] = {}
         self.states: dict[Value, State] = {}
         self.whole: set[Value] = set()
@@ -255,7 +271,7 @@ class _Walk:
         self._check_updates()
         if self.inputs and not self.splits_work and not self.reasons:
             names = ", ".join(self.graph.by_name[name].target for name in sorted(self.inputs))
-            self.reasons.append(f"splitting {names} into {self.mesh.sizes[0]} micro-batches splits no op that reads a parameter")
+            self.reasons.append(f"splitting {names} into {self.parts} splits no op that reads a parameter")
         self._split_for_readers()
         return MicroSplit(self.placements, self.states, frozenset(self.whole), self.counted, tuple(self.reasons))
 
@@ -386,9 +402,8 @@ class _Walk:
     def _explain(self, op: Op, space: Space | None) -> str:
         """Why an op can't be run on a micro-batch, with its line and what to do."""
         where = f"{op.target} at {op.source or op.layer or op.name}"
-        count = self.mesh.sizes[0]
         if (needs_all := facts_of(op, space).microbatch_refusal) is not None:
-            return f"{where} {needs_all.reason}, which no one of {count} micro-batches sees; {needs_all.remedy}, or pin microbatches=1"
+            return f"{where} {needs_all.reason}, which no one of {self.parts} sees; {needs_all.remedy}, or {self.whole_batch}"
         blocked = []
         for value in dict.fromkeys(op.operands):
             state, why = self.states[value], self._why_not_whole(value)
@@ -399,7 +414,7 @@ class _Walk:
         remedy = f'Say how it splits with autopar.register_rule("{readable_name(op.target)}", ...), compute' if space is None else "Compute"
         return (
             f"{where} {needs}: {'; '.join(blocked) or 'its operands are split in ways that no loop of it joins'}. "
-            f"{remedy} it for each sample, or from inputs alone, or pin microbatches=1 instead of {count}"
+            f"{remedy} it for each sample, or from inputs alone, or {self.whole_batch}"
         )
 
     def _check_updates(self) -> None:
@@ -410,8 +425,8 @@ class _Walk:
                 producer = self.graph.by_name[value.op]
                 self.reasons.append(
                     f"the new value of buffer {name}, made by {producer.target} at {producer.source or producer.layer or producer.name}, "
-                    f"depends on the whole batch and each of {self.mesh.sizes[0]} micro-batches has {state} of it; "
-                    "freeze the buffer, compute its update from inputs alone, or pin microbatches=1"
+                    f"depends on the whole batch and each of {self.parts} has {state} of it; "
+                    f"freeze the buffer, compute its update from inputs alone, or {self.whole_batch}"
                 )
 
 
