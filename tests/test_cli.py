@@ -33,6 +33,8 @@ from autopar.schedules.families import SCHEDULES
 from tests.commands import refuse, run
 from tests.plans import make_pipelined_plan, make_plan
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
@@ -194,6 +196,18 @@ def test_every_pin_is_in_the_help() -> None:
         text = run(command, "--help").stdout
         assert all(f"{name}=" in text for name in PIN_NAMES)
         assert all(name in text for name in (*SCHEDULES, *RECOMPUTE))
+
+
+@pytest.mark.parametrize("model", ["m.py:f", "hf:absent"])
+def test_a_type_that_contradicts_the_precision_is_refused_before_the_model_is_read(model: str) -> None:
+    message = "--precision mixed stores parameters as float32, --dtype says bfloat16: leave out --dtype, or --dtype float32"
+    assert refuse("plan", model, "--cluster", "8xH100", "--precision", "mixed", "--dtype", "bf16") == message
+    assert refuse("verify", model, "--precision", "mixed", "--dtype", "bfloat16") == message
+    assert "doesn't exist" in refuse("plan", model, "--cluster", "8xH100", "--precision", "mixed", "--dtype", "fp32")
+
+
+def test_a_function_gets_no_type_that_the_user_did_not_give() -> None:
+    assert run("plan", f"{EXAMPLES / 'mlp.py'}:build", "--cluster", "2xA100", "--precision", "mixed").exit_code == 0
 
 
 def test_meshes_are_read() -> None:

@@ -325,7 +325,15 @@ def test_a_precision_is_read_as_it_is_written(precision: str) -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("half", "precision='half' is unknown: use one of model, float32, mixed"),
+        ("low", "precision='low' is unknown: use one of model, float32, mixed"),
+        (
+            torch.bfloat16,
+            r"did you mean 'bfloat16' \(everything bfloat16, with float32 masters\) or 'mixed' \(.*\)\? There are model, float32",
+        ),
+        ("bf16", "precision='bf16' is unknown: did you mean 'bfloat16'"),
+        ("fp16", "precision='fp16' is unknown: did you mean 'mixed-float16'"),
+        ("float16", "precision='float16' is unknown: did you mean 'mixed-float16'"),
+        (torch.float32, "did you mean 'float32'"),
         ("param_dtype=int8", "param_dtype='int8' is unknown; there are float16"),
         ("compute=float16", "'compute=float16' isn't understood; its fields are param_dtype"),
         ("masters=2", "masters='2', True or False is needed"),
@@ -339,7 +347,11 @@ def test_a_bad_precision_is_refused(value: Any, message: str) -> None:
 
 def test_a_model_stored_otherwise_is_refused() -> None:
     model, batch = build("llama", torch.bfloat16)
-    with pytest.raises(InputError, match=r"'mixed' stores parameters as float32, model\.embed_tokens\.weight is bfloat16: call model\.to"):
+    with pytest.raises(
+        InputError,
+        match=r"'mixed' stores parameters as float32, model\.embed_tokens\.weight is bfloat16: call model\.to\(torch\.float32\) first,"
+        " or precision='model' to train in the dtypes it has$",
+    ):
         autopar.plan(model, batch, "2xcpu", precision="mixed")
     plan = autopar.plan(model, batch, "1xcpu")
     with pytest.raises(InputError, match="leave out pins, mesh and precision, or the plan"):

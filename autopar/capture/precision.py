@@ -41,7 +41,7 @@ def read_dtypes(model: nn.Module, precision: Precision) -> dict[str, torch.dtype
             if parameter.is_floating_point() and name_of(parameter.dtype) != precision.stored_dtype:
                 raise InputError(
                     f"precision={str(precision)!r} stores parameters as {precision.stored_dtype}, {name} is {name_of(parameter.dtype)}:"
-                    f" call model.to(torch.{precision.stored_dtype}) first, or give an autopar.Precision without stored_dtype"
+                    f" call model.to(torch.{precision.stored_dtype}) first, or precision='model' to train in the dtypes it has"
                 )
     if precision.param_dtype is None:
         return {}

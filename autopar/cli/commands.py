@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autopar.cli.sources import DTYPES, Source, read_source
+from autopar.cli.sources import DTYPES, Source, find_dtype, read_source
 from autopar.cli.terminal import clean, show_progress
 from autopar.cost_models import Cluster, find_machine, known_machines, peak_flops
 from autopar.errors import AutoparError, CommError, HardwareError, InfeasibleError, InputError, PlanError, SolverError, VerificationError
@@ -163,7 +163,7 @@ def plan(
     check_devices(*reconcile(parsed_pins, parsed_mesh), devices)
     if output is not None:
         check_writable(output)
-    dtype = dtype or policy.stored_dtype
+    dtype = _choose_dtype(model, dtype, policy)
     _check_dtype(read_source(model, batch=batch, seq=seq, dtype=dtype), policy, devices)
     start = time.perf_counter()
     with show_progress() as progress:
@@ -265,7 +265,7 @@ def verify(
         raise InputError(f"the plan of {plan_file} is for --precision {saved.precision}, not {policy}: leave one of the two out")
     if saved is None:
         check_devices(parsed_pins, None, Cluster.parse(f"{ranks or _VERIFY_RANKS}xcpu"))
-    dtype = dtype or (policy or (saved.precision if saved is not None else AS_MODEL)).stored_dtype
+    dtype = _choose_dtype(model, dtype, policy or (saved.precision if saved is not None else AS_MODEL))
     read_source(model, batch=batch, seq=seq, dtype=dtype)
     with show_progress() as progress:
         progress("loading the model")
@@ -320,6 +320,22 @@ def _parse_cluster(text: str, memory: str | None) -> Cluster:
     except HardwareError as error:
         hint = f"; --memory {memory} is {nbytes} bytes: give the unit, such as {memory.strip()}GB" if memory.strip().isdigit() else ""
         raise InfeasibleError(f"{error}{hint}") from error
+
+
+def _choose_dtype(model: str, dtype: str | None, precision: Precision) -> str | None:
+    """The type of the parameters: what the user gives, else of ``hf:`` models what the precision stores; None leaves it to the model.
+
+    Raises InputError when the two contradict each other.
+    """
+    stored = precision.stored_dtype
+    if dtype is None:
+        return stored if model.startswith("hf:") else None
+    if stored is not None and find_dtype(dtype) != stored:
+        raise InputError(
+            f"--precision {precision} stores parameters as {stored}, --dtype says {find_dtype(dtype)}:"
+            f" leave out --dtype, or --dtype {stored}"
+        )
+    return dtype
 
 
 def _check_dtype(source: Source, precision: Precision, cluster: Cluster) -> None:

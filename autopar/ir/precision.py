@@ -102,8 +102,11 @@ class Precision:
                 output_dtype=getattr(value, "output_dtype", None),
                 cast_forward_inputs=getattr(value, "cast_forward_inputs", True),
             )
+        names = _NAMED_ALIKE.get(str(value).removeprefix("torch."), ())
+        meant = " or ".join(f"{name!r} ({_IN_SHORT[name]})" for name in names)
         raise InputError(
-            f"precision={value!r} is unknown: use one of {', '.join(PRECISIONS)}, or fields as in param_dtype=bfloat16,reduce_dtype=float32"
+            f"precision={value!r} is unknown: {f'did you mean {meant}? There are' if meant else 'use one of'} {', '.join(PRECISIONS)},"
+            " or fields as in param_dtype=bfloat16,reduce_dtype=float32"
         )
 
     def __str__(self) -> str:
@@ -152,6 +155,20 @@ PRECISIONS = {
     "bfloat16": Precision(stored_dtype="bfloat16", masters=True),
 }
 """Named policies, by what a user writes."""
+
+_IN_SHORT = {
+    "float32": "everything float32",
+    "mixed": "parameters float32, the program bfloat16",
+    "mixed-float16": "parameters float32, the program float16",
+    "bfloat16": "everything bfloat16, with float32 masters",
+}
+_BFLOAT16, _FLOAT16, _FLOAT32 = ("bfloat16", "mixed"), ("mixed-float16",), ("float32",)
+_NAMED_ALIKE = {
+    **dict.fromkeys(("bfloat16", "bf16", "bf16-mixed"), _BFLOAT16),
+    **dict.fromkeys(("float16", "fp16", "half", "16-mixed"), _FLOAT16),
+    **dict.fromkeys(("float32", "fp32", "float"), _FLOAT32),
+}
+"""What dtypes and other libraries' names of precisions may mean here, for the message that refuses them."""
 
 HELP = (
     ("model", "everything in the dtypes that the model has"),

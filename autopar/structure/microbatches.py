@@ -238,7 +238,7 @@ class _Walk:
         self.inputs = inputs
         self.mesh = Mesh((MICROBATCH,), (count,))
         self.parts = _word_parts(count, half_batches)
-        self.whole_batch = "leave out half_batches" if half_batches else "pin microbatches=1"
+        self.whole_batch = "leave out half_batches" if half_batches else f"pin microbatches=1 instead of {count}"
         self.placements: dict[str, AxisPlacement] = {}
         self.states: dict[Value, State] = {}
         self.whole: set[Value] = set()
