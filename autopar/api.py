@@ -27,7 +27,7 @@ from autopar.plans import NO_PINS, Pins, Plan, check_devices, describe_ops, reco
 from autopar.report import describe_choice
 from autopar.rewrite import Program, mark_samples, rewrite
 from autopar.rewrite import fuse as fuse_program
-from autopar.runtime import Init, ParallelModule, StoredParameter, decide_fusion, form_agreement, world
+from autopar.runtime import Init, ParallelModule, StoredParameter, decide_fusion, expect_masters, form_agreement, world
 from autopar.search import AxisKind, kind_of, make_plan
 from autopar.units import format_seconds
 
@@ -252,6 +252,8 @@ def compile(
     planner.check_world(_find_device(model))
     planner.fuses = decide_fusion(fuse, module.device_type)
     planner.fuse_is_required = fuse is True
+    if policy.masters:
+        expect_masters(model, policy)
     if example_inputs is not None:
         args, kwargs = split_call(example_inputs)
         module.prepare(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -245,6 +246,11 @@ def test_a_step_that_fails_leaves_everything_in_place() -> None:
 def test_refusals() -> None:
     """What masters can't do is refused with a remedy."""
     p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    made_already: Any = torch.optim.SGD([p], lr=1.0)
+    with pytest.raises(InputError, match=r"pass its class, autopar\.MasterWeights\(torch\.optim\.SGD, model\.parameters\(\), lr=1e-4\)$"):
+        autopar.MasterWeights(made_already)
+    with pytest.raises(InputError, match="makes the optimizer itself"):
+        autopar.MasterWeights(made_already, [p])
     with pytest.raises(InputError, match="use it on float32 parameters"):
         autopar.MasterWeights(torch.optim.LBFGS, [p])
     with pytest.raises(InputError, match="leave out differentiable"):
@@ -252,3 +258,28 @@ def test_refusals() -> None:
     p.grad = torch.ones_like(p).to_sparse()
     with pytest.raises(InputError, match="sparse=False"):
         autopar.MasterWeights(torch.optim.SGD, [p]).step()
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "warned"),
+    [
+        ("bfloat16", torch.bfloat16, "precision='bfloat16' plans .* bfloat16 parameters directly and loses updates below 2\\^-8 "),
+        ("masters=True", torch.float16, "precision='masters=True' plans .* float16 parameters directly and loses updates below 2\\^-11 "),
+        ("masters=True", torch.float32, None),
+        ("model", torch.bfloat16, None),
+    ],
+)
+def test_an_optimizer_without_masters_is_told_of_once(precision: str, dtype: torch.dtype, warned: str | None) -> None:
+    model = autopar.compile(nn.Linear(4, 4).to(dtype), precision=precision)
+    other, plain, second = (
+        make(x.parameters()) for make, x in ((torch.optim.SGD, nn.Linear(4, 4).bfloat16()), *[(torch.optim.AdamW, model)] * 2)
+    )
+    masters = autopar.MasterWeights(torch.optim.AdamW, model.parameters())
+    model(torch.randn(2, 4, dtype=dtype)).sum().backward()
+    masters.step()  # what isn't to be told of warns here, which is an error
+    other.step()
+    remedy = r"of a weight: use autopar\.MasterWeights\(torch\.optim\.AdamW, model\.parameters\(\), \.\.\.\), or precision='model'$"
+    with pytest.warns(UserWarning, match=f"^{warned}{remedy}") if warned else nullcontext():
+        plain.step()
+    plain.step()
+    second.step()

@@ -13,7 +13,7 @@ from autopar.runtime.agreement import form_agreement
 from autopar.runtime.checkpoints import full_state_dict
 from autopar.runtime.executor import Executor, StageTensors
 from autopar.runtime.fusion import decide_fusion
-from autopar.runtime.masters import MasterWeights
+from autopar.runtime.masters import MasterWeights, expect_masters
 from autopar.runtime.module import ParallelModule
 from autopar.runtime.storage import Init, StoredParameter
 
@@ -25,6 +25,7 @@ __all__ = [
     "StageTensors",
     "StoredParameter",
     "decide_fusion",
+    "expect_masters",
     "form_agreement",
     "full_state_dict",
 ]

@@ -11,17 +11,23 @@ moves with it to the first plan's mesh (`autopar.runtime.states`), and is in eve
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import LBFGS, Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autopar import torch_compat, torch_optim_compat
 from autopar.errors import InputError
+from autopar.ir import Precision
 from autopar.runtime.dispatch import as_stored
 
 MASTER = "master"
@@ -58,14 +64,21 @@ class MasterWeights(Optimizer):
     writes through ``.data`` can't be seen.
 
     Args:
-        make: the class of the optimizer, or what makes one from parameters and options.
+        make: the class of the optimizer, such as ``torch.optim.AdamW``, or what makes one from parameters and options; not an optimizer
+            that is made already, whose states would be in the parameters' dtype.
         params: parameters or groups of them, as for that optimizer.
         options: the options of that optimizer.
 
-    Raises InputError for an optimizer that calls its closure several times a step, and for ``differentiable=True``.
+    Raises InputError for an optimizer in the place of its class, for one that calls its closure several times a step, and for
+    ``differentiable=True``.
     """
 
-    def __init__(self, make: Callable[..., Optimizer], params: Iterable[Any], **options: Any) -> None:
+    def __init__(self, make: Callable[..., Optimizer], params: Iterable[Any] = (), **options: Any) -> None:
+        if isinstance(make, Optimizer):
+            raise InputError(
+                "MasterWeights makes the optimizer itself: pass its class, "
+                f"autopar.MasterWeights({_name_class(make)}, model.parameters(), lr=1e-4)"
+            )
         inner = make(params, **options)
         if isinstance(inner, LBFGS):
             raise InputError("LBFGS calls its closure within a step, where only the masters have moved: use it on float32 parameters")
@@ -194,6 +207,56 @@ class MasterWeights(Optimizer):
                 state.update(self._make([options | {"params": [master]}], **self._options).state[master])
         state[MASTER] = master
         return master
+
+
+# --- optimizers without masters ---------------------------------------------------------------------------------------------------
+
+_FINEST = {torch.bfloat16: 8, torch.float16: 11}
+"""The dtype's smallest relative change is 2 to the power of minus this."""
+
+
+_watched: WeakKeyDictionary[nn.Module, Precision] = WeakKeyDictionary()
+_seen: WeakSet[Optimizer] = WeakSet()
+
+
+def expect_masters(model: nn.Module, precision: Precision) -> None:
+    """Warn once, on the first rank, when an optimizer without masters steps low-precision parameters of a model.
+
+    Each optimizer is looked at in its first step only.
+    """
+    _watched[model] = precision
+    _seen.clear()
+    _watch_steps()
+
+
+@functools.cache
+def _watch_steps() -> None:
+    register_optimizer_step_pre_hook(_look_at)
+
+
+def _look_at(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if optimizer in _seen:
+        return
+    _seen.add(optimizer)
+    if isinstance(optimizer, MasterWeights) or (dist.is_available() and dist.is_initialized() and dist.get_rank() != 0):
+        return
+    for model, precision in list(_watched.items()):
+        own = set(map(id, model.parameters()))
+        stepped = (p for group in optimizer.param_groups for p in group["params"] if id(p) in own and _is_low(p))
+        if (p := next(stepped, None)) is not None:
+            del _watched[model]
+            warnings.warn(
+                f"precision={str(precision)!r} plans for float32 masters, but this {type(optimizer).__name__} updates"
+                f" {str(p.dtype).removeprefix('torch.')} parameters directly and loses updates below 2^-{_FINEST[p.dtype]} of a weight: use"
+                f" autopar.MasterWeights({_name_class(optimizer)}, model.parameters(), ...), or precision='model'",
+                stacklevel=3,
+            )
+
+
+def _name_class(optimizer: Optimizer) -> str:
+    """The name of an optimizer's class, as code writes it."""
+    kind = type(optimizer)
+    return f"torch.optim.{kind.__name__}" if f"{kind.__module__}.".startswith("torch.optim.") else kind.__name__
 
 
 # --- masters and parameters -------------------------------------------------------------------------------------------------------
