@@ -7,6 +7,7 @@ is the chain of capture, search, rewrite and runtime in order, short enough to b
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -350,7 +351,8 @@ class _Planner:
                 planned = (
                     "" if self.given_plan is not None else f", planned in {format_seconds(time.perf_counter() - start - capture_seconds)}"
                 )
-                self._announce(f"{describe_choice(plan)}; captured in {format_seconds(capture_seconds)}{planned}")
+                started = " (started without torchrun)" if world.is_alone() else ""
+                self._announce(f"{describe_choice(plan, started)}; captured in {format_seconds(capture_seconds)}{planned}")
         program = rewrite(captured, plan, device, world.rank() // plan.mesh.world_size)
         if self.fuses:
             program = fuse_program(program, captured.graph, required=self.fuse_is_required)
@@ -389,7 +391,13 @@ class _Planner:
                 f"the cluster {cluster} has {cluster.world_size} devices, but this job has {ranks} {'rank' if ranks == 1 else 'ranks'};"
                 " leave out cluster, or start as many processes with torchrun"
             )
-        check_devices(self.pins, self.mesh, cluster)
+        try:
+            check_devices(self.pins, self.mesh, cluster)
+        except InputError as error:
+            needed = (self.pins.pp or 1) * (math.prod(self.pins.axis_sizes.values()) if self.mesh is None else self.mesh.world_size)
+            if needed == 1 or not world.is_alone():
+                raise
+            raise InputError(f"{error}; one process is running: start the script with torchrun --nproc-per-node {needed}") from None
 
     def _announce(self, line: str) -> None:
         """Show what was chosen: by the user's `progress`, by the logger ``autopar`` if logging is set up, else on standard error."""

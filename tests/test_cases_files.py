@@ -295,6 +295,12 @@ def test_a_dtype_that_the_machine_cannot_compute_is_refused_before_capture() -> 
         autopar.plan(Uncapturable(8, 8, dtype=torch.bfloat16), (torch.zeros(4, 8),), "8xV100")
 
 
+def test_one_process_is_said_to_be_alone() -> None:
+    said: list[str] = []
+    autopar.compile(nn.Linear(8, 8), (torch.zeros(4, 8),), progress=said.append)
+    assert "Linear on 1x1xcpu: mesh of one rank (started without torchrun), step " in said[-1]
+
+
 def test_compile_refuses_what_does_not_fit_the_ranks_at_once() -> None:
     """Without a process group there is one rank; nothing is captured, since no example is given."""
     plan = autopar.plan(nn.Linear(8, 8), (torch.zeros(4, 8),), "2xcpu", pins={"tp": 2})
@@ -303,8 +309,13 @@ def test_compile_refuses_what_does_not_fit_the_ranks_at_once() -> None:
     wide = make_plan()
     with pytest.raises(PlanError, match=r"the plan is for 8 ranks .*`torchrun --nproc-per-node 8 SCRIPT`"):
         autopar.compile(nn.Linear(8, 8), plan=wide)
-    with pytest.raises(InputError, match="pins tp=2 need a multiple of 2 ranks, the cluster 1x1xcpu has 1"):
+    started = "; one process is running: start the script with torchrun --nproc-per-node"
+    with pytest.raises(InputError, match=f"pins tp=2 need a multiple of 2 ranks, the cluster 1x1xcpu has 1{started} 2$"):
         autopar.compile(nn.Linear(8, 8), pins={"tp": 2})
+    with pytest.raises(InputError, match=f"pin pp=2 needs a multiple of 2 ranks, .*{started} 8$"):
+        autopar.compile(nn.Linear(8, 8), pins={"pp": 2, "tp": 4})
+    with pytest.raises(InputError, match=f"mesh dp=2 x tp=4 has 8 ranks, .*{started} 8$"):
+        autopar.compile(nn.Linear(8, 8), mesh={"dp": 2, "tp": 4})
     with pytest.raises(InputError, match="the cluster 1x8xh100 has 8 devices, but this job has 1 rank"):
         autopar.compile(nn.Linear(8, 8), cluster="8xH100")
     with pytest.raises(CaptureError, match="its module is lazy"):

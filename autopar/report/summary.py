@@ -48,9 +48,9 @@ def summarize(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def describe_choice(plan: Plan) -> str:
-    """A plan in one line: what was chosen, and what a step takes."""
-    parts = [f"mesh {describe_mesh(plan)}{describe_precision(plan)}"]
+def describe_choice(plan: Plan, started: str = "") -> str:
+    """A plan in one line: what was chosen, and what a step takes. Words on how the ranks were `started` follow the mesh."""
+    parts = [f"mesh {describe_mesh(plan)}{started}{describe_precision(plan)}"]
     if not plan.pipeline.is_trivial:
         number = plan.pipeline.microbatches
         parts.append(f"{plan.pipeline.schedule}, {number} micro-batch{'' if number == 1 else 'es'}")

@@ -47,6 +47,11 @@ def join_world(device_type: str, timeout: timedelta = TIMEOUT) -> int:
     return dist.get_world_size()
 
 
+def is_alone() -> bool:
+    """Whether this process is in no process group, as torchrun didn't start it; `join_world` must have been called."""
+    return not (dist.is_available() and dist.is_initialized())
+
+
 def rank() -> int:
     """This process's rank; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
