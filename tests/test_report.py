@@ -71,6 +71,21 @@ def test_explain_of_a_layer(golden: Golden) -> None:
     golden("explain_layer.txt", _render(make_plan(), layer="transformer.h.1.mlp"))
 
 
+def test_explain_of_a_layer_says_what_its_states_mean() -> None:
+    plan, layer = make_plan(), "transformer.h.1.mlp"
+
+    def legend(*states: str) -> str:
+        changed = dict(zip(plan.layouts, map(parse_layout, states), strict=False))
+        text = _render(replace(plan, layouts={**plan.layouts, **changed}), layer=layer, width=200)
+        return next(line for line in text.splitlines() if "per axis" in line).partition("): ")[2]
+
+    assert legend() == "S<dim> split, R replicated"
+    assert legend(*["S0z1,R"] * len(plan.layouts)) == "S<dim> split, R replicated, z1 ZeRO level 1"
+    assert legend(*["S0/3pz2,R"] * len(plan.layouts)) == (
+        "S<dim> split, R replicated, /N in each of N equal blocks, p in unequal parts, z2 ZeRO level 2"
+    )
+
+
 def test_explain_of_one_rank(golden: Golden) -> None:
     golden("explain_one_rank.txt", _render(_make_small_plan()))
     assert "axes    none: one rank" in summarize(_make_small_plan())

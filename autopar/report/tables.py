@@ -15,7 +15,7 @@ from rich.console import Group as Stack
 from rich.table import Table
 from rich.text import Text
 
-from autopar.ir import PIPELINE
+from autopar.ir import PIPELINE, parse_layout
 from autopar.plans import BlockChoice, Candidate, Group, Memory, Plan, Unruled
 from autopar.report.selection import find_pipeline_ranks, select_blocks, select_groups, select_layouts
 from autopar.report.summary import MEMORY_KINDS, count, count_alike, describe_mesh, describe_pipeline, describe_precision, format_gap
@@ -249,8 +249,15 @@ def _tabulate_layouts(plan: Plan, layer: str) -> RenderableType:
     if not layouts:
         return Text(f"No stored tensor is named after {layer!r}.")
     axes = ", ".join(plan.mesh.names)
+    states = [state for text in layouts.values() for state in parse_layout(text)]
+    meanings = [
+        "S<dim> split, R replicated",
+        *(["/N in each of N equal blocks"] if any(state.outer > 1 for state in states) else []),
+        *(["p in unequal parts"] if any(state.padded for state in states) else []),
+        *(f"z{level} ZeRO level {level}" for level in (1, 2) if any(state.level == level for state in states)),
+    ]
     return _make_table(
-        f"How its tensors are stored (layers that are alike share this), per axis ({axes}): S<dim> split, R replicated",
+        f"How its tensors are stored (layers that are alike share this), per axis ({axes}): {', '.join(meanings)}",
         {"tensor": "left", "layout": "left"},
         list(layouts.items()),
     )
