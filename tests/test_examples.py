@@ -12,6 +12,7 @@ import torch
 
 import autopar
 from autopar.cli.models import load_model
+from tests.commands import refuse, run
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -70,3 +71,19 @@ def test_the_example_of_an_operator_of_ones_own_checks_its_rule_and_is_planned_i
     assert capsys.readouterr().out == "rule checked: 14 ways to split\n"
     model, batch = example["build"](batch=8)
     autopar.verify(model, batch, cluster="2xcpu", pins={"pp": 2, "microbatches": 2}).check()
+
+
+def test_the_example_of_a_loss_alone_can_be_computed_in_chunks() -> None:
+    sizes = ["--cluster", "2xH100", "--batch", "2", "--seq", "64", "--pin", "loss_chunks=8", "--pin", "dp=2"]
+    done = run("plan", f"{EXAMPLES / 'loss_only.py'}:build", *sizes)
+    assert (done.exit_code, "its logits are computed in 8 chunks" in done.stdout) == (0, True), done.output
+    message = refuse("plan", f"hf:{EXAMPLES / 'configs' / 'gpt2'}", *sizes)
+    assert "return the loss alone" in message
+    assert message.endswith("; `build` of examples/loss_only.py makes such a model of a configuration")
+
+
+def test_the_model_of_a_loss_alone_is_stored_as_the_precision_needs() -> None:
+    loaded = load_model(f"{EXAMPLES / 'loss_only.py'}:build", batch=2, seq=64, stored_dtype="float32")
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    given = load_model(f"{EXAMPLES / 'loss_only.py'}:build", dtype="float16", stored_dtype="float32")
+    assert {parameter.dtype for parameter in given.model.parameters()} == {torch.float16}

@@ -10,7 +10,8 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from autopar.cost_models import Cluster, find_machine, known_machines, peak_flop
 from autopar.errors import AutoparError, CommError, HardwareError, InfeasibleError, InputError, PlanError, SolverError, VerificationError
 from autopar.ir import AS_MODEL, PRECISION_HELP, Precision, with_pipeline
 from autopar.plans import Pins, Plan, check_devices, describe_pins, parse_mesh, reconcile, to_json
+from autopar.rules import RETURNED
 from autopar.texts import check_writable
 from autopar.units import format_bytes, format_seconds, parse_bytes
 
@@ -166,13 +168,13 @@ def plan(
     dtype = _choose_dtype(model, dtype, policy)
     _check_dtype(read_source(model, batch=batch, seq=seq, dtype=dtype), policy, devices)
     start = time.perf_counter()
-    with show_progress() as progress:
+    with show_progress() as progress, _pointing_to_example(model):
         progress("loading the model")
         from autopar import api
         from autopar.cli.models import load_model
         from autopar.report import summarize
 
-        loaded = load_model(model, batch=batch, seq=seq, dtype=dtype)
+        loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, stored_dtype=policy.stored_dtype)
         result = api.plan(
             loaded.model,
             loaded.example_inputs,
@@ -265,14 +267,15 @@ def verify(
         raise InputError(f"the plan of {plan_file} is for --precision {saved.precision}, not {policy}: leave one of the two out")
     if saved is None:
         check_devices(parsed_pins, None, Cluster.parse(f"{ranks or _VERIFY_RANKS}xcpu"))
-    dtype = _choose_dtype(model, dtype, policy or (saved.precision if saved is not None else AS_MODEL))
+    trained = policy or (saved.precision if saved is not None else AS_MODEL)
+    dtype = _choose_dtype(model, dtype, trained)
     read_source(model, batch=batch, seq=seq, dtype=dtype)
-    with show_progress() as progress:
+    with show_progress() as progress, _pointing_to_example(model):
         progress("loading the model")
         from autopar import api
         from autopar.cli.models import load_model
 
-        loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, device="cpu")
+        loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, stored_dtype=trained.stored_dtype, device="cpu")
         progress("running all ranks")
         verification = api.verify(
             loaded.model,
@@ -320,6 +323,17 @@ def _parse_cluster(text: str, memory: str | None) -> Cluster:
     except HardwareError as error:
         hint = f"; --memory {memory} is {nbytes} bytes: give the unit, such as {memory.strip()}GB" if memory.strip().isdigit() else ""
         raise InfeasibleError(f"{error}{hint}") from error
+
+
+@contextmanager
+def _pointing_to_example(model: str) -> Iterator[None]:
+    """Let errors that ask for a model that returns its loss alone say how to give one, where the user wrote no model."""
+    try:
+        yield
+    except AutoparError as error:
+        if model.startswith("hf:") and RETURNED in str(error):
+            error.args = (f"{error}; `build` of examples/loss_only.py makes such a model of a configuration",)
+        raise
 
 
 def _choose_dtype(model: str, dtype: str | None, precision: Precision) -> str | None:

@@ -47,7 +47,13 @@ class LoadedModel:
 
 
 def load_model(
-    spec: str, *, batch: int | None = None, seq: int | None = None, dtype: str | None = None, device: str = "meta"
+    spec: str,
+    *,
+    batch: int | None = None,
+    seq: int | None = None,
+    dtype: str | None = None,
+    stored_dtype: str | None = None,
+    device: str = "meta",
 ) -> LoadedModel:
     """Resolve `spec` to a model and example inputs.
 
@@ -57,6 +63,7 @@ def load_model(
         batch: samples in the global batch; `DEFAULT_BATCH` for ``hf:`` where not given.
         seq: tokens in a sequence; for ``hf:`` the context window, at most `DEFAULT_SEQ`, where not given.
         dtype: torch's name of the parameters' type; for ``hf:`` the configuration's where not given.
+        stored_dtype: the type that the precision needs: a function that has a parameter ``dtype`` gets it where `dtype` isn't given.
         device: where an ``hf:`` model and its inputs are made: ``"meta"`` takes no memory, ``"cpu"`` draws random weights
             and tokens from torch's generator. A function decides for itself.
 
@@ -68,7 +75,7 @@ def load_model(
         InputError: `spec` names nothing usable, or a size or type can't be applied to it.
     """
     source = read_source(spec, batch=batch, seq=seq, dtype=dtype)
-    return _load_config(source, device) if source.file is not None else _call_function(source)
+    return _load_config(source, device) if source.file is not None else _call_function(source, stored_dtype)
 
 
 def _load_config(source: Source, device: str) -> LoadedModel:
@@ -137,7 +144,7 @@ def _make_images(file: Path, config: Any, batch: int, dtype: torch.dtype, device
     return {"pixel_values": pixels, "labels": torch.randint(config.num_labels, (batch,), device=device)}
 
 
-def _call_function(source: Source) -> LoadedModel:
+def _call_function(source: Source, stored_dtype: str | None) -> LoadedModel:
     """Import the source's module, call its function with the options that are set, and check what it returns."""
     target, function = source.target, source.function
     spec = f"{target}:{function}"
@@ -151,7 +158,7 @@ def _call_function(source: Source) -> LoadedModel:
             known = sorted(name for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_")
             has = f"it has {', '.join(known)}" if known else "it has no functions"
             raise InputError(f"{target} has no function {function!r}: {has}")
-        given = _select_options(spec, build, {word: value for word, value in options.items() if value is not None})
+        given = _select_options(spec, build, {word: value for word, value in options.items() if value is not None}, stored_dtype)
         with _failing_as(f"{spec} failed at"):
             result = build(**given)
     return _check_result(spec, result)
@@ -198,14 +205,19 @@ def _import_file(path: Path) -> ModuleType:
     return module
 
 
-def _select_options(spec: str, build: Callable[..., object], given: dict[str, int | str]) -> dict[str, int | str]:
-    """Return `given` if `build` takes every option and needs no other; an option is never dropped in silence."""
+def _select_options(spec: str, build: Callable[..., object], given: dict[str, int | str], stored_dtype: str | None) -> dict[str, int | str]:
+    """Return `given` if `build` takes every option and needs no other; an option is never dropped in silence.
+
+    A function that has a parameter of that name gets `stored_dtype` where no type is given.
+    """
     try:
         parameters = inspect.signature(build).parameters.values()
     except (TypeError, ValueError) as error:  # of a function that isn't Python's
         raise InputError(f"{spec} is no function whose parameters are known: give a function that is written in Python") from error
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     named = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    if stored_dtype is not None and "dtype" in named:
+        given = {"dtype": stored_dtype, **given}
     unused = [word for word in given if not takes_any and word not in named]
     if unused:
         raise InputError(

@@ -6,11 +6,12 @@ Modules, in reading order: ``notation``, ``contract``, ``pointwise``, ``view``, 
 ``table``.
 """
 
-from autopar.rules.chunked_loss import ChunkedLoss, ChunkedLosses, chunk_losses, find_chunked_losses
+from autopar.rules.chunked_loss import RETURNED, ChunkedLoss, ChunkedLosses, chunk_losses, find_chunked_losses
 from autopar.rules.declared import read_target, readable_name
 from autopar.rules.table import describe_declared, facts_of, find_spaces, has_rule, is_random, register_rule, rule
 
 __all__ = [
+    "RETURNED",
     "ChunkedLoss",
     "ChunkedLosses",
     "chunk_losses",

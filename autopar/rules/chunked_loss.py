@@ -47,6 +47,10 @@ _SLICE, _RESHAPE = "aten.slice.Tensor", "aten.reshape.default"
 _MEAN, _SUM = 1, 2
 
 
+RETURNED = "the model returns the logits, or what they are made into: return the loss alone"
+"""Why most losses can't be computed in chunks."""
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkedLoss:
     """A linear head and the cross entropy of its logits.
@@ -109,7 +113,7 @@ def _match(graph: Graph, loss: Op) -> ChunkedLoss | str:
     value = loss.operands[0]
     while True:
         if value in graph.output.operands:
-            return "the model returns the logits, or what they are made into: return the loss alone"
+            return RETURNED
         op = graph.by_name[value.op]
         if len(graph.readers[value]) > 1:
             others = (graph.by_name[name] for name in graph.readers[value] if name not in (loss.name, *(call.name for call in between)))
