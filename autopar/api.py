@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -356,6 +357,10 @@ class _Planner:
         program = rewrite(captured, plan, device, world.rank() // plan.mesh.world_size)
         if self.fuses:
             program = fuse_program(program, captured.graph, required=self.fuse_is_required)
+            if world.rank() == 0:
+                parts = [part for part in program.module.modules() if isinstance(part, Fused)]
+                for number, part in enumerate(parts, 1):
+                    part.tell = partial(self._announce, f"compiling part {number} of {len(parts)}: {part.where}")
         return mark_samples(program, captured) if self.marks_samples else program
 
     def _search(self, model: nn.Module, captured: Captured, cluster: Cluster) -> Plan:

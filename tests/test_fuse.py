@@ -197,6 +197,20 @@ def test_layers_are_compiled_once_however_many_there_are(caplog: pytest.LogCaptu
     assert not said(caplog)
 
 
+def test_what_is_compiled_is_told() -> None:
+    """By the line on the plan first, then before each part, which takes seconds; and nothing where nothing is compiled."""
+    told: list[str] = []
+    model = autopar.compile(Decoder(), fuse=True, progress=told.append)
+    model(**draw_batch())[0].backward()
+    parts = [x for x in told if x.startswith("compiling ")]
+    assert [x.partition(":")[0] for x in parts] == [f"compiling part {number} of {len(parts)}" for number in range(1, len(parts) + 1)]
+    assert len(parts) == len({part for part in model._last.module.modules() if isinstance(part, Fused)}) > 1
+    assert parts[0].startswith(f"compiling part 1 of {len(parts)}: layers.0 and 1 like it, fused_0 (tests/test_fuse.py:")
+    assert told.index(parts[0]) > told.index(next(x for x in told if "predicted" in x))
+    model(**draw_batch())[0].backward()
+    assert [x for x in told if x.startswith("compiling ")] == parts
+
+
 def test_a_recompilation_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     """Of an input whose memory is in another order, torch compiles a function of its own."""
 

@@ -35,6 +35,8 @@ class Fused(nn.Module):
         required: whether it is an error if this part can't be compiled; otherwise it runs as it is, with a warning.
 
     Attributes:
+        where: as given.
+        tell: called each time before it is compiled, which takes seconds.
         compilations: why it was compiled, each time; empty text for a first time.
     """
 
@@ -42,7 +44,8 @@ class Fused(nn.Module):
         super().__init__()
         self.module = module
         self.compilations: list[str] = []
-        self._where = where
+        self.where = where
+        self.tell: Callable[[], None] = _say_nothing
         self._required = required
         self._compiled: dict[tuple[bool, bool], Callable[..., Any]] = {}
         self._runs_as_it_is = False
@@ -62,7 +65,7 @@ class Fused(nn.Module):
         try:
             return compiled(*inputs)
         except torch_compiler.compiler_errors() as error:
-            reason = f"torch.compile failed at {self._where}: {torch_compiler.reason_of_failure(error)}"
+            reason = f"torch.compile failed at {self.where}: {torch_compiler.reason_of_failure(error)}"
             if self._required:
                 raise InputError(f"{reason}. If there is no remedy for that, {_REMEDY}") from error
             _LOG.warning("%s. This part runs operator by operator", reason)
@@ -71,11 +74,16 @@ class Fused(nn.Module):
             return self.module(*inputs)
 
     def _compile(self, graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        self.tell()
         reason = torch_compiler.reason_of_recompilation()
         self.compilations.append(reason)
         if reason:
-            _LOG.warning("%s is compiled again, for another kind of call: %s", self._where, reason)
-        return partial(_call, torch_compiler.inductor(graph, inputs), self._where)
+            _LOG.warning("%s is compiled again, for another kind of call: %s", self.where, reason)
+        return partial(_call, torch_compiler.inductor(graph, inputs), self.where)
+
+
+def _say_nothing() -> None:
+    pass
 
 
 def _call(function: Callable[..., Any], where: str, *inputs: Any) -> Any:
