@@ -42,6 +42,8 @@ _SAMPLES = 3
 _PRODUCTS = ((32, 64, 64), (128, 512, 512), (128, 512, 1408))
 # A step multiplies as often as the forward, for the gradients of inputs, and of weights.
 _PASSES = 3
+# The product between two exchanges, which takes as long as a step of such a model computes between two.
+_BETWEEN = (256, 512, 512)
 
 
 @final
@@ -58,7 +60,7 @@ class Probes:
         self._sent = torch.randn(2**24)
         self._at = 0
         self._held: deque[Tensor] = deque(maxlen=2 * len(_BLOCK))
-        self._operands = [(torch.randn(rows, features), torch.randn(out, features)) for rows, features, out in _PRODUCTS]
+        self._operands = [(torch.randn(rows, features), torch.randn(out, features)) for rows, features, out in (*_PRODUCTS, _BETWEEN)]
         self._memory = torch.randn(2**19)
         self._times: list[dict[str, list[float]]] = []
 
@@ -126,12 +128,12 @@ class Probes:
         return self._axis.begin_reduce_stack(self._next(nbytes))
 
     def _compute(self, begin: Callable[[int], comm.Message] | None = None, sizes: Sequence[int] = _SMALL, *, ahead: bool = False) -> None:
-        """Products of a block, each behind an exchange of its own; or all of them beside the exchanges, which are begun `ahead`."""
+        """A block of products, each behind an exchange of its own; or all of them beside the exchanges, which are begun `ahead`."""
         begun = [begin(size) for size in sizes] if begin is not None and ahead else []
         for size in sizes:
             if begin is not None and not ahead:
                 self._held.append(begin(size).wait())
-            self._held.append(self._multiply(1))
+            self._held.append(torch.nn.functional.linear(*self._operands[-1]))
         self._held.extend(message.wait() for message in begun)
 
     def _time(self, name: str, do: Callable[[], object]) -> None:
