@@ -60,3 +60,19 @@ def read_gradients(module: nn.Module) -> dict[str, Tensor]:
     missing = [name for name, parameter in module.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert not missing, f"no gradient for {missing}"
     return {name: p.grad.detach().clone() for name, p in module.named_parameters() if p.grad is not None}
+
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+"""How near to one device float64 must be."""
+
+
+def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The gradients that there are, by parameter, whole on every rank."""
+    return {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_agree(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Both have the same names, and tensors that are `CLOSE`."""
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(actual[name], x, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")

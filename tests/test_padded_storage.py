@@ -23,11 +23,11 @@ import autopar
 from autopar.errors import PlanError
 from autopar.ir.layout import Mesh, fits, format_layout, local_shape, parse_layout
 from autopar.plans.plan import from_json, to_json
+from tests.helpers import CLOSE, assert_agree, whole_gradients
 from tests.processes import spawn
 from tests.zoo import ZOO, in_float64
 
 RANKS = 3
-CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
 class Odd(nn.Module):
@@ -66,16 +66,6 @@ def _steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> 
         yield loss.detach()
 
 
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def _agree(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        torch.testing.assert_close(actual[name], x, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
-
-
 def _train(rank: int) -> None:
     torch.set_default_dtype(torch.float64)
     for level in (1, 2, 3):
@@ -83,7 +73,7 @@ def _train(rank: int) -> None:
         optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
         for loss, expected in zip(_steps(model, optimizers[0], range(3)), _steps(twin, optimizers[1], range(3)), strict=True):
             torch.testing.assert_close(loss, expected, **CLOSE)
-        _agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
+        assert_agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
         weight = model.get_parameter("lm_head.weight")
         assert weight.placements == (Shard(0),)
         assert weight.to_local().shape[0] == [22, 22, 20][rank]
@@ -118,7 +108,7 @@ def _step_fused(rank: int) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
         assert model.wide.to_local().shape == [(2, 5), (2, 5), (2, 3)][rank]
-        _agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
+        assert_agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
 
 
 def _accumulate(rank: int) -> None:
@@ -131,7 +121,7 @@ def _accumulate(rank: int) -> None:
             with model.no_sync():
                 model(**_batch(seed)).loss.backward()
         model(**_batch(2)).loss.backward()
-        _agree(_gradients(model), _gradients(twin))
+        assert_agree(whole_gradients(model), whole_gradients(twin))
         # The user asks for gradients, also of gradients, and of a hooked parameter.
         asked = torch.autograd.grad(model(**_batch(3)).loss, list(model.parameters()))
         expected = torch.autograd.grad(twin(**_batch(3)).loss, list(twin.parameters()))
@@ -159,7 +149,7 @@ def _more(rank: int, folder: str) -> None:
             twin(x).backward()
             model = _compile(level, copy.deepcopy(odd), **pins)
             model(x).backward()
-            _agree(_gradients(model), _gradients(twin))
+            assert_agree(whole_gradients(model), whole_gradients(twin))
         (gradient,) = torch.autograd.grad(model(x), [model.first.weight], create_graph=True)
         (expected,) = torch.autograd.grad(twin(x), [twin.first.weight], create_graph=True)
         again = torch.autograd.grad(gradient.full_tensor().square().sum(), list(model.parameters()))
@@ -219,7 +209,7 @@ def _pipelines(rank: int) -> None:
                     optimizer.step()
                 torch.testing.assert_close(losses[0].detach(), losses[1].detach(), **CLOSE)
             assert any(state.padded for layout in model.plan.layouts.values() for state in layout)
-            _agree(autopar.full_state_dict(model), twin.state_dict()) if rank == 0 else autopar.full_state_dict(model)
+            assert_agree(autopar.full_state_dict(model), twin.state_dict()) if rank == 0 else autopar.full_state_dict(model)
 
 
 def test_pipelines(tmp_path: Path) -> None:

@@ -26,12 +26,12 @@ from autopar.plans.plan import from_json, to_json
 from autopar.rewrite import rewrite
 from autopar.runtime import sums
 from autopar.torch_compat import StorageRef
+from tests.helpers import CLOSE, assert_agree, whole_gradients
 from tests.processes import Outcomes, run_cases, spawn
 from tests.rounding import check_within_rounding
 from tests.zoo import ZOO, in_float64, labels, tokens
 
 LEVELS = (1, 2, 3)
-CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
 
 def _model(name: str = "llama") -> nn.Module:
@@ -45,16 +45,6 @@ def _batch(seed: int) -> dict[str, Tensor]:
 
 def _compile(level: int, model: nn.Module | None = None, **pins: object) -> autopar.CompiledModule:
     return autopar.compile(model or _model(), pins={"dp": 2, "zero": level, **pins})
-
-
-def _gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: getattr(p.grad, "full_tensor", lambda p=p: p.grad)() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def _agree(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    assert actual.keys() == expected.keys()
-    for name, x in expected.items():
-        torch.testing.assert_close(actual[name], x, **CLOSE, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def _steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 3) -> Iterator[Tensor]:
@@ -74,7 +64,7 @@ def three_steps() -> None:
             optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
             for loss, expected in zip(_steps(model, optimizers[0]), _steps(twin, optimizers[1]), strict=True):
                 torch.testing.assert_close(loss, expected, **CLOSE)
-            _agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
+            assert_agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
             weight = dict(model.named_parameters())[next(k for k, p in twin.named_parameters() if p.ndim == 2)]
             assert isinstance(weight.placements[0], Shard) == (level > 0)
             assert optimizers[0].state[weight]["exp_avg"].placements == weight.placements
@@ -90,12 +80,12 @@ def gradients_add_up_without_sync() -> None:
             with model.no_sync():
                 model(**_batch(seed)).loss.backward()
         model(**_batch(2)).loss.backward()
-        _agree(_gradients(model), _gradients(twin))
+        assert_agree(whole_gradients(model), whole_gradients(twin))
         model.zero_grad()
         # A backward after another, each summed.
         for seed in range(3):
             model(**_batch(seed)).loss.backward()
-        _agree(_gradients(model), _gradients(twin))
+        assert_agree(whole_gradients(model), whole_gradients(twin))
 
 
 def level_2_sums_in_every_backward_and_level_1_does_not() -> None:
@@ -108,7 +98,7 @@ def level_2_sums_in_every_backward_and_level_1_does_not() -> None:
         model(**_batch(1)).loss.backward()
         twin = _model()
         twin(**_batch(1)).loss.backward()
-        _agree(_gradients(model), _gradients(twin))
+        assert_agree(whole_gradients(model), whole_gradients(twin))
 
 
 def two_calls_in_one_backward() -> None:
@@ -117,7 +107,7 @@ def two_calls_in_one_backward() -> None:
     for level in LEVELS:
         model = _compile(level)
         (model(**_batch(0)).loss + 2 * model(**_batch(1)).loss).backward()
-        _agree(_gradients(model), _gradients(twin))
+        assert_agree(whole_gradients(model), whole_gradients(twin))
 
 
 def the_user_asks_for_gradients() -> None:
@@ -127,13 +117,13 @@ def the_user_asks_for_gradients() -> None:
     for level in LEVELS:
         model = _compile(level)
         asked = torch.autograd.grad(model(**_batch(0)).loss, list(model.parameters()))
-        _agree({name: x.full_tensor() for name, x in zip(names, asked, strict=True)}, expected)
+        assert_agree({name: x.full_tensor() for name, x in zip(names, asked, strict=True)}, expected)
         norms: list[float] = []
         weight = dict(model.named_parameters())["lm_head.weight"]
         weight.register_hook(lambda x, norms=norms: norms.append(float(x.full_tensor().norm())))
         model(**_batch(0)).loss.backward()
         assert norms == [pytest.approx(float(expected["lm_head.weight"].norm()), rel=1e-9)]
-        _agree(_gradients(model), expected)
+        assert_agree(whole_gradients(model), expected)
 
 
 def frozen_and_unused_parameters() -> None:
@@ -149,7 +139,7 @@ def frozen_and_unused_parameters() -> None:
     for level in LEVELS:
         model = _compile(level, build())
         model(**_batch(0)).loss.backward()
-        _agree(_gradients(model), _gradients(twin))
+        assert_agree(whole_gradients(model), whole_gradients(twin))
 
 
 def other_calls_over_the_same_parameters() -> None:
@@ -190,7 +180,7 @@ def checkpoints_go_from_level_to_level() -> None:
         state = other.state_dict()
         dcp.load(state, checkpoint_id=Path("saved"))
         other.load_state_dict(state)
-        _agree({name: p.full_tensor() for name, p in other.named_parameters()}, whole)
+        assert_agree({name: p.full_tensor() for name, p in other.named_parameters()}, whole)
 
 
 def an_optimizer_from_before_the_first_call() -> None:
@@ -220,7 +210,7 @@ def what_no_rank_count_divides_is_stored_in_unequal_parts() -> None:
     model = _compile(2, odd)
     model(x).backward()
     assert model.odd.placements == (Shard(0),)
-    _agree(_gradients(model), _gradients(twin))
+    assert_agree(whole_gradients(model), whole_gradients(twin))
 
 
 def gathered_parameters_are_freed_as_the_backward_goes() -> None:
@@ -264,7 +254,7 @@ def sums_hold_no_more_than_a_bucket() -> None:
 
             with mock.patch("autopar.runtime.gradients.start_sum", start):
                 model(**_batch(0)).loss.backward()
-            _agree(_gradients(model), _gradients(twin))
+            assert_agree(whole_gradients(model), whole_gradients(twin))
         assert max(held[1]) == 1
         assert len(held[1]) > len(held[10**9])
 
@@ -290,7 +280,7 @@ def large_parameters_are_messages_of_their_own() -> None:
         for _ in range(2):
             twin(x).backward()
             compiled(x).backward()
-        _agree(_gradients(compiled), _gradients(twin))
+        assert_agree(whole_gradients(compiled), whole_gradients(twin))
 
 
 def a_call_that_fails_leaves_the_next_one_right() -> None:
@@ -305,7 +295,7 @@ def a_call_that_fails_leaves_the_next_one_right() -> None:
         with pytest.raises(Exception, match="index"):
             model(**broken)
         model(**_batch(1)).loss.backward()
-        _agree(_gradients(model), _gradients(twin))
+        assert_agree(whole_gradients(model), whole_gradients(twin))
 
 
 def micro_batches() -> None:
@@ -320,7 +310,7 @@ def micro_batches() -> None:
             step = functools.partial(_mixed_step, twin)
             loss = compiled(**_batch(0)).loss
             loss.backward()
-            check_within_rounding({"loss": loss.detach(), **_gradients(compiled)}, step)
+            check_within_rounding({"loss": loss.detach(), **whole_gradients(compiled)}, step)
 
 
 def _mixed_step(twin: nn.Module, batch: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -335,17 +325,17 @@ def _run_alike(model: nn.Module, twin: nn.Module) -> None:
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
     for loss, expected in zip(_steps(model, optimizers[0]), _steps(twin, optimizers[1]), strict=True):
         torch.testing.assert_close(loss, expected, **CLOSE)
-    _agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
+    assert_agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
     for seed in range(3):
         with model.no_sync() if seed < 2 else nullcontext():
             model(**_batch(seed)).loss.backward()
         (0.5 * twin(**_batch(seed)).loss).backward()
         (0.5 * twin(**_batch(seed)).loss).backward()
-    _agree(_gradients(model), _gradients(twin))
+    assert_agree(whole_gradients(model), whole_gradients(twin))
     asked = torch.autograd.grad(model(**_batch(4)).loss, list(model.parameters()))
     expected_gradients = torch.autograd.grad(twin(**_batch(4)).loss, list(twin.parameters()))
     names = [name for name, _ in model.named_parameters()]
-    _agree({n: x.full_tensor() for n, x in zip(names, asked, strict=True)}, dict(zip(names, expected_gradients, strict=True)))
+    assert_agree({n: x.full_tensor() for n, x in zip(names, asked, strict=True)}, dict(zip(names, expected_gradients, strict=True)))
 
 
 def _pipeline(rank: int) -> None:
@@ -375,7 +365,7 @@ def _groups(rank: int) -> None:
         optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-2) for m in (model, twin)]
         for loss, expected in zip(_steps(model, optimizers[0]), _steps(twin, optimizers[1]), strict=True):
             torch.testing.assert_close(loss, expected, **CLOSE)
-        _agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
+        assert_agree({k: p.full_tensor() for k, p in model.named_parameters()}, dict(twin.named_parameters()))
         assert {str(p.placements) for p in model.parameters()} >= {"(Replicate(), Shard(dim=0))"}
 
 
@@ -399,7 +389,7 @@ def _shared_groups(rank: int) -> None:
                 output = called(**_batch(0))
                 getattr(output, "loss", output).backward()
         assert {str(p.placements) for p in model.parameters()} >= {"(Replicate(), Shard(dim=0))"}
-        _agree(_gradients(model), _gradients(twin))
+        assert_agree(whole_gradients(model), whole_gradients(twin))
 
 
 def test_models_that_share_parameters_in_groups(tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from autopar.cost_models import Cluster
 from autopar.errors import PipelineError
 from autopar.ir import StateKind
 from autopar.runtime import scattered, sums
+from tests.helpers import CLOSE, assert_agree, whole_gradients
 from tests.processes import Outcomes, run_cases, spawn
 from tests.rounding import check_within_rounding
-from tests.test_zero import CLOSE, _agree, _gradients, _mixed_step, _model, _run_alike
+from tests.test_zero import _mixed_step, _model, _run_alike
 from tests.zoo import ZOO, labels, tokens
 
 
@@ -50,7 +51,7 @@ def mixed_precision_within_rounding() -> None:
         compiled = autopar.compile(_model().float(), pins={"dp": 2, "zero": level, "microbatches": 4}, precision="mixed")
         loss = compiled(**_batch(0)).loss
         loss.backward()
-        gradients.append(_gradients(compiled))
+        gradients.append(whole_gradients(compiled))
     check_within_rounding({"loss": loss.detach(), **gradients[1]}, functools.partial(_mixed_step, twin, _batch(0)))
     # Both add up gradients of micro-batches in float32, in another order.
     for name, x in gradients[0].items():
@@ -64,7 +65,7 @@ def every_backward_leaves_parts() -> None:
             model(**_batch(seed)).loss.backward(retain_graph=seed == 1)
         twin(**_batch(seed)).loss.backward()
         # Under `no_sync` too.
-        _agree(_gradients(model), _gradients(twin))
+        assert_agree(whole_gradients(model), whole_gradients(twin))
 
 
 def sums_are_of_every_micro_batch_and_hold_a_bucket() -> None:
@@ -82,7 +83,7 @@ def sums_are_of_every_micro_batch_and_hold_a_bucket() -> None:
 
         with mock.patch.object(scattered, "start_sum", start), mock.patch("autopar.runtime.gradients.start_sum", start):
             model(**_batch(0)).loss.backward()
-        _agree(_gradients(model), _gradients(twin))
+        assert_agree(whole_gradients(model), whole_gradients(twin))
         counts[level] = len(seen)
         if level == 2:
             assert max(seen) == 1
@@ -127,7 +128,7 @@ def a_loss_outside_of_the_model() -> None:
     for called in (twin, model):
         logits = called(input_ids=_batch(0)["input_ids"]).logits
         nn.functional.cross_entropy(logits.flatten(0, 1), _batch(0)["labels"].flatten()).backward()
-    _agree(_gradients(model), _gradients(twin))
+    assert_agree(whole_gradients(model), whole_gradients(twin))
 
 
 class _Odd(nn.Module):
@@ -150,7 +151,7 @@ def unequal_parts_and_what_is_complete_on_every_rank() -> None:
     for _ in range(2):
         twin(x).backward()
         model(x).backward()
-    _agree(_gradients(model), _gradients(twin))
+    assert_agree(whole_gradients(model), whole_gradients(twin))
     assert any(state.padded for layout in model.plan.layouts.values() for state in layout)
 
 
@@ -160,7 +161,7 @@ def a_rank_that_fails_stops_the_others() -> None:
     model(**_batch(1)).loss.backward()
     twin = _model()
     twin(**_batch(1)).loss.backward()
-    _agree(_gradients(model), _gradients(twin))
+    assert_agree(whole_gradients(model), whole_gradients(twin))
     calls = []
 
     def fail(*arguments: Any) -> None:
