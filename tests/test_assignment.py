@@ -13,8 +13,8 @@ from autopar.costs.cuts import CutCost
 from autopar.errors import InfeasibleError, InputError
 from autopar.schedules.actions import Schedule
 from autopar.schedules.families import forward_only, make_schedule
-from autopar.search.pipeline.assignment import Assignment, assign
-from autopar.search.pipeline.assignment_problem import evaluate
+from autopar.search.pipeline.assignment import Assignment, assign, assign_by_block
+from autopar.search.pipeline.assignment_problem import compute_cost, evaluate, make_problem
 from autopar.search.pipeline.block_options import BlockOption, BlockOptions
 from tests.block_options import measure_all, random_blocks, random_option
 
@@ -233,3 +233,19 @@ def test_refusals_say_what_to_do() -> None:
     with pytest.raises(InfeasibleError, match=r"need .* on pipeline rank \d at the leanest, 2.00 GB are there") as error:
         assign(blocks, schedule, 2 * 10**9)
     assert assign(blocks, schedule, error.value.needed).peak
+
+
+@pytest.mark.parametrize(("name", "seed", "budget"), [("zb-v", 1, 271), ("zb-v", 13, 292), ("zb-h1", 31, 330)])
+def test_weight_gradients_that_wait_fit_the_budget_block_by_block_too(name: str, seed: int, budget: int) -> None:
+    schedule = make_schedule(name, 2, 4)
+    blocks = random_blocks(seed, blocks=7, options=3, alike=False)
+
+    def needs(found: Assignment) -> int:
+        return max(compute_cost(make_problem(blocks, schedule, 0), found.stages, found.options, is_bound=False).peak)
+
+    assert needs(assign(blocks, schedule, budget, gap=GAP, time_limit=60)) > budget
+    found, cost = assign_by_block(blocks, schedule, budget, gap=GAP, time_limit=60, cutoff=math.inf)
+    assert needs(found) == max(cost.peak) <= budget
+    with pytest.raises(InfeasibleError) as failed:
+        assign_by_block(blocks, schedule, 100, gap=GAP, time_limit=60, cutoff=math.inf)
+    assert failed.value.needed > 100

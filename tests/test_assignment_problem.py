@@ -7,10 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from autopar.costs import BUCKET_NBYTES
 from autopar.costs.cuts import CutCost
+from autopar.schedules import Schedule
 from autopar.schedules.families import forward_only, make_schedule
 from autopar.search.pipeline.assignment_problem import PHASES, RECEIVES_AT_ONCE, compute_cost, longest_path, make_problem
 from autopar.search.pipeline.block_options import BlockOption, BlockOptions
+from autopar.search.pipeline.peaks import StageProfile, find_peak
 from tests.block_options import random_blocks
 
 PLAIN = BlockOption("plain", 1.0, 2.0, 3.0, 4.0, 10, 20, 100, 7)
@@ -84,3 +87,46 @@ def test_an_option_is_kept_where_it_is_better_in_what_counts(better: dict[str, f
 def test_of_equal_options_only_one_is_kept() -> None:
     blocks = [BlockOptions(f"b{i}", (PLAIN, replace(PLAIN, name="same"), PLAIN), CutCost(0.0, 0.0, 0)) for i in range(2)]
     assert make_problem(blocks, make_schedule("1f1b", 2, 2), 0).runs[0].indices == (0,)
+
+
+def random_profile(rng: np.random.Generator, blocks: int) -> StageProfile:
+    """A stage of a schedule in which no weight gradients wait; sums of gradients take from no bucket to several."""
+    sizes = rng.integers(0, 2 * BUCKET_NBYTES, (7, blocks)) * (rng.random((7, blocks)) < 0.7)
+    saved, gradients, workspace, more, forward, whole, arriving = sizes
+    parts = whole // rng.integers(1, 5)
+    together = np.where(rng.random(blocks) < 0.5, whole, whole // 3)
+    none = np.zeros_like(saved)
+    return StageProfile(
+        saved=saved,
+        waiting=none,
+        gradients=gradients,
+        arriving=np.minimum(arriving, gradients),
+        copies=none,
+        unsaved=none,
+        workspace=workspace,
+        first_workspace=workspace + more,
+        forward_workspace=forward,
+        bucketed=none,
+        unsummed=none,
+        scattered=none,
+        scattered_each=whole,
+        together=together,
+        largest=np.maximum(whole - together, together // 2),
+        parts=parts,
+        update=0,
+    )
+
+
+@pytest.mark.parametrize("schedule", [make_schedule("gpipe", 2, 3), make_schedule("1f1b", 3, 4), make_schedule("interleaved", 2, 4)])
+def test_block_by_block_a_schedule_needs_no_more_than_the_model_of_assignments_has(schedule: Schedule) -> None:
+    # A plan names the bytes block by block; if they were more, a plan could exceed the memory that it was searched for.
+    rng = np.random.default_rng(0)
+    problem = make_problem(random_blocks(0, blocks=schedule.stages, options=1, alike=False), schedule, 0)
+    less = 0
+    for _ in range(300):
+        for stages, holdings in zip(problem.stages_of, problem.holdings, strict=True):
+            profiles = [random_profile(rng, int(rng.integers(1, 5))) for _ in stages]
+            fine, bound = (find_peak(profiles, holdings, is_whole=False, is_bound=is_bound) for is_bound in (False, True))
+            assert fine.held + fine.workspace - fine.apart <= bound.held + bound.workspace - bound.apart
+            less += fine != bound
+    assert less

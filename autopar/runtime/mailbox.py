@@ -122,14 +122,20 @@ class Mailbox:
         while self.pending_sends and all(message.is_done() for message in next(iter(self.pending_sends.values()))):
             del self.pending_sends[next(iter(self.pending_sends))]
         to = self._rank_of[action.peer]
-        self.pending_sends[action] = [self._axis.send(x, to) for x in tensors]
+        try:
+            self.pending_sends[action] = [self._axis.send(x, to) for x in tensors]
+        except Exception as error:  # a rank that has ended takes no more
+            raise CommError(f"stage {action.peer} (pipeline rank {to}) never took it: {error}") from error
 
     def receive(self, action: Action, tensors: Sequence[CrossingTensor], device: torch.device) -> None:
-        """Begin a receive of the schedule, of tensors with the shapes and dtypes of these tensors."""
+        """Begin a receive of the schedule, of tensors with the shapes and dtypes of these tensors. Raises CommError as `wait_for` does."""
         source = self._rank_of[action.peer]
         kind = Kind.FORWARD if action.kind is Kind.RECEIVE_FORWARD else Kind.BACKWARD
-        messages = [self._axis.receive(source, tensor.shape, tensor.dtype, device) for tensor in tensors]
-        self._inbox[Delivery(kind, action.stage, action.peer, action.microbatch)] = messages
+        delivery = Delivery(kind, action.stage, action.peer, action.microbatch)
+        try:
+            self._inbox[delivery] = [self._axis.receive(source, tensor.shape, tensor.dtype, device) for tensor in tensors]
+        except Exception as error:  # a rank that has ended sends no more
+            raise self._never_came(delivery, error) from error
 
     def wait_for(self, delivery: Delivery) -> list[Tensor]:
         """Wait for the tensors of a delivery and return them. Raises CommError when they don't arrive."""
@@ -138,10 +144,11 @@ class Mailbox:
         try:
             return [message.wait() for message in self._inbox.pop(delivery)]
         except Exception as error:
-            what = "values" if delivery.kind is Kind.FORWARD else "gradients"
-            raise CommError(
-                f"the {what} of stage {delivery.peer} (pipeline rank {self._rank_of[delivery.peer]}) never came: {error}"
-            ) from error
+            raise self._never_came(delivery, error) from error
+
+    def _never_came(self, delivery: Delivery, error: Exception) -> CommError:
+        what = "values" if delivery.kind is Kind.FORWARD else "gradients"
+        return CommError(f"the {what} of stage {delivery.peer} (pipeline rank {self._rank_of[delivery.peer]}) never came: {error}")
 
     def release_sends(self, awaited: AwaitedPass) -> None:
         """The messages of a pass have arrived: release the sends that are known to be done with that."""

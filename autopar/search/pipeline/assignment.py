@@ -35,6 +35,7 @@ from autopar.schedules import Schedule
 from autopar.search.pipeline.assignment_model import AssignmentModel, Point, expand_counts
 from autopar.search.pipeline.assignment_problem import (
     PHASES,
+    AssignmentCost,
     AssignmentProblem,
     BlockRun,
     Floats,
@@ -135,6 +136,29 @@ def assign(
         if search.best is None:
             _offer_leanest(search, time_limit)
     return search.result()
+
+
+def assign_by_block(
+    blocks: Sequence[BlockOptions], schedule: Schedule, budget: int, *, time_limit: float, gap: float, cutoff: float
+) -> tuple[Assignment, AssignmentCost]:
+    """The assignment that fits the budget when the memory of its stages is gone through block by block, and what it costs so.
+
+    That is nearly always what `assign` finds, whose model of memory is coarser and needs no less. Only where a schedule runs weight
+    gradients apart may what waits for them be more, half-way through a backward, than the model has: then the model gets as much less.
+    Arguments and errors are those of `assign`.
+    """
+    problem, left = make_problem(blocks, schedule, budget), budget
+    while True:
+        try:
+            assignment = assign(blocks, schedule, left, time_limit=time_limit, gap=gap, cutoff=cutoff)
+        except InfeasibleError as error:
+            error.needed += budget - left if error.needed else 0
+            raise
+        cost = compute_cost(problem, assignment.stages, assignment.options, is_bound=False)
+        excess = max(cost.peak) - budget
+        if excess <= 0:
+            return assignment, cost
+        left -= excess
 
 
 @dataclass

@@ -26,7 +26,7 @@ from autopar.errors import AutoparError, InfeasibleError, InputError, SolverErro
 from autopar.ir import Layout, Mesh
 from autopar.plans import BlockChoice, Candidate, Pipeline
 from autopar.schedules import Schedule, splits_backward
-from autopar.search.pipeline.assignment import Assignment, assign
+from autopar.search.pipeline.assignment import Assignment, assign_by_block
 from autopar.search.pipeline.assignment_problem import (
     PHASES,
     AssignmentCost,
@@ -429,7 +429,9 @@ def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, ti
     solutions, blocks = solutions_and_blocks
     given_nbytes = state.solutions.given_nbytes
     try:
-        assignment = assign(blocks, schedule, state.solutions.budget, time_limit=time_limit_s, gap=ASSIGN_GAP, cutoff=limit_s)
+        assignment, cost = assign_by_block(
+            blocks, schedule, state.solutions.budget, time_limit=time_limit_s, gap=ASSIGN_GAP, cutoff=limit_s
+        )
     except InfeasibleError as error:
         if error.needed == 0:
             raise
@@ -442,7 +444,7 @@ def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, ti
     note(state, configuration, assignment.simulated, max(assignment.peak) + given_nbytes, f"{choice}: {outcome}")
     if assignment.simulated >= limit_s:
         return None
-    return _describe(state, greedy, solutions, blocks, assignment, candidate=len(state.candidates) - 1)
+    return _describe(state, greedy, solutions, blocks, assignment, cost, candidate=len(state.candidates) - 1)
 
 
 def _choose_solutions(
@@ -466,6 +468,7 @@ def _describe(
     solutions: SolutionSet,
     blocks: tuple[BlockOptions, ...],
     assignment: Assignment,
+    cost: AssignmentCost,
     candidate: int,
 ) -> Pipelined:
     """The pipeline that an assignment means: placements of a mixture of solutions, stages, and what is recomputed.
@@ -478,7 +481,6 @@ def _describe(
     options = [block.options[index] for block, index in zip(blocks, assignment.options, strict=True)]
     model, sharding = mix_solutions(base, state.solutions.reads, solutions.shardings, [option.solution for option in options])
     makers = state.solutions.makers(configuration, solutions)
-    built_schedule = build_schedule(state.problem, schedule, configuration.ranks, configuration.microbatches)
     travel_layouts: Mapping[str, Layout] = {}
     if configuration.ranks * schedule.chunks > 1:
         travel_layouts = {name: layout[1:] for name, layout in makers[0].find_travel_layouts().items()}
@@ -495,6 +497,6 @@ def _describe(
         pipeline=Pipeline(configuration.ranks, schedule.family, schedule.chunks, configuration.microbatches, block_choices, travel_layouts),
         assignment=assignment,
         blocks=blocks,
-        cost=compute_cost(make_problem(blocks, built_schedule, 0), assignment.stages, assignment.options, is_bound=False),
+        cost=cost,
         candidate=candidate,
     )

@@ -135,7 +135,7 @@ def find_peak(stages: Sequence[StageProfile], holdings: Ints, *, is_whole: bool,
 def _bound_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) -> list[_Moment]:
     """The moments as `BlockRun.held` has them."""
     has_first = has_first_backward(holdings)
-    needed = max(_find_needed(stage, stage.first_workspace if has_first else stage.workspace) for stage in stages)
+    needed = max(_find_needed(stage, has_first) for stage in stages)
     moments = []
     for numbers in holdings.tolist():
         held = absent = 0
@@ -171,11 +171,17 @@ def _find_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) ->
     return moments
 
 
-def _find_needed(stage: StageProfile, workspace: Ints) -> int:
-    """The most that a stage needs while it runs, with gradients that every micro-batch sums, beyond what its backward has freed."""
+def _find_needed(stage: StageProfile, has_first: bool) -> int:
+    """The most that a stage needs while it runs, with gradients that every micro-batch sums, beyond what its backward has freed.
+
+    In a first backward, `_bound_moments_of_schedule` has gradients come into what is freed; sums take what these leave.
+    """
     sums, at_end = _find_sums(stage)
-    freed = _behind(np.maximum(stage.saved - stage.waiting, 0))
-    return max(int((workspace + np.maximum(sums - freed, 0)).max(initial=0)), at_end - int(freed.max(initial=0)))
+    workspace = stage.first_workspace if has_first else stage.workspace
+    kept = stage.waiting + (np.minimum(stage.arriving, stage.saved) if has_first else 0)
+    freed = _behind(np.maximum(stage.saved - kept, 0))
+    backward = int((workspace + np.maximum(sums - freed, 0)).max(initial=0))
+    return max(int(stage.forward_workspace.max(initial=0)), backward, at_end - int(freed.max(initial=0)))
 
 
 def _find_sums(stage: StageProfile) -> tuple[Ints, int]:
