@@ -44,7 +44,7 @@ precision-bench: $(INSTALLED) ## compare steps of parallel programs in each prec
 plan-bench: $(INSTALLED) ## time the planner on large models
 	$(PYTHON) -m tests.benchmarks.planning
 
-memory-bench: $(INSTALLED) ## predicted and allocated peaks of memory, 48 plans (ten minutes)
+memory-bench: $(INSTALLED) ## predicted and allocated peaks of memory, 53 plans (five minutes)
 	$(PYTHON) -m tests.benchmarks.memory
 
 pipe-bench: $(INSTALLED) ## time the pipeline executor against torch's own runtime
