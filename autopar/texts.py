@@ -74,7 +74,7 @@ def read_text(path: str | Path, most_bytes: int) -> str:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise InputError, saying why, when `write_text` can't write a file there. A file that is there stays as it is."""
+    """Raise InputError, saying why, when `write_bytes` can't write a file there. A file that is there stays as it is."""
     try:
         target = Path(os.path.realpath(path))
         if target.is_dir():
@@ -96,10 +96,15 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
+    """Write a file as UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
     """Write a file. One that is there is replaced only by a whole one, which has the same permissions. Raises OSError."""
     target = Path(os.path.realpath(path))
     if _is_special(target):
-        target.write_text(text, encoding="utf-8")  # a device or a pipe can't be replaced
+        target.write_bytes(data)  # a device or a pipe can't be replaced
         return
     beside = _name_beside(target)
     try:
@@ -107,7 +112,7 @@ def write_text(path: str | Path, text: str) -> None:
             mode = _mode_of(target)
             if mode is not None:
                 os.fchmod(file.fileno(), stat.S_IMODE(mode))
-            file.write(text.encode("utf-8"))
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(target)

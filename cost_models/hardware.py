@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from autopar.errors import HardwareError, InputError
+from autopar.notebooks import show_table
 from autopar.texts import find_unprintable, printable, read_text, show_value
+from autopar.units import format_bytes
 
 MOST_DEVICES = 2**20
 """Devices of a cluster at most; of more, the meshes alone would take minutes to go through."""
@@ -239,6 +241,23 @@ class Cluster:
     def world_size(self) -> int:
         """Number of devices, one rank each."""
         return self.nodes * self.devices_per_node
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: devices, their memory and speed, and the links between them."""
+        device = self.machine.device
+        fastest = max(device.peak_flops, key=lambda dtype: device.peak_flops[dtype])
+        rows = [
+            ("nodes", f"{self.nodes}"),
+            ("devices per node", f"{self.devices_per_node}"),
+            ("device", device.name),
+            ("memory per device", format_bytes(device.memory_bytes)),
+            ("flops per second, at most", f"{device.peak_flops[fastest]:.3g} ({fastest})"),
+            ("memory bandwidth", f"{format_bytes(round(device.mem_bandwidth_bytes_per_s))} per second"),
+        ]
+        links = [("link in a node", self.machine.intra)] if self.devices_per_node > 1 else []
+        links += [("link between nodes", self.machine.inter)] if self.nodes > 1 else []
+        rows += [(name, f"{link.name}, {format_bytes(round(link.bandwidth_bytes_per_s))} per second") for name, link in links]
+        return show_table(f"{self}", rows)
 
     def part(self, parts: int) -> Cluster:
         """One of `parts` equal groups of consecutive ranks. Raises HardwareError when the ranks don't divide so."""

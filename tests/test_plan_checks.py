@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from autopar.errors import PlanError
-from autopar.plans.plan import Plan, from_json, to_json
+from autopar.plans.plan import VERSION, Plan, from_json, to_json
 from autopar.report.summary import summarize
 from autopar.report.tables import explain
 from autopar.texts import printable
@@ -40,7 +40,10 @@ def _spoil(plan: Plan, change: Callable[[dict[str, Any]], Any]) -> str:
 
 
 def test_a_field_that_stands_twice_is_refused() -> None:
-    for name, twice in (("version", '"version": 5, "version": 5'), ("parameters", '"parameters": 1000000000, "parameters": 1000000000')):
+    for name, twice in (
+        ("version", f'"version": {VERSION}, "version": {VERSION}'),
+        ("parameters", '"parameters": 1000000000, "parameters": 1000000000'),
+    ):
         text = to_json(make_plan()).replace(f'"{name}": {twice.rpartition(" ")[2]}', twice)
         with pytest.raises(PlanError, match=f"the field '{name}' stands twice in one object"):
             from_json(text)
@@ -135,7 +138,21 @@ def test_a_field_that_stands_twice_is_refused() -> None:
             set_field("proof", "chosen", to=1),
             "plan.proof.chosen is 1, a candidate whose step takes 0.0123 s, but plan.proof.objective_ns is 11000000",
         ),
-        (set_field("proof", "chosen", to=2), "plan.proof.chosen is 2, a candidate whose step takes None s"),
+        (set_field("proof", "chosen", to=3), "plan.proof.chosen is 3, a candidate whose step takes None s"),
+        (set_field("proof", "candidates", 0, "kind", to="magic"), "plan.proof.candidates[0].kind is 'magic'; known are data parallel"),
+        (set_field("proof", "candidates", 0, "basis", to="hope"), "plan.proof.candidates[0].basis is 'hope'; known are predicted, bound"),
+        (set_field("proof", "candidates", 1, "parts", "bubble", to=0.1), "plan.proof.candidates[1].parts add up to 0.1123"),
+        (set_field("memory", "copies", to=2_000_000_000), "plan.memory.copies is 2000000000, more than plan.memory.parameters, 1000000000"),
+        (set_field("work", "samples", to=0), "plan.work.samples is 0, an integer from 1 is needed"),
+        (set_field("work", "flops", to=-1.0), "plan.work.flops is -1.0, a number from 0 is needed"),
+        (set_field("ops", 1, "op", to="view"), "plan.ops[1].op is 'view'; an op is there once, and has a placement or a layout"),
+        (set_field("ops", 1, "op", to="other"), "plan.ops[1].op is 'other'; an op is there once, and has a placement or a layout"),
+        (set_field("ops", 0, "group", to="decoder"), "plan.ops[0].group is 'decoder', which is the name of no group in plan.groups"),
+        (set_field("ops", 1, "splits", to={"cp": "sequence"}), "plan.ops[1].splits names 'cp', the mesh has dp=2 x tp=4"),
+        (set_field("ops", 1, "seconds", "bubble", to=0.1), "plan.ops[1].seconds.bubble is 0.1; waiting is no op's"),
+        (set_field("ops", 1, "seconds", "forward", to=0.1), "plan.ops: their seconds add up to"),
+        (set_field("ops", 1, "hidden", to=0.1), "plan.ops: their hidden add up to 0.1, those of plan.costs"),
+        (set_field("ops", 1, "nbytes", to=1.0), "plan.ops: their nbytes add up to"),
         (
             set_field("costs", 0, "purpose", to="recompute"),
             "plan.costs[0] is 0.0027 s of recompute, but no block in plan.pipeline.blocks is run again",
@@ -235,9 +252,9 @@ def test_messages_are_short_whatever_the_file_holds(tmp_path: Path) -> None:
             Plan.load(path)
         assert len(str(caught.value)) < 1500
     with pytest.raises(PlanError, match=r"plan version \[\[\[\[\[\[\[\.\.\.\]\]\]\]\]\]\], this autopar reads"):
-        from_json(to_json(make_plan()).replace('"version": 5', '"version": ' + "[" * 900 + "]" * 900))
+        from_json(to_json(make_plan()).replace(f'"version": {VERSION}', '"version": ' + "[" * 900 + "]" * 900))
     with pytest.raises(PlanError, match="the top level: fields unknown: more"):
-        from_json(to_json(make_plan()).replace('"version": 5', '"version": 5, "more": 1'))
+        from_json(to_json(make_plan()).replace(f'"version": {VERSION}', f'"version": {VERSION}, "more": 1'))
 
 
 def test_a_path_that_no_file_can_have_is_refused() -> None:

@@ -19,9 +19,11 @@ from torch import nn
 import autopar
 from autopar.errors import PlanError
 from autopar.ir.layout import PARTIAL, PASS_PARTIAL, REPLICATE, Layout, Mesh, Placement, Split, shard
-from autopar.ir.precision import PRECISIONS, Precision
-from autopar.plans import OUTSIDE, CostRow, Phase, Purpose
+from autopar.ir.precision import FLOATS, PRECISIONS, Precision
+from autopar.plans import OUTSIDE, CostRow, Phase, Pins, Purpose, Request, Work
 from autopar.plans.plan import (
+    BASES,
+    KINDS,
     RECOMPUTE,
     VERSION,
     BlockChoice,
@@ -109,13 +111,36 @@ def _groups(draw: st.DrawFn, axes: tuple[str, ...], layouts: Mapping[str, Layout
 def _proofs(draw: st.DrawFn, costs: tuple[CostRow, ...]) -> Proof:
     seconds = replace(make_plan(), costs=costs).seconds.step
     objective = round(1e9 * seconds)
-    candidate = st.builds(Candidate, _TEXT, _TEXT, st.none() | _TIME, st.none() | _COUNT, _TEXT)
+    kinds = st.sampled_from(KINDS), st.none(), st.sampled_from(BASES)
+    candidate = st.builds(Candidate, _TEXT, _TEXT, st.none() | _TIME, st.none() | _COUNT, _TEXT, *kinds)
     bound = draw(st.integers(0, objective))
     gap = (objective - bound) / max(1, objective)
     candidates = draw(st.lists(candidate, max_size=2))
     chosen = draw(st.integers(0, len(candidates)))
     candidates.insert(chosen, replace(draw(candidate), step_seconds=seconds))
     return Proof(objective, bound, gap, draw(_TEXT), draw(_TEXT), draw(_COUNT), draw(_COUNT), tuple(candidates), chosen)
+
+
+_REQUESTS = st.builds(
+    Request,
+    model=_TEXT,
+    batch=st.none() | st.integers(1, 2**60),
+    seq=st.none() | st.integers(1, 2**60),
+    dtype=st.none() | st.sampled_from(FLOATS),
+    cluster=_TEXT,
+    memory=st.none(),
+    pins=st.builds(
+        Pins,
+        tp=st.none() | st.integers(1, 16),
+        zero=st.none() | st.integers(0, 3),
+        vocabulary=st.none() | st.booleans(),
+        recompute=st.none() | st.sampled_from(RECOMPUTE),
+        placements=st.dictionaries(st.sampled_from(["layers.*", "head", "a.b=c"]), st.just({"tp": "o", "dp": "b"}), max_size=2),
+        stages=st.dictionaries(st.sampled_from(["layers.*", "layers.3"]), st.integers(0, 3), max_size=2),
+    ),
+    mesh=st.none() | st.just(Mesh(("free", "cp"), (4, 2))),
+    strict=st.booleans(),
+).filter(lambda request: request.mesh is None or request.pins.tp is None)
 
 
 @st.composite
@@ -152,7 +177,9 @@ def _plans(draw: st.DrawFn) -> Plan:
         ),
         unruled=tuple(draw(st.lists(st.builds(Unruled, _TEXT, _TEXT, _TEXT), max_size=2))),
         notes=tuple(draw(st.lists(_TEXT, max_size=2))),
+        work=draw(st.builds(Work, _TIME, st.integers(1, 2**40), st.none() | _COUNT, _NAME, _TIME)),
         half_batches=pipeline.is_trivial and pipeline.keeps_all and draw(st.booleans()),
+        request=draw(_REQUESTS),
     )
 
 
@@ -243,6 +270,14 @@ def test_another_version_is_refused_with_both_versions(version: object) -> None:
         from_json(json.dumps(document))
 
 
+def test_the_version_before_lacks_fields() -> None:
+    document = {**json.loads(to_json(make_plan())), "version": 5}
+    with pytest.raises(
+        PlanError, match=r"\(a plan of version 5 has no fields work, ops, reads, request and pipeline.timing\); make the plan again"
+    ):
+        from_json(json.dumps(document))
+
+
 @pytest.mark.parametrize(("version", "lacks"), [(1, "pipeline, outputs, bucket_nbytes and costs"), (2, "outputs, bucket_nbytes and costs")])
 def test_an_older_version_is_refused_with_what_it_lacks(version: int, lacks: str) -> None:
     document = {**json.loads(to_json(make_plan())), "version": version}
@@ -284,6 +319,19 @@ def test_an_older_version_is_refused_with_what_it_lacks(version: int, lacks: str
         (set_field("layouts", "input_ids", to="S0"), "plan.layouts: 'input_ids' has 1 axes, the mesh has 2 (dp=2 x tp=4)"),
         (set_field("placements", "view", to="b,-,-"), "plan.placements: 'view' has 3 axes, the mesh has 2 (dp=2 x tp=4)"),
         (set_field("batch_axes", to=["pp"]), "plan.batch_axes names 'pp', the mesh has dp=2 x tp=4"),
+        (lambda plan: plan.pop("request"), "plan: fields missing: request"),
+        (set_field("request", "model", to=None), "plan.request.model: str is needed, not NoneType"),
+        (set_field("request", "batch", to=0), "plan.request.batch is 0, an integer from 1 is needed"),
+        (set_field("request", "seq", to="128"), "plan.request.seq: int is needed, not str"),
+        (set_field("request", "dtype", to="int8"), "plan.request.dtype is 'int8'; known are float16, bfloat16, float32, float64"),
+        (set_field("request", "memory", to=40_000_000_000), "plan.request.memory is 40000000000, but plan.memory.budget is 80000000000"),
+        (set_field("request", "pins", to=[]), "plan.request.pins: an object is needed, not list"),
+        (set_field("request", "pins", "tp", to=4), "plan.request.pins['tp']: str is needed, not int"),
+        (set_field("request", "pins", "tp", to="0"), "plan.request.pins: pin tp=0: the size of an axis is needed, an integer from 1"),
+        (set_field("request", "pins", "tq", to="2"), "plan.request.pins: unknown pin 'tq'"),
+        (set_field("request", "mesh", to={"names": ["dp"], "sizes": [8]}), "plan.request: the mesh {'dp': 8} and the pins tp=4 contradict"),
+        (set_field("request", "mesh", to="dp=8"), "plan.request.mesh: an object with lists names (texts) and sizes"),
+        (set_field("request", "strict", to=1), "plan.request.strict: true or false is needed, not int"),
     ],
 )
 def test_damage_is_named(damage: Callable[[dict[str, Any]], Any], message: str) -> None:
@@ -302,7 +350,7 @@ def _shift_stages(pipeline: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (dict.clear, "plan.pipeline: fields missing: blocks, chunks, microbatches, ranks, schedule, travel"),
+        (dict.clear, "plan.pipeline: fields missing: blocks, chunks, microbatches, ranks, schedule, timing, travel"),
         (set_field("ranks", to=0), "plan.pipeline.ranks is 0, an integer from 1 is needed"),
         (set_field("chunks", to=-2), "plan.pipeline.chunks is -2, an integer from 1 is needed"),
         (set_field("microbatches", to=-1), "plan.pipeline.microbatches is -1, an integer from 1 is needed"),

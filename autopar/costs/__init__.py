@@ -7,7 +7,7 @@ Modules, in reading order: ``tables``, ``solved``, ``liveness``, ``memory``, ``h
 """
 
 from autopar.costs.ahead import Surroundings, find_surroundings, find_work, overlap
-from autopar.costs.blocks import BlockCost, block_kind, cost_block
+from autopar.costs.blocks import BlockCost, block_kind, cost_block, itemize_block
 from autopar.costs.cuts import CutCost, cost_cut, cut_kind, travel_layout
 from autopar.costs.memory import BlockMemory, given_nbytes
 from autopar.costs.solved import Sharding, SolvedChain
@@ -41,6 +41,7 @@ __all__ = [
     "find_surroundings",
     "find_work",
     "given_nbytes",
+    "itemize_block",
     "kept_nbytes",
     "layout_numbers",
     "local_nbytes",

@@ -18,9 +18,9 @@ What several blocks share counts in one of them, as `ChainReads` says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from autopar.costs.halves import Move, hide_exchanges
 from autopar.costs.liveness import passing
@@ -28,7 +28,7 @@ from autopar.costs.memory import BlockMemory, find_memory, recompute_memory
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import COLLECTIVE_KIND, parameter_backward, reduced_nbytes, sum_of
 from autopar.ir import Collective, Layout, Op, OpKind, RouteStep, Value
-from autopar.plans import CostRow, Phase, Purpose, RowSums, seconds_of
+from autopar.plans import CostRow, Phase, Purpose, RowSums, Seconds, seconds_of, sum_parts
 from autopar.structure import find_cores
 
 LOCAL_COPY = "local copy"
@@ -51,6 +51,12 @@ class BlockCost:
         """Seconds of each phase."""
         return {phase: seconds_of(self.rows, phase) for phase in Phase}
 
+    @cached_property
+    def parts(self) -> tuple[Seconds, Seconds]:
+        """What the seconds of one micro-batch are made of, and those once per step."""
+        once = [row for row in self.rows if row.phase == Phase.STEP]
+        return sum_parts(row for row in self.rows if row.phase != Phase.STEP), sum_parts(once)
+
 
 def cost_block(solved: SolvedChain, number: int, recompute: Iterable[str]) -> Iterator[tuple[str, BlockCost]]:
     """The costs of a block under kinds of recomputation.
@@ -64,30 +70,55 @@ def cost_block(solved: SolvedChain, number: int, recompute: Iterable[str]) -> It
         Per kind (kind, cost). Where a kind finds nothing to run again, its cost and its name are those of ``none``.
     """
     block = solved.chain.blocks[number]
-    regions: dict[str, Sequence[Sequence[str]]] = {
-        "none": (),
-        "selective": find_cores(solved.graph, solved.model.spaces, block.ops),
-        "full": (block.ops,),
-    }
     moves = _moves_of_calls(solved, number)
     forward = _forward_rows(solved, moves)
     base = RowSums()
     for rows in forward.values():
         for row in rows:
             base.add_row(row)
-    _add_backward(solved, number, moves, base)
-    _add_outputs(solved, number, base)
-    _add_step(solved, number, base)
+    for _, add in _rest_of_block(solved, number, moves):
+        add(base)
     plain, memory = base.rows(), find_memory(solved, number)
     if solved.tables.halved:
         plain = hide_exchanges(solved, {name: moves[name] for name in block.ops}, plain)
     for kind in recompute:
-        rerun = regions[kind]
+        rerun = _find_rerun(solved, number, kind)
         again = RowSums()
         for name in (name for region in rerun for name in region):
             for row in forward[name]:
                 again.add_row(replace(row, phase=Phase.BACKWARD_INPUT, purpose=Purpose.RECOMPUTE))
         yield kind if rerun else "none", BlockCost((*plain, *again.rows()), recompute_memory(solved, number, memory, rerun))
+
+
+def itemize_block(solved: SolvedChain, number: int, recompute: str) -> Iterator[tuple[str, CostRow]]:
+    """The costs of a block op by op, as if every collective waited on the spot: their sums by kind are those of `cost_block`.
+
+    Args:
+        solved: the chain.
+        number: of the block in it.
+        recompute: what of the block is run again, as `cost_block` has it.
+
+    Yields:
+        Per entry (name of the call, or of the parameter, that it is for; the row).
+    """
+    moves = _moves_of_calls(solved, number)
+    forward = _forward_rows(solved, moves)
+    for name, rows in forward.items():
+        yield from ((name, row) for row in rows)
+    for name, add in _rest_of_block(solved, number, moves):
+        sums = RowSums()
+        add(sums)
+        yield from ((name, row) for row in sums.rows())
+    for name in (name for region in _find_rerun(solved, number, recompute) for name in region):
+        yield from ((name, replace(row, phase=Phase.BACKWARD_INPUT, purpose=Purpose.RECOMPUTE)) for row in forward[name])
+
+
+def _find_rerun(solved: SolvedChain, number: int, recompute: str) -> Sequence[Sequence[str]]:
+    """The calls of a block that its backward runs again, region by region."""
+    ops = solved.chain.blocks[number].ops
+    if recompute == "selective":
+        return find_cores(solved.graph, solved.model.spaces, ops)
+    return (ops,) if recompute == "full" else ()
 
 
 def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
@@ -197,35 +228,46 @@ def _add_move(
     )
 
 
-def _add_backward(solved: SolvedChain, number: int, moves: Mapping[str, Sequence[Move]], sums: RowSums) -> None:
-    """The backward of a block: of its calls, of what their kernels exchange in either direction, and of the moves of their operands."""
+def _rest_of_block(
+    solved: SolvedChain, number: int, moves: Mapping[str, Sequence[Move]]
+) -> Iterator[tuple[str, Callable[[RowSums], None]]]:
+    """What a block takes beside the forward of its calls: per call, output and parameter its name, and what adds its rows to sums."""
     for name in solved.chain.blocks[number].ops:
-        op, layer = solved.graph.by_name[name], solved.layer_of.get(name, "")
-        representative, placement = solved.representative(op), solved.placement(op)
-        exchanged = 0.0
-        for axis, collective, nbytes, seconds in solved.tables.exchanges(representative, placement):
-            exchanged += seconds
-            sums.add(
-                Phase.BACKWARD_INPUT,
-                Purpose.KERNEL,
-                seconds,
-                layer=layer,
-                axis=solved.mesh.names[axis],
-                collective=collective,
-                nbytes=nbytes,
-            )
-        backward = solved.tables.op_seconds(representative, placement)[1] - exchanged
-        # Of a product with a weight, one of two products is the weight's gradient.
-        weight = backward / 2 if name in solved.reads.deferrable and _has_activation(solved, op) else 0.0
-        sums.add(Phase.BACKWARD_INPUT, Purpose.COMPUTE, backward - weight, layer=layer)
-        if weight:
-            sums.add(Phase.BACKWARD_WEIGHT, Purpose.COMPUTE, weight, layer=layer)
-        for tensor, is_parameter, move, nbytes, pieces in moves[name]:
-            if is_parameter:
-                for purpose, direction, moved in parameter_backward(tensor, move, nbytes):
-                    _add_move(solved, sums, Phase.BACKWARD_INPUT, purpose, direction, move, moved, layer)
-            elif tensor.requires_grad and move.backward is not Collective.NONE:
-                _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.ACTIVATION_GRADIENTS, move.backward, move, nbytes, layer, pieces)
+        yield name, partial(_add_backward, solved, name, moves[name])
+    for position, value in solved.reads.outputs[number]:
+        yield value.op, partial(_add_output, solved, position, value)
+    for name in solved.reads.parameters[number]:
+        yield name, partial(_add_step, solved, number, name)
+
+
+def _add_backward(solved: SolvedChain, name: str, moves: Sequence[Move], sums: RowSums) -> None:
+    """The backward of a call: its computing, what its kernel exchanges in either direction, and the moves of its operands."""
+    op, layer = solved.graph.by_name[name], solved.layer_of.get(name, "")
+    representative, placement = solved.representative(op), solved.placement(op)
+    exchanged = 0.0
+    for axis, collective, nbytes, seconds in solved.tables.exchanges(representative, placement):
+        exchanged += seconds
+        sums.add(
+            Phase.BACKWARD_INPUT,
+            Purpose.KERNEL,
+            seconds,
+            layer=layer,
+            axis=solved.mesh.names[axis],
+            collective=collective,
+            nbytes=nbytes,
+        )
+    backward = solved.tables.op_seconds(representative, placement)[1] - exchanged
+    # Of a product with a weight, one of two products is the weight's gradient.
+    weight = backward / 2 if name in solved.reads.deferrable and _has_activation(solved, op) else 0.0
+    sums.add(Phase.BACKWARD_INPUT, Purpose.COMPUTE, backward - weight, layer=layer)
+    if weight:
+        sums.add(Phase.BACKWARD_WEIGHT, Purpose.COMPUTE, weight, layer=layer)
+    for tensor, is_parameter, move, nbytes, pieces in moves:
+        if is_parameter:
+            for purpose, direction, moved in parameter_backward(tensor, move, nbytes):
+                _add_move(solved, sums, Phase.BACKWARD_INPUT, purpose, direction, move, moved, layer)
+        elif tensor.requires_grad and move.backward is not Collective.NONE:
+            _add_move(solved, sums, Phase.BACKWARD_INPUT, Purpose.ACTIVATION_GRADIENTS, move.backward, move, nbytes, layer, pieces)
 
 
 def _has_activation(solved: SolvedChain, op: Op) -> bool:
@@ -233,40 +275,38 @@ def _has_activation(solved: SolvedChain, op: Op) -> bool:
     return any(solved.graph.by_name[value.op].kind is OpKind.CALL and solved.graph.tensor(value).requires_grad for value in op.operands)
 
 
-def _add_outputs(solved: SolvedChain, number: int, sums: RowSums) -> None:
-    """The journeys of the outputs that a block makes, to the layouts in which the user gets them.
+def _add_output(solved: SolvedChain, position: int, value: Value, sums: RowSums) -> None:
+    """The journey of an output to the layout in which the user gets it.
 
     Only forward: whether an output gets a gradient depends on the user's loop; one that is returned beside a loss gets none.
     """
-    for position, value in solved.reads.outputs[number]:
-        layer = solved.layer_of.get(value.op, "")
-        for move, nbytes in solved.tables.steps(solved.graph.tensor(value), solved.made(value), solved.sharding.outputs[position]):
-            if move.forward is not Collective.NONE:
-                _add_move(solved, sums, Phase.FORWARD, Purpose.ACTIVATIONS, move.forward, move, nbytes, layer)
+    layer = solved.layer_of.get(value.op, "")
+    for move, nbytes in solved.tables.steps(solved.graph.tensor(value), solved.made(value), solved.sharding.outputs[position]):
+        if move.forward is not Collective.NONE:
+            _add_move(solved, sums, Phase.FORWARD, Purpose.ACTIVATIONS, move.forward, move, nbytes, layer)
 
 
-def _add_step(solved: SolvedChain, number: int, sums: RowSums) -> None:
-    """What a block's parameters take once per step: the optimizer's update, and sums of gradients over ranks.
+def _add_step(solved: SolvedChain, number: int, name: str, sums: RowSums) -> None:
+    """What a parameter of a block takes once per step: the optimizer's update, and sums of its gradient over ranks.
 
     A parameter that several blocks read counts with the first of them; of its uses that leave a sum over ranks the dearest counts, as their
     gradients are added up before. The share `Device.overlap` of a sum is overlapped with the backward. What is summed after every
     micro-batch isn't, and blocks that may be on several stages each sum their own.
     """
-    for name in solved.reads.parameters[number]:
-        tensor, stored = solved.graph.by_name[name].results[0], solved.stored(name)
-        layer = solved.layer_of.get(name, "")
-        is_first = solved.reads.first_block[name] == number
-        sums_each = solved.tables.sums_each(stored)
-        if tensor.requires_grad and (is_first or (sums_each and not solved.is_one_stage)):
-            _add_sums(solved, name, sums, layer, Phase.BACKWARD_WEIGHT if sums_each else Phase.STEP)
-        if not is_first:
-            continue
-        hidden_share = solved.tables.gather_overlap if _hides_gathers(solved, number) else 0.0
-        for axis, nbytes, seconds in solved.tables.held_gathers(tensor, stored):
-            moved = axis, COLLECTIVE_KIND[Collective.ALL_GATHER], nbytes, seconds
-            _add_moved(solved, sums, Phase.STEP, Purpose.PARAMETERS, moved, hidden_share, layer)
-        if tensor.requires_grad:
-            sums.add(Phase.STEP, Purpose.OPTIMIZER, solved.tables.optimizer_seconds(tensor, stored), layer=layer)
+    tensor, stored = solved.graph.by_name[name].results[0], solved.stored(name)
+    layer = solved.layer_of.get(name, "")
+    is_first = solved.reads.first_block[name] == number
+    sums_each = solved.tables.sums_each(stored)
+    if tensor.requires_grad and (is_first or (sums_each and not solved.is_one_stage)):
+        _add_sums(solved, name, sums, layer, Phase.BACKWARD_WEIGHT if sums_each else Phase.STEP)
+    if not is_first:
+        return
+    hidden_share = solved.tables.gather_overlap if _hides_gathers(solved, number) else 0.0
+    for axis, nbytes, seconds in solved.tables.held_gathers(tensor, stored):
+        moved = axis, COLLECTIVE_KIND[Collective.ALL_GATHER], nbytes, seconds
+        _add_moved(solved, sums, Phase.STEP, Purpose.PARAMETERS, moved, hidden_share, layer)
+    if tensor.requires_grad:
+        sums.add(Phase.STEP, Purpose.OPTIMIZER, solved.tables.optimizer_seconds(tensor, stored), layer=layer)
 
 
 def _add_sums(solved: SolvedChain, parameter: str, sums: RowSums, layer: str, phase: str) -> None:

@@ -27,6 +27,7 @@ from autopar.ir.layout import (
     StateKind,
     fits,
     format_layout,
+    format_mesh,
     format_placement,
     is_legal,
     local_outer,
@@ -40,13 +41,14 @@ from autopar.ir.layout import (
     shard,
     with_pipeline,
 )
-from autopar.ir.precision import AS_MODEL, MOMENTS, Precision, StorageDtypes
+from autopar.ir.precision import AS_MODEL, FLOATS, MOMENTS, Precision, StorageDtypes
 from autopar.ir.precision import HELP as PRECISION_HELP
 from autopar.ir.reshard import Collective, ReshardStep, Route, RouteStep, journey, route
 from autopar.ir.space import Dims, LoopKind, Space, parse
 
 __all__ = [
     "AS_MODEL",
+    "FLOATS",
     "HALVES",
     "ITEMSIZE",
     "MESSAGE_NBYTES",
@@ -92,6 +94,7 @@ __all__ = [
     "Workspace",
     "fits",
     "format_layout",
+    "format_mesh",
     "format_placement",
     "freeze",
     "is_legal",

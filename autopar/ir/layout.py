@@ -93,6 +93,15 @@ def with_pipeline(mesh: Mesh, ranks: int) -> Mesh:
     return Mesh((PIPELINE, *mesh.names), (ranks, *mesh.sizes)) if ranks > 1 else mesh
 
 
+def format_mesh(mesh: Mesh) -> str:
+    """The axes of more than one rank, as text for people.
+
+    >>> format_mesh(Mesh(("dp", "tp"), (1, 4))), format_mesh(Mesh(("dp",), (1,)))
+    ('tp=4', 'one rank')
+    """
+    return " x ".join(f"{name}={size}" for name, size in zip(mesh.names, mesh.sizes, strict=True) if size > 1) or "one rank"
+
+
 class StateKind(StrEnum):
     """What a rank has of a tensor, along one axis; the module's docstring says what each means for the gradient."""
 

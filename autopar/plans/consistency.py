@@ -7,13 +7,16 @@ out on that model is seen when its program is made.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from autopar.errors import InputError, PlanError
-from autopar.ir import HALVES, MICROBATCH, PARTIAL, PIPELINE, REPLICATE_PARTIAL_GRAD, Layout, Placement
-from autopar.plans.rows import OUTSIDE, Phase, Purpose
+from autopar.ir import HALVES, ITEMSIZE, MICROBATCH, PARTIAL, PIPELINE, REPLICATE_PARTIAL_GRAD, Layout, Placement, fits, format_layout
+from autopar.plans.pins import reconcile
+from autopar.plans.rows import OUTSIDE, CostRow, Phase, Purpose
+from autopar.plans.timing import Timing, sum_rows
 from autopar.schedules import check_schedule
 
 if TYPE_CHECKING:
@@ -29,6 +32,8 @@ MOST_FORWARDS = 2**20
 _STEP_SHARE = 1e-3
 _STEP_NS = 1000
 _GAP = 1e-6
+# Sums of the same numbers in another order.
+_ROUNDING = 1e-9
 
 _PHASES, _PURPOSES = tuple(Phase), tuple(Purpose)
 # Counts are read up to this many digits, which is far above MOST_DEVICES.
@@ -42,13 +47,18 @@ def check_consistency(plan: Plan) -> None:
     _check_mesh(plan)
     _check_cluster(plan)
     _check_layouts(plan)
+    _check_reads(plan)
     _check_pipeline(plan.pipeline)
     if plan.half_batches and not (plan.pipeline.is_trivial and plan.pipeline.keeps_all):
         raise PlanError("plan.half_batches is true, but plan.pipeline has stages, micro-batches or recomputation; plan again")
     _check_groups(plan)
     _check_costs(plan)
     _check_memory(plan)
+    if plan.pipeline.timing is not None:
+        _check_timing(plan, plan.pipeline.timing)
     _check_proof(plan)
+    _check_ops(plan)
+    _check_request(plan)
 
 
 def _check_mesh(plan: Plan) -> None:
@@ -102,6 +112,27 @@ def _check_layouts(plan: Plan) -> None:
     for name, text in plan.inputs.items():
         if _TENSOR.fullmatch(text) is None:
             raise PlanError(f"plan.inputs: {name!r} is {text!r}, which is no type of a tensor; int64[8, 128] is one")
+
+
+def _check_reads(plan: Plan) -> None:
+    """What is read must be what the steps between two layouts are known for (`autopar.ir.journey`)."""
+    for name, reads in plan.reads.items():
+        if name not in plan.placements:
+            raise PlanError(f"plan.reads: {name!r} has no placement in plan.placements")
+        for index, read in enumerate(reads):
+            where = f"plan.reads[{name!r}][{index}]"
+            if _VALUE.fullmatch(read.value) is None:
+                raise PlanError(f"{where}.value is {read.value!r}, which is no value; add_3 is one, or split.1, the second result of an op")
+            if _TENSOR.fullmatch(read.tensor) is None:
+                raise PlanError(f"{where}.tensor is {read.tensor!r}, which is no type of a tensor; int64[8, 128] is one")
+            if read.dtype not in ITEMSIZE:
+                raise PlanError(f"{where}.tensor is of type {read.dtype!r}; known are {', '.join(ITEMSIZE)}")
+            for field, layout in (("made", read.made), ("need", read.need)):
+                _check_axes(plan, where, field, layout)
+                if any(state.level for state in layout) or not fits(read.shape, layout, plan.mesh):
+                    raise PlanError(f"{where}.{field} is {format_layout(layout)}, in which no {read.tensor} is made or read on {plan.mesh}")
+            if REPLICATE_PARTIAL_GRAD in read.made:
+                raise PlanError(f"{where}.made has the state B, which is what an op may need, but no state in which a tensor is made")
 
 
 def _check_axes(plan: Plan, where: str, name: str, parts: Layout | Placement) -> None:
@@ -174,22 +205,94 @@ def _check_costs(plan: Plan) -> None:
     """What the report adds up by must be known: phases, purposes, groups of layers, axes."""
     axes = set(plan.mesh.names)
     layers = {"", *(group.name for group in plan.groups)}
-    for index, row in enumerate(plan.costs):
+    for where, row in _list_rows(plan):
         for field, text, known in (("phase", row.phase, _PHASES), ("purpose", row.purpose, _PURPOSES)):
             if text not in known:
-                raise PlanError(f"plan.costs[{index}].{field} is {text!r}; known are {', '.join(known)}")
+                raise PlanError(f"{where}.{field} is {text!r}; known are {', '.join(known)}")
         if row.layer not in layers:
-            raise PlanError(f"plan.costs[{index}].layer is {row.layer!r}, which is the name of no group in plan.groups")
+            raise PlanError(f"{where}.layer is {row.layer!r}, which is the name of no group in plan.groups")
         if row.axis and row.axis not in axes and not (row.axis == PIPELINE and plan.pipeline.stages > 1):
-            raise PlanError(f"plan.costs[{index}].axis is {row.axis!r}, the mesh has {plan.mesh}")
+            raise PlanError(f"{where}.axis is {row.axis!r}, the mesh has {plan.mesh}")
         if bool(row.axis) != bool(row.collective):
-            raise PlanError(f"plan.costs[{index}] has axis {row.axis!r} and collective {row.collective!r}; both are empty, or neither")
+            raise PlanError(f"{where} has axis {row.axis!r} and collective {row.collective!r}; both are empty, or neither")
         if row.purpose == Purpose.RECOMPUTE and row.seconds and plan.pipeline.keeps_all:
-            raise PlanError(f"plan.costs[{index}] is {row.seconds} s of recompute, but no block in plan.pipeline.blocks is run again")
+            raise PlanError(f"{where} is {row.seconds} s of recompute, but no block in plan.pipeline.blocks is run again")
+
+
+def _list_rows(plan: Plan) -> Iterator[tuple[str, CostRow]]:
+    """(field, row) of every row of costs: those of the step, and those of single blocks."""
+    for index, row in enumerate(plan.costs):
+        yield f"plan.costs[{index}]", row
+    for number, kind in enumerate(plan.pipeline.timing.kinds if plan.pipeline.timing is not None else ()):
+        for index, row in enumerate(kind.rows):
+            yield f"plan.pipeline.timing.kinds[{number}].rows[{index}]", row
+
+
+def _check_timing(plan: Plan, timing: Timing) -> None:
+    """There must be numbers of every block, stage and rank, and those of the blocks must add up to those of the step."""
+    pipeline = plan.pipeline
+    for field, entries, count, what in (
+        ("kind_of", timing.kind_of, len(pipeline.blocks), "blocks"),
+        ("messages", timing.messages, pipeline.stages - 1, "stages but the last"),
+        ("stages", timing.stages, pipeline.stages, "stages"),
+        ("ranks", timing.ranks, pipeline.ranks, "pipeline ranks"),
+    ):
+        if len(entries) != count:
+            raise PlanError(f"plan.pipeline.timing.{field} has {len(entries)} entries, and there are {count} {what}")
+    if wrong := [kind for kind in timing.kind_of if kind >= len(timing.kinds)]:
+        raise PlanError(f"plan.pipeline.timing.kind_of names {wrong[0]}, but there are {len(timing.kinds)} kinds, numbered from 0")
+    for stage, levels in enumerate(timing.stages):
+        count = sum(block.stage == stage for block in pipeline.blocks)
+        for field, entries in (("forward", levels.forward), ("first_backward", levels.first_backward), ("backward", levels.backward)):
+            if len(entries) != count:
+                raise PlanError(f"plan.pipeline.timing.stages[{stage}].{field} has {len(entries)} entries; the stage has {count} blocks")
+    counts = Counter(timing.kind_of)
+    of_blocks = sum_rows(
+        (counts[number] * (1 if row.phase == Phase.STEP else pipeline.microbatches) / pipeline.ranks, row)
+        for number, kind in enumerate(timing.kinds)
+        for row in kind.rows
+    )
+    of_step = sum_rows((1.0, row) for row in plan.costs if row.purpose not in (Purpose.MESSAGES, Purpose.BUBBLE))
+    for key in {**of_step, **of_blocks}:
+        for of_block, of_all in zip(of_blocks.get(key, (0.0, 0.0)), of_step.get(key, (0.0, 0.0)), strict=True):
+            if abs(of_block - of_all) > _ROUNDING * max(of_block, of_all):
+                raise PlanError(
+                    f"plan.pipeline.timing adds up to {of_block} s of {' '.join(filter(None, key))}, but plan.costs has {of_all} s"
+                )
+
+
+def _check_ops(plan: Plan) -> None:
+    """Ops must be known, and add up to the rows of costs; a plan made by hand may have none."""
+    groups = {group.name for group in plan.groups}
+    names: set[str] = set()
+    for index, op in enumerate(plan.ops):
+        where = f"plan.ops[{index}]"
+        if op.op in names or (op.op not in plan.placements and op.op not in plan.layouts):
+            raise PlanError(f"{where}.op is {op.op!r}; an op is there once, and has a placement or a layout")
+        names.add(op.op)
+        if op.group not in groups:
+            raise PlanError(f"{where}.group is {op.group!r}, which is the name of no group in plan.groups")
+        if unknown := [axis for axis in op.splits if axis not in plan.mesh.names]:
+            raise PlanError(f"{where}.splits names {unknown[0]!r}, the mesh has {plan.mesh}")
+        if op.seconds.bubble:
+            raise PlanError(f"{where}.seconds.bubble is {op.seconds.bubble}; waiting is no op's")
+    if plan.ops:
+        inside = [row for row in plan.costs if row.axis != PIPELINE]
+        step = plan.seconds.step - plan.seconds.bubble
+        _check_sum("seconds", sum(op.seconds.step for op in plan.ops), step)
+        _check_sum("hidden", sum(op.hidden for op in plan.ops), sum(row.hidden for row in inside))
+        _check_sum("nbytes", sum(op.nbytes for op in plan.ops), sum(row.nbytes for row in inside if row.is_communication))
+
+
+def _check_sum(field: str, of_ops: float, of_rows: float) -> None:
+    if abs(of_ops - of_rows) > _STEP_SHARE * max(of_ops, of_rows):
+        raise PlanError(f"plan.ops: their {field} add up to {of_ops}, those of plan.costs without messages and bubble to {of_rows}")
 
 
 def _check_memory(plan: Plan) -> None:
     memory = plan.memory
+    if memory.copies > memory.parameters:
+        raise PlanError(f"plan.memory.copies is {memory.copies}, more than plan.memory.parameters, {memory.parameters}, which hold them")
     if memory.total > memory.budget:
         raise PlanError(f"plan.memory adds up to {memory.total} bytes, more than plan.memory.budget, {memory.budget}")
 
@@ -211,3 +314,18 @@ def _check_proof(plan: Plan) -> None:
             f"plan.proof.chosen is {proof.chosen}, a candidate whose step takes {seconds} s, but plan.proof.objective_ns is"
             f" {proof.objective_ns}"
         )
+    for index, candidate in enumerate(proof.candidates):
+        parts, step = candidate.parts, candidate.step_seconds
+        if parts is not None and (step is None or abs(parts.step - step) > _STEP_NS / 1e9 + _STEP_SHARE * step):
+            raise PlanError(f"plan.proof.candidates[{index}].parts add up to {parts.step} s, but its step_seconds are {step}")
+
+
+def _check_request(plan: Plan) -> None:
+    """What was asked for must be something that can be asked for; whether the plan obeys its pins is seen when it is made again."""
+    request = plan.request
+    try:
+        reconcile(request.pins, request.mesh_sizes)
+    except InputError as error:
+        raise PlanError(f"plan.request: {error}") from error
+    if request.memory not in (None, plan.memory.budget):
+        raise PlanError(f"plan.request.memory is {request.memory}, but plan.memory.budget is {plan.memory.budget}")

@@ -30,6 +30,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 from autopar.errors import InputError, PlanError
 from autopar.ir import Layout, Mesh, Placement, Precision, format_layout, format_placement, parse_layout, parse_placement
+from autopar.plans.pins import Pins
 from autopar.texts import find_unprintable, printable
 
 LARGEST = 2**63 - 1
@@ -125,11 +126,11 @@ def wrong_fields(data: Mapping[str, Any], needed: Collection[str]) -> str:
 def _unwrap(kind: Any) -> tuple[Any, tuple[Any, ...]]:
     """A type without what it is annotated with and without its None, and the annotations."""
     limits: tuple[Any, ...] = ()
+    if type(None) in get_args(kind):
+        (kind,) = (inner for inner in get_args(kind) if inner is not type(None))
     if get_origin(kind) is Annotated:
         kind, *annotations = get_args(kind)
         limits = tuple(annotations)
-    if type(None) in get_args(kind):
-        (kind,) = (inner for inner in get_args(kind) if inner is not type(None))
     return kind, limits
 
 
@@ -256,10 +257,23 @@ def _read_precision(value: Any, where: str) -> Precision:
         raise PlanError(f"{where} is {value!r}: {error}") from error
 
 
+def _read_pins(value: Any, where: str) -> Pins:
+    texts: Mapping[str, str] = _read(Mapping[str, str], value, where)
+    try:
+        return Pins.from_texts(texts)
+    except InputError as error:
+        raise PlanError(f"{where}: {error}") from error
+
+
+def _write_pins(pins: Pins) -> dict[str, str]:
+    return pins.texts
+
+
 # Types that have a form of their own in JSON: how they are read and written.
 _FORMS: Mapping[Any, tuple[Callable[[Any, str], Any], Callable[[Any], Any]]] = {
     Layout: (_read_layout, format_layout),
     Placement: (_read_placement, format_placement),
     Mesh: (_read_mesh, _write_mesh),
     Precision: (_read_precision, str),
+    Pins: (_read_pins, _write_pins),
 }

@@ -22,8 +22,10 @@ from typing import Any
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
 from autopar.ir import HALVES, MICROBATCH, PIPELINE, Mesh
-from autopar.plans.plan import RECOMPUTE
 from autopar.schedules import SCHEDULES, check_schedule
+
+RECOMPUTE = ("none", "selective", "full")
+"""What of a layer's forward the backward runs again: nothing, the attention core (Korthikanti et al. 2022, section 5), all."""
 
 
 def _integer_from(least: int, needed: str) -> Callable[[str, object], int]:
@@ -255,16 +257,34 @@ class Pins:
             pins[name] = _parse_value(value)
         return cls.parse(pins)
 
-    def __str__(self) -> str:
-        """The pins as the command line takes them, separated by a comma and a blank; ``""`` when there are none."""
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str]) -> Pins:
+        """The pins whose `texts` these are. Raises InputError as `parse` does."""
+        return cls.parse({name: _parse_value(text) for name, text in texts.items()})
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """Each pin's name, or path of modules, and its value as the command line takes it: ``{"tp": "8", "layers.3": "pp:1"}``."""
         values = ((name, getattr(self, name)) for name in PIN_NAMES)
-        texts = [f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in values if value is not None]
+        texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values if value is not None}
         # Stages come first, since it is their order that counts.
         for pattern in dict.fromkeys((*self.stages, *self.placements)):
             choices = [f"{axis}:{loop}" for axis, loop in self.placements.get(pattern, {}).items()]
             choices += [f"{PIPELINE}:{self.stages[pattern]}"] if pattern in self.stages else []
-            texts.append(f"{pattern}={','.join(choices)}")
-        return ", ".join(texts)
+            texts[pattern] = ",".join(choices)
+        return texts
+
+    def override(self, pins: Pins) -> Pins:
+        """These pins with others in place of those of the same name; a ZeRO level takes the place of `fsdp` too, and the other way round.
+
+        Raises InputError where the new pins contradict those that are left.
+        """
+        replaced = {*pins.texts, *(("fsdp", "zero") if pins.zero_level is not None else ())}
+        return Pins.from_texts({**{name: text for name, text in self.texts.items() if name not in replaced}, **pins.texts})
+
+    def __str__(self) -> str:
+        """The pins as the command line takes them, separated by a comma and a blank; ``""`` when there are none."""
+        return ", ".join(f"{name}={text}" for name, text in self.texts.items())
 
     def __bool__(self) -> bool:
         """Whether anything is pinned."""

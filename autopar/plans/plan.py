@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,10 +22,16 @@ from autopar.ir import Layout, Mesh, Placement, Precision
 from autopar.plans import files
 from autopar.plans.consistency import check_consistency
 from autopar.plans.files import Among, Count, Name
-from autopar.plans.rows import OUTSIDE, CostRow, Phase, Purpose
+from autopar.plans.notebook import show_plan
+from autopar.plans.pins import RECOMPUTE
+from autopar.plans.reads import Read
+from autopar.plans.request import UNKNOWN_REQUEST, Request
+from autopar.plans.rows import OUTSIDE, CostRow, Purpose
+from autopar.plans.timing import Timing
+from autopar.plans.work import OpCost, Seconds, Work, sum_parts
 
 FORMAT = "autopar-plan"
-VERSION = 5
+VERSION = 6
 
 # What older versions lack, and why they can't be read.
 _LACKS = {
@@ -33,6 +39,7 @@ _LACKS = {
     2: " (a plan of version 2 has no fields outputs, bucket_nbytes and costs)",
     3: " (a plan of version 3 has no field repeated, and one for the seconds of its search)",
     4: " (a plan of version 4 has no fields precision, loss_chunks and prefetch)",
+    5: " (a plan of version 5 has no fields work, ops, reads, request and pipeline.timing)",
 }
 
 # Characters of a message at most: a file may name anything.
@@ -46,7 +53,8 @@ _MOST_BYTES = 2**26
 class Memory:
     """Bytes on one device: the most of each kind (``docs/costs.md`` says what each holds); `budget` is what the device has.
 
-    `apart` are bytes of these that aren't there at the same time, such as gradients while all activations are still saved.
+    `apart` are bytes of these that aren't there at the same time, such as gradients while all activations are still saved. `copies` are
+    bytes of `parameters` that are copies: in the dtype in which the program reads them, or whole of what is stored in parts.
     """
 
     parameters: int
@@ -58,37 +66,13 @@ class Memory:
     reserved: int
     budget: Count
     apart: int = 0
+    copies: int = 0
 
     @property
     def total(self) -> int:
         """Bytes used at the peak."""
         kinds = self.parameters + self.gradients + self.optimizer + self.activations + self.buffers + self.workspace + self.reserved
         return kinds - self.apart
-
-
-@dataclass(frozen=True, slots=True)
-class Seconds:
-    """Predicted seconds of one training step on one rank, the mean one of a pipeline: sums of a plan's cost rows.
-
-    `recompute` is what the backward runs again, `communication` what isn't overlapped with compute, `bubble` the time that the mean rank
-    waits for others.
-    """
-
-    forward: float
-    backward: float
-    recompute: float
-    optimizer: float
-    communication: float
-    bubble: float
-
-    @property
-    def step(self) -> float:
-        """The whole step."""
-        return self.forward + self.backward + self.recompute + self.optimizer + self.communication + self.bubble
-
-
-RECOMPUTE = ("none", "selective", "full")
-"""What of a layer's forward the backward runs again: nothing, the attention core (Korthikanti et al. 2022, section 5), all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +104,8 @@ class Pipeline:
         microbatches: parts of the batch that run one after the other.
         blocks: every block of the chain, in order.
         travel: layout in which a value crosses from one stage to another, by value.
+        timing: the seconds and bytes of single blocks, messages and moments that the step and the peak are computed from; None in plans
+            that weren't made by a search.
     """
 
     ranks: Count
@@ -128,6 +114,7 @@ class Pipeline:
     microbatches: Count
     blocks: tuple[BlockChoice, ...]
     travel: Mapping[str, Layout]
+    timing: Timing | None = None
 
     @property
     def stages(self) -> int:
@@ -191,6 +178,14 @@ class Group:
         return len(self.paths) or 1
 
 
+KINDS = ("data parallel", "sequence parallel", "tensor parallel", "pipeline", "nothing split", "not solved")
+"""What a candidate is, by what it splits: over several pipeline ranks a pipeline, else features or vocabulary over some axis, else the
+sequence, else the batch, else nothing. What free axes split isn't known before they are solved."""
+
+BASES = ("predicted", "bound", "estimate")
+"""What seconds of a candidate are: predicted for a plan that was found, a lower bound by the search's costs, or an estimate."""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A mesh, a baseline or a pipeline configuration that the search looked at.
@@ -203,6 +198,9 @@ class Candidate:
         memory_bytes: bytes that a device needs, or at the leanest when nothing fits, without what the device reserves; None when it
             wasn't solved.
         outcome: what came of it, in words.
+        kind: what it splits.
+        parts: what its step is made of, where the search has found a whole plan of it; else None.
+        basis: what `step_seconds` are: predicted for a plan that was found, a lower bound of the search's costs, or an estimate.
     """
 
     name: str
@@ -210,6 +208,9 @@ class Candidate:
     step_seconds: float | None
     memory_bytes: int | None
     outcome: str
+    kind: Annotated[str, Among(KINDS)] = "not solved"
+    parts: Seconds | None = None
+    basis: Annotated[str, Among(BASES)] = "predicted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +300,10 @@ class Plan:
         notes: what capture dropped or changed, for the user to know.
         loss_chunks: in how many parts the logits of a head are computed together with their cross entropy; 1 is all at once.
         half_batches: whether the program computes the two halves of the batch in turns, each while the ranks exchange for the other one.
+        work: what a step of the model computes, and what a device could.
+        ops: what every call and every parameter costs, of representatives in the order of the program. None in plans made by hand.
+        reads: what every call reads and in which layout, by op name, of representatives. Empty in plans made by hand.
+        request: how the plan was asked for, so that it can be asked for again with something changed.
     """
 
     model: Name
@@ -321,8 +326,12 @@ class Plan:
     repeated: tuple[RepeatedWork, ...]
     unruled: tuple[Unruled, ...]
     notes: tuple[str, ...]
+    work: Work
     loss_chunks: Count = 1
     half_batches: bool = False
+    ops: tuple[OpCost, ...] = ()
+    reads: Mapping[str, tuple[Read, ...]] = field(default_factory=dict)
+    request: Request = UNKNOWN_REQUEST
 
     @property
     def world_size(self) -> int:
@@ -332,17 +341,7 @@ class Plan:
     @cached_property
     def seconds(self) -> Seconds:
         """What the step's seconds are made of."""
-        return Seconds(
-            forward=self._sum(Purpose.COMPUTE, Phase.FORWARD),
-            backward=self._sum(Purpose.COMPUTE, Phase.BACKWARD_INPUT) + self._sum(Purpose.COMPUTE, Phase.BACKWARD_WEIGHT),
-            recompute=self._sum(Purpose.RECOMPUTE),
-            optimizer=self._sum(Purpose.OPTIMIZER),
-            communication=sum((row.seconds for row in self.costs if row.is_communication), 0.0),
-            bubble=self._sum(Purpose.BUBBLE),
-        )
-
-    def _sum(self, purpose: str, phase: str | None = None) -> float:
-        return sum((row.seconds for row in self.costs if row.purpose == purpose and phase in (None, row.phase)), 0.0)
+        return sum_parts(self.costs)
 
     @cached_property
     def traffic(self) -> tuple[Traffic, ...]:
@@ -367,6 +366,9 @@ class Plan:
         rows = self.rows_of(group)
         compute = sum((row.seconds for row in rows if row.purpose == Purpose.COMPUTE), 0.0)
         return compute, sum((row.seconds for row in rows if row.is_communication), 0.0)
+
+    def _repr_html_(self) -> str:
+        return show_plan(self)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; a file that is there is replaced only by a whole one, and keeps its permissions.

@@ -7,10 +7,10 @@ list that is proven and simulated is the one that runs.
 Modules, in reading order: ``actions``, ``families``, ``messages``, ``timeline``.
 """
 
-from autopar.schedules.actions import COMPUTING, SENDS, Action, Kind, Schedule, StageEdge
+from autopar.schedules.actions import COMPUTING, SENDS, Action, Kind, Schedule, StageEdge, parse_action
 from autopar.schedules.families import SCHEDULES, check_schedule, forward_only, forwards_first, make_schedule, splits_backward
 from autopar.schedules.messages import add_messages, peaks_in_flight
-from autopar.schedules.timeline import StageTimes, simulate
+from autopar.schedules.timeline import StageTimes, Timeline, simulate
 
 __all__ = [
     "COMPUTING",
@@ -21,11 +21,13 @@ __all__ = [
     "Schedule",
     "StageEdge",
     "StageTimes",
+    "Timeline",
     "add_messages",
     "check_schedule",
     "forward_only",
     "forwards_first",
     "make_schedule",
+    "parse_action",
     "peaks_in_flight",
     "simulate",
     "splits_backward",

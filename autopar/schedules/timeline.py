@@ -46,6 +46,15 @@ class Span:
     end: float
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A message between two pipeline ranks: its send, when it starts to be transferred, and when it has arrived."""
+
+    send: Action
+    start: float
+    end: float
+
+
 @dataclass(frozen=True, eq=False)
 class Timeline:
     """A simulated step.
@@ -69,6 +78,21 @@ class Timeline:
             tuple(Span(action, max(self._ends[waited] for waited in self._graph.before[node]), self._ends[node]) for action, node in pairs)
             for pairs in self._graph.nodes
         )
+
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """All messages between ranks, those of two ranks in the order in which they are sent."""
+        graph = self._graph
+        maker_of = {node: action for pairs in graph.nodes for action, node in pairs}
+        found = []
+        for node, index in enumerate(graph.activity_of, start=1):
+            match graph.activities[index]:
+                case (producer, consumer, kind):
+                    source, target = (producer, consumer) if kind is Kind.SEND_FORWARD else (consumer, producer)
+                    waits = graph.before[node]
+                    send = Action(source, kind, maker_of[waits[0]].microbatch, target)
+                    found.append(Transfer(send, max(self._ends[waited] for waited in waits), self._ends[node]))
+        return tuple(found)
 
 
 def simulate(

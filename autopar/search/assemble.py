@@ -7,65 +7,21 @@ fullest device.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from autopar.cost_models import Cluster
-from autopar.costs import BUCKET_NBYTES, BlockCost, CutCost, Sharding, given_nbytes, local_nbytes, operand_layout_of
+from autopar.costs import BUCKET_NBYTES, Sharding, given_nbytes, local_nbytes, operand_layout_of
 from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Precision, Split, StateKind
-from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Pipeline, Plan, Proof, Purpose, RowSums, Unruled
-from autopar.search.options import AxisKind, kind_of
-from autopar.search.pipeline import AssignmentCost, BlockOption
-from autopar.search.placement import Solution, nanoseconds, saved_nbytes
+from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Plan, Proof, Purpose, RowSums, Timing, Unruled
+from autopar.search.attribution import Chosen, find_ops, find_work, group_names, word_splits
+from autopar.search.candidates import name_axes
+from autopar.search.placement import nanoseconds, saved_nbytes
+from autopar.search.reads import find_reads
 from autopar.search.repeated import find_repeated
-from autopar.structure import AnalyzedGraph, Block, Chain, Folded, Role, first_rank_axis, role_of
+from autopar.search.timing import make_timing
+from autopar.structure import AnalyzedGraph, Role, first_rank_axis, role_of
 from autopar.texts import printable
-
-KIND_OF_ROLE = {Role.BATCH: "dp", Role.SEQUENCE: "cp", Role.FEATURE: "tp", Role.INNER: "tp"}
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What the search decided, and the tables of costs that it decided by.
-
-    Attributes:
-        model: the model, folded so that like blocks with different placements are apart.
-        mesh: the mesh of a pipeline rank; its first axis is that of micro-batches, if there is one.
-        sharding: placements and layouts on this mesh, of the representatives of `model`.
-        base: the folding whose names of layers the cost rows have.
-        solution: the solution of the placement problem that decided on what blocks share.
-        pipeline: stages, schedule and recomputation.
-        chain: the blocks.
-        options: the option of each block of `chain`.
-        cuts: what it takes to end a stage after each block.
-        rank_of: per stage its pipeline rank.
-        cost: seconds and bytes of the assignment of blocks to stages.
-        step_seconds: seconds of a step.
-        bound_seconds: the lower bound on them that the search has proven.
-        status, method: how the search ended, for the plan's proof.
-    """
-
-    model: AnalyzedGraph
-    mesh: Mesh
-    sharding: Sharding
-    base: Folded
-    solution: Solution
-    pipeline: Pipeline
-    chain: Chain
-    options: tuple[BlockOption, ...]
-    cuts: tuple[CutCost, ...]
-    rank_of: tuple[int, ...]
-    cost: AssignmentCost
-    step_seconds: float
-    bound_seconds: float
-    status: str
-    method: str
-
-    def blocks(self) -> Iterator[tuple[Block, int, BlockOption, BlockCost]]:
-        """Per block: the block, its pipeline rank, its option, and the option's table of costs."""
-        for block, choice, option in zip(self.chain.blocks, self.pipeline.blocks, self.options, strict=True):
-            assert option.cost is not None
-            yield block, self.rank_of[choice.stage], option, option.cost
 
 
 def assemble(
@@ -101,8 +57,9 @@ def assemble(
     """
     model, solution = chosen.model, chosen.solution
     placements, layouts = chosen.sharding.placements, chosen.sharding.layouts
-    mesh = _name_axes(model, chosen.mesh, placements) if rename else chosen.mesh
+    mesh = name_axes(model, chosen.mesh, placements) if rename else chosen.mesh
     first_axis = first_rank_axis(mesh)
+    block_rows = _name_rows(chosen, dict(zip(chosen.mesh.names, mesh.names, strict=True)))
     objective = nanoseconds(chosen.step_seconds)
     bound = min(objective, nanoseconds(chosen.bound_seconds))
     return Plan(
@@ -111,7 +68,7 @@ def assemble(
         cluster=printable(str(cluster)),
         precision=precision,
         mesh=Mesh(mesh.names[first_axis:], mesh.sizes[first_axis:]),
-        pipeline=chosen.pipeline,
+        pipeline=replace(chosen.pipeline, timing=_make_timing(chosen, block_rows)),
         inputs={printable(op.target): str(op.results[0]) for op in model.folded.graph.of_kind(OpKind.INPUT)},
         layouts={name: layout[first_axis:] for name, layout in layouts.items()},
         outputs=tuple(layout[first_axis:] for layout in chosen.sharding.outputs),
@@ -120,7 +77,10 @@ def assemble(
         bucket_nbytes=BUCKET_NBYTES,
         prefetch=prefetch,
         half_batches=half_batches,
-        costs=_sum_rows(chosen, dict(zip(chosen.mesh.names, mesh.names, strict=True))),
+        costs=_sum_rows(chosen, block_rows),
+        work=find_work(model, cluster.machine.device),
+        ops=find_ops(chosen, cluster, prefetch, mesh),
+        reads=find_reads(chosen),
         memory=_memory(chosen, cluster),
         groups=_groups(chosen, mesh),
         proof=Proof(
@@ -141,34 +101,6 @@ def assemble(
     )
 
 
-def _name_axes(model: AnalyzedGraph, mesh: Mesh, placements: Mapping[str, Placement]) -> Mesh:
-    """The mesh with free axes named after the role of what they split in most of the work; axes named for a kind keep their names.
-
-    If several axes have the same name, free ones among them get a number.
-    """
-    named = {name for name in mesh.names if name == MICROBATCH or kind_of(name) is not AxisKind.FREE}
-    names: list[str] = []
-    for axis, mesh_name in enumerate(mesh.names):
-        if mesh_name in named:
-            names.append(mesh_name)
-            continue
-        weight: Counter[str] = Counter()
-        for op in model.folded.ops:
-            space = model.spaces.get(op.name)
-            if op.kind is OpKind.CALL and space is not None and space.is_contraction:
-                part = placements[op.name][axis]
-                if isinstance(part, Split):
-                    points = space.points() * max(1.0, space.flops) * model.folded.count[op.name]
-                    weight[KIND_OF_ROLE[role_of(model.roles.of_loops[op.name], part)]] += int(points)
-        names.append(weight.most_common(1)[0][0] if weight else "dp")
-    counts = Counter(names)
-    unique = [
-        f"{name}{names[:i].count(name)}" if counts[name] > 1 and mesh_name not in named else name
-        for i, (name, mesh_name) in enumerate(zip(names, mesh.names, strict=True))
-    ]
-    return Mesh(tuple(unique), mesh.sizes)
-
-
 def _batch_axes(model: AnalyzedGraph, mesh: Mesh, placements: Mapping[str, Placement]) -> tuple[str, ...]:
     """Names of the axes that split the batch in more than half of the contractions."""
     axes = []
@@ -181,22 +113,41 @@ def _batch_axes(model: AnalyzedGraph, mesh: Mesh, placements: Mapping[str, Place
     return tuple(axes)
 
 
-def _sum_rows(chosen: Chosen, axis_names: Mapping[str, str]) -> tuple[CostRow, ...]:
-    """What a step costs a pipeline rank on average: rows of all blocks for all micro-batches, messages between stages, and the bubble.
-
-    `axis_names` are the plan's names of axes, by those that the rows have.
-    """
-    pipeline = chosen.pipeline
-    base, final = chosen.base.layer_of, chosen.model.folded.layer_of
-    layers = set(final.values())
-    sums = RowSums()
+def _name_rows(chosen: Chosen, axis_names: Mapping[str, str]) -> list[tuple[CostRow, ...]]:
+    """Per block its rows of one micro-batch, under the plan's names of layers and axes; `axis_names` are these by those of the rows."""
+    layers = set(chosen.model.folded.layer_of.values())
+    named = []
     for block, _, _, cost in chosen.blocks():
-        # Runs of like layers with different placements have names of their own in the plan.
-        names = {base[name]: final[name] for name in block.ops if name in base and name in final}
+        names = group_names(chosen, block)
+        sums = RowSums()
         for row in cost.rows:
-            times = (1 if row.phase == Phase.STEP else pipeline.microbatches) / pipeline.ranks
             layer = names.get(row.layer, row.layer if row.layer in layers else "")
-            sums.add_row(row, times, layer=printable(layer), axis=axis_names.get(row.axis, row.axis))
+            sums.add_row(row, layer=printable(layer), axis=axis_names.get(row.axis, row.axis))
+        named.append(sums.rows())
+    return named
+
+
+def _make_timing(chosen: Chosen, block_rows: Sequence[tuple[CostRow, ...]]) -> Timing:
+    pipeline = chosen.pipeline
+    return make_timing(
+        block_rows,
+        chosen.options,
+        chosen.cuts,
+        [choice.stage for choice in pipeline.blocks],
+        chosen.rank_of,
+        chosen.cost.memory,
+        is_whole=pipeline.stages == pipeline.microbatches == 1,
+        forwards_first=chosen.model.folded.graph.loss is None,
+    )
+
+
+def _sum_rows(chosen: Chosen, block_rows: Sequence[tuple[CostRow, ...]]) -> tuple[CostRow, ...]:
+    """What a step costs a pipeline rank on average: rows of all blocks for all micro-batches, messages between stages, and the bubble."""
+    pipeline = chosen.pipeline
+    sums = RowSums()
+    for rows in block_rows:
+        for row in rows:
+            sums.add_row(row, (1 if row.phase == Phase.STEP else pipeline.microbatches) / pipeline.ranks)
     stages = [choice.stage for choice in pipeline.blocks]
     for cut, stage, next_stage in zip(chosen.cuts, stages, stages[1:], strict=False):
         if chosen.rank_of[stage] != chosen.rank_of[next_stage]:
@@ -247,6 +198,7 @@ def _memory(chosen: Chosen, cluster: Cluster) -> Memory:
         reserved=device.reserved_bytes,
         budget=device.memory_bytes,
         apart=rank_memory.apart,
+        copies=sum(memory.copies for memory in block_memories),
     )
 
 
@@ -315,16 +267,6 @@ def _append(texts: list[str], text: str) -> None:
 def _note_splits(model: AnalyzedGraph, mesh: Mesh, op: Op, placement: Placement, texts: Mapping[str, list[str]]) -> None:
     """Add to `texts`, by axis, in words what the placement of a contraction splits."""
     space = model.spaces.get(op.name)
-    if space is None or not space.is_contraction:
-        return
-    for axis, part in enumerate(placement):
-        if not isinstance(part, Split):
-            continue
-        role = role_of(model.roles.of_loops[op.name], part)
-        if role is Role.BATCH:
-            text = "batch"
-        elif role is Role.SEQUENCE:
-            text = "sequence"
-        else:
-            text = space.facts.meaning_of(part.loop).value
-        _append(texts[mesh.names[axis]], text)
+    if space is not None and space.is_contraction:
+        for name, text in word_splits(model, mesh, op, placement).items():
+            _append(texts[name], text)

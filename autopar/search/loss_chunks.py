@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from autopar.errors import InfeasibleError, InputError
-from autopar.ir import Graph, with_pipeline
+from autopar.ir import Graph, format_mesh, with_pipeline
 from autopar.plans import Candidate, Pins, Plan
 from autopar.rules import ChunkedLoss, ChunkedLosses, chunk_losses, find_chunked_losses
 from autopar.units import format_bytes
@@ -75,8 +75,9 @@ def plan_with_chunks(graph: Graph, pins: Pins, first_plan: Plan | None, memory_n
 def _as_candidate(plan: Plan) -> Candidate:
     """A plan that isn't taken, as one of the candidates of the plan that is."""
     name = "logits whole" if plan.loss_chunks == 1 else f"logits in {plan.loss_chunks} chunks"
-    mesh = str(with_pipeline(plan.mesh, plan.pipeline.ranks))
-    return Candidate(name, mesh, plan.seconds.step, plan.memory.total - plan.memory.reserved, "slower than what was chosen")
+    mesh, chosen = format_mesh(with_pipeline(plan.mesh, plan.pipeline.ranks)), plan.proof.candidates[plan.proof.chosen]
+    needed = plan.memory.total - plan.memory.reserved
+    return Candidate(name, mesh, plan.seconds.step, needed, "slower than what was chosen", chosen.kind, plan.seconds)
 
 
 def _attempt(graph: Graph, losses: Sequence[ChunkedLoss], chunks: int, attempt: Attempt) -> Plan:

@@ -16,7 +16,8 @@ from autopar.ir import AS_MODEL, Graph, Layout, Mesh, Op, OpKind, Precision, Spa
 from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
 from autopar.rules import find_spaces, readable_name
 from autopar.schedules import make_schedule
-from autopar.search.assemble import Chosen, assemble
+from autopar.search.assemble import assemble
+from autopar.search.attribution import Chosen
 from autopar.search.loss_chunks import plan_with_chunks
 from autopar.search.meshes import find_pipeline_trials, find_trials
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
@@ -140,7 +141,11 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
     spaces, unruled = _read_rules(graph, strict=asked.strict)
     model, chain = _fold(graph, spaces, asked.stored, _widest_axis(cluster, pins, mesh))
     if first_plan is not None and not (first_plan.pipeline.is_trivial and first_plan.pipeline.keeps_all):
-        pins = pin_pipeline(pins, first_plan, chain, batch_size(graph, model.roles))
+        batch, parts = batch_size(graph, model.roles), first_plan.pipeline.microbatches
+        pins = pin_pipeline(pins, first_plan, chain, batch)
+        if pins.microbatches != parts:
+            fewer = f"a batch of {batch} can't be split into {parts} micro-batches, as the first plan's: it runs in {pins.microbatches}"
+            asked = replace(asked, notes=(*asked.notes, fewer))
     request = _Request(model, chain, cluster, pins, mesh, asked.stored)
     results = _search_placements(request, tell)
     pipelined, candidates = _search_pipelines(request, results, tell)
@@ -315,6 +320,7 @@ def _choose_solved(solved: SolvedTrial, model: AnalyzedGraph, chain: Chain) -> C
         # The bound is that of programs that run on the whole batch.
         status=f"{solved.solution.status} without half batches" if solved.half_batches else solved.solution.status,
         method=solved.solution.method,
+        halved=solved.halved,
     )
 
 

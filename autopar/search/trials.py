@@ -15,9 +15,10 @@ import numpy as np
 from autopar.cost_models import Cluster
 from autopar.costs import CostTables, Sharding, SolvedChain, given_nbytes
 from autopar.errors import InfeasibleError, InputError
-from autopar.ir import Mesh, OpKind, is_legal
+from autopar.ir import Mesh, OpKind, format_mesh, is_legal
 from autopar.plans import Candidate, Pins, Purpose
 from autopar.schedules import make_schedule
+from autopar.search.candidates import find_kinds, find_parts, name_axes, word_kind, word_kind_of_trial
 from autopar.search.meshes import Trial
 from autopar.search.pipeline import (
     PHASES,
@@ -54,7 +55,7 @@ class SolvedTrial:
         step_seconds: seconds of a step.
         given_nbytes: bytes of inputs and buffers, which every rank has whole.
         candidate: position of the trial among the candidates of the plan.
-        half_batches: whether two halves of the batch take turns.
+        halved: representatives of the calls that run for each half of the batch, where these take turns.
     """
 
     trial: Trial
@@ -66,7 +67,12 @@ class SolvedTrial:
     step_seconds: float
     given_nbytes: int
     candidate: int = 0
-    half_batches: bool = False
+    halved: frozenset[str] = frozenset()
+
+    @property
+    def half_batches(self) -> bool:
+        """Whether two halves of the batch take turns."""
+        return bool(self.halved)
 
     @property
     def needed_nbytes(self) -> int:
@@ -159,19 +165,38 @@ def solve_trials(
             solved_trial = _solve_trial(partial(measure, trial, search.problem), search, cluster, cutoff_ns, tighten=not is_open)
         except InputError as error:
             refusals.append(error)
-            candidates.append(Candidate(trial.name, str(trial.mesh), None, None, "can't run in half batches"))
+            candidates.append(_unsolved(trial, None, "can't run in half batches"))
             continue
         if solved_trial is None:
-            candidates.append(Candidate(trial.name, str(trial.mesh), search.bound_in_memory_ns / 1e9, None, PRUNED))
-        elif solved_trial.needed_nbytes > cluster.machine.device.usable_bytes:
-            candidates.append(Candidate(trial.name, str(trial.mesh), None, solved_trial.needed_nbytes, "out of memory"))
-        else:
+            candidates.append(_unsolved(trial, search.bound_in_memory_ns / 1e9, PRUNED))
+            continue
+        fits = solved_trial.needed_nbytes <= cluster.machine.device.usable_bytes
+        if fits:
             solved.append(replace(solved_trial, candidate=len(candidates)))
-            outcome = solved_trial.solution.status
-            candidates.append(Candidate(trial.name, str(trial.mesh), solved_trial.step_seconds, solved_trial.needed_nbytes, outcome))
+        candidates.append(_candidate(model, solved_trial, fits=fits, rename=is_open and not trial.baseline))
     if len(refusals) == len(searches):
         raise refusals[0]
     return TrialResults(solved, tuple(candidates), [trial for trial, _ in searches if not trial.baseline])
+
+
+def _unsolved(trial: Trial, bound_seconds: float | None, outcome: str) -> Candidate:
+    """The candidate of a trial without a solution."""
+    basis = "predicted" if bound_seconds is None else "bound"
+    return Candidate(trial.name, format_mesh(trial.mesh), bound_seconds, None, outcome, word_kind_of_trial(trial), None, basis)
+
+
+def _candidate(model: AnalyzedGraph, solved: SolvedTrial, *, fits: bool, rename: bool) -> Candidate:
+    """The candidate of a trial with a solution; `rename` names free axes after what they split, as the plan would."""
+    mesh, placements = solved.trial.mesh, solved.sharding.placements
+    return Candidate(
+        name=solved.trial.name,
+        mesh=format_mesh(name_axes(model, mesh, placements) if rename else mesh),
+        step_seconds=solved.step_seconds if fits else None,
+        memory_bytes=solved.needed_nbytes,
+        outcome=solved.solution.status if fits else "out of memory",
+        kind=word_kind(find_kinds(model, mesh, placements)),
+        parts=find_parts([block.options[0].cost for block in solved.blocks], 1, 1, solved.step_seconds) if fits else None,
+    )
 
 
 class Halves:
@@ -280,8 +305,7 @@ def _measure(trial: Trial, problem: Problem, solution: Solution, solved: SolvedC
     assignment = make_problem(blocks, make_schedule("gpipe", 1, 1, 1), 0)
     cost = compute_cost(assignment, [0] * len(blocks), [0] * len(blocks))
     step_seconds = longest_path(assignment, cost.columns)[0] + cost.per_step
-    is_halved = bool(solved.tables.halved)
-    return SolvedTrial(trial, problem, solution, solved.sharding, blocks, cost, step_seconds, given, half_batches=is_halved)
+    return SolvedTrial(trial, problem, solution, solved.sharding, blocks, cost, step_seconds, given, halved=solved.tables.halved)
 
 
 def name_request(pins: Pins) -> str:

@@ -18,8 +18,7 @@ import heapq
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import IntEnum
+from dataclasses import dataclass, replace
 
 from autopar.costs import Sharding
 from autopar.errors import AutoparError, InfeasibleError, InputError, SolverError
@@ -49,7 +48,8 @@ from autopar.search.pipeline.configurations import (
 )
 from autopar.search.pipeline.greedy import assign_greedily, find_leanest
 from autopar.search.pipeline.mixing import mix_solutions
-from autopar.search.pipeline.solutions import SolutionCache, SolutionSet
+from autopar.search.pipeline.search_state import GreedyPipeline, Level, QueuedConfiguration, SearchState, note
+from autopar.search.pipeline.solutions import SolutionSet
 from autopar.search.placement import Solution
 from autopar.structure import AnalyzedGraph, with_microbatch_axis
 from autopar.texts import printable
@@ -116,76 +116,6 @@ class SearchedPipelines:
     refusals: tuple[AutoparError, ...]
 
 
-@dataclass(frozen=True, eq=False)
-class GreedyPipeline:
-    """The fastest greedy assignment found for a configuration under one schedule.
-
-    Attributes:
-        estimate_s: seconds of its step, number (5).
-        optimistic_estimate_s: number (6), what another schedule may take; at most `estimate_s`.
-        ranking_estimate_s: number (7), by which the queue is ordered; at most `estimate_s`.
-        nbytes: bytes of its fullest device.
-    """
-
-    configuration: Configuration
-    schedule: ScheduleChoice
-    estimate_s: float
-    optimistic_estimate_s: float
-    ranking_estimate_s: float
-    nbytes: int
-
-
-class Level(IntEnum):
-    """What the estimate of a configuration in the queue was made from."""
-
-    PRODUCTS = 0
-    PLACEMENTS = 1
-    GREEDY = 2
-
-
-@dataclass(frozen=True, order=True)
-class QueuedConfiguration:
-    """A configuration in the queue, which is ordered by `estimate_s`, then by `number`; `greedy` is there at level GREEDY."""
-
-    estimate_s: float
-    number: int
-    configuration: Configuration = field(compare=False)
-    level: Level = field(compare=False)
-    greedy: GreedyPipeline | None = field(default=None, compare=False)
-
-
-@dataclass
-class SearchState:
-    """The state of one search.
-
-    Attributes:
-        tell: told what is being tried.
-        best_s: the seconds to beat: of the best greedy assignment so far, or those given.
-        explored: number of configurations that got greedy assignments under all schedules.
-        greedy: all greedy assignments so far.
-        leanest_bytes: for configurations that no greedy assignment fits: bytes that stages of equally many blocks in their leanest options
-            need on the fullest device.
-        candidates: outcomes of configurations, for the plan.
-        refusals: errors that say why some schedules, stages and numbers of micro-batches can't be had.
-        schedules: schedules to try, of the configurations looked at so far.
-        solutions: placements of a micro-batch, shared by configurations.
-    """
-
-    problem: PipelineProblem
-    tell: Callable[[str], None]
-    best_s: float
-    explored: int = 0
-    greedy: list[GreedyPipeline] = field(default_factory=list)
-    leanest_bytes: dict[Configuration, int] = field(default_factory=dict)
-    candidates: list[Candidate] = field(default_factory=list)
-    refusals: list[AutoparError] = field(default_factory=list)
-    schedules: dict[Configuration, list[ScheduleChoice]] = field(default_factory=dict)
-    solutions: SolutionCache = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.solutions = SolutionCache(self.problem, self.refusals)
-
-
 def search_pipelines(
     problem: PipelineProblem, configurations: Sequence[Configuration], cutoff_s: float, tell: Callable[[str], None]
 ) -> SearchedPipelines:
@@ -225,7 +155,7 @@ def rank_configurations(state: SearchState, configurations: Sequence[Configurati
             explore(state, queued.configuration, queued.greedy.optimistic_estimate_s, known=[queued.greedy.schedule])
         elif queued.estimate_s >= state.best_s:
             if math.isfinite(queued.estimate_s):
-                note(state, queued.configuration, queued.estimate_s, None, "not tried: estimated to take this at best")
+                note(state, queued.configuration, queued.estimate_s, None, "not tried: estimated to take this at best", basis="estimate")
         elif (refined := refine(state, queued)) is not None:
             heapq.heappush(queue, refined)
         else:
@@ -293,11 +223,6 @@ def first_schedules(state: SearchState, configuration: Configuration) -> list[Sc
     """The schedule that configurations are ranked by, and the one that needs the least memory."""
     schedules = schedules_of(state, configuration)
     return [*schedules[:1], *(schedule for schedule in schedules[1:] if schedule.family == LEAN_FAMILY)]
-
-
-def note(state: SearchState, configuration: Configuration, seconds: float | None, nbytes: int | None, outcome: str) -> None:
-    """Add the outcome of a configuration to the plan's candidates."""
-    state.candidates.append(Candidate(configuration.kind, str(configuration), seconds, nbytes, outcome))
 
 
 # --- greedy assignments ---
@@ -368,6 +293,7 @@ def _estimate_greedy(
         optimistic_estimate_s=min(optimistic_s, estimate_s),
         ranking_estimate_s=min(ranking_s, estimate_s),
         nbytes=max(cost.peak) + state.solutions.given_nbytes,
+        costs=tuple(block.options[index].cost for block, index in zip(problem.blocks, options, strict=True)),
     )
 
 
@@ -406,7 +332,18 @@ def search_best(state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s: 
         limit_s = cutoff_s if best is None else min(cutoff_s, best.seconds)
         if assignment.estimate_s >= (SEARCHED_WITHIN if number < SEARCHED else 1) * limit_s:
             outcome = f"{assignment.schedule}: greedy assignment, not searched"
-            note(state, assignment.configuration, assignment.estimate_s, assignment.nbytes, outcome)
+            # Of very many micro-batches the step is extrapolated from shorter schedules.
+            is_long = len(find_simulated_schedules(state.problem, assignment.configuration, assignment.schedule)) > 1
+            basis = "estimate" if is_long else "predicted"
+            note(
+                state,
+                assignment.configuration,
+                assignment.estimate_s,
+                assignment.nbytes,
+                outcome,
+                costs=assignment.costs,
+                basis=basis,
+            )
             continue
         state.tell(f"stages: {assignment.configuration}, {assignment.schedule}")
         start = time.perf_counter()
@@ -441,7 +378,8 @@ def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, ti
         note(state, configuration, None, None, f"{choice}: no better one found in time")
         return None
     outcome = "can't beat the best found" if assignment.status == "beyond" else assignment.status
-    note(state, configuration, assignment.simulated, max(assignment.peak) + given_nbytes, f"{choice}: {outcome}")
+    costs = [block.options[index].cost for block, index in zip(blocks, assignment.options, strict=True)]
+    note(state, configuration, assignment.simulated, max(assignment.peak) + given_nbytes, f"{choice}: {outcome}", costs=costs)
     if assignment.simulated >= limit_s:
         return None
     return _describe(state, greedy, solutions, blocks, assignment, cost, candidate=len(state.candidates) - 1)

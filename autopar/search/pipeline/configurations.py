@@ -53,9 +53,10 @@ from typing import NamedTuple
 
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
-from autopar.ir import with_pipeline
+from autopar.ir import format_mesh, with_pipeline
 from autopar.plans import RECOMPUTE, Pins
 from autopar.schedules import SCHEDULES, Schedule, check_schedule, forwards_first, make_schedule, splits_backward
+from autopar.search.candidates import word_kind_of_trial
 from autopar.search.meshes import Trial
 from autopar.search.options import AxisKind, is_inside
 from autopar.structure import AnalyzedGraph, Chain, batch_size
@@ -106,8 +107,14 @@ class Configuration:
         """Its name among the plan's candidates."""
         return "pipeline" if self.ranks > 1 else "micro-batches" if self.microbatches > 1 else "recomputation"
 
+    @property
+    def splits(self) -> str:
+        """What it splits, of `autopar.plans.KINDS`."""
+        return "pipeline" if self.ranks > 1 else word_kind_of_trial(self.trial)
+
     def __str__(self) -> str:
-        return f"{with_pipeline(self.trial.mesh, self.ranks)}, {self.microbatches} micro-batches"
+        mesh = format_mesh(with_pipeline(self.trial.mesh, self.ranks))
+        return f"{mesh}, {self.microbatches} micro-batch{'' if self.microbatches == 1 else 'es'}"
 
 
 class ScheduleChoice(NamedTuple):

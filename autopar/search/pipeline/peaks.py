@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autopar.costs import BUCKET_NBYTES, BlockMemory
+from autopar.plans import StageBytes
 from autopar.search.pipeline.block_options import BlockOption
 
 Ints = npt.NDArray[np.int64]
@@ -130,6 +131,40 @@ def find_peak(stages: Sequence[StageProfile], holdings: Ints, *, is_whole: bool,
         moments += _bound_moments_of_schedule(stages, holdings) if is_bound else _find_moments_of_schedule(stages, holdings)
     held, workspace = max(moment.held for moment in moments), max(moment.workspace for moment in moments)
     return Peak(held, workspace, held + workspace - max(moment.held + moment.workspace - moment.absent for moment in moments))
+
+
+def find_levels(stage: StageProfile, static: int, *, is_whole: bool) -> StageBytes:
+    """The bytes of a stage at the moments that `find_peak` looks at block by block, as a plan has them; `static` are there all the time."""
+    sums, at_end = (stage.scattered_each, 0) if is_whole else _find_sums(stage)
+    if is_whole:
+        arriving, count = int(stage.gradients.sum()), len(stage.saved)
+        moments = [moment.held + moment.workspace + arriving - moment.absent for moment in _find_moments_of_blocks(stage)]
+        forward, first = moments[:count], moments[count:]
+        backward = first
+    else:
+        arriving, saved = int(stage.arriving.sum()), int(stage.saved.sum())
+        held = saved - _behind(stage.saved) + _behind(stage.waiting) + sums
+        at_end += int((held - sums)[:1].sum())
+        forward = (saved + stage.forward_workspace).tolist()
+        first = (held + stage.first_workspace + _behind(stage.arriving)).tolist()
+        backward = (held + stage.workspace).tolist()
+        first[:1] = [max(nbytes, at_end + int(_behind(stage.arriving)[0])) for nbytes in first[:1]]
+        backward[:1] = [max(nbytes, at_end) for nbytes in backward[:1]]
+    return StageBytes(
+        static=static,
+        arriving=arriving,
+        saved=int(stage.saved.sum()),
+        waiting=int(stage.waiting.sum()),
+        weight=int(stage.workspace.max(initial=0)),
+        forward=tuple(forward),
+        first_backward=tuple(max(0, nbytes) for nbytes in first),
+        backward=tuple(max(0, nbytes) for nbytes in backward),
+    )
+
+
+def find_update(stages: Sequence[StageProfile], static: int, *, is_whole: bool) -> int:
+    """Bytes of a pipeline rank with these stages after the last backward, of which `static` are there all the time."""
+    return static + max(moment.held + moment.workspace - moment.absent for moment in _find_moments_after(stages, is_whole))
 
 
 def _bound_moments_of_schedule(stages: Sequence[StageProfile], holdings: Ints) -> list[_Moment]:
