@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from autopar.plans import Group, Plan
+from autopar.report.reasons import find_runner_up, word_reasons
 from autopar.report.selection import find_pipeline_ranks, select_blocks, select_groups, select_layouts
-from autopar.report.summary import describe_axes
+from autopar.report.summary import describe_axes, find_rates
 
 
 def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
@@ -42,8 +43,12 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
         "batch_axes": list(plan.batch_axes),
         "seconds": {**asdict(plan.seconds), "step": plan.seconds.step},
         "memory_bytes": {**asdict(plan.memory), "total": plan.memory.total},
+        "work": asdict(plan.work),
+        "rates": None if (rates := find_rates(plan)) is None else asdict(rates),
+        "why": _why_data(plan),
         "traffic": [asdict(traffic) for traffic in plan.traffic],
         "groups": [_group_data(plan, group) for group in groups],
+        "ops": [asdict(op) for op in plan.ops if op.group in {group.name for group in groups}],
         "costs": [asdict(row) for row in plan.costs],
         "proof": asdict(plan.proof),
         "repeated": [asdict(work) for work in plan.repeated],
@@ -52,6 +57,14 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
     }
     if layer is not None:
         data["layouts"] = select_layouts(plan, layer)
+    return data
+
+
+def _why_data(plan: Plan) -> dict[str, Any]:
+    runner_up = find_runner_up(plan)
+    data: dict[str, Any] = {"words": word_reasons(plan), "runner_up": None}
+    if runner_up is not None:
+        data["runner_up"] = {**asdict(runner_up.candidate), "more_seconds": runner_up.more, "terms_seconds": dict(runner_up.terms)}
     return data
 
 

@@ -1,16 +1,17 @@
-"""A plan in a few lines: the mesh, what each axis does, predicted time and memory, and the proof."""
+"""A plan in a few lines: the mesh, what each axis does and why, predicted time, speed and memory, and the proof."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
-from autopar.ir import AS_MODEL, PIPELINE, with_pipeline
-from autopar.plans import RECOMPUTE, Memory, Plan, Unruled
+from autopar.ir import AS_MODEL, PIPELINE, format_mesh, with_pipeline
+from autopar.plans import RECOMPUTE, Candidate, Memory, Plan, Unruled
+from autopar.report.reasons import word_reasons
 from autopar.units import format_bytes, format_seconds, format_share
 
-MEMORY_KINDS = tuple(field.name for field in fields(Memory) if field.name not in ("budget", "apart"))
+MEMORY_KINDS = tuple(field.name for field in fields(Memory) if field.name not in ("budget", "apart", "copies"))
 """The kinds of `Memory`, in the order shown."""
 
 _UNRULED_SHOWN = 3
@@ -20,32 +21,136 @@ _REPEATED_SHOWN = 2
 _LEAST_REPEATED = 0.01
 
 
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How fast a plan trains, of its predicted step.
+
+    Attributes:
+        samples, tokens: per second, of the whole batch; tokens are None for a model without a sequence.
+        utilisation: model-flops utilisation (Chowdhery et al. 2022, appendix B): flops of the model in a step, without what is run again,
+            as a share of what all devices could compute in that time; None for a model without products.
+    """
+
+    samples: float
+    tokens: float | None
+    utilisation: float | None
+
+
+def find_rates(plan: Plan) -> Rates | None:
+    """The rates of a plan; None for one whose step takes no time."""
+    step, work = plan.seconds.step, plan.work
+    if step <= 0:
+        return None
+    possible = plan.world_size * work.peak_flops * step
+    return Rates(
+        samples=work.samples / step,
+        tokens=None if work.tokens is None else work.tokens / step,
+        utilisation=work.flops / possible if work.flops and possible else None,
+    )
+
+
 def summarize(plan: Plan) -> str:
-    """Describe `plan` in a few plain lines: mesh, predicted time and memory, proof, and ops without a rule."""
-    seconds, memory, proof = plan.seconds, plan.memory, plan.proof
-    kinds = ", ".join(f"{kind} {format_bytes(getattr(memory, kind))}" for kind in MEMORY_KINDS if getattr(memory, kind))
-    kinds += f"; {format_bytes(memory.apart)} of these not at the same time" if memory.apart else ""
-    lines = [
-        f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}{describe_precision(plan)}",
-        "axes    " + ("; ".join(f"{axis} splits {role}" for axis, role in describe_axes(plan).items()) or "none: one rank"),
-        *(f"stages  {text}" for text in [describe_pipeline(plan)] if text),
-        *([f"loss    its logits are computed in {plan.loss_chunks} chunks, twice"] if plan.loss_chunks > 1 else []),
-        *(["halves  of the batch take turns: one computes while the ranks exchange for the other"] if plan.half_batches else []),
-        *(f"repeats {text}" for text in [describe_repeated(plan)] if text),
-        f"step    {format_seconds(seconds.step)} predicted = " + " + ".join(_word_parts(plan)),
-        f"memory  {format_bytes(memory.total)} of {format_bytes(memory.budget)} per device: {kinds or 'nothing'}",
-        f"proof   {proof.status} ({proof.method}): objective {proof.objective_ns:,} ns, bound {proof.bound_ns:,} ns,"
-        f" gap {format_gap(proof.gap)}, candidates looked at: {len(proof.candidates)}",
-    ]
+    """Describe `plan` in a few plain lines: what is split and why, predicted time, speed and memory, proof, and ops without a rule."""
+    lines = [*describe_decisions(plan), *describe_costs(plan), ("memory", _word_memory(plan)), ("proof", describe_proof(plan))]
     if plan.unruled:
-        shown = count_alike(plan.unruled)
-        more = f" and {len(shown) - _UNRULED_SHOWN} more" if len(shown) > _UNRULED_SHOWN else ""
-        lines.append(
-            f"unruled {len(plan.unruled)} ops have no rule and run replicated at full cost: "
-            + "; ".join(f"{target} ({source})" for target, source, _ in shown[:_UNRULED_SHOWN])
-            + more
-        )
-    return "\n".join(lines)
+        lines.append(("unruled", describe_unruled(plan)))
+    indent = "\n" + " " * 8
+    texts = [f"{label:7} {text.replace(chr(10), indent)}" for label, text in lines]
+    return "\n".join([describe_header(plan), *texts])
+
+
+def describe_header(plan: Plan) -> str:
+    """What a plan is for, its mesh and its precision."""
+    return f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}{describe_precision(plan)}"
+
+
+def describe_decisions(plan: Plan) -> list[tuple[str, str]]:
+    """What was decided, as (label, text), and why."""
+    splits = "; ".join(f"{axis} splits {role}" for axis, role in describe_axes(plan).items())
+    lines = [("axes", splits or "none: one rank")]
+    if text := describe_pipeline(plan):
+        lines.append(("stages" if plan.pipeline.stages > 1 else "batch", text))
+    if text := _word_batch(plan):
+        lines.append(("batch", text))
+    if plan.loss_chunks > 1:
+        lines.append(("loss", f"its logits are computed in {plan.loss_chunks} chunks, twice"))
+    if plan.half_batches:
+        lines.append(("halves", "of the batch take turns: one computes while the ranks exchange for the other"))
+    if text := describe_repeated(plan):
+        lines.append(("repeats", text))
+    return [*lines, ("why", " ".join(word_reasons(plan)))]
+
+
+def describe_costs(plan: Plan) -> list[tuple[str, str]]:
+    """What a step takes, and how fast that is, as (label, text)."""
+    lines = [("step", f"{format_seconds(plan.seconds.step)} predicted = " + " + ".join(_word_parts(plan)))]
+    rates = find_rates(plan)
+    if rates is not None:
+        work = plan.work
+        texts = [] if rates.tokens is None else [f"{_format_rate(rates.tokens)} tokens/s"]
+        texts.append(f"{_format_rate(rates.samples)} samples/s")
+        if rates.utilisation is not None:
+            devices = f"{plan.world_size} x " if plan.world_size > 1 else ""
+            peak = f"{devices}{work.peak_flops / 1e12:.3g} TFLOP/s {work.dtype}"
+            texts.append(f"model-flops utilisation {format_share(rates.utilisation, 1.0)} of {peak}")
+        lines.append(("speed", ", ".join(texts)))
+    return lines
+
+
+def _format_rate(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+
+
+def _word_batch(plan: Plan) -> str:
+    """Say so if the batch can't be shared equally by all ranks: plans that split it over all of them aren't among the candidates then."""
+    samples, ranks = plan.work.samples, plan.world_size
+    if samples % ranks == 0 or plan.pipeline.ranks > 1:
+        return ""
+    return f"{count(samples, 'sample')}, which {ranks} ranks can't share equally, so no plan splits the batch over all of them"
+
+
+def _word_memory(plan: Plan) -> str:
+    memory = plan.memory
+    kinds = ", ".join(f"{kind} {format_bytes(getattr(memory, kind))}" for kind in MEMORY_KINDS if getattr(memory, kind))
+    remarks = [
+        *([f"of the parameters {format_bytes(memory.copies)} are {describe_copies(plan)}"] if memory.copies else []),
+        *([f"{format_bytes(memory.apart)} of these not at the same time"] if memory.apart else []),
+    ]
+    return f"{format_bytes(memory.total)} of {format_bytes(memory.budget)} per device: {'; '.join([kinds or 'nothing', *remarks])}"
+
+
+def describe_copies(plan: Plan) -> str:
+    """What the copies are that count with a plan's parameters."""
+    if plan.precision.param_dtype is not None:
+        return f"copies in {plan.precision.param_dtype}, which the program reads"
+    return "copies that the program reads, gathered from the stored parts or cast"
+
+
+def describe_proof(plan: Plan) -> str:
+    """What is proven of the step, in words."""
+    proof = plan.proof
+    chosen = proof.candidates[proof.chosen]
+    if is_spread(chosen):
+        scope = "with these placements and this schedule, no stages and recomputation take less"
+    else:
+        scope = f"by the search's costs, no {'' if chosen.name == 'search' else f'{chosen.name} '}plan on this mesh takes less"
+    text = scope
+    if proof.objective_ns != proof.bound_ns:
+        text += f" than {format_seconds(proof.bound_ns / 1e9)}; the step is within {format_gap(proof.gap)} of that bound"
+    return f"{text}. The solver ended as {proof.status} ({proof.method}); candidates looked at: {len(proof.candidates)}"
+
+
+def is_spread(candidate: Candidate) -> bool:
+    """Whether a candidate's bound is that of the assignment of blocks to stages (`autopar.search.pipeline.configurations`)."""
+    return candidate.name in ("pipeline", "micro-batches", "recomputation")
+
+
+def describe_unruled(plan: Plan) -> str:
+    """The ops without a rule, the first of them by name."""
+    shown = count_alike(plan.unruled)
+    more = f" and {len(shown) - _UNRULED_SHOWN} more" if len(shown) > _UNRULED_SHOWN else ""
+    names = "; ".join(f"{target} ({source})" for target, source, _ in shown[:_UNRULED_SHOWN])
+    return f"{len(plan.unruled)} ops have no rule and run replicated at full cost: {names}{more}"
 
 
 def describe_choice(plan: Plan, started: str = "") -> str:
@@ -53,7 +158,8 @@ def describe_choice(plan: Plan, started: str = "") -> str:
     parts = [f"mesh {describe_mesh(plan)}{started}{describe_precision(plan)}"]
     if not plan.pipeline.is_trivial:
         number = plan.pipeline.microbatches
-        parts.append(f"{plan.pipeline.schedule}, {number} micro-batch{'' if number == 1 else 'es'}")
+        schedule = f"{plan.pipeline.schedule}, " if plan.pipeline.ranks > 1 else ""
+        parts.append(f"{schedule}{number} micro-batch{'' if number == 1 else 'es'}")
     if plan.loss_chunks > 1:
         parts.append(f"loss in {plan.loss_chunks} chunks")
     if plan.half_batches:
@@ -65,19 +171,19 @@ def describe_choice(plan: Plan, started: str = "") -> str:
 
 
 def describe_precision(plan: Plan) -> str:
-    """The precision, to follow what a plan is for; empty where everything is in the dtypes that the model has."""
-    return "" if plan.precision == AS_MODEL else f", precision {plan.precision}"
+    """The precision, to follow what a plan is for, and the dtype in which most is computed."""
+    name = "as the model's" if plan.precision == AS_MODEL else str(plan.precision)
+    return f", precision {name} (computes in {plan.work.dtype})"
 
 
 def describe_axes(plan: Plan) -> dict[str, str]:
     """Per axis of the mesh, what it splits: the batch, and what the contractions of the groups of layers name, the dearest group first.
 
-    The pipeline is an axis like the others, which splits the layers; axes of one rank beside it are left out.
+    The pipeline is an axis like the others, which splits the layers; axes of one rank are left out.
     """
-    is_pipelined = plan.pipeline.ranks > 1
-    roles: dict[str, list[str]] = {PIPELINE: ["layers"]} if is_pipelined else {}
+    roles: dict[str, list[str]] = {PIPELINE: ["layers"]} if plan.pipeline.ranks > 1 else {}
     for axis, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True):
-        if is_pipelined and size == 1:
+        if size == 1:
             continue
         parts = ["batch"] if axis in plan.batch_axes else []
         for group in sorted(plan.groups, key=lambda group: -plan.group_seconds(group)[0]):
@@ -89,8 +195,8 @@ def describe_axes(plan: Plan) -> dict[str, str]:
 def describe_pipeline(plan: Plan) -> str:
     """Say how the work is spread over pipeline ranks and over time; empty for a plan without a pipeline and micro-batches."""
     pipeline = plan.pipeline
-    if pipeline.is_trivial and pipeline.stages == 1:
-        return ""
+    if pipeline.stages == 1:
+        return "" if pipeline.is_trivial else f"in {pipeline.microbatches} micro-batches, one after the other"
     width = plan.mesh.world_size
     devices = f" of {width} devices" if width > 1 else ""
     where = f" on {pipeline.ranks} pipeline ranks{devices}" if pipeline.ranks > 1 else ""
@@ -111,7 +217,7 @@ def describe_repeated(plan: Plan) -> str:
         lines.append(f"{work.path or work.op}: {work.target}{alike} on {work.ranks} ranks, loops {work.loops}{where}")
     if len(plan.repeated) > _REPEATED_SHOWN:
         lines.append(f"and {len(plan.repeated) - _REPEATED_SHOWN} more")
-    return "\n        ".join(lines)
+    return "\n".join(lines)
 
 
 def count_recompute(plan: Plan) -> dict[str, int]:
@@ -122,7 +228,7 @@ def count_recompute(plan: Plan) -> dict[str, int]:
 
 def describe_mesh(plan: Plan) -> str:
     """The mesh of all ranks, the pipeline among its axes, and how many ranks there are."""
-    mesh = with_pipeline(plan.mesh, plan.pipeline.ranks)
+    mesh = format_mesh(with_pipeline(plan.mesh, plan.pipeline.ranks))
     return f"{mesh} ({plan.world_size} ranks)" if plan.world_size > 1 else "of one rank"
 
 
@@ -147,7 +253,7 @@ def _word_recompute(plan: Plan) -> str:
 
 def format_gap(gap: float) -> str:
     """A relative gap in percent."""
-    return "0" if gap == 0 else f"{100 * gap:.3g}%"
+    return "0" if gap == 0 else f"{100 * gap:.3g}%" if gap >= 1e-5 else "0.001%"
 
 
 def count(number: int, what: str) -> str:

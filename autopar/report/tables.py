@@ -5,96 +5,125 @@ Every cost shown is the plan's own, the one that the search used; nothing is est
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
-from typing import Literal
 
-from rich import box
 from rich.console import Console, RenderableType
 from rich.console import Group as Stack
-from rich.table import Table
 from rich.text import Text
 
 from autopar.ir import PIPELINE, parse_layout
 from autopar.plans import BlockChoice, Candidate, Group, Memory, Plan, Unruled
+from autopar.report.op_tables import list_op_tables, tabulate_sums
+from autopar.report.reasons import format_step, group_candidates
 from autopar.report.selection import find_pipeline_ranks, select_blocks, select_groups, select_layouts
-from autopar.report.summary import MEMORY_KINDS, count, count_alike, describe_mesh, describe_pipeline, describe_precision, format_gap
+from autopar.report.summary import (
+    MEMORY_KINDS,
+    count,
+    count_alike,
+    describe_copies,
+    describe_costs,
+    describe_decisions,
+    describe_header,
+    describe_mesh,
+    describe_pipeline,
+    describe_proof,
+    format_gap,
+    is_spread,
+)
+from autopar.report.text_tables import NOTHING, Justify, make_lines, make_table
 from autopar.units import format_bytes, format_seconds, format_share
 
 # With the other columns the table of memory is 80 wide.
 _BAR_WIDTH = 38
 
-_NOTHING = "-"
+_MORE = (
+    "More: --layer NAME for some layers, --ops for every op, --all for every table and candidate."
+    " Words such as exposed, reserved, proof and bound are in docs/concepts.md#glossary."
+)
 
-# Names of the candidates whose bound is that of the assignment of blocks to stages (`autopar.search.pipeline.configurations`).
-_SPREAD = ("pipeline", "micro-batches", "recomputation")
 
-
-def explain(plan: Plan, console: Console, *, layer: str | None = None) -> None:
-    """Print what `plan` decided, what it costs, and why it can be believed.
+def explain(plan: Plan, console: Console, *, layer: str | None = None, ops: bool = False, everything: bool = False) -> None:
+    """Print what `plan` decided and why, what it costs, and why it can be believed: one screen, unless more is asked for.
 
     Args:
         plan: the plan to show.
         console: where to print; its width is used.
-        layer: show only what concerns these layers, with the stored layout of each of their tensors (layers that are alike
+        layer: show only what concerns these layers, with their ops and the stored layout of each of their tensors (layers that are alike
             share theirs). A module path (``transformer.h.3.mlp``), whose parts may be patterns (``h.*.mlp``), or the name of a group
             of layers (`autopar.report.selection`).
+        ops: show what every op costs, in tables whose sums are the plan's.
+        everything: show all tables but those of ops, and every candidate.
 
     Raises:
         InputError: no layer of the plan matches `layer`.
     """
     groups = select_groups(plan, layer)
-    console.print(Text(f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}{describe_precision(plan)}", style="bold"))
-    console.print(Text(f"fingerprint {plan.fingerprint}"))
-    _print(console, _tabulate_axes(plan, groups))
-    if (describe_pipeline(plan) or not plan.pipeline.keeps_all) and (blocks := select_blocks(plan, layer)):
-        _print(console, _tabulate_blocks(plan, blocks))
+    console.print(Text(describe_header(plan), style="bold"))
+    if everything or layer is not None:
+        console.print(Text(f"fingerprint {plan.fingerprint}"))
     if layer is not None:
-        _print(console, _tabulate_groups(plan, groups))
-        _print(console, _tabulate_layouts(plan, layer))
+        _print_all(console, [*_list_decisions(plan, groups, layer), _tabulate_groups(plan, groups), _tabulate_layouts(plan, layer)])
+        _print_all(console, list_op_tables(plan, groups))
         return
-    _print(console, _tabulate_step(plan))
-    _print(console, _tabulate_traffic(plan))
+    if everything:
+        _print_all(console, _list_everything(plan, groups))
+    elif not ops:
+        _print_all(console, _list_first_screen(plan))
+    if ops:
+        _print_all(console, [*list_op_tables(plan, groups), tabulate_sums(plan)])
+
+
+def _print_all(console: Console, parts: Iterable[RenderableType]) -> None:
+    for part in parts:
+        console.print()
+        console.print(part)
+
+
+def _list_first_screen(plan: Plan) -> Iterator[RenderableType]:
+    """What a reader needs first: what is split and why, time, speed, memory, the proof, the best candidates; and what else there is."""
+    yield make_lines([*describe_decisions(plan), *describe_costs(plan), ("proof", describe_proof(plan))])
+    yield _tabulate_memory(plan)
+    yield _tabulate_candidates(plan, everything=False)
+    yield from _list_remarks(plan)
+    yield Text(_MORE)
+
+
+def _list_everything(plan: Plan, groups: Sequence[Group]) -> Iterator[RenderableType]:
+    """Every table but those of ops."""
+    yield make_lines([*describe_decisions(plan), *describe_costs(plan)])
+    yield from _list_decisions(plan, groups, None)
+    yield _tabulate_step(plan)
+    yield _tabulate_traffic(plan)
     if messages := _word_messages(plan):
-        _print(console, Text(messages))
-    _print(console, _tabulate_memory(plan))
-    _print(console, _tabulate_groups(plan, groups))
-    _print(console, _tabulate_candidates(plan))
-    _print(console, Text("\n".join(_word_proof(plan))))
+        yield Text(messages)
+    yield _tabulate_memory(plan)
+    yield _tabulate_groups(plan, groups)
+    yield _tabulate_candidates(plan, everything=True)
+    yield Text("\n".join(_word_proof(plan)))
+    yield from _list_remarks(plan)
+
+
+def _list_decisions(plan: Plan, groups: Sequence[Group], layer: str | None) -> Iterator[RenderableType]:
+    yield _tabulate_axes(plan, groups)
+    if (plan.pipeline.stages > 1 or not plan.pipeline.keeps_all) and (blocks := select_blocks(plan, layer)):
+        yield _tabulate_blocks(plan, blocks)
+
+
+def _list_remarks(plan: Plan) -> Iterator[RenderableType]:
     if plan.unruled:
-        _print(console, _tabulate_unruled(plan.unruled))
+        yield _tabulate_unruled(plan.unruled)
     if plan.notes:
-        _print(console, Text("Notes\n" + "\n".join(f"- {note}" for note in plan.notes)))
-
-
-def _print(console: Console, part: RenderableType) -> None:
-    console.print()
-    console.print(part)
-
-
-_Justify = Literal["left", "right"]
-
-
-def _make_table(title: str, columns: Mapping[str, _Justify], rows: Iterable[Sequence[str]], *, total: bool = False) -> Stack:
-    """Make a table of plain text under its title; `total` sets the last row apart."""
-    # Text, not str: names and source lines may hold square brackets, which rich would read as markup.
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for name, justify in columns.items():
-        table.add_column(Text(name), justify=justify, overflow="fold")
-    cells = [[Text(cell) for cell in row] for row in rows]
-    for index, row in enumerate(cells):
-        table.add_row(*row, end_section=total and index == len(cells) - 2)
-    return Stack(Text(title, style="bold"), table)
+        yield Text("Notes\n" + "\n".join(f"- {note}" for note in plan.notes))
 
 
 def _tabulate_axes(plan: Plan, groups: Sequence[Group]) -> Stack:
-    columns: dict[str, _Justify] = {"layers": "left", "count": "right"}
-    for axis, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True):
-        columns[f"{axis} ({size})"] = "left"
-    rows = [[group.name, str(group.count), *(group.axes.get(axis) or _NOTHING for axis in plan.mesh.names)] for group in groups]
-    rows.append(["batch of the inputs", "", *("split" if axis in plan.batch_axes else _NOTHING for axis in plan.mesh.names)])
+    axes = {axis: size for axis, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True) if size > 1}
+    columns: dict[str, Justify] = {"layers": "left", "count": "right", **{f"{axis} ({size})": "left" for axis, size in axes.items()}}
+    rows = [[group.name, str(group.count), *(group.axes.get(axis) or NOTHING for axis in axes)] for group in groups]
+    rows.append(["batch of the inputs", "", *("split" if axis in plan.batch_axes else NOTHING for axis in axes)])
     whose = "a pipeline rank's mesh" if plan.pipeline.ranks > 1 else "the mesh"
-    return _make_table(f"What each axis of {whose} splits", columns, rows, total=True)
+    return make_table(f"What each axis of {whose} splits", columns, rows, total=True)
 
 
 def _tabulate_blocks(plan: Plan, blocks: Sequence[BlockChoice]) -> Stack:
@@ -116,13 +145,13 @@ def _tabulate_blocks(plan: Plan, blocks: Sequence[BlockChoice]) -> Stack:
         ranks = f"{first}-{first + width - 1}" if width > 1 else str(first)
         span = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
         rows.append([str(pipeline_rank), ranks, str(stage), span, str(len(names)), recompute])
-    columns: dict[str, _Justify] = {"pipeline rank": "right", "ranks": "left", "stage": "right", "blocks": "left", "count": "right"}
+    columns: dict[str, Justify] = {"pipeline rank": "right", "ranks": "left", "stage": "right", "blocks": "left", "count": "right"}
     columns["recompute"] = "left"
     text = describe_pipeline(plan)
     if plan.pipeline.ranks == 1:
         rows = [row[2:] for row in rows]
         columns = {name: justify for name, justify in columns.items() if name not in ("pipeline rank", "ranks")}
-    return _make_table(f"Stages: {text}" if text else "What the backward runs again", columns, rows)
+    return make_table(f"Stages: {text}" if plan.pipeline.stages > 1 else "What the backward runs again", columns, rows)
 
 
 def _tabulate_step(plan: Plan) -> Stack:
@@ -142,7 +171,7 @@ def _tabulate_step(plan: Plan) -> Stack:
     }
     rows = [[name, format_seconds(value), format_share(value, seconds.step)] for name, value in parts if not absent.get(name)]
     whose = "the mean rank; bubble: waiting for other stages" if plan.pipeline.ranks > 1 else "one rank"
-    return _make_table(
+    return make_table(
         f"Predicted time of one training step on {whose}",
         {"part": "left", "time": "right", "of the step": "right"},
         rows,
@@ -172,9 +201,9 @@ def _tabulate_traffic(plan: Plan) -> RenderableType:
         format_bytes(sum(traffic.nbytes for traffic in ordered)),
         format_seconds(sum(traffic.seconds for traffic in ordered)),
     ]
-    columns: dict[str, _Justify] = {"axis": "left", "collective": "left", "purpose": "left"}
+    columns: dict[str, Justify] = {"axis": "left", "collective": "left", "purpose": "left"}
     columns |= {"times": "right", "bytes": "right", "exposed": "right"}
-    return _make_table(
+    return make_table(
         f"Communication of one step{' inside pipeline ranks' if is_pipelined else ''}"
         f" (bytes of {'the mean' if is_pipelined else 'a'} rank, time not hidden behind compute)",
         columns,
@@ -204,9 +233,12 @@ def _tabulate_memory(plan: Plan) -> Stack:
         rows.append([kind, format_bytes(nbytes), format_share(nbytes, memory.budget), _draw_bar(nbytes, memory.budget)])
     if memory.apart:
         rows.insert(-1, ["not at once", f"-{format_bytes(memory.apart)}", f"-{format_share(memory.apart, memory.budget)}", ""])
-    columns: dict[str, _Justify] = {"kind": "left", "bytes": "right", "of the budget": "right", "": "left"}
+    columns: dict[str, Justify] = {"kind": "left", "bytes": "right", "of the budget": "right", "": "left"}
     which = "the fullest device" if plan.pipeline.ranks > 1 else "one device"
-    return _make_table(f"Memory of {which} at the peak, budget {format_bytes(memory.budget)}", columns, rows, total=True)
+    table = make_table(f"Memory of {which} at the peak, budget {format_bytes(memory.budget)}", columns, rows, total=True)
+    if not memory.copies:
+        return table
+    return Stack(table, Text(f"Of the parameters {format_bytes(memory.copies)} are {describe_copies(plan)}."))
 
 
 def _draw_bar(part: int, whole: int) -> str:
@@ -234,14 +266,14 @@ def _tabulate_groups(plan: Plan, groups: Sequence[Group]) -> Stack:
         ]
         for group in ordered
     ]
-    columns: dict[str, _Justify] = {"layers": "left", "count": "right", "compute": "right", "communication": "right"}
+    columns: dict[str, Justify] = {"layers": "left", "count": "right", "compute": "right", "communication": "right"}
     columns |= {"of the step": "right", "parameters": "right", "activations": "right"}
     remarks = [
         *(["seconds of the mean pipeline rank", "bytes of all stages"] if pipeline.ranks > 1 else []),
         *(["without what is run again"] if not plan.pipeline.keeps_all else []),
         *(["activations of one micro-batch"] if pipeline.microbatches > 1 else []),
     ]
-    return _make_table("Where the time goes" + (f" ({', '.join(remarks)})" if remarks else ""), columns, rows)
+    return make_table("Where the time goes" + (f" ({', '.join(remarks)})" if remarks else ""), columns, rows)
 
 
 def _tabulate_layouts(plan: Plan, layer: str) -> RenderableType:
@@ -256,49 +288,57 @@ def _tabulate_layouts(plan: Plan, layer: str) -> RenderableType:
         *(["p in unequal parts"] if any(state.padded for state in states) else []),
         *(f"z{level} ZeRO level {level}" for level in (1, 2) if any(state.level == level for state in states)),
     ]
-    return _make_table(
+    return make_table(
         f"How its tensors are stored (layers that are alike share this), per axis ({axes}): {', '.join(meanings)}",
         {"tensor": "left", "layout": "left"},
         list(layouts.items()),
     )
 
 
-def _tabulate_candidates(plan: Plan) -> Stack:
+def _tabulate_candidates(plan: Plan, *, everything: bool) -> Stack:
+    """The candidates by kind: all of them, or the best of each kind."""
     proof = plan.proof
-    cheapest_first = sorted(
-        enumerate(proof.candidates), key=lambda numbered: (numbered[1].step_seconds is None, numbered[1].step_seconds or 0.0)
-    )
-    rows = [
-        [
-            candidate.name,
-            candidate.mesh,
-            *_word_candidate_cost(candidate, proof.objective_ns),
-            _NOTHING if candidate.memory_bytes is None else format_bytes(candidate.memory_bytes),
-            f"{candidate.outcome}, chosen" if position == proof.chosen else candidate.outcome,
-        ]
-        for position, candidate in cheapest_first
-    ]
-    columns: dict[str, _Justify] = {"candidate": "left", "mesh": "left", "step": "right", "to the plan": "right"}
+    chosen = proof.candidates[proof.chosen]
+    rows = []
+    for kind, candidates in group_candidates(plan).items():
+        for number, candidate in enumerate(candidates if everything else candidates[:1]):
+            more = f"; {len(candidates) - 1} more" if len(candidates) > 1 and not everything else ""
+            rows.append(
+                [
+                    kind if number == 0 else "",
+                    "this plan" if candidate is chosen else candidate.name,
+                    candidate.mesh,
+                    format_step(candidate),
+                    _word_distance(candidate, proof.objective_ns),
+                    NOTHING if candidate.memory_bytes is None else format_bytes(candidate.memory_bytes),
+                    f"{f'{candidate.name}: ' if candidate is chosen else ''}{candidate.outcome}{more}",
+                ]
+            )
+    columns: dict[str, Justify] = {"kind": "left", "candidate": "left", "mesh": "left", "step": "right", "to the plan": "right"}
     columns |= {"memory": "right", "outcome": "left"}
-    return _make_table(f"Candidates looked at: {len(rows)} (memory: without what the device reserves)", columns, rows)
+    which = "" if everything else "the best of each kind, "
+    return make_table(
+        f"Candidates: {which}{len(proof.candidates)} looked at (≥ a lower bound, ~ an estimate; memory without what the device reserves)",
+        columns,
+        rows,
+    )
 
 
-def _word_candidate_cost(candidate: Candidate, objective_ns: int) -> tuple[str, str]:
-    """Step time of a candidate, and by how much it is slower than the plan."""
-    seconds = candidate.step_seconds
-    if seconds is None:
-        return _NOTHING, _NOTHING
-    return format_seconds(seconds), f"{100 * (round(1e9 * seconds) / objective_ns - 1):+.1f}%" if objective_ns > 0 else _NOTHING
+def _word_distance(candidate: Candidate, objective_ns: int) -> str:
+    """By how much a candidate is slower than the plan."""
+    if candidate.step_seconds is None or objective_ns <= 0:
+        return NOTHING
+    return f"{100 * (round(1e9 * candidate.step_seconds) / objective_ns - 1):+.1f}%"
 
 
 def _word_proof(plan: Plan) -> list[str]:
     """Say what the search proved, in words and exact numbers."""
     proof = plan.proof
     chosen = proof.candidates[proof.chosen]
-    is_spread = chosen.name in _SPREAD
+    spread = is_spread(chosen)
     lines = [f"Proof for the mesh {describe_mesh(plan)}"]
     costs = f"The chosen plan costs {proof.objective_ns:,} ns under this cost model."
-    if is_spread:
+    if spread:
         lines.append(
             f"{costs} With the placements chosen, no stages and recomputation that fit the memory and the pins cost less than"
             f" {proof.bound_ns:,} ns under this schedule."
@@ -313,7 +353,7 @@ def _word_proof(plan: Plan) -> list[str]:
         lines.append("The two are equal: nothing cheaper is known there.")
     else:
         lines.append(f"So it is within {format_gap(proof.gap)} of that.")
-    if is_spread:
+    if spread:
         lines.append("Other placements, schedules, micro-batches and meshes were compared by what was found for each, not by bounds.")
     lines.append(
         f"The solver ended as {proof.status} ({proof.method}) on {count(proof.variables, 'variable')} and"
@@ -341,7 +381,7 @@ def _word_other_pins(plan: Plan) -> list[str]:
 
 def _tabulate_unruled(unruled: Sequence[Unruled]) -> Stack:
     rows = [[target, str(count), source] for target, source, count in count_alike(unruled)]
-    return _make_table(
+    return make_table(
         f"Ops without a rule: {len(unruled)}; each runs replicated, at its full cost",
         {"op": "left", "times": "right", "your line": "left"},
         rows,
