@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from autopar.api import verify as verify
     from autopar.checks import check_rule as check_rule
     from autopar.cost_models import Cluster as Cluster
+    from autopar.counterfactuals import memory_frontier as memory_frontier
+    from autopar.counterfactuals import what_if as what_if
+    from autopar.counterfactuals import why_not as why_not
     from autopar.ir import Precision as Precision
     from autopar.plans import Pins as Pins
     from autopar.plans import Plan as Plan
@@ -27,6 +30,9 @@ _HOMES = {
     "verify": "autopar.api",
     "check_rule": "autopar.checks",
     "Cluster": "autopar.cost_models",
+    "memory_frontier": "autopar.counterfactuals",
+    "what_if": "autopar.counterfactuals",
+    "why_not": "autopar.counterfactuals",
     "Precision": "autopar.ir",
     "Pins": "autopar.plans",
     "Plan": "autopar.plans",

@@ -25,7 +25,7 @@ from autopar.cost_models import Cluster, peak_flops
 from autopar.errors import CaptureError, InputError, PlanError
 from autopar.ir import Mesh, Precision, StateKind, with_pipeline
 from autopar.ops import Fused, Recomputed
-from autopar.plans import NO_PINS, Pins, Plan, check_devices, describe_ops, reconcile
+from autopar.plans import NO_PINS, Pins, Plan, Request, check_devices, describe_ops, reconcile, record_request
 from autopar.report import describe_choice
 from autopar.rewrite import Program, mark_samples, rewrite
 from autopar.rewrite import fuse as fuse_program
@@ -79,25 +79,46 @@ def plan(
     """
     devices = _read_cluster(cluster)
     policy = Precision.parse(precision)
-    pins, group_mesh = reconcile(Pins.parse(pins), mesh)
+    pins = Pins.parse(pins)
     # What is known without the graph is refused before the model is captured, which takes seconds.
-    check_devices(pins, group_mesh, devices)
+    check_devices(*reconcile(pins, mesh), devices)
+    request = record_request(cluster, pins, mesh, strict=strict)
+    captured = capture_for_planning(model, example_inputs, devices, policy, progress)
+    return plan_captured(captured, request, devices, policy, type(model).__name__, progress)
+
+
+def capture_for_planning(
+    model: nn.Module, example_inputs: ExampleInputs, cluster: Cluster, precision: Precision, progress: Progress | None = None
+) -> Captured:
+    """Capture a model that is planned for a cluster. Raises as `plan` does; what is known without the graph is refused before."""
     refuse_tensors(model)
-    _check_dtypes(model, devices, policy)
+    _check_dtypes(model, cluster, precision)
     if progress is not None:
         progress("capture")
-    captured = capture(model, example_inputs, precision=policy)
-    return make_plan(
+    return capture(model, example_inputs, precision=precision)
+
+
+def plan_captured(
+    captured: Captured, request: Request, cluster: Cluster, precision: Precision, model_name: str, progress: Progress | None = None
+) -> Plan:
+    """The plan that `request` asks for, of a model that was captured with `precision`. Raises as `plan` does.
+
+    One capture serves any number of requests that differ in the cluster, the memory, the pins or the mesh.
+    """
+    pins, mesh = reconcile(request.pins, request.mesh_sizes)
+    check_devices(pins, mesh, cluster)
+    made = make_plan(
         captured.graph,
-        devices,
-        model_name=type(model).__name__,
-        precision=policy,
+        cluster,
+        model_name=model_name,
+        precision=precision,
         pins=pins,
-        mesh=group_mesh,
-        strict=strict,
+        mesh=mesh,
+        strict=request.strict,
         notes=captured.notes,
         progress=progress,
     )
+    return replace(made, request=request.in_print())
 
 
 def _read_cluster(cluster: Cluster | str) -> Cluster:
@@ -243,11 +264,13 @@ def compile(
     if plan is not None and (pins or mesh or precision is not None):
         raise InputError("a plan has been decided on already; leave out pins, mesh and precision, or the plan")
     policy = Precision.parse(precision) if plan is None else plan.precision
-    pins, group_mesh = reconcile(Pins.parse(pins), mesh)
+    asked = Pins.parse(pins)
+    pins, group_mesh = reconcile(asked, mesh)
     if inputs == "local" and example_inputs is None:
         raise InputError('inputs="local" needs example_inputs of the global batch: how it is split is known only with a plan')
     refuse_tensors(model)
-    planner = _Planner(cluster, plan, policy, pins, group_mesh, strict, progress)
+    record = partial(record_request, pins=asked, mesh=mesh, strict=strict)
+    planner = _Planner(cluster, plan, policy, pins, group_mesh, strict, progress, record)
     planner.marks_samples = inputs == "local"
     module = CompiledModule(model, planner, inputs=inputs, outputs=outputs, init=init, device=device)
     planner.module = module
@@ -320,6 +343,7 @@ class _Planner:
         mesh: Mesh | None,
         strict: bool,
         progress: Progress | None,
+        record_request: Callable[[Cluster | str], Request],
     ) -> None:
         self.cluster = cluster
         self.given_plan = plan
@@ -330,6 +354,7 @@ class _Planner:
         self.progress = progress
         self.first_plan: Plan | None = None
         self.module: CompiledModule | None = None
+        self.record_request = record_request
         self.marks_samples = False
         self.fuses = self.fuse_is_required = False
 
@@ -371,7 +396,7 @@ class _Planner:
         if elsewhere := self.module.stored_elsewhere:
             stored = {name: parameter.layout for name, parameter in elsewhere.items()}
             pins, mesh = self._obey(elsewhere)
-        return make_plan(
+        made = make_plan(
             captured.graph,
             cluster,
             model_name=type(model).__name__,
@@ -384,6 +409,7 @@ class _Planner:
             notes=captured.notes,
             progress=self.progress,
         )
+        return replace(made, request=self.record_request(self.cluster or cluster).in_print())
 
     def check_world(self, device: torch.device | None) -> None:
         """Raise PlanError or InputError, before anything is captured, when a plan, a cluster or pins don't fit the number of ranks."""
