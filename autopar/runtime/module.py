@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,12 +19,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from autopar import torch_compat
+from autopar import texts, timelines, torch_compat
 from autopar.capture import refuse_wrapped
 from autopar.errors import InputError, PlanError
 from autopar.ir import Layout
 from autopar.ops import AUTOCAST_OFF, Autocast, comm, regather, rng
 from autopar.rewrite import Program
+from autopar.runtime import recording
 from autopar.runtime.agreement import Agreement, digest, form_agreement, name_ranks
 from autopar.runtime.call_check import CallCheck
 from autopar.runtime.checkpoints import teach_pickling
@@ -163,6 +165,39 @@ class ParallelModule(Unwrapped, nn.Module):
         """Backwards inside accumulate on this rank only; the next one outside sums over the ranks, as in DDP."""
         return self._reducer.no_sync()
 
+    @contextmanager
+    def trace(self, path: str | Path) -> Iterator[None]:
+        """Record when each rank does what inside, and write it to `path`, a file that https://ui.perfetto.dev opens.
+
+        All ranks enter and leave together: they meet at the start, to compare their clocks, and the first rank writes the file.
+        Nothing is written when an error leaves the context. ``autopar timeline plan.json --beside FILE`` shows it beside what the plan
+        predicts.
+
+        Raises InputError on all ranks when the file can't be written, or the model was never called.
+        """
+        with self._all_or_none("writes a trace"):
+            if self._agreement is None or self._agreement.is_first:
+                texts.check_writable(path)
+        agreement = self._agreement
+        recorder = recording.Recorder(
+            self._device, lambda: None if agreement is None else agreement.meet(f"begins a trace of {self._name}")
+        )
+        with recorder.running():
+            yield
+        deployment = self._storage.deployment
+        if deployment is None:
+            raise InputError("nothing was recorded: the model wasn't called, now or before")
+        rank = 0 if self._agreement is None else dist.get_rank()
+        record = recorder.record(rank, deployment.pipeline_rank, deployment.mesh.world_size, deployment.axes)
+        records = [timelines.to_text(record)]
+        if self._agreement is not None:
+            self._agreement.meet(f"ends a trace of {self._name}")
+            records = self._agreement.gather(records[0])
+        with self._all_or_none("writes a trace"):
+            if rank == 0:
+                merged = timelines.merge(f"{self._name} on {len(records)} ranks, recorded", list(map(timelines.from_text, records)))
+                texts.write_text(path, timelines.to_chrome([merged]))
+
     @property
     def device_type(self) -> str:
         """The kind of device that the model computes on, such as ``cuda``."""
@@ -265,9 +300,13 @@ class ParallelModule(Unwrapped, nn.Module):
         buffer_parts = [take_local(read_buffers[slot.name], slot.layout, deployment.mesh, deployment.place) for slot in program.buffers]
         shared_seed = rng.agreed(step.share) if deployment.device_mesh is not None else nullcontext()
         regathering = regather(program.prefetch) if program.regather else nullcontext()
-        with AUTOCAST_OFF.active(), comm.active(deployment.axes), shared_seed, regathering:
+        recorder = recording.current()
+        recorded = nullcontext() if recorder is None else recorder.forward()
+        with AUTOCAST_OFF.active(), comm.active(deployment.axes), shared_seed, regathering, recorded:
             results = program.module(*parameters, *buffer_parts, *parts)
         results = tuple(results) if isinstance(results, tuple | list) else (results,)
+        if recorder is not None:
+            recorder.watch_backward(results)
         if torch.is_grad_enabled() and deployment.device_mesh is not None:
             results = _tell_before_backward(entrance.note_changes, results, (*parameters, *parts))
         with torch.no_grad():
