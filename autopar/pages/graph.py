@@ -1,0 +1,71 @@
+"""The graph of a page: stages, their boxes and what moves between them, with what a click on a box shows.
+
+Comes in: a `Plan`. Goes out: data for JSON. The boxes and edges are those of the pictures (`autopar.pictures`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autopar.ir import format_layout
+from autopar.pictures import outline
+from autopar.plans import CostRow, Plan
+
+
+def describe_graph(plan: Plan) -> dict[str, Any]:
+    """The stages and boxes of a plan, and per group of layers how its tensors are stored.
+
+    Rows of costs are lists in the order of `ROW`, of one step on one rank of the stage.
+    """
+    drawn = outline.make_outline(plan)
+    return {
+        "kinds": list(drawn.kinds),
+        "recompute": list(drawn.recompute),
+        "stages": [
+            {
+                "number": stage.number,
+                "pipelineRank": stage.pipeline_rank,
+                "ranks": list(stage.ranks),
+                "seconds": stage.seconds if drawn.has_costs else None,
+                "staticBytes": stage.static_bytes,
+                "savedBytes": stage.saved_bytes,
+                "boxes": list(stage.boxes),
+                "messages": _messages_from(drawn, stage.boxes[-1]) if stage.boxes else [],
+            }
+            for stage in drawn.stages
+        ],
+        "boxes": [_describe_box(box, drawn) for box in drawn.boxes],
+        "tensors": {group.name: [[name, format_layout(plan.layouts[op])] for op, name in group.tensors.items()] for group in plan.groups},
+    }
+
+
+ROW = ("phase", "purpose", "axis", "collective", "times", "bytes", "exposed", "hidden")
+"""What a row of a box or of an edge holds."""
+
+
+def _describe_row(row: CostRow) -> list[str | float]:
+    return [row.phase, row.purpose, row.axis, row.collective, row.count, row.nbytes, row.seconds, row.hidden]
+
+
+def _describe_box(box: outline.Box, drawn: outline.Outline) -> dict[str, Any]:
+    exchanges = [edge.rows for edge in drawn.edges if edge.kind == outline.EdgeKind.EXCHANGE and edge.start == box.number]
+    return {
+        "name": box.name,
+        "stage": box.stage,
+        "group": box.group,
+        "blocks": list(box.blocks),
+        "axes": dict(box.axes),
+        "kind": box.kind,
+        "recompute": box.recompute,
+        "parameterBytes": box.parameter_bytes,
+        "activationBytes": box.activation_bytes,
+        "seconds": box.seconds if drawn.has_costs else None,
+        "rows": [_describe_row(row) for row in box.rows],
+        "exchanges": [_describe_row(row) for rows in exchanges for row in rows],
+    }
+
+
+def _messages_from(drawn: outline.Outline, box: int) -> list[list[str | float]]:
+    """What crosses to and from the next stage, of one step."""
+    edges = [edge for edge in drawn.edges if edge.kind == outline.EdgeKind.MESSAGE and edge.start == box]
+    return [_describe_row(row) for edge in edges for row in edge.rows]
