@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from autopar.cli.sources import FORMS, IMAGE, Source, check_size, read_source
 from autopar.errors import InputError
+from autopar.replaced import replaced
 from autopar.texts import word_exception
 
 # Batch and sequence of ``hf:`` models when the user names none: enough to plan with, and within every context window.
@@ -54,6 +55,7 @@ def load_model(
     dtype: str | None = None,
     stored_dtype: str | None = None,
     device: str = "meta",
+    weights: bool = True,
 ) -> LoadedModel:
     """Resolve `spec` to a model and example inputs.
 
@@ -66,6 +68,8 @@ def load_model(
         stored_dtype: the type that the precision needs: a function that has a parameter ``dtype`` gets it where `dtype` isn't given.
         device: where an ``hf:`` model and its inputs are made: ``"meta"`` takes no memory, ``"cpu"`` draws random weights
             and tokens from torch's generator. A function decides for itself.
+        weights: of an ``hf:`` model, whether its parameters are made there; otherwise they are on the meta device, and only its buffers and
+            inputs have values.
 
     Returns:
         The model in training mode. Language models get ``input_ids`` and ``labels`` ``(batch, seq)`` int64, image
@@ -75,10 +79,25 @@ def load_model(
         InputError: `spec` names nothing usable, or a size or type can't be applied to it.
     """
     source = read_source(spec, batch=batch, seq=seq, dtype=dtype)
-    return _load_config(source, device) if source.file is not None else _call_function(source, stored_dtype)
+    return _load_config(source, device, weights) if source.file is not None else _call_function(source, stored_dtype)
 
 
-def _load_config(source: Source, device: str) -> LoadedModel:
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, every parameter that a module gets is replaced by one without memory."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        # One that is there already is another module's too: tied parameters stay one.
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+        register(module, name, parameter)
+
+    with replaced(nn.Module, "register_parameter", register_on_meta):
+        yield
+
+
+def _load_config(source: Source, device: str, weights: bool) -> LoadedModel:
     """Build the model of a transformers configuration, and its example inputs."""
     file, data = source.file, source.config
     assert file is not None
@@ -108,7 +127,7 @@ def _load_config(source: Source, device: str) -> LoadedModel:
     except Exception as error:
         raise InputError(f"{file} isn't a valid {kind!r} configuration: {_brief(error)}") from error
     try:
-        with torch.device(device):
+        with torch.device(device), nullcontext() if weights else _parameters_on_meta():
             model = getattr(transformers, source.builder).from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{file}: transformers can't build this model: {_brief(error)}") from error

@@ -7,6 +7,7 @@ a region stand for, which numbers seeded its random masks, and which buffers it 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -38,37 +39,52 @@ class Recomputed(nn.Module):
 
     def forward(self, *inputs: Any) -> Any:
         """Run the region on the module's inputs; returns the module's results."""
-        if not torch.is_grad_enabled():
-            return self.module(*inputs)
-        buffers = {position: inputs[position] for position in self._updated}
-        # Updated buffers aren't handed to torch, which would save them and refuse the backward, since they change.
-        others = [None if position in buffers else value for position, value in enumerate(inputs)]
-        for value in others:
-            if isinstance(value, Use):
-                value.note_run_again()
-        region = _Region(self.module, buffers)
-        return checkpoint(region, *others, use_reentrant=False, preserve_rng_state=False)
+        # `forward`, not `__call__`: fx's formats the traceback of every exception, and an exception is how torch ends a recomputation
+        # that has made all that is needed.
+        return recompute(self.module.forward, *inputs, updates=self._updated)
+
+    @property
+    def updates(self) -> frozenset[int]:
+        """Positions of the inputs that the region updates in place."""
+        return self._updated
+
+
+def recompute(run: Callable[..., Any], *inputs: Any, updates: Collection[int] = ()) -> Any:
+    """Run a region, a function of which autograd saves the inputs only: the backward runs it again, as far as it needs to.
+
+    Args:
+        run: the region.
+        inputs: its arguments.
+        updates: positions of those that it updates in place.
+    """
+    if not torch.is_grad_enabled():
+        return run(*inputs)
+    buffers = {position: inputs[position] for position in updates}
+    # Updated buffers aren't handed to torch, which would save them and refuse the backward, since they change.
+    others = [None if position in buffers else value for position, value in enumerate(inputs)]
+    for value in others:
+        if isinstance(value, Use):
+            value.note_run_again()
+    return checkpoint(_Region(run, buffers), *others, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Region:
     """One call of a region: the first run, and any later run with the same axes and the same random numbers."""
 
-    def __init__(self, module: fx.GraphModule, buffers: dict[int, Tensor]) -> None:
-        self._module = module
+    def __init__(self, run: Callable[..., Any], buffers: dict[int, Tensor]) -> None:
+        self._run = run
         self._buffers = buffers
         # A backward may run while other axes are active, or on a thread with none.
         self._axes = comm.current()
         self._seeds: list[int] | None = None
 
     def __call__(self, *inputs: Any) -> Any:
-        # `forward`, not `__call__`: fx's formats the traceback of every exception, and an exception is how torch ends a recomputation
-        # that has made all that is needed.
         if self._seeds is None:
             with rng.recorded() as self._seeds, in_recomputed_region():
-                return self._module.forward(*self._fill(inputs, self._buffers))
+                return self._run(*self._fill(inputs, self._buffers))
         copies = {position: buffer.clone() for position, buffer in self._buffers.items()}
         with comm.active(self._axes), rng.replayed(self._seeds), in_recomputed_region():
-            return self._module.forward(*self._fill(inputs, copies))
+            return self._run(*self._fill(inputs, copies))
 
     def _fill(self, inputs: tuple[Any, ...], buffers: dict[int, Tensor]) -> list[Any]:
         return [buffers.get(position, value) for position, value in enumerate(inputs)]

@@ -1,0 +1,440 @@
+"""Emitted packages train as the original model does, in processes that can't import autopar; other systems' configurations say the plan."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import autopar
+from autopar.cli.models import load_model
+from autopar.emit import elsewhere, write_package
+from autopar.emit.prune import prune
+from autopar.errors import InputError
+from autopar.plans import Plan
+from tests.commands import refuse, run
+
+Golden = Callable[[str, str], None]
+BATCH, TOKENS, WIDTH, VOCABULARY, STEPS = 8, 6, 16, 32, 3
+TARGETS = ("torchtitan", "megatron", "fsdp2")
+
+
+class Layer(nn.Module):
+    """Attention and two products, with residuals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 2, WIDTH // 2)).permute(2, 0, 3, 1, 4)
+        x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+class Decoder(nn.Module):
+    """A tied table, layers, a buffer that isn't saved and a parameter that nothing reads."""
+
+    positions: Tensor
+
+    def __init__(self, layers: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(layers))
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("positions", torch.randn(TOKENS, WIDTH), persistent=False)
+        self.unread = nn.Parameter(torch.randn(3))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        x = x + self.positions.to(x.dtype)
+        for layer in self.layers:
+            x = layer(x)
+        return nn.functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+
+
+@dataclass
+class Made:
+    """A model, its plan and its package, with a checkpoint and batches beside it."""
+
+    model: nn.Module
+    plan: Plan
+    folder: Path
+    batches: list[dict[str, Tensor]]
+
+
+def draw_batch() -> dict[str, Tensor]:
+    return {name: torch.randint(VOCABULARY, (BATCH, TOKENS)) for name in ("ids", "labels")}
+
+
+def make(folder: Path, pins: Mapping[str, object], *, dtype: torch.dtype = torch.float64, **options: Any) -> Made:
+    """A package of a decoder for four processes."""
+    torch.manual_seed(0)
+    model, batches = Decoder().to(dtype), [draw_batch() for _ in range(STEPS)]
+    plan = autopar.plan(model, batches[0], "4xcpu", pins=pins, **options)
+    write_package(model, batches[0], plan, folder)
+    torch.save(model.state_dict(), folder / "original.pt")
+    torch.save(batches, folder / "batches.pt")
+    return Made(model, plan, folder, batches)
+
+
+_WITHOUT = """
+import importlib.util, runpy, sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("autopar", "cost_models", "transformers", "ortools"):
+            raise ImportError(f"{name} isn't here")
+
+sys.meta_path.insert(0, Blocked())
+for name in ("autopar", "transformers"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise SystemExit(f"{name} is here")
+sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def train(made: Made, *arguments: str | Path) -> list[float]:
+    """Run the package's ``main.py`` under torchrun, without autopar and transformers; returns its losses."""
+    without = made.folder / "without.py"
+    without.write_text(_WITHOUT, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(made.plan.world_size)]
+    result = subprocess.run(
+        [*launch, str(without), str(made.folder / "main.py"), *map(str, arguments)],
+        env=environment,
+        cwd=made.folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[:8000]
+    return [float(line.split()[-1]) for line in result.stdout.splitlines() if line.startswith("step")]
+
+
+def train_original(made: Made) -> list[float]:
+    """The losses of the original model on one device, which is trained in place."""
+    optimizer = torch.optim.AdamW(made.model.parameters(), lr=1e-3, weight_decay=0.01)
+    losses = []
+    for batch in made.batches:
+        loss = made.model(**batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+# --- packages that run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {"dp": 2, "tp": 2, "zero": 1, "recompute": "selective"},
+        {"dp": 4, "zero": 3},
+        {"pp": 2, "tp": 2, "microbatches": 2, "schedule": "1f1b", "recompute": "full"},
+        {"pp": 2, "dp": 2, "zero": 2, "microbatches": 4, "schedule": "zb-h1"},
+    ],
+    ids=lambda pins: ",".join(f"{name}={value}" for name, value in pins.items()),
+)
+def test_a_package_trains_as_the_original_does(tmp_path: Path, pins: dict[str, object]) -> None:
+    made = make(tmp_path, pins)
+    saved = tmp_path / "trained.pt"
+    losses = train(made, "--checkpoint", tmp_path / "original.pt", "--data", tmp_path / "batches.pt", "--steps", "3", "--save", saved)
+    assert losses == pytest.approx(train_original(made), rel=1e-9)
+    trained = torch.load(saved, weights_only=True)
+    loaded = Decoder().double()
+    loaded.load_state_dict(trained)  # strict: every name, and no other
+    for name, parameter in made.model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_mixed_precision_trains_alike(tmp_path: Path) -> None:
+    made = make(tmp_path, {"dp": 2, "tp": 2, "zero": 2}, dtype=torch.float32, precision="param_dtype=bfloat16,reduce_dtype=float32")
+    losses = train(made, "--checkpoint", tmp_path / "original.pt", "--data", tmp_path / "batches.pt", "--steps", "3")
+    assert losses == pytest.approx(train_original(made), rel=0.02)
+
+
+def test_a_step_of_random_data_updates_buffers(tmp_path: Path) -> None:
+    model, inputs = Counting(), {"x": torch.randn(8, 4)}
+    plan = autopar.plan(model, inputs, "2xcpu", pins={"dp": 2})
+    write_package(model, inputs, plan, tmp_path)
+    losses = train(Made(model, plan, tmp_path, []), "--steps", "3", "--save", tmp_path / "trained.pt")
+    assert len(losses) == 3
+    model.load_state_dict(torch.load(tmp_path / "trained.pt", weights_only=True))
+    assert model.count == 3
+
+
+def test_a_wrong_number_of_processes_is_refused(pair: Made) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0", "PATH": os.environ["PATH"]}
+    command = [sys.executable, str(pair.folder / "main.py")]
+    alone = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert "the plan is for 4 ranks (dp=2 x tp=2), 1 is running" in alone.stderr
+    without = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)
+    assert "start this with torchrun" in without.stderr
+
+
+# --- what is in a package ---------------------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two products; returns its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu()).square().mean()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    folder = tmp_path_factory.mktemp("pair")
+    model, x = Pair(), torch.randn(8, 4)
+    plan = autopar.plan(model, {"x": x}, "4xcpu", pins={"dp": 2, "tp": 2})
+    write_package(model, {"x": x}, plan, folder)
+    return Made(model, plan, folder, [{"x": x}])
+
+
+def test_the_program_is_readable(pair: Made, golden: Golden) -> None:
+    text = (pair.folder / "parallel" / "model.py").read_text(encoding="utf-8")
+    golden("emitted_model.txt", re.sub(r"(?<=test_emit\.py:)\d+", "N", text))  # the line of the model above
+
+
+def test_the_tables_are_readable(pair: Made, golden: Golden) -> None:
+    golden("emitted_layout.txt", (pair.folder / "parallel" / "layout.py").read_text(encoding="utf-8"))
+
+
+def test_a_package_imports_torch_only(pair: Made) -> None:
+    found = set()
+    for path in pair.folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            found |= {name.partition(".")[0] for name in names}
+    assert found - set(sys.stdlib_module_names) == {"torch", "parallel", "safetensors"}
+
+
+def test_the_readme_says_the_plan(pair: Made) -> None:
+    text = (pair.folder / "README.md").read_text(encoding="utf-8")
+    assert f"--nproc-per-node {pair.plan.world_size} main.py" in text
+    assert "dp=2 x tp=2" in text
+    for path in pair.folder.rglob("*.py"):
+        assert path.name in text or path.name == "__init__.py", path
+
+
+def test_copies_hold_what_is_used_and_no_more() -> None:
+    texts = prune([("autopar.ops.collectives", "all_reduce")])
+    assert "class GroupAxis" not in texts["comm.py"]
+    assert "def all_gather(" not in texts["collectives.py"]
+    assert "def all_reduce(" in texts["collectives.py"]
+    assert "class AllReduce" in texts["steps.py"]
+    with pytest.raises(ValueError, match="has no nothing"):
+        prune([("autopar.ops.collectives", "nothing")])
+
+
+def test_layers_that_are_alike_share_a_function(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batch = Decoder(layers=4), draw_batch()
+    plan = autopar.plan(model, batch, "2xcpu", pins={"pp": 2, "microbatches": 2, "schedule": "1f1b"})
+    write_package(model, batch, plan, tmp_path)
+    tree = ast.parse((tmp_path / "parallel" / "model.py").read_text(encoding="utf-8"))
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    assert [name for name in functions if name.startswith("layers")] == ["layers"]
+    assert {"stage_0", "stage_1"} <= set(functions)
+
+
+def test_buffers_of_a_configuration_get_values_without_weights(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(
+        '{"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32,'
+        ' "vocab_size": 64, "max_position_embeddings": 32}',
+        encoding="utf-8",
+    )
+    loaded = load_model(f"hf:{config}", batch=2, seq=8, device="cpu", weights=False)
+    assert all(parameter.is_meta for parameter in loaded.model.parameters())
+    whole = load_model(f"hf:{config}", batch=2, seq=8, device="cpu")
+    for name, buffer in whole.model.named_buffers():
+        torch.testing.assert_close(loaded.model.get_buffer(name), buffer)
+    run("plan", f"hf:{config}", "--batch", "2", "--seq", "8", "--cluster", "2xcpu", "-o", tmp_path / "plan.json")
+    result = run("emit", tmp_path / "plan.json", f"hf:{config}", "--batch", "2", "--seq", "8", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    values = torch.load(tmp_path / "out" / "buffers.pt", weights_only=True)
+    assert {x.shape for x in values.values()} >= {buffer.shape for _, buffer in whole.model.named_buffers()}
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------------
+
+
+class Outputs(nn.Module):
+    """Returns no loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class Counting(Outputs):
+    """Has a buffer that a step changes."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return self.layer(x).square().mean() * self.count
+
+
+class Doubled(torch.autograd.Function):
+    """An autograd function of the user's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+class WithFunction(Outputs):
+    """Calls it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(self.layer(x)).square().mean()  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A model and pins, and what the message must say."""
+
+    model: Callable[[], nn.Module]
+    message: str
+    pins: Mapping[str, object] = field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Refusal(Outputs, "the model returns no loss"),
+        Refusal(Counting, "buffers that a step changes \\(count\\)", {"microbatches": 2}),
+        Refusal(WithFunction, "autograd functions and gradient hooks"),
+    ],
+    ids=lambda case: case.model.__name__,
+)
+def test_what_a_package_cannot_do_is_refused_by_name(tmp_path: Path, case: Refusal) -> None:
+    model, inputs = case.model(), {"x": torch.randn(8, 4)}
+    plan = autopar.plan(model, inputs, "2xcpu", pins=case.pins)
+    with pytest.raises(InputError, match=case.message):
+        write_package(model, inputs, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_refuses_what_is_missing(pair: Made, tmp_path: Path) -> None:
+    plan = pair.folder / "plan.json"
+    assert "MODEL, which the plan was made for" in refuse("emit", plan, "-o", tmp_path / "out")
+    assert "-o FOLDER" in refuse("emit", plan, "examples/mlp.py:build")
+    assert "isn't an empty folder" in refuse("emit", plan, "examples/mlp.py:build", "-o", pair.folder)
+    assert "fingerprint" in (message := refuse("emit", plan, "examples/mlp.py:build", "-o", tmp_path / "out")) or "plan" in message
+
+
+def test_a_plan_that_names_its_model_needs_no_other_word(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    sizes = ["--batch", "8", "--seq", "16"]
+    assert run("plan", "hf:examples/configs/gpt2", *sizes, "--cluster", "2xcpu", "--pin", "tp=2", "-o", plan).exit_code == 0
+    for folder, model in (("named", ()), ("given", ("hf:examples/configs/gpt2", *sizes))):
+        done = run("emit", plan, *model, "-o", tmp_path / folder)
+        assert done.exit_code == 0, done.output
+    named, given = (sorted(path.read_bytes() for path in (tmp_path / folder).rglob("*.py")) for folder in ("named", "given"))
+    assert named == given
+
+
+# --- configurations of other systems ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pipelined() -> Plan:
+    torch.manual_seed(0)
+    pins = {"pp": 2, "dp": 2, "tp": 2, "zero": 2, "microbatches": 2, "schedule": "zb-h1", "recompute": "selective"}
+    return autopar.plan(Decoder(layers=4), draw_batch(), "8xcpu", pins=pins, precision="param_dtype=bfloat16,reduce_dtype=float32")
+
+
+def test_torchtitan_says_the_plans_numbers(pipelined: Plan) -> None:
+    configuration = elsewhere.configure(pipelined, "torchtitan")
+    data = tomllib.loads(configuration.text)
+    assert data["parallelism"] == {
+        "data_parallel_replicate_degree": 1,
+        "data_parallel_shard_degree": 2,
+        "fsdp_reshard_after_forward": "never",
+        "tensor_parallel_degree": 2,
+        "context_parallel_degree": 1,
+        "pipeline_parallel_degree": 2,
+        "pipeline_parallel_schedule": "InterleavedZeroBubble",
+        "pipeline_parallel_microbatch_size": 2,
+    }
+    assert data["training"]["global_batch_size"] == BATCH
+    assert data["training"]["mixed_precision_param"] == "bfloat16"
+    assert data["activation_checkpoint"]["mode"] == "selective"
+    assert any("schedule zb-h1" in remark for remark in configuration.remarks)
+    assert any("ZeRO level 2" in remark for remark in configuration.remarks)
+
+
+def test_megatron_says_the_plans_numbers(pipelined: Plan) -> None:
+    configuration = elsewhere.configure(pipelined, "megatron")
+    lines = [line.rstrip(" \\") for line in configuration.text.splitlines() if line.startswith("--")]
+    assert {"--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2", "--micro-batch-size 2", "--global-batch-size 8"} <= set(
+        lines
+    )
+    assert {"--use-distributed-optimizer", "--recompute-granularity selective", "--bf16"} <= set(lines)
+    assert any("it runs 1f1b" in remark for remark in configuration.remarks)
+
+
+def test_fsdp2_is_python(pipelined: Plan) -> None:
+    configuration = elsewhere.configure(pipelined, "fsdp2")
+    names: dict[str, Any] = {}
+    exec(configuration.text, names)  # what it imports is there
+    assert callable(names["parallelize"])
+    assert 'init_device_mesh("cuda", (2, 2), mesh_dim_names=("shard", "tp"))' in configuration.text
+    assert any("cut the model at layers." in remark for remark in configuration.remarks)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_cannot_be_said_is_said_line_by_line(pipelined: Plan, tmp_path: Path, target: str) -> None:
+    pipelined.save(tmp_path / "plan.json")
+    shown = run("emit", tmp_path / "plan.json", "--to", target)
+    written = run("emit", tmp_path / "plan.json", "--to", target, "-o", tmp_path / "file")
+    assert shown.exit_code == written.exit_code == 0
+    text = (tmp_path / "file").read_text(encoding="utf-8")
+    assert shown.stdout == text
+    remarks = elsewhere.configure(pipelined, target).remarks
+    assert remarks
+    for remark in remarks:
+        assert f"# - {remark}\n" in text
+        assert f"not expressed: {remark}\n" in written.stdout
