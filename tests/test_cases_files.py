@@ -298,7 +298,9 @@ def test_a_dtype_that_the_machine_cannot_compute_is_refused_before_capture() -> 
 def test_one_process_is_said_to_be_alone() -> None:
     said: list[str] = []
     autopar.compile(nn.Linear(8, 8), (torch.zeros(4, 8),), progress=said.append)
-    assert "Linear on 1x1xcpu: mesh of one rank (started without torchrun), step " in said[-1]
+    assert (
+        "Linear on 1x1xcpu: mesh of one rank (started without torchrun), precision as the model's (computes in float32), step " in said[-1]
+    )
 
 
 def test_compile_refuses_what_does_not_fit_the_ranks_at_once() -> None:

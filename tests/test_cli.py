@@ -13,7 +13,7 @@ import pytest
 
 from autopar.cli.commands import main
 from autopar.errors import InputError
-from autopar.plans import CostRow
+from autopar.plans import CostRow, Request
 from autopar.plans.pins import PIN_NAMES, parse_mesh
 from autopar.plans.plan import (
     RECOMPUTE,
@@ -43,7 +43,7 @@ def saved(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", ["plan", "explain", "verify", "machines"])
+@pytest.mark.parametrize("command", ["plan", "explain", "draw", "verify", "machines"])
 def test_help_teaches(command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0
@@ -71,8 +71,11 @@ def test_it_runs_as_a_module() -> None:
 def test_explain(saved: Path) -> None:
     result = run("explain", saved)
     assert (result.exit_code, result.stderr) == (0, "")
-    for words in ("GPT2LMHeadModel", "What each axis of the mesh splits", "budget 80.0 GB", "model.py:12: y = x[0].foo()"):
+    for words in ("GPT2LMHeadModel", "budget 80.0 GB", "model.py:12: y = x[0].foo()", "docs/concepts.md#glossary"):
         assert words in result.stdout
+    assert "What each axis of the mesh splits" not in result.stdout
+    assert "What each axis of the mesh splits" in run("explain", saved, "--all").stdout
+    assert "Ops of transformer.h.*, its 12 layers together" in run("explain", saved, "--ops").stdout
 
 
 def test_explain_for_programs(saved: Path) -> None:
@@ -93,7 +96,7 @@ def test_explain_a_layer(saved: Path) -> None:
 def test_explain_a_pipeline(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     make_pipelined_plan().save(path)
-    result = run("explain", path)
+    result = run("explain", path, "--all")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "Stages: 4 on 2 pipeline ranks of 8 devices, 2 on each; schedule interleaved, 4 micro-batches" in result.stdout
     data = json.loads(run("explain", path, "--json").stdout)
@@ -264,6 +267,6 @@ def test_every_option_is_on_the_page() -> None:
 
 def test_every_field_of_a_plan_is_on_the_page() -> None:
     page = _read_page("plan-format.md")
-    for kind in (Plan, Pipeline, BlockChoice, CostRow, Memory, Group, Proof, Candidate, Unruled):
+    for kind in (Plan, Pipeline, BlockChoice, CostRow, Memory, Group, Proof, Candidate, Unruled, Request):
         for part in fields(kind):
             assert f"`{part.name}`" in page, f"{kind.__name__}.{part.name}"

@@ -113,7 +113,7 @@ def test_a_pinned_size_is_in_the_plan(saved: Path) -> None:
 
 
 def test_explain_shows_the_plans_costs(saved: Path) -> None:
-    result = run("explain", saved)
+    result = run("explain", saved, "--all")
     assert (result.exit_code, result.stderr) == (0, "")
     assert f"{Plan.load(saved).proof.objective_ns:,} ns" in result.stdout
     data = json.loads(run("explain", saved, "--json").stdout)
@@ -208,7 +208,7 @@ def test_a_pinned_pipeline_is_planned_explained_and_verified(models: Path, tmp_p
     assert "stages  2 on 2 pipeline ranks of 2 devices; schedule 1f1b, 4 micro-batches" in result.stdout
     assert "(full in 5 of 5 blocks)" in result.stdout
 
-    shown = run("explain", path)
+    shown = run("explain", path, "--all")
     assert (shown.exit_code, shown.stderr) == (0, "")
     rows = [line.split() for line in shown.stdout.splitlines() if line.strip().endswith("full")]
     assert rows == [["0", "0-1", "0", "layers.0", "1", "full"], ["1", "2-3", "1", "layers.1", "to", "mean", "4", "full"]]

@@ -25,6 +25,7 @@ from transformers import GenerationMixin, PreTrainedModel
 import autopar
 from autopar.api import CompiledModule
 from autopar.cli.commands import main
+from autopar.report import Answer, Frontier
 from autopar.schedules.families import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
@@ -131,9 +132,11 @@ DOTTED = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`")
 FILES = ("json", "md", "py", "toml", "txt")
 # What the first part of a name means where it is no name of ours: for an object of the reader's, its type.
 OUTSIDE: dict[str, Any] = {
+    "answer": Answer,
     "aten": torch.ops.aten,
     "autopar": autopar,
     "copy": copy,
+    "frontier": Frontier,
     "loss": Tensor,
     "model": (CompiledModule, PreTrainedModel, GenerationMixin),
     "nn": nn,

@@ -18,8 +18,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "overview.md"
 
-PLANNING = ("ir", "schedules", "rules", "structure", "costs", "plans", "search", "report")
-ACTING = ("ops", "capture", "rewrite", "runtime", "checks")
+PLANNING = ("ir", "schedules", "rules", "structure", "costs", "plans", "search", "report", "timelines", "pictures", "pages")
+ACTING = ("ops", "capture", "rewrite", "runtime", "emit", "checks")
 
 
 def read_rows() -> list[tuple[str, str]]:

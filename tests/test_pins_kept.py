@@ -74,8 +74,9 @@ def test_work_that_every_rank_repeats_is_said_in_the_first_lines() -> None:
     assert sum(work.share for work in plan.repeated) == pytest.approx(6 / 7)
     assert {work.ranks for work in plan.repeated} == {7}
     lines = summarize(plan).splitlines()
-    assert lines[2] == "repeats 85.7% of the work of all ranks repeats what other ranks do, since nothing of it could be split:"
-    assert lines[3].startswith("        layers.0: aten.linear.default and 1 like it on 7 ranks, loops n 8, i 64, o 64 at ")
+    assert lines[2] == "batch   8 samples, which 7 ranks can't share equally, so no plan splits the batch over all of them"
+    assert lines[3] == "repeats 85.7% of the work of all ranks repeats what other ranks do, since nothing of it could be split:"
+    assert lines[4].startswith("        layers.0: aten.linear.default and 1 like it on 7 ranks, loops n 8, i 64, o 64 at ")
 
 
 def test_a_share_that_is_repeated_is_of_all_ranks_work() -> None:

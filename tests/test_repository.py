@@ -81,11 +81,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_the_wheel_holds_every_module_and_profile(wheel: Path) -> None:
+def test_the_wheel_holds_every_module_profile_and_page(wheel: Path) -> None:
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "autopar").rglob("*.py")}
     files |= {
         f"autopar/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "cost_models").rglob("*") if path.suffix in (".py", ".toml")
     }
+    files |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "autopar" / "pages").rglob("*.*") if path.suffix != ".pyc"}
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert held == files | {"autopar/py.typed"}
 
@@ -105,6 +106,9 @@ def test_the_wheel_runs_in_an_empty_environment(wheel: Path, tmp_path: Path) -> 
 
     assert run("-c", "import autopar; print(autopar.__file__)").startswith(str(site))
     assert "tp=4" in run("-m", "autopar", "plan", "mlp.py:build", "--cluster", "4xh100", "--pin", "tp=4")
+    run("-m", "autopar", "plan", "mlp.py:build", "--cluster", "4xh100", "-o", "plan.json")
+    run("-m", "autopar", "draw", "plan.json", "-o", "plan.html")
+    assert "uPlot" in (tmp_path / "plan.html").read_text(encoding="utf-8")
     assert run("-m", "autopar", "verify", "mlp.py:build", "--ranks", "2").startswith("ok: ")
 
 

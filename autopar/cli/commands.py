@@ -10,10 +10,9 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich import box
@@ -21,23 +20,26 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from autopar.cli.sources import DTYPES, Source, find_dtype, read_source
-from autopar.cli.terminal import clean, show_progress
-from autopar.cost_models import Cluster, find_machine, known_machines, peak_flops
-from autopar.errors import AutoparError, CommError, HardwareError, InfeasibleError, InputError, PlanError, SolverError, VerificationError
+from autopar.cli.asking import add_question_options, answer_question, read_question
+from autopar.cli.comparing import diff
+from autopar.cli.drawing import draw
+from autopar.cli.emitting import emit
+from autopar.cli.requests import check_dtype, choose_dtype, keep_request, parse_cluster, pointing_to_example
+from autopar.cli.sources import DTYPES, read_source
+from autopar.cli.terminal import clean, make_console, show_progress
+from autopar.cli.timing import timeline
+from autopar.cost_models import Cluster, find_machine, known_machines
+from autopar.errors import AutoparError, CommError, InfeasibleError, InputError, PlanError, SolverError, VerificationError
 from autopar.ir import AS_MODEL, PRECISION_HELP, Precision, with_pipeline
 from autopar.plans import Pins, Plan, check_devices, describe_pins, parse_mesh, reconcile, to_json
-from autopar.rules import RETURNED
 from autopar.texts import check_writable
-from autopar.units import format_bytes, format_seconds, parse_bytes
+from autopar.units import format_bytes, format_seconds
 
 # torch takes seconds to import: commands import what needs it when they run, so that help and mistakes are answered at once.
 if TYPE_CHECKING:
     from autopar.checks import Verification
     from autopar.cost_models import Machine
 
-# Columns when the output is no terminal, such as a file: wide enough for a source line beside its op.
-_PIPED_WIDTH = 120
 # Columns of help below its headings: click writes 80 at most.
 _HELP_WIDTH = 74
 _VERIFY_RANKS = 4
@@ -100,6 +102,10 @@ def main() -> None:
     """Run ``autopar``; the commands below do the work."""
 
 
+for _command in (diff, draw, timeline, emit):
+    main.add_command(_command)
+
+
 def _add_model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the MODEL argument and what sizes it."""
     for add in (
@@ -160,21 +166,21 @@ def plan(
     parsed_pins = Pins.parse_texts(pins)
     parsed_mesh = None if mesh is None else parse_mesh(mesh)
     policy = Precision.parse(precision)
-    devices = _parse_cluster(cluster, memory)
+    devices = parse_cluster(cluster, memory)
     # Told before torch is imported and anything is searched.
     check_devices(*reconcile(parsed_pins, parsed_mesh), devices)
     if output is not None:
         check_writable(output)
-    dtype = _choose_dtype(model, dtype, policy)
-    _check_dtype(read_source(model, batch=batch, seq=seq, dtype=dtype), policy, devices)
+    stored = choose_dtype(model, dtype, policy)
+    check_dtype(read_source(model, batch=batch, seq=seq, dtype=stored), policy, devices)
     start = time.perf_counter()
-    with show_progress() as progress, _pointing_to_example(model):
+    with show_progress() as progress, pointing_to_example(model):
         progress("loading the model")
         from autopar import api
         from autopar.cli.models import load_model
         from autopar.report import summarize
 
-        loaded = load_model(model, batch=batch, seq=seq, dtype=dtype, stored_dtype=policy.stored_dtype)
+        loaded = load_model(model, batch=batch, seq=seq, dtype=stored, stored_dtype=policy.stored_dtype)
         result = api.plan(
             loaded.model,
             loaded.example_inputs,
@@ -185,6 +191,7 @@ def plan(
             strict=strict,
             progress=progress,
         )
+    result = keep_request(result, model, batch=batch, seq=seq, dtype=dtype, cluster=cluster, memory=memory)
     click.echo(to_json(result) if as_json else summarize(result))
     # Not in the plan or on stdout, which are the same for every run.
     click.echo(f"planned in {format_seconds(time.perf_counter() - start)}", err=True)
@@ -205,20 +212,30 @@ def plan(
     Example:
       autopar explain plan.json
       autopar explain plan.json --layer "model.layers.0.mlp"
+      autopar explain plan.json --ops
+      autopar explain plan.json --why-not "tp=8,pp=4"
+      autopar explain plan.json --what-if "batch=1024"
+      autopar explain plan.json --frontier memory -o frontier.svg
     """
 )
 @click.argument("file", type=click.Path(path_type=Path))
-@click.option("--layer", metavar="PATH", help="Only these layers, with the layouts of their tensors: a module path or pattern.")
+@click.option("--layer", metavar="PATH", help="Only these layers, with their ops and tensors: a module path or pattern.")
+@click.option("--ops", is_flag=True, help="What every op costs, in tables that add up to the step.")
+@click.option("--all", "everything", is_flag=True, help="Every table but those of ops, and every candidate.")
+@add_question_options
 @click.option("--json", "as_json", is_flag=True, help="Print data for programs: seconds and bytes, no units.")
-def explain(file: Path, layer: str | None, as_json: bool) -> None:
+def explain(file: Path, layer: str | None, ops: bool, everything: bool, as_json: bool, **asked: Any) -> None:
     """Run ``autopar explain``."""
     from autopar import report
 
+    question = read_question(**asked, as_json=as_json, layer=layer)
     saved = Plan.load(file)
-    if as_json:
+    if question is not None:
+        answer_question(file, saved, question)
+    elif as_json:
         click.echo(json.dumps(report.to_data(saved, layer=layer), indent=1))
     else:
-        report.explain(saved, _make_console(sys.stdout), layer=layer)
+        report.explain(saved, make_console(sys.stdout), layer=layer, ops=ops, everything=everything)
 
 
 @main.command(
@@ -268,9 +285,9 @@ def verify(
     if saved is None:
         check_devices(parsed_pins, None, Cluster.parse(f"{ranks or _VERIFY_RANKS}xcpu"))
     trained = policy or (saved.precision if saved is not None else AS_MODEL)
-    dtype = _choose_dtype(model, dtype, trained)
+    dtype = choose_dtype(model, dtype, trained)
     read_source(model, batch=batch, seq=seq, dtype=dtype)
-    with show_progress() as progress, _pointing_to_example(model):
+    with show_progress() as progress, pointing_to_example(model):
         progress("loading the model")
         from autopar import api
         from autopar.cli.models import load_model
@@ -309,53 +326,7 @@ def machines(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(machine) for machine in known], indent=1))
     else:
-        _print_machines(known, _make_console(sys.stdout))
-
-
-def _parse_cluster(text: str, memory: str | None) -> Cluster:
-    """Read the cluster. Raises InputError when it isn't one, InfeasibleError when `memory` is less than the device itself takes."""
-    cluster = Cluster.parse(text)
-    if memory is None:
-        return cluster
-    nbytes = parse_bytes(memory)
-    try:
-        return cluster.with_memory(nbytes)
-    except HardwareError as error:
-        hint = f"; --memory {memory} is {nbytes} bytes: give the unit, such as {memory.strip()}GB" if memory.strip().isdigit() else ""
-        raise InfeasibleError(f"{error}{hint}") from error
-
-
-@contextmanager
-def _pointing_to_example(model: str) -> Iterator[None]:
-    """Let errors that ask for a model that returns its loss alone say how to give one, where the user wrote no model."""
-    try:
-        yield
-    except AutoparError as error:
-        if model.startswith("hf:") and RETURNED in str(error):
-            error.args = (f"{error}; `build` of examples/loss_only.py makes such a model of a configuration",)
-        raise
-
-
-def _choose_dtype(model: str, dtype: str | None, precision: Precision) -> str | None:
-    """The type of the parameters: what the user gives, else of ``hf:`` models what the precision stores; None leaves it to the model.
-
-    Raises InputError when the two contradict each other.
-    """
-    stored = precision.stored_dtype
-    if dtype is None:
-        return stored if model.startswith("hf:") else None
-    if stored is not None and find_dtype(dtype) != stored:
-        raise InputError(
-            f"--precision {precision} stores parameters as {stored}, --dtype says {find_dtype(dtype)}:"
-            f" leave out --dtype, or --dtype {stored}"
-        )
-    return dtype
-
-
-def _check_dtype(source: Source, precision: Precision, cluster: Cluster) -> None:
-    """Raise HardwareError when the machine can't compute in the dtype in which parameters will be read, where that is known."""
-    if dtype := source.dtype or source.stated_dtype:
-        peak_flops(cluster.machine.device, precision.computed_dtype(dtype))
+        _print_machines(known, make_console(sys.stdout))
 
 
 def _load_checked_plan(file: Path, ranks: int | None, pins: Pins) -> Plan:
@@ -367,10 +338,6 @@ def _load_checked_plan(file: Path, ranks: int | None, pins: Pins) -> Plan:
         mesh = with_pipeline(saved.mesh, saved.pipeline.ranks)
         raise PlanError(f"{file} is a plan for {saved.world_size} ranks ({mesh}), --ranks says {ranks}; leave it out")
     return saved
-
-
-def _make_console(stream: IO[str]) -> Console:
-    return Console(file=stream, width=None if stream.isatty() else _PIPED_WIDTH)
 
 
 def _word_verification(verification: Verification) -> str:
@@ -389,7 +356,7 @@ def _word_verification(verification: Verification) -> str:
             f"largest relative error {max(verification.errors.values(), default=math.nan):.2e}, tolerance {verification.tolerance:g}",
             f"captured graph against the model: relative error {verification.capture_error:.2e}, {verification.rounding:.2g} accepted",
             f"splits: {splits or nothing}",
-            *([f"stages: {stages}"] if stages else []),
+            *([f"{'stages' if plan.pipeline.stages > 1 else 'batch'}: {stages}"] if stages else []),
             *(f"note: {remark}" for remark in verification.remarks),
         ]
     )

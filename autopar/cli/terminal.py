@@ -27,6 +27,9 @@ from autopar.texts import printable
 PROGRESS_SECONDS = 10.0
 """Where stderr is no terminal, a line says every so many seconds what is being done."""
 
+# Columns when the output is no terminal, such as a file: wide enough for a source line beside its op.
+_PIPED_WIDTH = 120
+
 # Characters of a message at most: names of a user's files and models may have any length.
 _MESSAGE = 2000
 
@@ -38,6 +41,11 @@ def clean(message: object) -> str:
     """A message without characters that direct a terminal, and of bearable length."""
     text = "\n".join(map(printable, f"{message}".split("\n")))
     return text if len(text) <= _MESSAGE else f"{text[:_MESSAGE]} ..."
+
+
+def make_console(stream: IO[str]) -> Console:
+    """A console for tables: as wide as the terminal, or as is good for a file."""
+    return Console(file=stream, width=None if stream.isatty() else _PIPED_WIDTH)
 
 
 @contextmanager
