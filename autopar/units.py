@@ -1,12 +1,13 @@
 """Bytes and seconds as text and back.
 
-Comes in: a number of bytes (int) or seconds (float), or the text of a size. Goes out: text with three digits and a unit, or the number.
+Comes in: a number of bytes or seconds, or the text of a size. Goes out: text with three digits and a unit, or the number.
 Everything inside autopar computes with plain numbers; only what users read and write has units. Prefixes are decimal, as on datasheets (80
 GB is 80e9 bytes); the binary ``KiB``, ``MiB`` and so on are understood on input.
 """
 
 from __future__ import annotations
 
+import math
 import re
 
 from autopar.errors import InputError
@@ -17,12 +18,13 @@ _PREFIXES = "kMGTP"
 _SIZE = re.compile(rf"^(\d+(?:\.\d*)?|\.\d+)\s*([{_PREFIXES}]?)(i?)B?$", re.IGNORECASE)
 
 
-def format_bytes(nbytes: int) -> str:
-    """Text of a number of bytes, with three digits.
+def format_bytes(nbytes: float) -> str:
+    """Text of a number of bytes, with three digits; a mean or a share of bytes is rounded to whole ones.
 
-    >>> format_bytes(1_230_000_000), format_bytes(17)
-    ('1.23 GB', '17 B')
+    >>> format_bytes(1_230_000_000), format_bytes(17), format_bytes(16.7)
+    ('1.23 GB', '17 B', '17 B')
     """
+    nbytes = round(nbytes)
     if abs(nbytes) < 1000:
         return f"{nbytes} B"
     value = float(nbytes)
@@ -57,6 +59,17 @@ def format_share(part: float, whole: float) -> str:
     ('12.5%', '-')
     """
     return f"{100 * part / whole:.1f}%" if whole > 0 else "-"
+
+
+def find_tick_step(largest: float, most: int) -> float:
+    """The distance of an axis' ticks, 1, 2 or 5 times a power of ten, so that `most` of them reach `largest`, a number above 0.
+
+    >>> find_tick_step(43.0, 6), find_tick_step(0.7, 8)
+    (10.0, 0.1)
+    """
+    power = 10.0 ** math.floor(math.log10(largest / most))
+    # A distance that is right but for rounding is right.
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor * most >= largest * (1 - 1e-9))
 
 
 def parse_bytes(text: str) -> int:

@@ -393,9 +393,9 @@ def _print_machines(machines: Sequence[Machine], console: Console) -> None:
             str(machine.devices_per_node),
             format_bytes(device.memory_bytes),
             f"{device.peak_flops[dtype] / 1e12:.3g} TFLOP/s {dtype}",
-            f"{format_bytes(round(device.mem_bandwidth_bytes_per_s))}/s",
+            f"{format_bytes(device.mem_bandwidth_bytes_per_s)}/s",
             *(
-                f"{format_bytes(round(link.bandwidth_bytes_per_s))}/s, {format_seconds(link.latency_seconds)}"
+                f"{format_bytes(link.bandwidth_bytes_per_s)}/s, {format_seconds(link.latency_seconds)}"
                 for link in (machine.intra, machine.inter)
             ),
         )

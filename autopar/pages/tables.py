@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from autopar.ir import PIPELINE, format_layout
 from autopar.plans import OUTSIDE, Plan
-from autopar.report import MEMORY_KINDS, describe_copies, find_pipeline_ranks
+from autopar.report import MEMORY_KINDS, describe_copies, find_pipeline_ranks, list_step_parts
 
 Cell = str | int | float | None
 """A text, a number in the unit of its column, or nothing."""
@@ -63,21 +63,13 @@ def _share(part: float, whole: float) -> float | None:
 
 def _tabulate_step(plan: Plan) -> Table:
     seconds = plan.seconds
-    parts = (
-        ("compute, forward", seconds.forward),
-        ("compute, backward", seconds.backward),
-        ("recompute", seconds.recompute),
-        ("optimizer", seconds.optimizer),
-        ("exposed communication", seconds.communication),
-        ("bubble", seconds.bubble),
-    )
     whose = "Of the mean rank; the bubble is waiting for other stages." if plan.pipeline.ranks > 1 else "Of one rank."
     return Table(
         "step",
         "Predicted time of a step",
         whose,
         (("part", TEXT), ("time", SECONDS), ("of the step", SHARE)),
-        tuple((name, value, _share(value, seconds.step)) for name, value in parts),
+        tuple((name, value, _share(value, seconds.step)) for name, value in list_step_parts(seconds)),
         ("step", seconds.step, _share(seconds.step, seconds.step)),
     )
 

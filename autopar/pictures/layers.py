@@ -195,7 +195,7 @@ def _word_exchanges(rows: Iterable[CostRow]) -> str:
             for index, number in enumerate((row.count, row.nbytes, row.seconds + row.hidden)):
                 entry[index] += number
     lines = [
-        [_GAP, markup(f"{axis} {collective} "), markup(f"{what} "), markup(f"{count:,.0f} ×"), markup(format_bytes(round(nbytes / count)))]
+        [_GAP, markup(f"{axis} {collective} "), markup(f"{what} "), markup(f"{count:,.0f} ×"), markup(format_bytes(nbytes / count))]
         for (axis, collective, what), (count, nbytes, _) in sorted(sums.items(), key=lambda item: (-item[1][2], item[0]))
     ]
     return make_label(lines, align=("LEFT", "LEFT", "LEFT", "RIGHT", "RIGHT")) if lines else ""
@@ -208,7 +208,7 @@ def _word_messages(rows: Sequence[CostRow]) -> str:
             _GAP,
             markup(f"send {'values' if row.phase == Phase.FORWARD else 'gradients back'} "),
             markup(f"{row.count:,.0f} ×"),
-            markup(format_bytes(round(row.nbytes / row.count))),
+            markup(format_bytes(row.nbytes / row.count)),
         ]
         for row in rows
     ]

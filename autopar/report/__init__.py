@@ -21,6 +21,7 @@ from autopar.report.summary import (
     describe_proof,
     find_rates,
     format_gap,
+    list_step_parts,
     summarize,
 )
 from autopar.report.tables import explain
@@ -42,6 +43,7 @@ __all__ = [
     "find_pipeline_ranks",
     "find_rates",
     "format_gap",
+    "list_step_parts",
     "select_groups",
     "summarize",
     "to_data",

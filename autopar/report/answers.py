@@ -12,8 +12,16 @@ from typing import Any
 from autopar.ir import AS_MODEL, Precision, with_pipeline
 from autopar.plans import Plan, Request
 from autopar.report.charts import Axis, Point, draw_line_chart
-from autopar.report.comparison import align, compare_memory, compare_steps, decides_alike, tabulate_plans, word_ratio, word_terms
-from autopar.report.summary import count, count_recompute, describe_choice, describe_mesh
+from autopar.report.comparison import (
+    align,
+    compare_memory,
+    compare_steps,
+    decides_alike,
+    tabulate_plans,
+    word_ratio,
+    word_terms,
+)
+from autopar.report.summary import count, describe_choice, describe_mesh, describe_recompute
 from autopar.units import format_bytes, format_seconds
 
 
@@ -131,7 +139,7 @@ class Frontier:
             points[0] = replace(points[0], label="leanest")
         marks = [] if self.plan in self.points else [_draw_point(self.plan, "the plan")]
         title = f"Step time over memory per device: {self.plan.model} on {self.plan.cluster}"
-        x, y = Axis("memory per device", _format_bytes), Axis("step", format_seconds)
+        x, y = Axis("memory per device", format_bytes), Axis("step", format_seconds)
         return draw_line_chart(title, x, y, points, marks=marks, stepped=True)
 
     def to_data(self) -> dict[str, Any]:
@@ -179,9 +187,8 @@ def _batch_of(plan: Plan) -> int:
 
 def _word_savings(plan: Plan) -> str:
     """What a plan does that saves memory, in a few words."""
-    pipeline, counts = plan.pipeline, count_recompute(plan)
-    kinds = [f"{kind} in {counts[kind]}" for kind in counts if kind != "none"]
-    parts = [f"recompute {', '.join(kinds)} of {count(len(pipeline.blocks), 'block')}"] if kinds else []
+    pipeline, kinds = plan.pipeline, describe_recompute(plan)
+    parts = [f"recompute {kinds} of {count(len(pipeline.blocks), 'block')}"] if kinds else []
     parts += [f"{pipeline.microbatches} micro-batches"] if pipeline.microbatches > 1 else []
     parts += [f"loss in {plan.loss_chunks} chunks"] if plan.loss_chunks > 1 else []
     axes = [text for group in plan.groups for texts in group.axes.values() for text in texts.split(", ")]
@@ -212,7 +219,3 @@ def _plan_data(plan: Plan) -> dict[str, Any]:
         "memory_bytes": {**asdict(plan.memory), "total": plan.memory.total},
         "pins": plan.request.pins.texts,
     }
-
-
-def _format_bytes(nbytes: float) -> str:
-    return format_bytes(round(nbytes))

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from xml.sax.saxutils import escape
 
+from autopar.units import find_tick_step
+
 _WIDTH, _HEIGHT = 720, 400
 # Room around the plot: for the title, the axes' numbers and their titles.
 _LEFT, _RIGHT, _TOP, _BOTTOM = 96, 28, 48, 64
@@ -115,8 +117,7 @@ def find_ticks(largest: float) -> list[float]:
     """
     if largest <= 0:
         return [0.0, 1.0]
-    power = 10 ** math.floor(math.log10(largest / _TICKS))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * _TICKS >= largest)
+    step = find_tick_step(largest, _TICKS)
     # Written and read again, so that 0.6 is 0.6.
     return [float(f"{number * step:.6g}") for number in range(math.ceil(largest / step - 1e-9) + 1)]
 

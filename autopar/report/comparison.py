@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from autopar.plans import Plan
+from autopar.report.reasons import split_terms
 from autopar.report.summary import MEMORY_KINDS
 from autopar.units import format_bytes, format_seconds
 
@@ -40,14 +41,8 @@ class Difference:
 
 def compare_steps(first: Plan, second: Plan) -> tuple[Difference, ...]:
     """The parts of a step of two plans, in seconds; those of one plan add up to its step."""
-    one, other = first.seconds, second.seconds
-    return (
-        Difference("compute", one.forward + one.backward, other.forward + other.backward),
-        Difference("recompute", one.recompute, other.recompute),
-        Difference("communication", one.communication, other.communication),
-        Difference("bubble", one.bubble, other.bubble),
-        Difference("optimizer", one.optimizer, other.optimizer),
-    )
+    one, other = split_terms(first.seconds), split_terms(second.seconds)
+    return tuple(Difference(name, one[name], other[name]) for name in ("compute", "recompute", "communication", "bubble", "optimizer"))
 
 
 def compare_memory(first: Plan, second: Plan) -> tuple[Difference, ...]:
@@ -97,7 +92,7 @@ def tabulate_plans(first: Plan, second: Plan, names: tuple[str, str]) -> str:
     rows = [["", *names, "difference"]]
     for parts, total, write in (
         (compare_steps(first, second), Difference("step", first.seconds.step, second.seconds.step), format_seconds),
-        (compare_memory(first, second), Difference("memory", first.memory.total, second.memory.total), _format_bytes),
+        (compare_memory(first, second), Difference("memory", first.memory.total, second.memory.total), format_bytes),
     ):
         shown = [part for part in parts if part.first or part.second]
         rows += [[part.name, write(part.first), write(part.second), _sign(part.change, write)] for part in (*shown, total)]
@@ -114,10 +109,6 @@ def align(rows: Sequence[Sequence[str]], *, left: Collection[int], rules: Collec
         if number in rules and number < len(rows) - 1:
             lines.append("─" * (sum(widths) + 3 * (len(widths) - 1)))
     return "\n".join(lines)
-
-
-def _format_bytes(nbytes: float) -> str:
-    return format_bytes(round(nbytes))
 
 
 def _sign(change: float, write: Callable[[float], str]) -> str:

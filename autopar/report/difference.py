@@ -16,7 +16,7 @@ from rich.text import Text
 from autopar.ir import format_layout, format_placement
 from autopar.plans import Plan, Seconds, to_json
 from autopar.report.reasons import group_candidates
-from autopar.report.summary import MEMORY_KINDS, count_recompute, describe_axes, describe_mesh, find_rates
+from autopar.report.summary import MEMORY_KINDS, describe_axes, describe_mesh, describe_recompute, find_rates, format_rate
 from autopar.report.text_tables import NOTHING, Justify, make_table
 from autopar.units import format_bytes, format_seconds
 
@@ -77,7 +77,7 @@ def _compare(about: str, unit: str, before: Mapping[str, float | str], after: Ma
 
 def _tell_decisions(plan: Plan) -> dict[str, float | str]:
     pipeline = plan.pipeline
-    recompute = ", ".join(f"{kind} in {number}" for kind, number in count_recompute(plan).items() if kind != "none")
+    recompute = describe_recompute(plan)
     decisions: dict[str, float | str] = {
         "model": plan.model,
         "cluster": plan.cluster,
@@ -221,8 +221,8 @@ def _word_value(value: float | str | None, unit: str) -> str:
     if isinstance(value, str):
         return value
     if unit == "bytes":
-        return format_bytes(round(value))
-    return format_seconds(value) if unit == "seconds" else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+        return format_bytes(value)
+    return format_seconds(value) if unit == "seconds" else format_rate(value)
 
 
 def _word_change(before: float | str | None, after: float | str | None, unit: str) -> str:

@@ -63,7 +63,7 @@ def list_group_rows(plan: Plan) -> list[OpRow]:
         add_rows(
             [_make_row(plan, group, op) for op in plan.ops if op.group == group.name],
             group.name,
-            f"{group.count} layers" * bool(group.paths),
+            f"{group.count} layers" if group.paths else "",
         )
         for group in plan.groups
     ]

@@ -48,11 +48,11 @@ def _shorten_line(source: str) -> str:
 def _word_numbers(row: OpRow) -> list[str]:
     seconds = (row.compute, row.exposed, row.hidden)
     times = [format_seconds(value) if value else NOTHING for value in seconds]
-    return [_format_flops(row.flops), *times, format_bytes(round(row.nbytes)) if row.nbytes else NOTHING]
+    return [_format_flops(row.flops), *times, format_bytes(row.nbytes) if row.nbytes else NOTHING]
 
 
 def _format_flops(flops: float) -> str:
-    return f"{format_bytes(round(flops))[:-1]}FLOP" if flops else NOTHING
+    return f"{format_bytes(flops)[:-1]}FLOP" if flops else NOTHING
 
 
 def tabulate_sums(plan: Plan) -> RenderableType:

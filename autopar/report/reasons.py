@@ -73,10 +73,10 @@ def _rank(candidate: Candidate) -> int:
 
 def find_runner_up(plan: Plan) -> RunnerUp | None:
     """The best candidate of another kind; None where none has a step. One that was found is better than one that was only estimated."""
-    chosen = plan.proof.candidates[plan.proof.chosen]
+    chosen, groups = plan.proof.candidates[plan.proof.chosen], group_candidates(plan)
     others = [
         candidates[0]
-        for kind, candidates in group_candidates(plan).items()
+        for kind, candidates in groups.items()
         if kind not in (chosen.kind, "not solved") and candidates[0].step_seconds is not None
     ]
     if not others:
@@ -89,7 +89,7 @@ def find_runner_up(plan: Plan) -> RunnerUp | None:
         terms = sorted(((name, value - own[name]) for name, value in split_terms(best.parts).items()), key=lambda pair: -abs(pair[1]))
     faster = [
         candidate
-        for candidate in group_candidates(plan)[best.kind]
+        for candidate in groups[best.kind]
         if _rank(best) == 0 and _rank(candidate) == 1 and (candidate.step_seconds or 0.0) < best.step_seconds
     ]
     untried = min(faster, key=lambda candidate: candidate.step_seconds or 0.0, default=None)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from autopar.ir import AS_MODEL, PIPELINE, format_mesh, with_pipeline
-from autopar.plans import RECOMPUTE, Candidate, Memory, Plan, Unruled
+from autopar.plans import RECOMPUTE, Candidate, Memory, Plan, Seconds, Unruled
 from autopar.report.reasons import word_reasons
 from autopar.units import format_bytes, format_seconds, format_share
 
@@ -87,8 +87,8 @@ def describe_costs(plan: Plan) -> list[tuple[str, str]]:
     rates = find_rates(plan)
     if rates is not None:
         work = plan.work
-        texts = [] if rates.tokens is None else [f"{_format_rate(rates.tokens)} tokens/s"]
-        texts.append(f"{_format_rate(rates.samples)} samples/s")
+        texts = [] if rates.tokens is None else [f"{format_rate(rates.tokens)} tokens/s"]
+        texts.append(f"{format_rate(rates.samples)} samples/s")
         if rates.utilisation is not None:
             devices = f"{plan.world_size} x " if plan.world_size > 1 else ""
             peak = f"{devices}{work.peak_flops / 1e12:.3g} TFLOP/s {work.dtype}"
@@ -97,7 +97,8 @@ def describe_costs(plan: Plan) -> list[tuple[str, str]]:
     return lines
 
 
-def _format_rate(rate: float) -> str:
+def format_rate(rate: float) -> str:
+    """Things per second, or a share, to three digits at least."""
     return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
@@ -232,6 +233,18 @@ def describe_mesh(plan: Plan) -> str:
     return f"{mesh} ({plan.world_size} ranks)" if plan.world_size > 1 else "of one rank"
 
 
+def list_step_parts(seconds: Seconds) -> tuple[tuple[str, float], ...]:
+    """The parts of a step by the names that tables have for them; they add up to the step."""
+    return (
+        ("compute, forward", seconds.forward),
+        ("compute, backward", seconds.backward),
+        ("recompute", seconds.recompute),
+        ("optimizer", seconds.optimizer),
+        ("exposed communication", seconds.communication),
+        ("bubble", seconds.bubble),
+    )
+
+
 def _word_parts(plan: Plan) -> list[str]:
     """What the step's seconds are made of, for the summary."""
     seconds = plan.seconds
@@ -247,8 +260,12 @@ def _word_parts(plan: Plan) -> list[str]:
 
 def _word_recompute(plan: Plan) -> str:
     """How much of the model is run again: ``full in 30 of 34 blocks``."""
-    counts = [f"{kind} in {count}" for kind, count in count_recompute(plan).items() if kind != "none"]
-    return f"{', '.join(counts) or 'none'} of {len(plan.pipeline.blocks)} blocks"
+    return f"{describe_recompute(plan) or 'none'} of {len(plan.pipeline.blocks)} blocks"
+
+
+def describe_recompute(plan: Plan) -> str:
+    """In how many blocks what is run again, ``selective in 2, full in 30``; empty where nothing is."""
+    return ", ".join(f"{kind} in {number}" for kind, number in count_recompute(plan).items() if kind != "none")
 
 
 def format_gap(gap: float) -> str:

@@ -30,6 +30,7 @@ from autopar.report.summary import (
     describe_proof,
     format_gap,
     is_spread,
+    list_step_parts,
 )
 from autopar.report.text_tables import NOTHING, Justify, make_lines, make_table
 from autopar.units import format_bytes, format_seconds, format_share
@@ -156,15 +157,7 @@ def _tabulate_blocks(plan: Plan, blocks: Sequence[BlockChoice]) -> Stack:
 
 def _tabulate_step(plan: Plan) -> Stack:
     seconds = plan.seconds
-    parts = [
-        ("compute, forward", seconds.forward),
-        ("compute, backward", seconds.backward),
-        ("recompute", seconds.recompute),
-        ("optimizer", seconds.optimizer),
-        ("exposed communication", seconds.communication),
-        ("bubble", seconds.bubble),
-        ("step", seconds.step),
-    ]
+    parts = [*list_step_parts(seconds), ("step", seconds.step)]
     absent = {
         "recompute": not seconds.recompute and plan.pipeline.keeps_all,
         "bubble": not (seconds.bubble or plan.pipeline.ranks > 1),

@@ -5,13 +5,12 @@ Comes in: one or more `Trace`s, which are drawn one below the other on one scale
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from xml.sax.saxutils import escape
 
 from autopar.texts import printable
 from autopar.timelines.trace import BUSY, COPIES, MEETINGS, Event, Trace
-from autopar.units import format_bytes, format_seconds
+from autopar.units import find_tick_step, format_bytes, format_seconds
 
 # Pixels.
 _WIDTH, _LEFT, _RIGHT = 1280, 128, 92
@@ -131,18 +130,12 @@ def _draw_memory(samples: Sequence[tuple[float, int]], y: float, seconds: float,
 
 
 def _draw_axis(seconds: float, scale: float, y: float) -> Iterator[str]:
-    step = _tick_step(seconds)
+    step = find_tick_step(seconds, _TICKS)
     yield f'<line x1="{_LEFT}" x2="{_LEFT + seconds * scale:.1f}" y1="{y}" y2="{y}" stroke="#555"/>'
     for number in range(int(seconds / step + 1e-9) + 1):
         x = _LEFT + number * step * scale
         yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y}" y2="{y + 4}" stroke="#555"/>'
         yield _text(x, y + 15, format_seconds(number * step) if number else "0", size=10, anchor="middle", colour="#333")
-
-
-def _tick_step(seconds: float) -> float:
-    """1, 2 or 5 times a power of ten, so that there are some ticks."""
-    power: float = 10.0 ** math.floor(math.log10(seconds / _TICKS))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= seconds / _TICKS * (1 - 1e-9))
 
 
 def _kind_of(event: Event) -> str:
