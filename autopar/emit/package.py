@@ -37,9 +37,7 @@ _DEVICE = torch.device("cpu")
 """Where programs make new tensors; printed as ``DEVICE``."""
 
 
-def write_package(
-    model: nn.Module, example_inputs: Any, plan: Plan, folder: Path, *, values: Mapping[str, Tensor] | None = None
-) -> list[Path]:
+def write_package(model: nn.Module, example_inputs: Any, plan: Plan, folder: Path) -> list[Path]:
     """Write the package into `folder`, which may exist; returns the files.
 
     Args:
@@ -47,7 +45,6 @@ def write_package(
         example_inputs: the call that the plan was made for.
         plan: the plan.
         folder: where the package goes; made if it isn't there.
-        values: values of buffers that are on the meta device in `model`.
 
     Raises:
         PlanError: the plan is of another model, or of other inputs.
@@ -58,7 +55,7 @@ def write_package(
     program = rewrite(captured, plan, _DEVICE)
     _check(program, captured, plan)
     texts = make_texts(model, example_inputs, plan, program, captured)
-    tensors = _find_values(program, captured, model, dict(values or {}))
+    tensors = _find_values(program, captured, model)
     written = []
     for name, text in texts.items():
         path = folder / name
@@ -117,12 +114,12 @@ def _named_examples(model: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
     return {}
 
 
-def _find_values(program: Program, captured: Captured, model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def _find_values(program: Program, captured: Captured, model: nn.Module) -> dict[str, Tensor]:
     """The values of buffers and constants. Raises InputError for one without values."""
     own = dict(model.named_buffers(remove_duplicate=False))
     found = {}
     for slot in program.buffers:
-        x = values.get(slot.name, captured.constants.get(slot.name, own.get(slot.name)))
+        x = captured.constants.get(slot.name, own.get(slot.name))
         if x is None or x.is_meta:
             raise InputError(f"{slot.name} is a buffer on the meta device, without values: build the model on the CPU")
         found[slot.name] = x.detach().cpu().clone()
@@ -149,18 +146,16 @@ def _print_model(program: Program, printer: Printer) -> str:
         text = f"What the ranks of stage {number} compute for every micro-batch; returns what they send, then outputs of the model."
         printer.print_program(stage.module, f"stage_{number}", _tables(stage.module, parameters, buffers), text)
     functions = "\n\n".join(printer.functions.values())
-    lines = ['"""The program: the same for all ranks, on their parts of all tensors. Collectives name axes of the mesh.', ""]
-    lines += [
-        "Parameters are `p`, buffers `b`, by the original model's names. Above calls stands the line of the original that they are from."
-    ]
-    lines += [
+    standard = [f"import {name}" for name in ("math", "operator") if f"{name}." in functions]
+    lines = [
+        '"""The program: the same for all ranks, on their parts of all tensors. Collectives name axes of the mesh.',
+        "",
+        "Parameters are `p`, buffers `b`, by the original model's names. Above calls stands the line of the original that they are from.",
         "Names are deleted after their last use, so that their memory is free.",
         '"""',
         "",
         "# ruff: noqa: E702",
-        "import math",
-        "import operator",
-        "",
+        *([*standard, ""] if standard else []),
         "import torch",
         "",
     ]
@@ -168,14 +163,10 @@ def _print_model(program: Program, printer: Printer) -> str:
         lines.append(f"from .support import {', '.join(printer.modules)}")
     if any(module == "autopar.ops.attention" for module, _ in printer.definitions):
         lines.append("from .support import attention as _attention  # defines torch.ops.autopar.attention")
-    lines += ["", "aten = torch.ops.aten", 'DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")', "", "", ""]
-    text = "\n".join(lines) + functions
-    for name in ("math", "operator"):
-        if f"{name}." not in functions:
-            text = text.replace(f"import {name}\n", "", 1)
-    if "DEVICE" not in functions:
-        text = text.replace('DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")\n', "", 1)
-    return text.replace("\n\n\nimport torch\n", "\n\nimport torch\n").replace("E702\n\nimport torch", "E702\nimport torch")
+    lines += ["", "aten = torch.ops.aten"]
+    if "DEVICE" in functions:
+        lines.append('DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")')
+    return "\n".join([*lines, "", "", functions])
 
 
 def _tables(module: fx.GraphModule, parameters: list[str], buffers: list[str]) -> dict[str, str]:
