@@ -8,6 +8,21 @@ from click.testing import CliRunner, Result
 
 from autopar.cli.commands import main
 
+NET = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x))).square().mean()"""
+"""How a file begins that MODEL arguments of tests name: a small model."""
+
 
 def run(*arguments: str | Path) -> Result:
     """Run ``autopar`` with these arguments."""

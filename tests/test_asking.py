@@ -13,27 +13,18 @@ import autopar
 from autopar.cli.asking import CHANGES, _name_model, read_changes, split_choices
 from autopar.errors import InputError
 from autopar.plans import Plan, Request
-from tests.commands import refuse, run
+from tests.commands import NET, refuse, run
 from tests.plans import make_plan
 
-MODEL = """
-import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.down(torch.relu(self.up(x))).square().mean()
+MODEL = (
+    NET
+    + """
 
 
 def build(batch=64):
     return Net(WIDTH), (torch.randn(batch, WIDTH),)
 """
+)
 
 
 def write_model(folder: Path, width: int = 32) -> None:

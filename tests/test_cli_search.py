@@ -10,21 +10,11 @@ import pytest
 
 from autopar.plans.plan import Plan, from_json
 from autopar.report import summarize
-from tests.commands import refuse, run
+from tests.commands import NET, refuse, run
 
-MODELS = """
-import torch
-from torch import nn
-
-
-class Net(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.up = nn.Linear(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.down(torch.relu(self.up(x))).square().mean()
+MODELS = (
+    NET
+    + """
 
 
 class Branching(Net):
@@ -60,6 +50,7 @@ def build_deep():
 def build_branching():
     return Branching(16), (torch.randn(8, 16),)
 """
+)
 
 
 @pytest.fixture
