@@ -77,7 +77,7 @@ class Work:
     """
 
     flops: float
-    samples: int
+    samples: Count
     tokens: int | None
     dtype: Name
     peak_flops: float

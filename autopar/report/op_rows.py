@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from autopar.ir import PIPELINE
 from autopar.plans import OUTSIDE, Group, OpCost, Plan, Purpose
+from autopar.rules import short_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ def _make_row(plan: Plan, group: Group, op: OpCost) -> OpRow:
     seconds = op.seconds
     return OpRow(
         module=_shorten(group, op.path),
-        op=_name_operator(op.target),
+        op=short_name(op.target),
         placement=", ".join(f"{what} over {axis}" for axis, what in op.splits.items() if sizes[axis] > 1),
         flops=op.flops,
         compute=seconds.forward + seconds.backward + seconds.recompute + seconds.optimizer,
@@ -102,13 +103,6 @@ def _make_row(plan: Plan, group: Group, op: OpCost) -> OpRow:
         nbytes=op.nbytes,
         source=op.source,
     )
-
-
-def _name_operator(target: str) -> str:
-    """The name of an operator without its overload, and without the library's name if that is torch's own."""
-    library, _, name = target.partition(".")
-    name = name.partition(".")[0]
-    return name if library == "aten" and name else target
 
 
 def _shorten(group: Group, path: str) -> str:

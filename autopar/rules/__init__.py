@@ -7,7 +7,7 @@ Modules, in reading order: ``notation``, ``contract``, ``pointwise``, ``view``, 
 """
 
 from autopar.rules.chunked_loss import RETURNED, ChunkedLoss, ChunkedLosses, chunk_losses, find_chunked_losses
-from autopar.rules.declared import read_target, readable_name
+from autopar.rules.declared import read_target, readable_name, short_name
 from autopar.rules.table import describe_declared, facts_of, find_spaces, has_rule, is_random, register_rule, rule
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "readable_name",
     "register_rule",
     "rule",
+    "short_name",
 ]

@@ -127,6 +127,17 @@ def readable_name(target: str) -> str:
     return f"{library}::{operator.removesuffix('.default')}"
 
 
+def short_name(target: str) -> str:
+    """An operator's name without its overload, and without the library's name if that is torch's own.
+
+    >>> short_name("aten.add.Tensor"), short_name("mylib.op.default")
+    ('add', 'mylib.op.default')
+    """
+    library, _, name = target.partition(".")
+    name = name.partition(".")[0]
+    return name if library == "aten" and name else target
+
+
 def _find_fault(text: str) -> str:
     """What is wrong with a rule's text, whatever the sizes are; empty when nothing is."""
     if not isinstance(text, str) or text.count("->") != 1:
