@@ -38,8 +38,12 @@ Progress = Callable[[str], None]
 """Told what is being tried, a line of text at a time."""
 
 
+COPIES_SHARE = 0.03
+"""The search may count a copy more than once that several readers share (``docs/search.md``, fan-outs), so that a plan costs less than its
+bound; of plans seen, by no more than this share of its step."""
+
 PRUNED = "pruned: costs at least this for the search"
-"""The outcome of a trial whose bound isn't below the cost of one that was solved: both in the search's costs, not the plan's."""
+"""The outcome of a trial whose bound is above the cost of one that was solved by `COPIES_SHARE`: both in the search's costs."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,8 @@ def solve_trials(
     refusals: list[InputError] = []
     for trial, search in searches:
         tell(f"memory: {trial.name} on {trial.mesh}")
-        cutoff_ns = min((solved_trial.solution.cost_ns for solved_trial in solved), default=None)
+        best_ns = min((solved_trial.solution.cost_ns for solved_trial in solved), default=None)
+        cutoff_ns = None if best_ns is None else round(best_ns * (1 + COPIES_SHARE))
         try:
             solved_trial = _solve_trial(partial(measure, trial, search.problem), search, cluster, cutoff_ns, tighten=not is_open)
         except InputError as error:
