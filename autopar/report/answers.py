@@ -9,7 +9,7 @@ import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from autopar.ir import AS_MODEL, Precision, with_pipeline
+from autopar.ir import AS_MODEL, Precision, format_mesh, with_pipeline
 from autopar.plans import Plan, Request
 from autopar.report.charts import Axis, Point, draw_line_chart
 from autopar.report.comparison import (
@@ -121,7 +121,7 @@ class Frontier:
                     format_bytes(point.memory.total),
                     format_seconds(point.seconds.step),
                     "the plan" if point is self.plan else compared,
-                    str(with_pipeline(point.mesh, point.pipeline.ranks)) or "one rank",
+                    format_mesh(with_pipeline(point.mesh, point.pipeline.ranks)),
                     _word_savings(point) or "-",
                 ]
             )
@@ -172,17 +172,10 @@ def _word_answer(answer: Answer, other: Plan) -> str:
     plan = answer.plan
     parts = [f"{answer.question} would take {format_seconds(other.seconds.step)}, {word_ratio(plan.seconds.step, other.seconds.step)}"]
     terms = word_terms(compare_steps(plan, other))
-    batches = _batch_of(plan), _batch_of(other)
-    if batches[0] and batches[1] and batches[0] != batches[1]:
-        each = [format_seconds(one.seconds.step / batch) for one, batch in zip((plan, other), batches, strict=True)]
+    if plan.work.samples != other.work.samples:
+        each = [format_seconds(either.seconds.step / either.work.samples) for either in (plan, other)]
         terms = f"{terms}; per sample {each[1]} instead of {each[0]}"
     return ": ".join([*parts, *([terms] if terms else [])])
-
-
-def _batch_of(plan: Plan) -> int:
-    """Rows of the batch, the first dim of the inputs that have one; 0 where none has, or they differ."""
-    sizes = {int(text[text.index("[") + 1 : -1].split(",")[0]) for text in plan.inputs.values() if not text.endswith("[]")}
-    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def _word_savings(plan: Plan) -> str:
