@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -399,7 +399,7 @@ def test_torchtitan_says_the_plans_numbers(pipelined: Plan) -> None:
         "pipeline_parallel_schedule": "InterleavedZeroBubble",
         "pipeline_parallel_microbatch_size": 2,
     }
-    assert data["training"]["global_batch_size"] == BATCH
+    assert (data["training"]["global_batch_size"], data["training"]["seq_len"]) == (BATCH, TOKENS)
     assert data["training"]["mixed_precision_param"] == "bfloat16"
     assert data["activation_checkpoint"]["mode"] == "selective"
     assert any("schedule zb-h1" in remark for remark in configuration.remarks)
@@ -423,6 +423,27 @@ def test_fsdp2_is_python(pipelined: Plan) -> None:
     assert callable(names["parallelize"])
     assert 'init_device_mesh("cuda", (2, 2), mesh_dim_names=("shard", "tp"))' in configuration.text
     assert any("cut the model at layers." in remark for remark in configuration.remarks)
+
+
+def test_other_systems_are_told_what_the_model_has() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    plan = autopar.plan(model, (torch.randn(BATCH, WIDTH),), "2xcpu", pins={"pp": 2})
+    assert "seq" not in "".join(elsewhere.configure(plan, target).text.partition("\n\n")[2] for target in ("torchtitan", "megatron"))
+    assert f"global_batch_size = {BATCH}" in elsewhere.configure(plan, "torchtitan").text
+    names: dict[str, Any] = {}
+    exec(elsewhere.configure(plan, "fsdp2").text, names)
+    assert names["parallelize"](model) is model  # of axes that split nothing there is no mesh
+
+
+def test_styles_of_some_layers_name_these_layers(pipelined: Plan) -> None:
+    *_, layers = sorted(pipelined.groups, key=lambda group: group.count)
+    some = replace(layers, name="layers.*[0-1]", paths=layers.paths[:2])
+    groups = tuple(some if group is layers else group for group in pipelined.groups)
+    assert '"layers.*.up": RowwiseParallel()' in elsewhere.configure(pipelined, "fsdp2").text
+    text = elsewhere.configure(replace(pipelined, groups=groups), "fsdp2").text
+    assert '"layers.*' not in text  # a pattern [0-1] would be one of characters there
+    assert '"layers.0.up": RowwiseParallel()' in text
+    assert '"layers.1.up": RowwiseParallel()' in text
 
 
 @pytest.mark.parametrize("target", TARGETS)

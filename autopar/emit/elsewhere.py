@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,7 +46,8 @@ class Facts:
         replicate, shard: ranks that split the batch and store parameters whole, or in parts.
         level: the highest ZeRO level.
         tensor, context: ranks that split features, or the sequence.
-        batch, sequence: samples and tokens of the first input; 0 where it has no such dim.
+        batch: rows of the batch.
+        sequence: tokens of a row; 0 where the model has no sequence.
         remarks: what no system's configuration says.
     """
 
@@ -77,15 +77,14 @@ def find_facts(plan: Plan) -> Facts:
     axes = tuple(_find_axis(plan, position) for position in range(len(plan.mesh.names)))
     data = [axis for axis in axes if axis.kind == "data"]
     sharded = [axis for axis in data if any(axis.levels)]
-    sizes = next((tuple(map(int, re.findall(r"\d+", text.partition("[")[2]))) for text in plan.inputs.values()), ())
     return Facts(
         replicate=math.prod(axis.size for axis in data if axis not in sharded),
         shard=math.prod(axis.size for axis in sharded),
         level=max((level for axis in sharded for level in axis.levels), default=0),
         tensor=math.prod(axis.size for axis in axes if axis.kind == "tensor"),
         context=math.prod(axis.size for axis in axes if axis.kind == "context"),
-        batch=sizes[0] if sizes else 0,
-        sequence=sizes[1] if len(sizes) > 1 else 0,
+        batch=plan.work.samples,
+        sequence=(plan.work.tokens or 0) // plan.work.samples,
         axes=axes,
         remarks=tuple(_common_remarks(plan, axes)),
     )
@@ -97,8 +96,7 @@ def _find_axis(plan: Plan, position: int) -> Axis:
     kind = "data" if name in plan.batch_axes else "context" if "sequence" in words and not words & {"features", "heads"} else "tensor"
     levels = {
         0 if layout[position].kind is not StateKind.SHARD else layout[position].level or 3
-        for op, layout in plan.layouts.items()
-        if op in _parameters(plan)
+        for layout in map(plan.layouts.__getitem__, _parameters(plan))
     }
     return Axis(name, size, kind, tuple(sorted(levels)))
 
@@ -140,7 +138,7 @@ def _few(names: Sequence[str]) -> str:
 
 def _recomputed(plan: Plan) -> tuple[str, list[str]]:
     """The kind of recomputation of most blocks that have some, and a remark where others differ."""
-    kinds = [block.recompute for block in plan.pipeline.blocks if block.path not in ("", None)]
+    kinds = [block.recompute for block in plan.pipeline.blocks if block.path]
     used = sorted({kind for kind in kinds if kind != "none"}, key=kinds.count)
     if not used:
         return "none", []
@@ -183,7 +181,7 @@ def _torchtitan(plan: Plan, facts: Facts) -> tuple[list[str], list[str]]:
         "[training]",
         f"local_batch_size = {local}",
         f"global_batch_size = {facts.batch}",
-        f"seq_len = {facts.sequence}",
+        *([f"seq_len = {facts.sequence}"] if facts.sequence else []),
         *_torchtitan_precision(plan, remarks),
         "",
         "[parallelism]",
@@ -266,7 +264,7 @@ def _megatron(plan: Plan, facts: Facts) -> tuple[list[str], list[str]]:
         f"--context-parallel-size {facts.context}",
         f"--micro-batch-size {micro}",
         f"--global-batch-size {facts.batch}",
-        f"--seq-length {facts.sequence}",
+        *([f"--seq-length {facts.sequence}"] if facts.sequence else []),
     ]
     if pipeline.ranks > 1:
         if pipeline.chunks > 1:
@@ -336,18 +334,16 @@ def _fsdp2(plan: Plan, facts: Facts) -> tuple[list[str], list[str]]:
         remarks.append("only attention cores are run again: choose operators with torch.utils.checkpoint's selective contexts")
     styles, unsaid = _tensor_styles(plan, facts)
     remarks += [*unsaid, *_tensor_remarks(plan, facts)]
-    lines = ["import torch", "from torch import nn", "from torch.distributed.device_mesh import init_device_mesh"]
-    sizes, names = [], []
-    for name, size in (("replicate", facts.replicate), ("shard", facts.shard), ("tp", facts.tensor)):
-        if size > 1:
-            sizes.append(size)
-            names.append(name)
+    lines = ["import torch", "from torch import nn"]
+    axes = {name: size for name, size in (("replicate", facts.replicate), ("shard", facts.shard), ("tp", facts.tensor)) if size > 1}
+    lines += ["from torch.distributed.device_mesh import init_device_mesh"] if axes else []
     lines += ["from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard"] if facts.shard > 1 else []
     lines += ["from torch.distributed._composable.replicate import replicate"] if facts.shard == 1 and facts.replicate > 1 else []
     if facts.tensor > 1:
         lines.append("from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module")
     lines += ["", "", "def parallelize(model: nn.Module) -> nn.Module:"]
-    lines.append(f"    mesh = init_device_mesh({_quoted('cuda')}, {tuple(sizes)}, mesh_dim_names={_quoted(tuple(names))})")
+    if axes:
+        lines.append(f'    mesh = init_device_mesh("cuda", {tuple(axes.values())}, mesh_dim_names={_quoted(tuple(axes))})')
     layers = [path for group in plan.groups for path in group.paths]
     if facts.tensor > 1:
         lines += ["    styles = {", *(f"        {_quoted(name)}: {style}()," for name, style in styles.items()), "    }"]
@@ -399,12 +395,15 @@ def _tensor_styles(plan: Plan, facts: Facts) -> tuple[dict[str, str], list[str]]
             if not split or not name.endswith(".weight"):
                 continue
             path = name.removesuffix(".weight")
+            paths = [path]
             if group.paths and path.startswith(f"{group.paths[0]}."):
-                path = group.name + path.removeprefix(group.paths[0])
+                # The name of a group of some layers, layers.*[0-3], would be another pattern there.
+                layers = group.paths if "[" in group.name else (group.name,)
+                paths = [layer + path.removeprefix(group.paths[0]) for layer in layers]
             if len(split) > 1 or split[0].outer > 1 or split[0].dim > 1:
-                unsaid.append(f"{path}: stored {format_layout(plan.layouts[op])}, for which there is no style")
+                unsaid.append(f"{_few(paths)}: stored {format_layout(plan.layouts[op])}, for which there is no style")
                 continue
-            styles[path] = "ColwiseParallel" if split[0].dim == 0 else "RowwiseParallel"
+            styles |= dict.fromkeys(paths, "ColwiseParallel" if split[0].dim == 0 else "RowwiseParallel")
     if styles:
         unsaid.append(
             "styles follow from how weights are stored as nn.Linear has them; embeddings, and modules that store weights transposed, need"
