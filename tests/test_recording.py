@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from autopar.errors import InputError
 from autopar.ops import GroupAxis
 from autopar.runtime import recording
 from autopar.timelines import Trace, from_chrome, predict
-from autopar.timelines.trace import BUSY, COMMUNICATION, COMPUTE
+from autopar.timelines.trace import BUSY, COMMUNICATION, COMPUTE, Event
 from tests.processes import Outcomes, run_cases, spawn
 from tests.test_timelines import validate
 from tests.zoo import DEEP
@@ -83,6 +84,13 @@ def test_a_pipeline_runs_the_actions_that_the_plan_predicts(traced: Path, name: 
     assert {arrow.name: arrow.nbytes for arrow in trace.arrows} == {arrow.name: arrow.nbytes for arrow in predicted.arrows}
     for arrow in trace.arrows:
         assert arrow.arrived <= arrow.used
+    # Apart from when they are sent and how long that takes, messages are shown alike.
+    shown, expected = ({event.name: replace(event, start=0.0, seconds=0.0) for event in _list_messages(one)} for one in (trace, predicted))
+    assert shown == expected
+
+
+def _list_messages(trace: Trace) -> list[Event]:
+    return [event for event in trace.events if event.collective == "send"]
 
 
 def _list_passes(trace: Trace, rank: int) -> list[str]:

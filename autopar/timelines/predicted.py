@@ -15,11 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from autopar.errors import PlanError
-from autopar.ir import PIPELINE
 from autopar.plans import CostRow, Phase, Plan, Purpose, RowSums, Timing
-from autopar.schedules import Action, Kind, Schedule, StageTimes, Timeline, forwards_first, make_schedule, parse_action, simulate
+from autopar.schedules import Action, Kind, Schedule, StageTimes, Timeline, forwards_first, make_schedule, simulate
 from autopar.timelines.memory import Ran, sample_memory
-from autopar.timelines.trace import COMMUNICATION, COMPUTE, COPIES, MESSAGES, OVERLAPPED, Arrow, Event, Sample, Trace
+from autopar.timelines.trace import COMMUNICATION, COMPUTE, COPIES, OVERLAPPED, Arrow, Event, Sample, Trace, show_message
 
 _LOCAL_COPY = "local copy"
 # How far the simulated step may be from the plan's, as a share: sums in another order.
@@ -61,7 +60,7 @@ def predict(plan: Plan) -> Trace:
         samples += sample_memory(plan, timing, rank, stages, ran, timeline.seconds)
     events = _disentangle(events, plan.seconds.step)
     arrows = _find_arrows(timing, schedule, timeline)
-    events += (_show_message(arrow) for arrow in arrows)
+    events += (show_message(arrow, arrow.arrived - arrow.sent) for arrow in arrows)
     return Trace(f"{plan.model} on {plan.cluster}, predicted", _name_ranks(plan), plan.seconds.step, tuple(events), arrows, tuple(samples))
 
 
@@ -231,24 +230,3 @@ def _find_arrows(timing: Timing, schedule: Schedule, timeline: Timeline) -> tupl
         source, target = schedule.rank_of[send.stage], schedule.rank_of[send.peer]
         arrows.append(Arrow(str(send), source, target, transfer.start, transfer.end, used, nbytes))
     return tuple(arrows)
-
-
-def _show_message(arrow: Arrow) -> Event:
-    """A message as an event of the rank that sends it."""
-    send = parse_action(arrow.name)
-    phase = Phase.FORWARD if send.kind is Kind.SEND_FORWARD else Phase.BACKWARD_INPUT
-    seconds = arrow.arrived - arrow.sent
-    return Event(
-        arrow.source,
-        MESSAGES.format(arrow.target),
-        arrow.name,
-        phase,
-        Purpose.MESSAGES,
-        arrow.sent,
-        seconds,
-        send.stage,
-        send.microbatch,
-        axis=PIPELINE,
-        collective="send",
-        nbytes=arrow.nbytes,
-    )

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from autopar.timelines.trace import COMMUNICATION, COMPUTE, MEETINGS, MESSAGES, Arrow, Event, Sample, Trace
+from autopar.timelines.trace import COMMUNICATION, COMPUTE, MEETINGS, Arrow, Event, Sample, Trace, show_message
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +127,7 @@ def merge(title: str, records: Sequence[RankRecord]) -> Trace:
             # Clocks may be apart by more than a message takes.
             arrived, used = max(sent.start, time), max(sent.start, used)
             arrows.append(Arrow(sent.name, record.rank, target, sent.start, arrived, used, sent.nbytes))
-            thread = MESSAGES.format(target)
-            events.append(Event(record.rank, thread, sent.name, "forward", "between stages", sent.start, sent.seconds, nbytes=sent.nbytes))
+            events.append(show_message(arrows[-1], sent.seconds))
     seconds = max((event.end for event in events), default=0.0)
     memory = tuple(replace(sample, time=min(sample.time, seconds)) for record in records for sample in record.memory)
     return Trace(title, names, seconds, tuple(events), tuple(arrows), memory)

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from autopar.ir import PIPELINE
+from autopar.plans import Phase, Purpose
+from autopar.schedules import Kind, parse_action
+
 COMPUTE = "compute"
 COMMUNICATION = "communication"
 OVERLAPPED = "communication behind computing"
@@ -122,3 +126,22 @@ BUSY = (COMPUTE, COMMUNICATION, COPIES)
 """Threads whose events fill a rank's step, one after the other; the others run beside them."""
 
 _ORDER = (COMPUTE, COMMUNICATION, COPIES, OVERLAPPED)
+
+
+def show_message(arrow: Arrow, seconds: float) -> Event:
+    """A message as an event of the rank that sends it, which takes so many seconds from when it is sent."""
+    send = parse_action(arrow.name)
+    return Event(
+        arrow.source,
+        MESSAGES.format(arrow.target),
+        arrow.name,
+        Phase.FORWARD if send.kind is Kind.SEND_FORWARD else Phase.BACKWARD_INPUT,
+        Purpose.MESSAGES,
+        arrow.sent,
+        seconds,
+        send.stage,
+        send.microbatch,
+        axis=PIPELINE,
+        collective="send",
+        nbytes=arrow.nbytes,
+    )
