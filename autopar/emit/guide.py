@@ -68,7 +68,7 @@ def print_readme(plan: Plan, parameters: Sequence[Parameter], files: Collection[
     if plan.loss_chunks > 1:
         lines.append(f"- logits computed in {plan.loss_chunks} parts")
     lines += ["", "## Files", "", "| file | what it is |", "| --- | --- |"]
-    known = {*files, "buffers.pt", "README.md"}
+    known = {*files, "buffers.pt"}
     lines += [f"| `{name}` | {text} |" for name, text in _PURPOSES.items() if name in known]
     rest = [name.rpartition("/")[2] for name in sorted(files) if name.startswith("parallel/support/") and name not in _PURPOSES]
     lines += [f"| `parallel/support/` | also {', '.join(f'`{name}`' for name in rest if name != '__init__.py')} |"]

@@ -82,7 +82,7 @@ def make_texts(model: nn.Module, example_inputs: Any, plan: Plan, program: Progr
     )
     texts["parallel/model.py"] = source
     texts["parallel/layout.py"] = print_tables(program, plan, parameters, buffers, inputs, captured.aliases)
-    texts["parallel/__init__.py"] = _print_init(program, plan, captured, step)
+    texts["parallel/__init__.py"] = _print_init(program, plan, captured)
     texts["main.py"] = _print_main(step)
     texts["plan.json"] = to_json(plan)
     texts["README.md"] = print_readme(plan, parameters, texts)
@@ -176,7 +176,7 @@ def _tables(module: fx.GraphModule, parameters: list[str], buffers: list[str]) -
     return dict(zip(names, texts, strict=False))
 
 
-def _print_init(program: Program, plan: Plan, captured: Captured, step: type) -> str:
+def _print_init(program: Program, plan: Plan, captured: Captured) -> str:
     """The text of the package's ``__init__.py``, which puts the tables and the program together."""
     pipeline = program.pipeline
     lines = [f'"""{plan.model} over {plan.world_size} ranks."""'.replace("\\", "/"), "", "from . import layout, model"]
@@ -184,7 +184,7 @@ def _print_init(program: Program, plan: Plan, captured: Captured, step: type) ->
         lines.append("from .support.assembled import StageMaker, make_pipeline")
     lines += ["from .support.described import Model", ""]
     if pipeline is not None:
-        lines += ["make_stage = StageMaker(layout.PARAMETERS, layout.BUFFERS)", "STAGES = {", *print_stages(pipeline, ()), "}"]
+        lines += ["make_stage = StageMaker(layout.PARAMETERS, layout.BUFFERS)", "STAGES = {", *print_stages(pipeline), "}"]
         lines += [
             "PIPELINE = make_pipeline(",
             f"    STAGES, layout.SCHEDULE, layout.RANK_OF_STAGE, layout.MICROBATCHES, {captured.graph.loss}, random={pipeline.random}",

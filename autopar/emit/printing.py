@@ -146,7 +146,7 @@ class _Body:
                 source = here
             lines.append(self._assign(node, callees.get(node)))
             dead = [self._names[x] for x in last_use.get(node, ()) if self._names[x] not in self._tables]
-            if dead and node.op != "output":
+            if dead:
                 deleted = f"del {', '.join(dead)}"
                 if len(lines[-1].rpartition("\n")[2]) + len(deleted) + 2 <= _WIDTH:
                     lines[-1] += f"; {deleted}"

@@ -145,7 +145,7 @@ def _schedule(schedule: Schedule) -> list[str]:
     return [*lines, ")", ""]
 
 
-def print_stages(pipeline: PipelineProgram, parameters: Sequence[Parameter]) -> list[str]:
+def print_stages(pipeline: PipelineProgram) -> list[str]:
     """The stages as calls of ``make_stage``, which ``__init__.py`` makes of the functions and the tables."""
     lines = []
     for number, stage in sorted(pipeline.stages.items()):
