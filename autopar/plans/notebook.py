@@ -19,13 +19,12 @@ def show_plan(plan: Plan) -> str:
     """The mesh, stages, step, memory and bound of a plan as a table."""
     seconds, memory, pipeline = plan.seconds, plan.memory, plan.pipeline
     mesh = f"{with_pipeline(plan.mesh, pipeline.ranks)} ({plan.world_size} ranks)" if plan.world_size > 1 else "one rank"
-    work = seconds.forward + seconds.backward + seconds.recompute + seconds.optimizer
     stages = f"{pipeline.stages}, schedule {pipeline.schedule}, micro-batches {pipeline.microbatches}"
     rows = [
         ("mesh", mesh),
         *([] if pipeline.is_trivial else [("stages", stages)]),
         ("step, predicted", format_seconds(seconds.step)),
-        ("computing", f"{format_seconds(work)} ({format_share(work, seconds.step)})"),
+        ("computing", f"{format_seconds(seconds.computing)} ({format_share(seconds.computing, seconds.step)})"),
         ("exposed communication", f"{format_seconds(seconds.communication)} ({format_share(seconds.communication, seconds.step)})"),
         *([("bubble", f"{format_seconds(seconds.bubble)} ({format_share(seconds.bubble, seconds.step)})")] if pipeline.ranks > 1 else []),
         ("memory per device", f"{format_bytes(memory.total)} of {format_bytes(memory.budget)}"),

@@ -29,9 +29,14 @@ class Seconds:
     bubble: float
 
     @property
+    def computing(self) -> float:
+        """What the rank computes: all of the step but exposed communication and waiting."""
+        return self.forward + self.backward + self.recompute + self.optimizer
+
+    @property
     def step(self) -> float:
         """The whole step."""
-        return self.forward + self.backward + self.recompute + self.optimizer + self.communication + self.bubble
+        return self.computing + self.communication + self.bubble
 
     def times(self, factor: float) -> Seconds:
         """Each part so many times."""

@@ -96,7 +96,7 @@ def _make_row(plan: Plan, group: Group, op: OpCost) -> OpRow:
         op=short_name(op.target),
         placement=", ".join(f"{what} over {axis}" for axis, what in op.splits.items() if sizes[axis] > 1),
         flops=op.flops,
-        compute=seconds.forward + seconds.backward + seconds.recompute + seconds.optimizer,
+        compute=seconds.computing,
         exposed=seconds.communication,
         hidden=op.hidden,
         waiting=0.0,
