@@ -28,10 +28,8 @@ from autopar.costs.memory import BlockMemory, find_memory, recompute_memory
 from autopar.costs.solved import SolvedChain
 from autopar.costs.tables import COLLECTIVE_KIND, parameter_backward, reduced_nbytes, sum_of
 from autopar.ir import Collective, Layout, Op, OpKind, RouteStep, Value
-from autopar.plans import CostRow, Phase, Purpose, RowSums, Seconds, seconds_of, sum_parts
+from autopar.plans import LOCAL_COPY, CostRow, Phase, Purpose, RowSums, Seconds, seconds_of, sum_parts
 from autopar.structure import find_cores
-
-LOCAL_COPY = "local copy"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from autopar.ir import PIPELINE
 from autopar.pictures.labels import make_label, markup
 from autopar.pictures.outline import Box, Edge, EdgeKind, Kind, Outline, Stage
 from autopar.pictures.palette import FILLS, MUTED, PANEL, PAPER, TEXT
-from autopar.plans import CostRow, Phase, Purpose
+from autopar.plans import LOCAL_COPY, CostRow, Phase, Purpose
 from autopar.units import format_bytes, format_seconds
 
 FONT = "Helvetica,Arial,sans-serif"
@@ -35,8 +35,6 @@ _LINE = 140
 
 # Between an edge and its label.
 _GAP = "&#160;"
-
-_LOCAL_COPY = "local copy"
 
 _BORDERS = {"none": "solid", "selective": "dashed", "full": "dotted"}
 
@@ -190,7 +188,7 @@ def _word_exchanges(rows: Iterable[CostRow]) -> str:
     """A line per axis, collective and what it moves, those that take longest first; empty where nothing is exchanged."""
     sums: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
-        if row.collective != _LOCAL_COPY:
+        if row.collective != LOCAL_COPY:
             entry = sums.setdefault((row.axis, row.collective, _WHAT[Purpose(row.purpose)]), [0.0, 0.0, 0.0])
             for index, number in enumerate((row.count, row.nbytes, row.seconds + row.hidden)):
                 entry[index] += number

@@ -25,12 +25,13 @@ from autopar.plans.plan import (
 )
 from autopar.plans.reads import Read
 from autopar.plans.request import Request, record_request
-from autopar.plans.rows import OUTSIDE, CostRow, Phase, Purpose, RowSums, seconds_of
+from autopar.plans.rows import LOCAL_COPY, OUTSIDE, CostRow, Phase, Purpose, RowSums, seconds_of
 from autopar.plans.timing import BlockRows, Message, RankBytes, StageBytes, Timing
 from autopar.plans.work import OpCost, Seconds, Work, add_parts, sum_parts
 
 __all__ = [
     "KINDS",
+    "LOCAL_COPY",
     "NO_PINS",
     "OUTSIDE",
     "RECOMPUTE",

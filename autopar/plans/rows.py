@@ -35,6 +35,9 @@ class Purpose(StrEnum):
     BUBBLE = "bubble"  # waiting for other stages
 
 
+LOCAL_COPY = "local copy"
+"""The collective of rows in which a rank takes or zeroes its part of a tensor, and exchanges nothing."""
+
 OUTSIDE = "outside of layers"
 """Name of the group of what is in no layer, whose rows have an empty layer."""
 

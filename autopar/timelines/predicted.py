@@ -15,12 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from autopar.errors import PlanError
-from autopar.plans import CostRow, Phase, Plan, Purpose, RowSums, Timing
+from autopar.plans import LOCAL_COPY, CostRow, Phase, Plan, Purpose, RowSums, Timing
 from autopar.schedules import Action, Kind, Schedule, StageTimes, Timeline, forwards_first, make_schedule, simulate
 from autopar.timelines.memory import Ran, sample_memory
 from autopar.timelines.trace import COMMUNICATION, COMPUTE, COPIES, OVERLAPPED, Arrow, Event, Sample, Trace, show_message
 
-_LOCAL_COPY = "local copy"
 # How far the simulated step may be from the plan's, as a share: sums in another order.
 _ROUNDING = 1e-6
 
@@ -208,7 +207,7 @@ def _merge(rows: Iterable[CostRow]) -> list[tuple[str, CostRow]]:
     sums: dict[str, RowSums] = {}
     for row in rows:
         if row.is_communication:
-            sums.setdefault(COPIES if row.collective == _LOCAL_COPY else COMMUNICATION, RowSums()).add_row(row, layer="")
+            sums.setdefault(COPIES if row.collective == LOCAL_COPY else COMMUNICATION, RowSums()).add_row(row, layer="")
         else:
             sums.setdefault(COMPUTE, RowSums()).add(row.phase, row.purpose, row.seconds)
     merged = [(thread, row) for thread, of_thread in sums.items() for row in of_thread.rows()]
