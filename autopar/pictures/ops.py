@@ -21,7 +21,8 @@ from autopar.pictures.layers import draw_swatches, make_graph
 from autopar.pictures.outline import find_kind
 from autopar.pictures.palette import FILLS, MUTED, PAPER
 from autopar.plans import OUTSIDE, Group, OpCost, Plan, Read
-from autopar.report import select_groups
+from autopar.report import describe_header, select_groups
+from autopar.rules import short_name
 from autopar.units import format_bytes, format_seconds
 
 # Other steps are copies, which a rank makes alone.
@@ -59,7 +60,7 @@ def _word_title(plan: Plan, group: Group, ops: Mapping[str, OpCost]) -> str:
     shown = group.name if not group.paths else f"{group.paths[0]}, one of {group.count} alike" if group.count > 1 else group.paths[0]
     lines = [
         [markup(f"ops of {shown}", bold=True, size=15, most=140)],
-        [markup(f"{plan.model} on {plan.cluster}, mesh {plan.mesh}", size=12, most=140)],
+        [markup(describe_header(plan), size=12, most=140)],
         [draw_swatches(used, [f"layouts per axis: {', '.join(plan.mesh.names)}", "bold: ranks exchange, bytes of one rank"])],
     ]
     return make_label(lines, align=("CENTER",))
@@ -68,8 +69,7 @@ def _word_title(plan: Plan, group: Group, ops: Mapping[str, OpCost]) -> str:
 def _draw_call(group: Group, op: OpCost) -> pydot.Node:
     first = f"{group.paths[0]}." if group.paths else ""
     module = op.path.removeprefix(first) if op.path.startswith(first) else ""
-    target = op.target.removeprefix("aten.").removesuffix(".default")
-    lines = [[markup(target, bold=True, size=12)]]
+    lines = [[markup(short_name(op.target), bold=True, size=12)]]
     if module:
         lines.append([markup(module, color=MUTED)])
     if op.splits:

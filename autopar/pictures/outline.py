@@ -21,7 +21,7 @@ from itertools import groupby
 
 from autopar.ir import PIPELINE
 from autopar.plans import OUTSIDE, RECOMPUTE, BlockChoice, CostRow, Group, Phase, Plan, Purpose, RowSums
-from autopar.report import describe_mesh, describe_precision, find_pipeline_ranks
+from autopar.report import describe_header, find_pipeline_ranks
 
 
 class Kind(StrEnum):
@@ -189,7 +189,7 @@ def make_outline(plan: Plan) -> Outline:
     used = {box.kind for box in boxes}
     again = {box.recompute for box in boxes}
     return Outline(
-        title=f"{plan.model} on {plan.cluster}, mesh {describe_mesh(plan)}{describe_precision(plan)}",
+        title=describe_header(plan),
         axes=ranks | dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)),
         inputs=plan.inputs,
         step_seconds=plan.seconds.step,

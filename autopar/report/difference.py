@@ -28,8 +28,8 @@ class Change:
     """One thing that differs.
 
     Attributes:
-        about: what kind of thing it is: ``decisions``, ``layouts``, ``placements``, ``step``, ``speed``, ``memory``, ``communication`` or
-            ``candidates``.
+        about: what kind of thing it is: ``decisions``, ``placements``, ``layouts``, ``step``, ``speed``, ``memory``,
+            ``exposed communication``, ``bytes moved`` or ``candidates``.
         name: the thing.
         before, after: its value in the first and in the second plan: a number of seconds, bytes or a rate, or a text; None where a plan
             hasn't got it.

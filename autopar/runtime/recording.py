@@ -96,7 +96,7 @@ class Recorder:
         """Inside, collectives, messages, actions and optimizers are recorded."""
         self._memory += _read_memory(self._device, self.now())
         with ExitStack() as stack:
-            for name in ("begin_all_reduce", "begin_gather_stack", "begin_reduce_stack", "begin_exchange_stack", "all_reduce"):
+            for name in _COLLECTIVES:
                 stack.enter_context(replaced(GroupAxis, name, _noting(self, name, getattr(GroupAxis, name))))
             for hook in (
                 register_optimizer_step_pre_hook(lambda *_: self.begin_step()),

@@ -93,7 +93,7 @@ def sample_memory(plan: Plan, timing: Timing, rank: int, stages: Sequence[int], 
         if kind is Kind.FORWARD:
             levels.begin_forward(stage)
         by_block = levels.at_forward(stage) if kind is Kind.FORWARD else levels.at_backward(stage)
-        if len(part.starts) > 1 or plan.pipeline.stages == plan.pipeline.microbatches == 1:
+        if plan.pipeline.stages == plan.pipeline.microbatches == 1:
             samples += zip(part.starts, by_block, strict=True)
         else:
             samples.append((part.starts[0], max(by_block) if kind is Kind.FORWARD else levels.before_backward()))
