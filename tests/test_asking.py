@@ -119,6 +119,7 @@ def test_what_does_not_fit_is_an_answer_with_the_code_of_no_plan(saved: Path) ->
         (["--what-if", "dtype=int8"], "dtype 'int8' isn't known"),
         (["--why-not", "tp=2", "--what-if", "batch=2"], "--why-not and --what-if are 2 questions"),
         (["--why-not", "tp=2", "--layer", "up"], "leave out --layer"),
+        (["--what-if", "batch=2", "--ops", "--all"], "--what-if is about the whole plan; leave out --ops and --all"),
         (["--model", "tiny.py:build"], "--model is for a question"),
         (["-o", "x.json"], "-o is for a question"),
         (["--frontier", "memory", "-o", "x.png"], "name a file that ends in .svg"),

@@ -379,6 +379,16 @@ def test_the_command_refuses(arguments: Callable[[Path], list[str]], message: st
     assert message in refuse("timeline", saved, *arguments(saved))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_file_that_cannot_be_written_is_named(saved: Path, tmp_path: Path) -> None:
+    full = tmp_path / "full.svg"
+    full.symlink_to("/dev/full")
+    for command in (("timeline", saved, "-o", full), ("emit", saved, "--to", "megatron", "-o", full)):
+        result = run(*command)
+        assert result.exit_code == 2
+        assert result.stderr == f"error: {full} can't be written: No space left on device\n"
+
+
 def test_phases_and_threads_are_known() -> None:
     trace = predict(make_timed_plan())
     assert {event.phase for event in trace.events} <= set(Phase)

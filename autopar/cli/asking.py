@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import click
 
 from autopar.cli.requests import choose_dtype, pointing_to_example
 from autopar.cli.sources import find_dtype, read_source
-from autopar.cli.terminal import clean, show_progress
+from autopar.cli.terminal import clean, show_progress, writing
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
 from autopar.ir import Precision
@@ -60,9 +60,19 @@ def add_question_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def read_question(
-    why_not: str | None, what_if: str | None, frontier: str | None, model: str | None, output: Path | None, as_json: bool, layer: str | None
+    why_not: str | None,
+    what_if: str | None,
+    frontier: str | None,
+    model: str | None,
+    output: Path | None,
+    *,
+    as_json: bool,
+    others: Sequence[str],
 ) -> Question | None:
-    """The question that the options of ``autopar explain`` ask; None where they ask nothing. Raises InputError for several."""
+    """The question that the options of ``autopar explain`` ask; None where they ask nothing.
+
+    Raises InputError for several, and for a question beside `others`, options that choose what is shown of the plan.
+    """
     texts = {"--why-not": why_not, "--what-if": what_if, "--frontier": frontier}
     asked = [name for name, text in texts.items() if text is not None]
     if not asked:
@@ -72,8 +82,8 @@ def read_question(
         return None
     if len(asked) > 1:
         raise InputError(f"{' and '.join(asked)} are {len(asked)} questions; ask one, write its plan with -o, and ask that plan the next")
-    if layer is not None:
-        raise InputError(f"{asked[0]} is about the whole plan; leave out --layer")
+    if others:
+        raise InputError(f"{asked[0]} is about the whole plan; leave out {' and '.join(others)}")
     if output is not None:
         if frontier is not None and output.suffix.lower() != ".svg":
             raise InputError(f"{output}: the picture of a frontier is written as SVG; name a file that ends in .svg")
@@ -252,16 +262,13 @@ def clean_lines(text: str) -> str:
 
 def _write(path: Path, result: Answer | Frontier) -> None:
     """Write the picture of a frontier or the other plan of an answer; say on stderr what was written, or why nothing was."""
-    from autopar.report import Answer
+    from autopar.report import Frontier
 
-    if isinstance(result, Answer) and result.other is None:
-        click.echo(clean(f"nothing is written to {path}: there is no plan"), err=True)
-        return
-    try:
-        if not isinstance(result, Answer):
+    if isinstance(result, Frontier):
+        with writing(path):
             write_text(path, result.to_svg())
-        elif result.other is not None:
+    elif result.other is None:
+        click.echo(clean(f"nothing is written to {path}: there is no plan"), err=True)
+    else:
+        with writing(path):
             result.other.save(path)
-    except OSError as error:  # its place was fine before the search
-        raise InputError(f"{path} can't be written: {error.strerror}") from error
-    click.echo(clean(f"written to {path}"), err=True)

@@ -228,7 +228,8 @@ def explain(file: Path, layer: str | None, ops: bool, everything: bool, as_json:
     """Run ``autopar explain``."""
     from autopar import report
 
-    question = read_question(**asked, as_json=as_json, layer=layer)
+    shown = {"--layer": layer is not None, "--ops": ops, "--all": everything}
+    question = read_question(**asked, as_json=as_json, others=[name for name, is_given in shown.items() if is_given])
     saved = Plan.load(file)
     if question is not None:
         answer_question(file, saved, question)

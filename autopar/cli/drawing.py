@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from autopar.cli.terminal import clean
+from autopar.cli.terminal import writing
 from autopar.errors import InputError
 from autopar.plans import Plan
 from autopar.texts import check_writable, write_bytes
@@ -43,8 +43,5 @@ def draw(file: Path, output: Path, level: str, layer: str | None) -> None:
     writer = find_writer(output, {".html": write_page})
     check_writable(output)
     picture = writer(Plan.load(file), View(level, layer))
-    try:
+    with writing(output):
         write_bytes(output, picture)
-    except OSError as error:  # its place was fine before
-        raise InputError(f"{output} can't be written: {error.strerror}") from error
-    click.echo(clean(f"written to {output}"), err=True)

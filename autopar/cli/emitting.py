@@ -8,10 +8,10 @@ import click
 
 from autopar.cli.requests import choose_dtype
 from autopar.cli.sources import DTYPES, read_source
-from autopar.cli.terminal import clean, show_progress
+from autopar.cli.terminal import clean, show_progress, writing
 from autopar.errors import InputError
 from autopar.plans import Plan
-from autopar.texts import check_writable
+from autopar.texts import check_writable, write_text
 
 TARGETS = ("torchtitan", "megatron", "fsdp2")
 
@@ -71,7 +71,10 @@ def emit(
         options = {"batch": batch, "seq": seq, "dtype": dtype, "stored_dtype": plan.precision.stored_dtype}
         loaded = load_model(model, **options, device="cpu", weights=False) if is_config else load_model(model, **options)  # type: ignore[arg-type]
         progress("writing the package")
-        files = write_package(loaded.model, loaded.example_inputs, plan, output)
+        try:
+            files = write_package(loaded.model, loaded.example_inputs, plan, output)
+        except OSError as error:
+            raise InputError(f"{error.filename or output} can't be written: {error.strerror}") from error
     lines = sum(file.read_text(encoding="utf-8").count("\n") for file in files if file.suffix == ".py")
     click.echo(clean(f"{len(files)} files with {lines} lines of Python are in {output}; {output / 'README.md'} says how to run them:"))
     click.echo(clean(f"  torchrun --standalone --nproc-per-node {plan.world_size} {output / 'main.py'} --checkpoint original.pt"))
@@ -86,7 +89,7 @@ def _write_configuration(plan: Plan, target: str, output: Path | None) -> None:
         click.echo(configuration.text, nl=False)
         return
     check_writable(output)
-    output.write_text(configuration.text, encoding="utf-8")
     for remark in configuration.remarks:
         click.echo(clean(f"not expressed: {remark}"))
-    click.echo(clean(f"written to {output}"))
+    with writing(output):
+        write_text(output, configuration.text)

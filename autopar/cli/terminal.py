@@ -1,6 +1,6 @@
 """What the command line shows beside its results: progress, messages that a terminal can take, and nothing of what libraries print.
 
-Comes in: words on what is being done, errors. Goes out: text on stderr, so that stdout holds results alone.
+Comes in: words on what is being done, files that are written, errors. Goes out: text on stderr, so that stdout holds results alone.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO
 
+import click
 from rich.console import Console
 from rich.text import Text
 
-from autopar.errors import AutoparError
+from autopar.errors import AutoparError, InputError
 from autopar.texts import printable
 
 PROGRESS_SECONDS = 10.0
@@ -46,6 +48,19 @@ def clean(message: object) -> str:
 def make_console(stream: IO[str]) -> Console:
     """A console for tables: as wide as the terminal, or as is good for a file."""
     return Console(file=stream, width=None if stream.isatty() else _PIPED_WIDTH)
+
+
+@contextmanager
+def writing(path: Path, more: str = "") -> Iterator[None]:
+    """Inside, the file of an option -o is written, whose place `check_writable` has looked at; then stderr says so, and `more`.
+
+    Raises InputError where it can't be written after all.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path} can't be written: {error.strerror}") from error
+    click.echo(clean(f"written to {path}{more}"), err=True)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from autopar.cli.terminal import clean
+from autopar.cli.terminal import clean, writing
 from autopar.errors import InputError
 from autopar.plans import Plan
 from autopar.texts import check_writable, read_text, write_text
@@ -56,10 +56,10 @@ def timeline(plan_file: Path, output: Path, recorded: Sequence[Path]) -> None:
             traces += from_chrome(read_text(path, MOST_BYTES))
         except InputError as error:
             raise InputError(f"{path}: {error}") from error
-    write_text(output, writer(traces))
+    text = writer(traces)
     click.echo("\n".join(map(_describe, traces)))
-    opened = "; open it at https://ui.perfetto.dev" if output.suffix.lower() == ".json" else ""
-    click.echo(clean(f"written to {output}{opened}"), err=True)
+    with writing(output, "; open it at https://ui.perfetto.dev" if output.suffix.lower() == ".json" else ""):
+        write_text(output, text)
 
 
 def _describe(trace: Trace) -> str:
