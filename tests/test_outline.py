@@ -136,6 +136,7 @@ def test_storage_is_no_work() -> None:
         ({"value": ".1"}, "value is '.1', which is no value"),
         ({"tensor": "bfloat[2"}, r"tensor is .bfloat\[2., which is no type of a tensor"),
         ({"tensor": "double[8, 16]"}, "tensor is of type 'double'; known are bool"),
+        ({"gradient": "double"}, "gradient is of type 'double'; known are bool"),
         ({"made": parse_layout("S0")}, "'made' has 1 axes, the mesh has 2"),
         ({"made": parse_layout("S0,S2")}, "made is S0,S2, in which no float32\\[8, 16\\] is made or read"),
         ({"need": parse_layout("S0z2,R")}, "need is S0z2,R, in which no float32"),
@@ -144,7 +145,7 @@ def test_storage_is_no_work() -> None:
     ],
 )
 def test_what_calls_read_is_checked(change: dict[str, Any], message: str) -> None:
-    read = Read("x", "float32[8, 16]", parse_layout("S0,R"), parse_layout("S0,B"))
+    read = Read("x", "float32[8, 16]", parse_layout("S0,R"), parse_layout("S0,B"), "float32")
     plan = make_plan()
     assert from_json(to_json(replace(plan, reads={"addmm": (read, replace(read, need=parse_layout("S0,P")))}))).reads["addmm"][0] == read
     with pytest.raises(PlanError, match=message):

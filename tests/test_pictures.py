@@ -17,6 +17,7 @@ import pytest
 from autopar.capture.export import capture
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
+from autopar.ir import parse_layout
 from autopar.pictures import View, find_writer
 from autopar.pictures.labels import make_label, markup, shorten
 from autopar.pictures.layers import draw_layers
@@ -220,6 +221,23 @@ def test_exchanges_of_ops_are_those_that_the_plan_counts(pins: str, name: str) -
             inside.update(re.findall(r"<B>(\w+ \w+) [\d.]+ k?B</B>", node.get("label") or ""))
     assert inside
     assert inside == {what: int(count) for what, count in counted.items()}
+
+
+def test_gradients_of_ops_are_those_that_are_summed() -> None:
+    plan = plan_of("whole")
+    name, (first, *_) = next((name, reads) for name, reads in plan.reads.items() if reads)
+    read = replace(first, tensor="bfloat16[8, 16]", made=parse_layout("S0,R"), need=parse_layout("B,R"))
+
+    def draw(gradient: str) -> str:
+        changed = replace(plan, reads={**plan.reads, name: (replace(read, gradient=gradient),)})
+        layer = next(op.group for op in plan.ops if op.op == name)
+        return draw_ops(changed, layer).to_string()
+
+    forward = f"{plan.mesh.names[0]} all_gather 256 B"
+    assert forward in draw("float32")
+    assert "reduce_scatter 512 B" in draw("float32")  # summed in another dtype than it is read in
+    assert forward in draw("")
+    assert draw("").count("reduce_scatter") == draw("float32").count("reduce_scatter") - 1
 
 
 @needs_dot

@@ -19,7 +19,7 @@ from autopar.cli.sources import find_dtype, read_source
 from autopar.cli.terminal import clean, show_progress, writing
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
-from autopar.ir import Precision
+from autopar.ir import Precision, Tensor
 from autopar.plans import Pins, Plan, Request, check_devices, reconcile
 from autopar.texts import check_writable, write_text
 from autopar.units import format_seconds, parse_bytes
@@ -163,8 +163,7 @@ def _read_sizes(plan: Plan) -> dict[str, Any]:
     """Batch and sequence length of a plan that was made in Python, where its inputs are those that an ``hf:`` model gets."""
     for name, words in (("input_ids", ("batch", "seq")), ("pixel_values", ("batch",))):
         if name in plan.inputs:
-            dims = plan.inputs[name].partition("[")[2].rstrip("]").split(", ")
-            return {word: int(size) for word, size in zip(words, dims, strict=False)}
+            return dict(zip(words, Tensor.parse(plan.inputs[name]).shape, strict=False))
     return {}
 
 

@@ -52,6 +52,16 @@ class Tensor:
     requires_grad: bool = False
     storage: StorageDtypes | None = None
 
+    @classmethod
+    def parse(cls, text: str) -> Tensor:
+        """Read what `str` has written, the sizes and the dtype.
+
+        >>> Tensor.parse("bfloat16[8, 16]")
+        Tensor(shape=(8, 16), dtype='bfloat16', requires_grad=False, storage=None)
+        """
+        dtype, _, sizes = text.partition("[")
+        return cls(tuple(int(size) for size in sizes.rstrip("]").split(",") if size), dtype)
+
     @property
     def numel(self) -> int:
         """Number of elements."""

@@ -140,11 +140,13 @@ def _word_steps(plan: Plan, read: Read, parameter: str) -> list[str]:
     """
     lines = []
     for step in journey(read.shape, read.made, read.need, plan.mesh):
-        axis, nbytes = plan.mesh.names[step.axis], max(math.prod(step.shape_before), math.prod(step.shape_after)) * ITEMSIZE[read.dtype]
+        axis, numel = plan.mesh.names[step.axis], max(math.prod(step.shape_before), math.prod(step.shape_after))
         if step.forward in _EXCHANGES:
-            lines.append(f"{axis} {step.forward.value} {format_bytes(nbytes)}")
-        if step.backward in _EXCHANGES and "float" in read.dtype:
+            lines.append(f"{axis} {step.forward.value} {format_bytes(numel * ITEMSIZE[read.dtype])}")
+        if step.backward in _EXCHANGES and read.gradient:
             is_owned = parameter and plan.layouts[parameter][step.axis].level and step.backward is Collective.ALL_REDUCE
             backward = Collective.REDUCE_SCATTER if is_owned else step.backward
-            lines.append(f"{axis} {'gradient' if parameter else 'back'} {backward.value} {format_bytes(nbytes)}")
+            # Only where gradients are added up is the dtype that of sums.
+            dtype = read.gradient if backward in (Collective.REDUCE_SCATTER, Collective.ALL_REDUCE) else read.dtype
+            lines.append(f"{axis} {'gradient' if parameter else 'back'} {backward.value} {format_bytes(numel * ITEMSIZE[dtype])}")
     return lines

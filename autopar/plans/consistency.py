@@ -127,6 +127,8 @@ def _check_reads(plan: Plan) -> None:
                 raise PlanError(f"{where}.tensor is {read.tensor!r}, which is no type of a tensor; int64[8, 128] is one")
             if read.dtype not in ITEMSIZE:
                 raise PlanError(f"{where}.tensor is of type {read.dtype!r}; known are {', '.join(ITEMSIZE)}")
+            if read.gradient not in ("", *ITEMSIZE):
+                raise PlanError(f"{where}.gradient is of type {read.gradient!r}; known are {', '.join(ITEMSIZE)}, or nothing")
             for field, layout in (("made", read.made), ("need", read.need)):
                 _check_axes(plan, where, field, layout)
                 if any(state.level for state in layout) or not fits(read.shape, layout, plan.mesh):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autopar.ir import Layout
+from autopar.ir import Layout, Tensor
 from autopar.plans.files import Name
 
 
@@ -21,19 +21,21 @@ class Read:
         tensor: its type, of one micro-batch on all ranks together, ``bfloat16[8, 128]``.
         made: the layout in which it is made, or in which the program is given it.
         need: the layout in which the call reads it. Where the two differ, ranks exchange (`autopar.ir.journey` says what).
+        gradient: the dtype in which its gradient is summed over ranks; empty where it has no gradient.
     """
 
     value: Name
     tensor: str
     made: Layout
     need: Layout
+    gradient: str
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of the tensor."""
-        return tuple(int(size) for size in self.tensor.partition("[")[2].rstrip("]").split(",") if size)
+        return Tensor.parse(self.tensor).shape
 
     @property
     def dtype(self) -> str:
         """Type of the elements."""
-        return self.tensor.partition("[")[0]
+        return Tensor.parse(self.tensor).dtype

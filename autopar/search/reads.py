@@ -50,4 +50,5 @@ def _make_read(value: Value, tensor: Tensor, made: Layout, need: Layout, mesh: M
     micro = Mesh(mesh.names[:first_axis], mesh.sizes[:first_axis])
     in_parts = need if any(state.kind is StateKind.SHARD for state in need[:first_axis]) else made
     part = Tensor(local_shape(tensor.shape, in_parts[:first_axis], micro), tensor.dtype)
-    return Read(str(value), str(part), made[first_axis:], need[first_axis:])
+    gradient = tensor.reduced_dtype if tensor.requires_grad else ""
+    return Read(str(value), str(part), made[first_axis:], need[first_axis:], gradient)
