@@ -76,7 +76,7 @@ class Work:
         flops: of products, convolutions and attention in one forward and backward of the whole batch, without what is run again
             (Chowdhery et al. 2022, appendix B). Causal attention counts in full.
         samples: rows of the batch.
-        tokens: elements of the largest integer input that has the batch and a sequence as its first dims; None without one.
+        tokens: elements of the batch times the sequence, of the longest input that has these as its first dims; None without one.
         dtype: in which most of the flops are computed.
         peak_flops: flops per second of one device in this dtype, of its datasheet.
     """

@@ -135,21 +135,15 @@ def find_peak(stages: Sequence[StageProfile], holdings: Ints, *, is_whole: bool,
 
 def find_levels(stage: StageProfile, static: int, *, is_whole: bool) -> StageBytes:
     """The bytes of a stage at the moments that `find_peak` looks at block by block, as a plan has them; `static` are there all the time."""
-    sums, at_end = (stage.scattered_each, 0) if is_whole else _find_sums(stage)
     if is_whole:
         arriving, count = int(stage.gradients.sum()), len(stage.saved)
-        moments = [moment.held + moment.workspace + arriving - moment.absent for moment in _find_moments_of_blocks(stage)]
-        forward, first = moments[:count], moments[count:]
+        levels = [moment.held + moment.workspace + arriving - moment.absent for moment in _find_moments_of_blocks(stage)]
+        forward, first = levels[:count], levels[count:]
         backward = first
     else:
-        arriving, saved = int(stage.arriving.sum()), int(stage.saved.sum())
-        held = saved - _behind(stage.saved) + _behind(stage.waiting) + sums
-        at_end += int((held - sums)[:1].sum())
-        forward = (saved + stage.forward_workspace).tolist()
-        first = (held + stage.first_workspace + _behind(stage.arriving)).tolist()
-        backward = (held + stage.workspace).tolist()
-        first[:1] = [max(nbytes, at_end + int(_behind(stage.arriving)[0])) for nbytes in first[:1]]
-        backward[:1] = [max(nbytes, at_end) for nbytes in backward[:1]]
+        arriving = int(stage.arriving.sum())
+        forward = (stage.saved.sum() + stage.forward_workspace).tolist()
+        first, backward = (_find_backward_levels(stage, has_gradients, arriving) for has_gradients in (False, True))
     return StageBytes(
         static=static,
         arriving=arriving,
@@ -160,6 +154,14 @@ def find_levels(stage: StageProfile, static: int, *, is_whole: bool) -> StageByt
         first_backward=tuple(max(0, nbytes) for nbytes in first),
         backward=tuple(max(0, nbytes) for nbytes in backward),
     )
+
+
+def _find_backward_levels(stage: StageProfile, has_gradients: bool, arriving: int) -> list[int]:
+    """Bytes during the backward of each block of a stage with one micro-batch in flight and no others; those of the first also after it."""
+    _, *moments, at_end = _find_moments_of_schedule([stage], np.array([[[1, 0, has_gradients]]]))
+    missing = 0 if has_gradients else arriving
+    levels = [moment.held + moment.workspace + missing - moment.absent for moment in (*moments, at_end)]
+    return [max(levels[0], levels[-1]), *levels[1:-1]]
 
 
 def find_update(stages: Sequence[StageProfile], static: int, *, is_whole: bool) -> int:
