@@ -21,6 +21,8 @@ import autopar
 from autopar.cli.models import load_model
 from autopar.emit import elsewhere, write_package
 from autopar.emit.prune import prune
+from autopar.emit.support.command import read_batches
+from autopar.emit.support.described import Input
 from autopar.errors import InputError
 from autopar.plans import Plan
 from tests.commands import refuse, run
@@ -172,6 +174,26 @@ def test_mixed_precision_trains_alike(tmp_path: Path) -> None:
     made = make(tmp_path, {"dp": 2, "tp": 2, "zero": 2}, dtype=torch.float32, precision="param_dtype=bfloat16,reduce_dtype=float32")
     losses = train(made, "--checkpoint", tmp_path / "original.pt", "--data", tmp_path / "batches.pt", "--steps", "3")
     assert losses == pytest.approx(train_original(made), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "holds no batches"),
+        ([torch.zeros(8, 4)], "holds no batches"),
+        ([{"x": torch.zeros(8, 4)}, {"y": torch.zeros(8, 4)}], "batch 1: x is missing"),
+        ({"x": torch.zeros(4, 4)}, r"batch 0: x has the sizes \(4, 4\); \(8, 4\) is needed"),
+    ],
+)
+def test_batches_that_the_model_cannot_take_are_refused(tmp_path: Path, batches: object, message: str) -> None:
+    torch.save(batches, tmp_path / "batches.pt")
+    (tmp_path / "text.pt").write_text("no tensors", encoding="utf-8")
+    inputs = [Input("x", (8, 4), "float32", "R")]
+    with pytest.raises(InputError, match=message):
+        read_batches(tmp_path / "batches.pt", inputs)
+    for name in ("text.pt", "absent.pt"):
+        with pytest.raises(InputError, match=f"{name} can't be read"):
+            read_batches(tmp_path / name, inputs)
 
 
 def test_a_step_of_random_data_updates_buffers(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from autopar.emit.support.described import Input, Model
 from autopar.emit.support.ranks import Ranks, join
-from autopar.emit.support.stored import Stored, part_of_input
+from autopar.emit.support.stored import Stored, load_saved, part_of_input
 from autopar.emit.support.updates import Updates
 from autopar.errors import AutoparError, InputError
 
@@ -80,20 +81,26 @@ def _train(model: Model, make_step: MakeStep, values: Path, options: argparse.Na
 
 def _batches(model: Model, options: argparse.Namespace) -> Iterator[dict[str, Tensor]]:
     """The batches of a file, again and again, or random ones; the same on every rank."""
-    if options.data is None:
-        generator = torch.Generator().manual_seed(options.seed)
-        while True:
-            yield {x.name: _draw(x, generator) for x in model.inputs}
-    batches: Any = torch.load(options.data, weights_only=True)
-    batches = [batches] if isinstance(batches, dict) else batches
-    for number, batch in enumerate(batches):
-        for x in model.inputs:
-            found = batch.get(x.name)
-            if found is None or tuple(found.shape) != x.shape:
-                has = "is missing" if found is None else f"has the sizes {tuple(found.shape)}"
-                raise InputError(f"{options.data}, batch {number}: {x.name} {has}; {x.shape} is needed, of the whole batch")
+    if options.data is not None:
+        yield from cycle(read_batches(options.data, model.inputs))
+    generator = torch.Generator().manual_seed(options.seed)
     while True:
-        yield from batches
+        yield {x.name: _draw(x, generator) for x in model.inputs}
+
+
+def read_batches(path: Path, inputs: Sequence[Input]) -> list[dict[str, Tensor]]:
+    """The batches of a file. Raises InputError where there are none, or one isn't what the model is given."""
+    batches = load_saved(path)
+    batches = [batches] if isinstance(batches, dict) else batches
+    if not (isinstance(batches, list) and batches and all(isinstance(batch, dict) for batch in batches)):
+        raise InputError(f"{path} holds no batches: a list of one or more dicts of the model's inputs is needed")
+    for number, batch in enumerate(batches):
+        for x in inputs:
+            found = batch.get(x.name)
+            if not isinstance(found, Tensor) or tuple(found.shape) != x.shape:
+                has = f"has the sizes {tuple(found.shape)}" if isinstance(found, Tensor) else "is missing"
+                raise InputError(f"{path}, batch {number}: {x.name} {has}; {x.shape} is needed, of the whole batch")
+    return batches
 
 
 def _draw(described: Input, generator: torch.Generator) -> Tensor:

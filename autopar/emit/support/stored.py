@@ -5,6 +5,7 @@ A checkpoint is the original's ``state_dict``: whole tensors by the original's n
 
 from __future__ import annotations
 
+import pickle
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -138,13 +139,18 @@ def read_tensors(path: Path) -> Mapping[str, Tensor]:
             raise InputError(f"{path}: install safetensors, or save the state_dict with torch.save") from error
         loaded: Any = load_file(path)
     else:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, OSError) as error:
-            raise InputError(f"{path} can't be read: {error}") from error
+        loaded = load_saved(path)
     if not isinstance(loaded, Mapping) or not all(isinstance(x, Tensor) for x in loaded.values()):
         raise InputError(f"{path} holds no state_dict: names and tensors are needed")
     return loaded
+
+
+def load_saved(path: Path) -> Any:
+    """What `torch.save` has written to a file, whose code isn't run. Raises InputError where it can't be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} can't be read: {error}") from error
 
 
 def _draw(parameter: Parameter) -> Tensor:
