@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from autopar.capture.export import capture
 from autopar.cli import main
 from autopar.cost_models import Cluster
+from autopar.ir import parse_layout
 from autopar.pages import content, page, tables, timeline
 from autopar.pages.page import make_page
 from autopar.plans import Plan, Purpose
@@ -154,6 +155,14 @@ def test_plans_without_timing_have_a_page_without_a_timeline(plan: Plan) -> None
     data = Page(make_page(plan)).data
     assert data["timeline"] is None
     assert all(box["seconds"] is None for box in data["graph"]["boxes"])
+
+
+def test_the_letters_of_layouts_are_explained() -> None:
+    plan = make_plan()
+    note = table_of(Page(make_page(plan)).data, "layouts")["note"]
+    assert note == "Per axis (dp, tp): S<dim> split, R replicated, /N in each of N equal blocks. Layers of a group share this."
+    layouts = plan.layouts | {"p_transformer_wte_weight": parse_layout("S0z2,R")}
+    assert "z2 ZeRO level 2" in table_of(Page(make_page(replace(plan, layouts=layouts))).data, "layouts")["note"]
 
 
 def test_tables_have_a_cell_per_column() -> None:

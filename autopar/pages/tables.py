@@ -6,10 +6,11 @@ Comes in: a `Plan`. Goes out: `Table`s. Every number is the plan's own or a sum 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from autopar.ir import PIPELINE, format_layout
 from autopar.plans import OUTSIDE, Plan
-from autopar.report import MEMORY_KINDS, describe_copies, find_pipeline_ranks, list_step_parts
+from autopar.report import MEMORY_KINDS, describe_copies, describe_states, find_pipeline_ranks, list_step_parts
 
 Cell = str | int | float | None
 """A text, a number in the unit of its column, or nothing."""
@@ -205,7 +206,8 @@ def _tabulate_layouts(plan: Plan) -> Table:
     return Table(
         "layouts",
         "How tensors are stored",
-        f"Per axis ({', '.join(plan.mesh.names)}): S and the dim that is split, R for replicated. Layers of a group share this."
+        f"Per axis ({', '.join(plan.mesh.names)}): {describe_states(chain.from_iterable(plan.layouts.values()))}."
+        " Layers of a group share this."
         if plan.mesh.names
         else "One rank stores everything.",
         (("tensor", TEXT), ("layers", TEXT), ("layout", TEXT)),

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from autopar.ir import AS_MODEL, PIPELINE, format_mesh, with_pipeline
+from autopar.ir import AS_MODEL, PIPELINE, State, format_mesh, with_pipeline
 from autopar.plans import RECOMPUTE, Candidate, Memory, Plan, Seconds, Unruled
 from autopar.report.reasons import word_reasons
 from autopar.units import format_bytes, format_seconds, format_share
@@ -231,6 +231,18 @@ def describe_mesh(plan: Plan) -> str:
     """The mesh of all ranks, the pipeline among its axes, and how many ranks there are."""
     mesh = format_mesh(with_pipeline(plan.mesh, plan.pipeline.ranks))
     return f"{mesh} ({plan.world_size} ranks)" if plan.world_size > 1 else "of one rank"
+
+
+def describe_states(states: Iterable[State]) -> str:
+    """What the texts of states of stored tensors mean, as far as they occur."""
+    seen = set(states)
+    meanings = [
+        "S<dim> split, R replicated",
+        *(["/N in each of N equal blocks"] if any(state.outer > 1 for state in seen) else []),
+        *(["p in unequal parts"] if any(state.padded for state in seen) else []),
+        *(f"z{level} ZeRO level {level}" for level in (1, 2) if any(state.level == level for state in seen)),
+    ]
+    return ", ".join(meanings)
 
 
 def list_step_parts(seconds: Seconds) -> tuple[tuple[str, float], ...]:

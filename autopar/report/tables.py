@@ -28,6 +28,7 @@ from autopar.report.summary import (
     describe_mesh,
     describe_pipeline,
     describe_proof,
+    describe_states,
     format_gap,
     is_spread,
     list_step_parts,
@@ -274,15 +275,9 @@ def _tabulate_layouts(plan: Plan, layer: str) -> RenderableType:
     if not layouts:
         return Text(f"No stored tensor is named after {layer!r}.")
     axes = ", ".join(plan.mesh.names)
-    states = [state for text in layouts.values() for state in parse_layout(text)]
-    meanings = [
-        "S<dim> split, R replicated",
-        *(["/N in each of N equal blocks"] if any(state.outer > 1 for state in states) else []),
-        *(["p in unequal parts"] if any(state.padded for state in states) else []),
-        *(f"z{level} ZeRO level {level}" for level in (1, 2) if any(state.level == level for state in states)),
-    ]
+    meanings = describe_states(state for text in layouts.values() for state in parse_layout(text))
     return make_table(
-        f"How its tensors are stored (layers that are alike share this), per axis ({axes}): {', '.join(meanings)}",
+        f"How its tensors are stored (layers that are alike share this), per axis ({axes}): {meanings}",
         {"tensor": "left", "layout": "left"},
         list(layouts.items()),
     )
