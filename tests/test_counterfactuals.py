@@ -21,7 +21,7 @@ from autopar.report import Answer, Frontier
 from autopar.report.answers import word_command
 from autopar.report.charts import Axis, Point, draw_line_chart, find_ticks
 from autopar.report.comparison import Difference, compare_memory, compare_steps, decides_alike, word_ratio, word_terms
-from tests.plans import make_pipelined_plan, make_plan
+from tests.plans import make_pipelined_plan, make_plan, make_timed_plan
 
 Golden = Callable[[str, str], None]
 
@@ -245,6 +245,12 @@ def test_the_answer_says_when_it_is_faster_and_when_it_is_the_plan() -> None:
     assert "Both decide the same." in str(Answer("dp=2", plan, plan))
     assert decides_alike(plan, replace(plan, mesh=replace(plan.mesh, names=("a", "b"))))
     assert not decides_alike(plan, faster)
+    timed = make_timed_plan()
+    assert timed.pipeline.timing is not None
+    messages = tuple(replace(message, forward=2 * message.forward) for message in timed.pipeline.timing.messages)
+    elsewhere = replace(timed, pipeline=replace(timed.pipeline, timing=replace(timed.pipeline.timing, messages=messages)))
+    assert elsewhere.pipeline != timed.pipeline
+    assert decides_alike(timed, elsewhere)  # what is decided isn't how long it takes
 
 
 def test_a_batch_of_another_size_is_compared_per_sample() -> None:
