@@ -274,6 +274,8 @@ def test_copies_hold_what_is_used_and_no_more() -> None:
     assert "class AllReduce" in texts["steps.py"]
     with pytest.raises(ValueError, match="has no nothing"):
         prune([("autopar.ops.collectives", "nothing")])
+    # A package runs schedules, and has nothing to record them with.
+    assert not {"recording.py", "recorded.py", "trace.py"} & set(prune([("autopar.runtime.executor", "Executor")]))
 
 
 def test_layers_that_are_alike_share_a_function(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import autopar
 from autopar.errors import InputError
 from autopar.ops import GroupAxis
-from autopar.runtime import recording
+from autopar.runtime import watching
 from autopar.timelines import Trace, from_chrome, predict
 from autopar.timelines.trace import BUSY, COMMUNICATION, COMPUTE, Event
 from tests.processes import Outcomes, run_cases, spawn
@@ -148,7 +148,7 @@ def case_an_error_inside_leaves_nothing_behind() -> None:
     with pytest.raises(ValueError, match="the user's"), model.trace("trace.json"):
         raise error
     assert not Path("trace.json").exists()
-    assert recording.current() is None
+    assert watching.current() is None
     assert dict(vars(GroupAxis)) == methods
     with model.trace("trace.json"):
         model(**inputs)

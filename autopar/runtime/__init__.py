@@ -4,7 +4,7 @@ Comes in: the user's module and a `Program`. Goes out: a module with the same ca
 the global sizes and calls mean what they mean on one device; inside, programs compute with plain tensors that share their storage.
 
 Modules, in reading order: ``failures``, ``dtensor``, ``owned``, ``owned_rules``, ``dispatch``, ``tensor_methods``, ``states``,
-``local_steps``, ``masters``, ``arrivals``, ``sums``, ``scattered``, ``gradients``, ``recording``, ``mailbox``, ``executor``,
+``local_steps``, ``masters``, ``arrivals``, ``sums``, ``scattered``, ``gradients``, ``watching``, ``recording``, ``mailbox``, ``executor``,
 ``pipeline``, ``world``, ``checkpoints``, ``methods``, ``wrapping``, ``members``, ``storage``, ``agreement``, ``fingerprints``,
 ``parameters``, ``parts``, ``outputs``, ``inputs``, ``call_check``, ``pipeline_calls``, ``programs``, ``fusion``, ``module``.
 """

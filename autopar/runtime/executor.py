@@ -20,7 +20,7 @@ from autopar.errors import AutoparError, CommError, PipelineError
 from autopar.ir import MICROBATCH, PIPELINE, State, StateKind
 from autopar.ops import Axis, Deferred, MicrobatchAxis, comm, deferring, join_parts, regather, rng, take_part
 from autopar.rewrite import PipelineProgram, StageProgram
-from autopar.runtime import recording
+from autopar.runtime import watching
 from autopar.runtime.mailbox import AwaitedPass, Delivery, FinishedSends, Mailbox
 from autopar.schedules import COMPUTING, Action, Kind, Schedule
 
@@ -116,10 +116,10 @@ class Executor:
 
     def run(self, actions: Sequence[Action] | None = None) -> None:
         """Run these actions (all of this rank's), one after the other, and wait for what was sent. Raises PipelineError."""
-        recorder = recording.current()
+        watcher = watching.current()
         for action in self.actions if actions is None else actions:
             try:
-                with nullcontext() if recorder is None else recorder.action(action):
+                with nullcontext() if watcher is None else watcher.action(action):
                     self._run_action(action)
             except Exception as error:
                 raise _explain(self.schedule, self.pipeline_rank, action, error) from error

@@ -16,7 +16,7 @@ from torch import Tensor
 from autopar.errors import CommError
 from autopar.ops import Axis, Message
 from autopar.rewrite import CrossingTensor
-from autopar.runtime import recording
+from autopar.runtime import watching
 from autopar.schedules import SENDS, Action, Kind, Schedule
 
 
@@ -123,14 +123,14 @@ class Mailbox:
         while self.pending_sends and all(message.is_done() for message in next(iter(self.pending_sends.values()))):
             del self.pending_sends[next(iter(self.pending_sends))]
         to = self._rank_of[action.peer]
-        recorder = recording.current()
-        start = 0.0 if recorder is None else recorder.now()
+        watcher = watching.current()
+        start = 0.0 if watcher is None else watcher.now()
         try:
             self.pending_sends[action] = [self._axis.send(x, to) for x in tensors]
         except Exception as error:  # a rank that has ended takes no more
             raise CommError(f"stage {action.peer} (pipeline rank {to}) never took it: {error}") from error
-        if recorder is not None:
-            recorder.send(action, tensors, start)
+        if watcher is not None:
+            watcher.send(action, tensors, start)
 
     def receive(self, action: Action, tensors: Sequence[CrossingTensor], device: torch.device) -> None:
         """Begin a receive of the schedule, of tensors with the shapes and dtypes of these tensors. Raises CommError as `wait_for` does."""
@@ -150,9 +150,9 @@ class Mailbox:
             tensors = [message.wait() for message in self._inbox.pop(delivery)]
         except Exception as error:
             raise self._never_came(delivery, error) from error
-        if (recorder := recording.current()) is not None:
+        if (watcher := watching.current()) is not None:
             kind = Kind.SEND_FORWARD if delivery.kind is Kind.FORWARD else Kind.SEND_BACKWARD
-            recorder.arrive(Action(delivery.peer, kind, delivery.microbatch, delivery.stage))
+            watcher.arrive(Action(delivery.peer, kind, delivery.microbatch, delivery.stage))
         return tensors
 
     def _never_came(self, delivery: Delivery, error: Exception) -> CommError:

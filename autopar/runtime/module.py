@@ -25,7 +25,7 @@ from autopar.errors import InputError, PlanError
 from autopar.ir import Layout
 from autopar.ops import AUTOCAST_OFF, Autocast, comm, regather, rng
 from autopar.rewrite import Program
-from autopar.runtime import recording
+from autopar.runtime import recording, watching
 from autopar.runtime.agreement import Agreement, digest, form_agreement, name_ranks
 from autopar.runtime.call_check import CallCheck
 from autopar.runtime.checkpoints import teach_pickling
@@ -300,13 +300,13 @@ class ParallelModule(Unwrapped, nn.Module):
         buffer_parts = [take_local(read_buffers[slot.name], slot.layout, deployment.mesh, deployment.place) for slot in program.buffers]
         shared_seed = rng.agreed(step.share) if deployment.device_mesh is not None else nullcontext()
         regathering = regather(program.prefetch) if program.regather else nullcontext()
-        recorder = recording.current()
-        recorded = nullcontext() if recorder is None else recorder.forward()
-        with AUTOCAST_OFF.active(), comm.active(deployment.axes), shared_seed, regathering, recorded:
+        watcher = watching.current()
+        watched = nullcontext() if watcher is None else watcher.forward()
+        with AUTOCAST_OFF.active(), comm.active(deployment.axes), shared_seed, regathering, watched:
             results = program.module(*parameters, *buffer_parts, *parts)
         results = tuple(results) if isinstance(results, tuple | list) else (results,)
-        if recorder is not None:
-            recorder.watch_backward(results)
+        if watcher is not None:
+            watcher.watch_backward(results)
         if torch.is_grad_enabled() and deployment.device_mesh is not None:
             results = _tell_before_backward(entrance.note_changes, results, (*parameters, *parts))
         with torch.no_grad():

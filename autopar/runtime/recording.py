@@ -27,6 +27,7 @@ from autopar import torch_compat
 from autopar.ops import GroupAxis, Message
 from autopar.plans import Phase, Purpose
 from autopar.replaced import replaced
+from autopar.runtime.watching import current, watched_by
 from autopar.schedules import COMPUTING, SENDS, Action, Kind
 from autopar.timelines import COMMUNICATION, COMPUTE, MEETINGS, Event, RankRecord, Sample, Sent
 
@@ -42,13 +43,6 @@ _PHASES = {
     Kind.BACKWARD_WEIGHT: Phase.BACKWARD_WEIGHT.value,
     Kind.REDUCE: Phase.STEP.value,
 }
-
-_CURRENT: list[Recorder] = []
-
-
-def current() -> Recorder | None:
-    """What records now, if anything does."""
-    return _CURRENT[-1] if _CURRENT else None
 
 
 class Recorder:
@@ -103,8 +97,7 @@ class Recorder:
                 register_optimizer_step_post_hook(lambda *_: self.add_pass("optimizer", Phase.STEP, Purpose.OPTIMIZER)),
             ):
                 stack.callback(hook.remove)
-            _CURRENT.append(self)
-            stack.callback(_CURRENT.remove, self)
+            stack.enter_context(watched_by(self))
             yield
 
     # --- schedules ---
