@@ -15,6 +15,7 @@ from autopar.cost_models import Cluster
 from autopar.pages.page import make_page
 from autopar.plans import Plan
 from autopar.report import describe_decisions, find_rates
+from autopar.report.summary import format_rate
 from autopar.timelines import predict
 from autopar.units import format_bytes, format_seconds, format_share
 from tests.browser import Browser, start_browser
@@ -141,15 +142,19 @@ def test_numbers_are_written_as_in_python(browser: Browser, opened: Plan) -> Non
     generator = random.Random(0)
     seconds = [0.0, 1e-10, 0.1, 100.5, 0.125e-3, 9.995, 99.95, 0.9995, *(10 ** generator.uniform(-10, 4) for _ in range(500))]
     nbytes = [0, 17, 999, 1000, 1005, 1015, 100_500, 999_500, *(round(10 ** generator.uniform(0, 16)) for _ in range(500))]
+    nbytes += [0.5, 2.5, 16.7, 999.5, *(10 ** generator.uniform(0, 6) for _ in range(100))]  # of a mean rank
+    rates = [0.5, 2.0, 50.0, 99.96, 100.5, 101.5, *(10 ** generator.uniform(-4, 9) for _ in range(200))]
     shares = [0.0, 0.0005, 0.0015, 0.125, 1.0, *(generator.random() for _ in range(200))]
     found = browser.run(
-        "const [seconds, bytes, shares] = arguments; return [seconds.map(formatSeconds), bytes.map(formatBytes),"
-        " shares.map((value) => format(value, 'share'))]",
+        "const [seconds, bytes, shares, rates] = arguments; return [seconds.map(formatSeconds), bytes.map(formatBytes),"
+        " shares.map((value) => format(value, 'share')), rates.map((value) => format(value, 'rate'))]",
         seconds,
         nbytes,
         shares,
+        rates,
     )
-    assert found == [list(map(format_seconds, seconds)), list(map(format_bytes, nbytes)), [format_share(share, 1.0) for share in shares]]
+    assert found[:2] == [list(map(format_seconds, seconds)), list(map(format_bytes, nbytes))]
+    assert found[2:] == [[format_share(share, 1.0) for share in shares], list(map(format_rate, rates))]
 
 
 def test_the_header_says_step_and_memory(browser: Browser, opened: Plan) -> None:

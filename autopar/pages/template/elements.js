@@ -39,8 +39,8 @@ function threeDigits(value) {
 
 /** Bytes as text, as autopar.units writes them. */
 function formatBytes(nbytes) {
-  if (Math.abs(nbytes) < 1000) return `${Number.isInteger(nbytes) ? nbytes : threeDigits(nbytes)} B`;
-  let value = nbytes;
+  let value = Number(fixed(nbytes, 0));
+  if (Math.abs(value) < 1000) return `${value} B`;
   for (const prefix of "kMGTP") {
     value /= 1000;
     if (Math.abs(value) < 999.5 || prefix === "P") return `${threeDigits(value)} ${prefix}B`;
@@ -68,7 +68,7 @@ function format(value, unit) {
   if (unit === "seconds") return formatSeconds(value);
   if (unit === "bytes") return formatBytes(value);
   if (unit === "count") return formatCount(value);
-  if (unit === "rate") return value >= 100 ? formatCount(Math.round(value)) : value.toPrecision(3);
+  if (unit === "rate") return value >= 100 ? formatCount(Number(fixed(value, 0))) : String(Number(value.toPrecision(3)));
   if (unit === "share") return `${fixed(100 * value, 1)}%`;
   if (unit === "change") return `${value < 0 ? "" : "+"}${fixed(100 * value, 1)}%`;
   return String(value);
