@@ -75,7 +75,7 @@ def test_the_first_screen(golden: Golden) -> None:
 def test_tables_of_ops(golden: Golden) -> None:
     golden("explain_ops.txt", _render(make_plan(), ops=True))
     golden("explain_ops_pipeline.txt", _render(make_pipelined_plan(), ops=True))
-    assert "This plan has no table of ops." in _render(replace(make_plan(), ops=()), ops=True)
+    assert _render(replace(make_plan(), ops=()), ops=True).endswith("\nThis plan has no table of ops.\n")
 
 
 @pytest.mark.parametrize("kind", PLANS)

@@ -303,6 +303,14 @@ def test_what_the_program_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.
         WRITERS[".svg"](make_plan(), View())
 
 
+def test_rows_that_no_search_makes_are_drawn() -> None:
+    outline = make_outline(make_timed_plan())
+    edge = next(edge for edge in outline.edges if edge.kind is EdgeKind.EXCHANGE)
+    odd = replace(edge, rows=(replace(edge.rows[0], count=0.0), replace(edge.rows[0], purpose=Purpose.COMPUTE, axis="tp", count=3.0)))
+    text = draw_layers(replace(outline, edges=(odd,))).to_string()
+    assert text.count("all_reduce ") == text.count(">compute </TD>") == 1  # without calls nothing is exchanged
+
+
 def test_stages_are_told_apart() -> None:
     outline = make_outline(make_timed_plan())
     assert [edge.kind for edge in outline.edges if edge.start != edge.end].count(EdgeKind.MESSAGE) == 3

@@ -15,7 +15,8 @@ from autopar.plans import CostRow, Plan
 def describe_graph(plan: Plan) -> dict[str, Any]:
     """The stages and boxes of a plan, and per group of layers how its tensors are stored.
 
-    Rows of costs are lists in the order of `ROW`, of one step on one rank of the stage.
+    Rows of costs are of one step on one rank of the stage: lists of phase, purpose, axis, collective, calls, bytes, exposed and hidden
+    seconds.
     """
     drawn = outline.make_outline(plan)
     return {
@@ -37,10 +38,6 @@ def describe_graph(plan: Plan) -> dict[str, Any]:
         "boxes": [_describe_box(box, drawn) for box in drawn.boxes],
         "tensors": {group.name: [[name, format_layout(plan.layouts[op])] for op, name in group.tensors.items()] for group in plan.groups},
     }
-
-
-ROW = ("phase", "purpose", "axis", "collective", "times", "bytes", "exposed", "hidden")
-"""What a row of a box or of an edge holds."""
 
 
 def _describe_row(row: CostRow) -> list[str | float]:

@@ -15,7 +15,7 @@ a column to the top of the next one is cut in two, with the other stage's name a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import pydot
@@ -41,7 +41,7 @@ _BORDERS = {"none": "solid", "selective": "dashed", "full": "dotted"}
 _RECOMPUTED = {"selective": "dashed: the attention core is run again", "full": "dotted: all is run again"}
 
 # What exchanges are for, in the words of the picture: gradients of activations travel as these do, back.
-_WHAT = {
+_WHAT: Mapping[str, str] = {
     Purpose.KERNEL: "activations",
     Purpose.ACTIVATIONS: "activations",
     Purpose.ACTIVATION_GRADIENTS: "activations",
@@ -188,8 +188,8 @@ def _word_exchanges(rows: Iterable[CostRow]) -> str:
     """A line per axis, collective and what it moves, those that take longest first; empty where nothing is exchanged."""
     sums: dict[tuple[str, str, str], list[float]] = {}
     for row in rows:
-        if row.collective != LOCAL_COPY:
-            entry = sums.setdefault((row.axis, row.collective, _WHAT[Purpose(row.purpose)]), [0.0, 0.0, 0.0])
+        if row.collective != LOCAL_COPY and row.count:
+            entry = sums.setdefault((row.axis, row.collective, _WHAT.get(row.purpose, row.purpose)), [0.0, 0.0, 0.0])
             for index, number in enumerate((row.count, row.nbytes, row.seconds + row.hidden)):
                 entry[index] += number
     lines = [

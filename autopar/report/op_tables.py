@@ -57,7 +57,7 @@ def _format_flops(flops: float) -> str:
 
 def tabulate_sums(plan: Plan) -> RenderableType:
     """The groups, and what belongs to no op, up to the whole step."""
-    rows = list_group_rows(plan) if plan.ops else []
+    rows = list_group_rows(plan)
     total = add_rows(rows, "step")
     cells = [[row.module, *_word_numbers(row), format_seconds(row.waiting), format_seconds(row.seconds)] for row in [*rows, total]]
     columns: dict[str, Justify] = {"of": "left", **_NUMBERS, "waiting": "right", "of the step": "right"}

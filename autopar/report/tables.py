@@ -73,7 +73,9 @@ def explain(plan: Plan, console: Console, *, layer: str | None = None, ops: bool
     elif not ops:
         _print_all(console, _list_first_screen(plan))
     if ops:
-        _print_all(console, [*list_op_tables(plan, groups), tabulate_sums(plan)])
+        _print_all(console, list_op_tables(plan, groups))
+        if plan.ops:
+            _print_all(console, [tabulate_sums(plan)])
 
 
 def _print_all(console: Console, parts: Iterable[RenderableType]) -> None:
