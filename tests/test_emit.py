@@ -278,6 +278,17 @@ def test_copies_hold_what_is_used_and_no_more() -> None:
     assert not {"recording.py", "recorded.py", "trace.py"} & set(prune([("autopar.runtime.executor", "Executor")]))
 
 
+def test_names_of_a_plan_are_never_code(tmp_path: Path) -> None:
+    model, inputs = Counting(), {"x": torch.randn(8, 4)}
+    plan = autopar.plan(model, inputs, "2xcpu", pins={"dp": 2})
+    folders = {"Net": tmp_path / "usual", '"""; print("\\': tmp_path / "hostile"}
+    usual, hostile = (write_package(model, inputs, replace(plan, model=name), folder) for name, folder in folders.items())
+    for paths in zip(usual, hostile, strict=True):
+        if paths[0].suffix == ".py":
+            bodies = [ast.parse(path.read_text(encoding="utf-8")).body[1:] for path in paths]
+            assert len({ast.dump(ast.Module(body, [])) for body in bodies}) == 1
+
+
 def test_layers_that_are_alike_share_a_function(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, batch = Decoder(layers=4), draw_batch()

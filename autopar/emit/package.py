@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 
 from autopar.capture import Captured, capture
 from autopar.emit.guide import print_readme
-from autopar.emit.printing import Printer
+from autopar.emit.printing import Printer, in_docstring
 from autopar.emit.prune import Definition, prune
 from autopar.emit.support import assembled, command, staged, whole
 from autopar.emit.tables import find_buffers, find_inputs, find_parameters, print_stages, print_tables
@@ -179,7 +179,7 @@ def _tables(module: fx.GraphModule, parameters: list[str], buffers: list[str]) -
 def _print_init(program: Program, plan: Plan, captured: Captured) -> str:
     """The text of the package's ``__init__.py``, which puts the tables and the program together."""
     pipeline = program.pipeline
-    lines = [f'"""{plan.model} over {plan.world_size} ranks."""'.replace("\\", "/"), "", "from . import layout, model"]
+    lines = [f'"""{in_docstring(plan.model)} over {plan.world_size} ranks."""', "", "from . import layout, model"]
     if pipeline is not None:
         lines.append("from .support.assembled import StageMaker, make_pipeline")
     lines += ["from .support.described import Model", ""]

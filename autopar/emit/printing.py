@@ -102,7 +102,12 @@ class Printer:
 
 
 def _describe_layer(layer: str) -> str:
-    return f"{printable(layer)} and its like.".replace("\\", "/").replace('"', "'") if layer else "A part of the program."
+    return f"{in_docstring(layer)} and its like." if layer else "A part of the program."
+
+
+def in_docstring(text: str) -> str:
+    """Text without what would end a docstring, or be read as something else in it: names of a plan file may hold anything."""
+    return printable(text).replace("\\", "/").replace('"', "'")
 
 
 def _without_sources(text: str) -> str:

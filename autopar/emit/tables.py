@@ -95,7 +95,7 @@ def print_tables(
         f"from .support.described import {', '.join(sorted(kinds))}",
         "from .support.layout import Mesh",
     ]
-    lines += ["", f"MESH = Mesh({mesh.names!r}, {mesh.sizes!r})".replace("'", '"'), f"PIPELINE_RANKS = {plan.pipeline.ranks}", ""]
+    lines += ["", f"MESH = Mesh({_text(mesh.names)}, {_text(mesh.sizes)})", f"PIPELINE_RANKS = {plan.pipeline.ranks}", ""]
     lines += _rows("PARAMETERS", map(_parameter, parameters))
     lines += _rows("BUFFERS", (_call("Buffer", x, ("saved", "updated")) for x in buffers))
     lines += _rows("INPUTS", (_call("Input", x, ("least", "most")) for x in inputs))
