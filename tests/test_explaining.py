@@ -276,6 +276,18 @@ def test_a_change_of_any_field_is_a_difference() -> None:
     assert [change.name for change in find_changes(plan, replace(plan, cluster="2x4xh100"))] == ["cluster"]
 
 
+def test_splits_that_have_one_name_are_told_apart() -> None:
+    plan = _plan_for("llama_tied", *PLANS["free"])
+    op = next(op for op in plan.ops if op.splits and len(op.loops) > 2)
+    axis = plan.mesh.names.index(next(iter(op.splits)))
+    own = plan.placements[op.op][axis]
+    assert own is not None
+    other = next(loop for loop in op.loops if loop != own.loop)
+    placement = tuple(replace(own, loop=other) if index == axis else part for index, part in enumerate(plan.placements[op.op]))
+    changes = find_changes(plan, replace(plan, placements={**plan.placements, op.op: placement}))
+    assert [(change.about, change.name) for change in changes] == [("placements", f"{op.path or op.group}: {op.op}")]
+
+
 def test_plans_of_different_things_are_compared_with_a_warning() -> None:
     plan = make_plan()
     assert find_warnings(plan, plan) == []

@@ -110,10 +110,14 @@ def _tell_layouts(plan: Plan) -> dict[str, float | str]:
 
 
 def _tell_placements(plan: Plan) -> dict[str, float | str]:
-    """What is split of every call, in words where the plan has them."""
-    words = {op.op: ", ".join(f"{what} over {axis}" for axis, what in op.splits.items()) or "nothing" for op in plan.ops}
+    """What is split of every call: in words where the plan has them, and by loops, since several loops may be called features."""
+    words = {op.op: ", ".join(f"{what} over {axis}" for axis, what in op.splits.items()) for op in plan.ops}
     names = {op.op: f"{op.path or op.group}: {op.op}" for op in plan.ops}
-    return {names.get(op, op): words.get(op, format_placement(placement)) for op, placement in plan.placements.items()}
+    told: dict[str, float | str] = {}
+    for op, placement in plan.placements.items():
+        loops = format_placement(placement)
+        told[names.get(op, op)] = f"{words[op]} ({loops})" if words.get(op) else loops
+    return told
 
 
 def _tell_step(plan: Plan) -> dict[str, float | str]:
@@ -192,7 +196,7 @@ def diff(before: Plan, after: Plan, console: Console, names: tuple[str, str] = (
         console.print(Text("The plans are equal."))
         return
     steps = before.seconds.step, after.seconds.step
-    change = f" ({_word_change(*steps, 'seconds')})" if steps[0] != steps[1] else ", as before"
+    change = f" ({_word_change(Change('step', 'step', *steps, 'seconds'))})" if steps[0] != steps[1] else ", as before"
     console.print(Text(f"Step {format_seconds(steps[0])} to {format_seconds(steps[1])}{change}"))
     for about, title in _TITLES.items():
         rows = [change for change in changes if change.about == about]
@@ -204,7 +208,7 @@ def diff(before: Plan, after: Plan, console: Console, names: tuple[str, str] = (
         cells = [[change.name, _word_value(change.before, change.unit), _word_value(change.after, change.unit)] for change in shown]
         if shown[0].unit:
             columns = {about: "left", names[0]: "right", names[1]: "right", "change": "right"}
-            cells = [[*cell, _word_change(change.before, change.after, change.unit)] for cell, change in zip(cells, shown, strict=True)]
+            cells = [[*cell, _word_change(change)] for cell, change in zip(cells, shown, strict=True)]
         console.print()
         console.print(make_table(title + more, columns, cells))
 
@@ -225,9 +229,15 @@ def _word_value(value: float | str | None, unit: str) -> str:
     return format_seconds(value) if unit == "seconds" else format_rate(value)
 
 
-def _word_change(before: float | str | None, after: float | str | None, unit: str) -> str:
-    """By how much a number has changed, and the share where there was something before."""
-    old, new = (value if isinstance(value, (int, float)) else 0.0 for value in (before, after))
+def _word_change(change: Change) -> str:
+    """By how much a number has changed, and the share where there was something before.
+
+    What a plan hasn't got takes nothing, but a candidate that it hasn't got isn't known.
+    """
+    values = change.before, change.after
+    if change.about == "candidates" and None in values:
+        return NOTHING
+    old, new = (value if isinstance(value, (int, float)) else 0.0 for value in values)
     sign = "+" if new >= old else "-"
     share = f", {100 * (new / old - 1):+.1f}%" if old else ""
-    return f"{sign}{_word_value(abs(new - old), unit)}{share}"
+    return f"{sign}{_word_value(abs(new - old), change.unit)}{share}"
