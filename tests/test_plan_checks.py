@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from torch import Tensor, nn
 
+import autopar
 from autopar.errors import PlanError
 from autopar.plans.plan import VERSION, Plan, from_json, to_json
 from autopar.report.summary import summarize
@@ -341,3 +344,26 @@ def _check_text(text: str) -> None:
         explain(plan, Console(file=io.StringIO(), width=120))
     message.encode()  # can be printed
     assert time.process_time() - begin < 1
+
+
+class Folded(nn.Module):
+    """Attention whose samples and heads are one dim, as those of torch's own `nn.MultiheadAttention`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = (y.reshape(batch, tokens, 4, 4).transpose(1, 2).reshape(batch * 4, tokens, 4) for y in self.qkv(x).chunk(3, dim=-1))
+        heads = (q @ k.transpose(1, 2)).softmax(-1) @ v
+        return self.out(heads.reshape(batch, 4, tokens, 4).transpose(1, 2).reshape(batch, tokens, width)).square().mean()
+
+
+def test_what_a_micro_batch_reads_fits_its_own_sizes(tmp_path: Path) -> None:
+    """A dim that holds samples and heads is split inside of each sample, of which a micro-batch has fewer."""
+    plan = autopar.plan(Folded(), {"x": torch.randn(16, 8, 16)}, "4xcpu", pins={"pp": 1, "dp": 2, "tp": 2, "microbatches": 4})
+    outers = {state.outer for reads in plan.reads.values() for read in reads for state in (*read.made, *read.need)}
+    assert max(outers) == 4
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan

@@ -6,9 +6,10 @@ Comes in: a `Chosen`, what the search decided. Goes out: the operands of every c
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from autopar.costs import operand_layout_of, result_layout_of
-from autopar.ir import Layout, Mesh, OpKind, StateKind, Tensor, Value, local_shape, program_layout
+from autopar.ir import Layout, Mesh, OpKind, StateKind, Tensor, Value, local_outer, local_shape, program_layout
 from autopar.plans import Read
 from autopar.search.attribution import Chosen
 from autopar.structure import first_rank_axis
@@ -51,4 +52,15 @@ def _make_read(value: Value, tensor: Tensor, made: Layout, need: Layout, mesh: M
     in_parts = need if any(state.kind is StateKind.SHARD for state in need[:first_axis]) else made
     part = Tensor(local_shape(tensor.shape, in_parts[:first_axis], micro), tensor.dtype)
     gradient = tensor.reduced_dtype if tensor.requires_grad else ""
-    return Read(str(value), str(part), made[first_axis:], need[first_axis:], gradient)
+    states = in_parts[:first_axis]
+    return Read(str(value), str(part), _inside(made[first_axis:], states, micro), _inside(need[first_axis:], states, micro), gradient)
+
+
+def _inside(layout: Layout, states: Layout, micro: Mesh) -> Layout:
+    """`layout` as a micro-batch's part of a tensor has it: of the outer blocks of a dim that micro-batches split too, it has fewer."""
+    return tuple(
+        replace(state, outer=local_outer((*states, state), Mesh((*micro.names, ""), (*micro.sizes, 1)), len(states)))
+        if state.kind is StateKind.SHARD
+        else state
+        for state in layout
+    )
