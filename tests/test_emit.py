@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -24,7 +25,8 @@ from autopar.emit.prune import prune
 from autopar.emit.support.command import read_batches
 from autopar.emit.support.described import Input
 from autopar.errors import InputError
-from autopar.plans import Plan
+from autopar.plans import Plan, Request, to_json
+from autopar.plans.plan import from_json
 from tests.commands import refuse, run
 
 Golden = Callable[[str, str], None]
@@ -245,6 +247,25 @@ def test_the_program_is_readable(pair: Made, golden: Golden) -> None:
 
 def test_the_tables_are_readable(pair: Made, golden: Golden) -> None:
     golden("emitted_layout.txt", (pair.folder / "parallel" / "layout.py").read_text(encoding="utf-8"))
+
+
+def test_names_in_a_plan_never_become_code(pair: Made, tmp_path: Path) -> None:
+    """A plan's file may come from anywhere, so its names are text in the package, whatever stands in them."""
+    model, axis = 'x"""; raise SystemExit #', "a', print('ran'), '"
+
+    def rename(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {rename(name): rename(value) for name, value in part.items()}
+        return [rename(each) for each in part] if isinstance(part, list) else axis if part == "dp" else part
+
+    data = json.loads(to_json(replace(pair.plan, model=model, request=Request())))
+    plan = from_json(json.dumps({**data, "plan": {**rename(data["plan"]), "request": data["plan"]["request"]}}))
+    assert (plan.model, plan.mesh.names[0]) == (model, axis)
+    write_package(pair.model, pair.batches[0], plan, tmp_path)
+    for name in ("__init__.py", "layout.py", "model.py"):
+        text = (tmp_path / "parallel" / name).read_text(encoding="utf-8")
+        names = {node.id for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)}
+        assert not names & {"print", "SystemExit"}, text
 
 
 def test_a_package_imports_torch_only(pair: Made) -> None:
