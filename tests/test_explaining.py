@@ -267,6 +267,25 @@ def test_changes_are_the_plans_numbers() -> None:
     assert not [key for key in changes if key[0] == "layouts"]
 
 
+def test_the_kinds_of_memory_add_up_in_a_difference() -> None:
+    before = make_plan()
+    after = replace(before, memory=replace(before.memory, workspace=10**8, apart=50_000_000))
+    before = replace(before, memory=replace(before.memory, apart=3_000_000_000))
+    changes: dict[str, Any] = {change.name: change for change in find_changes(before, after) if change.about == "memory"}
+    assert (changes["not at once"].before, changes["not at once"].after) == (-3_000_000_000, -50_000_000)
+    more = {name: change.after - change.before for name, change in changes.items()}
+    assert more.pop("total") == sum(more.values())
+
+
+def test_what_a_plan_lacks_has_no_share_in_a_difference() -> None:
+    text = _render_diff(make_plan(), make_pipelined_plan())
+    assert "-100.0%" not in text
+    (row,) = (line for line in text.splitlines() if line.startswith("best pipeline"))
+    assert row.split() == ["best", "pipeline", "-", "15.0", "ms", "-"]
+    hardly = replace(make_plan(), memory=replace(make_plan().memory, workspace=1000))
+    assert "%" not in next(line for line in _render_diff(hardly, make_plan()).splitlines() if line.startswith("workspace"))
+
+
 def test_a_change_of_any_field_is_a_difference() -> None:
     plan = make_plan()
     smaller = replace(plan, memory=replace(plan.memory, workspace=1))

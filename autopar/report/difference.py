@@ -22,6 +22,9 @@ from autopar.units import format_bytes, format_seconds
 
 _SHOWN = 12
 
+# A number that has changed by more than this factor has no share beside it.
+_TELLING = 100.0
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -136,7 +139,7 @@ def _tell_memory(plan: Plan) -> dict[str, float | str]:
     memory = plan.memory
     return {
         **{kind: getattr(memory, kind) for kind in MEMORY_KINDS},
-        "not at once": memory.apart,
+        "not at once": -memory.apart,
         "total": memory.total,
         "budget": memory.budget,
     }
@@ -208,7 +211,7 @@ def diff(before: Plan, after: Plan, console: Console, names: tuple[str, str] = (
         cells = [[change.name, _word_value(change.before, change.unit), _word_value(change.after, change.unit)] for change in shown]
         if shown[0].unit:
             columns = {about: "left", names[0]: "right", names[1]: "right", "change": "right"}
-            cells = [[*cell, _word_change(change)] for cell, change in zip(cells, shown, strict=True)]
+            cells = [[*cell, _word_change_of(change)] for cell, change in zip(cells, shown, strict=True)]
         console.print()
         console.print(make_table(title + more, columns, cells))
 
@@ -229,15 +232,17 @@ def _word_value(value: float | str | None, unit: str) -> str:
     return format_seconds(value) if unit == "seconds" else format_rate(value)
 
 
-def _word_change(change: Change) -> str:
-    """By how much a number has changed, and the share where there was something before.
-
-    What a plan hasn't got takes nothing, but a candidate that it hasn't got isn't known.
-    """
-    values = change.before, change.after
-    if change.about == "candidates" and None in values:
+def _word_change_of(change: Change) -> str:
+    """By how much a thing has changed; a kind of candidates that wasn't found in one of the plans has no step there, not one of nothing."""
+    if change.about == "candidates" and None in (change.before, change.after):
         return NOTHING
-    old, new = (value if isinstance(value, (int, float)) else 0.0 for value in values)
+    return _word_change(change.before, change.after, change.unit)
+
+
+def _word_change(before: float | str | None, after: float | str | None, unit: str) -> str:
+    """By how much a number has changed, and the share where both plans have something."""
+    old, new = (value if isinstance(value, (int, float)) else 0.0 for value in (before, after))
     sign = "+" if new >= old else "-"
-    share = f", {100 * (new / old - 1):+.1f}%" if old else ""
-    return f"{sign}{_word_value(abs(new - old), change.unit)}{share}"
+    # What one plan hasn't got, or hardly has, has no share that says anything.
+    share = f", {100 * (new / old - 1):+.1f}%" if min(old, new) > 0 and max(old, new) < _TELLING * min(old, new) else ""
+    return f"{sign}{_word_value(abs(new - old), unit)}{share}"
