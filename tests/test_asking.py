@@ -107,6 +107,7 @@ def test_what_does_not_fit_is_an_answer_with_the_code_of_no_plan(saved: Path) ->
     [
         (["--why-not", "tp=3"], "pins tp=3 need a multiple of 3 ranks, the cluster 1x4xcpu has 4"),
         (["--why-not", "tq=3"], "unknown pin 'tq'"),
+        (["--why-not", "tp"], "pin 'tp' has no value; write tp=N"),
         (["--why-not", "tp=2,tp=4"], "pin 'tp' is given twice"),
         (["--why-not", "dp=1,zero=3"], "but dp is pinned to 1"),
         (["--what-if", "betch=3"], "'betch=3' changes nothing that is known; write NAME=VALUE, where NAME is one of batch, seq"),

@@ -14,6 +14,7 @@ To add a pin, add a row to `TABLE` and a field of its name to `Pins`, and obey i
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -144,6 +145,17 @@ LATER_PINS = ("ep", "offload", "attention")
 """Names that are refused today and will be pins of later versions."""
 
 
+_NAMED_ELSEWHERE = {
+    **dict.fromkeys(("data", "ddp", "replicate"), "dp"),
+    **dict.fromkeys(("tensor", "model", "mp"), "tp"),
+    **dict.fromkeys(("context", "sequence", "sp"), "cp"),
+    **dict.fromkeys(("pipeline", "pipe", "stages", "num_stages"), "pp"),
+    **dict.fromkeys(("num_microbatches", "micro_batches", "gradient_accumulation", "accumulation_steps"), "microbatches"),
+    **dict.fromkeys(("checkpoint", "checkpointing", "activation_checkpointing", "ac", "remat"), "recompute"),
+}
+"""What other systems call something that can be pinned -> the pin's name."""
+
+
 def describe_pins() -> tuple[tuple[str, str], ...]:
     """(how a pin is written, what it means) of everything that can be pinned, for help and documentation."""
     return (
@@ -230,7 +242,7 @@ class Pins:
                 value = _parse_module(f"{name}={value}", value)
             if not (isinstance(name, str) and isinstance(value, Mapping)):
                 raise InputError(
-                    f"unknown pin {name!r}; known are {', '.join(PIN_NAMES)} and globs of module paths, "
+                    f"unknown pin {name!r}{_guess_name(name)} are {', '.join(PIN_NAMES)} and globs of module paths, "
                     "whose choices are pp:STAGE or AXIS:LOOP"
                 )
             if loops := {axis: loop for axis, loop in value.items() if axis != PIPELINE}:
@@ -248,6 +260,9 @@ class Pins:
         pins: dict[str, object] = {}
         for text in texts:
             name, _, value = (part.strip() for part in text.partition("="))
+            if not value and name in PIN_NAMES:
+                pin = next(pin for pin in TABLE if pin.name == name)
+                raise InputError(f"pin {text!r} has no value; write {name}={pin.values}: {pin.help}")
             if name in pins:
                 raise InputError(f"pin {name!r} is given twice")
             if len(parts := text.split(",")) > 1 and all(part.partition("=")[0].strip() in PIN_NAMES for part in parts):
@@ -421,6 +436,17 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise InputError(f"mesh {text!r}: {name}={value} is no size of an axis; a whole number of ranks from 1 is needed")
         mesh[name] = int(value)
     return mesh
+
+
+def _guess_name(name: object) -> str:
+    """Which pin an unknown name may mean, if any is guessed: to stand in a message between the name and those that are known.
+
+    >>> _guess_name("TP"), _guess_name("microbatch"), _guess_name("zp")
+    ('; did you mean tp? Known', '; did you mean microbatches? Known', '; known')
+    """
+    wanted = str(name)[:100].lower().replace("-", "_").removesuffix("_size").removesuffix("_parallel")
+    close = [_NAMED_ELSEWHERE[wanted]] if wanted in _NAMED_ELSEWHERE else difflib.get_close_matches(wanted, PIN_NAMES, n=2)
+    return f"; did you mean {' or '.join(close)}? Known" if close else "; known"
 
 
 def _is_number(text: str) -> bool:
