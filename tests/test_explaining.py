@@ -78,6 +78,33 @@ def test_tables_of_ops(golden: Golden) -> None:
     assert _render(replace(make_plan(), ops=()), ops=True).endswith("\nThis plan has no table of ops.\n")
 
 
+def test_a_file_of_several_lines_is_named_once() -> None:
+    plan = make_plan()
+    source = "a/folder/modeling_of_a_long_name.py"
+    lines = {"view": f"{source}:7: y = x.view(-1)", "addmm": f"{source}:20: x = self.c_fc(x)", "other": "b/activations.py:9: return x"}
+    ops = [replace(op, group=plan.groups[0].name) for op in plan.ops if op.op in lines]
+    ops.append(replace(ops[0], op="other"))
+    ops = [replace(op, source=lines[op.op]) for op in ops]
+    plan = replace(plan, ops=tuple(ops), placements={**plan.placements, "other": (None, None)})
+    text = _render(plan, ops=True)
+    assert text.count("modeling_of_a_long_name.py") == 1
+    assert "lines without a file are those of modeling_of_a_long_name.py" in " ".join(text.split())
+    assert [line.split()[-1] for line in text.splitlines() if " view " in line or " addmm " in line] == ["7", "20", "activations.py:9"]
+    narrow = io.StringIO()
+    explain(plan, Console(file=narrow, width=80, color_system=None), ops=True)
+    assert "activations.py:9" in narrow.getvalue()
+
+
+def test_piped_output_is_as_wide_as_the_variable_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plan().save(tmp_path / "plan.json")
+    widths = {}
+    for columns in ("", "80", "0", "many", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        widths[columns] = max(len(line.rstrip()) for line in run("explain", tmp_path / "plan.json").stdout.splitlines())
+    assert widths["80"] <= 80 < widths[""] <= 120 < widths["200"] <= 200
+    assert widths[""] == widths["0"] == widths["many"]
+
+
 @pytest.mark.parametrize("kind", PLANS)
 @pytest.mark.parametrize("name", ["llama_tied", "gpt2", "t5_deep"])
 def test_ops_add_up_to_the_plan(name: str, kind: str) -> None:

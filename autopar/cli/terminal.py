@@ -32,6 +32,9 @@ PROGRESS_SECONDS = 10.0
 # Columns when the output is no terminal, such as a file: wide enough for a source line beside its op.
 _PIPED_WIDTH = 120
 
+# Columns that the variable COLUMNS may ask for.
+_MOST_COLUMNS = 10_000
+
 # Characters of a message at most: names of a user's files and models may have any length.
 _MESSAGE = 2000
 
@@ -46,8 +49,11 @@ def clean(message: object) -> str:
 
 
 def make_console(stream: IO[str]) -> Console:
-    """A console for tables: as wide as the terminal, or as is good for a file."""
-    return Console(file=stream, width=None if stream.isatty() else _PIPED_WIDTH)
+    """A console for tables: as wide as the terminal, or as the variable COLUMNS says, or as is good for a file."""
+    columns = os.environ.get("COLUMNS", "")
+    says_width = columns.isascii() and columns.isdigit() and 0 < int(columns[:9]) <= _MOST_COLUMNS
+    width = int(columns) if says_width else _PIPED_WIDTH
+    return Console(file=stream, width=None if stream.isatty() else width)
 
 
 @contextmanager

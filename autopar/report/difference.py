@@ -199,7 +199,7 @@ def diff(before: Plan, after: Plan, console: Console, names: tuple[str, str] = (
         console.print(Text("The plans are equal."))
         return
     steps = before.seconds.step, after.seconds.step
-    change = f" ({_word_change(Change('step', 'step', *steps, 'seconds'))})" if steps[0] != steps[1] else ", as before"
+    change = f" ({_word_change(*steps, 'seconds')})" if steps[0] != steps[1] else ", as before"
     console.print(Text(f"Step {format_seconds(steps[0])} to {format_seconds(steps[1])}{change}"))
     for about, title in _TITLES.items():
         rows = [change for change in changes if change.about == about]

@@ -5,6 +5,7 @@ Comes in: a plan, groups of its layers. Goes out: a table per group, and one of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich.console import RenderableType
@@ -26,12 +27,18 @@ def list_op_tables(plan: Plan, groups: Sequence[Group]) -> Iterator[RenderableTy
     for group in groups:
         rows = list_op_rows(plan, group)
         layers = f", its {group.count} layers together" if group.count > 1 else ""
-        cells = [[row.module, row.op, row.placement or NOTHING, *_word_numbers(row), _shorten_line(row.source)] for row in rows]
+        places = [_find_place(row.source) for row in rows]
+        common = _find_common_file(places)
+        lines = [line if file in ("", common) else f"{file}:{line}" for file, line in places]
+        cells = [
+            [row.module, row.op, row.placement or NOTHING, *_word_numbers(row), line] for row, line in zip(rows, lines, strict=True)
+        ]
         total = add_rows(rows, "all")
         columns: dict[str, Justify] = {"module": "left", "op": "left", "split": "left", **_NUMBERS, "your line": "left"}
         rank = "the mean rank" if plan.pipeline.ranks > 1 else "a rank"
         yield make_table(
-            f"Ops of {group.name}{layers}: work of the forward on all ranks, the rest on {rank}",
+            f"Ops of {group.name}{layers}: work of the forward on all ranks, the rest on {rank}"
+            + (f"; lines without a file are those of {common}" if common else ""),
             columns,
             [*cells, [total.module, "", "", *_word_numbers(total), ""]],
             total=True,
@@ -39,10 +46,17 @@ def list_op_tables(plan: Plan, groups: Sequence[Group]) -> Iterator[RenderableTy
         )
 
 
-def _shorten_line(source: str) -> str:
+def _find_place(source: str) -> tuple[str, str]:
     """Of the user's line the name of the file and the number; the line itself is in the data for programs."""
-    place = source.partition(": ")[0]
-    return place.rpartition("/")[2]
+    file, _, line = source.partition(": ")[0].rpartition("/")[2].rpartition(":")
+    return file, line
+
+
+def _find_common_file(places: Sequence[tuple[str, str]]) -> str:
+    """The file that most of the lines are in, if several are: it needn't stand in every row."""
+    counts = Counter(file for file, _ in places if file)
+    file, number = counts.most_common(1)[0] if counts else ("", 0)
+    return file if number > 1 else ""
 
 
 def _word_numbers(row: OpRow) -> list[str]:

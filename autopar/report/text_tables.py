@@ -19,11 +19,14 @@ NOTHING = "-"
 def make_table(
     title: str, columns: Mapping[str, Justify], rows: Iterable[Sequence[str]], *, total: bool = False, is_tight: bool = False
 ) -> Stack:
-    """Make a table of plain text under its title; `total` sets the last row apart, `is_tight` leaves less space between columns."""
+    """Make a table of plain text under its title; `total` sets the last row apart, `is_tight` leaves less space between columns.
+
+    Where the console is too narrow, texts are broken, of a tight table those of the last column last: they are places to go to.
+    """
     # Text, not str: names and source lines may hold square brackets, which rich would read as markup.
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=is_tight)
-    for name, justify in columns.items():
-        table.add_column(Text(name), justify=justify, overflow="fold")
+    for number, (name, justify) in enumerate(columns.items(), start=1):
+        table.add_column(Text(name), justify=justify, overflow="fold", no_wrap=is_tight and number == len(columns))
     cells = [[Text(cell) for cell in row] for row in rows]
     for index, row in enumerate(cells):
         table.add_row(*row, end_section=total and index == len(cells) - 2)
