@@ -78,6 +78,23 @@ def test_tables_of_ops(golden: Golden) -> None:
     assert _render(replace(make_plan(), ops=()), ops=True).endswith("\nThis plan has no table of ops.\n")
 
 
+def test_a_module_shows_its_own_ops_and_the_rest_in_one_row() -> None:
+    plan = _plan_for("llama_tied", *PLANS["fsdp"])
+    for group in plan.groups:
+        whole = list_op_rows(plan, group)
+        layers = ["layers.1.mlp", "layers.1", "mlp.*", group.name] if group.paths else ["embed_tokens", "norm", group.name]
+        for layer in layers:
+            rows = list_op_rows(plan, group, layer)
+            for name in ("seconds", "exposed", "hidden", "nbytes", "flops"):
+                total = sum(getattr(row, name) for row in whole)
+                assert sum(getattr(row, name) for row in rows) == pytest.approx(total, rel=1e-9), (layer, name)
+            has_rest = rows[-1].module in ("rest of the layer", "the others outside")
+            assert has_rest == (layer not in ("layers.1", group.name)), layer
+            if layer == "layers.1.mlp":
+                assert {row.module.partition(".")[0] for row in rows[:-2]} == {"mlp"}
+                assert rows[-2].module == f"{3 * group.count} parameters"
+
+
 def test_a_file_of_several_lines_is_named_once() -> None:
     plan = make_plan()
     source = "a/folder/modeling_of_a_long_name.py"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from autopar.ir import PIPELINE
 from autopar.plans import OUTSIDE, Group, OpCost, Plan, Purpose
+from autopar.report.selection import select_ops
 from autopar.rules import short_name
 
 
@@ -46,15 +47,21 @@ class OpRow:
         return self.compute + self.exposed + self.waiting
 
 
-def list_op_rows(plan: Plan, group: Group) -> list[OpRow]:
-    """The rows of a group's ops that take anything, of all layers together, in the order of the program; parameters are one last row."""
-    ops = [op for op in plan.ops if op.group == group.name]
+def list_op_rows(plan: Plan, group: Group, layer: str | None = None) -> list[OpRow]:
+    """The rows of a group's ops that take anything, of all layers together, in the order of the program; parameters are one more row.
+
+    Of a `layer` that is less than the group, its ops have rows, and the others are one last row: the rows always add up to the group's.
+    """
+    ops = select_ops(plan, group, layer)
     calls = [op for op in ops if op.op in plan.placements]
     rows = [row for op in calls if (row := _make_row(plan, group, op)).seconds or row.flops or row.nbytes]
     parameters = [_make_row(plan, group, op) for op in ops if op.op not in plan.placements]
     if parameters:
         number = sum(op.count for op in ops if op.op not in plan.placements)
         rows.append(add_rows(parameters, f"{number} parameter{'' if number == 1 else 's'}", "update, sums"))
+    names = {op.op for op in ops}
+    if others := [_make_row(plan, group, op) for op in plan.ops if op.group == group.name and op.op not in names]:
+        rows.append(add_rows(others, "rest of the layer" if group.paths else "the others outside"))
     return rows
 
 

@@ -19,13 +19,13 @@ from autopar.units import format_bytes, format_seconds
 _NUMBERS: dict[str, Justify] = {"work": "right", "compute": "right", "exposed": "right", "hidden": "right", "moved": "right"}
 
 
-def list_op_tables(plan: Plan, groups: Sequence[Group]) -> Iterator[RenderableType]:
-    """What every op of these groups costs, a table for each."""
+def list_op_tables(plan: Plan, groups: Sequence[Group], layer: str | None = None) -> Iterator[RenderableType]:
+    """What every op of these groups costs, a table for each; of a `layer` that is less than a group, only its own ops have rows."""
     if not plan.ops:
         yield Text("This plan has no table of ops.")
         return
     for group in groups:
-        rows = list_op_rows(plan, group)
+        rows = list_op_rows(plan, group, layer)
         layers = f", its {group.count} layers together" if group.count > 1 else ""
         places = [_find_place(row.source) for row in rows]
         common = _find_common_file(places)

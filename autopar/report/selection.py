@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 from autopar.errors import InputError
 from autopar.ir import format_layout
-from autopar.plans import OUTSIDE, BlockChoice, Group, Plan
+from autopar.plans import OUTSIDE, BlockChoice, Group, OpCost, Plan
 from autopar.schedules import make_schedule
 
 
@@ -60,6 +60,19 @@ def select_layouts(plan: Plan, layer: str) -> Mapping[str, str]:
     }
 
 
+def select_ops(plan: Plan, group: Group, layer: str | None) -> list[OpCost]:
+    """The calls and parameters of a group that are inside of `layer`; all of the group when it is None or names the group.
+
+    The plan lists those of the first of like layers, which stand for those of the others. Raises InputError as `select_groups` does.
+    """
+    ops = [op for op in plan.ops if op.group == group.name]
+    if layer is None or _find_group(plan, layer) is not None:
+        return ops
+    pattern = layer.split(".")
+    names = {op.op: op.path if op.op in plan.placements else op.target for op in ops}
+    return [op for op in ops if any(_matches(alike, pattern) for alike in _list_names(group, names[op.op]))]
+
+
 def find_pipeline_ranks(plan: Plan) -> tuple[int, ...]:
     """The pipeline rank that runs each stage."""
     pipeline = plan.pipeline
@@ -93,9 +106,9 @@ def _find_blocks_outside(plan: Plan) -> list[BlockChoice]:
 
 
 def _list_names(group: Group, name: str) -> Iterator[str]:
-    """The user's names of a tensor of the group's first layer and of those at the same place in the other layers."""
+    """The user's names of a tensor or a module of the group's first layer and of those at the same place in the other layers."""
     first = group.paths[0] if group.paths else ""
-    if not name.startswith(f"{first}."):
+    if not f"{name}.".startswith(f"{first}."):
         yield name
         return
     yield from (path + name[len(first) :] for path in group.paths)

@@ -66,7 +66,7 @@ def explain(plan: Plan, console: Console, *, layer: str | None = None, ops: bool
         console.print(Text(f"fingerprint {plan.fingerprint}"))
     if layer is not None:
         _print_all(console, [*_list_decisions(plan, groups, layer), _tabulate_groups(plan, groups), _tabulate_layouts(plan, layer)])
-        _print_all(console, list_op_tables(plan, groups))
+        _print_all(console, list_op_tables(plan, groups, layer))
         return
     if everything:
         _print_all(console, _list_everything(plan, groups))
