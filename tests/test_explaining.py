@@ -173,6 +173,7 @@ def test_the_chosen_candidate_says_what_the_plan_says(kind: str) -> None:
     assert chosen.parts is not None
     for part, seconds in split_terms(chosen.parts).items():
         assert seconds == pytest.approx(split_terms(plan.seconds)[part], rel=1e-6, abs=1e-12), part
+    assert chosen.memory_bytes == plan.memory.total - plan.memory.reserved
     assert (chosen.kind == "pipeline") == (plan.pipeline.ranks > 1)
     for name, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True):
         assert size == 1 or f"{name}={size}" in chosen.mesh

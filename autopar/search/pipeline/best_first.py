@@ -379,7 +379,7 @@ def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, ti
         return None
     outcome = "can't beat the best found" if assignment.status == "beyond" else assignment.status
     costs = [block.options[index].cost for block, index in zip(blocks, assignment.options, strict=True)]
-    note(state, configuration, assignment.simulated, max(assignment.peak) + given_nbytes, f"{choice}: {outcome}", costs=costs)
+    note(state, configuration, assignment.simulated, max(cost.peak) + given_nbytes, f"{choice}: {outcome}", costs=costs)
     if assignment.simulated >= limit_s:
         return None
     return _describe(state, greedy, solutions, blocks, assignment, cost, candidate=len(state.candidates) - 1)
