@@ -229,6 +229,16 @@ def test_the_answer_in_text(golden: Golden) -> None:
     assert str(Answer("tp=8", plan, None, "no plan fits", 5)) == "tp=8 can't be had: no plan fits"
 
 
+def test_the_answer_has_the_notes_that_only_the_other_plan_has() -> None:
+    plan = make_plan()
+    other = replace(plan, notes=(*plan.notes, "gathers wait, since memory is short"))
+    answer = Answer("tp=8", plan, other)
+    assert "Notes on this one\n- gathers wait, since memory is short\n" in str(answer)
+    assert answer.to_data()["notes"] == ["gathers wait, since memory is short"]
+    assert not any(note in str(answer) for note in plan.notes)
+    assert "Notes" not in str(Answer("tp=8", other, plan))
+
+
 def test_the_answer_says_when_it_is_faster_and_when_it_is_the_plan() -> None:
     plan = make_plan()
     faster = replace(plan, proof=replace(plan.proof, objective_ns=10), mesh=replace(plan.mesh, sizes=(4, 2)))

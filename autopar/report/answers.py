@@ -63,6 +63,8 @@ class Answer:
             tabulate_plans(self.plan, self.other, ("the plan", "this one")),
             "",
         ]
+        if notes := [note for note in self.other.notes if note not in self.plan.notes]:
+            lines += ["Notes on this one", *(f"- {note}" for note in notes), ""]
         command = word_command(self.other.request, self.other.precision)
         if decides_alike(self.plan, self.other):
             lines.append("Both decide the same.")
@@ -88,6 +90,7 @@ class Answer:
             "other": None if other is None else _plan_data(other),
         }
         if other is not None:
+            data["notes"] = [note for note in other.notes if note not in self.plan.notes]
             data["difference_seconds"] = {part.name: part.change for part in compare_steps(self.plan, other)}
             data["difference_bytes"] = {part.name: part.change for part in compare_memory(self.plan, other)}
         return data
