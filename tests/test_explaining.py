@@ -21,7 +21,7 @@ from autopar.plans.plan import Plan
 from autopar.report import diff, diff_data, explain, summarize, to_data
 from autopar.report.difference import find_changes, find_warnings
 from autopar.report.op_rows import list_group_rows, list_op_rows
-from autopar.report.reasons import find_runner_up, format_step, group_candidates, split_terms, word_reasons
+from autopar.report.reasons import find_runner_up, find_untried, format_step, group_candidates, split_terms, word_reasons
 from autopar.report.summary import describe_proof, find_rates
 from autopar.units import format_bytes, format_seconds
 from tests.commands import refuse, run
@@ -233,20 +233,57 @@ def test_bounds_and_estimates_are_marked() -> None:
     bound, estimate = (replace(found, basis=basis, parts=None) for basis in ("bound", "estimate"))
     assert (format_step(bound), format_step(estimate)) == ("≥ 12.3 ms", "~12.3 ms")
     assert format_step(replace(found, step_seconds=None)) == "-"
-    assert "would take at least 12.3 ms" in word_reasons(_with_candidates(plan, bound))[0]
-    assert "would take an estimated 12.3 ms" in word_reasons(_with_candidates(plan, estimate))[0]
-    assert "the parts of its step aren't known" in word_reasons(_with_candidates(plan, estimate))[0]
+    assert "data parallelism alone (dp=8), at least 12.3 ms (+11.8%) and not searched" in word_reasons(_with_candidates(plan, bound))[0]
+    (text,) = word_reasons(_with_candidates(plan, estimate))
+    assert text == (
+        "Closest of another kind: data parallelism alone (dp=8), an estimated 12.3 ms (+11.8%) and not searched further;"
+        ' --why-not "dp=8" plans it.'
+    )
 
 
-def test_what_was_found_comes_before_what_was_estimated_and_that_is_said() -> None:
+def test_what_is_closer_than_all_that_was_found_comes_first() -> None:
     plan = make_plan()
-    found = replace(plan.proof.candidates[1], step_seconds=0.02, kind="pipeline", parts=None)
-    hoped = replace(found, step_seconds=0.0115, basis="estimate", mesh="pp=8, 8 micro-batches")
-    plan = _with_candidates(plan, hoped, found)
+    found = replace(plan.proof.candidates[1], step_seconds=0.02, kind="pipeline", mesh="pp=4 x dp=2, 4 micro-batches")
+    found = replace(found, name="pipeline", outcome="1f1b: greedy assignment, not searched")
+    hoped = replace(found, step_seconds=0.0115, parts=None, basis="estimate", mesh="pp=8, 8 micro-batches", outcome="not tried")
+    data = replace(hoped, kind="data parallel", name="search", basis="bound", step_seconds=0.0112, mesh="dp=8")
+    free = replace(data, kind="not solved", step_seconds=0.0111, mesh="x=4 x y=2")
+    plan = _with_candidates(plan, free, hoped, found, data)
     runner_up = find_runner_up(plan)
     assert runner_up is not None
-    assert (runner_up.candidate, runner_up.untried) == (found, hoped)
-    assert "weren't tried, since they take ~11.5 ms at best (pp=8, 8 micro-batches)" in word_reasons(plan)[0]
+    assert (runner_up.candidate, find_untried(plan)) == (found, data)
+    first, second = word_reasons(plan)
+    assert first.startswith("Closest of another kind: data parallelism alone (dp=8), at least 11.2 ms (+1.8%) and not searched")
+    assert second.startswith(
+        "The best found: a pipeline (pp=4 x dp=2, 4 micro-batches, 1f1b, a greedy assignment) would take 20.0 ms, +81.8%"
+    )
+    assert "weren't tried" not in first + second
+    # Of the kind that was found, too.
+    assert (
+        'an estimated 11.5 ms (+4.5%) and not searched further; --why-not "pp=8,microbatches=8"'
+        in (word_reasons(_with_candidates(plan, hoped, found))[0])
+    )
+    # What was found and is faster needs no word on the others; what wasn't solved may be of any kind.
+    faster = replace(found, step_seconds=0.0112)
+    assert find_untried(_with_candidates(plan, hoped, faster)) is None
+    (text, _) = word_reasons(_with_candidates(plan, free, found))
+    assert "Closest of what wasn't solved: a mesh of free axes (x=4 x y=2), at least 11.1 ms" in text
+    assert "`autopar plan` with --mesh x=4,y=2 plans it" in text
+    assert to_data(plan)["why"]["untried"]["mesh"] == "dp=8"
+
+
+def test_baselines_are_said_to_be_baselines() -> None:
+    plan = make_plan()
+    chosen = replace(plan.proof.candidates[1], kind="data parallel")
+    megatron = replace(plan.proof.candidates[4], name="Megatron", mesh="tp=8", step_seconds=0.02, basis="bound", parts=None)
+    plan = replace(plan, proof=replace(plan.proof, candidates=(chosen, megatron), chosen=0))
+    (text,) = word_reasons(plan)
+    assert "tensor parallelism (as the baseline Megatron, tp=8), at least 20.0 ms" in text
+    assert '--why-not "tp=8" plans its mesh' in text
+    screen = _render(plan)
+    assert "baseline Megatron" in screen
+    assert "a baseline's bound isn't its kind's" in screen
+    assert "baseline" not in _render(make_plan())
 
 
 def test_kinds_that_do_not_fit_are_named() -> None:

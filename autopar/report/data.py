@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from autopar.plans import Group, Plan
-from autopar.report.reasons import find_runner_up, word_reasons
+from autopar.report.reasons import find_runner_up, find_untried, word_reasons
 from autopar.report.selection import find_pipeline_ranks, select_blocks, select_groups, select_layouts
 from autopar.report.summary import describe_axes, find_rates
 
@@ -62,9 +62,11 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
 
 def _why_data(plan: Plan) -> dict[str, Any]:
     runner_up = find_runner_up(plan)
-    data: dict[str, Any] = {"words": word_reasons(plan), "runner_up": None}
+    data: dict[str, Any] = {"words": word_reasons(plan), "runner_up": None, "untried": None}
     if runner_up is not None:
         data["runner_up"] = {**asdict(runner_up.candidate), "more_seconds": runner_up.more, "terms_seconds": dict(runner_up.terms)}
+    if (untried := find_untried(plan)) is not None:
+        data["untried"] = asdict(untried)
     return data
 
 

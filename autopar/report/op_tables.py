@@ -30,9 +30,7 @@ def list_op_tables(plan: Plan, groups: Sequence[Group], layer: str | None = None
         places = [_find_place(row.source) for row in rows]
         common = _find_common_file(places)
         lines = [line if file in ("", common) else f"{file}:{line}" for file, line in places]
-        cells = [
-            [row.module, row.op, row.placement or NOTHING, *_word_numbers(row), line] for row, line in zip(rows, lines, strict=True)
-        ]
+        cells = [[row.module, row.op, row.placement or NOTHING, *_word_numbers(row), line] for row, line in zip(rows, lines, strict=True)]
         total = add_rows(rows, "all")
         columns: dict[str, Justify] = {"module": "left", "op": "left", "split": "left", **_NUMBERS, "your line": "left"}
         rank = "the mean rank" if plan.pipeline.ranks > 1 else "a rank"

@@ -1,10 +1,12 @@
 """Why a plan was chosen: the best candidate of another kind, what it would take, and which part of the step makes the difference.
 
-Comes in: the candidates of a plan's proof. Goes out: the runner-up, and sentences. Only differences of the plan's numbers are computed.
+Comes in: the candidates of a plan's proof. Goes out: what comes closest, and sentences. Only differences of its numbers are computed.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,13 @@ TERMS = {
 _WORTH = 0.005
 _TERMS_SHOWN = 2
 
+# Names of candidates that aren't baselines.
+_SEARCHED = ("search", "pipeline", "micro-batches", "recomputation")
+
+# Axes and micro-batches in the text of a candidate's mesh, ``pp=4 x dp=2, 4 micro-batches``.
+_AXIS = re.compile(r"(\w+)=([0-9]+)")
+_PARTS = re.compile(r"([0-9]+) micro-batch")
+
 _MARKS = {"bound": "≥ ", "estimate": "~"}
 
 
@@ -35,13 +44,11 @@ class RunnerUp:
         candidate: it has `step_seconds`.
         more: seconds that its step takes more than the plan's; a bound or an estimate if those are.
         terms: per part of the step seconds more than in the plan, the largest difference first; empty where its parts aren't known.
-        untried: a candidate of the same kind that may be faster, but was only bounded or estimated, and not tried; the fastest of them.
     """
 
     candidate: Candidate
     more: float
     terms: tuple[tuple[str, float], ...]
-    untried: Candidate | None
 
 
 def split_terms(seconds: Seconds) -> dict[str, float]:
@@ -87,13 +94,24 @@ def find_runner_up(plan: Plan) -> RunnerUp | None:
     if best.parts is not None:
         own = split_terms(plan.seconds)
         terms = sorted(((name, value - own[name]) for name, value in split_terms(best.parts).items()), key=lambda pair: -abs(pair[1]))
-    faster = [
-        candidate
-        for candidate in groups[best.kind]
-        if _rank(best) == 0 and _rank(candidate) == 1 and (candidate.step_seconds or 0.0) < best.step_seconds
+    return RunnerUp(best, best.step_seconds - plan.seconds.step, tuple(terms))
+
+
+def find_untried(plan: Plan) -> Candidate | None:
+    """What comes closest to the plan of all that was only bounded or estimated and is of another kind; else of what wasn't solved.
+
+    None where a plan of another kind was found that takes no longer than any of these.
+    """
+    chosen, runner_up = plan.proof.candidates[plan.proof.chosen], find_runner_up(plan)
+    found_s = math.inf
+    if runner_up is not None and _rank(runner_up.candidate) == 0:
+        found_s = runner_up.candidate.step_seconds or 0.0
+    untried = [
+        (candidate.kind == "not solved", candidate.step_seconds or 0.0, position, candidate)
+        for position, candidate in enumerate(plan.proof.candidates)
+        if candidate.kind != chosen.kind and _rank(candidate) == 1 and (candidate.step_seconds or 0.0) < found_s
     ]
-    untried = min(faster, key=lambda candidate: candidate.step_seconds or 0.0, default=None)
-    return RunnerUp(best, best.step_seconds - plan.seconds.step, tuple(terms), untried)
+    return min(untried, key=lambda ranked: ranked[:3])[3] if untried else None
 
 
 def format_step(candidate: Candidate) -> str:
@@ -104,40 +122,86 @@ def format_step(candidate: Candidate) -> str:
 
 
 def word_reasons(plan: Plan) -> list[str]:
-    """Why this plan, in sentences: the runner-up of another kind, and kinds that don't fit the memory."""
+    """Why this plan, in sentences: what comes closest, found or not, and kinds that don't fit the memory."""
     sentences = []
-    runner_up = find_runner_up(plan)
-    if runner_up is not None:
-        sentences.append(_word_runner_up(plan, runner_up))
+    untried, runner_up = find_untried(plan), find_runner_up(plan)
+    if untried is not None:
+        sentences.append(_word_untried(plan, untried))
+    if runner_up is not None and _rank(runner_up.candidate) == 0:
+        text = _word_runner_up(plan, runner_up)
+        sentences.append(_capitalize(text) if untried is None else f"The best found: {text}")
     for kind, candidates in group_candidates(plan).items():
         needed = [candidate.memory_bytes for candidate in candidates if candidate.memory_bytes is not None]
         if needed and all(candidate.step_seconds is None for candidate in candidates):
             usable = plan.memory.budget - plan.memory.reserved
-            sentences.append(f"{_name_kind(kind)} doesn't fit: {format_bytes(min(needed))} at the least, {format_bytes(usable)} are there.")
+            sentences.append(
+                f"{_capitalize(_name_kind(kind))} doesn't fit: {format_bytes(min(needed))} at the least, {format_bytes(usable)} are there."
+            )
     if not sentences:
         sentences.append("No candidate of another kind was solved or estimated.")
     return sentences
 
 
+def _capitalize(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def is_baseline(candidate: Candidate) -> bool:
+    """Whether a candidate is a known way of splitting, such as Megatron: its bound is of that way, not of all plans of its kind."""
+    return candidate.name not in _SEARCHED
+
+
 def _name_kind(kind: str) -> str:
-    names = {"pipeline": "A pipeline", "nothing split": "Splitting nothing", "data parallel": "Data parallelism alone"}
-    return names.get(kind, kind.replace("parallel", "parallelism").capitalize())
+    names = {"pipeline": "a pipeline", "nothing split": "splitting nothing", "data parallel": "data parallelism alone"}
+    names["not solved"] = "a mesh of free axes"
+    return names.get(kind, kind.replace("parallel", "parallelism"))
+
+
+def _name_candidate(candidate: Candidate) -> str:
+    """A candidate in words: its kind, how it is split if that is a baseline, its mesh, and of a pipeline that was found the schedule."""
+    schedule, _, outcome = candidate.outcome.partition(": ")
+    details = [candidate.mesh]
+    if is_baseline(candidate):
+        details.insert(0, f"as the baseline {candidate.name}")
+    elif candidate.name == "recomputation":
+        details.insert(0, candidate.name)
+    if candidate.kind == "pipeline" and candidate.basis == "predicted" and outcome:
+        details += [schedule, *(["a greedy assignment"] if "not searched" in outcome else [])]
+    return f"{_name_kind(candidate.kind)} ({', '.join(details)})"
+
+
+def _word_untried(plan: Plan, candidate: Candidate) -> str:
+    """What was only bounded or estimated: ``Closest of another kind: a pipeline (pp=8, ...), an estimated 209 ms (+0.2%) ...``."""
+    step, seconds = plan.seconds.step, candidate.step_seconds or 0.0
+    percent = f" ({100 * (seconds - step) / step:+.1f}%)" if step > 0 else ""
+    what = "what wasn't solved" if candidate.kind == "not solved" else "another kind"
+    how = "at least" if candidate.basis == "bound" else "an estimated"
+    text = f"Closest of {what}: {_name_candidate(candidate)}, {how} {format_seconds(seconds)}{percent} and not searched further"
+    if request := _word_request(candidate):
+        text += f"; {request} plans {'its mesh' if is_baseline(candidate) else 'it'}"
+    return f"{text}."
+
+
+def _word_request(candidate: Candidate) -> str:
+    """The option that plans a candidate of these axes and micro-batches; empty where none does."""
+    sizes = dict(_AXIS.findall(candidate.mesh))
+    parts = _PARTS.search(candidate.mesh)
+    kinds = {name: size for name, size in sizes.items() if name in ("pp", "dp", "cp", "tp")}
+    # What is left over of the ranks is a free axis, which needs no pin.
+    if sizes.keys() - kinds.keys() - {"free"}:
+        free = ",".join(f"{name}={size}" for name, size in sizes.items())
+        return "" if kinds or parts else f"`autopar plan` with --mesh {free}"
+    pins = [f"{name}={size}" for name, size in kinds.items()] + ([f"microbatches={parts[1]}"] if parts else [])
+    return f'--why-not "{",".join(pins)}"' if pins else ""
 
 
 def _word_runner_up(plan: Plan, runner_up: RunnerUp) -> str:
+    """What was found, and the parts of its step that make the difference."""
     candidate, step = runner_up.candidate, plan.seconds.step
-    schedule = candidate.outcome.partition(":")[0] if candidate.kind == "pipeline" and ":" in candidate.outcome else ""
-    name = "" if candidate.name in ("search", "pipeline") else f"{candidate.name}, "
-    where = ", ".join(filter(None, (f"{name}{candidate.mesh}", schedule if candidate.basis == "predicted" else "")))
     percent = 100 * runner_up.more / step if step > 0 else 0.0
-    how = {"bound": "at least ", "estimate": "an estimated "}.get(candidate.basis, "")
-    text = f"{_name_kind(candidate.kind)} ({where}) would take {how}{format_seconds(candidate.step_seconds or 0.0)}, {percent:+.1f}%"
+    text = f"{_name_candidate(candidate)} would take {format_seconds(candidate.step_seconds or 0.0)}, {percent:+.1f}%"
     if terms := _word_terms(runner_up.terms, step):
         text += f": {terms}"
-    elif not runner_up.terms:
-        text += "; it was not solved, so the parts of its step aren't known"
-    if runner_up.untried is not None:
-        text += f". Others of that kind weren't tried, since they take {format_step(runner_up.untried)} at best ({runner_up.untried.mesh})"
     return f"{text}."
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 from autopar.ir import PIPELINE, parse_layout
 from autopar.plans import BlockChoice, Candidate, Group, Memory, Plan, Unruled
 from autopar.report.op_tables import list_op_tables, tabulate_sums
-from autopar.report.reasons import format_step, group_candidates
+from autopar.report.reasons import format_step, group_candidates, is_baseline
 from autopar.report.selection import find_pipeline_ranks, select_blocks, select_groups, select_layouts
 from autopar.report.summary import (
     MEMORY_KINDS,
@@ -296,7 +296,7 @@ def _tabulate_candidates(plan: Plan, *, everything: bool) -> Stack:
             rows.append(
                 [
                     kind if number == 0 else "",
-                    "this plan" if candidate is chosen else candidate.name,
+                    "this plan" if candidate is chosen else f"baseline {candidate.name}" if is_baseline(candidate) else candidate.name,
                     candidate.mesh,
                     format_step(candidate),
                     _word_distance(candidate, proof.objective_ns),
@@ -307,8 +307,11 @@ def _tabulate_candidates(plan: Plan, *, everything: bool) -> Stack:
     columns: dict[str, Justify] = {"kind": "left", "candidate": "left", "mesh": "left", "step": "right", "to the plan": "right"}
     columns |= {"memory": "right", "outcome": "left"}
     which = "" if everything else "the best of each kind, "
+    legend = "≥ a lower bound, ~ an estimate; "
+    if any(row[1].startswith("baseline") for row in rows):
+        legend += "a baseline's bound isn't its kind's; "
     return make_table(
-        f"Candidates: {which}{len(proof.candidates)} looked at (≥ a lower bound, ~ an estimate; memory without what the device reserves)",
+        f"Candidates: {which}{len(proof.candidates)} looked at ({legend}memory without what the device reserves)",
         columns,
         rows,
     )
