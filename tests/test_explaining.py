@@ -16,7 +16,8 @@ from rich.console import Console
 from autopar.capture.export import capture
 from autopar.cost_models import Cluster
 from autopar.ir.graph import Graph
-from autopar.plans import Seconds, add_parts
+from autopar.ir.layout import Mesh
+from autopar.plans import Pins, Purpose, Request, Seconds, add_parts
 from autopar.plans.plan import Plan
 from autopar.report import diff, diff_data, explain, summarize, to_data
 from autopar.report.difference import find_changes, find_warnings
@@ -310,7 +311,56 @@ def test_a_gap_is_said_to_be_to_a_bound() -> None:
     plan = make_plan()
     assert "takes less than 10.9 ms; the step is within 0.5% of that bound" in describe_proof(plan)
     equal = replace(plan, proof=replace(plan.proof, bound_ns=plan.proof.objective_ns, gap=0.0))
-    assert "no plan on this mesh takes less. The solver" in describe_proof(equal)
+    limits = "on this mesh, on which tp splits features, within the pins given, takes less. The solver"
+    assert f"no choice of placements {limits}" in describe_proof(equal)
+
+
+def test_the_proof_says_of_which_plans_it_is() -> None:
+    plan = make_plan()
+
+    def scope(**request: Any) -> str:
+        return describe_proof(replace(plan, request=replace(Request(cluster="8xH100"), **request))).partition(" takes less")[0]
+
+    free = "by the search's costs, no choice of placements on this mesh"
+    assert scope() == scope(pins=Pins(pp=1)).removesuffix(", within the pins given,") == free
+    assert scope(mesh=Mesh(("dp", "tp"), (2, 4))) == f"{free}, on which dp splits the batch and tp splits features,"
+    assert scope(pins=Pins(tp=4)) == f"{free}, on which tp splits features,"
+    assert scope(pins=Pins(fsdp=True)) == f"{free}, within the pins given,"
+    halves = replace(
+        plan, proof=replace(plan.proof, status="feasible without half batches", method="LP, integral; cutting planes, 1 round")
+    )
+    assert describe_proof(halves).partition("The solver")[2] == (
+        " ended as feasible, its bound is that of plans without half batches (a linear program with an integral solution; cutting planes,"
+        " 1 round); candidates looked at: 5"
+    )
+
+
+def test_free_axes_can_be_asked_for(tmp_path: Path) -> None:
+    model = ["plan", "examples/mlp.py:build", "--cluster", "4xcpu", "-o"]
+    run(*model, tmp_path / "free.json")
+    text = run("explain", tmp_path / "free.json").stdout
+    mesh = " ".join(text.split()).partition("free axes, named by what they do: --mesh ")[2].partition(" asks for them")[0]
+    run(*model, tmp_path / "asked.json", "--mesh", mesh)
+    free, asked = (Plan.load(tmp_path / name) for name in ("free.json", "asked.json"))
+    assert mesh
+    assert (asked.mesh.sizes, asked.placements, asked.seconds) == (free.mesh.sizes, free.placements, free.seconds)
+    assert "named by what they do" not in run("explain", tmp_path / "asked.json").stdout
+    assert "named by what they do" not in summarize(make_plan())
+    pinned = replace(free, request=replace(free.request, pins=Pins(dp=4)))
+    assert "named by what they do" not in summarize(pinned)
+
+
+def test_communication_inside_ops_is_said_in_words() -> None:
+    plan = make_plan()
+    kernel = tuple(replace(row, purpose=Purpose.KERNEL) if row.purpose == Purpose.ACTIVATIONS else row for row in plan.costs)
+    inside = replace(plan, costs=kernel)
+    text = " ".join(_render(inside, everything=True).split())
+    assert "inside attention, losses and norms" in text
+    assert "kernel" not in text
+    difference = _render_diff(plan, inside)
+    assert "tp all_reduce, inside attention, losses and norms" in difference
+    assert "kernel" not in difference
+    assert {traffic["purpose"] for traffic in to_data(inside)["traffic"]} == {"gradients", "kernel"}
 
 
 def test_a_batch_that_ranks_cannot_share_is_said_to_be() -> None:
@@ -326,6 +376,8 @@ def test_copies_of_parameters_are_shown() -> None:
     assert text in summarize(plan)
     assert text in _render(plan)
     assert "copies" not in summarize(replace(plan, memory=replace(plan.memory, copies=0)))
+    apart = summarize(replace(plan, memory=replace(plan.memory, apart=5_000_000)))
+    assert "; minus 5.00 MB that are never held at the same time as others" in apart
 
 
 def test_diff(golden: Golden) -> None:

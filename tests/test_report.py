@@ -278,7 +278,12 @@ def test_more_than_the_budget_runs_over_the_mark() -> None:
 
 
 def test_axes_are_named_after_what_they_split() -> None:
-    assert describe_axes(make_plan()) == {"dp": "batch", "tp": "heads, ffn, vocabulary"}
+    plan = make_plan()
+    assert describe_axes(plan) == {"dp": "batch", "tp": "heads, ffn (outside of layers also vocabulary)"}
+    layers, outside = plan.groups
+    alone = replace(plan, groups=(replace(layers, axes={}), outside))
+    assert describe_axes(alone) == {"dp": "batch", "tp": "nothing (outside of layers vocabulary)"}
+    assert describe_axes(replace(plan, groups=(outside,))) == {"dp": "batch", "tp": "vocabulary"}
     idle = replace(make_plan(), batch_axes=(), groups=())
     assert describe_axes(idle) == {"dp": "nothing", "tp": "nothing"}
 

@@ -16,7 +16,7 @@ from rich.text import Text
 from autopar.ir import format_layout, format_placement
 from autopar.plans import Plan, Seconds, to_json
 from autopar.report.reasons import group_candidates
-from autopar.report.summary import MEMORY_KINDS, describe_axes, describe_mesh, describe_recompute, find_rates, format_rate
+from autopar.report.summary import MEMORY_KINDS, describe_axes, describe_mesh, describe_recompute, find_rates, format_rate, word_purpose
 from autopar.report.text_tables import NOTHING, Justify, make_table
 from autopar.units import format_bytes, format_seconds
 
@@ -208,7 +208,7 @@ def diff(before: Plan, after: Plan, console: Console, names: tuple[str, str] = (
         shown = rows[:_SHOWN]
         more = f" ({len(rows)}, the first {_SHOWN} shown; --json has all)" if len(rows) > _SHOWN else ""
         columns: dict[str, Justify] = {about: "left", names[0]: "left", names[1]: "left"}
-        cells = [[change.name, _word_value(change.before, change.unit), _word_value(change.after, change.unit)] for change in shown]
+        cells = [[_word_name(change), _word_value(change.before, change.unit), _word_value(change.after, change.unit)] for change in shown]
         if shown[0].unit:
             columns = {about: "left", names[0]: "right", names[1]: "right", "change": "right"}
             cells = [[*cell, _word_change_of(change)] for cell, change in zip(cells, shown, strict=True)]
@@ -220,6 +220,12 @@ def diff_data(before: Plan, after: Plan) -> dict[str, Any]:
     """What differs as JSON-ready data: warnings, and every change."""
     changes = find_changes(before, after)
     return {"equal": not changes, "warnings": find_warnings(before, after), "changes": [asdict(change) for change in changes]}
+
+
+def _word_name(change: Change) -> str:
+    """The name of what has changed, with what communication is for in words."""
+    what, comma, purpose = change.name.rpartition(", ")
+    return f"{what}{comma}{word_purpose(purpose)}" if change.about in ("exposed communication", "bytes moved") else change.name
 
 
 def _word_value(value: float | str | None, unit: str) -> str:

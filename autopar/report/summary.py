@@ -7,12 +7,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from autopar.ir import AS_MODEL, PIPELINE, State, format_mesh, with_pipeline
-from autopar.plans import RECOMPUTE, Candidate, Memory, Plan, Seconds, Unruled
+from autopar.plans import RECOMPUTE, Candidate, Memory, Plan, Purpose, Request, Seconds, Unruled
 from autopar.report.reasons import word_reasons
 from autopar.units import format_bytes, format_seconds, format_share
 
 MEMORY_KINDS = tuple(field.name for field in fields(Memory) if field.name not in ("budget", "apart", "copies"))
 """The kinds of `Memory`, in the order shown."""
+
+# Names of free axes, which ask for no kind.
+_FREE = ("x", "y", "z")
+
+_KINDS = {"dp": "the batch", "cp": "the sequence", "tp": "features"}
+"""What an axis of such a name splits if the name was given, which pins it to a kind."""
+
+_METHODS = {"LP, integral": "a linear program with an integral solution", "MIP": "a mixed-integer program"}
 
 _UNRULED_SHOWN = 3
 
@@ -66,8 +74,8 @@ def describe_header(plan: Plan) -> str:
 
 def describe_decisions(plan: Plan) -> list[tuple[str, str]]:
     """What was decided, as (label, text), and why."""
-    splits = "; ".join(f"{axis} splits {role}" for axis, role in describe_axes(plan).items())
-    lines = [("axes", splits or "none: one rank")]
+    splits = [*(f"{axis} splits {role}" for axis, role in describe_axes(plan).items()), *_word_free_axes(plan)]
+    lines = [("axes", "; ".join(splits) or "none: one rank")]
     if text := describe_pipeline(plan):
         lines.append(("stages" if plan.pipeline.stages > 1 else "batch", text))
     if text := _word_batch(plan):
@@ -115,7 +123,7 @@ def _word_memory(plan: Plan) -> str:
     kinds = ", ".join(f"{kind} {format_bytes(getattr(memory, kind))}" for kind in MEMORY_KINDS if getattr(memory, kind))
     remarks = [
         *([f"of the parameters {format_bytes(memory.copies)} are {describe_copies(plan)}"] if memory.copies else []),
-        *([f"{format_bytes(memory.apart)} of these not at the same time"] if memory.apart else []),
+        *([f"minus {format_bytes(memory.apart)} that are never held at the same time as others"] if memory.apart else []),
     ]
     return f"{format_bytes(memory.total)} of {format_bytes(memory.budget)} per device: {'; '.join([kinds or 'nothing', *remarks])}"
 
@@ -132,13 +140,34 @@ def describe_proof(plan: Plan) -> str:
     proof = plan.proof
     chosen = proof.candidates[proof.chosen]
     if is_spread(chosen):
-        scope = "with these placements and this schedule, no stages and recomputation take less"
+        scope = "with these placements and this schedule, no other division into stages and recomputation takes less"
     else:
-        scope = f"by the search's costs, no {'' if chosen.name == 'search' else f'{chosen.name} '}plan on this mesh takes less"
+        what = "choice of placements" if chosen.name == "search" else f"{chosen.name} plan"
+        scope = f"by the search's costs, no {what} on this mesh{_word_limits(plan)} takes less"
     text = scope
     if proof.objective_ns != proof.bound_ns:
         text += f" than {format_seconds(proof.bound_ns / 1e9)}; the step is within {format_gap(proof.gap)} of that bound"
-    return f"{text}. The solver ended as {proof.status} ({proof.method}); candidates looked at: {len(proof.candidates)}"
+    return f"{text}. {word_ending(plan)}; candidates looked at: {len(proof.candidates)}"
+
+
+def word_ending(plan: Plan) -> str:
+    """How the solver ended, and by what."""
+    status, halves, _ = plan.proof.status.partition(" without half batches")
+    method = "; ".join(_METHODS.get(part, part) for part in plan.proof.method.split("; "))
+    return f"The solver ended as {status}{', its bound is that of plans without half batches' if halves else ''} ({method})"
+
+
+def _word_limits(plan: Plan) -> str:
+    """What was pinned of the placements on the plan's mesh, to follow it in a sentence: the kinds of axes that were named, and pins."""
+    request = plan.request
+    given = {*request.pins.axis_sizes, *(request.mesh_sizes or {})}
+    sizes = dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True))
+    kinds = {name: _KINDS.get(name.rstrip("0123456789")) for name, size in sizes.items() if size > 1 and name in given}
+    named = [f"{name} splits {what}" for name, what in kinds.items() if what]
+    limits = [f"on which {' and '.join(named)}"] if named else []
+    if request.pins.texts.keys() - request.pins.axis_sizes.keys():
+        limits.append("within the pins given")
+    return "".join(f", {limit}" for limit in limits) + ("," if limits else "")
 
 
 def is_spread(candidate: Candidate) -> bool:
@@ -180,17 +209,36 @@ def describe_precision(plan: Plan) -> str:
 def describe_axes(plan: Plan) -> dict[str, str]:
     """Per axis of the mesh, what it splits: the batch, and what the contractions of the groups of layers name, the dearest group first.
 
-    The pipeline is an axis like the others, which splits the layers; axes of one rank are left out.
+    What is split outside of layers alone stands apart: ``batch (outside of layers also vocabulary)``. The pipeline is an axis like the
+    others, which splits the layers; axes of one rank are left out.
     """
-    roles: dict[str, list[str]] = {PIPELINE: ["layers"]} if plan.pipeline.ranks > 1 else {}
+    roles = {PIPELINE: "layers"} if plan.pipeline.ranks > 1 else {}
+    groups = sorted(plan.groups, key=lambda group: -plan.group_seconds(group)[0])
+    has_layers = any(group.paths for group in groups)
     for axis, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True):
         if size == 1:
             continue
-        parts = ["batch"] if axis in plan.batch_axes else []
-        for group in sorted(plan.groups, key=lambda group: -plan.group_seconds(group)[0]):
+        inside, outside = (["batch"] if axis in plan.batch_axes else []), list[str]()
+        for group in groups:
+            parts = inside if group.paths or not has_layers else outside
             parts += [part.strip() for part in group.axes.get(axis, "").split(",")]
-        roles[axis] = [role for role in dict.fromkeys(parts) if role not in ("", "nothing")]
-    return {axis: ", ".join(parts) or "nothing" for axis, parts in roles.items()}
+        inside, outside = ([part for part in dict.fromkeys(parts) if part not in ("", "nothing")] for parts in (inside, outside))
+        more = ", ".join(part for part in outside if part not in inside)
+        roles[axis] = ", ".join(inside) or "nothing"
+        if more:
+            roles[axis] += f" (outside of layers {'also ' if inside else ''}{more})"
+    return roles
+
+
+def _word_free_axes(plan: Plan) -> list[str]:
+    """Of a plan whose axes were free to split anything, how to ask for them: by their names they would be pinned to a kind."""
+    chosen, request = plan.proof.candidates[plan.proof.chosen], plan.request
+    sizes = [size for size in plan.mesh.sizes if size > 1]
+    is_free = chosen.name == "search" and plan.pipeline.ranks == 1 and request.mesh is None and not request.pins.axis_sizes
+    if not is_free or request == Request() or not 1 <= len(sizes) <= len(_FREE):
+        return []
+    mesh = ",".join(f"{name}={size}" for name, size in zip(_FREE, sizes, strict=False))
+    return [f"free axes, named by what they do: --mesh {mesh} asks for them"]
 
 
 def describe_pipeline(plan: Plan) -> str:
@@ -278,6 +326,11 @@ def _word_recompute(plan: Plan) -> str:
 def describe_recompute(plan: Plan) -> str:
     """In how many blocks what is run again, ``selective in 2, full in 30``; empty where nothing is."""
     return ", ".join(f"{kind} in {number}" for kind, number in count_recompute(plan).items() if kind != "none")
+
+
+def word_purpose(purpose: str) -> str:
+    """What communication is for, as reports call it; data for programs have the plan's own word."""
+    return "inside attention, losses and norms" if purpose == Purpose.KERNEL else purpose
 
 
 def format_gap(gap: float) -> str:

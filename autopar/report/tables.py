@@ -32,6 +32,8 @@ from autopar.report.summary import (
     format_gap,
     is_spread,
     list_step_parts,
+    word_ending,
+    word_purpose,
 )
 from autopar.report.text_tables import NOTHING, Justify, make_lines, make_table
 from autopar.units import format_bytes, format_seconds, format_share
@@ -185,7 +187,7 @@ def _tabulate_traffic(plan: Plan) -> RenderableType:
         [
             traffic.axis,
             traffic.collective,
-            traffic.purpose,
+            word_purpose(traffic.purpose),
             f"{traffic.count:,}",
             format_bytes(traffic.nbytes),
             format_seconds(traffic.seconds),
@@ -340,7 +342,8 @@ def _word_proof(plan: Plan) -> list[str]:
         # A baseline is solved under constraints of its own, so its bound speaks of such plans only.
         plans = "plan" if chosen.name == "search" else f"{chosen.name} plan"
         lines.append(
-            f"{costs} By the search's costs no {plans} on this mesh, within the pins given, costs less than {proof.bound_ns:,} ns."
+            f"{costs} By the search's costs no {plans} on this mesh, within the pins and the kinds of axes given, costs less than"
+            f" {proof.bound_ns:,} ns."
         )
     if proof.objective_ns == proof.bound_ns:
         lines.append("The two are equal: nothing cheaper is known there.")
@@ -348,10 +351,7 @@ def _word_proof(plan: Plan) -> list[str]:
         lines.append(f"So it is within {format_gap(proof.gap)} of that.")
     if spread:
         lines.append("Other placements, schedules, micro-batches and meshes were compared by what was found for each, not by bounds.")
-    lines.append(
-        f"The solver ended as {proof.status} ({proof.method}) on {count(proof.variables, 'variable')} and"
-        f" {count(proof.constraints, 'constraint')}."
-    )
+    lines.append(f"{word_ending(plan)} on {count(proof.variables, 'variable')} and {count(proof.constraints, 'constraint')}.")
     lines += _word_other_pins(plan)
     return lines
 

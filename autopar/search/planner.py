@@ -296,7 +296,7 @@ def _choose_pipelined(pipelined: Pipelined, model: AnalyzedGraph, chain: Chain) 
         step_seconds=assignment.simulated,
         bound_seconds=assignment.bound,
         status=assignment.status,
-        method=f"{solution.method}; cutting planes, {assignment.iterations} rounds",
+        method=f"{solution.method}; cutting planes, {assignment.iterations} round{'' if assignment.iterations == 1 else 's'}",
     )
 
 
