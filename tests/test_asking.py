@@ -92,6 +92,10 @@ def test_the_frontier_is_printed_and_drawn(saved: Path) -> None:
     assert result.stdout.startswith("Step time over memory per device: Net on 1x4xcpu\n")
     assert Path("frontier.svg").read_text(encoding="utf-8").startswith("<svg ")
     assert result.stderr.splitlines()[-1] == "written to frontier.svg"
+    result = run("explain", saved, "--frontier", "memory", "--json", "-o", "fastest.json")
+    fastest = Plan.load("fastest.json")
+    assert json.loads(result.stdout)["points"][0]["seconds"]["step"] == fastest.seconds.step
+    assert fastest.proof.objective_ns <= Plan.load(saved).proof.objective_ns
 
 
 def test_what_does_not_fit_is_an_answer_with_the_code_of_no_plan(saved: Path) -> None:

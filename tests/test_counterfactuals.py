@@ -281,6 +281,19 @@ def test_the_frontier_in_text_and_as_a_picture(golden: Golden) -> None:
     assert [point["memory_bytes"]["total"] for point in frontier.to_data()["points"]] == [plan.memory.total, lean.memory.total]
 
 
+def test_a_frontier_says_that_a_faster_plan_was_found() -> None:
+    plan = make_plan()
+    faster = replace(plan, proof=replace(plan.proof, objective_ns=10), memory=replace(plan.memory, activations=5))
+    frontier = Frontier(plan, keep_best([plan, faster]), (1,))
+    assert frontier.fastest is faster
+    text = str(frontier)
+    assert "A faster plan was found, with 7.25 GB and 11.0 ms" in text
+    assert "-o FILE.json writes it; it is made by: autopar plan hf:gpt2 --cluster 8xH100" in text
+    assert "faster" not in str(Frontier(plan, (plan,), (1,)))
+    as_fast = replace(plan, memory=faster.memory)
+    assert "faster" not in str(Frontier(plan, keep_best([plan, as_fast]), (1,)))
+
+
 def test_points_of_a_chart_are_where_their_numbers_are() -> None:
     points = [Point(1, 40, "a < b & c"), Point(5, 20), Point(10, 10, label="last")]
     root = ElementTree.fromstring(draw_line_chart("A & B", Axis("x", str), Axis("y", str), points))

@@ -49,11 +49,11 @@ class Question:
 def add_question_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that ask something of a plan, whose values `read_question` takes."""
     for add in (
-        click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the other plan (JSON), or the picture (.svg)."),
+        click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the other plan (JSON), or a picture (.svg)."),
         click.option("--model", metavar="MODEL", help="The model, where the plan doesn't name it or its path has changed."),
         click.option("--frontier", type=click.Choice(_FRONTIERS), help="How the step grows as a device has less memory."),
         click.option("--what-if", metavar="NAME=VALUE,...", help=f"Plan again with this changed: {', '.join(CHANGES)}."),
-        click.option("--why-not", metavar="PINS", help="Plan again with these pins, such as tp=8,pp=4, beside those asked for."),
+        click.option("--why-not", metavar="PINS", help="Plan again with these pins, such as tp=4,pp=2, beside those asked for."),
     ):
         command = add(command)
     return command
@@ -85,8 +85,8 @@ def read_question(
     if others:
         raise InputError(f"{asked[0]} is about the whole plan; leave out {' and '.join(others)}")
     if output is not None:
-        if frontier is not None and output.suffix.lower() != ".svg":
-            raise InputError(f"{output}: the picture of a frontier is written as SVG; name a file that ends in .svg")
+        if frontier is not None and output.suffix.lower() not in (".svg", ".json"):
+            raise InputError(f"{output}: name a file that ends in .svg for the picture of the frontier, in .json for its fastest plan")
         check_writable(output)
     return Question(why_not or "", what_if or "", frontier or "", model or "", output, as_json)
 
@@ -261,13 +261,16 @@ def clean_lines(text: str) -> str:
 
 def _write(path: Path, result: Answer | Frontier) -> None:
     """Write the picture of a frontier or the other plan of an answer; say on stderr what was written, or why nothing was."""
-    from autopar.report import Frontier
+    from autopar.report import Answer, Frontier
 
-    if isinstance(result, Frontier):
-        with writing(path):
-            write_text(path, result.to_svg())
-    elif result.other is None:
+    if isinstance(result, Answer) and result.other is None:
         click.echo(clean(f"nothing is written to {path}: there is no plan"), err=True)
-    else:
-        with writing(path):
+        return
+    with writing(path):
+        if isinstance(result, Frontier):
+            if path.suffix.lower() == ".svg":
+                write_text(path, result.to_svg())
+            else:
+                result.fastest.save(path)
+        elif result.other is not None:
             result.other.save(path)

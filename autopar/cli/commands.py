@@ -213,7 +213,7 @@ def plan(
       autopar explain plan.json
       autopar explain plan.json --layer "model.layers.0.mlp"
       autopar explain plan.json --ops
-      autopar explain plan.json --why-not "tp=8,pp=4"
+      autopar explain plan.json --why-not "tp=4,pp=2"
       autopar explain plan.json --what-if "batch=1024"
       autopar explain plan.json --frontier memory -o frontier.svg
     """

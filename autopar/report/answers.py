@@ -111,6 +111,11 @@ class Frontier:
     points: tuple[Plan, ...]
     budgets: tuple[int, ...]
 
+    @property
+    def fastest(self) -> Plan:
+        """The fastest of the points, which needs most memory of them: the plan itself, unless a search for less found a better one."""
+        return self.points[0]
+
     def at(self, nbytes: int) -> Plan | None:
         """The fastest of the points that fits `nbytes` on each device; None where none does."""
         return next((point for point in self.points if point.memory.total <= nbytes), None)
@@ -129,7 +134,12 @@ class Frontier:
                 ]
             )
         lines = [f"Step time over memory per device: {self.plan.model} on {self.plan.cluster}", "", align(rows, left={3, 4}), ""]
-        if self.plan not in self.points:
+        fastest = self.fastest
+        if fastest.proof.objective_ns < self.plan.proof.objective_ns:
+            memory, step = format_bytes(fastest.memory.total), format_seconds(fastest.seconds.step)
+            lines.append(f"A faster plan was found, with {memory} and {step}: a plan's proof isn't over all meshes and schedules.")
+            lines.append(f"-o FILE.json writes it; it is made by: {word_command(fastest.request, fastest.precision)}")
+        elif self.plan not in self.points:
             memory, step = format_bytes(self.plan.memory.total), format_seconds(self.plan.seconds.step)
             lines.append(f"The plan itself, with {memory} and {step}, isn't among them: one that needs less memory is as fast.")
         lines.append(f"Planned for {len(self.budgets)} budgets of memory. No plan was found that needs less than the last.")
