@@ -234,7 +234,10 @@ def test_bounds_and_estimates_are_marked() -> None:
     bound, estimate = (replace(found, basis=basis, parts=None) for basis in ("bound", "estimate"))
     assert (format_step(bound), format_step(estimate)) == ("≥ 12.3 ms", "~12.3 ms")
     assert format_step(replace(found, step_seconds=None)) == "-"
-    assert "data parallelism alone (dp=8), at least 12.3 ms (+11.8%) and not searched" in word_reasons(_with_candidates(plan, bound))[0]
+    assert (
+        "data parallelism alone (dp=8), at least 12.3 ms (+11.8%) by the search's costs, and not"
+        in word_reasons(_with_candidates(plan, bound))[0]
+    )
     (text,) = word_reasons(_with_candidates(plan, estimate))
     assert text == (
         "Closest of another kind: data parallelism alone (dp=8), an estimated 12.3 ms (+11.8%) and not searched further;"
@@ -254,7 +257,9 @@ def test_what_is_closer_than_all_that_was_found_comes_first() -> None:
     assert runner_up is not None
     assert (runner_up.candidate, find_untried(plan)) == (found, data)
     first, second = word_reasons(plan)
-    assert first.startswith("Closest of another kind: data parallelism alone (dp=8), at least 11.2 ms (+1.8%) and not searched")
+    assert first.startswith(
+        "Closest of another kind: data parallelism alone (dp=8), at least 11.2 ms (+1.8%) by the search's costs, and not"
+    )
     assert second.startswith(
         "The best found: a pipeline (pp=4 x dp=2, 4 micro-batches, 1f1b, a greedy assignment) would take 20.0 ms, +81.8%"
     )

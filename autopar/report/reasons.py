@@ -175,8 +175,9 @@ def _word_untried(plan: Plan, candidate: Candidate) -> str:
     step, seconds = plan.seconds.step, candidate.step_seconds or 0.0
     percent = f" ({100 * (seconds - step) / step:+.1f}%)" if step > 0 else ""
     what = "what wasn't solved" if candidate.kind == "not solved" else "another kind"
-    how = "at least" if candidate.basis == "bound" else "an estimated"
-    text = f"Closest of {what}: {_name_candidate(candidate)}, {how} {format_seconds(seconds)}{percent} and not searched further"
+    # A bound is of the search's costs, below which a plan's own can be (`docs/search.md`, fan-outs).
+    how, costs = ("at least", " by the search's costs,") if candidate.basis == "bound" else ("an estimated", "")
+    text = f"Closest of {what}: {_name_candidate(candidate)}, {how} {format_seconds(seconds)}{percent}{costs} and not searched further"
     if request := _word_request(candidate):
         text += f"; {request} plans {'its mesh' if is_baseline(candidate) else 'it'}"
     return f"{text}."
