@@ -1,4 +1,4 @@
-"""A small Llama that learns to write these docs, byte by byte: the model of ``docs/tutorial.md``.
+"""A small Llama that learns a short text by heart, byte by byte: the model of ``docs/tutorial.md``.
 
 Alone: ``python examples/byte_llama.py``. On two processes: ``torchrun --standalone --nproc-per-node 2 examples/byte_llama.py``. For the
 command line: ``autopar plan examples/byte_llama.py:build --cluster 2xcpu``. Needs transformers.
@@ -7,6 +7,9 @@ command line: ``autopar plan examples/byte_llama.py:build --cluster 2xcpu``. Nee
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
+import io
 from pathlib import Path
 
 import torch
@@ -16,38 +19,40 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import autopar
 
-BATCH, LENGTH, WORDS = 16, 128, 256
-DOCS = Path(__file__).parent.parent / "docs"
+BATCH, LENGTH, WORDS = 16, 64, 256
 
 
-def build() -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the model and one batch, as the command line's MODEL argument wants them."""
+def build(batch: int = BATCH, seq: int = LENGTH) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the model and one batch, as the command line's MODEL argument wants them; ``--batch`` and ``--seq`` arrive here."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        num_hidden_layers=4, hidden_size=128, intermediate_size=384, num_attention_heads=4, vocab_size=WORDS, max_position_embeddings=LENGTH
+        num_hidden_layers=4, hidden_size=128, intermediate_size=384, num_attention_heads=4, vocab_size=WORDS, max_position_embeddings=seq
     )
-    return LlamaForCausalLM(config), cut_batch(read_text(), torch.Generator().manual_seed(0))
+    return LlamaForCausalLM(config), cut_batch(read_text(), torch.Generator().manual_seed(0), batch, seq)
 
 
 def read_text() -> Tensor:
-    """The bytes of all pages, shape (bytes,)."""
-    text = b"\n".join(page.read_bytes() for page in sorted(DOCS.glob("*.md")))
+    """The bytes of the Zen of Python, which every Python has, shape (bytes,)."""
+    with contextlib.redirect_stdout(io.StringIO()):  # importing it prints it
+        import this
+    text = codecs.decode(this.s, "rot13").encode()
     return torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
 
 
-def cut_batch(text: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random pieces of `text`, shape (BATCH, LENGTH); the model shifts its labels itself."""
-    starts = torch.randint(len(text) - LENGTH, (BATCH, 1), generator=generator)
-    ids = text[starts + torch.arange(LENGTH)]
+def cut_batch(text: Tensor, generator: torch.Generator, batch: int = BATCH, seq: int = LENGTH) -> dict[str, Tensor]:
+    """Random pieces of `text`, after whose end it begins anew, shape (batch, seq); the model shifts its labels itself."""
+    starts = torch.randint(len(text), (batch, 1), generator=generator)
+    ids = text[(starts + torch.arange(seq)) % len(text)]
     return {"input_ids": ids, "labels": ids}
 
 
 def main() -> None:
     """Train, print the loss, and save the weights under the names of the original model."""
-    parser = argparse.ArgumentParser(description="Train a small Llama on the pages of docs/.")
+    parser = argparse.ArgumentParser(description="Train a small Llama on the Zen of Python.")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--plan", type=Path, help="run this plan instead of searching for one")
     parser.add_argument("--save", type=Path, help="write the weights to this file")
+    parser.add_argument("--save-batches", type=Path, help="write ten batches that would come next to this file")
     arguments = parser.parse_args()
 
     model, _ = build()
@@ -61,11 +66,13 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0 and is_first():
-            print(f"step {step:3d}  loss {loss.item():.4f}", flush=True)
+            print(f"step {step:3d}  loss {loss.item():.3f}", flush=True)
     if arguments.save is not None:
         weights = autopar.full_state_dict(model)  # all ranks take part; the first one gets it
         if is_first():
             torch.save(weights, arguments.save)
+    if arguments.save_batches is not None and is_first():
+        torch.save([cut_batch(text, generator) for _ in range(10)], arguments.save_batches)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -82,7 +82,7 @@ def find_runnable() -> list[Path]:
 @pytest.mark.parametrize("page", find_runnable(), ids=lambda page: page.name)
 def test_python_on_the_page_runs(page: Path) -> None:
     """Sessions with ``>>>`` must print what they show; blocks marked ``python run`` must run, those marked
-    ``python torchrun`` run elsewhere. A page shares its names."""
+    ``python torchrun`` and ``python tutorial`` run elsewhere. A page shares its names."""
     torch.set_num_threads(1)
     names = given()
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
@@ -95,8 +95,8 @@ def test_python_on_the_page_runs(page: Path) -> None:
             names = test.globs
         elif language == "python run":
             exec(compile(text, f"{page.name}:{line}", "exec"), names)
-        elif language == "python torchrun":
-            compile(text, f"{page.name}:{line}", "exec")  # runs in tests/test_your_script.py
+        elif language in ("python torchrun", "python tutorial"):
+            compile(text, f"{page.name}:{line}", "exec")  # runs in tests/test_your_script.py, tests/test_tutorial.py
         else:
             assert not language.startswith("python"), f"{page.name}:{line}: mark the block `python run`, or write a session with >>>"
             continue
