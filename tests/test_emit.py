@@ -131,6 +131,7 @@ def train(made: Made, *arguments: str | Path) -> list[float]:
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[:8000]
+    assert ("no --data: the batches are random" in result.stdout) == ("--data" not in arguments)
     return [float(line.split()[-1]) for line in result.stdout.splitlines() if line.startswith("step")]
 
 

@@ -83,6 +83,8 @@ def _batches(model: Model, options: argparse.Namespace) -> Iterator[dict[str, Te
     """The batches of a file, again and again, or random ones; the same on every rank."""
     if options.data is not None:
         yield from cycle(read_batches(options.data, model.inputs))
+    if dist.get_rank() == 0:
+        print("no --data: the batches are random, so losses say nothing of what the model has learned", flush=True)
     generator = torch.Generator().manual_seed(options.seed)
     while True:
         yield {x.name: _draw(x, generator) for x in model.inputs}
