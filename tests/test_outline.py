@@ -105,7 +105,33 @@ def test_a_plan_without_rows_of_blocks_has_boxes_without_rows() -> None:
     assert [box.rows for box in outline.boxes] == [(), (), ()]
     assert outline.boxes[1].parameter_bytes == 900_000_000
     assert {edge.kind for edge in outline.edges} == {EdgeKind.NEXT}
-    assert outline.kinds == (Kind.FEATURES, Kind.BATCH_FEATURES)
+    assert outline.kinds == (Kind.NOTHING, Kind.FEATURES, Kind.BATCH_FEATURES)
+
+
+@pytest.mark.parametrize("pins", PINS)
+@pytest.mark.parametrize("name", ["gpt2_deep", "llama_deep"])
+def test_what_is_split_of_a_box_is_split_of_its_own_calls(name: str, pins: str) -> None:
+    plan = plan_of(name, pins)
+    for box in make_outline(plan).boxes:
+        if box.group != OUTSIDE:
+            continue
+        (path,) = (block.path for block in plan.pipeline.blocks if block.name in box.blocks)
+        calls = [op for op in plan.ops if op.op in plan.placements and f"{op.path}.".startswith(f"{path}.")]
+        assert calls
+        for axis, text in box.axes.items():
+            work = {word for word in text.split(", ") if not word.endswith("storage")} - {"nothing"}
+            assert work == {op.splits[axis] for op in calls if axis in op.splits}
+
+
+def test_an_embedding_that_is_split_otherwise_than_the_head_says_so() -> None:
+    plan = plan_of("llama_deep", "tp")
+    changed = {"embed_tokens": {"tp": "features"}, "lm_head": {"dp": "batch", "tp": "vocabulary"}}
+    ops = tuple(
+        replace(op, splits=changed.get(op.path.rpartition(".")[2], op.splits)) if op.op in plan.placements else op for op in plan.ops
+    )
+    boxes = make_outline(replace(plan, ops=ops)).boxes
+    assert (boxes[0].kind, boxes[-1].kind) == (Kind.FEATURES, Kind.BATCH_FEATURES)
+    assert [box.axes["tp"].split(", ")[-1] for box in (boxes[0], boxes[-1])] == ["features", "vocabulary"]
 
 
 def test_parts_of_a_layer_have_no_bytes_of_their_own() -> None:

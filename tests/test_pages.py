@@ -19,6 +19,9 @@ from autopar.cost_models import Cluster
 from autopar.ir import parse_layout
 from autopar.pages import content, page, tables, timeline
 from autopar.pages.page import make_page
+from autopar.pictures import words
+from autopar.pictures.layers import draw_layers
+from autopar.pictures.outline import EdgeKind, make_outline
 from autopar.plans import Plan, Purpose
 from autopar.plans.plan import BlockChoice
 from autopar.timelines import predict
@@ -146,8 +149,23 @@ def test_boxes_add_up_to_the_step(pins: str) -> None:
     for box in graph["boxes"]:
         assert box["seconds"] == pytest.approx(sum(row[6] for row in box["rows"]))
     assert [box for stage in graph["stages"] for box in stage["boxes"]] == list(range(len(graph["boxes"])))
-    sent = sum(row[5] for stage in graph["stages"] for row in stage["messages"])
-    assert sent == pytest.approx(sum(row.nbytes for row in plan.costs if row.purpose == Purpose.MESSAGES))
+
+
+@pytest.mark.parametrize("pins", PINS)
+def test_a_page_says_of_boxes_what_a_picture_says(pins: str) -> None:
+    plan = plan_of(pins)
+    drawn, graph = make_outline(plan), Page(make_page(plan)).data["graph"]
+    picture = draw_layers(drawn).to_string()
+    for box, shown in zip(drawn.boxes, graph["boxes"], strict=True):
+        assert shown["lines"]
+        assert [line for line in shown["lines"] if f'<TD ALIGN="CENTER">{line}</TD>' not in picture] == []
+        assert box.seconds == pytest.approx(box.compute_seconds + box.exchange_seconds + box.optimizer_seconds)
+    exchanges = [row for edge in drawn.edges if edge.kind is EdgeKind.EXCHANGE for row in words.word_exchanges(edge.rows)]
+    assert [line for box in graph["boxes"] for line in box["exchanges"]] == [" ".join(row) for row in exchanges]
+    messages = [row for edge in drawn.edges if edge.kind is EdgeKind.MESSAGE for row in words.word_messages(edge.rows)]
+    assert [tuple(line) for stage in graph["stages"] for line in stage["messages"]] == messages
+    assert [cell for row in (*exchanges, *messages) for cell in row if not re.search(f">{re.escape(cell)} ?<", picture)] == []
+    assert [line for stage in graph["stages"] for line in stage["lines"] if f">{line}<" not in picture] == []
 
 
 @pytest.mark.parametrize("plan", [make_plan(), make_pipelined_plan()], ids=["plain", "pipelined"])
@@ -222,8 +240,8 @@ def test_a_page_names_no_other_file() -> None:
 
 def test_licences_stand_in_the_page() -> None:
     text = make_page(plan_of("tp"))
-    for words in ("Copyright (c) 2022 Leon Sorokin", "Copyright 2016-2019 Timmy Willison", "released into the public domain"):
-        assert words in text
+    for phrase in ("Copyright (c) 2022 Leon Sorokin", "Copyright 2016-2019 Timmy Willison", "released into the public domain"):
+        assert phrase in text
     assert len(page.LIBRARIES) == 3
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from autopar.ir import format_layout
-from autopar.pictures import outline
+from autopar.pictures import outline, words
 from autopar.plans import CostRow, Plan
 
 
@@ -16,7 +16,7 @@ def describe_graph(plan: Plan) -> dict[str, Any]:
     """The stages and boxes of a plan, and per group of layers how its tensors are stored.
 
     Rows of costs are of one step on one rank of the stage: lists of phase, purpose, axis, collective, calls, bytes, exposed and hidden
-    seconds.
+    seconds. Lines are texts, the same as in the pictures.
     """
     drawn = outline.make_outline(plan)
     return {
@@ -31,6 +31,7 @@ def describe_graph(plan: Plan) -> dict[str, Any]:
                 "staticBytes": stage.static_bytes,
                 "savedBytes": stage.saved_bytes,
                 "boxes": list(stage.boxes),
+                "lines": words.word_stage(drawn, stage),
                 "messages": _messages_from(drawn, stage.boxes[-1]) if stage.boxes else [],
             }
             for stage in drawn.stages
@@ -57,12 +58,13 @@ def _describe_box(box: outline.Box, drawn: outline.Outline) -> dict[str, Any]:
         "parameterBytes": box.parameter_bytes,
         "activationBytes": box.activation_bytes,
         "seconds": box.seconds if drawn.has_costs else None,
+        "lines": words.word_box(box),
         "rows": [_describe_row(row) for row in box.rows],
-        "exchanges": [_describe_row(row) for rows in exchanges for row in rows],
+        "exchanges": [" ".join(row) for rows in exchanges for row in words.word_exchanges(rows)],
     }
 
 
-def _messages_from(drawn: outline.Outline, box: int) -> list[list[str | float]]:
-    """What crosses to and from the next stage, of one step."""
+def _messages_from(drawn: outline.Outline, box: int) -> list[tuple[str, str, str]]:
+    """What crosses to and from the next stage in a step, as the pictures word it."""
     edges = [edge for edge in drawn.edges if edge.kind == outline.EdgeKind.MESSAGE and edge.start == box]
-    return [_describe_row(row) for edge in edges for row in edge.rows]
+    return [row for edge in edges for row in words.word_messages(edge.rows)]

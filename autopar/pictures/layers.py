@@ -20,11 +20,10 @@ from dataclasses import replace
 
 import pydot
 
-from autopar.ir import PIPELINE
 from autopar.pictures.labels import make_label, markup
 from autopar.pictures.outline import Box, Edge, EdgeKind, Kind, Outline, Stage
 from autopar.pictures.palette import FILLS, MUTED, PANEL, PAPER, TEXT
-from autopar.plans import LOCAL_COPY, CostRow, Phase, Purpose
+from autopar.pictures.words import word_box, word_exchanges, word_messages, word_stage
 from autopar.units import format_bytes, format_seconds
 
 FONT = "Helvetica,Arial,sans-serif"
@@ -39,16 +38,6 @@ _GAP = "&#160;"
 _BORDERS = {"none": "solid", "selective": "dashed", "full": "dotted"}
 
 _RECOMPUTED = {"selective": "dashed: the attention core is run again", "full": "dotted: all is run again"}
-
-# What exchanges are for, in the words of the picture: gradients of activations travel as these do, back.
-_WHAT: Mapping[str, str] = {
-    Purpose.KERNEL: "activations",
-    Purpose.ACTIVATIONS: "activations",
-    Purpose.ACTIVATION_GRADIENTS: "activations",
-    Purpose.RECOMPUTE: "run again",
-    Purpose.PARAMETERS: "parameters",
-    Purpose.GRADIENTS: "gradients",
-}
 
 
 def draw_layers(outline: Outline) -> pydot.Dot:
@@ -100,6 +89,7 @@ def _draw_legend(outline: Outline) -> str:
     """What colours, borders and numbers mean, as a part of the title."""
     texts = [_RECOMPUTED[kind] for kind in outline.recompute]
     if outline.has_costs:
+        texts.append("compute: of one rank in a step, forward and backward")
         texts.append("4 × 1 MB: of one rank in a step, calls × bytes of each")
     return draw_swatches(outline.kinds, texts)
 
@@ -117,12 +107,7 @@ def _draw_stage(outline: Outline, stage: Stage) -> pydot.Subgraph:
         f"cluster_stage{stage.number}", style='"rounded,filled"', fillcolor=f'"{PANEL}"', color=f'"{MUTED}"', margin=10, label='""'
     )
     if len(outline.stages) > 1:
-        first, last = stage.ranks
-        ranks = f"ranks {first}-{last}" if last > first else f"rank {first}"
-        place = f"pipeline rank {stage.pipeline_rank}, {ranks}" if outline.axes.get(PIPELINE) else ranks
-        lines = [[markup(f"stage {stage.number}", bold=True, size=13)], [markup(place, size=11)]]
-        if outline.has_costs:
-            lines.append([markup(f"busy {format_seconds(stage.seconds)} of a step", size=11)])
+        lines = [[markup(f"stage {stage.number}", bold=True, size=13)], *([markup(text, size=11)] for text in word_stage(outline, stage))]
         cluster.set("label", make_label(lines, align=("CENTER",)))
     for number in stage.boxes:
         cluster.add_node(_draw_box(outline.boxes[number]))
@@ -130,17 +115,9 @@ def _draw_stage(outline: Outline, stage: Stage) -> pydot.Subgraph:
 
 
 def _draw_box(box: Box) -> pydot.Node:
-    texts = [f"{box.count} layers alike"] if box.count > 1 else []
-    texts += [f"{axis} splits {text}" for axis, text in box.axes.items() if text != "nothing"]
-    if box.recompute != "none":
-        texts.append(f"recompute {box.recompute}")
-    if box.parameter_bytes is not None:
-        texts.append(f"parameters {format_bytes(box.parameter_bytes)}")
-    if box.rows:
-        texts.append(f"compute {format_seconds(box.compute_seconds)}, exposed exchanges {format_seconds(box.exchange_seconds)}")
     return pydot.Node(
         f"box{box.number}",
-        label=make_label([[markup(box.name, bold=True, size=12)], *([markup(text)] for text in texts)], align=("CENTER",)),
+        label=make_label([[markup(box.name, bold=True, size=12)], *([markup(text)] for text in word_box(box))], align=("CENTER",)),
         fillcolor=f'"{FILLS[box.kind]}"',
         style=f'"filled,rounded,{_BORDERS[box.recompute]}"',
         penwidth=1.0 if box.recompute == "none" else 2.0,
@@ -151,13 +128,13 @@ def _draw_edge(edge: Edge, first: str, last: str, start: int | None, end: int | 
     """An edge between two nodes; a message leaves and enters at the borders of the stages `start` and `end`, None of which is a node."""
     drawn = pydot.Edge(first, last)
     if edge.kind is EdgeKind.EXCHANGE:
-        label = _word_exchanges(edge.rows)
+        label = _label_rows(word_exchanges(edge.rows), ("LEFT", "LEFT", "RIGHT", "RIGHT"))
         drawn.set("dir", "both")
         drawn.set("color", f'"{MUTED}"')
         if not label:
             drawn.set("style", "invis")  # local copies alone
     elif edge.kind is EdgeKind.MESSAGE:
-        label = _word_messages(edge.rows)
+        label = _label_rows(word_messages(edge.rows), ("LEFT", "RIGHT", "RIGHT"))
         drawn.set("penwidth", 2)
         if start is not None:
             drawn.set("ltail", f"cluster_stage{start}")
@@ -184,30 +161,7 @@ def _count_rows(outline: Outline) -> int:
     return math.ceil(count / max(1, round(math.sqrt(count))))
 
 
-def _word_exchanges(rows: Iterable[CostRow]) -> str:
-    """A line per axis, collective and what it moves, those that take longest first; empty where nothing is exchanged."""
-    sums: dict[tuple[str, str, str], list[float]] = {}
-    for row in rows:
-        if row.collective != LOCAL_COPY and row.count:
-            entry = sums.setdefault((row.axis, row.collective, _WHAT.get(row.purpose, row.purpose)), [0.0, 0.0, 0.0])
-            for index, number in enumerate((row.count, row.nbytes, row.seconds + row.hidden)):
-                entry[index] += number
-    lines = [
-        [_GAP, markup(f"{axis} {collective} "), markup(f"{what} "), markup(f"{count:,.0f} ×"), markup(format_bytes(nbytes / count))]
-        for (axis, collective, what), (count, nbytes, _) in sorted(sums.items(), key=lambda item: (-item[1][2], item[0]))
-    ]
-    return make_label(lines, align=("LEFT", "LEFT", "LEFT", "RIGHT", "RIGHT")) if lines else ""
-
-
-def _word_messages(rows: Sequence[CostRow]) -> str:
-    """What is sent on and back, a line each; empty where nothing is sent."""
-    lines = [
-        [
-            _GAP,
-            markup(f"send {'values' if row.phase == Phase.FORWARD else 'gradients back'} "),
-            markup(f"{row.count:,.0f} ×"),
-            markup(format_bytes(row.nbytes / row.count)),
-        ]
-        for row in rows
-    ]
-    return make_label(lines, align=("LEFT", "LEFT", "RIGHT", "RIGHT")) if lines else ""
+def _label_rows(rows: Iterable[Sequence[str]], align: Sequence[str]) -> str:
+    """A label of rows of words; empty where there are none. Words are parted from numbers by a space, numbers are not from each other."""
+    lines = [[_GAP, *(markup(f"{cell} " if where == "LEFT" else cell) for cell, where in zip(row, align, strict=True))] for row in rows]
+    return make_label(lines, align=("LEFT", *align)) if lines else ""

@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import groupby
 
-from autopar.ir import PIPELINE
-from autopar.plans import OUTSIDE, RECOMPUTE, BlockChoice, CostRow, Group, Phase, Plan, Purpose, RowSums
+from autopar.ir import PIPELINE, StateKind
+from autopar.plans import OUTSIDE, RECOMPUTE, STORAGE, BlockChoice, CostRow, Group, Phase, Plan, Purpose, RowSums
 from autopar.report import describe_header, find_pipeline_ranks
 
 
@@ -55,7 +55,8 @@ class Box:
         group: name of the group of layers in `Plan.groups`; `OUTSIDE` for what is in no layer.
         name: what to show, such as ``model.layers.0-7`` or ``lm_head``.
         blocks: names of the blocks in `Plan.pipeline`, first to last.
-        axes: per mesh axis what it splits, as the group says: ``{"dp": "batch, optimizer storage", "tp": "features, heads"}``.
+        axes: per mesh axis what it splits: ``{"dp": "batch, optimizer storage", "tp": "features, heads"}``. Of layers as their group says,
+            of other blocks by the calls and parameters of the block's own module.
         kind: the key of the colour.
         recompute: what the backward runs again: ``none``, ``selective`` or ``full``.
         parameter_bytes: of the parameters on one rank; None where the plan doesn't say them of this box.
@@ -90,6 +91,11 @@ class Box:
     def exchange_seconds(self) -> float:
         """Exposed seconds of exchanges in a step, with those of recomputation."""
         return sum(row.seconds for row in self.rows if row.axis)
+
+    @property
+    def optimizer_seconds(self) -> float:
+        """Seconds of the optimizer in a step."""
+        return sum(row.seconds for row in self.rows if row.purpose == Purpose.OPTIMIZER and not row.axis)
 
     @property
     def seconds(self) -> float:
@@ -214,6 +220,8 @@ class _Place:
     group: Group | None
     is_layer: bool
     path: str
+    module: str
+    """Of its calls in the plan, which are those of the first of like layers; empty where the block has its whole group's."""
 
     @property
     def fold(self) -> tuple[str, str]:
@@ -229,7 +237,12 @@ def _find_places(plan: Plan) -> list[_Place]:
     layers = [next((path for path in _list_parents(block.path) if path in groups), "") for block in plan.pipeline.blocks]
     counts = Counter(layers)
     return [
-        _Place(groups.get(layer, outside), layer != "" and block.path == layer and counts[layer] == 1, block.name)
+        _Place(
+            groups.get(layer, outside),
+            layer != "" and block.path == layer and counts[layer] == 1,
+            block.name,
+            "" if block.path == layer else f"{groups[layer].paths[0]}{block.path.removeprefix(layer)}" if layer else block.path,
+        )
         for layer, block in zip(layers, plan.pipeline.blocks, strict=True)
     ]
 
@@ -243,7 +256,7 @@ def _list_parents(path: str) -> Iterator[str]:
 
 def _make_box(plan: Plan, number: int, run: list[tuple[int, BlockChoice]], places: list[_Place]) -> Box:
     first, place = run[0][1], places[run[0][0]]
-    axes = {} if place.group is None else place.group.axes
+    axes = _find_axes(plan, place)
     parameters, activations = _find_bytes(place, len(run), places)
     return Box(
         number=number,
@@ -258,6 +271,33 @@ def _make_box(plan: Plan, number: int, run: list[tuple[int, BlockChoice]], place
         activation_bytes=activations,
         rows=_sum_rows(plan, [position for position, _ in run]),
     )
+
+
+def _find_axes(plan: Plan, place: _Place) -> Mapping[str, str]:
+    """Per axis what it splits of a block: of its module's own calls and parameters, or of the group where the plan has none of these."""
+    group = place.group
+    if group is None:
+        return {}
+    inside = f"{place.module}."
+    calls = [op for op in plan.ops if op.group == group.name and place.module and f"{op.path}.".startswith(inside)]
+    if not calls:
+        return group.axes
+    words: dict[str, list[str]] = {axis: [] for axis in group.axes}
+    for name in (op for op, tensor in group.tensors.items() if tensor.startswith(inside)):
+        for axis, state in zip(plan.mesh.names, plan.layouts[name], strict=True):
+            if state.level or (state.kind is StateKind.SHARD and _is_gathered(plan, name, axis)):
+                words[axis].append(STORAGE[state.level])
+    for op in calls:
+        for axis, text in op.splits.items():
+            words[axis].append(text)
+    return {axis: ", ".join(dict.fromkeys(texts)) or "nothing" for axis, texts in words.items()}
+
+
+def _is_gathered(plan: Plan, parameter: str, axis: str) -> bool:
+    """Whether a call reads a parameter whole along an axis, which splits its storage."""
+    position = plan.mesh.names.index(axis)
+    reads = (read for each in plan.reads.values() for read in each if read.value == parameter)
+    return any(read.need[position].kind is not StateKind.SHARD for read in reads)
 
 
 def _find_bytes(place: _Place, count: int, places: list[_Place]) -> tuple[int | None, int | None]:

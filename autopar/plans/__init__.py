@@ -11,6 +11,7 @@ from autopar.plans.fits import check_fits, describe_ops, fingerprint
 from autopar.plans.pins import NO_PINS, RECOMPUTE, Pins, check_devices, describe_pins, parse_mesh, reconcile
 from autopar.plans.plan import (
     KINDS,
+    STORAGE,
     BlockChoice,
     Candidate,
     Group,
@@ -35,6 +36,7 @@ __all__ = [
     "NO_PINS",
     "OUTSIDE",
     "RECOMPUTE",
+    "STORAGE",
     "BlockChoice",
     "BlockRows",
     "Candidate",

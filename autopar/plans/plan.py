@@ -178,6 +178,9 @@ class Group:
         return len(self.paths) or 1
 
 
+STORAGE = ("parameter storage", "optimizer storage", "optimizer and gradient storage")
+"""What an axis splits by which a parameter is stored split, by its ZeRO level; 0 is level 3, where the parameter itself is gathered."""
+
 KINDS = ("data parallel", "sequence parallel", "tensor parallel", "pipeline", "nothing split", "not solved")
 """What a candidate is, by what it splits: over several pipeline ranks a pipeline, else features or vocabulary over some axis, else the
 sequence, else the batch, else nothing. What free axes split isn't known before they are solved."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 from autopar.cost_models import Cluster
 from autopar.costs import BUCKET_NBYTES, Sharding, given_nbytes, local_nbytes, operand_layout_of
 from autopar.ir import MICROBATCH, PIPELINE, Layout, Mesh, Op, OpKind, Placement, Precision, Split, StateKind
-from autopar.plans import OUTSIDE, Candidate, CostRow, Group, Memory, Phase, Plan, Proof, Purpose, RowSums, Timing, Unruled
+from autopar.plans import OUTSIDE, STORAGE, Candidate, CostRow, Group, Memory, Phase, Plan, Proof, Purpose, RowSums, Timing, Unruled
 from autopar.search.attribution import Chosen, find_ops, find_work, group_names, word_splits
 from autopar.search.candidates import name_axes
 from autopar.search.placement import nanoseconds, saved_nbytes
@@ -224,7 +224,7 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
             parameters[group] += model.folded.count[op.name] * local_nbytes(op.results[0], layout, chosen.mesh)
             for axis, state in enumerate(layout):
                 if state.level or (state.kind is StateKind.SHARD and _is_gathered(model, sharding, op, axis)):
-                    _append(axes[group][mesh.names[axis]], _STORAGE[state.level])
+                    _append(axes[group][mesh.names[axis]], STORAGE[state.level])
     return tuple(
         Group(
             name=printable(name),
@@ -236,10 +236,6 @@ def _groups(chosen: Chosen, mesh: Mesh) -> tuple[Group, ...]:
         )
         for name in names
     )
-
-
-_STORAGE = ("parameter storage", "optimizer storage", "optimizer and gradient storage")
-"""What an axis splits by which a parameter is stored split, by its ZeRO level; 0 is level 3, where the parameter itself is gathered."""
 
 
 def _is_gathered(model: AnalyzedGraph, sharding: Sharding, parameter: Op, axis: int) -> bool:

@@ -4,14 +4,11 @@ const boxButtons = [];
 
 function makeBox(number) {
   const box = data.graph.boxes[number];
-  const exchanges = [...box.exchanges].sort((one, other) => other[rowColumn("bytes")] - one[rowColumn("bytes")]);
+  const { exchanges } = box;
   const lines = [
     make("span", { class: "name" }, ...breakable(box.name)),
-    make("span", {}, box.kind === "nothing" ? "not split" : `splits ${box.kind}`),
-    box.blocks.length > 1 ? make("span", {}, `${formatCount(box.blocks.length)} blocks`) : null,
-    box.recompute === "none" ? null : make("span", {}, `run again: ${box.recompute}`),
-    box.seconds === null ? null : make("span", {}, formatSeconds(box.seconds)),
-    ...exchanges.slice(0, 2).map((row) => make("span", { class: "exchange" }, wordExchange(row))),
+    ...(box.kind === "nothing" ? ["not split"] : []).concat(box.lines).map((line) => make("span", {}, line)),
+    ...exchanges.slice(0, 2).map((text) => make("span", { class: "exchange" }, `⇄ ${text}`)),
     exchanges.length > 2 ? make("span", { class: "exchange" }, `and ${exchanges.length - 2} more exchanges`) : null,
   ];
   const button = make("button", {
@@ -25,25 +22,18 @@ function makeBox(number) {
   return make("li", {}, button);
 }
 
-function wordExchange(row) {
-  return `⇄ ${row[rowColumn("axis")]} ${row[rowColumn("collective")]} ${formatBytes(row[rowColumn("bytes")])}`;
-}
-
 function makeStage(stage) {
   const several = data.graph.stages.length > 1;
   const heading = several ? `Stage ${stage.number}` : "Model";
-  const where = several ? `pipeline rank ${stage.pipelineRank}, ${wordRanks(stage.ranks)}` : wordRanks(stage.ranks);
+  const lines = several ? stage.lines : [wordRanks(stage.ranks)];
   const numbers = [
-    stage.seconds === null ? "" : formatSeconds(stage.seconds),
     stage.staticBytes === null ? "" : `${formatBytes(stage.staticBytes)} always`,
     stage.savedBytes === null ? "" : `${formatBytes(stage.savedBytes)} per micro-batch`,
   ].filter((text) => text !== "").join(", ");
-  const messages = stage.messages.map((row) => {
-    const arrow = row[rowColumn("phase")] === "forward" ? "→" : "←";
-    return make("li", {}, `${arrow} ${formatBytes(row[rowColumn("bytes")])}`.replaceAll(" ", "\u00a0"), make("br"), `${formatCount(row[rowColumn("times")])}×`);
-  });
+  const messages = stage.messages.map(([what, times, bytes], index) => make("li", {},
+    `${index === 0 ? "→" : "←"} ${what}`, make("br"), `${times} ${bytes}`.replaceAll(" ", "\u00a0")));
   return make("li", { class: "stage" },
-    make("div", { class: "stage-box" }, make("h3", {}, heading), make("p", { class: "note" }, where), make("p", { class: "note" }, numbers),
+    make("div", { class: "stage-box" }, make("h3", {}, heading), ...lines.map((line) => make("p", { class: "note" }, line)), make("p", { class: "note" }, numbers),
       make("ol", {}, ...stage.boxes.map(makeBox))),
     messages.length > 0 ? make("ul", { class: "messages", "aria-label": "Messages with the next stage" }, ...messages)
       : make("span", { class: "then", "aria-hidden": "true" }, "→"));
