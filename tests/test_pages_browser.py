@@ -194,6 +194,16 @@ def test_tables_sort_by_numbers_and_by_texts(browser: Browser, opened: Plan) -> 
     assert sorted(before) == sorted(rows_of(browser, "#table-traffic"))
 
 
+def test_at_first_the_longest_box_is_shown_with_all_columns(browser: Browser, opened: Plan) -> None:
+    boxes = browser.run("return data.graph.boxes")
+    longest = max(boxes, key=lambda box: float(box["seconds"]))
+    assert browser.text("#details h3") == longest["name"]
+    cut = "return [...document.querySelectorAll('#details .scroll')].filter((each) => each.scrollWidth > each.clientWidth + 1).length"
+    for box in browser.all(".box"):
+        box.click()
+        assert browser.run(cut) == 0
+
+
 def test_a_box_shows_its_costs_and_tensors(browser: Browser, opened: Plan) -> None:
     graph = browser.run("return data.graph")
     number = next(number for number, box in enumerate(graph["boxes"]) if len(box["blocks"]) > 1)

@@ -93,6 +93,8 @@ function showGraph() {
   const targets = listTargets();
   byId("search").addEventListener("input", () => search(targets, byId("search").value));
   byId("stages").addEventListener("keydown", moveByKey);
+  const seconds = data.graph.boxes.map((box) => box.seconds ?? 0);
+  if (seconds.length > 0) showBox(seconds.indexOf(Math.max(...seconds))); // what takes longest is looked at first
   const zoom = Panzoom(byId("stages"), { canvas: true, cursor: "grab", maxScale: 4, minScale: 0.2, overflow: "auto", origin: "0 0", touchAction: "pan-y" });
   byId("graph-in").addEventListener("click", () => zoom.zoomIn({ animate: false }));
   byId("graph-out").addEventListener("click", () => zoom.zoomOut({ animate: false }));
