@@ -18,6 +18,7 @@ import autopar
 from autopar.errors import InputError, PlanError
 from autopar.plans import Phase, Plan, Purpose, from_json, to_json
 from autopar.timelines import RankRecord, Sent, Trace, draw, from_chrome, from_text, merge, predict, to_chrome, to_text
+from autopar.timelines.picture import _COLOURS, _name_block
 from autopar.timelines.recorded import align
 from autopar.timelines.trace import BUSY, COMMUNICATION, COMPUTE, COPIES, OVERLAPPED, Event, Sample
 from tests.commands import refuse, run
@@ -300,6 +301,23 @@ def test_a_picture_has_every_event(plan: Plan) -> None:
         assert 0 <= float(box.get("y", 0)) <= float(box.get("y", 0)) + float(box.attrib["height"]) <= height
     labels = ["".join(text.itertext()) for text in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert trace.title in labels
+    for rank in range(len(trace.ranks)):
+        seconds = trace.exchanging(rank)
+        assert f"computes {(trace.busy(rank) - seconds) / trace.seconds:.0%}" in labels
+        assert f"exchanges {seconds / trace.seconds:.0%}" in labels
+    assert (trace.exchanging(0) > 0) == any(event.thread == "communication" and event.rank == 0 for event in trace.events)
+    # Numbers are those of micro-batches.
+    numbers = {int(label) for label in labels if label.isdecimal() and label != "0"}
+    assert numbers <= {event.microbatch for event in trace.events}
+
+
+def test_colours_tell_kinds_apart() -> None:
+    assert len(set(_COLOURS.values())) == len(_COLOURS)
+
+
+def test_a_block_with_a_number_is_named() -> None:
+    names = {"model.layers.12": "layers.12", "h.0": "h.0", "lm_head": "lm_head", "model.embed_tokens": "embed_tokens", "3": "3", "": ""}
+    assert {path: _name_block(path) for path in names} == names
 
 
 def test_a_picture_by_hand(golden: Golden) -> None:
@@ -360,7 +378,7 @@ def saved(tmp_path: Path) -> Path:
 def test_the_command_writes_a_trace_and_a_picture(saved: Path, tmp_path: Path) -> None:
     trace, picture = tmp_path / "trace.json", tmp_path / "step.svg"
     out = run("timeline", saved, "-o", trace).stdout
-    assert "GPT2LMHeadModel on 2x8xh100, predicted: step 17.0 ms, ranks are busy 61.8% of it" in out
+    assert "GPT2LMHeadModel on 2x8xh100, predicted: step 17.0 ms, of which ranks compute 52.9% and exchange 8.8%" in out
     validate(trace.read_text(encoding="utf-8"))
     assert run("timeline", saved, "-o", picture, "--beside", trace).exit_code == 0
     assert picture.read_text(encoding="utf-8").count(">GPT2LMHeadModel on 2x8xh100, predicted</text>") == 2

@@ -65,7 +65,9 @@ def timeline(plan_file: Path, output: Path, recorded: Sequence[Path]) -> None:
 def _describe(trace: Trace) -> str:
     """A trace in one line."""
     count = len(trace.ranks)
-    busy = sum(map(trace.busy, range(count)))
+    exchanging = sum(map(trace.exchanging, range(count)))
+    computing = sum(map(trace.busy, range(count))) - exchanging
     peak = max((sample.nbytes for sample in trace.memory), default=0)
-    text = f"{trace.title}: step {format_seconds(trace.seconds)}, ranks are busy {format_share(busy, count * trace.seconds)} of it"
+    shares = [format_share(seconds, count * trace.seconds) for seconds in (computing, exchanging)]
+    text = f"{trace.title}: step {format_seconds(trace.seconds)}, of which ranks compute {shares[0]} and exchange {shares[1]}"
     return clean(f"{text}, {format_bytes(peak)} at the peak of the fullest" if peak else text)

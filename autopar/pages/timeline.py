@@ -65,16 +65,17 @@ def _describe_memory(trace: Trace, until: float) -> list[dict[str, list[float]]]
 
 
 def tabulate_ranks(trace: Trace) -> Table:
-    """How long each rank works and waits, and its most memory."""
+    """How long each rank computes, waits for collectives and waits for other stages, and its most memory."""
     rows = []
     for rank, name in enumerate(trace.ranks):
         busy = trace.busy(rank)
         peak = max((sample.nbytes for sample in trace.memory if sample.rank == rank), default=None)
-        rows.append((name, busy, trace.seconds - busy, peak))
+        exchanging = trace.exchanging(rank)
+        rows.append((name, busy - exchanging, exchanging, trace.seconds - busy, peak))
     return Table(
         "ranks",
         "Ranks",
-        "Waiting is for other ranks. All ranks of a pipeline rank are alike.",
-        (("rank", TEXT), ("works", SECONDS), ("waits", SECONDS), ("most memory", BYTES)),
+        "Exchanges are those that nothing hides; waiting is for other pipeline ranks. All ranks of a pipeline rank are alike.",
+        (("rank", TEXT), ("computes", SECONDS), ("exchanges", SECONDS), ("waits", SECONDS), ("most memory", BYTES)),
         tuple(rows),
     )

@@ -195,7 +195,10 @@ class ParallelModule(Unwrapped, nn.Module):
             records = self._agreement.gather(records[0])
         with self._all_or_none("writes a trace"):
             if rank == 0:
-                merged = timelines.merge(f"{self._name} on {len(records)} ranks, recorded", list(map(timelines.from_text, records)))
+                # Of a CPU it holds torch and the program too, which no plan counts.
+                memory = "" if self._device.type == "cuda" else " (memory: resident, of the whole process)"
+                title = f"{self._name} on {len(records)} ranks, recorded{memory}"
+                merged = timelines.merge(title, list(map(timelines.from_text, records)))
                 texts.write_text(path, timelines.to_chrome([merged]))
 
     @property

@@ -27,7 +27,7 @@ _COLOURS = {
     _FORWARD: "#4878a8",
     _INPUT: "#e8853a",
     _WEIGHT: "#edc04f",
-    _BACKWARD: "#e8853a",
+    _BACKWARD: "#d9634c",
     _RECOMPUTE: "#a678b0",
     _OPTIMIZER: "#8a6a50",
     _COMMUNICATION: "#4f9f57",
@@ -89,8 +89,11 @@ def _draw_rank(trace: Trace, rank: int, y: float, scale: float, largest: int) ->
     for event in own:
         if event.thread not in BUSY:
             yield _box(event, y + _ROW - _STRIP, _STRIP, scale, 1.0)
-    busy = sum(event.seconds for event in own if event.thread in BUSY)
-    yield _text(_WIDTH - _RIGHT + 6, y + _ROW / 2 + 4, f"busy {busy / trace.seconds:.0%}" if trace.seconds else "", size=10, colour="#555")
+    if trace.seconds:
+        exchanging = trace.exchanging(rank)
+        lines = ("computes", trace.busy(rank) - exchanging), ("exchanges", exchanging)
+        for number, (what, seconds) in enumerate(lines):
+            yield _text(_WIDTH - _RIGHT + 6, y + 10 + 12 * number, f"{what} {seconds / trace.seconds:.0%}", size=10, colour="#555")
     samples = [sample for sample in trace.memory if sample.rank == rank]
     if samples and largest:
         yield from _draw_memory([(sample.time, sample.nbytes) for sample in samples], y + _ROW + 2, trace.seconds, scale, largest)
@@ -101,10 +104,16 @@ def _draw_event(event: Event, y: float, scale: float, chunks: Sequence[int]) -> 
     place = chunks.index(event.stage) if event.stage in chunks else 0
     yield _box(event, y, _ROW, scale, 1.0 - 0.45 * place / max(1, len(chunks)))
     kind, width = _kind_of(event), event.seconds * scale
-    label = event.layer.rpartition(".")[2] if event.microbatch is None else str(event.microbatch)
+    label = _name_block(event.layer) if event.microbatch is None else str(event.microbatch)
     if kind not in (_COMMUNICATION, _COPY) and label and width >= _CHARACTER * len(label) + 2:
         x = _LEFT + (event.start + event.seconds / 2) * scale
         yield _text(x, y + _ROW / 2 + 4, label, size=10, anchor="middle", colour="#fff" if kind in _DARK and not place else "#222")
+
+
+def _name_block(path: str) -> str:
+    """The last part of a block's path; before a number, which alone would look like a micro-batch, also the part before."""
+    before, _, last = path.rpartition(".")
+    return f"{before.rpartition('.')[2]}.{last}" if before and last.isdecimal() else last
 
 
 def _box(event: Event, y: float, height: float, scale: float, opacity: float) -> str:

@@ -116,6 +116,10 @@ class Trace:
         """Seconds in which a rank computes or waits for its collectives: the rest of the step it waits for other ranks."""
         return sum(event.seconds for event in self.events if event.rank == rank and event.thread in BUSY)
 
+    def exchanging(self, rank: int) -> float:
+        """Of the busy seconds those in which a rank waits for its collectives; in the rest it computes or copies."""
+        return sum(event.seconds for event in self.events if event.rank == rank and event.thread == COMMUNICATION)
+
     def threads(self, rank: int) -> tuple[str, ...]:
         """The threads of a rank that have events, computing first."""
         names = dict.fromkeys(event.thread for event in self.events if event.rank == rank)
