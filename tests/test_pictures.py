@@ -28,6 +28,7 @@ from autopar.pictures.rendering import render
 from autopar.pictures.writers import WRITERS
 from autopar.plans import BlockRows, Message, Phase, Plan, Purpose, RankBytes, StageBytes, Timing
 from autopar.plans.plan import BlockChoice, Group
+from autopar.rules import short_name
 from autopar.units import format_bytes, format_seconds
 from tests.commands import refuse, run
 from tests.planning import make_plan as search
@@ -198,6 +199,25 @@ def test_ops_have_every_call_of_the_layer_once_and_what_they_read() -> None:
     assert draw_ops(plan, group.paths[1]).to_string() == draw_ops(plan, None).to_string()
     readers = {edge.get_destination().strip('"') for edge in graph.get_edges()}
     assert {name for name in calls if plan.reads[name]} <= readers
+
+
+def test_boxes_of_ops_say_operator_and_module_and_letters_are_explained() -> None:
+    plan = plan_of("whole", "llama_deep")
+    group = next(group for group in plan.groups if group.count > 1)
+    text = draw_ops(plan, None).to_string()
+    calls = [op for op in plan.ops if op.group == group.name and op.op in plan.reads]
+    for op in calls:
+        place = op.path.removeprefix(group.paths[0]).rpartition(".")[2]
+        assert f"<B>{short_name(op.target)}{f' in {place}' if place else ''}</B>" in text
+    assert " in rotary_emb</TD>" in text  # what another part of the model makes
+    named = {op.op for op in plan.ops if op.op in plan.reads}
+    shown = set(re.findall(r"<TD[^>]*>([^<]*)</TD>", text))
+    assert not shown & {name for name in named if re.search(r"_\d+$", name)}  # names of the graph say nothing
+    assert ".Tensor" not in text
+    used = {state.kind.value for op in calls for read in plan.reads[op.op] for state in (*read.made, *read.need)}
+    assert "B" in used
+    for letter in used:
+        assert re.search(rf"[:;] {letter} (and|whole|summands)", text)
 
 
 @pytest.mark.parametrize(("pins", "name"), [("whole", "gpt2_deep"), ("stages", "gpt2_deep"), ("whole", "llama_deep")])

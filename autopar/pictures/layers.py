@@ -15,7 +15,7 @@ a column to the top of the next one is cut in two, with the other stage's name a
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import pydot

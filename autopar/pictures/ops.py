@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import pydot
 
 from autopar.errors import InputError
-from autopar.ir import ITEMSIZE, Collective, Layout, format_layout, journey
+from autopar.ir import ITEMSIZE, Collective, Layout, StateKind, format_layout, journey
 from autopar.pictures.labels import make_label, markup
 from autopar.pictures.layers import draw_swatches, make_graph
 from autopar.pictures.outline import find_kind
@@ -24,6 +24,13 @@ from autopar.plans import OUTSIDE, Group, OpCost, Plan, Read
 from autopar.report import describe_header, select_groups
 from autopar.rules import short_name
 from autopar.units import format_bytes, format_seconds
+
+_STATES = {
+    StateKind.SHARD: "and a dim: split along it",
+    StateKind.REPLICATE: "whole on every rank",
+    StateKind.PARTIAL: "summands, one on each rank",
+    StateKind.REPLICATE_PARTIAL_GRAD: "whole, of its gradient a summand on each rank",
+}
 
 # Other steps are copies, which a rank makes alone.
 _EXCHANGES = (Collective.ALL_GATHER, Collective.REDUCE_SCATTER, Collective.ALL_REDUCE, Collective.ALL_TO_ALL)
@@ -58,19 +65,23 @@ def draw_ops(plan: Plan, layer: str | None) -> pydot.Dot:
 def _word_title(plan: Plan, group: Group, ops: Mapping[str, OpCost]) -> str:
     used = {find_kind(op.splits) for op in ops.values()}
     shown = group.name if not group.paths else f"{group.paths[0]}, one of {group.count} alike" if group.count > 1 else group.paths[0]
+    # The letters of layouts, as far as they occur; docs/concepts.md says more of each.
+    states = {state.kind for reads in plan.reads.values() for read in reads for state in (*read.made, *read.need)}
+    letters = [f"{kind.value} {text}" for kind, text in _STATES.items() if kind in states]
+    layouts = f"layouts, a state per axis ({', '.join(plan.mesh.names)}): {'; '.join(letters)}"
     lines = [
         [markup(f"ops of {shown}", bold=True, size=15, most=140)],
         [markup(describe_header(plan), size=12, most=140)],
-        [draw_swatches(used, [f"layouts per axis: {', '.join(plan.mesh.names)}", "bold: ranks exchange, bytes of one rank"])],
+        [draw_swatches(used, ["bold: ranks exchange, bytes of one rank"])],
+        *([[markup(layouts, size=11, most=200)]] if letters else []),
     ]
     return make_label(lines, align=("CENTER",))
 
 
 def _draw_call(group: Group, op: OpCost) -> pydot.Node:
-    first = f"{group.paths[0]}." if group.paths else ""
-    module = op.path.removeprefix(first) if op.path.startswith(first) else ""
-    lines = [[markup(short_name(op.target), bold=True, size=12)]]
-    if module:
+    module = _shorten_path(group, op.path)
+    lines = [[markup(_name_call(op, module), bold=True, size=12)]]
+    if "." in module:
         lines.append([markup(module, color=MUTED)])
     if op.splits:
         lines.append([markup(", ".join(f"{axis} splits {text}" for axis, text in op.splits.items()))])
@@ -78,6 +89,18 @@ def _draw_call(group: Group, op: OpCost) -> pydot.Node:
         alike = f", {op.count} alike" if op.count > 1 else ""
         lines.append([markup(f"{format_seconds(op.seconds.step)} of the step{alike}")])
     return pydot.Node(_name(op.op), label=make_label(lines, align=("CENTER",)), fillcolor=f'"{FILLS[find_kind(op.splits)]}"')
+
+
+def _shorten_path(group: Group, path: str) -> str:
+    """The path of a module inside of the layer; empty for the layer's own."""
+    first = group.paths[0] if group.paths else ""
+    return path.removeprefix(first).removeprefix(".") if f"{path}.".startswith(f"{first}.") or not first else ""
+
+
+def _name_call(op: OpCost, module: str) -> str:
+    """The operator and the last part of its module's path, such as ``mul in norm``."""
+    place = module.rpartition(".")[2]
+    return f"{short_name(op.target)}{f' in {place}' if place else ''}"
 
 
 def _name(op: str) -> str:
@@ -103,7 +126,7 @@ def _add_read(
     else:
         if read.value not in outside:
             outside[read.value] = f"outside{len(outside)}"
-            graph.add_node(_draw_outside(group, outside[read.value], maker, read))
+            graph.add_node(_draw_outside(plan, group, outside[read.value], maker, read))
         start = outside[read.value]
     if steps := _word_steps(plan, read, maker if is_parameter else ""):
         # A parameter is moved for each use.
@@ -118,11 +141,15 @@ def _add_read(
         graph.add_edge(_draw_value(start, _name(reader), read, read.made))
 
 
-def _draw_outside(group: Group, node: str, maker: str, read: Read) -> pydot.Node:
+def _draw_outside(plan: Plan, group: Group, node: str, maker: str, read: Read) -> pydot.Node:
     """What a layer is given: a parameter under the user's name, below the layer's, or a value that another layer makes."""
-    name = group.tensors.get(maker, read.value)
-    if group.paths:
-        name = name.removeprefix(f"{group.paths[0]}.")
+    call = next((op for op in plan.ops if op.op == maker and op.op in plan.reads), None)
+    if call is not None:
+        name = _name_call(call, call.path)
+    else:
+        name = group.tensors.get(maker, read.value)
+        if group.paths:
+            name = name.removeprefix(f"{group.paths[0]}.")
     return pydot.Node(node, label=make_label([[markup(name)]]), shape="box", style='"rounded"', color=f'"{MUTED}"')
 
 
