@@ -18,6 +18,9 @@ def test_a_plan_shows_its_step_and_memory(plan: Plan) -> None:
     assert f"<caption>{plan.model} on {plan.cluster}</caption>" in shown
     assert f"<td>{format_seconds(plan.seconds.step)}</td>" in shown
     assert f"<td>{format_bytes(plan.memory.total)} of {format_bytes(plan.memory.budget)}</td>" in shown
+    for axis, words in plan.splits.items():
+        assert f"<td>{axis} splits {words}</td>" in shown
+    assert ("of stages and recomputation alone" in shown) == plan.proof.candidates[plan.proof.chosen].is_spread
     assert ("bubble" in shown) == ("stages" in shown) == (plan.pipeline.ranks > 1)
 
 

@@ -16,7 +16,7 @@ from autopar.plans import Phase, Purpose
 from autopar.plans.plan import BlockChoice, Pipeline, Plan, Unruled
 from autopar.report import describe_pipeline, explain, summarize, to_data
 from autopar.report.selection import select_blocks, select_groups
-from autopar.report.summary import count_recompute, describe_axes, describe_choice
+from autopar.report.summary import count_recompute, describe_choice
 from autopar.schedules.families import make_schedule
 from autopar.units import format_bytes, format_seconds, format_share, parse_bytes
 from tests.plans import make_pipelined_plan, make_plan, make_row, set_seconds
@@ -189,7 +189,7 @@ def test_pipeline_ranks_of_one_device() -> None:
     plan = replace(make_pipelined_plan(), mesh=Mesh(("dp",), (1,)), batch_axes=("dp",), layouts={}, outputs=(), placements={})
     assert describe_pipeline(plan) == "4 on 2 pipeline ranks, 2 on each; schedule interleaved, 4 micro-batches"
     # The axis of a single rank splits nothing.
-    assert describe_axes(plan) == {"pp": "layers"}
+    assert plan.splits == {"pp": "layers"}
     assert "mesh pp=2 (2 ranks)" in summarize(plan)
     assert any(line.split()[:4] == ["1", "1", "1", "transformer.h.3"] for line in _render(plan).splitlines())
     quiet = replace(plan, costs=tuple(row for row in plan.costs if row.axis in ("", "pp")))
@@ -279,13 +279,13 @@ def test_more_than_the_budget_runs_over_the_mark() -> None:
 
 def test_axes_are_named_after_what_they_split() -> None:
     plan = make_plan()
-    assert describe_axes(plan) == {"dp": "batch", "tp": "heads, ffn (outside of layers also vocabulary)"}
+    assert plan.splits == {"dp": "batch", "tp": "heads, ffn (outside of layers also vocabulary)"}
     layers, outside = plan.groups
     alone = replace(plan, groups=(replace(layers, axes={}), outside))
-    assert describe_axes(alone) == {"dp": "batch", "tp": "nothing (outside of layers vocabulary)"}
-    assert describe_axes(replace(plan, groups=(outside,))) == {"dp": "batch", "tp": "vocabulary"}
+    assert alone.splits == {"dp": "batch", "tp": "nothing (outside of layers vocabulary)"}
+    assert replace(plan, groups=(outside,)).splits == {"dp": "batch", "tp": "vocabulary"}
     idle = replace(make_plan(), batch_axes=(), groups=())
-    assert describe_axes(idle) == {"dp": "nothing", "tp": "nothing"}
+    assert idle.splits == {"dp": "nothing", "tp": "nothing"}
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def _word_lead(plan: Plan) -> list[tuple[str, str]]:
 def _list_figures(plan: Plan) -> list[list[Any]]:
     """(label, number or text, unit, remark) of what a reader looks for first."""
     seconds, memory, rates = plan.seconds, plan.memory, find_rates(plan)
+    is_spread = plan.proof.candidates[plan.proof.chosen].is_spread
     figures: list[list[Any]] = [
         ["step, predicted", seconds.step, "seconds", ""],
         ["computing", seconds.computing, "seconds", "with what is run again"],
@@ -83,5 +84,5 @@ def _list_figures(plan: Plan) -> list[list[Any]]:
         *figures,
         ["memory per device", memory.total, "bytes", f"at the peak, of {format_bytes(memory.budget)}"],
         ["devices", plan.world_size, "count", ""],
-        ["gap to the bound", format_gap(plan.proof.gap), "", ""],
+        ["gap to the bound", format_gap(plan.proof.gap), "", "of stages and recomputation alone" if is_spread else ""],
     ]

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 from autopar import texts
 from autopar.errors import InputError, PlanError
-from autopar.ir import Layout, Mesh, Placement, Precision
+from autopar.ir import PIPELINE, Layout, Mesh, Placement, Precision
 from autopar.plans import files
 from autopar.plans.consistency import check_consistency
 from autopar.plans.files import Among, Count, Name
@@ -215,6 +215,11 @@ class Candidate:
     parts: Seconds | None = None
     basis: Annotated[str, Among(BASES)] = "predicted"
 
+    @property
+    def is_spread(self) -> bool:
+        """Whether its bound is that of the assignment of blocks to stages, under given placements and a given schedule."""
+        return self.name in ("pipeline", "micro-batches", "recomputation")
+
 
 @dataclass(frozen=True, slots=True)
 class Proof:
@@ -369,6 +374,30 @@ class Plan:
         rows = self.rows_of(group)
         compute = sum((row.seconds for row in rows if row.purpose == Purpose.COMPUTE), 0.0)
         return compute, sum((row.seconds for row in rows if row.is_communication), 0.0)
+
+    @cached_property
+    def splits(self) -> dict[str, str]:
+        """Per axis of the mesh, what it splits: the batch, and what the contractions of the groups of layers name, the dearest group first.
+
+        What is split outside of layers alone stands apart: ``batch (outside of layers also vocabulary)``. The pipeline is an axis like the
+        others, which splits the layers; axes of one rank are left out.
+        """
+        roles = {PIPELINE: "layers"} if self.pipeline.ranks > 1 else {}
+        groups = sorted(self.groups, key=lambda group: -self.group_seconds(group)[0])
+        has_layers = any(group.paths for group in groups)
+        for axis, size in zip(self.mesh.names, self.mesh.sizes, strict=True):
+            if size == 1:
+                continue
+            inside, outside = (["batch"] if axis in self.batch_axes else []), list[str]()
+            for group in groups:
+                parts = inside if group.paths or not has_layers else outside
+                parts += [part.strip() for part in group.axes.get(axis, "").split(",")]
+            inside, outside = ([part for part in dict.fromkeys(parts) if part not in ("", "nothing")] for parts in (inside, outside))
+            more = ", ".join(part for part in outside if part not in inside)
+            roles[axis] = ", ".join(inside) or "nothing"
+            if more:
+                roles[axis] += f" (outside of layers {'also ' if inside else ''}{more})"
+        return roles
 
     def _repr_html_(self) -> str:
         return show_plan(self)

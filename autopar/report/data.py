@@ -8,7 +8,7 @@ from typing import Any
 from autopar.plans import Group, Plan
 from autopar.report.reasons import find_runner_up, find_untried, word_reasons
 from autopar.report.selection import find_pipeline_ranks, select_blocks, select_groups, select_layouts
-from autopar.report.summary import describe_axes, find_rates
+from autopar.report.summary import find_rates
 
 
 def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def to_data(plan: Plan, *, layer: str | None = None) -> dict[str, Any]:
         },
         "loss_chunks": plan.loss_chunks,
         "half_batches": plan.half_batches,
-        "axes": describe_axes(plan),
+        "axes": plan.splits,
         "batch_axes": list(plan.batch_axes),
         "seconds": {**asdict(plan.seconds), "step": plan.seconds.step},
         "memory_bytes": {**asdict(plan.memory), "total": plan.memory.total},

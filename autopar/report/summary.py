@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from autopar.ir import AS_MODEL, PIPELINE, State, format_mesh, with_pipeline
-from autopar.plans import RECOMPUTE, Candidate, Memory, Plan, Purpose, Request, Seconds, Unruled
+from autopar.ir import AS_MODEL, State, format_mesh, with_pipeline
+from autopar.plans import RECOMPUTE, Memory, Plan, Purpose, Request, Seconds, Unruled
 from autopar.report.reasons import word_reasons
 from autopar.units import format_bytes, format_seconds, format_share
 
@@ -74,7 +74,7 @@ def describe_header(plan: Plan) -> str:
 
 def describe_decisions(plan: Plan) -> list[tuple[str, str]]:
     """What was decided, as (label, text), and why."""
-    splits = [*(f"{axis} splits {role}" for axis, role in describe_axes(plan).items()), *_word_free_axes(plan)]
+    splits = [*(f"{axis} splits {role}" for axis, role in plan.splits.items()), *_word_free_axes(plan)]
     lines = [("axes", "; ".join(splits) or "none: one rank")]
     if text := describe_pipeline(plan):
         lines.append(("stages" if plan.pipeline.stages > 1 else "batch", text))
@@ -139,7 +139,7 @@ def describe_proof(plan: Plan) -> str:
     """What is proven of the step, in words."""
     proof = plan.proof
     chosen = proof.candidates[proof.chosen]
-    if is_spread(chosen):
+    if chosen.is_spread:
         scope = "with these placements and this schedule, no other division into stages and recomputation takes less"
     else:
         what = "choice of placements" if chosen.name == "search" else f"{chosen.name} plan"
@@ -170,11 +170,6 @@ def _word_limits(plan: Plan) -> str:
     return "".join(f", {limit}" for limit in limits) + ("," if limits else "")
 
 
-def is_spread(candidate: Candidate) -> bool:
-    """Whether a candidate's bound is that of the assignment of blocks to stages (`autopar.search.pipeline.configurations`)."""
-    return candidate.name in ("pipeline", "micro-batches", "recomputation")
-
-
 def describe_unruled(plan: Plan) -> str:
     """The ops without a rule, the first of them by name."""
     shown = count_alike(plan.unruled)
@@ -194,7 +189,7 @@ def describe_choice(plan: Plan, started: str = "") -> str:
         parts.append(f"loss in {plan.loss_chunks} chunks")
     if plan.half_batches:
         parts.append("half batches")
-    if plan.world_size > 1 and set(describe_axes(plan).values()) == {"nothing"}:
+    if plan.world_size > 1 and set(plan.splits.values()) == {"nothing"}:
         parts.append("no work is split, every rank runs the whole model")
     parts.append(f"step {format_seconds(plan.seconds.step)} and {format_bytes(plan.memory.total)} per device predicted")
     return f"{plan.model} on {plan.cluster}: {', '.join(parts)}"
@@ -204,30 +199,6 @@ def describe_precision(plan: Plan) -> str:
     """The precision, to follow what a plan is for, and the dtype in which most is computed."""
     name = "as the model's" if plan.precision == AS_MODEL else str(plan.precision)
     return f", precision {name} (computes in {plan.work.dtype})"
-
-
-def describe_axes(plan: Plan) -> dict[str, str]:
-    """Per axis of the mesh, what it splits: the batch, and what the contractions of the groups of layers name, the dearest group first.
-
-    What is split outside of layers alone stands apart: ``batch (outside of layers also vocabulary)``. The pipeline is an axis like the
-    others, which splits the layers; axes of one rank are left out.
-    """
-    roles = {PIPELINE: "layers"} if plan.pipeline.ranks > 1 else {}
-    groups = sorted(plan.groups, key=lambda group: -plan.group_seconds(group)[0])
-    has_layers = any(group.paths for group in groups)
-    for axis, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True):
-        if size == 1:
-            continue
-        inside, outside = (["batch"] if axis in plan.batch_axes else []), list[str]()
-        for group in groups:
-            parts = inside if group.paths or not has_layers else outside
-            parts += [part.strip() for part in group.axes.get(axis, "").split(",")]
-        inside, outside = ([part for part in dict.fromkeys(parts) if part not in ("", "nothing")] for parts in (inside, outside))
-        more = ", ".join(part for part in outside if part not in inside)
-        roles[axis] = ", ".join(inside) or "nothing"
-        if more:
-            roles[axis] += f" (outside of layers {'also ' if inside else ''}{more})"
-    return roles
 
 
 def _word_free_axes(plan: Plan) -> list[str]:

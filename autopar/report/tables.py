@@ -30,7 +30,6 @@ from autopar.report.summary import (
     describe_proof,
     describe_states,
     format_gap,
-    is_spread,
     list_step_parts,
     word_ending,
     word_purpose,
@@ -330,7 +329,7 @@ def _word_proof(plan: Plan) -> list[str]:
     """Say what the search proved, in words and exact numbers."""
     proof = plan.proof
     chosen = proof.candidates[proof.chosen]
-    spread = is_spread(chosen)
+    spread = chosen.is_spread
     lines = [f"Proof for the mesh {describe_mesh(plan)}"]
     costs = f"The chosen plan costs {proof.objective_ns:,} ns under this cost model."
     if spread:
