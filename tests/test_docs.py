@@ -129,7 +129,7 @@ def test_anchors_exist(page: Path) -> None:
 
 
 DOTTED = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+)(?:\([^`]*\))?`")
-FILES = ("json", "md", "py", "toml", "txt")
+FILES = ("json", "md", "pt", "py", "toml", "txt")
 # What the first part of a name means where it is no name of ours: for an object of the reader's, its type.
 OUTSIDE: dict[str, Any] = {
     "answer": Answer,

@@ -94,7 +94,10 @@ def _check(program: Program, captured: Captured, plan: Plan) -> None:
     pipeline = program.pipeline
     refused = []
     if captured.graph.loss is None:
-        refused.append("the model returns no loss (a single number that has a gradient): let forward compute and return it")
+        refused.append(
+            "the model returns no loss (a single number that has a gradient): let forward take the labels too, compute the loss and"
+            " return it, then plan again"
+        )
     if pipeline is not None and (program.mutated_buffers or pipeline.written):
         names = ", ".join(sorted({*program.mutated_buffers, *pipeline.written})[:3])
         refused.append(
