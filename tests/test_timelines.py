@@ -21,6 +21,7 @@ from autopar.timelines import RankRecord, Sent, Trace, draw, from_chrome, from_t
 from autopar.timelines.picture import _COLOURS, _name_block
 from autopar.timelines.recorded import align
 from autopar.timelines.trace import BUSY, COMMUNICATION, COMPUTE, COPIES, OVERLAPPED, Event, Sample
+from examples.mlp import build
 from tests.commands import refuse, run
 from tests.plans import make_plan, make_timed_plan
 from tests.zoo import DEEP
@@ -31,6 +32,7 @@ PINS: Mapping[str, Mapping[str, Any]] = {
     "free": {},
     "zero 3": {"dp": 4, "fsdp": True},
     "zero 2": {"dp": 4, "zero": 2},
+    "zero 1": {"dp": 4, "zero": 1},
     "tensors": {"tp": 4, "vocabulary": True},
     "halves": {"tp": 2, "half_batches": True},
     "recompute": {"dp": 2, "tp": 2, "recompute": "full"},
@@ -100,6 +102,15 @@ def test_memory_peaks_at_the_plans_total(plan: Plan) -> None:
     peaks = [max(sample.nbytes for sample in trace.memory if sample.rank == rank) for rank in range(len(trace.ranks))]
     assert max(peaks) == plan.memory.total
     assert all(sample.nbytes > 0 for sample in trace.memory)
+
+
+@pytest.mark.parametrize(
+    "pins", [{"dp": 4, "zero": 1}, {"dp": 2, "tp": 2, "zero": 1}, {"dp": 4, "zero": 1, "zero_group": 2}, {"dp": 4, "zero": 2}], ids=str
+)
+def test_parts_of_gradients_count_once(pins: Mapping[str, Any]) -> None:
+    """A model with little beside its parameters is fullest after the backward."""
+    plan = autopar.plan(*build(batch=32), "4xcpu", pins=pins)
+    assert max(sample.nbytes for sample in predict(plan).memory) == plan.memory.total
 
 
 def test_what_a_rank_does_doesnt_overlap(plan: Plan) -> None:

@@ -88,17 +88,21 @@ def sample_memory(plan: Plan, timing: Timing, rank: int, stages: Sequence[int], 
     levels = _RankLevels(plan, timing, rank, stages)
     resting = levels.held()
     samples = [(0.0, resting)]
+    is_whole = plan.pipeline.stages == plan.pipeline.microbatches == 1
     for part in ran:
         stage, kind = part.action.stage, part.action.kind
         if kind is Kind.FORWARD:
             levels.begin_forward(stage)
         by_block = levels.at_forward(stage) if kind is Kind.FORWARD else levels.at_backward(stage)
-        if plan.pipeline.stages == plan.pipeline.microbatches == 1:
+        if is_whole:
             samples += zip(part.starts, by_block, strict=True)
         else:
             samples.append((part.starts[0], max(by_block) if kind is Kind.FORWARD else levels.before_backward()))
         if kind is not Kind.FORWARD:
             levels.end_backward(stage, kind)
+        if is_whole and kind is not Kind.FORWARD:
+            # The sums of gradients begin at once, whose level says what of gradients and copies is there: not all that `static` counts.
+            continue
         samples.append((part.end, levels.held()))
     samples += [(update, levels.update), (plan.seconds.step, resting)]
     return [Sample(rank, time, nbytes) for time, nbytes in samples]
