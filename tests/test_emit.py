@@ -186,6 +186,7 @@ def test_mixed_precision_trains_alike(tmp_path: Path) -> None:
         ([torch.zeros(8, 4)], "holds no batches"),
         ([{"x": torch.zeros(8, 4)}, {"y": torch.zeros(8, 4)}], "batch 1: x is missing"),
         ({"x": torch.zeros(4, 4)}, r"batch 0: x has the sizes \(4, 4\); \(8, 4\) is needed"),
+        ({"x": torch.zeros(8, 4, dtype=torch.complex64)}, "batch 0: x is complex64, of which float32 would lose something"),
     ],
 )
 def test_batches_that_the_model_cannot_take_are_refused(tmp_path: Path, batches: object, message: str) -> None:
@@ -197,6 +198,50 @@ def test_batches_that_the_model_cannot_take_are_refused(tmp_path: Path, batches:
     for name in ("text.pt", "absent.pt"):
         with pytest.raises(InputError, match=f"{name} can't be read"):
             read_batches(tmp_path / name, inputs)
+
+
+@pytest.mark.parametrize(("given", "taken"), [("float32", False), ("int64", True), ("int32", True), ("bool", True)])
+def test_labels_are_never_cut_to_integers(tmp_path: Path, given: str, *, taken: bool) -> None:
+    torch.save({"label": torch.zeros(8, dtype=getattr(torch, given))}, tmp_path / "batches.pt")
+    inputs = [Input("label", (8,), "int64", "R")]
+    if taken:
+        assert len(read_batches(tmp_path / "batches.pt", inputs)) == 1
+        return
+    with pytest.raises(InputError, match="batch 0: label is float32, of which int64 would lose something; save it as int64"):
+        read_batches(tmp_path / "batches.pt", inputs)
+
+
+def test_random_integers_have_the_range_of_positional_examples(tmp_path: Path) -> None:
+    model = Decoder(1)
+    batch = tuple(draw_batch().values())
+    write_package(model, batch, autopar.plan(model, batch, "1xcpu"), tmp_path)
+    table = (tmp_path / "parallel" / "layout.py").read_text(encoding="utf-8")
+    for name, x in zip(("ids", "labels"), batch, strict=True):
+        assert re.search(rf'Input\("{name}", .*, least={x.min()}, most={x.max()}\)', table)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--save", "absent/trained.pt"), "absent/trained.pt can't be written: there is no folder"),
+        (("--save", "."), "can't be written: it is a folder"),
+        (("--data", "nope.pt"), "nope.pt can't be read"),
+        (("--data", "tensors.pt"), "tensors.pt holds no batches"),
+        (("--lr", "nan"), "argument --lr: 'nan': a finite number from 0 is needed"),
+        (("--weight-decay", "-1"), "argument --weight-decay: '-1': a finite number from 0 is needed"),
+        (("--steps", "-1"), "argument --steps: '-1': a whole number from 0 is needed"),
+        (("--seed", "99999999999999999999"), "argument --seed: '99999999999999999999': a whole number from 0 is needed"),
+    ],
+)
+def test_a_wrong_command_line_ends_before_the_first_step(pair: Made, arguments: tuple[str, ...], message: str) -> None:
+    torch.save([torch.zeros(3)], pair.folder / "tensors.pt")
+    environment = {"PATH": os.environ["PATH"]}
+    command = [sys.executable, str(pair.folder / "main.py"), *arguments]
+    alone = subprocess.run(command, env=environment, cwd=pair.folder, capture_output=True, text=True, timeout=60)
+    assert alone.returncode == 2
+    assert message in alone.stderr
+    assert "Traceback" not in alone.stderr
+    assert not alone.stdout
 
 
 def test_a_step_of_random_data_updates_buffers(tmp_path: Path) -> None:

@@ -16,14 +16,13 @@ The program is that of `autopar.rewrite`, printed; the support modules are copie
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from autopar.capture import Captured, capture
+from autopar.capture import Captured, capture, split_call
 from autopar.emit.guide import print_readme
 from autopar.emit.printing import Printer, in_docstring
 from autopar.emit.prune import Definition, prune
@@ -69,7 +68,8 @@ def write_package(model: nn.Module, example_inputs: Any, plan: Plan, folder: Pat
 def make_texts(model: nn.Module, example_inputs: Any, plan: Plan, program: Program, captured: Captured) -> dict[str, str]:
     """Path below the folder -> text, of all files but the one of tensors."""
     parameters, buffers = find_parameters(program, captured), find_buffers(program, model)
-    inputs = find_inputs(program, _named_examples(model, example_inputs))
+    examples = dict(zip(captured.inputs, captured.bind(*split_call(example_inputs)), strict=True))
+    inputs = find_inputs(program, examples)
     printer = Printer({op.name: op.layer for op in captured.graph.ops})
     source = _print_model(program, printer)
     step = whole.WholeStep if program.pipeline is None else staged.StagedStep
@@ -108,13 +108,6 @@ def _check(program: Program, captured: Captured, plan: Plan) -> None:
         refused.append("float16 (its gradients need a scaler): plan with --precision mixed, which computes in bfloat16")
     if refused:
         raise InputError("this can't be written as a package: " + "; ".join(refused))
-
-
-def _named_examples(model: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
-    """The tensors of the example call by the names that the program's inputs have."""
-    if isinstance(example_inputs, Mapping):
-        return {name: x for name, x in example_inputs.items() if isinstance(x, Tensor)}
-    return {}
 
 
 def _find_values(program: Program, captured: Captured, model: nn.Module) -> dict[str, Tensor]:
