@@ -16,6 +16,7 @@ import pytest
 
 import autopar
 from autopar.errors import InputError, PlanError
+from autopar.pages.content import describe_page
 from autopar.plans import Phase, Plan, Purpose, from_json, to_json
 from autopar.timelines import RankRecord, Sent, Trace, draw, from_chrome, from_text, merge, predict, to_chrome, to_text
 from autopar.timelines.picture import _COLOURS, _name_block
@@ -153,6 +154,19 @@ def test_a_loss_outside_has_all_forwards_first() -> None:
 def test_plans_without_timing_are_refused() -> None:
     with pytest.raises(PlanError, match=r"no plan.pipeline.timing, .* make it again with `autopar plan`"):
         predict(make_plan())
+
+
+def test_a_step_of_too_many_events_is_refused_at_once() -> None:
+    plan = make_timed_plan()
+    assert predict(plan)
+    long = replace(plan, pipeline=replace(plan.pipeline, microbatches=2**19))
+    with pytest.raises(
+        InputError, match=r"a step of 524288 micro-batches on 2 stages has about 5,767,168 events, and a timeline up to 200,000"
+    ):
+        predict(long)
+    page = describe_page(long)
+    assert page["timeline"] is None
+    assert any("no timeline: a step of 524288 micro-batches" in note for note in page["notes"])
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any
 
+from autopar.errors import InputError
 from autopar.pages.graph import describe_graph
 from autopar.pages.tables import make_tables
 from autopar.pages.timeline import describe_timeline, tabulate_ranks
@@ -18,13 +19,17 @@ from autopar.units import format_bytes
 
 
 def describe_page(plan: Plan) -> dict[str, Any]:
-    """What a page shows of `plan`. A plan that says nothing of single blocks has no timeline."""
+    """What a page shows of `plan`. A plan that says nothing of single blocks, or has too many events, has no timeline."""
     tables = list(make_tables(plan))
-    timeline = None
+    timeline, notes = None, list(plan.notes)
     if plan.pipeline.timing is not None:
-        trace = predict(plan)
-        timeline = describe_timeline(trace)
-        tables.insert(2, tabulate_ranks(trace))
+        try:
+            trace = predict(plan)
+        except InputError as error:
+            notes.append(f"no timeline: {error}")
+        else:
+            timeline = describe_timeline(trace)
+            tables.insert(2, tabulate_ranks(trace))
     return {
         "title": f"{plan.model} on {plan.cluster}",
         "lead": _word_lead(plan),
@@ -34,7 +39,7 @@ def describe_page(plan: Plan) -> dict[str, Any]:
         "ops": [_describe_op(op) for op in plan.ops],
         "timeline": timeline,
         "tables": [asdict(table) for table in tables],
-        "notes": list(plan.notes),
+        "notes": notes,
     }
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from autopar.errors import PlanError
+from autopar.errors import InputError, PlanError
 from autopar.plans import LOCAL_COPY, CostRow, Phase, Plan, Purpose, RowSums, Timing
 from autopar.schedules import Action, Kind, Schedule, StageTimes, Timeline, forwards_first, make_schedule, simulate
 from autopar.timelines.memory import Ran, sample_memory
@@ -22,6 +22,9 @@ from autopar.timelines.trace import COMMUNICATION, COMPUTE, COPIES, OVERLAPPED, 
 
 # How far the simulated step may be from the plan's, as a share: sums in another order.
 _ROUNDING = 1e-6
+
+MOST_EVENTS = 200_000
+"""Events of a predicted step at most: more than a viewer shows well, and than a trace of some 50 MB has."""
 
 _PHASES_OF = {
     Kind.FORWARD: (Phase.FORWARD,),
@@ -36,16 +39,23 @@ _STEP_ORDER = (Purpose.GRADIENTS, Purpose.OPTIMIZER, Purpose.PARAMETERS)
 def predict(plan: Plan) -> Trace:
     """The step of a plan.
 
-    Raises PlanError for a plan that says nothing of single blocks, or whose blocks' seconds don't make the plan's step.
+    Raises PlanError for a plan that says nothing of single blocks, or whose blocks' seconds don't make the plan's step; InputError for a
+    step of more than `MOST_EVENTS` events.
     """
     timing = plan.pipeline.timing
     if timing is None:
         raise PlanError(
             "the plan has no plan.pipeline.timing, so it doesn't say how long single blocks take; make it again with `autopar plan`"
         )
+    layouts = _Layouts(plan, timing)
+    if (count := layouts.count_events()) > MOST_EVENTS:
+        pipeline = plan.pipeline
+        raise InputError(
+            f"a step of {pipeline.microbatches} micro-batches on {pipeline.stages} stages has about {count:,} events, and a timeline up to"
+            f" {MOST_EVENTS:,}; plan with fewer micro-batches (--pin microbatches=N) to see one"
+        )
     schedule = _make_schedule(plan, timing)
     timeline = _simulate(plan, timing, schedule)
-    layouts = _Layouts(plan, timing)
     events: list[Event] = []
     samples: list[Sample] = []
     for rank, spans in enumerate(timeline.spans):
@@ -122,12 +132,19 @@ class _Layouts:
 
     def __init__(self, plan: Plan, timing: Timing) -> None:
         self.is_whole = plan.pipeline.stages == plan.pipeline.microbatches == 1
+        self.microbatches = plan.pipeline.microbatches
         self.parts: list[list[_Part]] = [[] if self.is_whole else [_Part("")] for _ in range(plan.pipeline.stages)]
         for number, block in enumerate(plan.pipeline.blocks):
             parts = self.parts[block.stage]
             if self.is_whole:
                 parts.append(_Part(block.name))
             parts[-1].rows += timing.rows(number)
+
+    def count_events(self) -> int:
+        """Events of all passes and messages of a step, before any is made: what is done once per step is few beside them."""
+        merged = [row for parts in self.parts for part in parts for _, row in _merge(row for row in part.rows if row.phase != Phase.STEP)]
+        of_passes = sum(bool(row.seconds) + bool(row.hidden) for row in merged)
+        return self.microbatches * (of_passes + 2 * (len(self.parts) - 1))
 
     def of_pass(self, rank: int, action: Action, start: float) -> tuple[list[Event], tuple[float, ...]]:
         """The events of an action, and when each of its parts starts."""
