@@ -160,6 +160,7 @@ def test_a_mesh_and_pins_are_brought_together(pins: Any, mesh: Any, wanted: tupl
         ({}, ["dp"], r"mesh=\['dp'\]: a dict is needed"),
         ({}, {"dp": 0}, r"mesh axes \{'dp': 0\}: sizes are integers from 1"),
         ({}, {"pp": True, "dp": 2}, r"mesh axes \{'pp': True\}: sizes are integers from 1"),
+        ({}, {"t p": 4}, "mesh axis 't p': the name of an axis is a word, such as dp"),
         ({}, {"micro": 4}, "mesh axis 'micro': the name is taken"),
         ({}, {"half_1": 4}, "mesh axis 'half_1': the name is taken"),
         ({"pp": 4}, {"pp": 2, "dp": 2}, "the mesh has pp=2 and pin pp=4 asks for another number"),

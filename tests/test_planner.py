@@ -222,6 +222,15 @@ def test_a_given_mesh_without_the_memory_says_how_much_it_needs() -> None:
     assert caught.value.needed > tight.machine.device.memory_bytes
 
 
+def test_a_model_that_computes_nothing_is_refused() -> None:
+    class Nothing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    with pytest.raises(InputError, match="the model computes nothing: its forward calls no operator"):
+        make_plan(capture(Nothing(), (torch.randn(4, 4),)).graph, Cluster.parse("4xcpu"))
+
+
 def test_memory_is_a_limit() -> None:
     graph = llama(2).graph
     free = make_plan(graph, Cluster.parse("8xH100"))

@@ -33,6 +33,8 @@ _UPDATE_STATISTICS = frozenset({aten.batch_norm.default, aten.instance_norm.defa
 def order_independent_calls(graph: fx.Graph) -> None:
     """Bring independent calls of a graph into an order, and under names, that every process gives them; placeholders stay as they are."""
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "output")]
+    if not calls:
+        return
     known = _Known(
         {node: node.all_input_nodes for node in graph.nodes},
         {node: _lines(node.meta.get("stack_trace") or "") for node in calls},

@@ -13,7 +13,20 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from autopar.errors import InputError, PlanError
-from autopar.ir import HALVES, ITEMSIZE, MICROBATCH, PARTIAL, PIPELINE, REPLICATE_PARTIAL_GRAD, Layout, Placement, fits, format_layout
+from autopar.ir import (
+    HALVES,
+    ITEMSIZE,
+    MICROBATCH,
+    PARTIAL,
+    PIPELINE,
+    REPLICATE_PARTIAL_GRAD,
+    Layout,
+    Placement,
+    Tensor,
+    fits,
+    format_layout,
+)
+from autopar.plans.files import LARGEST
 from autopar.plans.pins import reconcile
 from autopar.plans.rows import OUTSIDE, CostRow, Phase, Purpose
 from autopar.plans.timing import Timing, sum_rows
@@ -36,9 +49,12 @@ _GAP = 1e-6
 _ROUNDING = 1e-9
 
 _PHASES, _PURPOSES = tuple(Phase), tuple(Purpose)
+# What a rank does alone: with an axis and a collective a row of these would count as communication.
+_ALONE = (Purpose.COMPUTE, Purpose.OPTIMIZER, Purpose.BUBBLE)
 # Counts are read up to this many digits, which is far above MOST_DEVICES.
 _CLUSTER = re.compile(r"([0-9]{1,18})x([0-9]{1,18})x(.+)")
-_TENSOR = re.compile(r"\w+\[(?:[0-9]+(?:, [0-9]+)*)?\]", re.ASCII)
+# Sizes are read up to as many digits as LARGEST has.
+_TENSOR = re.compile(r"\w+\[(?:[0-9]{1,19}(?:, [0-9]{1,19})*)?\]", re.ASCII)
 _VALUE = re.compile(r"[^.]+(?:\.[0-9]{1,9})?")
 
 
@@ -65,6 +81,8 @@ def _check_mesh(plan: Plan) -> None:
     position = {name: index for index, name in enumerate(plan.mesh.names)}
     if reserved := [name for name in (MICROBATCH, PIPELINE, *HALVES) if name in position]:
         raise PlanError(f"plan.mesh has an axis {reserved[0]!r}, which is no axis of the mesh of a pipeline rank; plan again")
+    if wrong := [name for name in position if not name.isidentifier()]:
+        raise PlanError(f"plan.mesh has an axis {wrong[0]!r}; the name of an axis is a word, such as dp")
     if unknown := [axis for axis in plan.batch_axes if axis not in position]:
         raise PlanError(f"plan.batch_axes names {', '.join(map(repr, unknown))}, the mesh has {plan.mesh}")
     positions = [position[axis] for axis in plan.batch_axes]
@@ -110,8 +128,18 @@ def _check_layouts(plan: Plan) -> None:
     for name, placement in plan.placements.items():
         _check_axes(plan, "plan.placements", name, placement)
     for name, text in plan.inputs.items():
-        if _TENSOR.fullmatch(text) is None:
-            raise PlanError(f"plan.inputs: {name!r} is {text!r}, which is no type of a tensor; int64[8, 128] is one")
+        _check_tensor(f"plan.inputs: {name!r}", text)
+
+
+def _check_tensor(where: str, text: str) -> None:
+    """A tensor must be written as one, with sizes and a number of elements of at most 64 bits."""
+    if _TENSOR.fullmatch(text) is None:
+        raise PlanError(f"{where} is {text!r}, which is no type of a tensor; int64[8, 128] is one")
+    numel = 1
+    for size in Tensor.parse(text).shape:
+        numel *= max(size, 1)
+        if numel > LARGEST:  # a product of many large sizes takes long, and is too long to print
+            raise PlanError(f"{where} is {text!r}, a tensor of more elements than any number of 64 bits")
 
 
 def _check_reads(plan: Plan) -> None:
@@ -123,8 +151,7 @@ def _check_reads(plan: Plan) -> None:
             where = f"plan.reads[{name!r}][{index}]"
             if _VALUE.fullmatch(read.value) is None:
                 raise PlanError(f"{where}.value is {read.value!r}, which is no value; add_3 is one, or split.1, the second result of an op")
-            if _TENSOR.fullmatch(read.tensor) is None:
-                raise PlanError(f"{where}.tensor is {read.tensor!r}, which is no type of a tensor; int64[8, 128] is one")
+            _check_tensor(f"{where}.tensor", read.tensor)
             if read.dtype not in ITEMSIZE:
                 raise PlanError(f"{where}.tensor is of type {read.dtype!r}; known are {', '.join(ITEMSIZE)}")
             if read.gradient not in ("", *ITEMSIZE):
@@ -217,6 +244,8 @@ def _check_costs(plan: Plan) -> None:
             raise PlanError(f"{where}.axis is {row.axis!r}, the mesh has {plan.mesh}")
         if bool(row.axis) != bool(row.collective):
             raise PlanError(f"{where} has axis {row.axis!r} and collective {row.collective!r}; both are empty, or neither")
+        if row.axis and row.purpose in _ALONE:
+            raise PlanError(f"{where} is {row.purpose} with axis {row.axis!r}; a rank does it alone, so axis and collective are empty")
         if row.purpose == Purpose.RECOMPUTE and row.seconds and plan.pipeline.keeps_all:
             raise PlanError(f"{where} is {row.seconds} s of recompute, but no block in plan.pipeline.blocks is run again")
 

@@ -381,6 +381,8 @@ def reconcile(pins: Pins, mesh: Mapping[str, int] | None) -> tuple[Pins, Mesh | 
         raise InputError(f"mesh={mesh!r}: a dict is needed, such as {{'dp': 4}}")
     if wrong := {name: size for name, size in mesh.items() if type(size) is not int or size < 1}:
         raise InputError(f"mesh axes {wrong}: sizes are integers from 1")
+    if wrong_names := [name for name in mesh if not (isinstance(name, str) and name.isidentifier())]:
+        raise InputError(f"mesh axis {wrong_names[0]!r}: the name of an axis is a word, such as dp")
     if taken := [name for name in (MICROBATCH, *HALVES) if name in mesh]:
         raise InputError(f"mesh axis {taken[0]!r}: the name is taken, by micro-batches; call the axis something else")
     pipeline_ranks = mesh.get(PIPELINE, pins.pp)

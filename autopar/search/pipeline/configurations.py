@@ -164,6 +164,8 @@ def find_configurations(problem: PipelineProblem, find_trials: Callable[[int], S
     Raises InputError on pins that can't be had.
     """
     pins, blocks = problem.pins, problem.chain.blocks
+    if not blocks:
+        raise InputError("the model computes nothing: its forward calls no operator, so there is nothing to plan")
     least_ranks, least_chunks = pins.pp or 1, pins.chunks or 1
     if least_ranks * least_chunks > len(blocks):
         raise InputError(
