@@ -118,7 +118,7 @@ def plan_captured(
         notes=captured.notes,
         progress=progress,
     )
-    return replace(made, request=request.in_print())
+    return replace(made, request=replace(request, machine=cluster.machine.digest).in_print())
 
 
 def _read_cluster(cluster: Cluster | str) -> Cluster:
@@ -409,7 +409,8 @@ class _Planner:
             notes=captured.notes,
             progress=self.progress,
         )
-        return replace(made, request=self.record_request(self.cluster or cluster).in_print())
+        request = replace(self.record_request(self.cluster or cluster), machine=cluster.machine.digest)
+        return replace(made, request=request.in_print())
 
     def check_world(self, device: torch.device | None) -> None:
         """Raise PlanError or InputError, before anything is captured, when a plan, a cluster or pins don't fit the number of ranks."""

@@ -19,7 +19,7 @@ from autopar.errors import HardwareError, InfeasibleError, InputError, PlanError
 from autopar.ir import OpKind, Precision
 from autopar.plans import Pins, Plan, Request, check_devices, check_fits, reconcile, record_request
 from autopar.report import Answer, Frontier
-from autopar.texts import printable
+from autopar.texts import printable, show_value
 from autopar.units import format_bytes, parse_bytes
 
 BUDGETS = 6
@@ -40,8 +40,8 @@ def why_not(
 ) -> Answer:
     """What it would cost to pin something else: the plan is made again with these pins beside those that were asked for.
 
-    The cluster, its memory and the precision are the plan's. The numbers of both plans compare if the same autopar and the same machine
-    profile made them.
+    The cluster, its memory and the precision are the plan's. The numbers of both plans compare if the same autopar made them; that the
+    machine's profile is the same is checked.
 
     Args:
         plan: the plan in question.
@@ -141,17 +141,16 @@ def memory_frontier(
     devices = find_cluster(plan, cluster)
     captured = capture_for_planning(model, example_inputs, devices, plan.precision, progress)
     check_fits(plan, captured.graph)
-    tried: list[int] = []
+    nothing = devices.machine.device.reserved_bytes + 1
 
     def attempt(budget: int) -> tuple[Plan | None, int]:
         """(the plan for so many bytes of a device, and what it needs); without a plan, what the leanest that was found needs."""
-        within = f"within {format_bytes(budget)}" if budget > devices.machine.device.reserved_bytes + 1 else "the leanest"
+        within = f"within {format_bytes(budget)}" if budget > nothing else "the leanest"
 
         def tell(text: str) -> None:
             if progress is not None:
                 progress(f"{within}: {text}")
 
-        tried.append(budget)
         try:
             request = replace(plan.request, memory=budget)
             made = plan_captured(captured, request, devices.with_memory(budget), plan.precision, type(model).__name__, tell)
@@ -161,13 +160,17 @@ def memory_frontier(
 
     most = plan.memory.total
     # With no memory at all, the search says what the leanest plan that it knows needs.
-    made, least = attempt(devices.machine.device.reserved_bytes + 1)
+    made, least = attempt(nothing)
+    least = max(least, nothing)  # 0 where the search can't say
+    planned_for: list[int] = []
     found = [plan, *([made] if made is not None else [])]
     for number in range(1, budgets + 1):
         budget = most - number * (most - least) // budgets
+        last = None
         for _ in range(_ATTEMPTS):
             if budget >= most or any(each.memory.total <= budget and each.memory.budget >= budget for each in found):
                 break
+            last = budget
             made, needed = attempt(budget)
             if made is not None:
                 found.append(made)
@@ -175,7 +178,9 @@ def memory_frontier(
             if needed <= budget:
                 break
             budget = needed
-    return Frontier(plan, keep_best(found), tuple(sorted(tried, reverse=True)))
+        if last is not None:
+            planned_for.append(last)
+    return Frontier(plan, keep_best(found), tuple(sorted(planned_for, reverse=True)))
 
 
 def keep_best(plans: list[Plan]) -> tuple[Plan, ...]:
@@ -202,7 +207,8 @@ def check_model(
 def find_cluster(plan: Plan, cluster: Cluster | str | None = None) -> Cluster:
     """The plan's cluster with the memory that it was planned for, from its text unless it is given.
 
-    Raises HardwareError for a text that names no known machine, PlanError for another cluster than the plan's.
+    Raises HardwareError for a text that names no known machine, PlanError for another cluster than the plan's, and for a machine whose
+    profile has changed since.
     """
     try:
         devices = cluster if isinstance(cluster, Cluster) else Cluster.parse(cluster or plan.request.cluster or plan.cluster)
@@ -210,15 +216,22 @@ def find_cluster(plan: Plan, cluster: Cluster | str | None = None) -> Cluster:
         raise HardwareError(f"the plan's cluster can't be read any more: {error}") from error
     if str(devices) != plan.cluster:
         raise PlanError(f"the plan is for {plan.cluster}, not for {devices}; ask what if the cluster were another, or plan for it")
+    if plan.request.machine not in ("", devices.machine.digest):
+        raise PlanError(
+            f"the profile of the machine {devices.machine.name} has other numbers than when the plan was made, so a plan made now doesn't"
+            " compare with it; make the plan again, and ask that one"
+        )
     return devices.with_memory(plan.memory.budget)
 
 
 def _change_cluster(plan: Plan, request: Request, cluster: Cluster | str | None, memory: int | str | None) -> tuple[Cluster, Request]:
     """The devices that a changed question is about, and the request that names them.
 
-    Raises InfeasibleError for less memory than a device itself takes.
+    Raises InputError for what is no memory, InfeasibleError for less than a device itself takes.
     """
     asked = parse_bytes(memory) if isinstance(memory, str) else memory
+    if asked is not None and (type(asked) is not int or asked < 1):
+        raise InputError(f"memory={show_value(memory)}: bytes of a device are needed, from 1, or a text such as '40GB'")
     if cluster is None:
         devices = find_cluster(plan)
     else:

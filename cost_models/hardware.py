@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
+import json
 import math
 import re
 import tomllib
@@ -198,6 +200,13 @@ class Machine:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the numbers that costs are computed from: 12 hexadecimal digits. The memory of a device isn't among them."""
+        numbers = dataclasses.asdict(self)
+        del numbers["sources"], numbers["aliases"], numbers["device"]["memory_bytes"]
+        return hashlib.sha256(json.dumps(numbers, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

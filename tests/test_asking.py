@@ -40,6 +40,11 @@ def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("plan.json")
 
 
+def test_an_empty_text_is_answered_as_the_question_it_is(saved: Path) -> None:
+    assert refuse("explain", saved, "--why-not", "").startswith("unknown pin ''")
+    assert refuse("explain", saved, "--what-if", "").startswith("'' changes nothing that is known")
+
+
 def test_a_plan_holds_what_the_command_line_was_given(saved: Path) -> None:
     options = ["--batch", "128", "--memory", "1GB", "--precision", "mixed", "--pin", "tp=2", "--pin", "up=tp:o", "--strict"]
     assert run("plan", "tiny.py:build", "--cluster", " 4xcpu", *options, "-o", "other.json").exit_code == 0

@@ -8,14 +8,18 @@ import shlex
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import autopar
+from autopar import counterfactuals
 from autopar.counterfactuals import keep_best
-from autopar.errors import HardwareError, InputError, PlanError
+from autopar.errors import HardwareError, InfeasibleError, InputError, PlanError
 from autopar.plans import Pins, Plan, Request
 from autopar.report import Answer, Frontier
 from autopar.report.answers import word_command
@@ -162,6 +166,57 @@ def test_another_cluster_is_refused(plan: Plan) -> None:
         autopar.why_not(replace(plan, request=replace(plan.request, cluster="4x./absent.toml")), Net(), make_batch(), {"tp": 4})
     same = autopar.why_not(plan, Net(), make_batch(), {"tp": 4}, cluster=autopar.Cluster.parse(CLUSTER)).other
     assert same == autopar.why_not(plan, Net(), make_batch(), {"tp": 4}).other
+
+
+def test_a_profile_that_has_changed_since_is_refused(tmp_path: Path) -> None:
+    profile = tmp_path / "my.toml"
+    text = (resources.files("cost_models.machines") / "cpu.toml").read_text(encoding="utf-8")
+    profile.write_text(text, encoding="utf-8")
+    cluster = f"4x{profile}"
+    made = autopar.plan(Net(), make_batch(), cluster)
+    assert made.request.machine == autopar.Cluster.parse(CLUSTER).machine.digest
+    # Comments, sources and the memory, which a plan says itself, aren't what costs are computed from.
+    profile.write_text(text.replace("memory_bytes = 4_000", "memory_bytes = 5_000") + "\n# later\n", encoding="utf-8")
+    assert autopar.why_not(made, Net(), make_batch(), {"tp": 4}).other is not None
+    changed = text.replace("launch_seconds = 8e-6", "launch_seconds = 9e-6")
+    assert changed != text
+    profile.write_text(changed, encoding="utf-8")
+    for ask in (
+        lambda: autopar.why_not(made, Net(), make_batch(), {"tp": 4}),
+        lambda: autopar.what_if(made, Net(), make_batch(128)),
+        lambda: autopar.memory_frontier(made, Net(), make_batch()),
+    ):
+        with pytest.raises(PlanError, match="the profile of the machine cpu has other numbers than when the plan was made"):
+            ask()
+
+
+@pytest.mark.parametrize("memory", [0, -5, 1.5, True])
+def test_what_is_no_memory_is_refused(plan: Plan, memory: Any) -> None:
+    with pytest.raises(InputError, match=f"memory={memory}: bytes of a device are needed, from 1"):
+        autopar.what_if(plan, Net(), make_batch(), memory=memory)
+
+
+def test_probes_are_no_budgets(plan: Plan, measured: tuple[Frontier, list[str]]) -> None:
+    frontier, _ = measured
+    assert 1 <= len(frontier.budgets) <= 3
+    assert min(frontier.budgets) >= frontier.points[-1].memory.total
+    assert f"Planned for {len(frontier.budgets)} budgets of memory." in str(frontier)
+
+
+def test_a_frontier_without_a_word_on_the_leanest_plan(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that ends without knowing what is needed leaves all budgets to be tried."""
+    made = counterfactuals.plan_captured
+
+    def forget(*args: Any) -> Plan:
+        try:
+            return made(*args)
+        except InfeasibleError as error:
+            raise InfeasibleError(f"{error}") from error
+
+    monkeypatch.setattr(counterfactuals, "plan_captured", forget)
+    frontier = autopar.memory_frontier(plan, Net(), make_batch(), budgets=2)
+    assert len(frontier.budgets) == 2
+    assert frontier.points
 
 
 @pytest.fixture(scope="module")

@@ -114,6 +114,7 @@ def test_a_field_that_stands_twice_is_refused() -> None:
         (set_field("costs", 1, "count", to=-1), "plan.costs[1].count is -1, a number from 0 is needed"),
         (set_field("costs", 1, "nbytes", to=2**63), "plan.costs[1].nbytes is larger than any number of 64 bits"),
         (set_field("costs", 1, "seconds", to=-1e-9), "plan.costs[1].seconds is -1e-09, a number from 0 is needed"),
+        (set_field("costs", 1, "nbytes", to=2**63 - 1), "plan.costs[1].nbytes is larger than any number of 64 bits"),  # as a float it is
         (set_field("costs", 1, "hidden", to=1e300), "plan.costs[1].hidden is larger than any number of 64 bits"),
         (set_field("groups", 0, "axes", to={"cp": "sequence"}), "plan.groups[0].axes names 'cp', the mesh has dp=2 x tp=4"),
         (set_field("groups", 0, "paths", to=[]), "plan.groups[0].paths has 0 layers; only the group 'outside of layers' has none"),

@@ -84,8 +84,9 @@ def _make_rows(axes: tuple[str, ...], layers: list[str], *, recomputes: bool) ->
     """Of work of one rank alone, and of communication; some are of recomputation if the plan `recomputes`."""
     purposes = [purpose for purpose in Purpose if recomputes or purpose != Purpose.RECOMPUTE]
     what = st.sampled_from(["", *layers]), st.sampled_from(Phase), st.sampled_from(purposes)
+    exchanged = [purpose for purpose in purposes if purpose not in (Purpose.COMPUTE, Purpose.OPTIMIZER, Purpose.BUBBLE)]
     alone = st.builds(CostRow, *what, st.just(""), st.just(""), *[_TIME] * 4)
-    return alone | st.builds(CostRow, *what, st.sampled_from(axes), _NAME, *[_TIME] * 4)
+    return alone | st.builds(CostRow, *what[:2], st.sampled_from(exchanged), st.sampled_from(axes), _NAME, *[_TIME] * 4)
 
 
 @st.composite

@@ -36,11 +36,11 @@ _FRONTIERS = ("memory",)
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question to a plan, as the options give it; of the first three texts one isn't empty."""
+    """One question to a plan, as the options give it; of the first three texts one is there, and may be empty."""
 
-    why_not: str
-    what_if: str
-    frontier: str
+    why_not: str | None
+    what_if: str | None
+    frontier: str | None
     model: str
     output: Path | None
     as_json: bool
@@ -88,7 +88,7 @@ def read_question(
         if frontier is not None and output.suffix.lower() not in (".svg", ".json"):
             raise InputError(f"{output}: name a file that ends in .svg for the picture of the frontier, in .json for its fastest plan")
         check_writable(output)
-    return Question(why_not or "", what_if or "", frontier or "", model or "", output, as_json)
+    return Question(why_not, what_if, frontier, model or "", output, as_json)
 
 
 def answer_question(file: Path, plan: Plan, question: Question) -> None:
@@ -99,12 +99,12 @@ def answer_question(file: Path, plan: Plan, question: Question) -> None:
     """
     start = time.perf_counter()
     request = _name_model(file, plan, question.model)
-    if question.frontier:
-        result: Answer | Frontier = _draw_frontier(plan, request)
-    elif question.why_not:
-        result = _ask_why_not(plan, request, Pins.parse_texts(split_choices(question.why_not)))
-    else:
+    if question.why_not is not None:
+        result: Answer | Frontier = _ask_why_not(plan, request, Pins.parse_texts(split_choices(question.why_not)))
+    elif question.what_if is not None:
         result = _ask_what_if(plan, request, question.what_if)
+    else:
+        result = _draw_frontier(plan, request)
     click.echo(json.dumps(result.to_data(), indent=1) if question.as_json else clean_lines(f"{result}"))
     click.echo(f"answered in {format_seconds(time.perf_counter() - start)}", err=True)
     if question.output is not None:

@@ -195,9 +195,10 @@ def _read_number(kind: type[int] | type[float], value: Any, where: str, limit: A
         raise PlanError(f"{where}: a finite number is needed, not {value}")
     if value < limit.least:
         raise PlanError(f"{where} is {value}, {'an integer' if kind is int else 'a number'} from {limit.least} is needed")
-    if value > LARGEST:
+    # After the conversion, which rounds: a number that is read can be written again.
+    if (number := kind(value)) > LARGEST:
         raise PlanError(f"{where} is larger than any number of 64 bits")
-    return kind(value)
+    return number
 
 
 def _read_layout(value: Any, where: str) -> Layout:

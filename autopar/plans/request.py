@@ -27,6 +27,7 @@ class Request:
             folder that the command was run in; empty where the model was a module in Python.
         batch, seq, dtype: sizes of the example inputs and the parameters' type, where the command line was given them.
         cluster: the devices as they were named, ``8xH100`` or ``8x./my.toml``; empty where that isn't known.
+        machine: the digest of the numbers of their machine (`Machine.digest`); empty where that isn't known.
         memory: bytes of a device, where they aren't the machine's own.
         pins: what was fixed.
         mesh: the only mesh that was to be solved, `pp` among its axes if it was; None left it to the search.
@@ -38,6 +39,7 @@ class Request:
     seq: Count | None = None
     dtype: Annotated[str, Among(FLOATS)] | None = None
     cluster: str = ""
+    machine: str = ""
     memory: Count | None = None
     pins: Pins = NO_PINS
     mesh: Mesh | None = None
