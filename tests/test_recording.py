@@ -126,7 +126,20 @@ def test_collectives_are_seen(traced: Path, name: str, collectives: set[str]) ->
     events = [event for event in _read(traced, name).events if event.thread == COMMUNICATION]
     axis = "tp" if name == "tp" else "dp"
     assert collectives <= {event.collective for event in events if event.axis == axis}
-    assert all(event.nbytes for event in events if event.axis == axis)
+    assert any(event.nbytes for event in events if event.axis == axis)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis", "collective"), [("zero", "dp", "reduce_scatter"), ("tp", "tp", "reduce_scatter"), ("tp", "tp", "all_gather")]
+)
+def test_bytes_are_counted_as_in_a_plan(traced: Path, name: str, axis: str, collective: str) -> None:
+    """Of every call the larger of a rank's parts before and after it, once."""
+    plan = autopar.Plan.load(traced / f"{name}.plan.json")
+    rows = [row for row in plan.costs if (row.axis, row.collective) == (axis, collective)]
+    events = [event for event in _read(traced, name).events if (event.axis, event.collective) == (axis, collective)]
+    for rank in range(2):
+        assert sum(event.nbytes for event in events if event.rank == rank) == sum(row.nbytes for row in rows) > 0
+        assert sum(event.nbytes > 0 for event in events if event.rank == rank) == sum(row.count for row in rows)
 
 
 def _small() -> tuple[autopar.CompiledModule, dict[str, Tensor]]:
@@ -138,6 +151,19 @@ def case_a_folder_that_isnt_there_is_refused_on_all_ranks() -> None:
     model, _ = _small()
     with pytest.raises(InputError, match="there is no folder"), model.trace("nowhere/trace.json"):
         pass
+
+
+def case_other_files_are_refused_on_all_ranks() -> None:
+    model, _ = _small()
+    for path, message in (
+        ("trace.svg", "trace.svg: a trace is written as JSON; name a file that ends in .json"),
+        ("noext", "noext: a trace is written as JSON"),
+        (3, "path=3: the name of a file is needed"),
+        (None, "path=None: the name of a file is needed"),
+    ):
+        with pytest.raises(InputError, match=message), model.trace(path):  # type: ignore[arg-type]
+            pass
+    assert not Path("trace.svg").exists()
 
 
 def case_an_error_inside_leaves_nothing_behind() -> None:

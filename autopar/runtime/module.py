@@ -173,9 +173,15 @@ class ParallelModule(Unwrapped, nn.Module):
         Nothing is written when an error leaves the context. ``autopar timeline plan.json --beside FILE`` shows it beside what the plan
         predicts.
 
-        Raises InputError on all ranks when the file can't be written, or the model was never called.
+        Raises InputError on all ranks when the file isn't called .json or can't be written, or the model was never called.
         """
         with self._all_or_none("writes a trace"):
+            if not isinstance(path, str | Path):
+                raise InputError(f"path={texts.show_value(path)}: the name of a file is needed, such as 'real.json'")
+            if Path(path).suffix.lower() != ".json":
+                raise InputError(
+                    f"{path}: a trace is written as JSON; name a file that ends in .json (`autopar timeline --beside` draws it)"
+                )
             if self._agreement is None or self._agreement.is_first:
                 texts.check_writable(path)
         agreement = self._agreement

@@ -218,18 +218,20 @@ def _noting(recorder: Recorder, name: str, method: Callable[..., Any]) -> Callab
     collective = _COLLECTIVES[name]
 
     def noting(axis: GroupAxis, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with recorder.collective(axis, collective, x.nbytes):
+        # As in a plan, the larger of a rank's parts before and after it.
+        nbytes = x.nbytes * (axis.size if collective == "all_gather" else 1)
+        with recorder.collective(axis, collective, nbytes):
             result = method(axis, x, *args, **kwargs)
-        return _NotedMessage(recorder, result, axis, collective, x.nbytes) if name.startswith("begin") else result
+        return _NotedMessage(recorder, result, axis, collective) if name.startswith("begin") else result
 
     return noting
 
 
 class _NotedMessage:
-    """A collective that was begun, whose wait is recorded."""
+    """A collective that was begun, whose wait is recorded; its bytes have been counted when it began."""
 
-    def __init__(self, recorder: Recorder, message: Message, axis: GroupAxis, collective: str, nbytes: int) -> None:
-        self._recorder, self._message, self._noted = recorder, message, (axis, collective, nbytes)
+    def __init__(self, recorder: Recorder, message: Message, axis: GroupAxis, collective: str) -> None:
+        self._recorder, self._message, self._noted = recorder, message, (axis, collective, 0)
 
     def is_done(self) -> bool:
         return self._message.is_done()
