@@ -471,11 +471,17 @@ def test_a_plan_that_names_its_model_needs_no_other_word(tmp_path: Path) -> None
     plan = tmp_path / "plan.json"
     sizes = ["--batch", "8", "--seq", "16"]
     assert run("plan", "hf:examples/configs/gpt2", *sizes, "--cluster", "2xcpu", "--pin", "tp=2", "-o", plan).exit_code == 0
-    for folder, model in (("named", ()), ("given", ("hf:examples/configs/gpt2", *sizes))):
+    asked = "hf:examples/configs/gpt2"
+    assert "Invalid value for '--batch'" in run("emit", plan, "--batch", "0", "-o", tmp_path / "none").stderr
+    assert refuse("emit", plan, asked, "--to", "torchtitan").startswith("MODEL has no say with --to")
+    assert refuse("emit", plan, "--seq", "8", "--to", "fsdp2").startswith("--seq has no say with --to")
+    for folder, model in (("named", ()), ("again", (asked,)), ("given", (asked, *sizes))):
         done = run("emit", plan, *model, "-o", tmp_path / folder)
         assert done.exit_code == 0, done.output
-    named, given = (sorted(path.read_bytes() for path in (tmp_path / folder).rglob("*.py")) for folder in ("named", "given"))
-    assert named == given
+    named, again, given = (
+        sorted(path.read_bytes() for path in (tmp_path / folder).rglob("*.py")) for folder in ("named", "again", "given")
+    )
+    assert named == again == given
 
 
 # --- configurations of other systems ----------------------------------------------------------------------------------------

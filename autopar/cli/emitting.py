@@ -20,8 +20,8 @@ TARGETS = ("torchtitan", "megatron", "fsdp2")
     short_help="Write a package that trains with torch alone, or a configuration of another system.",
     help="""Write a plan as a Python package that trains with torch alone, in an environment without autopar.
 
-    PLAN is a plan's file, MODEL the model that it was made for, as `autopar plan` took it. Where the plan names its model, MODEL,
-    --batch, --seq and --dtype are those that it was asked for with. The package loads a checkpoint of the original model, trains
+    PLAN is a plan's file, MODEL the model that it was made for, as `autopar plan` took it. Where the plan names its model, MODEL
+    can be left out, and unless given --batch, --seq and --dtype are those that it was asked for with. The package loads a checkpoint of the original model, trains
     under torchrun, and saves one. Its README says how.
 
     With --to, the nearest configuration of another system is printed, or written to the file after -o. It says line by line what
@@ -35,8 +35,8 @@ TARGETS = ("torchtitan", "megatron", "fsdp2")
 )
 @click.argument("plan_file", metavar="PLAN", type=click.Path(path_type=Path))
 @click.argument("model", required=False)
-@click.option("--batch", type=int, metavar="N", help="Samples in the global batch.")
-@click.option("--seq", type=int, metavar="N", help="Tokens in a sequence.")
+@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Samples in the global batch.")
+@click.option("--seq", type=click.IntRange(min=1), metavar="N", help="Tokens in a sequence.")
 @click.option("--dtype", metavar="TYPE", help=f"Type of the parameters: {', '.join(DTYPES)}; bf16, fp32 and such too.")
 @click.option("--to", "target", type=click.Choice(TARGETS), help="Another system, whose configuration is written instead.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The package's folder, which must be empty or new; with --to a file.")
@@ -46,10 +46,12 @@ def emit(
     """Run ``autopar emit``."""
     plan = Plan.load(plan_file)
     if target is not None:
+        if needless := [name for name, value in (("MODEL", model), ("--batch", batch), ("--seq", seq), ("--dtype", dtype)) if value]:
+            raise InputError(f"{needless[0]} has no say with --to, which translates the plan alone; leave it out")
         _write_configuration(plan, target, output)
         return
-    if model is None:
-        request = plan.request
+    request = plan.request
+    if model in (None, request.model):
         model, batch, seq, dtype = request.model, batch or request.batch, seq or request.seq, dtype or request.dtype
     if not model or output is None:
         missing = "MODEL, which the plan was made for" if not model else "-o FOLDER, where the package goes"
