@@ -554,6 +554,25 @@ def test_styles_of_some_layers_name_these_layers(pipelined: Plan) -> None:
     assert '"layers.1.up": RowwiseParallel()' in text
 
 
+def test_an_axis_that_splits_nothing_is_no_tensor_parallelism() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    plan = autopar.plan(model, (torch.randn(BATCH, WIDTH),), "7xH100")
+    assert plan.batch_axes == ()
+    configuration = elsewhere.configure(plan, "torchtitan")
+    assert tomllib.loads(configuration.text)["parallelism"]["tensor_parallel_degree"] == 1
+    assert "the 7 ranks of dp all do the same work" in configuration.text
+
+
+def test_tables_have_no_style_of_a_product() -> None:
+    plan = autopar.plan(Decoder(), draw_batch(), "4xcpu", pins={"dp": 2, "tp": 2, "zero": 3, "vocabulary": True})
+    assert any(state.kind.value == "S" for state in plan.layouts["p_embedding_weight"])
+    configuration = elsewhere.configure(plan, "fsdp2")
+    assert '"embedding":' not in configuration.text
+    assert any(remark.startswith("embedding: a table that is looked up") for remark in configuration.remarks)
+    # The buffer positions is no parameter.
+    assert "positions" not in configuration.text
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_cannot_be_said_is_said_line_by_line(pipelined: Plan, tmp_path: Path, target: str) -> None:
     pipelined.save(tmp_path / "plan.json")

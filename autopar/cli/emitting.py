@@ -21,8 +21,8 @@ TARGETS = ("torchtitan", "megatron", "fsdp2")
     help="""Write a plan as a Python package that trains with torch alone, in an environment without autopar.
 
     PLAN is a plan's file, MODEL the model that it was made for, as `autopar plan` took it. Where the plan names its model, MODEL
-    can be left out, and unless given --batch, --seq and --dtype are those that it was asked for with. The package loads a checkpoint of the original model, trains
-    under torchrun, and saves one. Its README says how.
+    can be left out, and unless given --batch, --seq and --dtype are those that it was asked for with. The package loads a
+    checkpoint of the original model, trains under torchrun, and saves one. Its README says how.
 
     With --to, the nearest configuration of another system is printed, or written to the file after -o. It says line by line what
     that system can't express. MODEL isn't needed for that.

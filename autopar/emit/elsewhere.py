@@ -30,7 +30,13 @@ class Configuration:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """An axis of the plan's mesh: what it splits, and in which ZeRO levels parameters are stored along it (0 is whole)."""
+    """An axis of the plan's mesh.
+
+    Attributes:
+        name, size: of the axis.
+        kind: what it splits, ``data``, ``tensor``, ``context`` or ``nothing``.
+        levels: in which ZeRO levels parameters are stored along it (0 is whole).
+    """
 
     name: str
     size: int
@@ -93,7 +99,12 @@ def find_facts(plan: Plan) -> Facts:
 def _find_axis(plan: Plan, position: int) -> Axis:
     name, size = plan.mesh.names[position], plan.mesh.sizes[position]
     words = {word.strip() for group in plan.groups for word in group.axes.get(name, "").split(",")}
-    kind = "data" if name in plan.batch_axes else "context" if "sequence" in words and not words & {"features", "heads"} else "tensor"
+    if name in plan.batch_axes:
+        kind = "data"
+    elif not words - {"", "nothing", "parameter storage"}:
+        kind = "nothing"
+    else:
+        kind = "context" if "sequence" in words and not words & {"features", "heads"} else "tensor"
     levels = {
         0 if layout[position].kind is not StateKind.SHARD else layout[position].level or 3
         for layout in map(plan.layouts.__getitem__, _parameters(plan))
@@ -102,8 +113,9 @@ def _find_axis(plan: Plan, position: int) -> Axis:
 
 
 def _parameters(plan: Plan) -> dict[str, str]:
-    """Op -> name of every parameter of the plan's representatives; buffers are split over no axis, and count as such."""
-    return {op: name for group in plan.groups for op, name in group.tensors.items()}
+    """Op -> name of every parameter of the plan's representatives. Buffers have no update, so they aren't among the plan's ops."""
+    updated = {op.op for op in plan.ops}
+    return {op: name for group in plan.groups for op, name in group.tensors.items() if op in updated or not updated}
 
 
 def _common_remarks(plan: Plan, axes: Sequence[Axis]) -> Iterator[str]:
@@ -116,10 +128,12 @@ def _common_remarks(plan: Plan, axes: Sequence[Axis]) -> Iterator[str]:
         if axis.kind == "data" and len(axis.levels) > 1:
             position = plan.mesh.names.index(axis.name)
             whole = [name for op, name in _parameters(plan).items() if plan.layouts[op][position].kind is not StateKind.SHARD]
-            yield f"{len(whole)} kinds of tensors are stored whole along {axis.name} ({_few(whole)}), the others in parts"
+            yield f"{len(whole)} kinds of parameters are stored whole along {axis.name} ({_few(whole)}), the others in parts"
+        if axis.kind == "nothing" and axis.size > 1:
+            yield f"the {axis.size} ranks of {axis.name} all do the same work: no degree says that, and the degrees leave them out"
     for group in plan.groups:
         for axis in axes:
-            if group.axes.get(axis.name) == "nothing" and axis.size > 1:
+            if group.axes.get(axis.name) == "nothing" and axis.size > 1 and axis.kind != "nothing":
                 yield f"{group.name}: {axis.name} splits nothing there"
     if plan.half_batches:
         yield "two halves of the batch take turns, one computing while the other communicates"
@@ -388,6 +402,7 @@ def _tensor_styles(plan: Plan, facts: Facts) -> tuple[dict[str, str], list[str]]
     styles: dict[str, str] = {}
     unsaid: list[str] = []
     positions = [plan.mesh.names.index(axis.name) for axis in facts.axes if axis.kind == "tensor" and axis.size > 1]
+    tables = _find_tables(plan)
     for group in plan.groups:
         for op, name in group.tensors.items():
             states = {plan.layouts[op][position] for position in positions}
@@ -400,13 +415,22 @@ def _tensor_styles(plan: Plan, facts: Facts) -> tuple[dict[str, str], list[str]]
                 # The name of a group of some layers, layers.*[0-3], would be another pattern there.
                 layers = group.paths if "[" in group.name else (group.name,)
                 paths = [layer + path.removeprefix(group.paths[0]) for layer in layers]
+            if op in tables:
+                unsaid.append(f"{_few(paths)}: a table that is looked up, {format_layout(plan.layouts[op])}; choose its style by hand")
+                continue
             if len(split) > 1 or split[0].outer > 1 or split[0].dim > 1:
                 unsaid.append(f"{_few(paths)}: stored {format_layout(plan.layouts[op])}, for which there is no style")
                 continue
             styles |= dict.fromkeys(paths, "ColwiseParallel" if split[0].dim == 0 else "RowwiseParallel")
     if styles:
         unsaid.append(
-            "styles follow from how weights are stored as nn.Linear has them; embeddings, and modules that store weights transposed, need"
-            " the other one"
+            "styles follow from how weights are stored as nn.Linear has them; modules that store weights transposed need the other one"
         )
     return styles, unsaid
+
+
+def _find_tables(plan: Plan) -> set[str]:
+    """The parameters, by op, that a call looks up: it reads them beside integers. A head that shares its weight with one counts as well."""
+    integers = ("int64", "int32", "int16", "int8", "uint8")
+    lookups = [reads for reads in plan.reads.values() if any(read.dtype in integers for read in reads)]
+    return {read.value for reads in lookups for read in reads if read.value in plan.layouts and read.dtype not in integers}
