@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +78,17 @@ def test_work_that_every_rank_repeats_is_said_in_the_first_lines() -> None:
     assert lines[2] == "batch   8 samples, which 7 ranks can't share equally, so no plan splits the batch over all of them"
     assert lines[3] == "repeats 85.7% of the work of all ranks repeats what other ranks do, since nothing of it could be split:"
     assert lines[4].startswith("        layers.0: aten.linear.default and 1 like it on 7 ranks, loops n 8, i 64, o 64 at ")
+
+
+def test_work_that_could_be_split_is_told_apart() -> None:
+    plan = autopar.plan(Wide(8, 8, 8), (torch.zeros(3, 8),), "2xcpu")
+    assert plan.repeated
+    assert all(work.could_split for work in plan.repeated)
+    assert "repeats what other ranks do, since the search found no faster split of it:" in summarize(plan)
+    plan = autopar.plan(Wide(64, 64, 63, 64, 64), (torch.zeros(8, 64),), "3xcpu", pins={"tp": 3, "dp": 1})
+    assert not any(work.could_split for work in plan.repeated)
+    some = replace(plan, repeated=(plan.repeated[0], replace(plan.repeated[0], could_split=True)))
+    assert "since nothing of it could be split, or no split that the search found is faster:" in summarize(some)
 
 
 def test_a_share_that_is_repeated_is_of_all_ranks_work() -> None:

@@ -269,6 +269,8 @@ class RepeatedWork:
         count: number of like ops.
         ranks: number of ranks that run the same.
         share: of the flops that all ranks run together in contractions, the part that is repeated here, from 0 to 1.
+        could_split: whether an axis that splits nothing of it divides one of its loops, so that a split would only be dearer, or isn't what
+            the axis is for.
     """
 
     op: str
@@ -279,6 +281,7 @@ class RepeatedWork:
     count: Count
     ranks: Count
     share: float
+    could_split: bool = False
 
 
 @dataclass(frozen=True)

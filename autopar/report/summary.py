@@ -230,7 +230,11 @@ def describe_repeated(plan: Plan) -> str:
     total = sum(work.share for work in plan.repeated)
     if total < _LEAST_REPEATED:
         return ""
-    lines = [f"{format_share(total, 1.0)} of the work of all ranks repeats what other ranks do, since nothing of it could be split:"]
+    reason = "nothing of it could be split"
+    if any(work.could_split for work in plan.repeated):
+        is_all = all(work.could_split for work in plan.repeated)
+        reason = "the search found no faster split of it" if is_all else f"{reason}, or no split that the search found is faster"
+    lines = [f"{format_share(total, 1.0)} of the work of all ranks repeats what other ranks do, since {reason}:"]
     for work in plan.repeated[:_REPEATED_SHOWN]:
         alike = f" and {work.count - 1} like it" if work.count > 1 else ""
         where = f" at {work.source}" if work.source else ""

@@ -6,9 +6,9 @@ Comes in: an `AnalyzedGraph` and placements on a mesh. Goes out: rows for the pl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from autopar.ir import LoopKind, Mesh, Op, Placement, Split
+from autopar.ir import LoopKind, Mesh, Op, Placement, Space, Split
 from autopar.plans import RepeatedWork
 from autopar.structure import AnalyzedGraph, count_flops, first_rank_axis
 from autopar.texts import printable
@@ -43,5 +43,17 @@ def find_repeated(model: AnalyzedGraph, mesh: Mesh, placements: Mapping[str, Pla
                 f"{name} {loop.size}" for name, loop in model.spaces[op.name].loops.items() if loop.kind is not LoopKind.WHOLE
             )
             count = model.folded.count[op.name]
-            rows.append(RepeatedWork(op.name, op.target, printable(op.layer), printable(op.source), loops, count, ranks, flops / executed))
+            texts = op.name, op.target, printable(op.layer), printable(op.source), loops
+            could_split = _could_split(model.spaces[op.name], sizes, placements[op.name][len(mesh.sizes) - len(sizes) :])
+            rows.append(RepeatedWork(*texts, count, ranks, flops / executed, could_split))
     return tuple(rows)
+
+
+def _could_split(space: Space, sizes: Sequence[int], placement: Placement) -> bool:
+    """Whether an axis that splits nothing of an op divides what the others leave of one of its loops."""
+    left = {name: loop.size for name, loop in space.loops.items() if loop.kind is not LoopKind.WHOLE}
+    for size, part in zip(sizes, placement, strict=True):
+        if isinstance(part, Split) and part.loop in left:
+            left[part.loop] //= size
+    idle = [size for size, part in zip(sizes, placement, strict=True) if not isinstance(part, Split) and size > 1]
+    return any(loop % size == 0 for loop in left.values() for size in idle)
