@@ -208,5 +208,6 @@ def test_one_process_records_itself(tmp_path: Path) -> None:
     validate(text)
     (trace,) = from_chrome(text)
     assert trace.ranks == ("rank 0",)
+    assert trace.title.endswith(", recorded (memory: resident, of the whole process)")
     assert trace.seconds < wall
     assert [event.name for event in trace.events] == ["forward", "backward", "optimizer"]
