@@ -46,8 +46,8 @@ def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     outputs: dict[str, str] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        # Two budgets instead of six, since each is a search.
-        patch.setattr(counterfactuals, "memory_frontier", partial(counterfactuals.memory_frontier, budgets=2))
+        # One budget instead of six, since each is a search.
+        patch.setattr(counterfactuals, "memory_frontier", partial(counterfactuals.memory_frontier, budgets=1))
         for _, language, text in read_blocks(PAGE):
             if language:
                 (folder / "snippet.py").write_text(text, encoding="utf-8")
