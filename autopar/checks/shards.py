@@ -23,7 +23,7 @@ def cut(whole: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
         if state.padded:
             part = take_rows(part, state.dim, index, mesh.sizes[axis])
         elif state.kind is StateKind.SHARD:
-            part = take_part(part, state.dim, outer_when_cut(layout, mesh, axis), index, mesh.sizes[axis])
+            part = take_part(part, state.dim, outer_when_cut(layout, mesh, axis), index, mesh.sizes[axis], state.zigzag)
         elif state.kind is StateKind.PARTIAL and index:
             part = torch.zeros_like(part)
     return part
@@ -48,7 +48,7 @@ def join(parts: Sequence[Tensor], layout: Layout, mesh: Mesh) -> Joined:
             pieces = [torch.cat(list(group), state.dim) for group in groups]
         elif state.kind is StateKind.SHARD:
             outer = outer_when_cut(layout, mesh, axis)
-            pieces = [join_parts(group, state.dim, outer) for group in groups]
+            pieces = [join_parts(group, state.dim, outer, zigzag=state.zigzag) for group in groups]
         elif state.kind is StateKind.PARTIAL:
             pieces = [torch.stack(list(group)).sum(0) for group in groups]
         else:

@@ -12,7 +12,12 @@ The states of a tensor on one axis, with their text forms:
       S0     rank 0: 0 1 2 3 4 5                     rank 1: 6 7 8 9 10 11
       S0/3   rank 0: 0 1     4 5     8 9             rank 1: 2 3     6 7     10 11
 
-  A parameter that is stored so and needed whole is gathered at each use (ZeRO-3). ``S1z1`` and ``S1z2`` are the lower ZeRO levels
+  ``S0~`` splits zigzag: each rank has two pieces, the i-th from the front and the i-th from the end, so that ranks have equal work where
+  later elements are more of it, as rows under a causal mask are. No parameter, input or output is stored so::
+
+      S0~    rank 0: 0 1 2             9 10 11       rank 1: 3 4 5 6 7 8
+
+  A parameter that is stored split and needed whole is gathered at each use (ZeRO-3). ``S1z1`` and ``S1z2`` are the lower ZeRO levels
   (Rajbhandari et al. 2020): it is stored in the same parts, and so are gradient and optimizer state, but a program is given it whole,
   as ``R`` (`program_layout`). With ``z1`` a rank's gradients are kept whole until they are summed, with ``z2`` every backward leaves
   each rank its part of the sum. A parameter of which no dim divides is stored padded, ``S0p``: on n ranks of an axis, rank i has the i-th
@@ -121,6 +126,7 @@ class State:
         outer: of a Shard, the number of equal outer blocks of the dim.
         level: of a parameter that is stored split and given whole to programs, its ZeRO level, 1 or 2; else 0.
         padded: of a parameter that is stored split, whether the parts are unequal: they are padded when they are gathered.
+        zigzag: of an activation, whether a rank has two pieces of each block, the i-th from the front and the i-th from the end.
     """
 
     kind: StateKind
@@ -128,11 +134,13 @@ class State:
     outer: int = 1
     level: int = 0
     padded: bool = False
+    zigzag: bool = False
 
     def __str__(self) -> str:
         if self.kind is not StateKind.SHARD:
             return self.kind.value
         text = f"S{self.dim}" if self.outer == 1 else f"S{self.dim}/{self.outer}"
+        text = f"{text}~" if self.zigzag else text
         text = f"{text}p" if self.padded else text
         return f"{text}z{self.level}" if self.level else text
 
@@ -142,15 +150,15 @@ REPLICATE_PARTIAL_GRAD = State(StateKind.REPLICATE_PARTIAL_GRAD)
 PARTIAL = State(StateKind.PARTIAL)
 
 
-def shard(dim: int, outer: int = 1, level: int = 0, *, padded: bool = False) -> State:
-    """The Shard state that splits `dim` inside each of its `outer` equal blocks; `level` and `padded` are as in `State`."""
-    return State(StateKind.SHARD, dim, outer, level, padded)
+def shard(dim: int, outer: int = 1, level: int = 0, *, padded: bool = False, zigzag: bool = False) -> State:
+    """The Shard state that splits `dim` inside each of its `outer` equal blocks; `level`, `padded`, `zigzag` are as in `State`."""
+    return State(StateKind.SHARD, dim, outer, level, padded, zigzag)
 
 
 Layout = tuple[State, ...]
 """What every rank has of a tensor: a state per mesh axis, in the mesh's order."""
 
-_STATE = re.compile(r"^(?:S(\d+)(?:/(\d+))?(p)?(?:z([12]))?|([RBP]))$")
+_STATE = re.compile(r"^(?:S(\d+)(?:/(\d+))?(~)?(p)?(?:z([12]))?|([RBP]))$")
 
 
 def parse_layout(text: str) -> Layout:
@@ -159,9 +167,10 @@ def parse_layout(text: str) -> Layout:
     for state_text in text.split(",") if text else []:
         match = _STATE.match(state_text.strip())
         if match is None:
-            raise ValueError(f"{state_text!r} is no state of a layout (S<dim>, S<dim>/<outer>, either with p, z1 or z2, R, B or P)")
-        dim, outer, padded, level, kind = match.groups()
-        layout.append(State(StateKind(kind)) if kind else shard(int(dim), int(outer or 1), int(level or 0), padded=bool(padded)))
+            raise ValueError(f"{state_text!r} is no state of a layout (S<dim>, S<dim>/<outer>, either with ~, p, z1 or z2, R, B or P)")
+        dim, outer, zigzag, padded, level, kind = match.groups()
+        numbers = () if kind else (int(dim), int(outer or 1), int(level or 0))
+        layout.append(State(StateKind(kind)) if kind else shard(*numbers, padded=bool(padded), zigzag=bool(zigzag)))
     return tuple(layout)
 
 
@@ -181,13 +190,15 @@ def program_layout(layout: Layout) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """One axis splits the op's loop called `loop`, inside each of the loop's `outer` equal blocks."""
+    """One axis splits the op's loop called `loop`, inside each of the loop's `outer` equal blocks; `zigzag` is as in `State`."""
 
     loop: str
     outer: int = 1
+    zigzag: bool = False
 
     def __str__(self) -> str:
-        return self.loop if self.outer == 1 else f"{self.loop}/{self.outer}"
+        text = self.loop if self.outer == 1 else f"{self.loop}/{self.outer}"
+        return f"{text}~" if self.zigzag else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +223,7 @@ def format_placement(placement: Placement) -> str:
     return ",".join("-" if entry is None else str(entry) for entry in placement)
 
 
-_SPLIT = re.compile(r"^([A-Za-z_]\w*)(?:/(\d+))?$")
+_SPLIT = re.compile(r"^([A-Za-z_]\w*)(?:/(\d+))?(~)?$")
 
 
 def parse_placement(text: str) -> Placement:
@@ -225,9 +236,9 @@ def parse_placement(text: str) -> Placement:
         elif entry.strip() == "+":
             placement.append(PASS_PARTIAL)
         elif match is not None:
-            placement.append(Split(match[1], int(match[2] or 1)))
+            placement.append(Split(match[1], int(match[2] or 1), bool(match[3])))
         else:
-            raise ValueError(f"{entry!r} is no part of a placement (a loop, loop/outer, + or -)")
+            raise ValueError(f"{entry!r} is no part of a placement (a loop, loop/outer, either with ~, + or -)")
     return tuple(placement)
 
 
@@ -274,7 +285,7 @@ def _split_state(space: Space, split: Split, dims: Dims) -> State | None:
     if place is None:
         return None
     dim, outer = place
-    return shard(dim, outer * split.outer)
+    return shard(dim, outer * split.outer, zigzag=split.zigzag)
 
 
 def fits(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
@@ -293,7 +304,7 @@ def fits(shape: tuple[int, ...], layout: Layout, mesh: Mesh) -> bool:
                 return False
             continue
         # Everything split at this boundary must divide one block; coarser boundaries must be split on whole finer blocks.
-        ways = math.prod(size for neighbour, size in same_dim if neighbour.outer == state.outer)
+        ways = math.prod(size * (1 + neighbour.zigzag) for neighbour, size in same_dim if neighbour.outer == state.outer)
         if shape[state.dim] % state.outer or (shape[state.dim] // state.outer) % ways:
             return False
         for neighbour, _ in same_dim:
@@ -344,10 +355,13 @@ def is_legal(space: Space, placement: Placement, mesh: Mesh) -> bool:
             loop = space.loops[axis_placement.loop]
             if loop.kind is LoopKind.WHOLE or loop.size % axis_placement.outer:
                 return False
-            if axis_placement.outer > 1 and axis_placement.loop in space.positional:
+            if axis_placement.loop in space.positional and (axis_placement.outer > 1 or (axis_placement.zigzag and not loop.joins)):
                 return False
     splits = [(entry, size) for entry, size in zip(placement, mesh.sizes, strict=True) if isinstance(entry, Split)]
     for split, _ in splits:
+        joined = space.loops[split.loop].joins
+        if joined and sum(other_split.loop in (split.loop, *joined) for other_split, _ in splits) > 1:
+            return False
         ways = math.prod(size for other_split, size in splits if other_split == split)
         if (space.loops[split.loop].size // split.outer) % ways:
             return False

@@ -66,6 +66,7 @@ class ReshardStep:
         to_dim, to_outer: likewise the dim that an all-to-all splits; -1 and 1 for other collectives.
         after: the axis' state after the step.
         shape_before, shape_after: sizes of a rank's part before and after the step.
+        zigzag, to_zigzag: whether parts of `dim`, of `to_dim`, have two pieces of each of their blocks.
         padded: whether parts of unequal sizes are gathered, padded to the size of the largest.
     """
 
@@ -80,6 +81,8 @@ class ReshardStep:
     shape_before: tuple[int, ...]
     shape_after: tuple[int, ...]
     padded: bool = False
+    zigzag: bool = False
+    to_zigzag: bool = False
 
 
 def journey(shape: tuple[int, ...], start: Layout, need: Layout, mesh: Mesh) -> tuple[ReshardStep, ...]:
@@ -175,7 +178,12 @@ def _blockers(current: Layout, need: Layout) -> list[int]:
     """Axes to gather so that other axes can change: those that must change anyway, else those nested inside one that must."""
     moving = [axis for axis, (state, target) in enumerate(zip(current, need, strict=True)) if state != target]
     sharded = [axis for axis, state in enumerate(current) if state.kind is S and _is_innermost(current, axis)]
-    inside = [axis for axis in sharded if any(outer < axis and current[axis] in (current[outer], need[outer]) for outer in moving)]
+
+    def is_inside(axis: int, outer: int) -> bool:
+        splits = (current[outer], need[outer])
+        return outer < axis and any(_split_same_blocks(current[axis], split) for split in splits)
+
+    inside = [axis for axis in sharded if any(is_inside(axis, outer) for outer in moving)]
     return [axis for axis in sharded if axis in moving] or inside
 
 
@@ -209,6 +217,7 @@ def _step(shape: tuple[int, ...], current: Layout, axis: int, target: State, mes
     after = (*current[:axis], target, *current[axis + 1 :])
     forward, backward = PAIRS[state.kind, target.kind]
     dim, outer, to_dim, to_outer = -1, 1, -1, 1
+    zigzag = state.zigzag if state.kind is S else target.zigzag
     if state.kind is S:
         dim, outer = state.dim, local_outer(current, mesh, axis)
         if target.kind is S:
@@ -227,4 +236,6 @@ def _step(shape: tuple[int, ...], current: Layout, axis: int, target: State, mes
         shape_before=local_shape(shape, current, mesh),
         shape_after=local_shape(shape, after, mesh),
         padded=state.padded,
+        zigzag=zigzag,
+        to_zigzag=state.kind is S and target.zigzag,
     )

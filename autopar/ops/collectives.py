@@ -6,7 +6,7 @@ a step: it may be begun ahead, it casts, and its result needn't be saved (`autop
 
 Axes are names, looked up in `autopar.ops.comm` when the forward runs; the backward, which may run on another thread, uses the same axes.
 `dim` is split inside each of `outer` equal blocks, `outer` being the number of those blocks in this rank's part
-(`autopar.ir.layout.local_outer`). Results are contiguous.
+(`autopar.ir.layout.local_outer`); `zigzag` says that a part has two pieces of each of them. Results are contiguous.
 """
 
 from __future__ import annotations
@@ -126,6 +126,7 @@ def all_gather(
     reduce_dtype: torch.dtype | None = None,
     size: int | None = None,
     begun: Use | None = None,
+    zigzag: bool = False,
 ) -> Tensor:
     """Shard -> Replicate, with a whole or a partial gradient: the parts of all ranks joined along `dim`.
 
@@ -141,11 +142,14 @@ def all_gather(
         reduce_dtype: in which gradients are summed by ``reduce_scatter``; by default the dtype of the result.
         size: the size of the joined dim, where parts aren't of one size but as ``torch.chunk`` makes them: they are padded while they move.
         begun: this gather, where `begin_all_gather` has begun it.
+        zigzag: whether each rank has two pieces, the i-th from the front and the i-th from the end; not for parameters.
     """
     mesh_axis = comm.axis(axis)
     dtype = dtype or x.dtype
     if mesh_axis.size == 1:
         return x.to(dtype).contiguous()
+    if zigzag:
+        return _take(AllGather(mesh_axis, dim, outer, grad, zigzag), x)
     use = begun or Use(Gather(x.detach(), mesh_axis, dim, outer, dtype, size))
     sink = find_sink(x) if begun is not None else None
     result: Tensor = _AllGather.apply(x, use, grad, save, reduce_dtype or dtype, sink)  # type: ignore[no-untyped-call]
@@ -157,10 +161,10 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def reduce_scatter(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
+def reduce_scatter(x: Tensor, axis: str, dim: int, outer: int = 1, zigzag: bool = False) -> Tensor:
     """Partial -> Shard: the summands of all ranks are added, and each rank gets its part along `dim`; the gradient is gathered."""
     mesh_axis = comm.axis(axis)
-    return x.contiguous() if mesh_axis.size == 1 else _take(ReduceScatter(mesh_axis, dim, outer), x)
+    return x.contiguous() if mesh_axis.size == 1 else _take(ReduceScatter(mesh_axis, dim, outer, zigzag), x)
 
 
 def all_reduce(x: Tensor, axis: str, grad: Literal["identity", "all_reduce"] = "identity") -> Tensor:
@@ -173,10 +177,10 @@ def all_reduce(x: Tensor, axis: str, grad: Literal["identity", "all_reduce"] = "
     return x.contiguous() if mesh_axis.size == 1 else _take(AllReduce(mesh_axis, grad), x)
 
 
-def shard(x: Tensor, axis: str, dim: int, outer: int = 1) -> Tensor:
+def shard(x: Tensor, axis: str, dim: int, outer: int = 1, zigzag: bool = False) -> Tensor:
     """Replicate -> Shard: this rank's part along `dim`, without communication; the gradient is gathered."""
     mesh_axis = comm.axis(axis)
-    return x.contiguous() if mesh_axis.size == 1 else _take(Shard(mesh_axis, dim, outer), x)
+    return x.contiguous() if mesh_axis.size == 1 else _take(Shard(mesh_axis, dim, outer, zigzag), x)
 
 
 def sum_gradient(x: Tensor, axis: str, reduce_dtype: torch.dtype | None = None) -> Tensor:
@@ -221,7 +225,16 @@ def add_halves(first: Tensor, second: Tensor) -> Tensor:
     return first + second
 
 
-def all_to_all(x: Tensor, axis: str, from_dim: int, to_dim: int, from_outer: int = 1, to_outer: int = 1) -> Tensor:
+def all_to_all(
+    x: Tensor,
+    axis: str,
+    from_dim: int,
+    to_dim: int,
+    from_outer: int = 1,
+    to_outer: int = 1,
+    from_zigzag: bool = False,
+    to_zigzag: bool = False,
+) -> Tensor:
     """Shard of `from_dim` -> Shard of `to_dim`: every rank exchanges a block with every other; the gradient makes the reverse exchange.
 
     Args:
@@ -231,23 +244,32 @@ def all_to_all(x: Tensor, axis: str, from_dim: int, to_dim: int, from_outer: int
         to_dim: the dim that is split instead.
         from_outer: number of outer blocks of `from_dim` in `x`.
         to_outer: number of outer blocks of `to_dim` in the result.
+        from_zigzag: whether a part of `from_dim` has two pieces of each of its blocks.
+        to_zigzag: the same of `to_dim`.
 
     Raises InputError when both dims are the same one.
     """
     if from_dim == to_dim:
         raise InputError(f"an all-to-all goes between two dims of a tensor, both are {to_dim}: gather and shard instead")
     mesh_axis = comm.axis(axis)
-    return x.contiguous() if mesh_axis.size == 1 else _take(AllToAll(mesh_axis, from_dim, to_dim, from_outer, to_outer), x)
+    if mesh_axis.size == 1:
+        return x.contiguous()
+    return _take(AllToAll(mesh_axis, from_dim, to_dim, from_outer, to_outer, from_zigzag, to_zigzag), x)
 
 
-def gather_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
+def gather_along(x: Tensor, axis: comm.Axis, dim: int, outer: int, *, zigzag: bool = False) -> Tensor:
     """`all_gather` with ``grad="slice"``, given the axis itself instead of its name."""
-    return _take(AllGather(axis, dim, outer, "slice"), x)
+    return _take(AllGather(axis, dim, outer, "slice", zigzag), x)
 
 
-def shard_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:
+def gather_read_along(x: Tensor, axis: comm.Axis, dim: int, *, zigzag: bool) -> Tensor:
+    """`all_gather` with ``grad="reduce_scatter"``, given the axis itself instead of its name."""
+    return _take(AllGather(axis, dim, zigzag=zigzag), x)
+
+
+def shard_along(x: Tensor, axis: comm.Axis, dim: int, outer: int, *, zigzag: bool = False) -> Tensor:
     """`shard`, given the axis itself instead of its name."""
-    return _take(Shard(axis, dim, outer), x)
+    return _take(Shard(axis, dim, outer, zigzag), x)
 
 
 def reduce_scatter_along(x: Tensor, axis: comm.Axis, dim: int, outer: int) -> Tensor:

@@ -5,7 +5,7 @@ which step is whose dual. A step is begun and waited for, at once (`autopar.ops.
 of the dual is the step itself, so gradients can be differentiated again, any number of times.
 
 `dim` is split inside each of `outer` equal blocks, `outer` being the number of those blocks in this rank's part
-(`autopar.ir.layout.local_outer`). Results are contiguous.
+(`autopar.ir.layout.local_outer`); `zigzag` says that a part has two pieces of each of them. Results are contiguous.
 """
 
 from __future__ import annotations
@@ -85,16 +85,18 @@ class AllGather(Step):
     dim: int
     outer: int = 1
     grad: str = "reduce_scatter"
+    zigzag: bool = False
 
     def begin(self, x: Tensor) -> Callable[[], Tensor]:
         """Begin the step, as `Step` says."""
         begun = self.axis.begin_gather_stack(x.detach())
-        return lambda: join_stack(begun.wait(), self.dim, self.outer)
+        return lambda: join_stack(begun.wait(), self.dim, self.outer, zigzag=self.zigzag)
 
     @property
     def dual(self) -> Step:
         """The step of the gradient."""
-        return Shard(self.axis, self.dim, self.outer) if self.grad == "slice" else ReduceScatter(self.axis, self.dim, self.outer)
+        dual = Shard if self.grad == "slice" else ReduceScatter
+        return dual(self.axis, self.dim, self.outer, self.zigzag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +106,16 @@ class ReduceScatter(Step):
     axis: comm.Axis
     dim: int
     outer: int = 1
+    zigzag: bool = False
 
     def begin(self, x: Tensor) -> Callable[[], Tensor]:
         """Begin the step, as `Step` says."""
-        return self.axis.begin_reduce_stack(split_parts(x.detach(), self.dim, self.outer, self.axis.size)).wait
+        return self.axis.begin_reduce_stack(split_parts(x.detach(), self.dim, self.outer, self.axis.size, self.zigzag)).wait
 
     @property
     def dual(self) -> Step:
         """The step of the gradient."""
-        return AllGather(self.axis, self.dim, self.outer, "reduce_scatter")
+        return AllGather(self.axis, self.dim, self.outer, "reduce_scatter", self.zigzag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,16 +125,17 @@ class Shard(Step):
     axis: comm.Axis
     dim: int
     outer: int = 1
+    zigzag: bool = False
 
     def begin(self, x: Tensor) -> Callable[[], Tensor]:
         """Begin the step, as `Step` says."""
-        part = take_part(x.detach(), self.dim, self.outer, self.axis.index, self.axis.size)
+        part = take_part(x.detach(), self.dim, self.outer, self.axis.index, self.axis.size, self.zigzag)
         return lambda: part
 
     @property
     def dual(self) -> Step:
         """The step of the gradient."""
-        return AllGather(self.axis, self.dim, self.outer, "slice")
+        return AllGather(self.axis, self.dim, self.outer, "slice", self.zigzag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,16 +164,18 @@ class AllToAll(Step):
     to_dim: int
     from_outer: int = 1
     to_outer: int = 1
+    from_zigzag: bool = False
+    to_zigzag: bool = False
 
     def begin(self, x: Tensor) -> Callable[[], Tensor]:
         """Begin the step, as `Step` says."""
-        begun = self.axis.begin_exchange_stack(split_parts(x.detach(), self.to_dim, self.to_outer, self.axis.size))
-        return lambda: join_stack(begun.wait(), self.from_dim, self.from_outer)
+        begun = self.axis.begin_exchange_stack(split_parts(x.detach(), self.to_dim, self.to_outer, self.axis.size, self.to_zigzag))
+        return lambda: join_stack(begun.wait(), self.from_dim, self.from_outer, zigzag=self.from_zigzag)
 
     @property
     def dual(self) -> Step:
         """The step of the gradient."""
-        return AllToAll(self.axis, self.to_dim, self.from_dim, self.to_outer, self.from_outer)
+        return AllToAll(self.axis, self.to_dim, self.from_dim, self.to_outer, self.from_outer, self.to_zigzag, self.from_zigzag)
 
 
 def sum_gradient(axis: comm.Axis, dtype: torch.dtype | None = None) -> PassOn:

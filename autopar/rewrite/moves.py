@@ -201,13 +201,19 @@ def _arguments_of(step: ReshardStep, *, is_parameter: bool, requires_grad: bool)
     """What the step's collective takes beside the tensor and the axis; arguments that equal their defaults are left out."""
     if step.forward is Collective.ALL_TO_ALL:
         blocks = {"from_outer": step.outer, "to_outer": step.to_outer}
-        return (step.dim, step.to_dim), {name: outer for name, outer in blocks.items() if outer != 1}
+        zigzags = {"from_zigzag": step.zigzag, "to_zigzag": step.to_zigzag}
+        return (step.dim, step.to_dim), {
+            **{name: outer for name, outer in blocks.items() if outer != 1},
+            **{name: True for name, is_zigzag in zigzags.items() if is_zigzag},
+        }
     if step.forward is Collective.KEEP_FIRST:
         return (), {}
     if step.forward is Collective.ALL_REDUCE:
         sums_gradient = step.backward is Collective.ALL_REDUCE and requires_grad
         return (), {"grad": "all_reduce"} if sums_gradient else {}
     kwargs: dict[str, Any] = {} if step.outer == 1 else {"outer": step.outer}
+    if step.zigzag:
+        kwargs["zigzag"] = True
     if step.forward is Collective.ALL_GATHER:
         kwargs["grad"] = _GRADIENT_OF_GATHER[step.backward]
         if is_parameter and requires_grad:

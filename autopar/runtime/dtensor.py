@@ -89,7 +89,7 @@ def take_local(x: Tensor, layout: Layout, mesh: Mesh, rank: int) -> Tensor:
         if layout[axis].padded:
             x = take_rows(x, dim, coordinate[axis], mesh.sizes[axis]).clone(memory_format=torch.contiguous_format)
         else:
-            x = take_part(x, dim, outer, coordinate[axis], mesh.sizes[axis])
+            x = take_part(x, dim, outer, coordinate[axis], mesh.sizes[axis], layout[axis].zigzag)
     return x
 
 
@@ -110,14 +110,14 @@ def shard_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis],
             rows = rows_of_rank(x.shape[dim], axes[name].index, axes[name].size)
             x = collectives.shard_along(pad_whole(x, dim, axes[name].size), axes[name], dim, 1).narrow(dim, 0, rows)
         elif name not in skipped and axes[name].size > 1:
-            x = collectives.shard_along(x, axes[name], dim, outer)
+            x = collectives.shard_along(x, axes[name], dim, outer, zigzag=layout[axis].zigzag)
     return x
 
 
 def gather_whole(x: Tensor, layout: Layout, mesh: Mesh, axes: Mapping[str, Axis]) -> Tensor:
     """The whole tensor, of which `x` is this rank's part; a collective, so every rank must call it. Not differentiable."""
     for axis, dim, outer in reversed(split_steps(layout, mesh)):
-        x = join_parts(axes[mesh.names[axis]].all_gather(x), dim, outer)
+        x = join_parts(axes[mesh.names[axis]].all_gather(x), dim, outer, zigzag=layout[axis].zigzag)
     return x
 
 
@@ -125,6 +125,7 @@ def placements_of(layout: Layout, mesh: Mesh) -> tuple[Placement, ...]:
     """The DTensor placements of a tensor that is stored in a layout."""
     placements: list[Placement] = [Replicate()] * len(layout)
     for axis, dim, outer in split_steps(layout, mesh):
+        assert not layout[axis].zigzag, "what is stored or handed over as a DTensor isn't split zigzag"
         placements[axis] = Shard(dim) if outer == 1 else StridedShard(dim, split_factor=outer)
     return tuple(placements)
 

@@ -16,7 +16,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from autopar import torch_compat
 from autopar.errors import InputError
-from autopar.ir import Layout, local_shape
+from autopar.ir import REPLICATE, Layout, local_shape
 from autopar.ops import collectives, comm
 from autopar.rewrite import Program, Slot
 from autopar.runtime.agreement import Agreement, name_ranks
@@ -300,6 +300,12 @@ class Handover:
         is_split = splits_over_ranks(slot.layout, deployment)
         if self.is_sharded and is_split:
             assert deployment.device_mesh is not None
+            # A DTensor knows no zigzag: what is split so is joined.
+            zigzag = [name for name, state in zip(deployment.mesh.names, slot.layout, strict=True) if state.zigzag]
+            if zigzag:
+                others = [name for name in deployment.mesh.names if name not in zigzag]
+                part = gather_parts(part, slot.layout, deployment, others)
+                slot = replace(slot, layout=tuple(REPLICATE if state.zigzag else state for state in slot.layout))
             return as_dtensor(part, deployment.device_mesh, deployment.placements_of(slot.layout, None), slot.shape)
         is_local = self.is_local and not self.is_sharded and count_shares(deployment) > 1
         samples = None

@@ -48,7 +48,7 @@ def gather_parts(x: Tensor, layout: Layout, deployment: Deployment, skipped: Seq
     for axis, dim, outer in reversed(split_steps(layout, deployment.mesh)):
         name = deployment.mesh.names[axis]
         if name not in skipped and deployment.axes[name].size > 1:
-            x = gather_along(x, deployment.axes[name], dim, outer)
+            x = gather_along(x, deployment.axes[name], dim, outer, zigzag=layout[axis].zigzag)
     return x
 
 
