@@ -7,6 +7,7 @@ one rank:
 - all_gather, reduce_scatter: a ring, ``(n-1) a + (n-1)/n B/r``
 - all_to_all: every rank sends its B/n in n parts, in pairs, ``(n-1) a + (n-g)/n^2 B/p``; g ranks share a node if the group
   reaches over several (their parts stay inside, which is faster and at the same time), else g = 1
+- ring: every rank's part visits all other ranks, one after the other: an all-gather of which no rank holds more than a part
 - broadcast: a pipelined chain, ``(n-1) a + B/r``
 - p2p: one message, ``a + B/p``
 """
@@ -19,7 +20,7 @@ from autopar.errors import HardwareError
 
 from .hardware import Link
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "p2p")
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "p2p", "ring")
 
 
 def collective_seconds(kind: str, nbytes: float, ranks: int, link: Link) -> float:

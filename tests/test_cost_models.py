@@ -39,6 +39,7 @@ def test_collectives_follow_their_closed_forms(ranks: int, nbytes: int) -> None:
         "all_to_all": (ranks - 1) * A + (ranks - 1) / ranks**2 * nbytes / P,
         "broadcast": (ranks - 1) * A + nbytes / P,
         "p2p": A + nbytes / P,
+        "ring": gather,
     }
     assert set(expected) == set(KINDS)
     for kind, seconds in expected.items():

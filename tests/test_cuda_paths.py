@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from autopar.errors import InputError
 from autopar.ops import attention
+from autopar.ops.attention_blocks import BlockMask, Scores, attend, attend_backward
 from autopar.ops.comm import Rendezvous, ThreadAxis
 from autopar.runtime.mailbox import connect
 from autopar.runtime.module import _refuse_shared_devices
@@ -50,6 +51,21 @@ def test_attention_is_called_so_that_a_kernel_can_take_it(device: str, is_masked
     assert keys.shape == values.shape == (2, 8 if is_repeated else 2, 16, 64)
     assert options["enable_gqa"] is not is_repeated
     assert (options["attn_mask"] is not None, options["is_causal"]) == (is_masked, not is_masked)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_blocks_of_a_ring_are_taken_by_kernels_of_a_gpu(dtype: torch.dtype, is_causal: bool) -> None:
+    # Flash kernels are for half precision; in others all scores are made.
+    with FakeTensorMode():
+        q = torch.empty(2, 8, 16, 64, device="cuda", dtype=dtype)
+        k = torch.empty(2, 2, 16, 64, device="cuda", dtype=dtype)
+        mask, scores = BlockMask(is_causal=is_causal), Scores(0.125)
+        result, lse = attend(q, k, k, mask, scores)
+        gradients = attend_backward(q, q, k, k, result.to(dtype), lse, mask, scores)
+    assert (result.shape, lse.shape, result.dtype, lse.dtype) == (q.shape, q.shape[:3], torch.float32, torch.float32)
+    assert [x.shape for x in gradients] == [q.shape, k.shape, k.shape]
+    assert {x.dtype for x in gradients} == {dtype}
 
 
 def test_repeated_heads_are_grouped_heads() -> None:

@@ -355,9 +355,9 @@ CONTRACTED = [
         *tensors(2, 2, 1, 8, 4),
         flags(2, 4, 8, 8) | torch.eye(8).bool(),
         enable_gqa=True,
-        to="b r s d!, b 1 t! d!, b 1 t! e!, b r s t! -> b r s e!",
+        to="b r s d!, b 1 t! d!, b 1 t! e!, b r s u! -> b r s e!",
     ),
-    row("scaled_dot_product_attention.default", *tensors(3, 2, 4, 8, 4), real(8, 8), to="b h s d!, b h t! d!, b h t! e!, s t! -> b h s e!"),
+    row("scaled_dot_product_attention.default", *tensors(3, 2, 4, 8, 4), real(8, 8), to="b h s d!, b h t! d!, b h t! e!, s u! -> b h s e!"),
     row("scaled_dot_product_attention.default", *tensors(3, 2, 8, 4), None, 0.0, True),
     row(
         "autopar.attention.default",
@@ -370,7 +370,7 @@ CONTRACTED = [
         0.5,
         5.0,
         0.0,
-        to="b (g r) s d!, b g t! d!, b g t! e!, b t! -> b (g r) s e!",
+        to="b (g r) s d!, b g t! d!, b g t! e!, b u! -> b (g r) s e!",
     ),
     row(
         "autopar.attention.default",
@@ -383,7 +383,7 @@ CONTRACTED = [
         0.5,
         None,
         0.0,
-        to="b (g r) s d!, b g t! d!, b g t! e!, 1 (g r) s t! -> b (g r) s e!",
+        to="b (g r) s d!, b g t! d!, b g t! e!, 1 (g r) s u! -> b (g r) s e!",
     ),
     row("autopar.attention.default", *tensors(3, 2, 4, 8, 4), None, flags(2, 1, 1, 8) | torch.ones(8).bool(), False, 2, 0.5, None, 0.0),
     row(
@@ -797,7 +797,7 @@ def test_facts_name_operands_and_loops_that_there_are(case: Row) -> None:
     facts = found.facts
     assert all(operands[index].is_floating_point() for index in facts.weights)
     assert len(set(facts.weights)) == len(facts.weights) < max(2, len(operands))
-    kernel_loops = {loop.name for loop in found.loops.values() if loop.kind is LoopKind.KERNEL}
+    kernel_loops = {loop.name for loop in found.loops.values() if loop.kind is LoopKind.KERNEL or loop.joins}
     assert kernel_loops == {name for exchange in facts.exchanges for name in exchange.split}
     assert facts.coupled <= found.kernel_loops - kernel_loops
     for exchange in facts.exchanges:
@@ -805,7 +805,9 @@ def test_facts_name_operands_and_loops_that_there_are(case: Row) -> None:
         assert exchange.forward + exchange.backward > 0
         assert exchange.itemsize > 0
         # What stays whole is on every rank; nothing of it need be sent.
-        assert all(found.loops[name].kind is not LoopKind.WHOLE for name in (*exchange.split, *exchange.loops))
+        assert all(
+            found.loops[name].kind is not LoopKind.WHOLE or exchange.collective == "ring" for name in (*exchange.split, *exchange.loops)
+        )
     if (mean := facts.target_mean) is not None:
         assert not operands[mean.target].is_floating_point()
         assert mean.weight is None or operands[mean.weight].shape == (found.loops["v"].size,)

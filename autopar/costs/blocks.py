@@ -243,16 +243,17 @@ def _add_backward(solved: SolvedChain, name: str, moves: Sequence[Move], sums: R
     op, layer = solved.graph.by_name[name], solved.layer_of.get(name, "")
     representative, placement = solved.representative(op), solved.placement(op)
     exchanged = 0.0
-    for axis, collective, nbytes, seconds in solved.tables.exchanges(representative, placement):
-        exchanged += seconds
+    for exchange in solved.tables.exchanges(representative, placement):
+        exchanged += exchange.seconds
         sums.add(
             Phase.BACKWARD_INPUT,
             Purpose.KERNEL,
-            seconds,
+            exchange.seconds,
             layer=layer,
-            axis=solved.mesh.names[axis],
-            collective=collective,
-            nbytes=nbytes,
+            axis=solved.mesh.names[exchange.axis],
+            collective=exchange.collective,
+            nbytes=exchange.nbytes,
+            hidden=exchange.hidden,
         )
     backward = solved.tables.op_seconds(representative, placement)[1] - exchanged
     # Of a product with a weight, one of two products is the weight's gradient.

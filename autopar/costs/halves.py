@@ -83,7 +83,7 @@ def _find_parts(solved: SolvedChain, moves: Mapping[str, Sequence[Move]], *, bac
         placement, space = solved.placement(op), solved.model.spaces.get(op.name)
         forward_s, backward_s = solved.tables.op_seconds(op, placement)
         # What kernels exchange is counted with the backward, and isn't computing.
-        kernel_s = sum(seconds for *_, seconds in solved.tables.exchanges(op, placement))
+        kernel_s = sum(exchange.seconds for exchange in solved.tables.exchanges(op, placement))
         parts[-1].seconds += backward_s - kernel_s if backward else forward_s
         parts[-1].has_product |= space is not None and space.is_contraction
     first, *others = parts

@@ -127,7 +127,38 @@ def reduced_nbytes(tensor: Tensor, nbytes: int) -> int:
     return nbytes * ITEMSIZE[tensor.reduced_dtype] // ITEMSIZE[tensor.dtype]
 
 
-def call_seconds(model: AnalyzedGraph, device: Device, op: Op, ways: int, nbytes: int) -> tuple[float, float]:
+@dataclass(frozen=True, slots=True)
+class KernelExchange:
+    """What an op's kernel exchanges along an axis in forward and backward together.
+
+    Attributes:
+        axis: index of the mesh axis.
+        collective: its kind.
+        nbytes: bytes of a rank's part, times how often it is exchanged; of a ring what a rank sends.
+        seconds: that the op waits for it.
+        hidden: seconds that run beside the op's own computing.
+    """
+
+    axis: int
+    collective: str
+    nbytes: int
+    seconds: float
+    hidden: float
+
+
+def _largest_part(space: Space | None, placement: Placement, mesh: Mesh) -> float:
+    """The work of the part that has most of it, as a multiple of the mean (`Facts.triangular`)."""
+    if space is None or not space.facts.triangular:
+        return 1.0
+    ways = math.prod(
+        size
+        for part, size in zip(placement, mesh.sizes, strict=True)
+        if isinstance(part, Split) and part.loop in space.facts.triangular and not part.zigzag
+    )
+    return 2.0 - 1.0 / ways
+
+
+def call_seconds(model: AnalyzedGraph, device: Device, op: Op, ways: int, nbytes: int, dearest: float = 1.0) -> tuple[float, float]:
     """(forward, backward) seconds of a part of a call on one device.
 
     The backward takes as many flops and bytes as the forward, times a factor of the op's family (`Family.backward_work`), and once more
@@ -139,9 +170,10 @@ def call_seconds(model: AnalyzedGraph, device: Device, op: Op, ways: int, nbytes
         op: the call.
         ways: number of equal parts into which the call's work is split.
         nbytes: that one part reads and writes in the forward.
+        dearest: the work of the part that has most of it, as a multiple of the mean.
     """
     space = model.spaces.get(op.name)
-    flops = space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
+    flops = dearest * space.flops * space.points() / ways if space is not None else float(sum(t.numel for t in op.results))
     family = Family.POINTWISE if space is None else space.family
     operands = model.folded.graph.operand_tensors(op)
     # A product is computed in the dtype of what it reads, also where its result is a loss in a wider one.
@@ -191,6 +223,7 @@ class CostTables:
         self.links: tuple[Link, ...] = (*links[: self.first_axis], *links)  # an axis of micro-batches has no link: its entry is never used
         self._collectives: dict[tuple[str, int, int], float] = {}
         self._calls: dict[tuple[str, Placement], tuple[float, float]] = {}
+        self._computing: dict[tuple[str, Placement], tuple[float, float]] = {}
         self._steps: dict[RouteKey, list[tuple[RouteStep, int]]] = {}
 
     @property
@@ -214,13 +247,15 @@ class CostTables:
         made = [result_layout_of(self.model, op, placement, i) for i in range(len(op.results))]
         nbytes = sum(local_nbytes(*pair, self.mesh) for pair in zip((*operands, *op.results), (*needs, *made), strict=True))
         ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
+        dearest = _largest_part(space, placement, self.mesh)
         if op.name not in self.halved:
-            forward, backward = call_seconds(self.model, self.device, op, ways, nbytes)
+            forward, backward = call_seconds(self.model, self.device, op, ways, nbytes, dearest)
         else:
-            forward, backward = self._halved_seconds(op, needs, ways, nbytes)
-        return forward, backward + sum(seconds for *_, seconds in self.exchanges(op, placement))
+            forward, backward = self._halved_seconds(op, needs, ways, nbytes, dearest)
+        self._computing[op.name, placement] = forward, backward
+        return forward, backward + sum(exchange.seconds for exchange in self.exchanges(op, placement))
 
-    def _halved_seconds(self, op: Op, needs: Sequence[Layout], ways: int, nbytes: int) -> tuple[float, float]:
+    def _halved_seconds(self, op: Op, needs: Sequence[Layout], ways: int, nbytes: int, dearest: float) -> tuple[float, float]:
         """Seconds of a call that runs for each half of the batch: both read all of its parameters, whose two gradients are added."""
         graph = self.model.folded.graph
         parameters = [
@@ -228,19 +263,19 @@ class CostTables:
             for value, need in zip(op.operands, needs, strict=True)
             if graph.by_name[value.op].kind is OpKind.PARAMETER
         ]
-        forward, backward = call_seconds(self.model, self.device, op, 2 * ways, (nbytes + sum(parameters)) // 2)
+        forward, backward = call_seconds(self.model, self.device, op, 2 * ways, (nbytes + sum(parameters)) // 2, dearest)
         added = sum(op_seconds(self.device, flops=0, nbytes=3 * size, dtype="float32", family="pointwise") for size in parameters)
         return 2 * forward, 2 * backward + (added if backward else 0.0)
 
-    def exchanges(self, op: Op, placement: Placement) -> list[tuple[int, str, int, float]]:
-        """The collectives inside of an op's kernel under a placement, as the op's rule states them (`Facts.exchanges`).
-
-        Each is (axis, name of the collective, bytes, seconds), with bytes and seconds of all that it runs in forward and backward together.
-        """
+    def exchanges(self, op: Op, placement: Placement) -> list[KernelExchange]:
+        """The collectives inside of an op's kernel under a placement, as the op's rule states them (`Facts.exchanges`)."""
         space = self.model.spaces.get(op.name)
         if space is None or not space.facts.exchanges:
             return []
-        made: list[tuple[int, str, int, float]] = []
+        if (op.name, placement) not in self._computing:
+            self.op_seconds(op, placement)
+        computing = dict(zip(("forward", "backward"), self._computing[op.name, placement], strict=True))
+        made: list[KernelExchange] = []
         halves = 2 if op.name in self.halved else 1
         for exchange in space.facts.exchanges:
             nbytes = self._exchanged_nbytes(space, exchange, placement)
@@ -248,9 +283,18 @@ class CostTables:
                 if axis >= self.first_axis and isinstance(part, Split) and part.loop in exchange.split:
                     size = self.mesh.sizes[axis]
                     total = nbytes if exchange.collective == "all_reduce" else nbytes * size
+                    once = halves * collective_seconds(exchange.collective, total / halves, size, self.links[axis])
+                    seconds = hidden = 0.0
+                    for direction, times in (("forward", exchange.forward), ("backward", exchange.backward)):
+                        # Nothing is there to hide the first part's arrival but the part that a rank has itself.
+                        beside = computing[direction] * (size - 1) / size if exchange.is_hidden else 0.0
+                        covered = min(beside, self.device.overlap * times * once)
+                        computing[direction] -= covered * size / (size - 1)
+                        hidden += covered
+                        seconds += times * once - covered
                     times = exchange.forward + exchange.backward
-                    seconds = times * halves * collective_seconds(exchange.collective, total / halves, size, self.links[axis])
-                    made.append((axis, exchange.collective, times * nbytes, seconds))
+                    moved = times * nbytes * (size - 1 if exchange.collective == "ring" else 1)
+                    made.append(KernelExchange(axis, exchange.collective, moved, seconds, hidden))
         return made
 
     def _exchanged_nbytes(self, space: Space, exchange: Exchange, placement: Placement) -> int:
@@ -290,7 +334,7 @@ class CostTables:
         if not (self.first_axis and start[0] == REPLICATE and need[0].kind is StateKind.SHARD):
             start = (*need[: self.first_axis], *start[self.first_axis :])
         # Whether blocks fit into one another on the way depends on the sizes; without blocks, all tensors go the same way.
-        has_blocks = any(state.outer > 1 for state in start) or any(state.outer > 1 for state in need)
+        has_blocks = any(state.outer > 1 or state.zigzag for state in (*start, *need))
         key = (start, need, (tensor.shape, self.mesh.sizes) if has_blocks else None)
         steps = self._steps.get(key)
         if steps is None:

@@ -51,19 +51,21 @@ class Exchange:
             a reduce-scatter returns. Loops that are split count with their local sizes.
         forward, backward: how often it runs in each direction.
         itemsize: bytes of an element.
+        is_hidden: whether it runs beside the op's own computing, part by part.
 
     A batch norm sums two float32 statistics per channel over the ranks that split its batch, in the forward and in the backward:
 
     >>> Exchange(frozenset("n"), "all_reduce", ("c",), forward=2, backward=2)
-    Exchange(split=frozenset({'n'}), collective='all_reduce', loops=('c',), forward=2, backward=2, itemsize=4)
+    Exchange(split=frozenset({'n'}), collective='all_reduce', loops=('c',), forward=2, backward=2, itemsize=4, is_hidden=False)
     """
 
     split: frozenset[str]
-    collective: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all"]
+    collective: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
     loops: tuple[str, ...]
     forward: int
     backward: int
     itemsize: int = 4
+    is_hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,9 @@ class Facts:
         workspace: memory that the op needs beside its operands and results; None for little.
         kernel_memory: what the kernel of a split loop saves and needs; None where that is no more than what the op itself does.
         recomputes: the backward computes the forward's work again before its own.
+        triangular: loops along which an op does nothing for the first iteration and most for the last, as under a causal mask: of n equal
+            parts the last does ``2 - 1/n`` times as much as the mean.
+        ring_refusal: why an attention's rows and keys can't be split together, for messages; empty where they can, and for other ops.
         softmax: the op turns scores into weights that add up to one; the attention core is found around it.
         target_mean: the op is a mean over the targets that count.
         microbatch_refusal: why the op needs the whole batch at once, for the message that refuses micro-batches. That it does follows from
@@ -155,6 +160,8 @@ class Facts:
     workspace: Workspace | None = None
     kernel_memory: KernelMemory | None = None
     recomputes: bool = False
+    triangular: frozenset[str] = frozenset()
+    ring_refusal: str = ""
     softmax: bool = False
     target_mean: TargetMean | None = None
     microbatch_refusal: MicrobatchRefusal | None = None

@@ -12,6 +12,9 @@ The text lists operands, ``->``, then results, with a token per dim: ``b s i, o 
   loop of a batch norm. A result that lacks the loop is complete on every rank.
 - A loop without a mark that no result has is summed, such as ``i`` above. Where it is split, each rank has a Partial result.
 
+Two loops may be *joined* under a further name: splitting that name splits both at once, and the kernel brings what a rank lacks. Ring
+attention splits its rows ``s`` and its keys ``t`` so.
+
 The notation follows einops and Shardy's sharding rules. Meshes, costs and torch are unknown here.
 """
 
@@ -40,11 +43,16 @@ class LoopKind(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A loop of `size` iterations."""
+    """A loop of `size` iterations.
+
+    Attributes:
+        joins: loops of this size that are split together where this name is split; it is no further loop of the nest.
+    """
 
     name: str
     size: int
     kind: LoopKind = LoopKind.FREE
+    joins: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +126,7 @@ class Space:
 
     def points(self) -> int:
         """Iterations of the whole space."""
-        return math.prod(loop.size for loop in self.loops.values())
+        return math.prod(loop.size for loop in self.loops.values() if not loop.joins)
 
     def shape(self, dims: Dims) -> tuple[int, ...]:
         """Sizes of a tensor with these dims."""
@@ -131,10 +139,11 @@ class Space:
         >>> space.find(space.operands[0], "d"), space.find(space.results[0], "d")
         ((1, 3), (2, 1))
         """
+        names = self.loops[loop].joins or (loop,) if loop in self.loops else ()
         for position, dim in enumerate(dims):
-            if loop in dim:
-                outer = math.prod(self.loops[name].size for name in dim[: dim.index(loop)])
-                return position, outer
+            for name in names:
+                if name in dim:
+                    return position, math.prod(self.loops[outer].size for outer in dim[: dim.index(name)])
         return None
 
     def __str__(self) -> str:
@@ -178,6 +187,7 @@ def parse(
     positional: Iterable[str] = (),
     random: bool = False,
     facts: Facts | None = None,
+    joined: Mapping[str, tuple[str, ...]] | None = None,
 ) -> Space:
     """The `Space` that `text` states for tensors of these shapes.
 
@@ -201,6 +211,7 @@ def parse(
         positional: loops whose kernel must know its part.
         random: whether the op draws random numbers.
         facts: what must be known of the op beside its loops.
+        joined: name -> loops of one size that a split of the name splits together.
 
     Raises ValueError when the text and the shapes disagree.
     """
@@ -221,6 +232,8 @@ def parse(
             if math.prod(known[name] for name in dim) != size:
                 raise ValueError(f"{text!r}: {format_dims((dim,))!r} doesn't have size {size} (loops: {known})")
     loops = _make_loops(known, marks, operand_dims, result_dims)
+    for name, members in (joined or {}).items():
+        loops[name] = Loop(name, loops[members[0]].size, joins=members)
     marked_for_kernel = {name for name, loop in loops.items() if loop.kind is LoopKind.KERNEL}
     return Space(
         loops=loops,

@@ -4,8 +4,8 @@ Comes in: a rank's parts of tensors. Goes out: a rank's parts of tensors, with a
 is the same for all ranks, names the axes of the mesh by text, and asks them at run time which part is this rank's.
 
 Modules, in reading order: ``autocast``, ``rendezvous``, ``comm``, ``parts``, ``steps``, ``gathers``, ``wholes``, ``collectives``,
-``exchanges``, ``rng``, ``bounds``, ``losses``, ``double_backward``, ``chunked_loss``, ``draws``, ``kernels``, ``weight_gradients``,
-``deferrable``, ``recompute``, ``fused``, ``attention``, ``functions``.
+``exchanges``, ``rng``, ``bounds``, ``losses``, ``double_backward``, ``chunked_loss``, ``draws``, ``attention_blocks``, ``ring``,
+``kernels``, ``weight_gradients``, ``deferrable``, ``recompute``, ``fused``, ``attention``, ``functions``.
 """
 
 from autopar.ops.autocast import OFF as AUTOCAST_OFF

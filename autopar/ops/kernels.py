@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autopar.ops import comm, rng
+from autopar.ops.attention_blocks import Scores
 from autopar.ops.bounds import check_bounds
 from autopar.ops.chunked_loss import linear_cross_entropy as linear_cross_entropy
 from autopar.ops.collectives import all_reduce
@@ -43,6 +44,7 @@ from autopar.ops.losses import multilabel_margin_loss as multilabel_margin_loss
 from autopar.ops.losses import nll_loss as nll_loss
 from autopar.ops.losses import smooth_l1_loss as smooth_l1_loss
 from autopar.ops.losses import soft_margin_loss as soft_margin_loss
+from autopar.ops.ring import Positions, ring_attention
 
 aten = torch.ops.aten
 
@@ -181,7 +183,7 @@ def masked_scatter(x: Tensor, mask: Tensor, source: Tensor, *, splits: Splits) -
     return torch.where(part, picked, x)
 
 
-# --- attention of a part of the query rows ----------------------------------------------------------------------------------
+# --- attention of a part of the rows ----------------------------------------------------------------------------------------
 
 
 def scaled_dot_product_attention(
@@ -195,20 +197,25 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     splits: Splits,
+    zigzag: bool = False,
 ) -> Tensor:
     """Attention of this rank's part of the query rows to all keys, with the causal mask of those rows.
 
     Args:
-        q: (..., rows, head size), a part of the rows when ``s`` is split.
-        k: (..., keys, head size), all keys.
+        q: (..., rows, head size), a part of the rows when ``s`` or ``ring`` is split.
+        k: (..., keys, head size), all keys; those of this part's tokens when ``ring`` is split.
         v: (..., keys, head size of values).
         attn_mask: the mask of this part's rows.
         dropout_p: probability that an attention weight is dropped.
         is_causal: row i of the whole tensor attends to keys 0..i.
         scale: factor of the scores.
         enable_gqa: k and v have fewer heads than q.
-        splits: the axes that split rows ``s``, and, where weights are dropped at random, batch and heads.
+        splits: the axes that split rows ``s``, or rows and keys ``ring``, and, where weights are dropped at random, batch and heads.
+        zigzag: whether a part that ``ring`` makes has two pieces of the sequence.
     """
+    if splits.get("ring"):
+        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+        return _ring(q, k, v, None, attn_mask, is_causal, None, Scores(factor), splits, zigzag)
     if is_causal and splits.get("s"):
         first_row = comm.index(splits["s"]) * q.shape[-2]
         # No row of this part attends to later keys.
@@ -233,14 +240,15 @@ def attention(
     dropout_p: float,
     *,
     splits: Splits,
+    zigzag: bool = False,
 ) -> Tensor:
     """`autopar.ops.attention.attention` of this rank's part of the query rows to all keys.
 
     Masks that depend on positions, `causal` and `window`, become a mask of this part's rows.
 
     Args:
-        q: (batch, heads, rows, head size), a part of the rows when ``s`` is split.
-        k: (batch, key/value heads, keys, head size), all keys.
+        q: (batch, heads, rows, head size), a part of the rows when ``s`` or ``ring`` is split.
+        k: (batch, key/value heads, keys, head size), all keys; those of this part's tokens when ``ring`` is split.
         v: as `k`.
         key_padding: (batch, keys).
         bias: the mask, or the added scores, of this part's rows.
@@ -249,8 +257,11 @@ def attention(
         scale: factor of the scores.
         softcap: bound of the scores.
         dropout_p: probability that an attention weight is dropped.
-        splits: the axes that split rows ``s``, and, where weights are dropped at random, batch and heads.
+        splits: the axes that split rows ``s``, or rows and keys ``ring``, and, where weights are dropped at random, batch and heads.
+        zigzag: whether a part that ``ring`` makes has two pieces of the sequence.
     """
+    if splits.get("ring"):
+        return _ring(q, k, v, key_padding, bias, causal, window, Scores(scale, softcap), splits, zigzag)
     if splits.get("s") and (causal or window is not None):
         rows, keys = q.shape[2], k.shape[2]
         query = torch.arange(rows, device=q.device)[:, None] + comm.index(splits["s"]) * rows
@@ -265,6 +276,23 @@ def attention(
     with rng.stream(all_axes(splits), q.device) if dropout_p > 0.0 else nullcontext():
         result: Tensor = torch.ops.autopar.attention(q, k, v, key_padding, bias, causal, window, scale, softcap, dropout_p)
     return result
+
+
+def _ring(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    bias: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scores: Scores,
+    splits: Splits,
+    zigzag: bool,
+) -> Tensor:
+    positions = Positions.of(causal=causal, window=window)
+    (axis,) = splits["ring"]
+    return ring_attention(q, k, v, key_padding, bias, positions, scores, comm.axis(axis), zigzag=zigzag)
 
 
 # --- statistics of the whole batch ------------------------------------------------------------------------------------------

@@ -49,6 +49,10 @@ def call(builder: GraphBuilder, op: Op, *, splits_backward: bool = False) -> Non
         else:
             target, args = kernels.draw, [target, *args]
         kwargs["splits"] = splits
+        if space is not None and any(
+            isinstance(part, Split) and part.zigzag and space.loops[part.loop].joins for part in placement_of(planned, op)
+        ):
+            kwargs["zigzag"] = True
         if planned.micro_split is not None and op.name in planned.micro_split.counted:
             kwargs["counted"] = builder.whole_batch[BatchValue(planned.micro_split.counted[op.name], op.name)]
     elif splits_backward and is_deferrable(planned.graph, planned.spaces, op):

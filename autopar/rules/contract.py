@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from string import ascii_letters
+from typing import Any
 
-from autopar.ir import Facts, Family, Meaning, Op, Operand, Space, Tensor
+from autopar.ir import ITEMSIZE, Exchange, Facts, Family, KernelMemory, Meaning, Op, Operand, Space, Tensor
 from autopar.rules.notation import Rule, argument, broadcast, grouped, letters, named, operand, per_point, space
 
 _LEADING = {0: [], 1: ["n"], 2: ["b", "s"]}
@@ -108,6 +109,10 @@ def _attention_dims(operands: tuple[Tensor, ...], rank: int) -> tuple[list[str],
     return [*outer, grouped(("g", kv_heads), ("r", ratio))], [*outer, grouped(("g", kv_heads))], sizes, [*outer, "g", "r"]
 
 
+RING = "ring"
+"""Loop of an attention whose queries and keys are of the same tokens: splitting it splits both, and keys and values travel."""
+
+
 def _attention(
     op: Op,
     operands: tuple[Tensor, ...],
@@ -116,6 +121,7 @@ def _attention(
     *,
     positioned: bool,
     dropped: bool,
+    triangular: bool,
 ) -> Space | None:
     rank = len(operands[0].shape)
     if any(len(tensor.shape) != rank for tensor in operands[:3]) or operands[1].shape[:-2] != operands[2].shape[:-2]:
@@ -124,27 +130,82 @@ def _attention(
         return None
     queries, keys, sizes, leading = _attention_dims(operands, rank)
     left = [[*queries, "s", "d!"], [*keys, "t!", "d!"], [*keys, "t!", "e!"]]
-    score_shape = (*operands[0].shape[:-1], operands[1].shape[-2])
-    tokens = [*queries, "s", "t!"]
+    length = operands[1].shape[-2]
+    score_shape = (*operands[0].shape[:-1], length)
+    # The keys of masks have a loop of their own: a ring needs them whole.
+    tokens = [*queries, "s", "u!"]
     for index, dims in extra:
         left.append(dims or broadcast(operands[index].shape, tokens, score_shape))
     depth, width = operands[0].shape[-1], operands[2].shape[-1]
     loops = [*(name for name in leading if sizes.get(name, 2) > 1), "s"]
+    repeats = length if any("u!" in dims for dims in left) else 1
+    heads = [name for name in leading if sizes.get(name, 2) > 1]
+    refusal = _refuse_ring(operands, [index for index, _ in extra], dropped=dropped)
+    is_ring = not refusal
+    ring = _ring_facts(operands, heads) if is_ring else {}
+    kernel_loops = loops if dropped else ["s"] if positioned else []
     return space(
         op,
         operands,
         left,
         [[*queries, "s", "e!"]],
         sizes={name: size for name, size in sizes.items() if size > 1},
-        # Scores cost 2 d and the weighted sum 2 e per pair of query and key; the space has both loops.
-        flops=2.0 * (depth + width) / (depth * width),
+        # Scores cost 2 d and the weighted sum 2 e per pair of query and key; the space has both loops, and that of the masks' keys.
+        flops=2.0 * (depth + width) / (depth * width * repeats),
         family=Family.ATTENTION,
-        kernel=kernel if positioned or dropped else None,
-        kernel_loops=loops if dropped else ["s"] if positioned else [],
-        positional=["s"] if positioned else [],
+        kernel=kernel if positioned or dropped or is_ring else None,
+        kernel_loops=[*kernel_loops, RING] if is_ring else kernel_loops,
+        positional=[*(["s"] if positioned else []), *([RING] if is_ring else [])],
         random=dropped,
-        facts=Facts(meanings=dict.fromkeys({"h", "g", "r"}.intersection(loops), Meaning.HEADS)),
+        joined={RING: ("s", "t")} if is_ring else {},
+        facts=Facts(
+            meanings=dict.fromkeys({"h", "g", "r"}.intersection(loops), Meaning.HEADS),
+            triangular=frozenset({"s", RING} if is_ring else {"s"}) if triangular else frozenset(),
+            ring_refusal=refusal,
+            **ring,
+        ),
     )
+
+
+def _refuse_ring(operands: tuple[Tensor, ...], masks: Sequence[int], *, dropped: bool) -> str:
+    """Why the rows and keys of an attention can't be split together; empty where they can."""
+    rows, keys = operands[0].shape[-2], operands[1].shape[-2]
+    if len(operands[0].shape) != 4:
+        return "its queries aren't (batch, heads, rows, head size)"
+    if rows != keys:
+        return f"it has {rows} rows and {keys} keys"
+    if any(operands[index].requires_grad for index in masks):
+        return "what is added to its scores needs a gradient"
+    return "it drops weights at random" if dropped else ""
+
+
+def _ring_facts(operands: tuple[Tensor, ...], heads: Sequence[str]) -> dict[str, Any]:
+    """What the kernel of a ring sends, saves and needs.
+
+    Forward and backward, keys and values go from rank to rank; in the backward their gradients too, of at least float32.
+    """
+    query, key, value = operands[:3]
+    itemsize = ITEMSIZE[key.dtype]
+    wide = max(itemsize, 4)
+    shared = [name for name in heads if name != "r"]
+    sent = ((("d",), key.shape[-1]), (("e",), value.shape[-1]))
+    exchanges = [
+        Exchange(frozenset({RING}), "ring", (*shared, RING, *depth), forward=forward, backward=1, itemsize=size, is_hidden=True)
+        for depth, _ in sent
+        for forward, size in ((1, itemsize), (0, wide))
+    ]
+    # Per row and element of a value: the result so far, or the gradient of q; then the keys and values of two stops, and in the backward
+    # their gradients twice, of which grouped heads have fewer.
+    ratio = query.shape[1] / key.shape[1]
+    memory = KernelMemory(
+        frozenset({RING}),
+        frozenset({0, 1, 2}),
+        (*heads, RING, "e"),
+        forward=wide + math.ceil(4 * itemsize / ratio),
+        backward=wide + math.ceil((4 * itemsize + 4 * wide) / ratio),
+        saved=math.ceil(wide * query.shape[-2] / (2 * value.shape[-1])),
+    )
+    return {"exchanges": tuple(exchanges), "kernel_memory": memory}
 
 
 def scaled_dot_product_attention(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
@@ -152,7 +213,7 @@ def scaled_dot_product_attention(op: Op, operands: tuple[Tensor, ...]) -> Space 
     mask = operand(op, 3, "attn_mask")
     extra: list[tuple[int, list[str]]] = [] if mask is None else [(mask, [])]
     causal, dropped = bool(argument(op, 5, "is_causal", False)), bool(argument(op, 4, "dropout_p", 0.0))
-    return _attention(op, operands, extra, "scaled_dot_product_attention", positioned=causal, dropped=dropped)
+    return _attention(op, operands, extra, "scaled_dot_product_attention", positioned=causal, dropped=dropped, triangular=causal)
 
 
 def attention(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
@@ -160,12 +221,13 @@ def attention(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
     extra: list[tuple[int, list[str]]] = []
     padding, bias = operand(op, 3, "key_padding"), operand(op, 4, "bias")
     if padding is not None:
-        extra.append((padding, ["b" if operands[padding].shape[0] == operands[0].shape[0] else "1", "t!"]))
+        extra.append((padding, ["b" if operands[padding].shape[0] == operands[0].shape[0] else "1", "u!"]))
     if bias is not None:
         extra.append((bias, []))
-    positioned = bool(argument(op, 5, "causal", False)) or argument(op, 6, "window") is not None
+    causal, window = bool(argument(op, 5, "causal", False)), argument(op, 6, "window")
     dropped = bool(argument(op, 9, "dropout_p", 0.0))
-    return _attention(op, operands, extra, "attention", positioned=positioned, dropped=dropped)
+    triangular = causal and window is None
+    return _attention(op, operands, extra, "attention", positioned=causal or window is not None, dropped=dropped, triangular=triangular)
 
 
 def convolution(op: Op, operands: tuple[Tensor, ...]) -> Space | None:

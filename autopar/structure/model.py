@@ -47,6 +47,13 @@ class AnalyzedGraph:
         """What autograd saves for the backward, counted once for all meshes and solutions."""
         return count_saved(self.folded, self.spaces)
 
+    @cached_property
+    def balances_rows(self) -> bool:
+        """Whether some call has most to do for the last of its rows, and can run on parts of them that balance this (`State.zigzag`)."""
+        return any(
+            space.loops[loop].joins for name, space in self.spaces.items() if name not in self.constants for loop in space.facts.triangular
+        )
+
     def saves_operand(self, consumer: str, operand: int) -> bool:
         """Whether the op `consumer`, a representative, may save its operand number `operand` for its backward.
 

@@ -89,6 +89,10 @@ def find_roles(graph: Graph, spaces: Mapping[str, Space], ranks: int = 1) -> Gra
         for op, space in order:
             changed |= _unify(op, space, of_dims, of_loops[op.name])
         order = order[::-1]
+    for op, space in calls:
+        for name, loop in space.loops.items():
+            if loop.joins:  # blocks that other loops make inside of it are of no use to a kernel that needs positions
+                of_loops[op.name][name] = {1: max(of_loops[op.name][member].get(1, Role.INNER) for member in loop.joins)}
     return GraphRoles(of_dims, of_loops)
 
 

@@ -1,0 +1,372 @@
+"""Ring attention: every rank has a part of the sequence's queries, keys and values, and keys and values travel from rank to rank.
+
+Comes in: this rank's parts. Goes out: its part of the result. While a rank computes with the keys and values of one part, the next ones
+are on their way (Liu et al. 2023, "Ring Attention with Blockwise Transformers"); results of parts are merged by their log-sum-exp. In the
+backward keys and values travel again, and their gradients, which add up on the way, come home at last. Four ranks, the part that each
+computes with::
+
+    rank 0    0   3   2   1       without a mask
+    rank 1    1   0   3   2
+    rank 2    2   1   0   3
+    rank 3    3   2   1   0
+
+What a rank's rows don't attend to, because of a causal mask or a window, isn't sent to it. A causal mask leaves the ranks unequal work if
+each has one piece of the sequence, and equal work if each has two, the i-th from the front and the i-th from the end (zigzag)::
+
+    contiguous, 2 ranks   0 0 0 0 1 1 1 1          zigzag   0 0 1 1 1 1 0 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autopar.ops import comm
+from autopar.ops.attention_blocks import BlockMask, Scores, attend, attend_backward, attend_by_products, merge
+from autopar.ops.collectives import gather_read_along
+
+
+class Span(NamedTuple):
+    """Consecutive tokens of the sequence: the position of the first, and how many."""
+
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """Which keys a row attends to by their positions: a row minus a key is from `least` to `most`.
+
+    >>> causal_window = Positions.of(causal=True, window=4)
+    >>> causal_window.least, causal_window.most
+    (0, 3)
+    """
+
+    least: float
+    most: float
+
+    @staticmethod
+    def of(*, causal: bool, window: int | None) -> Positions:
+        """Of a mask as `autopar.ops.attention.attention` states it."""
+        if causal:
+            return Positions(0, float("inf") if window is None else window - 1)
+        return Positions(float("-inf"), float("inf")) if window is None else Positions(-window, window)
+
+    def excludes(self, rows: Span, keys: Span) -> bool:
+        """Whether no row attends to any key."""
+        return rows.start + rows.length - 1 - keys.start < self.least or rows.start - keys.start - keys.length + 1 > self.most
+
+    def includes(self, rows: Span, keys: Span) -> bool:
+        """Whether every row attends to every key."""
+        return rows.start - keys.start - keys.length + 1 >= self.least and rows.start + rows.length - 1 - keys.start <= self.most
+
+    def is_causal(self, rows: Span, keys: Span) -> bool:
+        """Whether row i of the span attends to keys 0..i of the other."""
+        return rows == keys and self.least == 0 and self.most >= rows.length - 1
+
+    def allow(self, rows: Sequence[Span], keys: Sequence[Span], device: torch.device) -> Tensor:
+        """The mask of elements, (rows, keys), True where a row attends to a key."""
+        distance = _positions(rows, device)[:, None] - _positions(keys, device)
+        return (distance >= self.least) & (distance <= self.most)
+
+
+def _positions(spans: Sequence[Span], device: torch.device) -> Tensor:
+    return torch.cat([torch.arange(span.start, span.start + span.length, device=device) for span in spans])
+
+
+def spans_of(rank: int, ranks: int, length: int, *, zigzag: bool) -> tuple[Span, ...]:
+    """The pieces of the sequence that a rank has.
+
+    >>> spans_of(1, 2, 4, zigzag=False), spans_of(1, 2, 4, zigzag=True)
+    ((Span(start=4, length=4),), (Span(start=2, length=2), Span(start=4, length=2)))
+    """
+    if not zigzag:
+        return (Span(rank * length, length),)
+    half = length // 2
+    return Span(rank * half, half), Span((2 * ranks - 1 - rank) * half, half)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive rows and keys of two ranks' parts that are computed at once.
+
+    Attributes:
+        rows, keys: the pieces of the sequence, one or two.
+        first_row, first_key: where they begin in the parts.
+        is_causal, is_partial: whether row i attends to keys 0..i; whether rows attend to some keys only, otherwise.
+    """
+
+    rows: tuple[Span, ...]
+    keys: tuple[Span, ...]
+    first_row: int
+    first_key: int
+    is_causal: bool = False
+    is_partial: bool = False
+
+    @property
+    def row_slice(self) -> slice:
+        """The rows in the part that has them."""
+        return slice(self.first_row, self.first_row + sum(span.length for span in self.rows))
+
+    @property
+    def key_slice(self) -> slice:
+        """The keys in the part that has them."""
+        return slice(self.first_key, self.first_key + sum(span.length for span in self.keys))
+
+
+def find_blocks(rows: Sequence[Span], keys: Sequence[Span], positions: Positions) -> tuple[Block, ...]:
+    """What is to be computed of one rank's rows and another's keys: as few blocks as the mask allows."""
+    blocks: list[Block] = []
+    first_key = 0
+    for key in keys:
+        first_row, column = 0, list[Block]()
+        for row in rows:
+            if not positions.excludes(row, key):
+                is_causal = positions.is_causal(row, key)
+                is_partial = not is_causal and not positions.includes(row, key)
+                block = Block((row,), (key,), first_row, first_key, is_causal, is_partial)
+                if column and column[-1].row_slice.stop == first_row and not (_is_masked(column[-1]) or _is_masked(block)):
+                    column[-1] = replace(column[-1], rows=(*column[-1].rows, row))
+                else:
+                    column.append(block)
+            first_row += row.length
+        for block in column:
+            before = next((known for known in blocks if _continues(known, block)), None)
+            if before is None:
+                blocks.append(block)
+            else:
+                blocks[blocks.index(before)] = replace(before, keys=(*before.keys, *block.keys))
+        first_key += key.length
+    return tuple(blocks)
+
+
+def _is_masked(block: Block) -> bool:
+    return block.is_causal or block.is_partial
+
+
+def _continues(known: Block, block: Block) -> bool:
+    return known.rows == block.rows and known.key_slice.stop == block.first_key and not (_is_masked(known) or _is_masked(block))
+
+
+class Stop(NamedTuple):
+    """A part of keys and values as this rank meets it.
+
+    Attributes:
+        owner: the rank whose part it is.
+        blocks: what this rank computes with it.
+        source, target: the ranks it comes from and goes to; None at its owner, and at the last that needs it.
+    """
+
+    owner: int
+    blocks: tuple[Block, ...]
+    source: int | None
+    target: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Itinerary:
+    """The stops of one rank, its own part first, and the rank from which the gradients of its own part come home.
+
+    Of every part the ranks that need it are visited in the order of the ring, beginning behind its owner.
+    """
+
+    stops: tuple[Stop, ...]
+    last: int | None
+
+
+def plan_ring(rank: int, ranks: int, length: int, positions: Positions, *, zigzag: bool) -> Itinerary:
+    """The itinerary of a rank, whose part of the sequence has `length` tokens."""
+    spans = [spans_of(number, ranks, length, zigzag=zigzag) for number in range(ranks)]
+
+    def visited(owner: int) -> list[int]:
+        others = [(owner + hop) % ranks for hop in range(1, ranks)]
+        return [owner, *(other for other in others if find_blocks(spans[other], spans[owner], positions))]
+
+    stops = []
+    for hop in range(ranks):
+        owner = (rank - hop) % ranks
+        route = visited(owner)
+        if rank in route:
+            place = route.index(rank)
+            stops.append(
+                Stop(
+                    owner,
+                    find_blocks(spans[rank], spans[owner], positions),
+                    route[place - 1] if place else None,
+                    route[place + 1] if place + 1 < len(route) else None,
+                )
+            )
+    own = visited(rank)
+    return Itinerary(tuple(stops), own[-1] if len(own) > 1 else None)
+
+
+def ring_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    bias: Tensor | None,
+    positions: Positions,
+    scores: Scores,
+    axis: comm.Axis,
+    *,
+    zigzag: bool = False,
+) -> Tensor:
+    """Attention of this rank's rows to all keys, of which every rank has a part; a row that attends to no key gets zeros.
+
+    Args:
+        q: (batch, heads, rows, head size), this rank's rows.
+        k: (batch, key/value heads, rows, head size), the keys of the same tokens, not repeated.
+        v: (batch, key/value heads, rows, width).
+        key_padding: bool (batch, keys of the whole sequence), True where a key may be attended to.
+        bias: mask (bool, True attends) or added scores of this rank's rows, broadcastable to (batch, heads, rows, keys of the whole
+            sequence); it gets no gradient.
+        positions: which keys a row attends to by their positions.
+        scores: how scores are made.
+        axis: the ranks between which the sequence is split.
+        zigzag: whether each rank has two pieces of it, the i-th from the front and the i-th from the end.
+    """
+    itinerary = plan_ring(axis.index, axis.size, q.shape[2], positions, zigzag=zigzag)
+    ring = _Ring(itinerary, positions, scores, axis, zigzag, key_padding, bias)
+    result: Tensor = _RingAttention.apply(q, k, v, ring)  # type: ignore[no-untyped-call]
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Ring:
+    """What the forward and the backward of one call share, beside the tensors that have gradients."""
+
+    itinerary: Itinerary
+    positions: Positions
+    scores: Scores
+    axis: comm.Axis
+    zigzag: bool
+    key_padding: Tensor | None
+    bias: Tensor | None
+
+    def mask_of(self, block: Block, device: torch.device) -> BlockMask:
+        """The mask of a block."""
+        if block.is_causal and self.key_padding is None and self.bias is None:
+            return BlockMask(is_causal=True)
+        allowed: Tensor | None = None
+        added: Tensor | None = None
+        if block.is_causal or block.is_partial:
+            allowed = self.positions.allow(block.rows, block.keys, device)
+        if self.key_padding is not None:
+            padding = _columns(self.key_padding, block.keys)[:, None, None, :]
+            allowed = padding if allowed is None else allowed & padding
+        if self.bias is not None:
+            bias = _columns(self.bias, block.keys)
+            bias = bias[..., block.row_slice, :] if bias.dim() > 1 and bias.shape[-2] > 1 else bias
+            if bias.dtype is torch.bool:
+                allowed = bias if allowed is None else allowed & bias
+            else:
+                added = bias
+        return BlockMask(allowed=allowed, bias=added)
+
+    def attend_to_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The result of this rank's rows, in operators that can be differentiated any number of times."""
+        keys, values = (gather_read_along(x, self.axis, 2, zigzag=self.zigzag) for x in (k, v))
+        rows = spans_of(self.axis.index, self.axis.size, q.shape[2], zigzag=self.zigzag)
+        block = Block(rows, (Span(0, keys.shape[2]),), 0, 0, is_partial=True)
+        return attend_by_products(q, keys, values, self.mask_of(block, q.device), self.scores)
+
+    def travel(
+        self, k: Tensor, v: Tensor, added_dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[Stop, list[Tensor], list[comm.Message]]]:
+        """Every stop of this rank with the keys and values there, which are received while the stop before is computed with.
+
+        With `added_dtype` also with messages of that dtype: what ranks before this one add to the gradients of these keys and values. It
+        comes of every stop but a part's own and the first after that. Messages of two ranks keep their order: at a stop the keys and values
+        are sent on before their gradients.
+        """
+        stops = self.itinerary.stops
+        here: list[Tensor] = [k, v]
+        sent: list[comm.Message] = []
+        for number, stop in enumerate(stops):
+            if stop.target is not None:
+                sent += [self.axis.send(x, stop.target) for x in here]
+            added: list[comm.Message] = []
+            if added_dtype is not None and stop.source is not None and stop.source != stop.owner:
+                added = [self.axis.receive(stop.source, x.shape, added_dtype, x.device) for x in (k, v)]
+            source = stops[number + 1].source if number + 1 < len(stops) else None
+            awaited = [] if source is None else [self.axis.receive(source, x.shape, x.dtype, x.device) for x in (k, v)]
+            yield stop, here, added
+            here = [message.wait() for message in awaited]
+        for message in sent:
+            message.wait()
+
+
+def _columns(x: Tensor, spans: Sequence[Span]) -> Tensor:
+    """The last dim at these positions; a dim of one stands for all."""
+    if x.shape[-1] == 1:
+        return x
+    pieces = [x.narrow(-1, span.start, span.length) for span in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+class _RingAttention(torch.autograd.Function):
+    """The attention itself. Gradients that are to be differentiated again are made of all keys and values, gathered on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        result = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=wide)
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+        for stop, (keys, values), _ in ring.travel(k.detach(), v.detach()):
+            for block in stop.blocks:
+                mask = ring.mask_of(block, q.device)
+                rows, columns = block.row_slice, block.key_slice
+                part = attend(q[:, :, rows], keys[:, :, columns], values[:, :, columns], mask, ring.scores)
+                merge(result[:, :, rows], lse[:, :, rows], *part)
+        result = result.to(q.dtype)
+        ctx.save_for_backward(q, k, v, result, lse)
+        ctx.ring = ring
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = grads
+        q, k, v, result, lse = ctx.saved_tensors
+        ring: _Ring = ctx.ring
+        if torch.is_grad_enabled():
+            return (*torch.autograd.grad(ring.attend_to_all(q, k, v), (q, k, v), gradient, create_graph=True), None)
+        axis = ring.axis
+        wide = lse.dtype
+        of_q = torch.zeros_like(q, dtype=wide)
+        of_own: list[Tensor] = []
+        sent: list[comm.Message] = []
+        for stop, (keys, values), added in ring.travel(k.detach(), v.detach(), wide):
+            of_keys, of_values = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (keys, values))
+            for block in stop.blocks:
+                mask = ring.mask_of(block, q.device)
+                rows, columns = block.row_slice, block.key_slice
+                parts = attend_backward(
+                    gradient[:, :, rows],
+                    q[:, :, rows],
+                    keys[:, :, columns],
+                    values[:, :, columns],
+                    result[:, :, rows],
+                    lse[:, :, rows],
+                    mask,
+                    ring.scores,
+                )
+                of_q[:, :, rows] += parts[0]
+                of_keys[:, :, columns] += parts[1]
+                of_values[:, :, columns] += parts[2]
+            for total, message in zip((of_keys, of_values), added, strict=False):
+                total += message.wait()
+            if stop.source is None:
+                of_own = [of_keys, of_values]
+            else:
+                sent += [axis.send(x, stop.owner if stop.target is None else stop.target) for x in (of_keys, of_values)]
+        if ring.itinerary.last is not None:
+            for total in of_own:
+                total += axis.receive(ring.itinerary.last, total.shape, wide, total.device).wait()
+        for message in sent:
+            message.wait()
+        return of_q.to(q.dtype), of_own[0].to(k.dtype), of_own[1].to(v.dtype), None

@@ -1,0 +1,298 @@
+"""Ring attention: the kernel against attention on one device, what it sends and computes, and plans that use it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import autopar
+from autopar.checks import threads
+from autopar.cost_models import Cluster
+from autopar.errors import InputError
+from autopar.ir.graph import ITEMSIZE, OpKind
+from autopar.ir.layout import Mesh, format_mesh
+from autopar.ops import comm
+from autopar.ops.attention import attention
+from autopar.ops.attention_blocks import Scores
+from autopar.ops.ring import Positions, plan_ring, ring_attention, spans_of
+from autopar.plans.pins import Pins
+from autopar.plans.plan import Plan
+from autopar.search.meshes import find_pipeline_trials, find_trials
+from tests.emitted import subject
+from tests.processes import spawn
+from tests.zoo import ZOO, in_float64, labels, tokens
+
+TOLERANCE = 1e-9
+LENGTH = 16
+
+
+class Mask(NamedTuple):
+    """What rows attend to."""
+
+    causal: bool = False
+    window: int | None = None
+    padded: bool = False
+    bias: str = ""  # "bool": sequences packed in one row, "added": added scores, some of minus infinity in "rows without keys"
+
+
+MASKS = {
+    "bidirectional": Mask(),
+    "causal": Mask(causal=True),
+    "causal window": Mask(causal=True, window=5),
+    "narrow window": Mask(causal=True, window=2),
+    "window": Mask(window=3),
+    "padded": Mask(padded=True),
+    "packed": Mask(causal=True, bias="bool"),
+    "causal, padded, added": Mask(causal=True, padded=True, bias="added"),
+    "rows without keys": Mask(bias="rows without keys"),
+}
+
+
+class Case(NamedTuple):
+    """An attention of one device: its operands, its result and gradients."""
+
+    operands: tuple[Tensor, Tensor, Tensor]
+    padding: Tensor | None
+    bias: Tensor | None
+    gradient: Tensor
+    expected: tuple[Tensor, ...]
+
+
+def _make_case(mask: Mask, kv_heads: int, softcap: float | None, dtype: torch.dtype) -> Case:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, LENGTH, 8, dtype=dtype, requires_grad=True) for heads in (4, kv_heads, kv_heads))
+    padding = torch.arange(LENGTH).expand(2, -1) < torch.tensor([[LENGTH - 3], [LENGTH - 9]]) if mask.padded else None
+    document = torch.arange(LENGTH) // 6
+    packed = (document[:, None] == document)[None, None]
+    added = torch.randn(1, 4, LENGTH, LENGTH, dtype=dtype)
+    sparse = added.masked_fill(torch.rand(LENGTH, LENGTH) < 0.8, -torch.inf).index_fill(2, torch.tensor([1, 9]), -torch.inf)
+    bias = {"": None, "bool": packed, "added": added, "rows without keys": sparse}[mask.bias]
+    result = attention(q, k, v, padding, bias, mask.causal, mask.window, 0.3, softcap, 0.0)
+    gradient = torch.randn_like(result)
+    return Case((q, k, v), padding, bias, gradient, (result, *torch.autograd.grad(result, (q, k, v), gradient)))
+
+
+def _rows(rank: int, ranks: int, *, zigzag: bool) -> Tensor:
+    return torch.cat([torch.arange(s.start, s.start + s.length) for s in spans_of(rank, ranks, LENGTH // ranks, zigzag=zigzag)])
+
+
+def _run(case: Case, mask: Mask, softcap: float | None, ranks: int, *, zigzag: bool) -> list[tuple[Tensor, ...]]:
+    """Per rank its part of the result and of the gradients."""
+
+    def work(rank: int) -> tuple[Tensor, ...]:
+        rows = _rows(rank, ranks, zigzag=zigzag)
+        parts = [x.detach()[:, :, rows].requires_grad_() for x in case.operands]
+        bias = None if case.bias is None else case.bias[:, :, rows]
+        positions = Positions.of(causal=mask.causal, window=mask.window)
+        result = ring_attention(*parts, case.padding, bias, positions, Scores(0.3, softcap), comm.axis("cp"), zigzag=zigzag)
+        return result.detach(), *torch.autograd.grad(result, parts, case.gradient[:, :, rows])
+
+    return threads.run(Mesh(("cp",), (ranks,)), work)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize(("ranks", "zigzag"), [(2, False), (2, True), (4, False), (4, True)])
+def test_the_kernel_is_attention(mask: Mask, ranks: int, zigzag: bool) -> None:
+    for kv_heads, softcap in itertools.product((4, 2, 1), (None, 2.0)):
+        case = _make_case(mask, kv_heads, softcap, torch.float64)
+        for rank, parts in enumerate(_run(case, mask, softcap, ranks, zigzag=zigzag)):
+            for part, whole in zip(parts, case.expected, strict=True):
+                torch.testing.assert_close(part, whole[:, :, _rows(rank, ranks, zigzag=zigzag)], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_half_precision_is_merged_in_float32() -> None:
+    """The results of four blocks are as near to the exact one as that of a single block is."""
+    exact, rounded = (_make_case(MASKS["causal"], 2, None, dtype) for dtype in (torch.float64, torch.bfloat16))
+    torch.manual_seed(0)
+    ranks = _run(rounded, MASKS["causal"], None, 4, zigzag=True)
+    for number in range(4):
+        joined = torch.empty_like(rounded.expected[number])
+        for rank, parts in enumerate(ranks):
+            joined[:, :, _rows(rank, 4, zigzag=True)] = parts[number]
+        off = (rounded.expected[number].double() - joined.double()).abs().max()
+        assert off <= 2 * torch.finfo(torch.bfloat16).eps * exact.expected[number].abs().max()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_zigzag_gives_all_ranks_the_same_work(ranks: int) -> None:
+    positions = Positions.of(causal=True, window=None)
+
+    def pairs(rank: int, *, zigzag: bool) -> int:
+        """Pairs of a row and a key that a rank computes, as the kernels skip what a causal mask leaves out of a block."""
+        total = 0
+        for stop in plan_ring(rank, ranks, 8, positions, zigzag=zigzag).stops:
+            for block in stop.blocks:
+                rows, keys = (s.stop - s.start for s in (block.row_slice, block.key_slice))
+                assert not block.is_partial
+                total += rows * (rows + 1) // 2 if block.is_causal else rows * keys
+        return total
+
+    assert len({pairs(rank, zigzag=True) for rank in range(ranks)}) == 1
+    contiguous = [pairs(rank, zigzag=False) for rank in range(ranks)]
+    assert sum(contiguous) == sum(pairs(rank, zigzag=True) for rank in range(ranks)) == 8 * ranks * (8 * ranks + 1) // 2
+    assert contiguous == sorted(contiguous)
+    assert contiguous[-1] > 1.3 * ranks * contiguous[0]
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_what_no_row_attends_to_is_not_sent(zigzag: bool) -> None:
+    ranks, length = 8, 8
+    for window, hops in ((None, ranks - 1), (5, 1), (9, 1), (10, 2)):
+        positions = Positions.of(causal=True, window=window)
+        itineraries = [plan_ring(rank, ranks, length, positions, zigzag=zigzag) for rank in range(ranks)]
+        for rank, itinerary in enumerate(itineraries):
+            assert itinerary.stops[0].owner == rank
+            assert all(stop.blocks for stop in itinerary.stops)
+            for stop in itinerary.stops:
+                sent_to = [s.owner for s in itineraries[stop.target].stops] if stop.target is not None else [stop.owner]
+                assert stop.owner in sent_to
+        if not zigzag:
+            assert max(len(itinerary.stops) - 1 for itinerary in itineraries) == hops
+            assert len(itineraries[0].stops) == 1, "nothing stands before the first rank's rows"
+
+
+class _Counting(comm.Axis):
+    """An axis that counts the bytes of what is sent along it."""
+
+    def __init__(self, axis: comm.Axis) -> None:
+        self.axis, self.name, self.size, self.index, self.sent = axis, axis.name, axis.size, axis.index, 0
+
+    def send(self, x: Tensor, to: int) -> comm.Message:
+        self.sent += x.numel() * x.element_size()
+        return self.axis.send(x, to)
+
+    def receive(self, source: int, shape: Any, dtype: torch.dtype, device: torch.device) -> comm.Message:
+        return self.axis.receive(source, shape, dtype, device)
+
+    def all_reduce(self, x: Tensor, op: comm.Reduction = "sum") -> Tensor:
+        raise NotImplementedError
+
+    gather_stack = reduce_stack = exchange_stack = all_reduce  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bytes_are_those_of_the_closed_form(ranks: int) -> None:
+    """Per rank and direction (N-1)/N of the keys and values; in the backward as much again of their gradients."""
+
+    def work(rank: int) -> tuple[int, int]:
+        axis = _Counting(comm.axis("cp"))
+        q, k, v = (torch.randn(2, heads, LENGTH // ranks, 8, requires_grad=True) for heads in (4, 2, 2))
+        positions = Positions.of(causal=True, window=None)
+        result = ring_attention(q, k, v, None, None, positions, Scores(0.3), axis, zigzag=True)
+        forward = axis.sent
+        result.sum().backward()
+        return forward, axis.sent - forward
+
+    nbytes = 2 * (2 * 2 * LENGTH * 8 * 4)  # keys and values of the whole sequence
+    share = (ranks - 1) * nbytes // ranks
+    assert set(threads.run(Mesh(("cp",), (ranks,)), work)) == {(share, 2 * share)}
+
+
+PINS: Mapping[str, tuple[Mapping[str, object], str]] = {
+    "ring": ({"cp": 2, "attention": "ring", "zigzag": False}, "ring"),
+    "zigzag": ({"cp": 4, "attention": "ring", "zigzag": True}, "ring~"),
+    "ulysses": ({"cp": 2, "attention": "ulysses"}, "heads"),
+    "gather": ({"cp": 4, "attention": "gather"}, "s"),
+    "ring beside heads": ({"cp": 2, "tp": 2, "attention": "ring"}, "ring"),
+    "zigzag beside the batch": ({"cp": 2, "dp": 2, "attention": "ring", "zigzag": True}, "ring~"),
+    "zigzag in stages": ({"pp": 2, "cp": 2, "microbatches": 2, "schedule": "1f1b", "attention": "ring", "zigzag": True}, "ring~"),
+    "run again": ({"cp": 2, "attention": "ring", "recompute": "full"}, "ring"),
+}
+
+
+def _ranks(pins: Mapping[str, Any]) -> int:
+    return int(torch.tensor([pins.get(axis, 1) for axis in ("pp", "cp", "dp", "tp")]).prod())
+
+
+def _attentions(name: str, plan: Plan) -> set[str]:
+    """What the attentions of a plan split over cp, in words; `heads` for a loop of heads."""
+    spaces, axis = subject(name).model.spaces, plan.mesh.names.index("cp")
+    parts = {str(splits[axis]) for op, splits in plan.placements.items() if op in spaces and spaces[op].family == "attention"}
+    return {"heads" if part in ("h", "g", "r") else part for part in parts}
+
+
+@pytest.mark.parametrize("pins", PINS)
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert", "gpt2"])
+def test_plans_are_exact(name: str, pins: str) -> None:
+    given, expected = PINS[pins]
+    plan = subject(name).pinned(given, f"{_ranks(given)}xcpu")
+    if pins == "ulysses" or "zigzag" in given:
+        assert _attentions(name, plan) == {expected}
+    else:
+        assert _attentions(name, plan) <= {expected, f"{expected}~"}
+    assert subject(name).verify(plan).worst < TOLERANCE
+    assert not [note for note in plan.notes if "runs otherwise" in note]
+
+
+def test_what_can_not_travel_is_gathered_and_noted() -> None:
+    """T5 adds a bias that is trained to the scores of its own tokens; those of the encoder's results have none."""
+    plan = subject("t5").pinned({"cp": 2, "attention": "ring"}, "2xcpu")
+    assert "ring" in " ".join(_attentions("t5", plan))
+    notes = [note for note in plan.notes if "runs otherwise" in note]
+    assert notes
+    assert all("what is added to its scores needs a gradient" in note and "modeling_t5.py" in note for note in notes)
+    assert subject("t5").verify(plan).worst < TOLERANCE
+
+
+def test_a_pin_is_kept_or_refused() -> None:
+    with pytest.raises(InputError, match="no attention of this model"):
+        subject("resnet").pinned({"cp": 2, "attention": "ring"}, "2xcpu")
+    with pytest.raises(InputError, match=r"splits heads over cp=4, but .* has 2 \(g\)"):
+        subject("llama").pinned({"cp": 4, "attention": "ulysses"}, "4xcpu")
+    with pytest.raises(InputError, match="unknown; there are ring, ulysses, gather"):
+        subject("llama").pinned({"attention": "flash"}, "2xcpu")
+
+
+def test_a_plan_says_what_travels() -> None:
+    """Keys and values forward and backward, and their gradients: of 4 x 16 tokens, 2 heads of 8, in 2 layers, N-1 times an N-th of it."""
+    itemsize = ITEMSIZE[subject("llama").graph.of_kind(OpKind.PARAMETER)[0].results[0].dtype]
+    for ranks in (2, 4):
+        plan = subject("llama").pinned({"cp": ranks, "attention": "ring", "zigzag": True}, f"{ranks}xcpu")
+        (row,) = [row for row in plan.traffic if row.collective == "ring"]
+        assert row.nbytes == (2 + 2 + 2) * (4 * 16 * 2 * 8 * itemsize) * 2 * (ranks - 1) / ranks
+
+
+def _train(rank: int, names: Sequence[str]) -> None:
+    for name in names:
+        _train_under(PINS[name][0])
+
+
+def _train_under(pins: Mapping[str, Any]) -> None:
+    reference = in_float64(ZOO["llama"]()[0])
+    model = autopar.compile(copy.deepcopy(reference), cluster=f"{_ranks(pins)}xcpu", pins=pins)
+    batch = {"input_ids": tokens(1), "labels": labels(1)}
+    losses = []
+    for module in (model, reference):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        for _ in range(2):
+            outputs = module(**batch)
+            outputs.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        losses.append((outputs.loss.detach(), outputs.logits.detach()))
+    torch.testing.assert_close(losses[0], losses[1], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_real_processes_train_as_one_device(tmp_path: Path) -> None:
+    spawn(4, tmp_path, _train, ("zigzag", "ring beside heads"))
+
+
+def _meshes(pins: Mapping[str, object], cluster: str) -> set[str]:
+    trials = find_trials(subject("llama").model, Cluster.parse(cluster), Pins.parse(pins), None, {})
+    return {format_mesh(trial.mesh) for trial in trials if not trial.baseline}
+
+
+def test_meshes_with_an_axis_of_the_sequence_are_looked_at_where_samples_are_few() -> None:
+    """Of four samples of 16 tokens on eight devices; on four there is one for each."""
+    assert _meshes({}, "4xcpu") == {"x=4", "x=2 x y=2"}
+    assert {"cp=8", "dp=4 x cp=2", "cp=2 x tp=4", "dp=2 x cp=2 x tp=2"} < _meshes({}, "8xcpu")
+    assert _meshes({"cp": 2}, "8xcpu") >= {"free=4 x cp=2", "dp=4 x cp=2", "cp=2 x tp=4", "dp=2 x cp=2 x tp=2"}
+    pipelines = find_pipeline_trials(subject("llama").model, Cluster.parse("8xcpu"), 2, Pins.parse({"pp": 2}), None, {})
+    assert {"dp=2 x cp=2", "cp=4", "cp=2 x tp=2"} < {format_mesh(trial.mesh) for trial in pipelines}
