@@ -177,7 +177,7 @@ def test_a_memory_below_what_the_device_takes_is_infeasible() -> None:
         ("layers.3=pp:2,pp:3", "pin 'layers.3=pp:2,pp:3' names the axis 'pp' twice"),
         ("layers.3=2", "globs of module paths, whose choices are pp:STAGE or AXIS:LOOP"),
         ("offload=true", "pin 'offload' is not supported yet"),
-        ("attention=ring", "pin 'attention' is not supported yet"),
+        ("attention=flash", "pin attention='flash' is unknown; there are ring, ulysses, gather"),
         ("tp", "pin 'tp' has no value; write tp=N: ranks that split features"),
         ("tp=", "pin 'tp=' has no value"),
         ("TP=8", "unknown pin 'TP'; did you mean tp? Known are"),

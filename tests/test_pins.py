@@ -103,7 +103,10 @@ def test_pins_write_themselves() -> None:
         ({"fsdp": 1}, "pin fsdp=1: true or false is needed"),
         ({"schedule": ["1f1b"]}, "is unknown; there are gpipe, 1f1b"),
         ({"recompute": "half"}, r"there are none, selective, full, true \(full\) and false \(none\)"),
-        ({"zp": 2}, "unknown pin 'zp'; known are dp, tp, cp, pp, fsdp, zero, zero_group, vocabulary, .* and globs of module paths"),
+        (
+            {"zp": 2},
+            "unknown pin 'zp'; known are dp, tp, cp, pp, fsdp, zero, zero_group, attention, .* and globs of module paths",
+        ),
         ({3: {"pp": 1}}, "unknown pin 3"),
         ({"tp": {"pp": 1}}, "pin tp={'pp': 1}: the size of an axis"),
         ({"layers.*": {"tp": 3}}, "pin 'layers.*': tp=3 is no loop; write the name of a loop"),

@@ -317,7 +317,9 @@ def test_stored_layouts_are_kept() -> None:
 
 def test_meshes_that_are_tried() -> None:
     trials = find_trials(model_of(captured("gpt2")), Cluster.parse("8xcpu"), NO_PINS, None, {})
-    assert [str(t.mesh) for t in trials if t.name == "search"] == ["x=8", "x=4 x y=2", "x=2 x y=4"]
+    searched = [str(t.mesh) for t in trials if t.name == "search"]
+    assert searched[:3] == ["x=8", "x=4 x y=2", "x=2 x y=4"]
+    assert all("cp=" in mesh for mesh in searched[3:])  # there are fewer samples than devices
     assert [str(t.mesh) for t in trials if t.baseline] == ["dp=8", "dp=8", "tp=8", "tp=8"]
 
 

@@ -28,6 +28,9 @@ from autopar.schedules import SCHEDULES, check_schedule
 RECOMPUTE = ("none", "selective", "full")
 """What of a layer's forward the backward runs again: nothing, the attention core (Korthikanti et al. 2022, section 5), all."""
 
+ATTENTION = ("ring", "ulysses", "gather")
+"""How attention may run where the sequence is split: keys and values travel; heads are split instead; all keys and values are gathered."""
+
 
 def _integer_from(least: int, needed: str) -> Callable[[str, object], int]:
     """What reads an integer of at least `least`, or raises an InputError that says in the words `needed` what is."""
@@ -55,6 +58,12 @@ def _read_level(name: str, value: object) -> int:
 def _read_switch(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise InputError(f"pin {name}={value!r}: true or false is needed")
+    return value
+
+
+def _read_attention(name: str, value: object) -> str:
+    if not (isinstance(value, str) and value in ATTENTION):
+        raise InputError(f"pin {name}={value!r} is unknown; there are {', '.join(ATTENTION)}")
     return value
 
 
@@ -111,6 +120,18 @@ TABLE = (
         _read_group,
         "ranks over which a ZeRO level stores in parts, neighbours along dp; each group of N stores the same (hybrid sharding)",
     ),
+    Pin(
+        "attention",
+        "ring|ulysses|gather",
+        _read_attention,
+        "how attention runs where cp splits the sequence: keys and values travel, heads are split instead, or keys and values are gathered",
+    ),
+    Pin(
+        "zigzag",
+        "true|false",
+        _read_switch,
+        "whether ranks that pass keys and values around have two pieces of the sequence each, the i-th from the front and from the end",
+    ),
     Pin("vocabulary", "true|false", _read_switch, "whether lookups and losses are split by the vocabulary"),
     Pin("loss_chunks", "N", _read_count, "parts in which a linear head and its cross entropy compute the logits; 1 is all at once"),
     Pin("prefetch", "N", _read_ahead, "how many blocks ahead parameters that are stored split are gathered; 0 is none, 1 unless pinned"),
@@ -141,7 +162,7 @@ PREFETCH = 1
 _ONE_STAGE = {"pp": 1, "schedule": None, "microbatches": 1, "chunks": None, "recompute": "none"}
 """What pins of pipelines say where there is neither a pipeline nor recomputation."""
 
-LATER_PINS = ("ep", "offload", "attention")
+LATER_PINS = ("ep", "offload")
 """Names that are refused today and will be pins of later versions."""
 
 
@@ -188,6 +209,8 @@ class Pins:
     fsdp: bool | None = None
     zero: int | None = None
     zero_group: int | None = None
+    attention: str | None = None
+    zigzag: bool | None = None
     vocabulary: bool | None = None
     loss_chunks: int | None = None
     prefetch: int | None = None

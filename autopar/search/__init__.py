@@ -2,8 +2,8 @@
 
 Comes in: a `Graph`, a cluster, pins. Goes out: a `Plan` with its proof.
 
-Modules, in reading order: ``linear_model``, ``options``, ``meshes``, ``candidates``, ``placement``, ``pipeline``, ``repeated``,
-``timing``, ``attribution``, ``reads``, ``assemble``, ``trials``, ``loss_chunks``, ``planner``.
+Modules, in reading order: ``linear_model``, ``options``, ``meshes``, ``attention``, ``candidates``, ``placement``, ``pipeline``,
+``repeated``, ``timing``, ``attribution``, ``reads``, ``assemble``, ``trials``, ``loss_chunks``, ``planner``.
 """
 
 from autopar.search.options import AxisKind, kind_of

@@ -26,7 +26,7 @@ from autopar.errors import InputError
 from autopar.ir import Family, Layout, Mesh, Op, OpKind, Placement, Split
 from autopar.plans import Pins, check_devices
 from autopar.search.options import AxisKind, Constraints, is_inside, kind_of
-from autopar.structure import AnalyzedGraph, Role, grouped_heads, role_of
+from autopar.structure import AnalyzedGraph, Role, batch_size, grouped_heads, role_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,15 @@ def find_trials(
         meshes = [mesh]
     elif pins.axis_sizes:
         meshes = [_pinned_mesh(pins.axis_sizes, world)]
+        if len(_context_sizes(model, cluster, cluster)) > 1:
+            # Where a long sequence takes all memory, a search that knows what the ranks left over split comes closer.
+            kinds = (kind_mesh for kind_mesh in _kind_meshes(model, cluster, cluster, pins) if _has_axes(kind_mesh, pins.axis_sizes))
+            meshes += [kind_mesh for kind_mesh in kinds if kind_mesh not in meshes]
     else:
-        meshes = _free_meshes(world)
+        meshes = [
+            *_free_meshes(world),
+            *(kind_mesh for kind_mesh in _kind_meshes(model, cluster, cluster, pins) if "cp" in kind_mesh.names),
+        ]
     requested = {*pins.axis_sizes, *(mesh.names if mesh is not None else ())}
     trials = []
     if mesh is None and not pins.placements:
@@ -96,6 +103,8 @@ def find_pipeline_trials(
 ) -> list[Trial]:
     """The meshes to try for each of so many pipeline ranks: the pinned one, else dp x tp with tp of every size inside a machine.
 
+    For long sequences, and for few, also dp x cp x tp.
+
     Raises InputError on a mesh or stored layouts that can't be had, and on pinned placements. Pinned axes that don't divide the devices of
     a pipeline rank have no trials.
     """
@@ -107,18 +116,8 @@ def find_pipeline_trials(
                 raise
             return []  # the pinned axes don't divide the devices of a pipeline rank
     part = cluster.part(pipeline_ranks)
-    world = part.world_size
     trials = []
-    for tensor in range(1, part.devices_per_node + 1):
-        if world % tensor or part.devices_per_node % tensor:
-            continue
-        sizes = {"dp": world // tensor, "tp": tensor}
-        names = [name for name, size in sizes.items() if size > 1] or ["dp"]
-        if pins.zero_level and sizes["dp"] == 1 < cluster.world_size:
-            continue  # nothing to store parameters split over
-        if any(set(loops) - set(names) for loops in pins.placements.values()):
-            continue
-        trial_mesh = Mesh(tuple(names), tuple(sizes[name] for name in names))
+    for trial_mesh in _kind_meshes(model, cluster, part, pins):
         _check_placements(model, pins, trial_mesh)
         factored = _factor_heads(model, trial_mesh) if not pins.placements else None
         for pipeline_mesh in (trial_mesh, factored):
@@ -211,6 +210,47 @@ def _with_batch_axis(constraints: Constraints, mesh: Mesh) -> tuple[AxisKind, ..
             "pin a smaller tp or cp, or leave it out"
         )
     return kinds
+
+
+def _has_axes(mesh: Mesh, sizes: Mapping[str, int]) -> bool:
+    """Whether a mesh has axes of these kinds and sizes; one of one rank is none."""
+    own = dict(zip(mesh.names, mesh.sizes, strict=True))
+    return all(own.get(kind, 1) == size for kind, size in sizes.items())
+
+
+def _kind_meshes(model: AnalyzedGraph, cluster: Cluster, part: Cluster, pins: Pins) -> list[Mesh]:
+    """The meshes dp x cp x tp of the devices `part` that have what pins need, with tp inside a machine, and cp only where it may help."""
+    world = part.world_size
+    meshes = []
+    for tensor, context in itertools.product(range(1, part.devices_per_node + 1), _context_sizes(model, cluster, part)):
+        if world % (tensor * context) or part.devices_per_node % tensor:
+            continue
+        sizes = {"dp": world // tensor // context, "cp": context, "tp": tensor}
+        names = [name for name, size in sizes.items() if size > 1] or ["dp"]
+        if pins.zero_level and "dp" not in names and cluster.world_size > 1:
+            continue  # nothing to store parameters split over
+        if any(set(loops) - set(names) for loops in pins.placements.values()):
+            continue
+        meshes.append(Mesh(tuple(names), tuple(sizes[name] for name in names)))
+    return meshes
+
+
+LONG = 16384
+"""From so many tokens on, the sequence is worth splitting though there are samples for all devices."""
+
+
+def _context_sizes(model: AnalyzedGraph, cluster: Cluster, part: Cluster) -> tuple[int, ...]:
+    """Numbers of ranks that may split the sequence of a pipeline rank's devices `part`: more than one for long sequences, or for few."""
+    sequences = [
+        loop.size
+        for op, space in model.spaces.items()
+        for loop in space.loops.values()
+        if loop.joins and op not in model.constants and Role.SEQUENCE in model.roles.of_loops[op][loop.name].values()
+    ]
+    batch = batch_size(model.folded.graph, model.roles)
+    if not sequences or (max(sequences) < LONG and batch >= cluster.world_size):
+        return (1,)
+    return tuple(size for size in range(1, part.world_size + 1) if part.world_size % size == 0)
 
 
 def _check_placements(model: AnalyzedGraph, pins: Pins, mesh: Mesh) -> None:

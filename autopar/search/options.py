@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -20,6 +20,7 @@ from autopar.ir import (
     PASS_PARTIAL,
     REPLICATE,
     AxisPlacement,
+    Family,
     Layout,
     Meaning,
     Mesh,
@@ -83,6 +84,13 @@ class Constraints:
         return frozenset(AxisKind(name) for name, size in self.pins.axis_sizes.items() if size == 1)
 
 
+def zigzag_axes(model: AnalyzedGraph, constraints: Constraints) -> frozenset[int]:
+    """The axes that may split the sequence zigzag (`State.zigzag`): those of kind CP, as free ones would have twice the options for it."""
+    if constraints.pins.zigzag is False or not (constraints.pins.zigzag or model.balances_rows):
+        return frozenset()
+    return frozenset(axis for axis, kind in enumerate(constraints.kinds) if kind is AxisKind.CP)
+
+
 def call_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constraints) -> list[Placement]:
     """The legal placements of a call that the constraints allow.
 
@@ -99,14 +107,19 @@ def call_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constrai
     parts: list[AxisPlacement] = [None]
     splits = [(Split(loop.name, outer), role) for loop in space.splittable for outer, role in loops[loop.name].items()]
     parts += [split for split, role in splits if role is not Role.INNER] or [split for split, _ in splits]
+    zigzags = [replace(split, zigzag=True) for split, role in splits if role is Role.SEQUENCE]
     if space.linear:
         parts.append(PASS_PARTIAL)
-    options: list[Placement] = [(*time, *option) for option in itertools.product(parts, repeat=len(mesh.sizes) - first_axis)]
+    balanced = zigzag_axes(model, constraints)
+    per_axis = [[*parts, *zigzags] if axis in balanced else parts for axis in range(first_axis, len(mesh.sizes))]
+    options: list[Placement] = [(*time, *option) for option in itertools.product(*per_axis)]
     legal = [option for option in options if is_legal(space, option, mesh)]
     for axis in range(len(constraints.kinds)):
         legal = _of_kind(legal, space, loops, axis, constraints)
     if constraints.pins.vocabulary is not None:
         legal = _of_vocabulary(legal, space, splits_vocabulary=constraints.pins.vocabulary)
+    if (constraints.pins.attention is not None or constraints.pins.zigzag) and space.family is Family.ATTENTION:
+        legal = _of_attention(legal, op, space, mesh, loops, constraints)
     legal = _of_modules(legal, op, space, mesh, constraints.pins.placements)
     if constraints.baseline_filter is not None:
         accept = constraints.baseline_filter
@@ -145,7 +158,53 @@ def _of_kind(
             return [option for option in allowed if role(option) is Role.FEATURE] or allowed
         return allowed
     used = [option for option in options if role(option) is _ROLES[kind]]
+    if kind is AxisKind.CP and space.family is Family.ATTENTION:
+        # Heads instead of the sequence: an all-to-all before and after (Jacobs et al. 2023).
+        heads = space.facts.loops_of(Meaning.HEADS)
+        used += [option for option in options if isinstance(part := option[axis], Split) and part.loop in heads]
     return used or [option for option in options if role(option) is None]
+
+
+def _of_attention(
+    options: list[Placement],
+    op: Op,
+    space: Space,
+    mesh: Mesh,
+    loops: Mapping[str, Mapping[int, Role]],
+    constraints: Constraints,
+) -> list[Placement]:
+    """The placements of an attention that run as pinned over axes that split the sequence, or may split it.
+
+    Where keys and values can't be passed around (`Facts.ring_refusal`), all of them: the plan has a note. Raises InputError where the heads
+    can't be split as pinned.
+    """
+    heads = space.facts.loops_of(Meaning.HEADS)
+    how = constraints.pins.attention
+
+    def is_allowed(option: Placement) -> bool:
+        for part, kind in zip(option, constraints.kinds, strict=True):
+            if not isinstance(part, Split):
+                continue
+            is_sequence = role_of(loops, part) is Role.SEQUENCE
+            is_joined = bool(space.loops[part.loop].joins)
+            if is_sequence and how is not None and (how == "ulysses" or is_joined != (how == "ring")):
+                return False
+            if is_joined and constraints.pins.zigzag and not part.zigzag:
+                return False
+            if kind is AxisKind.CP and part.loop in heads and how not in ("ulysses", None):
+                return False
+        return True
+
+    allowed = [option for option in options if is_allowed(option)]
+    for axis, kind in enumerate(constraints.kinds):
+        if how == "ulysses" and kind is AxisKind.CP and not any(isinstance(option[axis], Split) for option in allowed):
+            sizes = " and ".join(f"{space.loops[loop].size} ({loop})" for loop in sorted(heads))
+            where, wanted = f"{op.target} at {op.source or op.layer}", f"{mesh.names[axis]}={mesh.sizes[axis]}"
+            raise InputError(
+                f"pin attention=ulysses splits heads over {wanted}, but {where} has {sizes or 'no loop of heads'};"
+                " pin a size that divides the heads of keys and values, or attention=ring"
+            )
+    return allowed or options
 
 
 def _of_vocabulary(options: list[Placement], space: Space, *, splits_vocabulary: bool) -> list[Placement]:
@@ -253,16 +312,22 @@ def _split_layouts(layouts: Sequence[Layout], axis: int, level: int) -> list[Lay
     return list(found.values())
 
 
-def output_options(tensor: Tensor, mesh: Mesh, time: State = REPLICATE) -> list[Layout]:
+def output_options(tensor: Tensor, mesh: Mesh, time: State = REPLICATE, zigzag: Collection[int] = ()) -> list[Layout]:
     """The layouts in which an output may be returned: replicated, or with any of its dims sharded.
 
     Args:
         tensor: the output, of the whole batch.
         mesh: the mesh; its first axis may be that of micro-batches.
         time: the output's state along the axis of micro-batches. If that is a shard, ranks shard only what one micro-batch has.
+        zigzag: axes that may also split it zigzag.
     """
     states = [REPLICATE, *(shard(dim) for dim in range(len(tensor.shape)))]
     options = _fitting(tensor, states, mesh)
+    for axis in zigzag:
+        folded = [
+            (*option[:axis], replace(option[axis], zigzag=True), *option[axis + 1 :]) for option in options if option[axis] != REPLICATE
+        ]
+        options += [option for option in folded if fits(tensor.shape, option, mesh)]
     if time.kind is not StateKind.SHARD:
         return options
     return [option for option in options if fits(tensor.shape, (time, *option[1:]), mesh)]

@@ -17,6 +17,7 @@ from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan,
 from autopar.rules import find_spaces, readable_name
 from autopar.schedules import make_schedule
 from autopar.search.assemble import assemble
+from autopar.search.attention import note_attention
 from autopar.search.attribution import Chosen
 from autopar.search.loss_chunks import plan_with_chunks
 from autopar.search.meshes import find_pipeline_trials, find_trials
@@ -146,6 +147,7 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         if pins.microbatches != parts:
             fewer = f"a batch of {batch} can't be split into {parts} micro-batches, as the first plan's: it runs in {pins.microbatches}"
             asked = replace(asked, notes=(*asked.notes, fewer))
+    asked = replace(asked, notes=(*asked.notes, *note_attention(model, pins)))
     request = _Request(model, chain, cluster, pins, mesh, asked.stored)
     results = _search_placements(request, tell)
     pipelined, candidates = _search_pipelines(request, results, tell)

@@ -43,7 +43,7 @@ from autopar.costs import (
     result_layout_of,
 )
 from autopar.ir import REPLICATE, Layout, Mesh, Op, OpKind, Placement, Split, StateKind, Tensor, Value
-from autopar.search.options import Constraints, call_options, output_options, parameter_options
+from autopar.search.options import Constraints, call_options, output_options, parameter_options, zigzag_axes
 from autopar.structure import AnalyzedGraph, Edge
 
 Table = npt.NDArray[np.int64]
@@ -297,7 +297,9 @@ class _Builder:
             decision = output_decision(position)
             # Outputs after those that the model returns are new values of buffers, which are replicated.
             time = REPLICATE if self.model.micro_split is None else self.model.micro_split.states[value]
-            options = output_options(self.graph.tensor(value), self.mesh, time) if position < returned else [self.replicated]
+            options = [self.replicated]
+            if position < returned:
+                options = output_options(self.graph.tensor(value), self.mesh, time, zigzag_axes(self.model, self.constraints))
             self.needs[decision, 0] = list(options)
             self._add(decision, options, [0] * len(options), [0] * len(options))
 
