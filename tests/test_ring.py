@@ -24,6 +24,7 @@ from autopar.ops.attention_blocks import Scores
 from autopar.ops.ring import Positions, plan_ring, ring_attention, spans_of
 from autopar.plans.pins import Pins
 from autopar.plans.plan import Plan
+from autopar.search import meshes
 from autopar.search.meshes import find_pipeline_trials, find_trials
 from tests.emitted import subject
 from tests.processes import spawn
@@ -284,15 +285,19 @@ def test_real_processes_train_as_one_device(tmp_path: Path) -> None:
     spawn(4, tmp_path, _train, ("zigzag", "ring beside heads"))
 
 
-def _meshes(pins: Mapping[str, object], cluster: str) -> set[str]:
+def _looked_at(pins: Mapping[str, object], cluster: str) -> set[str]:
     trials = find_trials(subject("llama").model, Cluster.parse(cluster), Pins.parse(pins), None, {})
     return {format_mesh(trial.mesh) for trial in trials if not trial.baseline}
 
 
-def test_meshes_with_an_axis_of_the_sequence_are_looked_at_where_samples_are_few() -> None:
-    """Of four samples of 16 tokens on eight devices; on four there is one for each."""
-    assert _meshes({}, "4xcpu") == {"x=4", "x=2 x y=2"}
-    assert {"cp=8", "dp=4 x cp=2", "cp=2 x tp=4", "dp=2 x cp=2 x tp=2"} < _meshes({}, "8xcpu")
-    assert _meshes({"cp": 2}, "8xcpu") >= {"free=4 x cp=2", "dp=4 x cp=2", "cp=2 x tp=4", "dp=2 x cp=2 x tp=2"}
+def test_meshes_with_an_axis_of_the_sequence_are_looked_at_where_samples_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four samples of 16 tokens on eight machines of a device; on four there is one for each."""
+    assert _looked_at({}, "8x1xcpu") == {"x=8", "x=4 x y=2", "x=2 x y=4"}, "parts of 16 tokens would be too short"
+    monkeypatch.setattr(meshes, "SHORTEST", 2)
+    assert _looked_at({}, "4x1xcpu") == {"x=4", "x=2 x y=2"}
+    assert _looked_at({}, "8xcpu") == {"x=8", "x=4 x y=2", "x=2 x y=4"}, "features can be split inside the machine"
+    monkeypatch.setattr(meshes, "LONG", 16)
+    assert {"cp=8", "dp=4 x cp=2", "cp=2 x tp=4", "dp=2 x cp=2 x tp=2"} < _looked_at({}, "8xcpu")
+    assert _looked_at({"cp": 2}, "8xcpu") >= {"free=4 x cp=2", "dp=4 x cp=2", "cp=2 x tp=4", "dp=2 x cp=2 x tp=2"}
     pipelines = find_pipeline_trials(subject("llama").model, Cluster.parse("8xcpu"), 2, Pins.parse({"pp": 2}), None, {})
     assert {"dp=2 x cp=2", "cp=4", "cp=2 x tp=2"} < {format_mesh(trial.mesh) for trial in pipelines}

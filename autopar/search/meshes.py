@@ -237,20 +237,24 @@ def _kind_meshes(model: AnalyzedGraph, cluster: Cluster, part: Cluster, pins: Pi
 
 LONG = 16384
 """From so many tokens on, the sequence is worth splitting though there are samples for all devices."""
+SHORTEST = 1024
+"""Tokens that a rank has at least of a sequence that the search splits unasked, so that there are few sizes to look at on any cluster."""
 
 
 def _context_sizes(model: AnalyzedGraph, cluster: Cluster, part: Cluster) -> tuple[int, ...]:
-    """Numbers of ranks that may split the sequence of a pipeline rank's devices `part`: more than one for long sequences, or for few."""
+    """Numbers of ranks that may split the sequence over the devices `part`: more than one for long, or for few, sequences."""
     sequences = [
         loop.size
         for op, space in model.spaces.items()
         for loop in space.loops.values()
         if loop.joins and op not in model.constants and Role.SEQUENCE in model.roles.of_loops[op][loop.name].values()
     ]
-    batch = batch_size(model.folded.graph, model.roles)
-    if not sequences or (max(sequences) < LONG and batch >= cluster.world_size):
+    batch, length = batch_size(model.folded.graph, model.roles), max(sequences, default=0)
+    # Where features can be split inside a machine, so many samples are enough.
+    if length < LONG and batch * cluster.devices_per_node >= cluster.world_size:
         return (1,)
-    return tuple(size for size in range(1, part.world_size + 1) if part.world_size % size == 0)
+    most = min(part.world_size, length // SHORTEST)
+    return (1, *(size for size in range(2, most + 1) if part.world_size % size == 0))
 
 
 def _check_placements(model: AnalyzedGraph, pins: Pins, mesh: Mesh) -> None:
