@@ -235,10 +235,18 @@ class CostTables:
         """(forward, backward) seconds of one call under a placement; what its kernel exchanges in both directions is in the second."""
         key = op.name, placement
         if key not in self._calls:
-            self._calls[key] = self._op_seconds(op, placement)
+            forward, backward = self._computing_seconds(op, placement)
+            self._calls[key] = forward, backward + sum(exchange.seconds for exchange in self.exchanges(op, placement))
         return self._calls[key]
 
-    def _op_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
+    def _computing_seconds(self, op: Op, placement: Placement) -> tuple[float, float]:
+        """(forward, backward) seconds of one call without what its kernel exchanges."""
+        key = op.name, placement
+        if key not in self._computing:
+            self._computing[key] = self._compute_call(op, placement)
+        return self._computing[key]
+
+    def _compute_call(self, op: Op, placement: Placement) -> tuple[float, float]:
         space = self.model.spaces.get(op.name)
         operands = self.model.folded.graph.operand_tensors(op)
         if space is not None and space.view:
@@ -249,11 +257,8 @@ class CostTables:
         ways = math.prod(size for part, size in zip(placement, self.mesh.sizes, strict=True) if isinstance(part, Split))
         dearest = _largest_part(space, placement, self.mesh)
         if op.name not in self.halved:
-            forward, backward = call_seconds(self.model, self.device, op, ways, nbytes, dearest)
-        else:
-            forward, backward = self._halved_seconds(op, needs, ways, nbytes, dearest)
-        self._computing[op.name, placement] = forward, backward
-        return forward, backward + sum(exchange.seconds for exchange in self.exchanges(op, placement))
+            return call_seconds(self.model, self.device, op, ways, nbytes, dearest)
+        return self._halved_seconds(op, needs, ways, nbytes, dearest)
 
     def _halved_seconds(self, op: Op, needs: Sequence[Layout], ways: int, nbytes: int, dearest: float) -> tuple[float, float]:
         """Seconds of a call that runs for each half of the batch: both read all of its parameters, whose two gradients are added."""
@@ -272,9 +277,7 @@ class CostTables:
         space = self.model.spaces.get(op.name)
         if space is None or not space.facts.exchanges:
             return []
-        if (op.name, placement) not in self._computing:
-            self.op_seconds(op, placement)
-        computing = dict(zip(("forward", "backward"), self._computing[op.name, placement], strict=True))
+        computing = dict(zip(("forward", "backward"), self._computing_seconds(op, placement), strict=True))
         made: list[KernelExchange] = []
         halves = 2 if op.name in self.halved else 1
         for exchange in space.facts.exchanges:

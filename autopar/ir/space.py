@@ -232,8 +232,7 @@ def parse(
             if math.prod(known[name] for name in dim) != size:
                 raise ValueError(f"{text!r}: {format_dims((dim,))!r} doesn't have size {size} (loops: {known})")
     loops = _make_loops(known, marks, operand_dims, result_dims)
-    for name, members in (joined or {}).items():
-        loops[name] = Loop(name, loops[members[0]].size, joins=members)
+    loops |= {name: Loop(name, loops[members[0]].size, joins=members) for name, members in (joined or {}).items()}
     marked_for_kernel = {name for name, loop in loops.items() if loop.kind is LoopKind.KERNEL}
     return Space(
         loops=loops,

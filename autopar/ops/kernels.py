@@ -44,7 +44,7 @@ from autopar.ops.losses import multilabel_margin_loss as multilabel_margin_loss
 from autopar.ops.losses import nll_loss as nll_loss
 from autopar.ops.losses import smooth_l1_loss as smooth_l1_loss
 from autopar.ops.losses import soft_margin_loss as soft_margin_loss
-from autopar.ops.ring import Positions, ring_attention
+from autopar.ops.ring import Positions, Span, ring_attention
 
 aten = torch.ops.aten
 
@@ -215,7 +215,8 @@ def scaled_dot_product_attention(
     """
     if splits.get("ring"):
         factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        return _ring(q, k, v, None, attn_mask, is_causal, None, Scores(factor), splits, zigzag)
+        positions, (name,) = Positions.of(causal=is_causal, window=None), splits["ring"]
+        return ring_attention(q, k, v, None, attn_mask, positions, Scores(factor), comm.axis(name), zigzag=zigzag)
     if is_causal and splits.get("s"):
         first_row = comm.index(splits["s"]) * q.shape[-2]
         # No row of this part attends to later keys.
@@ -260,15 +261,13 @@ def attention(
         splits: the axes that split rows ``s``, or rows and keys ``ring``, and, where weights are dropped at random, batch and heads.
         zigzag: whether a part that ``ring`` makes has two pieces of the sequence.
     """
+    positions = Positions.of(causal=causal, window=window)
     if splits.get("ring"):
-        return _ring(q, k, v, key_padding, bias, causal, window, Scores(scale, softcap), splits, zigzag)
+        (name,) = splits["ring"]
+        return ring_attention(q, k, v, key_padding, bias, positions, Scores(scale, softcap), comm.axis(name), zigzag=zigzag)
     if splits.get("s") and (causal or window is not None):
         rows, keys = q.shape[2], k.shape[2]
-        query = torch.arange(rows, device=q.device)[:, None] + comm.index(splits["s"]) * rows
-        distance = query - torch.arange(keys, device=q.device)
-        allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-        if window is not None:
-            allowed &= distance < window if causal else distance.abs() <= window
+        allowed = positions.allow([Span(comm.index(splits["s"]) * rows, rows)], [Span(0, keys)], q.device)
         if bias is not None:
             allowed = bias & allowed if bias.dtype == torch.bool else bias.masked_fill(~allowed, -math.inf)
         bias = allowed
@@ -276,23 +275,6 @@ def attention(
     with rng.stream(all_axes(splits), q.device) if dropout_p > 0.0 else nullcontext():
         result: Tensor = torch.ops.autopar.attention(q, k, v, key_padding, bias, causal, window, scale, softcap, dropout_p)
     return result
-
-
-def _ring(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_padding: Tensor | None,
-    bias: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scores: Scores,
-    splits: Splits,
-    zigzag: bool,
-) -> Tensor:
-    positions = Positions.of(causal=causal, window=window)
-    (axis,) = splits["ring"]
-    return ring_attention(q, k, v, key_padding, bias, positions, scores, comm.axis(axis), zigzag=zigzag)
 
 
 # --- statistics of the whole batch ------------------------------------------------------------------------------------------
