@@ -299,19 +299,28 @@ def _solve_core(core: Core, budget: int | None, time_limit: float, ceiling: floa
         used.append((option_ids[node], costs.nbytes))
     for (a, b), costs in core.arcs.items():
         used.append(_add_arc(model, costs, option_ids[a], option_ids[b], budget is not None))
+    # What every choice costs is no part of the objective: beside a constant of 2e12 bytes the solver may not tell options apart in time.
+    fixed = sum(_objective(costs, budget is not None)[1] for costs in (*core.nodes.values(), *core.arcs.values()))
     if budget is not None:
         columns = np.concatenate([ids for ids, _ in used])
         model.add_row(columns, np.concatenate([nbytes for _, nbytes in used]), -np.inf, float(budget))
-    values, bound, method = _run(model, time_limit, ceiling, required=budget is None)
+    values, bound, method = _run(model, time_limit, ceiling - fixed, required=budget is None)
     if values is None:
         return None
     choice = {node: int(np.argmax(values[ids])) for node, ids in option_ids.items()}
-    return _Optimum(core.complete(choice), bound, method, model.size, model.row_count)
+    return _Optimum(core.complete(choice), bound + fixed, method, model.size, model.row_count)
+
+
+def _objective(costs: Costs, by_time: bool) -> tuple[Table, float]:
+    """What each option of a node or arc adds to the objective beyond the least that any adds, and that least: nanoseconds or weight."""
+    objective = costs.cost if by_time else costs.weight
+    least = objective.min()
+    return objective - least, float(least)
 
 
 def _add_node(model: LinearModel, costs: Costs, by_time: bool) -> Table:
     """Variables x of a node with constraint (1); returns their ids. The objective has nanoseconds if `by_time`, else weights."""
-    ids = model.add_variables(np.minimum(costs.cost if by_time else costs.weight, FORBIDDEN), is_integer=True)
+    ids = model.add_variables(np.minimum(_objective(costs, by_time)[0], FORBIDDEN), is_integer=True)
     model.add_row(ids, np.ones(len(ids)), 1.0, 1.0)
     return ids
 
@@ -324,7 +333,7 @@ def _add_arc(model: LinearModel, costs: Costs, from_ids: Table, to_ids: Table, b
     class_pairs = np.ix_(row_of_class, column_of_class)
     weight = costs.weight[class_pairs]
     is_allowed = weight < FORBIDDEN
-    objective = (costs.cost if by_time else costs.weight)[class_pairs][is_allowed]
+    objective = _objective(costs, by_time)[0][class_pairs][is_allowed]
     flows = np.full(weight.shape, -1, dtype=np.int64)
     flows[is_allowed] = model.add_variables(objective)
     for a in range(len(row_of_class)):
