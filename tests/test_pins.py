@@ -112,7 +112,7 @@ def test_pins_write_themselves() -> None:
         ({"layers.*": {"tp": 3}}, "pin 'layers.*': tp=3 is no loop; write the name of a loop"),
         ({"layers.*": {"pp": -1}}, "pin 'layers.*': pp=-1 isn't the number of a stage, which is an integer from 0"),
         ({"layers.*": {"pp": "1"}}, "pp='1' isn't the number of a stage"),
-        ({"dp": 1, "fsdp": True}, "fsdp=True stores parameters split over a dp axis, but dp is pinned to 1"),
+        ({"dp": 1, "fsdp": True}, "fsdp=True stores parameters split over a dp or cp axis, but dp is pinned to 1"),
         ({"schedule": "1f1b", "chunks": 2}, "the pins schedule=1f1b, chunks=2 can't be had: schedule '1f1b' has 1 stages per rank, not 2"),
         ({"schedule": "interleaved", "chunks": 1}, "needs 2 or more stages per rank"),
         ({"pp": 2, "chunks": 2, "layers.3": {"pp": 4}}, "pp=4 isn't the number of a stage; pins pp=2 and chunks=2 make stages 0 to 3"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,6 +22,7 @@ import autopar
 from autopar.capture import call_in_precision, capture
 from autopar.errors import InputError, PlanError
 from autopar.ir import MESSAGE_NBYTES
+from autopar.ir.layout import StateKind
 from autopar.ir.precision import PRECISIONS
 from autopar.plans.plan import from_json, to_json
 from autopar.rewrite import rewrite
@@ -534,6 +536,17 @@ def test_levels_move_the_bytes_of_the_paper() -> None:
         assert found == rows
 
 
+@pytest.mark.parametrize(("level", "pins"), [(1, {"cp": 2}), (2, {"cp": 2}), (3, {"dp": 1, "cp": 2}), (3, {"dp": 2, "cp": 2})])
+def test_ranks_of_the_sequence_store_in_parts(level: int, pins: Mapping[str, int]) -> None:
+    model, batch = ZOO["llama"]()
+    verification = autopar.verify(model, batch, ranks=math.prod(pins.values()), pins={**pins, "zero": level})
+    verification.check()
+    axis = verification.plan.mesh.names.index("cp")
+    stored = [layout[axis] for name, layout in verification.plan.layouts.items() if "proj" in name]
+    assert stored
+    assert {(state.kind, state.level) for state in stored} == {(StateKind.SHARD, level % 3)}
+
+
 @pytest.mark.parametrize(
     ("pins", "message"),
     [
@@ -542,8 +555,8 @@ def test_levels_move_the_bytes_of_the_paper() -> None:
         ({"zero": 2.0}, "pin zero=2.0: an integer from 0 to 3"),
         ({"zero": "2"}, "pin zero='2': an integer from 0 to 3 is needed, such as zero=2"),
         ({"zero": 1, "fsdp": True}, "fsdp=True and zero=1 contradict each other"),
-        ({"zero": 2, "dp": 1}, "zero=2 stores parameters split over a dp axis, but dp is pinned to 1"),
-        ({"zero": 2, "tp": 4}, "zero=2 stores parameters split over a dp axis, but all axes"),
+        ({"zero": 2, "dp": 1}, "zero=2 stores parameters split over a dp or cp axis, but dp is pinned to 1"),
+        ({"zero": 2, "tp": 4}, "zero=2 stores parameters split over a dp or cp axis, but all axes"),
         ({"zero_group": 2}, "says over how many ranks a ZeRO level stores in parts: pin zero=1, 2 or 3 too"),
         ({"zero_group": 2, "zero": 0}, "pin zero=1, 2 or 3 too"),
         ({"zero_group": 1, "zero": 3}, "zero_group=1: a number of ranks is needed, an integer from 2"),

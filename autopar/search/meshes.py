@@ -204,10 +204,10 @@ def _with_batch_axis(constraints: Constraints, mesh: Mesh) -> tuple[AxisKind, ..
     if AxisKind.FREE in kinds:
         axis = kinds.index(AxisKind.FREE)
         return (*kinds[:axis], AxisKind.DP, *kinds[axis + 1 :])
-    if constraints.pins.zero_level:
+    if constraints.pins.zero_level and AxisKind.CP not in kinds:
         raise InputError(
-            f"{constraints.pins.word_zero()} over a dp axis, but all axes of the mesh {mesh} are pinned to other kinds; "
-            "pin a smaller tp or cp, or leave it out"
+            f"{constraints.pins.word_zero()} over a dp or cp axis, but all axes of the mesh {mesh} are pinned to other kinds; "
+            "pin a smaller tp, or leave it out"
         )
     return kinds
 
@@ -227,7 +227,7 @@ def _kind_meshes(model: AnalyzedGraph, cluster: Cluster, part: Cluster, pins: Pi
             continue
         sizes = {"dp": world // tensor // context, "cp": context, "tp": tensor}
         names = [name for name, size in sizes.items() if size > 1] or ["dp"]
-        if pins.zero_level and "dp" not in names and cluster.world_size > 1:
+        if pins.zero_level and not {"dp", "cp"} & set(names) and cluster.world_size > 1:
             continue  # nothing to store parameters split over
         if any(set(loops) - set(names) for loops in pins.placements.values()):
             continue

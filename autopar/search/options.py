@@ -245,7 +245,7 @@ def is_inside(path: str, pattern: str) -> bool:
 def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constraints) -> list[Layout]:
     """The layouts that a parameter may be stored in: the one it is stored in already, or sharded and replicated ones as pinned.
 
-    A cp axis shards no parameter.
+    Along an axis of kind DP or CP every op needs it whole, and ZeRO stores it in parts: the ranks of both compute with different tokens.
     """
     if op.target in constraints.stored:
         return [(*(REPLICATE,) * first_rank_axis(mesh), *constraints.stored[op.target])]
@@ -255,13 +255,14 @@ def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Con
         states += [shard(dim, outer) for outer in bounds]
     layouts = _fitting(tensor, states, mesh)
     pinned = constraints.pins.zero_level
+    pins_group = constraints.pins.zero_group is not None
     # With micro-batches, level 1 holds whole gradients and sums them once, level 2 sums those of each; else 2 is 1 with less memory.
     held = (1, 2) if math.prod(mesh.sizes[: first_rank_axis(mesh)]) > 1 else (2,)
     for axis, kind in enumerate(constraints.kinds):
         whole = [layout for layout in layouts if layout[axis] == REPLICATE]
-        if axis in constraints.copies or kind is AxisKind.CP:
+        if axis in constraints.copies or (kind is AxisKind.CP and pins_group):
             layouts = whole
-        elif kind in (AxisKind.DP, AxisKind.FREE) and mesh.sizes[axis] > 1:
+        elif kind in (AxisKind.DP, AxisKind.CP, AxisKind.FREE) and mesh.sizes[axis] > 1:
             if pinned != 0:
                 layouts = layouts + _padded_layouts(tensor, layouts, axis, mesh)
             if kind is AxisKind.FREE:
