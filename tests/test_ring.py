@@ -220,7 +220,7 @@ def _attentions(name: str, plan: Plan) -> set[str]:
 
 
 @pytest.mark.parametrize("pins", PINS)
-@pytest.mark.parametrize("name", ["llama", "mistral", "bert", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "mistral"])  # others: tests.test_long_exactness
 def test_plans_are_exact(name: str, pins: str) -> None:
     given, expected = PINS[pins]
     plan = subject(name).pinned(given, f"{_ranks(given)}xcpu")

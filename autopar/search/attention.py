@@ -1,35 +1,80 @@
 """Whether attention can run as the user pinned it.
 
-Comes in: a model, pins. Goes out: notes on the calls that run otherwise; an InputError where none can run so.
+Comes in: a model, pins, a mesh where one is given. Goes out: notes on the calls that run otherwise; an InputError where none can run so.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from autopar.errors import InputError
-from autopar.ir import Family, Op, OpKind
+from autopar.ir import Family, Mesh, Op, OpKind
 from autopar.plans import Pins
+from autopar.search.options import AxisKind, kind_of
 from autopar.structure import AnalyzedGraph
 
 
-def note_attention(model: AnalyzedGraph, pins: Pins) -> tuple[str, ...]:
-    """A note per kind of call that can't pass its keys and values around as pinned, and gathers them.
+def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None = None) -> tuple[str, ...]:
+    """A note per kind of attention call that can't run as pinned: its keys and values can't travel, or its rows can't be cut evenly.
 
-    Raises InputError where no call can.
+    Args:
+        model: whose attention is meant.
+        pins: `attention`, `zigzag` and `cp` are looked at.
+        mesh: of a pipeline rank, if one is given; an axis of kind cp is as good as the pin.
+
+    Raises InputError where `attention` or `zigzag` is pinned and no call can run so. With ``cp`` alone there are only notes.
     """
-    if pins.attention != "ring" and not pins.zigzag:
+    axes = _context_axes(pins, mesh)
+    is_ring = pins.attention == "ring" or bool(pins.zigzag)
+    if not axes and not is_ring:
         return ()
-    pinned = "attention=ring" if pins.attention == "ring" else "zigzag=true"
     graph, representative = model.folded.graph, model.folded.representative
     calls = [op for op in graph.of_kind(OpKind.CALL) if representative[op.name] == op.name and _is_attention(model, op)]
-    refused = [(op, model.spaces[op.name].facts.ring_refusal) for op in calls]
-    if not any(not reason for _, reason in refused):
-        reasons = "; ".join(f"{_name(op)}: {reason}" for op, reason in refused)
+    refused = [model.spaces[op.name].facts.ring_refusal if is_ring else "" for op in calls]
+    uneven = [_refuse_rows(model, op, pins, axes) for op in calls]
+    reasons = [(op, other or rows) for op, other, rows in zip(calls, refused, uneven, strict=True)]
+    pinned = _describe(pins, axes)
+    if (is_ring or (pins.attention and calls)) and all(reason for _, reason in reasons):
+        what = "pass its keys and values around" if is_ring else "be split so"
+        told = "; ".join(f"{_name(op)}: {reason}" for op, reason in reasons)
+        remedy = "leave the pin out, or use attention=ulysses or attention=gather"
+        if any(uneven):
+            remedy = f"pad the sequence to a multiple of {max(_pieces(pins, size) for size in axes.values())}, or pin fewer ranks"
         raise InputError(
-            f"pin {pinned}: no attention of this model can pass its keys and values around"
-            f" ({reasons or 'there is none that is one operator: transformers have one with attn_implementation sdpa'});"
-            " leave the pin out, or use attention=ulysses or attention=gather"
+            f"pin {pinned}: no attention of this model can {what}"
+            f" ({told or 'there is none that is one operator: transformers have one with attn_implementation sdpa'}); {remedy}"
         )
-    return tuple(f"{_name(op)} runs otherwise than pinned ({pinned}), since {reason}" for op, reason in refused if reason)
+    return tuple(f"{_name(op)} runs otherwise than pinned ({pinned}), since {reason}" for op, reason in reasons if reason)
+
+
+def _context_axes(pins: Pins, mesh: Mesh | None) -> Mapping[str, int]:
+    """Name and size of the axes that split the sequence, as far as they are known before the search."""
+    if mesh is not None:
+        sizes = zip(mesh.names, mesh.sizes, strict=True)
+        return {name: size for name, size in sizes if size > 1 and kind_of(name) is AxisKind.CP}
+    return {"cp": pins.cp} if pins.cp is not None and pins.cp > 1 else {}
+
+
+def _pieces(pins: Pins, size: int) -> int:
+    """Into how many equal pieces an axis of this size cuts the rows: two for each rank if the pins say zigzag."""
+    return 2 * size if pins.zigzag else size
+
+
+def _refuse_rows(model: AnalyzedGraph, op: Op, pins: Pins, axes: Mapping[str, int]) -> str:
+    """Why no axis can cut the rows of an attention; empty where one can, and where no axis is known."""
+    rows: int = model.folded.graph.tensor(op.operands[0]).shape[-2]
+    counts = [_pieces(pins, size) for size in axes.values()]
+    if not counts or any(rows % count == 0 for count in counts):
+        return ""
+    pieces = " or ".join(str(count) for count in counts)
+    return f"its {rows} rows can't be cut into {pieces} equal pieces{', two for each rank' if pins.zigzag else ''}"
+
+
+def _describe(pins: Pins, axes: Mapping[str, int]) -> str:
+    """What is pinned, for messages."""
+    if pins.attention:
+        return f"attention={pins.attention}"
+    return "zigzag=true" if pins.zigzag else ", ".join(f"{name}={size}" for name, size in axes.items())
 
 
 def _is_attention(model: AnalyzedGraph, op: Op) -> bool:

@@ -147,7 +147,8 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         if pins.microbatches != parts:
             fewer = f"a batch of {batch} can't be split into {parts} micro-batches, as the first plan's: it runs in {pins.microbatches}"
             asked = replace(asked, notes=(*asked.notes, fewer))
-    asked = replace(asked, notes=(*asked.notes, *note_attention(model, pins)))
+    if first_plan is None:
+        asked = replace(asked, notes=(*asked.notes, *note_attention(model, pins, mesh)))
     request = _Request(model, chain, cluster, pins, mesh, asked.stored)
     results = _search_placements(request, tell)
     pipelined, candidates = _search_pipelines(request, results, tell)
@@ -226,10 +227,12 @@ def _read_rules(graph: Graph, *, strict: bool) -> tuple[Mapping[str, Space], tup
 
 
 def _widest_axis(cluster: Cluster, pins: Pins, mesh: Mesh | None) -> int:
-    """The largest number of ranks that an axis may have which splits heads; without a pin as many as a machine has."""
+    """The largest number of ranks that may split heads together; without a pin as many as a machine has."""
     if mesh is not None:
-        return max(mesh.sizes)
-    return pins.tp or min(cluster.devices_per_node, cluster.world_size)
+        return mesh.world_size if pins.attention == "ulysses" else max(mesh.sizes)
+    ranks = pins.tp or min(cluster.devices_per_node, cluster.world_size)
+    # Heads that tp splits can be split further by cp then.
+    return ranks * (pins.cp or 1) if pins.attention == "ulysses" else ranks
 
 
 def _fold(graph: Graph, spaces: Mapping[str, Space], stored: Mapping[str, Layout], ranks: int) -> tuple[AnalyzedGraph, Chain]:

@@ -18,17 +18,19 @@ more ranks than g divides into, r is worth splitting too: each rank then has all
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-from autopar.ir import Dims, Graph, LoopKind, Meaning, Op, OpKind, Space, Value
+from autopar.ir import Dims, Family, Graph, LoopKind, Meaning, Op, OpKind, Space, Value
 
 
 class Role(IntEnum):
     """What a split at a boundary divides; the larger role wins where two meet.
 
-    BATCH is dim 0 of every input, SEQUENCE dim 1 of integer and bool inputs, FEATURE every dim of the parameters that are vectors or that a
+    BATCH is dim 0 of every input. SEQUENCE is dim 1 of integer and bool inputs of two or three dims (a mask with more has heads there), and
+    where these tell of no attention's sequence, its rows and keys. FEATURE is every dim of the parameters that are vectors or that a
     product, convolution or lookup reads. INNER is what comes from none of these: the size of a head inside of a fused dim, the height of an
     image. Splitting that helps nobody, so the search leaves it whole unless an op has nothing else.
     """
@@ -82,13 +84,9 @@ def find_roles(graph: Graph, spaces: Mapping[str, Space], ranks: int = 1) -> Gra
         groups, queries = grouped_heads(space)
         if queries is not None and groups % ranks:
             of_loops[op.name][queries][1] = Role.FEATURE
-    changed = True
-    order = calls
-    while changed:
-        changed = False
-        for op, space in order:
-            changed |= _unify(op, space, of_dims, of_loops[op.name])
-        order = order[::-1]
+    _carry_all(calls, of_dims, of_loops)
+    if _find_sequences(calls, of_loops):
+        _carry_all(calls, of_dims, of_loops)
     for op, space in calls:
         for name, loop in space.loops.items():
             if loop.joins:  # blocks that other loops make inside of it are of no use to a kernel that needs positions
@@ -96,15 +94,49 @@ def find_roles(graph: Graph, spaces: Mapping[str, Space], ranks: int = 1) -> Gra
     return GraphRoles(of_dims, of_loops)
 
 
+def _carry_all(
+    calls: Sequence[tuple[Op, Space]], of_dims: dict[Value, tuple[Boundaries, ...]], of_loops: Mapping[str, dict[str, Boundaries]]
+) -> None:
+    """Carry boundaries through all calls, forward and backward, until nothing changes."""
+    changed = True
+    order = calls
+    while changed:
+        changed = False
+        for op, space in order:
+            changed |= _unify(op, space, of_dims, of_loops[op.name])
+        order = order[::-1]
+
+
+def _find_sequences(calls: Sequence[tuple[Op, Space]], of_loops: Mapping[str, dict[str, Boundaries]]) -> bool:
+    """Where no attention has a sequence, as of a model of embeddings without token ids, give its rows and keys that role; True on any.
+
+    What attends to each other is a sequence, whatever it was made of.
+    """
+    members: list[Boundaries] = []
+    for op, space in calls:
+        if space.family is Family.ATTENTION:
+            rows, keys = space.operands[0][-2], space.operands[1][-2]
+            if space.shape((rows,)) == space.shape((keys,)):  # else they are of two sequences
+                members += [of_loops[op.name][name] for name in (*rows, *keys)]
+    if any(role >= Role.SEQUENCE for bounds in members for role in bounds.values()):
+        return False
+    for bounds in members:
+        bounds[1] = Role.SEQUENCE
+    return bool(members)
+
+
 def grouped_heads(space: Space) -> tuple[int, str | None]:
-    """(number of groups, loop of the query heads in each group) of an attention with grouped queries; (1, None) of other calls."""
+    """(number of groups, loop of the query heads in each group) of an attention with grouped queries; (1, None) of other calls.
+
+    A single head of keys and values is one group, of all query heads.
+    """
     heads = space.facts.loops_of(Meaning.HEADS)
-    for dims in space.operands:
-        for dim in dims:
-            inner = [name for name in dim if name in heads]
-            if len(inner) == 2:
-                return space.loops[inner[0]].size, inner[1]
-    return 1, None
+    if not heads:
+        return 1, None
+    queries, keys = ([name for dim in dims for name in dim if name in heads] for dims in space.operands[:2])
+    inner = [name for name in queries if name not in keys]
+    groups = math.prod(space.loops[name].size for name in keys)
+    return (groups, inner[0]) if inner else (1, None)
 
 
 def _find_weights(graph: Graph, spaces: Mapping[str, Space]) -> set[str]:
@@ -125,7 +157,7 @@ def _own_roles(op: Op, rank: int, dtype: str, is_weight: bool) -> list[Role]:
     roles = [Role.FEATURE if op.kind is OpKind.PARAMETER and is_weight else Role.INNER] * rank
     if op.kind is OpKind.INPUT and rank:
         roles[0] = Role.BATCH
-        if rank > 1 and dtype in ("int64", "int32", "bool"):  # token ids, labels, padding masks
+        if rank in (2, 3) and dtype in ("int64", "int32", "bool"):  # token ids, labels, padding masks
             roles[1] = Role.SEQUENCE
     return roles
 

@@ -1,0 +1,219 @@
+"""Attention on split sequences against one device: a part of `tests.long_exactness.CASES` in which every value occurs, and odd calls."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import autopar
+from autopar.capture.export import capture
+from autopar.checks.verification import prepare_reference, verify_against
+from autopar.cost_models import Cluster
+from autopar.errors import InputError
+from autopar.plans.plan import Plan
+from tests.long_exactness import CASES, KINDS, TOLERANCE, WAYS, Case, amiss, check, plan_case
+from tests.long_models import HEADS as NUMBERS
+from tests.long_models import MASKS, MODELS, SEQ, build, labels, packing, padding, tokens
+from tests.planning import make_plan
+from tests.processes import spawn
+from tests.zoo import Model
+
+SUBJECTS: Sequence[tuple[str, str, str]] = (
+    ("llama", "causal", "GQA"),
+    ("plain", "bidirectional", "MQA"),
+    ("mistral", "window", "GQA"),
+    ("bert", "padded", "MHA"),
+    ("gpt2", "packed", "MHA"),
+    ("gemma2", "padded", "GQA"),
+    ("modernbert", "window", "MHA"),
+    ("t5", "bidirectional", "MHA"),
+    ("mistral", "packed", "MQA"),
+    ("plain", "causal", "MQA"),
+)
+"""Model, mask and heads of the sample; each is run in every third or fourth way."""
+
+SAMPLE = {subject: [Case(*subject, way) for way in WAYS[number % 4 :: 4]] for number, subject in enumerate(SUBJECTS)}
+
+
+@pytest.mark.parametrize("subject", SUBJECTS, ids=" ".join)
+def test_attention_on_split_sequences_is_exact(subject: tuple[str, str, str]) -> None:
+    for case in SAMPLE[subject]:
+        check(case)
+
+
+def test_the_sample_has_every_value() -> None:
+    cases = [case for sample in SAMPLE.values() for case in sample]
+    assert all(case in CASES for case in cases)
+    assert {case.model for case in cases} == set(MODELS)
+    assert {case.mask for case in cases} == set(MASKS)
+    assert {case.heads for case in cases} == set(NUMBERS)
+    assert {case.way.name for case in cases} == {way.name for way in WAYS}
+    assert {case.way.kind for case in cases} == set(KINDS)
+
+
+def test_the_product_is_whole() -> None:
+    """Every kind, mask and number of heads together; four ranks can't split the heads of Ulysses on GQA."""
+    assert {(case.way.kind, case.mask, case.heads) for case in CASES} == {(k, m, h) for k in KINDS for m in MASKS for h in NUMBERS}
+    assert {case.way.ranks for case in CASES} == {2, 4}
+
+
+class Odd:
+    """A model and a batch that aren't in the product: captured, run on one device, planned and verified."""
+
+    def __init__(self, model: Model) -> None:
+        module, batch = model
+        self.captured = capture(module, batch)
+        self.reference = prepare_reference(module, batch, self.captured)
+
+    def plan(self, **pins: Any) -> Plan:
+        ranks = int(torch.tensor([pins.get(axis, 1) for axis in ("pp", "dp", "cp", "tp")]).prod())
+        return make_plan(self.captured.graph, Cluster.parse(f"{ranks}xcpu"), pins=pins)
+
+    def splits(self, plan: Plan) -> set[str]:
+        """What each attention splits, over all axes."""
+        return {"/".join(map(str, placement)) for name, placement in plan.placements.items() if "attention" in name}
+
+    def verify(self, plan: Plan) -> None:
+        assert self.reference.capture_error < TOLERANCE
+        assert verify_against(self.reference, plan).worst < TOLERANCE
+
+
+def _shorter(model: Model, length: int) -> Model:
+    module, batch = model
+    return module, {name: x[:, :length].contiguous() for name, x in batch.items()}
+
+
+def test_rows_that_no_axis_can_cut_are_refused_or_noted() -> None:
+    """Such attention would run whole, or split by heads, whatever is pinned."""
+    odd = Odd(_shorter(build("llama", "padded", "GQA"), 15))
+    for attention in ("ring", "ulysses", "gather"):
+        with pytest.raises(InputError, match=r"its 15 rows can't be cut into 2 equal pieces\); pad the sequence to a multiple of 2"):
+            odd.plan(cp=2, attention=attention)
+    (note,) = [note for note in odd.plan(cp=2).notes if "runs otherwise" in note]
+    assert "modeling_llama.py" in note
+    assert note.endswith("runs otherwise than pinned (cp=2), since its 15 rows can't be cut into 2 equal pieces")
+    even = Odd(_shorter(build("llama", "padded", "GQA"), 14))
+    with pytest.raises(InputError, match=r"its 14 rows can't be cut into 4 equal pieces, two for each rank\); pad .* multiple of 4"):
+        even.plan(cp=2, zigzag=True)
+    plan = even.plan(cp=2, attention="ring")
+    assert even.splits(plan) == {"ring"}
+    assert not [note for note in plan.notes if "runs otherwise" in note]
+    even.verify(plan)
+
+
+def _embedded(model: Model) -> Model:
+    module, batch = model
+    embeddings = module.get_input_embeddings()(batch["input_ids"])  # type: ignore[operator]
+    return module, {"inputs_embeds": embeddings.detach().requires_grad_(), **{k: x for k, x in batch.items() if k != "input_ids"}}
+
+
+def test_embeddings_in_the_place_of_tokens_are_a_sequence() -> None:
+    """No integer says so where labels are shifted by slices: it is known from the attention."""
+    odd = Odd(_embedded(build("llama", "causal", "GQA")))
+    for attention, expected in (("ring", {"ring~"}), ("gather", {"s"}), ("ulysses", {"g"})):
+        plan = odd.plan(cp=2, attention=attention)
+        assert odd.splits(plan) == expected
+        odd.verify(plan)
+
+
+def test_heads_of_a_mask_with_four_dims_are_no_sequence() -> None:
+    module, batch = build("llama", "causal", "GQA")
+    mask = packing() & torch.ones(SEQ, SEQ, dtype=torch.bool).tril()
+    odd = Odd((module, {**batch, "attention_mask": mask.expand(-1, 4, -1, -1).contiguous()}))
+    for pins, expected in (
+        ({"cp": 2, "attention": "ulysses"}, {"g"}),
+        ({"cp": 2, "attention": "gather"}, {"s"}),
+        ({"cp": 2, "tp": 2, "attention": "ring"}, {"ring/g"}),
+    ):
+        plan = odd.plan(**pins)
+        assert odd.splits(plan) == expected
+        odd.verify(plan)
+
+
+def test_tp_and_ulysses_split_groups_and_queries_of_a_group() -> None:
+    """Two groups of two heads on four ranks, of which one axis splits the groups, the other the queries of each."""
+    odd = Odd(build("llama", "causal", "GQA"))
+    plan = odd.plan(cp=2, tp=2, attention="ulysses")
+    assert odd.splits(plan) <= {"r/g", "g/r"}
+    odd.verify(plan)
+    with pytest.raises(InputError, match=r"splits heads over cp=4 beside tp=2, but .* has 2 \(g\) and 2 \(r\)"):
+        odd.plan(cp=4, tp=2, attention="ulysses")
+
+
+def test_heads_of_a_fused_projection_split_where_one_head_has_the_keys() -> None:
+    """Falcon cuts its heads out of one product, so that no weight says that they are features."""
+    torch.manual_seed(0)
+    config = transformers.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, multi_query=True, new_decoder_architecture=False
+    )
+    model = transformers.FalconModel(config).double().eval()
+    odd = Odd((model, {"input_ids": tokens()}))
+    plan = odd.plan(cp=2, attention="ulysses")
+    assert odd.splits(plan) == {"r"}
+    odd.verify(plan)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_nothing_but_padding(side: str) -> None:
+    module, batch = build("mistral", "padded", "GQA")
+    mask = padding(side=side)
+    mask[1] = 0
+    odd = Odd((module, {**batch, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}))
+    for pins in ({"cp": 4, "attention": "ring", "zigzag": True}, {"cp": 2, "attention": "ulysses"}, {"cp": 2, "attention": "gather"}):
+        odd.verify(odd.plan(**pins))
+
+
+def test_dropped_weights_are_not_passed_around() -> None:
+    torch.manual_seed(0)
+    module, batch = build("llama", "causal", "GQA")
+    for layer in module.model.layers:  # type: ignore[union-attr, operator]
+        layer.self_attn.attention_dropout = 0.5
+    with pytest.raises(InputError, match="it drops weights at random"):
+        make_plan(capture(module, batch).graph, Cluster.parse("2xcpu"), pins={"cp": 2, "attention": "ring"})
+    evaluated = Odd((module.eval(), batch))
+    plan = evaluated.plan(cp=2, attention="ring", zigzag=True)
+    assert evaluated.splits(plan) == {"ring~"}
+    evaluated.verify(plan)
+
+
+def _call_otherwise(_: int) -> None:
+    """Embeddings that want a gradient, then calls of another length, fewer rows and another mask, of one compiled model."""
+    reference, batch = _embedded(build("llama", "padded", "GQA"))
+    model = autopar.compile(copy.deepcopy(reference), cluster="2xcpu", pins={"cp": 2, "attention": "ring", "zigzag": True})
+    passed = {"input_ids": tokens(rows=1)[:, :13], "labels": labels(rows=1)[:, :13].contiguous()}
+    for call in (batch, {**passed, "attention_mask": padding(rows=1, side="left")[:, :13]}):
+        results = [_step(module, call) for module in (model, reference)]
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def _step(module: torch.nn.Module, call: Mapping[str, Tensor]) -> list[Tensor]:
+    """Loss, logits, and the gradients of inputs and of the head."""
+    own = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in call.items()}
+    outputs = module(**own)
+    outputs.loss.backward()
+    head = module.get_parameter("lm_head.weight")
+    gradient = head.grad.full_tensor() if hasattr(head.grad, "full_tensor") else head.grad  # type: ignore[union-attr, operator]
+    module.zero_grad()
+    return [outputs.loss.detach(), outputs.logits.detach(), gradient, *(x.grad for x in own.values() if x.grad is not None)]
+
+
+def test_real_processes_make_the_same_step(tmp_path: Path) -> None:
+    spawn(2, tmp_path, _call_otherwise)
+
+
+def test_a_wrong_kind_is_seen() -> None:
+    """The check of which kind runs can fail: what one way makes is amiss for another."""
+    ways = {way.name: way for way in WAYS}
+    ring, gather, zigzag = (Case("plain", "causal", "GQA", ways[name]) for name in ("cp=2 ring", "cp=2 gather", "cp=2 zigzag"))
+    assert not amiss(ring, plan_case(ring))
+    assert amiss(ring, plan_case(gather))
+    assert amiss(zigzag, plan_case(ring))
+    assert amiss(gather, plan_case(zigzag))
