@@ -1,6 +1,6 @@
 # Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help test lint types demo bench fuse-bench sharded-bench gpu-bench precision-bench plan-bench memory-bench pipe-bench assign-bench megatron-bench clean
+.PHONY: help test lint types demo bench fuse-bench sharded-bench gpu-bench precision-bench plan-bench memory-bench long-bench pipe-bench assign-bench megatron-bench clean
 
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
@@ -46,6 +46,9 @@ plan-bench: $(INSTALLED) ## time the planner on large models
 
 memory-bench: $(INSTALLED) ## predicted and allocated peaks of memory, 53 plans (five minutes)
 	$(PYTHON) -m tests.benchmarks.memory
+
+long-bench: $(INSTALLED) ## check attention on split sequences: kinds, masks, heads (ten minutes)
+	$(PYTHON) -m tests.benchmarks.long_exactness
 
 pipe-bench: $(INSTALLED) ## time the pipeline executor against torch's own runtime
 	$(PYTHON) -m tests.benchmarks.pipelines

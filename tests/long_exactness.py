@@ -241,7 +241,7 @@ def _step(case: Case) -> float:
         assert all(splits[axis] in loops for axis, loops in way.expected.items()), (str(case), splits)
     expected = {name: parameter.grad for name, parameter in reference.named_parameters() if parameter.grad is not None}
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
-    errors = [float(abs(losses[0] - losses[1]) / abs(losses[1]))]
+    errors = [float((losses[0] - losses[1]).detach().abs() / losses[1].detach().abs())]
     for name, parameter in model.named_parameters():
         if name in expected:
             gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad

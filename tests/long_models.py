@@ -222,7 +222,7 @@ class Block(nn.Module):
         super().__init__()
         self.mask, self.kv_heads = mask, kv_heads
         self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
-        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, heads * HEAD) for heads in (Q_HEADS, kv_heads, kv_heads, Q_HEADS))
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, heads * HEAD, bias=False) for heads in (Q_HEADS, kv_heads, kv_heads, Q_HEADS))
         self.up, self.down = nn.Linear(WIDTH, FFN), nn.Linear(FFN, WIDTH)
 
     def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:

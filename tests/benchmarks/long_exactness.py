@@ -81,7 +81,7 @@ def write_exceptions(found: Results) -> str:
     otherwise: dict[str, int] = defaultdict(int)
     refused: dict[str, int] = defaultdict(int)
     for case, result in found:
-        for note in result.otherwise:
+        for note in set(result.otherwise):
             where, _, reason = note.partition(" runs otherwise")
             otherwise[f"{MODELS[case.model][0]}: `{where}` runs otherwise{reason}"] += 1
         if result.refusal:
