@@ -63,7 +63,6 @@ PLANS: Mapping[str, tuple[Mapping[str, object] | None, frozenset[str]]] = {
 
 # What a model doesn't have, and why.
 LACKING: Mapping[str, Mapping[str, str]] = {
-    "vit": {"cp sequence": "16 patches and a class token: 2 doesn't divide a sequence of 17"},
     "resnet": {"cp sequence": "images have no sequence"},
     "dlrm": {
         "cp sequence": "no sequence",
