@@ -10,6 +10,7 @@ one rank:
 - ring: every rank's part visits all other ranks, one after the other: an all-gather of which no rank holds more than a part
 - broadcast: a pipelined chain, ``(n-1) a + B/r``
 - p2p: one message, ``a + B/p``
+- halo: every rank sends B/n to its neighbours, in both directions at once, ``a + B/(n p)``
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from autopar.errors import HardwareError
 
 from .hardware import Link
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "p2p", "ring")
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "p2p", "ring", "halo")
 
 
 def collective_seconds(kind: str, nbytes: float, ranks: int, link: Link) -> float:
@@ -28,7 +29,7 @@ def collective_seconds(kind: str, nbytes: float, ranks: int, link: Link) -> floa
 
     Args:
         kind: one of `KINDS`.
-        nbytes: bytes of the full, unsharded tensor (for p2p, of the message).
+        nbytes: bytes of the full, unsharded tensor (for p2p, of the message; for halo, of what all ranks send).
         ranks: size of the group.
         link: what the group talks over, from `axis_link`.
 
@@ -52,4 +53,6 @@ def collective_seconds(kind: str, nbytes: float, ranks: int, link: Link) -> floa
         return steps * latency + nbytes / ring_rate
     if kind == "p2p":
         return latency + nbytes / rank_rate
+    if kind == "halo":
+        return latency + nbytes / ranks / rank_rate
     return steps * latency + share * nbytes / ring_rate

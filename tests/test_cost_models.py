@@ -40,6 +40,7 @@ def test_collectives_follow_their_closed_forms(ranks: int, nbytes: int) -> None:
         "broadcast": (ranks - 1) * A + nbytes / P,
         "p2p": A + nbytes / P,
         "ring": gather,
+        "halo": A + nbytes / ranks / P,
     }
     assert set(expected) == set(KINDS)
     for kind, seconds in expected.items():

@@ -26,7 +26,7 @@ from autopar.ir.graph import Op, Operand, OpKind
 from autopar.ir.layout import Mesh
 from autopar.ir.space import Loop, LoopKind, Space, parse
 from autopar.ops import DEFERRABLE, kernels, rng
-from autopar.rules import chunked_loss, contract
+from autopar.rules import chunked_loss, convolution
 from autopar.rules.table import RULES, facts_of, rule
 from autopar.rules.view import refine
 
@@ -398,7 +398,14 @@ CONTRACTED = [
         0.0,
         to="b h s d!, b h t! d!, b h t! e! -> b h s e!",
     ),
-    row("conv1d.default", real(4, 6, 8), real(4, 6, 3), real(4), [1], [1], to="n i x0!, o i k0!, o -> n o y0!"),
+    row("conv1d.default", real(4, 6, 8), real(4, 6, 3), real(4), [1], [1], to="n i p0*, o i k0!, o -> n o p0*"),
+    row("conv1d.default", real(4, 6, 12), real(4, 6, 9), real(4), [1], [4], to="n i p0*, o i k0!, o -> n o p0*"),  # halos longer than parts
+    row("conv1d.default", real(4, 6, 12), real(4, 6, 3), None, [1], [4], [4]),
+    row("conv1d.default", real(4, 6, 12), real(4, 6, 3), None, [2], [1], to="n i (p0* step0!), o i k0! -> n o p0*"),
+    row("conv1d.default", real(4, 6, 12), real(4, 6, 4), None, [4], to="n i (p0 step0!), o i k0! -> n o p0"),
+    row("conv1d.default", real(4, 6, 12), real(4, 6, 1), None, [2], to="n i (p0 step0!), o i k0! -> n o p0"),
+    row("conv1d.default", real(4, 6, 12), real(4, 6, 3), None, [1], [2], to="n i x0!, o i k0! -> n o y0!"),
+    row("autopar.padded_conv1d.default", real(4, 6, 12), real(6, 1, 4), real(6), 1, 3, 0, 1, 6, to="n g p0*, g 1 k0!, g -> n g p0*"),
     row("conv2d.default", real(4, 4, 5, 5), real(6, 4, 2, 2), None, [2, 2], to="n i x0! x1!, o i k0! k1! -> n o y0! y1!"),
     row(
         "conv2d.default",
@@ -409,10 +416,10 @@ CONTRACTED = [
         [1, 1],
         [1, 1],
         4,
-        to="n (g i) x0! x1!, (g o) i k0! k1!, (g o) -> n (g o) y0! y1!",
+        to="n (g i) p0* p1*, (g o) i k0! k1!, (g o) -> n (g o) p0* p1*",
     ),
     row(
-        "conv2d.default", real(2, 4, 4, 4), real(4, 1, 3, 3), None, [1, 1], [1, 1], [1, 1], 4, to="n g x0! x1!, g 1 k0! k1! -> n g y0! y1!"
+        "conv2d.default", real(2, 4, 4, 4), real(4, 1, 3, 3), None, [1, 1], [1, 1], [1, 1], 4, to="n g p0* p1*, g 1 k0! k1! -> n g p0* p1*"
     ),
     row("conv3d.default", real(2, 2, 3, 3, 3), real(2, 2, 2, 2, 2)),
     row(
@@ -455,7 +462,7 @@ CONTRACTED = [
     ),
     row("gru_cell.default", real(4, 5), real(4, 3), real(9, 5), real(9, 3), to="n i!, n h0!, w0_0! w0_1!, w1_0! w1_1! -> n o0!"),
     *(row(f"rnn_{name}_cell.default", real(4, 5), real(4, 3), real(3, 5), real(3, 3), real(3), real(3)) for name in ("tanh", "relu")),
-    row("conv1d.padding", real(4, 4, 5), real(4, 2, 4), real(4), [1], "same", [1], 2, to="n (g i) x0!, (g o) i k0!, (g o) -> n (g o) y0!"),
+    row("conv1d.padding", real(4, 4, 5), real(4, 2, 4), real(4), [1], "same", [1], 2, to="n (g i) p0*, (g o) i k0!, (g o) -> n (g o) p0*"),
     row("conv2d.padding", real(4, 4, 5, 5), real(6, 4, 3, 2), None, [1, 1], "same"),
     row("conv3d.padding", real(2, 2, 3, 3, 3), real(2, 2, 2, 2, 2), None, [1, 1, 1], "valid"),
     row("conv_transpose1d.default", real(4, 6, 5), real(6, 4, 3), real(4), [2], to="n i x0!, i o k0!, o -> n o y0!"),
@@ -804,10 +811,11 @@ def test_facts_name_operands_and_loops_that_there_are(case: Row) -> None:
         assert exchange.collective in collective.KINDS
         assert exchange.forward + exchange.backward > 0
         assert exchange.itemsize > 0
-        # What stays whole is on every rank; nothing of it need be sent.
-        assert all(
-            found.loops[name].kind is not LoopKind.WHOLE or exchange.collective == "ring" for name in (*exchange.split, *exchange.loops)
+        # What stays whole is on every rank; nothing of it need be sent, but to neighbours that have other parts of another dim.
+        assert exchange.is_between_neighbours or all(
+            found.loops[name].kind is not LoopKind.WHOLE for name in (*exchange.split, *exchange.loops)
         )
+        assert exchange.halo is None if exchange.collective not in ("halo", "ring") else exchange.halo or exchange.collective == "ring"
     if (mean := facts.target_mean) is not None:
         assert not operands[mean.target].is_floating_point()
         assert mean.weight is None or operands[mean.weight].shape == (found.loops["v"].size,)
@@ -817,7 +825,7 @@ def test_facts_name_operands_and_loops_that_there_are(case: Row) -> None:
 
 def test_weights_are_named_where_their_gradients_can_wait() -> None:
     named = {case.target for case in EVERY if space_of(case)[1].facts.weights}
-    assert named | set(contract.FACTS) == set(DEFERRABLE)
+    assert named | set(convolution.FACTS) == set(DEFERRABLE)
     op, operands = trace("aten.conv1d.default", real(4, 7), real(6, 4, 3), real(6))
     assert rule(op, describe(operands)) is None
     assert facts_of(op, None).weights == (1, 2)
@@ -945,8 +953,8 @@ def test_distances_of_parts_are_computed_as_those_of_the_whole() -> None:
 
 
 def test_half_precision_cross_entropy_adds_in_single_precision() -> None:
-    logits = real(16, 64, grad=False).to(torch.bfloat16)
-    target = whole(64, 16)
+    torch.manual_seed(0)
+    logits, target = torch.randn(16, 64).to(torch.bfloat16), torch.randint(64, (16,))
     expected = torch.nn.functional.cross_entropy(logits.float(), target)
 
     def run(rank: int) -> torch.Tensor:

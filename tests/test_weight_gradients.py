@@ -68,6 +68,8 @@ CASES: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
     ("aten.convolution.default", ((2, 4, 7), (4, 3, 3), None, [2], [1], [1], True, [1], 2), {}),
     ("aten.conv1d.default", ((2, 4, 7), (6, 2, 3), (6,), [2], [1], [1], 2), {}),
     ("aten.conv1d.default", ((4, 7), (6, 4, 3)), {}),
+    ("autopar.padded_conv1d.default", ((2, 4, 8), (6, 2, 4), (6,), 1, 3, 0, 1, 2), {}),
+    ("autopar.padded_conv1d.default", ((2, 4, 8), (6, 4, 4), None, 2, 0, 3, 1, 1), {}),
     ("aten.conv2d.default", ((2, 4, 7, 6), (6, 4, 3, 2), (6,), [2, 1], [1, 0], [1, 2]), {}),
     ("aten.conv2d.default", ((0, 4, 7, 6), (6, 4, 3, 2), (6,)), {}),
     ("aten.conv2d.default", ((1, 4, 7, 6), (6, 4, 3, 2), None, [1]), {}),

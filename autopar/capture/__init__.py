@@ -6,7 +6,7 @@ in-place ops and devices.
 
 Modules, in reading order: ``fx_nodes``, ``calls``, ``errors``, ``settings``, ``attributes``, ``functions``, ``watch``, ``torch_modules``,
 ``transformers``, ``precision``, ``functionalize``, ``decompose``, ``autocast``, ``order``, ``working``, ``record``, ``masks``,
-``normalize``, ``graph_of``, ``export``.
+``normalize``, ``padding``, ``graph_of``, ``export``.
 """
 
 from autopar.capture.calls import ExampleInputs, canonical, leaf_names, split_call

@@ -35,6 +35,7 @@ from autopar.capture.graph_of import graph_of
 from autopar.capture.masks import prove_masks
 from autopar.capture.normalize import HANDLED, drop_assertions, drop_detach, drop_unused, inline_regions, simplify, slice_constant_indices
 from autopar.capture.order import order_independent_calls
+from autopar.capture.padding import merge_padding
 from autopar.capture.precision import cast_leaf, fold_casts, insert_casts, read_dtypes, storage_dtypes
 from autopar.capture.record import record
 from autopar.capture.settings import Settings
@@ -452,6 +453,7 @@ def _assemble(
     graph = simplify(decompose(graph, mode, HANDLED), device)
     fixed = {name: value for name, value in placeholders.constants.items() if placeholders.buffers[name] not in originals.attributes}
     graph = slice_constant_indices(graph, fixed)
+    graph = merge_padding(graph)
     graph = prove_masks(graph, _known_values(placeholders, originals, written), notes)
     insert_casts(graph, precision, dict(zip(placeholders.inputs, tensor_leaves, strict=True)), len(tensors))
     graph = drop_unused(graph, placeholders.constants)

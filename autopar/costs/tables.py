@@ -134,7 +134,7 @@ class KernelExchange:
     Attributes:
         axis: index of the mesh axis.
         collective: its kind.
-        nbytes: bytes of a rank's part, times how often it is exchanged; of a ring what a rank sends.
+        nbytes: bytes of a rank's part, times how often it is exchanged; of a ring and a halo what the rank sends that sends most.
         seconds: that the op waits for it.
         hidden: seconds that run beside the op's own computing.
     """
@@ -281,12 +281,15 @@ class CostTables:
         made: list[KernelExchange] = []
         halves = 2 if op.name in self.halved else 1
         for exchange in space.facts.exchanges:
-            nbytes = self._exchanged_nbytes(space, exchange, placement)
+            part_nbytes = self._exchanged_nbytes(space, exchange, placement)
             for axis, part in enumerate(placement):
                 if axis >= self.first_axis and isinstance(part, Split) and part.loop in exchange.split:
                     size = self.mesh.sizes[axis]
-                    total = nbytes if exchange.collective == "all_reduce" else nbytes * size
-                    once = halves * collective_seconds(exchange.collective, total / halves, size, self.links[axis])
+                    collective, nbytes = exchange.collective, part_nbytes
+                    if (halo := exchange.halo) is not None and not part.zigzag:
+                        collective, nbytes = "halo", part_nbytes * size // halo.length * halo.most_sent(size)
+                    total = nbytes if collective == "all_reduce" else nbytes * size
+                    once = halves * collective_seconds(collective, total / halves, size, self.links[axis])
                     seconds = hidden = 0.0
                     for direction, times in (("forward", exchange.forward), ("backward", exchange.backward)):
                         # Nothing is there to hide the first part's arrival but the part that a rank has itself.
@@ -296,8 +299,8 @@ class CostTables:
                         hidden += covered
                         seconds += times * once - covered
                     times = exchange.forward + exchange.backward
-                    moved = times * nbytes * (size - 1 if exchange.collective == "ring" else 1)
-                    made.append(KernelExchange(axis, exchange.collective, moved, seconds, hidden))
+                    moved = times * nbytes * (size - 1 if collective == "ring" else 1)
+                    made.append(KernelExchange(axis, collective, moved, seconds, hidden))
         return made
 
     def _exchanged_nbytes(self, space: Space, exchange: Exchange, placement: Placement) -> int:

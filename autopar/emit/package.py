@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 
 from autopar.capture import Captured, capture, split_call
 from autopar.emit.guide import print_readme
-from autopar.emit.printing import Printer, in_docstring
+from autopar.emit.printing import OPERATORS, Printer, in_docstring
 from autopar.emit.prune import Definition, prune
 from autopar.emit.support import assembled, command, staged, whole
 from autopar.emit.tables import find_buffers, find_inputs, find_parameters, print_stages, print_tables
@@ -157,8 +157,10 @@ def _print_model(program: Program, printer: Printer) -> str:
     ]
     if printer.modules:
         lines.append(f"from .support import {', '.join(printer.modules)}")
-    if any(module == "autopar.ops.attention" for module, _ in printer.definitions):
-        lines.append("from .support import attention as _attention  # defines torch.ops.autopar.attention")
+    for name, defined in OPERATORS.items():
+        if defined in printer.definitions:
+            short = defined[0].rpartition(".")[2]
+            lines.append(f"from .support import {short} as _{short}  # defines torch.ops.autopar.{name}")
     lines += ["", "aten = torch.ops.aten"]
     if "DEVICE" in functions:
         lines.append('DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")')

@@ -29,7 +29,11 @@ from autopar.texts import printable
 
 _WIDTH = 120
 _RESERVED = {*keyword.kwlist, *dir(builtins), "torch", "math", "operator", "aten", "DEVICE", "p", "b"}
-_ATTENTION = ("autopar.ops.attention", "attention")
+OPERATORS: Mapping[str, Definition] = {
+    "attention": ("autopar.ops.attention", "attention"),
+    "padded_conv1d": ("autopar.ops.padded", "padded_conv1d"),
+}
+"""Operator of this library -> the function that defines it."""
 
 
 @dataclass(slots=True)
@@ -51,7 +55,7 @@ class Printer:
     @property
     def modules(self) -> list[str]:
         """The modules of this library that functions call, as the copies are named."""
-        return sorted({module.rpartition(".")[2] for module, _ in self.definitions - {_ATTENTION}})
+        return sorted({module.rpartition(".")[2] for module, _ in self.definitions - set(OPERATORS.values())})
 
     def print_program(self, module: fx.GraphModule, name: str, tables: Mapping[str, str], docstring: str) -> str:
         """Print the function `name` of a whole program or a stage.
@@ -217,8 +221,8 @@ class _Body:
             namespace, name = target.namespace, target._schema.name.partition("::")[2]
             if namespace == "aten":
                 return f"aten.{name}.{target._overloadname}"
-            if (namespace, name) == (LIBRARY, "attention"):
-                self._printer.definitions.add(_ATTENTION)
+            if namespace == LIBRARY and name in OPERATORS:
+                self._printer.definitions.add(OPERATORS[name])
                 return f"torch.ops.{namespace}.{name}.{target._overloadname}"
             raise InputError(
                 f"{target} ({source_of(node) or node.name}) is an operator of your own or of another library, which a package that needs"

@@ -4,7 +4,7 @@ Comes in: a captured program (`autopar.capture` builds the `Graph`) and the text
 uses. The one idea: an op is a nest of named loops, splitting a loop over a mesh axis says what every tensor of the op must look like on
 that axis, and where two ops disagree about a tensor a table says which collective goes between them.
 
-Modules, in reading order: ``precision``, ``graph``, ``facts``, ``space``, ``layout``, ``reshard``.
+Modules, in reading order: ``precision``, ``graph``, ``windows``, ``facts``, ``space``, ``layout``, ``reshard``.
 """
 
 from autopar.ir.facts import Exchange, Facts, Family, KernelMemory, Meaning, MicrobatchRefusal, TargetMean, Workspace
@@ -45,6 +45,7 @@ from autopar.ir.precision import AS_MODEL, FLOATS, MOMENTS, Precision, StorageDt
 from autopar.ir.precision import HELP as PRECISION_HELP
 from autopar.ir.reshard import Collective, ReshardStep, Route, RouteStep, journey, route
 from autopar.ir.space import Dims, LoopKind, Space, parse
+from autopar.ir.windows import HaloSize, find_halo, find_pads, per_dim
 
 __all__ = [
     "AS_MODEL",
@@ -67,6 +68,7 @@ __all__ = [
     "Facts",
     "Family",
     "Graph",
+    "HaloSize",
     "KernelMemory",
     "Layout",
     "LoopKind",
@@ -92,6 +94,8 @@ __all__ = [
     "Value",
     "Working",
     "Workspace",
+    "find_halo",
+    "find_pads",
     "fits",
     "format_layout",
     "format_mesh",
@@ -106,6 +110,7 @@ __all__ = [
     "parse",
     "parse_layout",
     "parse_placement",
+    "per_dim",
     "program_layout",
     "result_layout",
     "route",

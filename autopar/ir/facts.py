@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
 
+from autopar.ir.windows import HaloSize
+
 
 class Family(StrEnum):
     """What an op is to the hardware; the values are the words that `cost_models.op.op_seconds` takes."""
@@ -52,20 +54,27 @@ class Exchange:
         forward, backward: how often it runs in each direction.
         itemsize: bytes of an element.
         is_hidden: whether it runs beside the op's own computing, part by part.
+        halo: what of a rank's part others need, if they don't need all of it. Where parts are split zigzag, a ring sends whole parts.
 
     A batch norm sums two float32 statistics per channel over the ranks that split its batch, in the forward and in the backward:
 
     >>> Exchange(frozenset("n"), "all_reduce", ("c",), forward=2, backward=2)
-    Exchange(split=frozenset({'n'}), collective='all_reduce', loops=('c',), forward=2, backward=2, itemsize=4, is_hidden=False)
+    Exchange(split=frozenset({'n'}), collective='all_reduce', loops=('c',), forward=2, backward=2, itemsize=4, is_hidden=False, halo=None)
     """
 
     split: frozenset[str]
-    collective: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring"]
+    collective: Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "ring", "halo"]
     loops: tuple[str, ...]
     forward: int
     backward: int
     itemsize: int = 4
     is_hidden: bool = False
+    halo: HaloSize | None = None
+
+    @property
+    def is_between_neighbours(self) -> bool:
+        """Whether ranks send to certain others, which they know along one axis of the mesh only."""
+        return self.collective in ("ring", "halo")
 
 
 @dataclass(frozen=True, slots=True)

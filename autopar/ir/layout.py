@@ -359,8 +359,8 @@ def is_legal(space: Space, placement: Placement, mesh: Mesh) -> bool:
                 return False
     splits = [(entry, size) for entry, size in zip(placement, mesh.sizes, strict=True) if isinstance(entry, Split)]
     for split, _ in splits:
-        joined = space.loops[split.loop].joins
-        if joined and sum(other_split.loop in (split.loop, *joined) for other_split, _ in splits) > 1:
+        alone = (split.loop, *space.loops[split.loop].joins) if split.loop in space.along_one_axis else ()
+        if sum(other_split.loop in alone for other_split, _ in splits) > 1:
             return False
         ways = math.prod(size for other_split, size in splits if other_split == split)
         if (space.loops[split.loop].size // split.outer) % ways:

@@ -82,6 +82,7 @@ class Space:
             draw the same numbers and shards different ones.
         facts: what must be known of the op beside its loops.
         splittable: the loops that may be split: those that aren't WHOLE and have more than one iteration.
+        along_one_axis: loops that a single axis of the mesh may split, because their kernel sends from neighbour to neighbour.
     """
 
     loops: Mapping[str, Loop]
@@ -99,6 +100,7 @@ class Space:
     random: bool = False
     facts: Facts = field(default_factory=Facts)
     splittable: tuple[Loop, ...] = field(init=False, compare=False, repr=False)
+    along_one_axis: frozenset[str] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for dims in (*self.operands, *self.results):
@@ -113,6 +115,8 @@ class Space:
             raise ValueError(f"facts name loops {', '.join(sorted(unknown))}, which the op doesn't have")
         splittable = tuple(loop for loop in self.loops.values() if loop.kind is not LoopKind.WHOLE and loop.size > 1)
         object.__setattr__(self, "splittable", splittable)
+        along_one_axis = (exchange.split for exchange in self.facts.exchanges if exchange.is_between_neighbours)
+        object.__setattr__(self, "along_one_axis", frozenset[str]().union(*along_one_axis))
 
     @property
     def is_contraction(self) -> bool:

@@ -5,7 +5,7 @@ is the same for all ranks, names the axes of the mesh by text, and asks them at 
 
 Modules, in reading order: ``autocast``, ``rendezvous``, ``comm``, ``parts``, ``steps``, ``gathers``, ``wholes``, ``collectives``,
 ``exchanges``, ``rng``, ``bounds``, ``losses``, ``double_backward``, ``chunked_loss``, ``draws``, ``attention_blocks``, ``ring``,
-``kernels``, ``weight_gradients``, ``deferrable``, ``recompute``, ``fused``, ``attention``, ``functions``.
+``halo``, ``kernels``, ``weight_gradients``, ``padded``, ``deferrable``, ``recompute``, ``fused``, ``attention``, ``functions``.
 """
 
 from autopar.ops.autocast import OFF as AUTOCAST_OFF

@@ -84,6 +84,15 @@ class Axis(ABC):
     def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Message:
         """Begin to receive a tensor from the rank at position `source`: the n-th call gets the n-th tensor that it sends here."""
 
+    def exchange_pieces(self, sent: Mapping[int, Tensor], awaited: Mapping[int, Sequence[int]], like: Tensor) -> dict[int, Tensor]:
+        """Send each rank in `sent` a tensor, and return one from each in `awaited`, of that shape and of the dtype and device of `like`."""
+        sends = [self.send(x, rank) for rank, x in sent.items()]
+        messages = {rank: self.receive(rank, shape, like.dtype, like.device) for rank, shape in awaited.items()}
+        received = {rank: message.wait() for rank, message in messages.items()}
+        for message in sends:
+            message.wait()
+        return received
+
     def begin_gather_stack(self, x: Tensor) -> Message:
         """Begin `gather_stack`; the message's tensor is its result. `x` must not change until it is waited for.
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autopar.ops.padded import run_padded
 from autopar.ops.weight_gradients import Gradients, Product, defer
 
 aten = torch.ops.aten
@@ -158,6 +159,11 @@ def conv3d(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return _convolve(aten.conv3d.default, x, weight, *rest)
 
 
+def padded_conv1d(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """`autopar.ops.padded.padded_conv1d`."""
+    return run_padded(conv1d, x, weight, *rest)
+
+
 def conv_transpose1d(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     """``aten.conv_transpose1d``, as `conv1d`."""
     return _convolve(aten.conv_transpose1d.default, x, weight, *rest)
@@ -256,6 +262,7 @@ DEFERRABLE: Mapping[str, Callable[..., Tensor]] = {
     "aten.conv1d.default": conv1d,
     "aten.conv2d.default": conv2d,
     "aten.conv3d.default": conv3d,
+    "autopar.padded_conv1d.default": padded_conv1d,
     "aten.conv_transpose1d.default": conv_transpose1d,
     "aten.conv_transpose2d.input": conv_transpose2d,
     "aten.conv_transpose3d.input": conv_transpose3d,

@@ -50,10 +50,11 @@ class CostRow:
         layer: name of the group of like layers (`autopar.structure.layers`); empty outside of layers.
         phase, purpose: when, and what for.
         axis: the mesh axis of communication; empty for work of one rank alone.
-        collective: ``all_gather``, ``reduce_scatter``, ``all_reduce``, ``all_to_all``, ``ring``, ``send`` or, where a rank only takes or
-            zeroes its part, ``local copy``; empty for work of one rank alone.
+        collective: ``all_gather``, ``reduce_scatter``, ``all_reduce``, ``all_to_all``, ``ring``, ``halo``, ``send`` or, where a rank only
+            takes or zeroes its part, ``local copy``; empty for work of one rank alone.
         count: calls.
-        nbytes: bytes that all calls move together: per call the larger of a rank's parts before and after it; of a ring what a rank sends.
+        nbytes: bytes that all calls move together: per call the larger of a rank's parts before and after it; of a ring and a halo what
+            a rank sends.
         seconds: of all calls together, without those that are overlapped with other work.
         hidden: seconds of communication that are overlapped with other work, and so don't add to the step.
     """

@@ -2,7 +2,7 @@
 
 Comes in: an `Op` and the tensors that it reads. Goes out: its `Space`, with the `Facts` that the rule states.
 
-Modules, in reading order: ``notation``, ``contract``, ``pointwise``, ``view``, ``index``, ``chunked_loss``, ``declared``,
+Modules, in reading order: ``notation``, ``contract``, ``convolution``, ``pointwise``, ``view``, ``index``, ``chunked_loss``, ``declared``,
 ``table``.
 """
 

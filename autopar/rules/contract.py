@@ -1,13 +1,25 @@
-"""Rules of contractions: matrix products, einsum, attention, convolution, recurrent layers."""
+"""Rules of contractions: matrix products, einsum, attention, recurrent layers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from string import ascii_letters
 from typing import Any
 
-from autopar.ir import ITEMSIZE, Exchange, Facts, Family, KernelMemory, Meaning, Op, Operand, Space, Tensor
+from autopar.ir import (
+    ITEMSIZE,
+    Exchange,
+    Facts,
+    Family,
+    HaloSize,
+    KernelMemory,
+    Meaning,
+    Op,
+    Operand,
+    Space,
+    Tensor,
+)
 from autopar.rules.notation import Rule, argument, broadcast, grouped, letters, named, operand, per_point, space
 
 _LEADING = {0: [], 1: ["n"], 2: ["b", "s"]}
@@ -122,6 +134,7 @@ def _attention(
     positioned: bool,
     dropped: bool,
     triangular: bool,
+    window: int | None = None,
 ) -> Space | None:
     rank = len(operands[0].shape)
     if any(len(tensor.shape) != rank for tensor in operands[:3]) or operands[1].shape[:-2] != operands[2].shape[:-2]:
@@ -142,7 +155,9 @@ def _attention(
     heads = [name for name in leading if sizes.get(name, 2) > 1]
     refusal = _refuse_ring(operands, [index for index, _ in extra], dropped=dropped)
     is_ring = not refusal
-    ring = _ring_facts(operands, heads) if is_ring else {}
+    # A row attends to so many keys before it; keys on both sides of it make one trip, which takes all that is between.
+    halo = HaloSize(window - 1, 0, length) if window is not None and window <= length else None
+    ring = _ring_facts(operands, heads, halo) if is_ring else {}
     kernel_loops = loops if dropped else ["s"] if positioned else []
     return space(
         op,
@@ -179,10 +194,11 @@ def _refuse_ring(operands: tuple[Tensor, ...], masks: Sequence[int], *, dropped:
     return "it drops weights at random" if dropped else ""
 
 
-def _ring_facts(operands: tuple[Tensor, ...], heads: Sequence[str]) -> dict[str, Any]:
+def _ring_facts(operands: tuple[Tensor, ...], heads: Sequence[str], halo: HaloSize | None) -> dict[str, Any]:
     """What the kernel of a ring sends, saves and needs.
 
-    Forward and backward, keys and values go from rank to rank; in the backward their gradients too, of at least float32.
+    Forward and backward, keys and values go from rank to rank; in the backward their gradients too, of at least float32. With a window,
+    only those of a `halo`.
     """
     query, key, value = operands[:3]
     itemsize = ITEMSIZE[key.dtype]
@@ -190,7 +206,7 @@ def _ring_facts(operands: tuple[Tensor, ...], heads: Sequence[str]) -> dict[str,
     shared = [name for name in heads if name != "r"]
     sent = ((("d",), key.shape[-1]), (("e",), value.shape[-1]))
     exchanges = [
-        Exchange(frozenset({RING}), "ring", (*shared, RING, *depth), forward=forward, backward=1, itemsize=size, is_hidden=True)
+        Exchange(frozenset({RING}), "ring", (*shared, RING, *depth), forward=forward, backward=1, itemsize=size, is_hidden=True, halo=halo)
         for depth, _ in sent
         for forward, size in ((1, itemsize), (0, wide))
     ]
@@ -227,69 +243,15 @@ def attention(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
     causal, window = bool(argument(op, 5, "causal", False)), argument(op, 6, "window")
     dropped = bool(argument(op, 9, "dropout_p", 0.0))
     triangular = causal and window is None
-    return _attention(op, operands, extra, "attention", positioned=causal or window is not None, dropped=dropped, triangular=triangular)
-
-
-def convolution(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
-    """``n (g i) y! x!, (g o) i v! u!, (g o) -> n (g o) q! p!``; splitting the groups changes their number, an argument."""
-    image, weight = operands[0].shape, operands[1].shape
-    if len(image) != len(weight):
-        return None  # without a batch dim
-    groups = int(argument(op, 6, "groups", 1))
-    spatial = len(image) - 2
-    inner, outer = weight[1], weight[0] // groups
-    channels = grouped(("g", groups), ("i", inner))
-    features = grouped(("g", groups), ("o", outer))
-    left = [
-        ["n", channels, *(f"x{dim}!" for dim in range(spatial))],
-        [features, grouped(("i", inner)), *(f"k{dim}!" for dim in range(spatial))],
-        [features],
-    ][: len(operands)]
-    right = ["n", features, *(f"y{dim}!" for dim in range(spatial))]
-    total = 2.0 * op.results[0].numel * math.prod(weight[1:])
-    return space(
+    return _attention(
         op,
         operands,
-        left,
-        [right],
-        sizes={name: size for name, size in (("g", groups), ("i", inner), ("o", outer)) if size > 1},
-        flops=per_point(total, image[:1], image[2:], weight, op.results[0].shape[2:]),
-        family=Family.MATMUL,
-        kernel="convolution" if groups > 1 else None,
-        kernel_loops=["g"] if groups > 1 else [],
-        added=[2] if len(operands) == 3 else [],
-        # Padding that is given as a word may differ at both ends, which the function for weight gradients doesn't know.
-        facts=Facts() if op.target.endswith(".padding") else weight_and_bias(op),
-    )
-
-
-def transposed_convolution(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
-    """``n (g i) y! x!, (g i) o v! u!, (g o) -> n (g o) q! p!``; splitting the groups changes their number, an argument."""
-    image, weight = operands[0].shape, operands[1].shape
-    if len(image) != len(weight):
-        return None  # without a batch dim
-    groups = int(argument(op, 6, "groups", 1))
-    spatial = range(len(image) - 2)
-    channels = grouped(("g", groups), ("i", weight[0] // groups))
-    features = grouped(("g", groups), ("o", weight[1]))
-    left = [
-        ["n", channels, *(f"x{dim}!" for dim in spatial)],
-        [channels, grouped(("o", weight[1])), *(f"k{dim}!" for dim in spatial)],
-        [features],
-    ][: len(operands)]
-    total = 2.0 * operands[0].numel * math.prod(weight[1:])
-    return space(
-        op,
-        operands,
-        left,
-        [["n", features, *(f"y{dim}!" for dim in spatial)]],
-        sizes={name: size for name, size in (("g", groups), ("i", weight[0] // groups), ("o", weight[1])) if size > 1},
-        flops=per_point(total, image[:1], image[2:], weight, op.results[0].shape[2:]),
-        family=Family.MATMUL,
-        kernel="transposed_convolution" if groups > 1 else None,
-        kernel_loops=["g"] if groups > 1 else [],
-        added=[2] if len(operands) == 3 else [],
-        facts=weight_and_bias(op),
+        extra,
+        "attention",
+        positioned=causal or window is not None,
+        dropped=dropped,
+        triangular=triangular,
+        window=window if causal else None,
     )
 
 
@@ -383,9 +345,6 @@ RULES: dict[str, Rule] = {
     "aten.einsum.default": einsum,
     "aten.scaled_dot_product_attention.default": scaled_dot_product_attention,
     "autopar.attention.default": attention,
-    **named("aten.conv1d.default aten.conv2d.default aten.conv3d.default", convolution),
-    **named("aten.conv1d.padding aten.conv2d.padding aten.conv3d.padding", convolution),
-    **named("aten.conv_transpose1d.default aten.conv_transpose2d.input aten.conv_transpose3d.input", transposed_convolution),
     "aten.bilinear.default": bilinear,
     "aten.cdist.default": cdist,
     **named("aten.lstm.input aten.gru.input aten.rnn_tanh.input aten.rnn_relu.input", recurrent),
@@ -394,9 +353,3 @@ RULES: dict[str, Rule] = {
         recurrent_cell,
     ),
 }
-
-_CONVOLUTIONS = """aten.convolution.default aten.conv1d.default aten.conv2d.default aten.conv3d.default
-    aten.conv_transpose1d.default aten.conv_transpose2d.input aten.conv_transpose3d.input"""
-
-FACTS: Mapping[str, Callable[[Op], Facts]] = dict.fromkeys(_CONVOLUTIONS.split(), weight_and_bias)
-"""Facts of calls without loops: of ops that have no rule, and of calls that a rule leaves out (a convolution without a batch dim)."""

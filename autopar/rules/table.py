@@ -11,11 +11,11 @@ from typing import Any
 
 from autopar.errors import InputError
 from autopar.ir import Facts, Graph, Op, OpKind, Space, Tensor, freeze
-from autopar.rules import chunked_loss, contract, index, pointwise, view
+from autopar.rules import chunked_loss, contract, convolution, index, pointwise, view
 from autopar.rules.declared import DeclaredRule, read_rule
 from autopar.rules.notation import Rule
 
-RULES: dict[str, Rule] = {**pointwise.RULES, **contract.RULES, **view.RULES, **index.RULES, **chunked_loss.RULES}
+RULES: dict[str, Rule] = {**pointwise.RULES, **contract.RULES, **convolution.RULES, **view.RULES, **index.RULES, **chunked_loss.RULES}
 
 
 def rule(op: Op, operands: tuple[Tensor, ...]) -> Space | None:
@@ -118,7 +118,7 @@ def facts_of(op: Op, space: Space | None) -> Facts:
     """What is known of a call beside its loops; some is known of calls without loops (`space` is None) too."""
     if space is not None:
         return space.facts
-    function = contract.FACTS.get(op.target)
+    function = convolution.FACTS.get(op.target)
     return Facts() if function is None else function(op)
 
 

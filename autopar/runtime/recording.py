@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +200,7 @@ _COLLECTIVES = {
     "begin_reduce_stack": "reduce_scatter",
     "begin_exchange_stack": "all_to_all",
     "all_reduce": "all_reduce",
+    "exchange_pieces": "halo",
 }
 
 
@@ -217,9 +218,9 @@ def _noting(recorder: Recorder, name: str, method: Callable[..., Any]) -> Callab
     """A method of `GroupAxis` that also records when this rank waits in it, or for the message that it returns."""
     collective = _COLLECTIVES[name]
 
-    def noting(axis: GroupAxis, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # As in a plan, the larger of a rank's parts before and after it.
-        nbytes = x.nbytes * (axis.size if collective == "all_gather" else 1)
+    def noting(axis: GroupAxis, x: Tensor | Mapping[int, Tensor], *args: Any, **kwargs: Any) -> Any:
+        # As in a plan, the larger of a rank's parts before and after it; what it sends of a halo.
+        nbytes = x.nbytes * (axis.size if collective == "all_gather" else 1) if isinstance(x, Tensor) else sum(y.nbytes for y in x.values())
         with recorder.collective(axis, collective, nbytes):
             result = method(axis, x, *args, **kwargs)
         return _NotedMessage(recorder, result, axis, collective) if name.startswith("begin") else result

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -208,8 +209,7 @@ def _without_deferral(module: nn.Module) -> nn.Module:
 
 def _operator(name: str) -> Any:
     """What ``aten.linear.default`` stands for."""
-    _, operator, overload = name.split(".")
-    return getattr(getattr(torch.ops.aten, operator), overload)
+    return attrgetter(name)(torch.ops)
 
 
 PLAIN: Mapping[Any, Any] = {function: _operator(name) for name, function in DEFERRABLE.items()}
