@@ -30,9 +30,9 @@ class Role(IntEnum):
     """What a split at a boundary divides; the larger role wins where two meet.
 
     BATCH is dim 0 of every input. SEQUENCE is dim 1 of integer and bool inputs of two or three dims (a mask with more has heads there), and
-    where these tell of no attention's sequence, its rows and keys. FEATURE is every dim of the parameters that are vectors or that a
-    product, convolution or lookup reads. INNER is what comes from none of these: the size of a head inside of a fused dim, the height of an
-    image. Splitting that helps nobody, so the search leaves it whole unless an op has nothing else.
+    what attends to itself, of which no input may tell: sounds, patches of images, embeddings. FEATURE is every dim of the parameters that
+    are vectors or that a product, convolution or lookup reads. INNER is what comes from none of these: the size of a head inside of a fused
+    dim, the height of an image. Splitting that helps nobody, so the search leaves it whole unless an op has nothing else.
     """
 
     INNER = 0
@@ -84,20 +84,8 @@ def find_roles(graph: Graph, spaces: Mapping[str, Space], ranks: int = 1) -> Gra
         groups, queries = grouped_heads(space)
         if queries is not None and groups % ranks:
             of_loops[op.name][queries][1] = Role.FEATURE
-    _carry_all(calls, of_dims, of_loops)
-    if _find_sequences(calls, of_loops):
-        _carry_all(calls, of_dims, of_loops)
-    for op, space in calls:
-        for name, loop in space.loops.items():
-            if loop.joins:  # blocks that other loops make inside of it are of no use to a kernel that needs positions
-                of_loops[op.name][name] = {1: max(of_loops[op.name][member].get(1, Role.INNER) for member in loop.joins)}
-    return GraphRoles(of_dims, of_loops)
-
-
-def _carry_all(
-    calls: Sequence[tuple[Op, Space]], of_dims: dict[Value, tuple[Boundaries, ...]], of_loops: Mapping[str, dict[str, Boundaries]]
-) -> None:
-    """Carry boundaries through all calls, forward and backward, until nothing changes."""
+        for name in _own_tokens(space):
+            of_loops[op.name][name][1] = Role.SEQUENCE
     changed = True
     order = calls
     while changed:
@@ -105,24 +93,19 @@ def _carry_all(
         for op, space in order:
             changed |= _unify(op, space, of_dims, of_loops[op.name])
         order = order[::-1]
-
-
-def _find_sequences(calls: Sequence[tuple[Op, Space]], of_loops: Mapping[str, dict[str, Boundaries]]) -> bool:
-    """Where no attention has a sequence, as of a model of embeddings without token ids, give its rows and keys that role; True on any.
-
-    What attends to each other is a sequence, whatever it was made of.
-    """
-    members: list[Boundaries] = []
     for op, space in calls:
-        if space.family is Family.ATTENTION:
-            rows, keys = space.operands[0][-2], space.operands[1][-2]
-            if space.shape((rows,)) == space.shape((keys,)):  # else they are of two sequences
-                members += [of_loops[op.name][name] for name in (*rows, *keys)]
-    if any(role >= Role.SEQUENCE for bounds in members for role in bounds.values()):
-        return False
-    for bounds in members:
-        bounds[1] = Role.SEQUENCE
-    return bool(members)
+        for name, loop in space.loops.items():
+            if loop.joins:  # blocks that other loops make inside of it are of no use to a kernel that needs positions
+                of_loops[op.name][name] = {1: max(of_loops[op.name][member].get(1, Role.INNER) for member in loop.joins)}
+    return GraphRoles(of_dims, of_loops)
+
+
+def _own_tokens(space: Space) -> tuple[str, ...]:
+    """The loops of rows and keys of an attention that has as many of both, which are those of one sequence; none of other calls."""
+    if space.family is not Family.ATTENTION:
+        return ()
+    rows, keys = space.operands[0][-2], space.operands[1][-2]
+    return (*rows, *keys) if space.shape((rows,)) == space.shape((keys,)) else ()
 
 
 def grouped_heads(space: Space) -> tuple[int, str | None]:
