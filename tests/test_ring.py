@@ -18,6 +18,7 @@ from autopar.cost_models import Cluster
 from autopar.errors import InputError
 from autopar.ir.graph import ITEMSIZE, OpKind
 from autopar.ir.layout import Mesh, format_mesh
+from autopar.ir.windows import HaloSize
 from autopar.ops import comm
 from autopar.ops.attention import attention
 from autopar.ops.attention_blocks import Scores
@@ -196,6 +197,29 @@ def test_bytes_are_those_of_the_closed_form(ranks: int) -> None:
     assert set(threads.run(Mesh(("cp",), (ranks,)), work)) == {(share, 2 * share)}
 
 
+@pytest.mark.parametrize("window", [1, 2, 4, 5, 10, 16])
+def test_with_a_window_only_the_keys_in_it_are_sent(window: int) -> None:
+    """Forward, and again in the backward, the keys that rows after a rank's part attend to; then gradients of as many, at every stop."""
+    ranks = 4
+
+    def work(rank: int) -> tuple[int, int]:
+        axis = _Counting(comm.axis("cp"))
+        q, k, v = (torch.randn(2, heads, LENGTH // ranks, 8, requires_grad=True) for heads in (4, 2, 2))
+        result = ring_attention(q, k, v, None, None, Positions.of(causal=True, window=window), Scores(0.3), axis)
+        forward = axis.sent
+        result.sum().backward()
+        return forward, axis.sent - 2 * forward
+
+    of_token = 2 * (2 * 2 * 8 * 4)  # keys and values of a token
+    halo = HaloSize(window - 1, 0, LENGTH)
+    sent = threads.run(Mesh(("cp",), (ranks,)), work)
+    assert max(forward for forward, _ in sent) == of_token * halo.most_sent(ranks)
+    assert sum(forward for forward, _ in sent) == of_token * sum(halo.sent(rank, ranks) for rank in range(ranks))
+    if window - 1 <= LENGTH // ranks:
+        assert [gradients for _, gradients in sent] == [of_token * (window - 1) * (rank > 0) for rank in range(ranks)]
+        assert [forward for forward, _ in sent] == [of_token * (window - 1) * (rank < ranks - 1) for rank in range(ranks)]
+
+
 PINS: Mapping[str, tuple[Mapping[str, object], str]] = {
     "ring": ({"cp": 2, "attention": "ring", "zigzag": False}, "ring"),
     "zigzag": ({"cp": 4, "attention": "ring", "zigzag": True}, "ring~"),
@@ -258,6 +282,21 @@ def test_a_plan_says_what_travels() -> None:
         plan = subject("llama").pinned({"cp": ranks, "attention": "ring", "zigzag": True}, f"{ranks}xcpu")
         (row,) = [row for row in plan.traffic if row.collective == "ring"]
         assert row.nbytes == (2 + 2 + 2) * (4 * 16 * 2 * 8 * itemsize) * 2 * (ranks - 1) / ranks
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_plan_says_what_a_window_sends(ranks: int) -> None:
+    """Three times, as keys and values and their gradients: of 4 samples, 2 heads of 8, in 2 layers, the tokens of the window but one."""
+    itemsize = ITEMSIZE[subject("mistral").graph.of_kind(OpKind.PARAMETER)[0].results[0].dtype]
+    pins = {"cp": ranks, "attention": "ring"}
+    (op, *_) = (op for op in subject("mistral").graph.of_kind(OpKind.CALL) if op.target == "autopar.attention.default")
+    plan = subject("mistral").pinned(pins | {"zigzag": False}, f"{ranks}xcpu")
+    (row,) = [row for row in plan.traffic if row.purpose == "kernel" and row.collective in ("ring", "halo")]
+    tokens = HaloSize(op.args[6] - 1, 0, 16).most_sent(ranks)
+    assert (row.collective, row.nbytes) == ("halo", (2 + 2 + 2) * (4 * tokens * 2 * 8 * itemsize) * 2)
+    plan = subject("mistral").pinned(pins | {"zigzag": True}, f"{ranks}xcpu")
+    (row,) = [row for row in plan.traffic if row.purpose == "kernel" and row.collective in ("ring", "halo")]
+    assert (row.collective, row.nbytes) == ("ring", (2 + 2 + 2) * (4 * 16 * 2 * 8 * itemsize) * 2 * (ranks - 1) / ranks)
 
 
 def _train(rank: int, names: Sequence[str]) -> None:

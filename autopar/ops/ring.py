@@ -10,7 +10,8 @@ computes with::
     rank 2    2   1   0   3
     rank 3    3   2   1   0
 
-What a rank's rows don't attend to, because of a causal mask or a window, isn't sent to it. A causal mask leaves the ranks unequal work if
+What a rank's rows don't attend to, because of a causal mask or a window, isn't sent to it; with a window, of a part the keys from the first
+that it or a rank after it needs to the last. A causal mask leaves the ranks unequal work if
 each has one piece of the sequence, and equal work if each has two, the i-th from the front and the i-th from the end (zigzag)::
 
     contiguous, 2 ranks   0 0 0 0 1 1 1 1          zigzag   0 0 1 1 1 1 0 0
@@ -64,6 +65,19 @@ class Positions:
         """Whether every row attends to every key."""
         return rows.start - keys.start - keys.length + 1 >= self.least and rows.start + rows.length - 1 - keys.start <= self.most
 
+    def meet(self, rows: Span, keys: Span) -> tuple[Span, Span]:
+        """The rows that attend to some of the keys, and the keys that some of the rows attend to, where there are any.
+
+        >>> Positions.of(causal=True, window=4).meet(Span(16, 16), Span(0, 16))
+        (Span(start=16, length=3), Span(start=13, length=3))
+        """
+        first_row, last_row = rows.start, rows.start + rows.length - 1
+        first_key, last_key = keys.start, keys.start + keys.length - 1
+        return (
+            _between(max(first_row, first_key + self.least), min(last_row, last_key + self.most)),
+            _between(max(first_key, first_row - self.most), min(last_key, last_row - self.least)),
+        )
+
     def is_causal(self, rows: Span, keys: Span) -> bool:
         """Whether row i of the span attends to keys 0..i of the other."""
         return rows == keys and self.least == 0 and self.most >= rows.length - 1
@@ -72,6 +86,10 @@ class Positions:
         """The mask of elements, (rows, keys), True where a row attends to a key."""
         distance = _positions(rows, device)[:, None] - _positions(keys, device)
         return (distance >= self.least) & (distance <= self.most)
+
+
+def _between(first: float, last: float) -> Span:
+    return Span(int(first), int(last - first) + 1)
 
 
 def _positions(spans: Sequence[Span], device: torch.device) -> Tensor:
@@ -126,11 +144,18 @@ def find_blocks(rows: Sequence[Span], keys: Sequence[Span], positions: Positions
         first_row, column = 0, list[Block]()
         for row in rows:
             if not positions.excludes(row, key):
-                is_causal = positions.is_causal(row, key)
-                is_partial = not is_causal and not positions.includes(row, key)
-                block = Block((row,), (key,), first_row, first_key, is_causal, is_partial)
-                if column and column[-1].row_slice.stop == first_row and not (_is_masked(column[-1]) or _is_masked(block)):
-                    column[-1] = replace(column[-1], rows=(*column[-1].rows, row))
+                attending, attended = positions.meet(row, key)
+                is_causal = positions.is_causal(attending, attended)
+                is_partial = not is_causal and not positions.includes(attending, attended)
+                first = first_row + attending.start - row.start, first_key + attended.start - key.start
+                block = Block((attending,), (attended,), *first, is_causal, is_partial)
+                if (
+                    column
+                    and column[-1].row_slice.stop == block.first_row
+                    and column[-1].keys == block.keys
+                    and not (_is_masked(column[-1]) or _is_masked(block))
+                ):
+                    column[-1] = replace(column[-1], rows=(*column[-1].rows, attending))
                 else:
                     column.append(block)
             first_row += row.length
@@ -158,50 +183,78 @@ class Stop(NamedTuple):
     Attributes:
         owner: the rank whose part it is.
         blocks: what this rank computes with it.
+        here: the keys of the part that come here; all of them at their owner.
+        sent: those of them that go on.
+        summed: the keys whose gradients come here and go on; all of them at their owner.
         source, target: the ranks it comes from and goes to; None at its owner, and at the last that needs it.
     """
 
     owner: int
     blocks: tuple[Block, ...]
+    here: slice
+    sent: slice
+    summed: slice
     source: int | None
     target: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Itinerary:
-    """The stops of one rank, its own part first, and the rank from which the gradients of its own part come home.
+    """The stops of one rank, its own part first, and what comes home at last.
 
     Of every part the ranks that need it are visited in the order of the ring, beginning behind its owner.
+
+    Attributes:
+        stops: in order.
+        last: the rank from which the gradients of this rank's own part come home; None where no other needs it.
+        lent: the keys of the own part that others need.
     """
 
     stops: tuple[Stop, ...]
     last: int | None
+    lent: slice
 
 
 def plan_ring(rank: int, ranks: int, length: int, positions: Positions, *, zigzag: bool) -> Itinerary:
     """The itinerary of a rank, whose part of the sequence has `length` tokens."""
     spans = [spans_of(number, ranks, length, zigzag=zigzag) for number in range(ranks)]
 
-    def visited(owner: int) -> list[int]:
-        others = [(owner + hop) % ranks for hop in range(1, ranks)]
-        return [owner, *(other for other in others if find_blocks(spans[other], spans[owner], positions))]
+    def visited(owner: int) -> list[tuple[int, tuple[Block, ...]]]:
+        """The ranks that need a part, its owner first, each with its blocks."""
+        found = [(number % ranks, find_blocks(spans[number % ranks], spans[owner], positions)) for number in range(owner, owner + ranks)]
+        return [(number, blocks) for number, blocks in found if number == owner or blocks]
+
+    def needed(route: Sequence[tuple[int, tuple[Block, ...]]]) -> slice:
+        """The keys of a part from the first that one of these ranks needs to the last."""
+        if positions.most == float("inf"):  # the rank that sends most sends as much if others leave some out
+            return slice(0, length)
+        slices = [block.key_slice for _, blocks in route for block in blocks]
+        return slice(min((keys.start for keys in slices), default=0), max((keys.stop for keys in slices), default=0))
 
     stops = []
     for hop in range(ranks):
         owner = (rank - hop) % ranks
         route = visited(owner)
-        if rank in route:
-            place = route.index(rank)
+        place = next((place for place, (number, _) in enumerate(route) if number == rank), None)
+        if place is not None:
             stops.append(
                 Stop(
                     owner,
-                    find_blocks(spans[rank], spans[owner], positions),
-                    route[place - 1] if place else None,
-                    route[place + 1] if place + 1 < len(route) else None,
+                    route[place][1],
+                    needed(route[place:]) if place else slice(0, length),
+                    needed(route[place + 1 :]),
+                    needed(route[1:]) if place else slice(0, length),
+                    route[place - 1][0] if place else None,
+                    route[place + 1][0] if place + 1 < len(route) else None,
                 )
             )
     own = visited(rank)
-    return Itinerary(tuple(stops), own[-1] if len(own) > 1 else None)
+    return Itinerary(tuple(stops), own[-1][0] if len(own) > 1 else None, needed(own[1:]))
+
+
+def _inside(keys: slice, held: slice) -> slice:
+    """Keys of a part, counted from the first of those that are held of it."""
+    return slice(keys.start - held.start, keys.stop - held.start)
 
 
 def ring_attention(
@@ -289,16 +342,23 @@ class _Ring:
         sent: list[comm.Message] = []
         for number, stop in enumerate(stops):
             if stop.target is not None:
-                sent += [self.axis.send(x, stop.target) for x in here]
+                sent += [self.axis.send(x[:, :, _inside(stop.sent, stop.here)], stop.target) for x in here]
             added: list[comm.Message] = []
             if added_dtype is not None and stop.source is not None and stop.source != stop.owner:
-                added = [self.axis.receive(stop.source, x.shape, added_dtype, x.device) for x in (k, v)]
-            source = stops[number + 1].source if number + 1 < len(stops) else None
-            awaited = [] if source is None else [self.axis.receive(source, x.shape, x.dtype, x.device) for x in (k, v)]
+                added = [self.axis.receive(stop.source, _shape_of(x, stop.summed), added_dtype, x.device) for x in (k, v)]
+            awaited: list[comm.Message] = []
+            for following in stops[number + 1 : number + 2]:
+                assert following.source is not None, "a rank begins with its own part"
+                awaited = [self.axis.receive(following.source, _shape_of(x, following.here), x.dtype, x.device) for x in (k, v)]
             yield stop, here, added
             here = [message.wait() for message in awaited]
         for message in sent:
             message.wait()
+
+
+def _shape_of(x: Tensor, keys: slice) -> tuple[int, ...]:
+    """The shape of some of the keys or values of a part `x`."""
+    return (*x.shape[:2], keys.stop - keys.start, x.shape[3])
 
 
 def _columns(x: Tensor, spans: Sequence[Span]) -> Tensor:
@@ -320,7 +380,7 @@ class _RingAttention(torch.autograd.Function):
         for stop, (keys, values), _ in ring.travel(k.detach(), v.detach()):
             for block in stop.blocks:
                 mask = ring.mask_of(block, q.device)
-                rows, columns = block.row_slice, block.key_slice
+                rows, columns = block.row_slice, _inside(block.key_slice, stop.here)
                 part = attend(q[:, :, rows], keys[:, :, columns], values[:, :, columns], mask, ring.scores)
                 merge(result[:, :, rows], lse[:, :, rows], *part)
         result = result.to(q.dtype)
@@ -341,10 +401,10 @@ class _RingAttention(torch.autograd.Function):
         of_own: list[Tensor] = []
         sent: list[comm.Message] = []
         for stop, (keys, values), added in ring.travel(k.detach(), v.detach(), wide):
-            of_keys, of_values = (torch.zeros_like(x, dtype=wide, memory_format=torch.contiguous_format) for x in (keys, values))
+            of_keys, of_values = (x.new_zeros(_shape_of(x, stop.summed), dtype=wide) for x in (keys, values))
             for block in stop.blocks:
                 mask = ring.mask_of(block, q.device)
-                rows, columns = block.row_slice, block.key_slice
+                rows, columns, summed = block.row_slice, _inside(block.key_slice, stop.here), _inside(block.key_slice, stop.summed)
                 parts = attend_backward(
                     gradient[:, :, rows],
                     q[:, :, rows],
@@ -356,8 +416,8 @@ class _RingAttention(torch.autograd.Function):
                     ring.scores,
                 )
                 of_q[:, :, rows] += parts[0]
-                of_keys[:, :, columns] += parts[1]
-                of_values[:, :, columns] += parts[2]
+                of_keys[:, :, summed] += parts[1]
+                of_values[:, :, summed] += parts[2]
             for total, message in zip((of_keys, of_values), added, strict=False):
                 total += message.wait()
             if stop.source is None:
@@ -365,8 +425,9 @@ class _RingAttention(torch.autograd.Function):
             else:
                 sent += [axis.send(x, stop.owner if stop.target is None else stop.target) for x in (of_keys, of_values)]
         if ring.itinerary.last is not None:
+            lent = ring.itinerary.lent
             for total in of_own:
-                total += axis.receive(ring.itinerary.last, total.shape, wide, total.device).wait()
+                total[:, :, lent] += axis.receive(ring.itinerary.last, _shape_of(total, lent), wide, total.device).wait()
         for message in sent:
             message.wait()
         return of_q.to(q.dtype), of_own[0].to(k.dtype), of_own[1].to(v.dtype), None
