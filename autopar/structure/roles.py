@@ -19,7 +19,7 @@ more ranks than g divides into, r is worth splitting too: each rank then has all
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 
