@@ -19,7 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from autopar.ir import find_halo, find_pads, per_dim
 from autopar.ops import comm
+from autopar.ops.losses import Splits
 
 aten = torch.ops.aten
 
@@ -209,3 +211,67 @@ class _Convolution(torch.autograd.Function):
         for halo in reversed(ctx.halos):
             of_x = None if of_x is None else give_back(of_x, halo)
         return of_x, of_weight, of_bias, None, None
+
+
+def convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+    *,
+    splits: Splits,
+) -> Tensor:
+    """A convolution over one, two or three dims of positions, of this rank's part of them and of its groups.
+
+    Args:
+        x: (batch, channels part, part of the positions, ...).
+        weight: (features part, channels of a group, ...).
+        bias: (features part,) or None.
+        stride: one number, or one per dim of positions, as are `padding` and `dilation`.
+        padding: at either end of the whole dim, or ``same`` or ``valid``.
+        dilation: distance of the elements that a position reads.
+        groups: all of them.
+        splits: the axes that split the groups ``g``, and the positions ``p0``, ``p1``, ``p2``.
+    """
+    dims = x.dim() - 2
+    dilations = per_dim(dilation, dims)
+    return _convolve_parts(
+        x, weight, bias, per_dim(stride, dims), find_pads(padding, weight.shape[2:], dilations), dilations, groups, splits
+    )
+
+
+def padded_conv1d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, before: int, behind: int, dilation: int, groups: int, *, splits: Splits
+) -> Tensor:
+    """`autopar.ops.padded.padded_conv1d` of a part, as `convolution`; `before` and `behind` are at the ends of the whole dim."""
+    return _convolve_parts(x, weight, bias, [stride], [(before, behind)], [dilation], groups, splits)
+
+
+def _convolve_parts(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    strides: Sequence[int],
+    pads: Sequence[tuple[int, int]],
+    dilations: Sequence[int],
+    groups: int,
+    splits: Splits,
+) -> Tensor:
+    halos, padding = list[Halo](), list[int]()
+    for dim, (before, behind) in enumerate(pads):
+        padding.append(0)
+        if axes := splits.get(f"p{dim}"):
+            (name,), length = axes, x.shape[2 + dim]
+            size, stride, dilation = weight.shape[2 + dim], strides[dim], dilations[dim]
+            halo = find_halo(length, length // stride, size=size, stride=stride, dilation=dilation, before=before)
+            assert halo is not None, "the rule splits no other convolutions"
+            halos.append(Halo(2 + dim, halo.before, halo.behind, comm.axis(name)))
+        elif before == behind:
+            padding[dim] = before
+        else:
+            x = F.pad(x, [0, 0] * (len(pads) - 1 - dim) + [before, behind])
+    window = Window(tuple(strides), tuple(padding), tuple(dilations), groups // comm.count(splits.get("g", ())))
+    return convolve(x, weight, bias, window, halos) if halos else window.convolve(x, weight, bias)

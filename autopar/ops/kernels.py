@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autopar.ir import find_halo, find_pads, per_dim
 from autopar.ops import comm, rng
 from autopar.ops.attention_blocks import Scores
 from autopar.ops.bounds import check_bounds
@@ -31,8 +30,8 @@ from autopar.ops.draws import rand as rand
 from autopar.ops.draws import rand_like as rand_like
 from autopar.ops.draws import randn as randn
 from autopar.ops.draws import randn_like as randn_like
-from autopar.ops.halo import Halo, Window
-from autopar.ops.halo import convolve as convolve_part
+from autopar.ops.halo import convolution as convolution
+from autopar.ops.halo import padded_conv1d as padded_conv1d
 from autopar.ops.losses import Splits, all_axes, count_parts, wider
 from autopar.ops.losses import binary_cross_entropy as binary_cross_entropy
 from autopar.ops.losses import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
@@ -429,68 +428,6 @@ def squeeze(x: Tensor, dim: int | Sequence[int] | None = None, *, splits: Splits
     dims = range(x.dim()) if dim is None else [dim] if isinstance(dim, int) else dim
     split_dims = {int(loop[1:]) for loop in splits}
     return x.squeeze([d % x.dim() for d in dims if d % x.dim() not in split_dims])
-
-
-def convolution(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-    *,
-    splits: Splits,
-) -> Tensor:
-    """A convolution over one, two or three dims of positions, of this rank's part of them and of its groups.
-
-    Args:
-        x: (batch, channels part, part of the positions, ...).
-        weight: (features part, channels of a group, ...).
-        bias: (features part,) or None.
-        stride: one number, or one per dim of positions, as are `padding` and `dilation`.
-        padding: at either end of the whole dim, or ``same`` or ``valid``.
-        dilation: distance of the elements that a position reads.
-        groups: all of them.
-        splits: the axes that split the groups ``g``, and the positions ``p0``, ``p1``, ``p2``.
-    """
-    dims = x.dim() - 2
-    dilations = per_dim(dilation, dims)
-    return _convolve(x, weight, bias, per_dim(stride, dims), find_pads(padding, weight.shape[2:], dilations), dilations, groups, splits)
-
-
-def padded_conv1d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, before: int, behind: int, dilation: int, groups: int, *, splits: Splits
-) -> Tensor:
-    """`autopar.ops.padded.padded_conv1d` of a part, as `convolution`; `before` and `behind` are at the ends of the whole dim."""
-    return _convolve(x, weight, bias, [stride], [(before, behind)], [dilation], groups, splits)
-
-
-def _convolve(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    strides: Sequence[int],
-    pads: Sequence[tuple[int, int]],
-    dilations: Sequence[int],
-    groups: int,
-    splits: Splits,
-) -> Tensor:
-    halos, padding = list[Halo](), list[int]()
-    for dim, (before, behind) in enumerate(pads):
-        padding.append(0)
-        if axes := splits.get(f"p{dim}"):
-            (name,), length = axes, x.shape[2 + dim]
-            size, stride, dilation = weight.shape[2 + dim], strides[dim], dilations[dim]
-            halo = find_halo(length, length // stride, size=size, stride=stride, dilation=dilation, before=before)
-            assert halo is not None, "the rule splits no other convolutions"
-            halos.append(Halo(2 + dim, halo.before, halo.behind, comm.axis(name)))
-        elif before == behind:
-            padding[dim] = before
-        else:
-            x = F.pad(x, [0, 0] * (len(pads) - 1 - dim) + [before, behind])
-    window = Window(tuple(strides), tuple(padding), tuple(dilations), groups // comm.count(splits.get("g", ())))
-    return convolve_part(x, weight, bias, window, halos) if halos else window.convolve(x, weight, bias)
 
 
 def transposed_convolution(
