@@ -139,6 +139,7 @@ def _check_whole_numbers() -> None:
     numbers = torch.arange(2 * axis.size)
     mine = c.shard(numbers, "x", 0)
     assert mine.tolist() == [2 * axis.index, 2 * axis.index + 1]
+    assert axis.begin_rotate(mine).wait().tolist() == ((mine - 2) % (2 * axis.size)).tolist()
     assert c.all_gather(mine, "x", 0).tolist() == numbers.tolist()
     assert c.all_gather(mine % 2 == 0, "x", 0).tolist() == (numbers % 2 == 0).tolist()
     assert c.reduce_scatter(numbers, "x", 0).tolist() == (mine * axis.size).tolist()

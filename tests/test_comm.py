@@ -37,17 +37,18 @@ def test_all_reduce_of_flags_is_any() -> None:
 
 
 def test_gather_scatter_and_exchange_in_rank_order() -> None:
-    def collect(axis: comm.Axis) -> tuple[list[int], int, list[int]]:
+    def collect(axis: comm.Axis) -> tuple[list[int], int, list[int], int]:
         here = axis.index
         gathered = [int(part) for part in axis.all_gather(torch.tensor(here))]
         scattered = int(axis.reduce_scatter([torch.tensor(10 * here + there) for there in range(axis.size)]))
         exchanged = [int(part) for part in axis.all_to_all([torch.tensor(10 * here + there) for there in range(axis.size)])]
-        return gathered, scattered, exchanged
+        return gathered, scattered, exchanged, int(axis.begin_rotate(torch.tensor(here)).wait())
 
-    for rank, (gathered, scattered, exchanged) in enumerate(_on_ranks(3, collect)):
+    for rank, (gathered, scattered, exchanged, rotated) in enumerate(_on_ranks(3, collect)):
         assert gathered == [0, 1, 2]
         assert scattered == 30 + 3 * rank
         assert exchanged == [rank, 10 + rank, 20 + rank]
+        assert rotated == (rank - 1) % 3
 
 
 def test_axes_of_a_mesh_are_independent_and_row_major() -> None:

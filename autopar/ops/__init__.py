@@ -3,9 +3,9 @@
 Comes in: a rank's parts of tensors. Goes out: a rank's parts of tensors, with autograd through the communication. The one idea: a program
 is the same for all ranks, names the axes of the mesh by text, and asks them at run time which part is this rank's.
 
-Modules, in reading order: ``autocast``, ``rendezvous``, ``comm``, ``parts``, ``steps``, ``gathers``, ``wholes``, ``collectives``,
-``exchanges``, ``rng``, ``bounds``, ``losses``, ``double_backward``, ``chunked_loss``, ``draws``, ``attention_blocks``, ``ring``,
-``halo``, ``kernels``, ``weight_gradients``, ``padded``, ``deferrable``, ``recompute``, ``fused``, ``attention``, ``functions``.
+Modules, in reading order: ``autocast``, ``rendezvous``, ``moved``, ``comm``, ``parts``, ``steps``, ``gathers``, ``wholes``,
+``collectives``, ``exchanges``, ``rng``, ``bounds``, ``losses``, ``double_backward``, ``chunked_loss``, ``draws``, ``attention_blocks``,
+``ring``, ``halo``, ``kernels``, ``weight_gradients``, ``padded``, ``deferrable``, ``recompute``, ``fused``, ``attention``, ``functions``.
 """
 
 from autopar.ops.autocast import OFF as AUTOCAST_OFF

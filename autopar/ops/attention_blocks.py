@@ -122,7 +122,7 @@ def merge(result: Tensor, lse: Tensor, block_result: Tensor, block_lse: Tensor) 
     """Bring the result and the log-sum-exp of a further block into those so far, in place."""
     total = torch.logaddexp(lse, block_lse)
     finite = total.masked_fill(total == -torch.inf, 0.0)
-    result.mul_((lse - finite).exp_()[..., None]).add_(block_result * (block_lse - finite).exp_()[..., None])
+    result.lerp_(block_result, (block_lse - finite).exp_()[..., None])
     lse.copy_(total)
 
 

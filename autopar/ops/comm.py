@@ -27,6 +27,7 @@ from torch import Tensor
 from autopar import torch_compat
 from autopar.errors import CommError
 from autopar.ir import HALVES
+from autopar.ops.moved import as_moved, from_moved
 from autopar.ops.rendezvous import Rendezvous
 
 Reduction = Literal["sum", "max"]
@@ -93,6 +94,12 @@ class Axis(ABC):
             message.wait()
         return received
 
+    def begin_rotate(self, x: Tensor) -> Message:
+        """Begin to send `x` to the next rank, the first after the last; the message's tensor is what the rank before sends alike."""
+        sent = self.send(x, (self.index + 1) % self.size)
+        received = self.receive((self.index - 1) % self.size, x.shape, x.dtype, x.device)
+        return _Begun(received.wait, sent)
+
     def begin_gather_stack(self, x: Tensor) -> Message:
         """Begin `gather_stack`; the message's tensor is its result. `x` must not change until it is waited for.
 
@@ -143,13 +150,18 @@ class GroupAxis(Axis):
 
     def send(self, x: Tensor, to: int) -> Message:
         """Begin to send `x` to the rank at position `to`, without waiting for it. `x` must not change until the message is done."""
-        sent = _as_moved(x.detach().contiguous())
+        sent = as_moved(x.detach().contiguous())
         return _GroupMessage(sent, dist.isend(sent, group=self.directions[to < self.index], group_dst=to), x.dtype)
 
     def receive(self, source: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Message:
         """Begin to receive a tensor from the rank at position `source`: the n-th call gets the n-th tensor that it sends here."""
-        received = _as_moved(torch.empty(tuple(shape), dtype=dtype, device=device))
+        received = as_moved(torch.empty(tuple(shape), dtype=dtype, device=device))
         return _GroupMessage(received, dist.irecv(received, group=self.directions[source > self.index], group_src=source), dtype)
+
+    def begin_rotate(self, x: Tensor) -> Message:
+        """Begin to send `x` to the next rank, the first after the last; the message's tensor is what the rank before sends alike."""
+        # While a program's own thread sends a message over gloo, gloo's thread polls; an all-to-all is sent by threads of its own.
+        return self._swap(x) if x.device.type == "cpu" else super().begin_rotate(x)
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
         """Combine all ranks' `x` elementwise; `x` itself is left as it is."""
@@ -186,14 +198,14 @@ class GroupAxis(Axis):
             stack[self.index].copy_(x.detach())
             message = self._receive(stack[1 - self.index], x)
             return _Begun(lambda: stack, message)
-        sent = _as_moved(x.detach().contiguous())
+        sent = as_moved(x.detach().contiguous())
         received = sent.new_empty((self.size, *sent.shape))
         if self.size > 1 and sent.device.type == "cpu":
             # Gloo gathers in a ring, one step after the other. Broadcasts of all parts take half the CPU time: measured on loopback with
             # 4 ranks and parts of 4 KiB / 128 KiB / 2 MiB 0.35 / 0.50 / 2.4 against 0.37 / 0.83 / 4.6 ms.
             received[self.index].copy_(sent)
             works = [dist.broadcast(part, group=self.group, group_src=rank, async_op=True) for rank, part in enumerate(received)]
-            return _Begun(lambda: _from_moved(received, x.dtype), *(_GroupMessage(received, work, received.dtype) for work in works))
+            return _Begun(lambda: from_moved(received, x.dtype), *(_GroupMessage(received, work, received.dtype) for work in works))
         work = torch_compat.all_gather_single(received.view(-1), sent.view(-1), group=self.group, async_op=True)
         return _GroupMessage(received, work, x.dtype, sent)
 
@@ -224,7 +236,7 @@ class GroupAxis(Axis):
 
     def begin_exchange_stack(self, parts: Tensor) -> Message:
         """Begin `exchange_stack`; the message's tensor is its result. `parts` must not change until it is waited for."""
-        sent = _as_moved(parts.detach().contiguous())
+        sent = as_moved(parts.detach().contiguous())
         received = torch.empty_like(sent)
         return _GroupMessage(received, torch_compat.all_to_all_single(received, sent, group=self.group, async_op=True), parts.dtype, sent)
 
@@ -236,14 +248,14 @@ class GroupAxis(Axis):
         return self.size == 2 and x.device.type == "cpu"
 
     def _swap(self, sent: Tensor) -> Message:
-        """Begin to send a tensor to the other rank; the message is the one that it sends, which has the same shape."""
+        """Begin to send a tensor to the next rank; the message is the one that the rank before sends, which has the same shape."""
         return self._receive(torch.empty_like(sent, memory_format=torch.contiguous_format, requires_grad=False), sent)
 
     def _receive(self, received: Tensor, sent: Tensor) -> Message:
-        # The message to oneself is empty.
-        flat, moved = _as_moved(sent.detach().contiguous()).view(-1), _as_moved(received)
-        counts = [flat.numel() * (rank != self.index) for rank in range(2)]
-        work = torch_compat.all_to_all_single(moved.view(-1), flat, counts, counts, group=self.group, async_op=True)
+        # Messages to and from all other ranks are empty.
+        flat, moved = as_moved(sent.detach().contiguous()).view(-1), as_moved(received)
+        given, taken = ([flat.numel() * (rank == (self.index + hop) % self.size) for rank in range(self.size)] for hop in (1, -1))
+        work = torch_compat.all_to_all_single(moved.view(-1), flat, taken, given, group=self.group, async_op=True)
         return _GroupMessage(moved, work, sent.dtype, flat)
 
 
@@ -265,10 +277,7 @@ class _Begun:
 
 @final
 class _GroupMessage:
-    """A tensor that torch.distributed sends or receives. Its failures name no rank, so callers must add what they waited for.
-
-    What is `sent` for it is held until then.
-    """
+    """A tensor that torch.distributed sends or receives, and what is `sent` for it. Failures name no rank: callers say what they await."""
 
     def __init__(self, x: Tensor, work: dist.Work | None, dtype: torch.dtype, sent: Tensor | None = None) -> None:
         assert work is not None, "this rank is in the group"
@@ -280,31 +289,7 @@ class _GroupMessage:
     def wait(self) -> Tensor:
         self._work.wait()
         self._sent = None
-        return _from_moved(self._x, self._dtype)
-
-
-# Element types that move between ranks but that gloo or nccl don't know -> a type of the same width that they do.
-_MOVED_AS = {
-    torch.bool: torch.uint8,
-    torch.float8_e4m3fn: torch.uint8,
-    torch.float8_e5m2: torch.uint8,
-    torch.int16: torch.float16,
-    torch.uint16: torch.float16,
-    torch.uint32: torch.int32,
-    torch.uint64: torch.int64,
-    torch.complex32: torch.int32,
-    torch.complex64: torch.int64,
-}
-
-
-def _as_moved(x: Tensor) -> Tensor:
-    """The same bits in a type that moves; a number of 16 bytes becomes two in a last dim."""
-    x = x.resolve_conj()
-    return torch.view_as_real(x) if x.dtype is torch.complex128 else x.view(_MOVED_AS.get(x.dtype, x.dtype))
-
-
-def _from_moved(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.view_as_complex(x) if dtype is torch.complex128 else x.view(dtype)
+        return from_moved(self._x, self._dtype)
 
 
 @final

@@ -78,9 +78,9 @@ class Positions:
             _between(max(first_key, first_row - self.most), min(last_key, last_row - self.least)),
         )
 
-    def is_causal(self, rows: Span, keys: Span) -> bool:
-        """Whether row i of the span attends to keys 0..i of the other."""
-        return rows == keys and self.least == 0 and self.most >= rows.length - 1
+    def is_causal(self, rows: Sequence[Span], keys: Sequence[Span]) -> bool:
+        """Whether row i of these spans, one after the other in the order of the sequence, attends to keys 0..i."""
+        return tuple(rows) == tuple(keys) and self.least == 0 and self.most >= rows[-1].start + rows[-1].length - 1 - rows[0].start
 
     def allow(self, rows: Sequence[Span], keys: Sequence[Span], device: torch.device) -> Tensor:
         """The mask of elements, (rows, keys), True where a row attends to a key."""
@@ -138,6 +138,9 @@ class Block:
 
 def find_blocks(rows: Sequence[Span], keys: Sequence[Span], positions: Positions) -> tuple[Block, ...]:
     """What is to be computed of one rank's rows and another's keys: as few blocks as the mask allows."""
+    if positions.is_causal(rows, keys):
+        # Two pieces of a rank, too: of its own keys the first one's rows attend to none of the second.
+        return (Block(tuple(rows), tuple(keys), 0, 0, is_causal=True),)
     blocks: list[Block] = []
     first_key = 0
     for key in keys:
@@ -145,7 +148,7 @@ def find_blocks(rows: Sequence[Span], keys: Sequence[Span], positions: Positions
         for row in rows:
             if not positions.excludes(row, key):
                 attending, attended = positions.meet(row, key)
-                is_causal = positions.is_causal(attending, attended)
+                is_causal = positions.is_causal((attending,), (attended,))
                 is_partial = not is_causal and not positions.includes(attending, attended)
                 first = first_row + attending.start - row.start, first_key + attended.start - key.start
                 block = Block((attending,), (attended,), *first, is_causal, is_partial)
@@ -202,17 +205,20 @@ class Stop(NamedTuple):
 class Itinerary:
     """The stops of one rank, its own part first, and what comes home at last.
 
-    Of every part the ranks that need it are visited in the order of the ring, beginning behind its owner.
+    Of every part the ranks that need it are visited in the order of the ring, beginning behind its owner. It is a rotation if every rank
+    needs the whole of all parts: all ranks then pass theirs to the next one at the same time.
 
     Attributes:
         stops: in order.
         last: the rank from which the gradients of this rank's own part come home; None where no other needs it.
         lent: the keys of the own part that others need.
+        is_rotation: whether it is one.
     """
 
     stops: tuple[Stop, ...]
     last: int | None
     lent: slice
+    is_rotation: bool
 
 
 def plan_ring(rank: int, ranks: int, length: int, positions: Positions, *, zigzag: bool) -> Itinerary:
@@ -249,7 +255,8 @@ def plan_ring(rank: int, ranks: int, length: int, positions: Positions, *, zigza
                 )
             )
     own = visited(rank)
-    return Itinerary(tuple(stops), own[-1][0] if len(own) > 1 else None, needed(own[1:]))
+    is_rotation = ranks > 1 and positions.most == float("inf") and all(len(visited(owner)) == ranks for owner in range(ranks))
+    return Itinerary(tuple(stops), own[-1][0] if len(own) > 1 else None, needed(own[1:]), is_rotation)
 
 
 def _inside(keys: slice, held: slice) -> slice:
@@ -287,6 +294,10 @@ def ring_attention(
     ring = _Ring(itinerary, positions, scores, axis, zigzag, key_padding, bias)
     result: Tensor = _RingAttention.apply(q, k, v, ring)  # type: ignore[no-untyped-call]
     return result
+
+
+_Pair = tuple[Tensor, Tensor]
+"""Keys and values, or the gradients of both: (batch, heads, keys, width)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,37 +339,57 @@ class _Ring:
         block = Block(rows, (Span(0, keys.shape[2]),), 0, 0, is_partial=True)
         return attend_by_products(q, keys, values, self.mask_of(block, q.device), self.scores)
 
-    def travel(
-        self, k: Tensor, v: Tensor, added_dtype: torch.dtype | None = None
-    ) -> Iterator[tuple[Stop, list[Tensor], list[comm.Message]]]:
+    def travel(self, k: Tensor, v: Tensor, added_dtype: torch.dtype | None = None) -> Iterator[tuple[Stop, _Pair, comm.Message | None]]:
         """Every stop of this rank with the keys and values there, which are received while the stop before is computed with.
 
-        With `added_dtype` also with messages of that dtype: what ranks before this one add to the gradients of these keys and values. It
-        comes of every stop but a part's own and the first after that. Messages of two ranks keep their order: at a stop the keys and values
-        are sent on before their gradients.
+        With `added_dtype` also with a message of that dtype: what ranks before this one add to the gradients of these keys and values, one
+        after the other as `_pack` puts them. It comes of every stop but a part's own and the first after that; in a rotation it comes of
+        what the caller rotates. Messages of two ranks keep their order: at a stop the keys and values are sent on before their gradients.
         """
         stops = self.itinerary.stops
-        here: list[Tensor] = [k, v]
+        here = k, v
+        packed: Tensor | None = None
         sent: list[comm.Message] = []
         for number, stop in enumerate(stops):
-            if stop.target is not None:
-                sent += [self.axis.send(x[:, :, _inside(stop.sent, stop.here)], stop.target) for x in here]
-            added: list[comm.Message] = []
-            if added_dtype is not None and stop.source is not None and stop.source != stop.owner:
-                added = [self.axis.receive(stop.source, _shape_of(x, stop.summed), added_dtype, x.device) for x in (k, v)]
-            awaited: list[comm.Message] = []
-            for following in stops[number + 1 : number + 2]:
-                assert following.source is not None, "a rank begins with its own part"
-                awaited = [self.axis.receive(following.source, _shape_of(x, following.here), x.dtype, x.device) for x in (k, v)]
+            added: comm.Message | None = None
+            awaited: comm.Message | None = None
+            if self.itinerary.is_rotation:
+                if stop.target is not None:
+                    packed = _pack(here) if packed is None else packed
+                    awaited = self.axis.begin_rotate(packed)
+            else:
+                if stop.target is not None:
+                    keys, values = (x[:, :, _inside(stop.sent, stop.here)] for x in here)
+                    sent.append(self.axis.send(_pack((keys, values)), stop.target))
+                if added_dtype is not None and stop.source is not None and stop.source != stop.owner:
+                    added = self.axis.receive(stop.source, _size(k, v, stop.summed), added_dtype, k.device)
+                for following in stops[number + 1 : number + 2]:
+                    assert following.source is not None, "a rank begins with its own part"
+                    awaited = self.axis.receive(following.source, _size(k, v, following.here), k.dtype, k.device)
             yield stop, here, added
-            here = [message.wait() for message in awaited]
+            if awaited is not None:
+                packed = awaited.wait()
+                here = _unpack(packed, k, v)
         for message in sent:
             message.wait()
 
 
-def _shape_of(x: Tensor, keys: slice) -> tuple[int, ...]:
-    """The shape of some of the keys or values of a part `x`."""
-    return (*x.shape[:2], keys.stop - keys.start, x.shape[3])
+def _size(k: Tensor, v: Tensor, tokens: slice) -> tuple[int]:
+    """The size of the message that `_pack` makes of some tokens of a part of keys and values."""
+    return (k.shape[0] * k.shape[1] * (tokens.stop - tokens.start) * (k.shape[3] + v.shape[3]),)
+
+
+def _pack(pair: _Pair) -> Tensor:
+    """Keys and values, or gradients of them, as one message; both as (batch, keys, heads, width), as projections and kernels make them."""
+    return torch.cat([x.transpose(1, 2).reshape(-1) for x in pair])
+
+
+def _unpack(packed: Tensor, k: Tensor, v: Tensor) -> _Pair:
+    """What `_pack` was given, of any number of tokens, with the other sizes of k and v; it isn't copied."""
+    tokens = packed.numel() // (k.shape[0] * k.shape[1] * (k.shape[3] + v.shape[3]))
+    shapes = [(x.shape[0], tokens, x.shape[1], x.shape[3]) for x in (k, v)]
+    first = torch.Size(shapes[0]).numel()
+    return packed[:first].view(shapes[0]).transpose(1, 2), packed[first:].view(shapes[1]).transpose(1, 2)
 
 
 def _columns(x: Tensor, spans: Sequence[Span]) -> Tensor:
@@ -369,21 +400,40 @@ def _columns(x: Tensor, spans: Sequence[Span]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
 
+def _of_no_keys(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of rows that have attended to nothing yet, and its log-sum-exp."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return q.new_zeros((*q.shape[:3], v.shape[3]), dtype=wide), q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+
+
+def _add(total: Tensor | None, part: Tensor, place: slice, tokens: int, dtype: torch.dtype) -> Tensor:
+    """The gradient of so many tokens, with a further part of it at this place among them."""
+    if total is None:
+        if part.shape[2] == tokens:
+            return part.to(dtype)
+        total = part.new_zeros((*part.shape[:2], tokens, part.shape[3]), dtype=dtype)
+    total[:, :, place] += part
+    return total
+
+
 class _RingAttention(torch.autograd.Function):
     """The attention itself. Gradients that are to be differentiated again are made of all keys and values, gathered on every rank."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: _Ring) -> Tensor:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        result = q.new_zeros((*q.shape[:3], v.shape[3]), dtype=wide)
-        lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+        whole: tuple[Tensor, Tensor] | None = None
         for stop, (keys, values), _ in ring.travel(k.detach(), v.detach()):
             for block in stop.blocks:
                 mask = ring.mask_of(block, q.device)
                 rows, columns = block.row_slice, _inside(block.key_slice, stop.here)
                 part = attend(q[:, :, rows], keys[:, :, columns], values[:, :, columns], mask, ring.scores)
-                merge(result[:, :, rows], lse[:, :, rows], *part)
-        result = result.to(q.dtype)
+                if whole is None and part[1].shape == q.shape[:3]:
+                    whole = part
+                else:
+                    whole = whole or _of_no_keys(q, v)
+                    merge(whole[0][:, :, rows], whole[1][:, :, rows], *part)
+        assert whole is not None, "a rank's rows attend to its own keys"
+        result, lse = whole[0].to(q.dtype), whole[1]
         ctx.save_for_backward(q, k, v, result, lse)
         ctx.ring = ring
         return result
@@ -395,13 +445,15 @@ class _RingAttention(torch.autograd.Function):
         ring: _Ring = ctx.ring
         if torch.is_grad_enabled():
             return (*torch.autograd.grad(ring.attend_to_all(q, k, v), (q, k, v), gradient, create_graph=True), None)
-        axis = ring.axis
         wide = lse.dtype
-        of_q = torch.zeros_like(q, dtype=wide)
-        of_own: list[Tensor] = []
+        of_q: Tensor | None = None
+        of_own: _Pair = (k, v)
         sent: list[comm.Message] = []
+        rotated: comm.Message | None = None
         for stop, (keys, values), added in ring.travel(k.detach(), v.detach(), wide):
-            of_keys, of_values = (x.new_zeros(_shape_of(x, stop.summed), dtype=wide) for x in (keys, values))
+            of_keys: Tensor | None = None
+            tokens = stop.summed.stop - stop.summed.start
+            of_values: Tensor | None = None
             for block in stop.blocks:
                 mask = ring.mask_of(block, q.device)
                 rows, columns, summed = block.row_slice, _inside(block.key_slice, stop.here), _inside(block.key_slice, stop.summed)
@@ -415,19 +467,30 @@ class _RingAttention(torch.autograd.Function):
                     mask,
                     ring.scores,
                 )
-                of_q[:, :, rows] += parts[0]
-                of_keys[:, :, summed] += parts[1]
-                of_values[:, :, summed] += parts[2]
-            for total, message in zip((of_keys, of_values), added, strict=False):
-                total += message.wait()
+                of_q = _add(of_q, parts[0], rows, q.shape[2], wide)
+                of_keys = _add(of_keys, parts[1], summed, tokens, wide)
+                of_values = _add(of_values, parts[2], summed, tokens, wide)
+            assert of_keys is not None, "a rank stops where it computes something"
+            assert of_values is not None
             if stop.source is None:
-                of_own = [of_keys, of_values]
+                of_own = of_keys, of_values
+                continue
+            packed = _pack((of_keys, of_values))
+            del parts, of_keys, of_values  # while the message is on its way nobody needs them
+            before = added if rotated is None else rotated
+            if before is not None:
+                packed += before.wait()
+            if ring.itinerary.is_rotation:
+                rotated = ring.axis.begin_rotate(packed)
             else:
-                sent += [axis.send(x, stop.owner if stop.target is None else stop.target) for x in (of_keys, of_values)]
+                sent.append(ring.axis.send(packed, stop.owner if stop.target is None else stop.target))
         if ring.itinerary.last is not None:
-            lent = ring.itinerary.lent
-            for total in of_own:
-                total[:, :, lent] += axis.receive(ring.itinerary.last, _shape_of(total, lent), wide, total.device).wait()
+            if rotated is None:
+                rotated = ring.axis.receive(ring.itinerary.last, _size(k, v, ring.itinerary.lent), wide, k.device)
+            packed = rotated.wait()
+            for total, others in zip(of_own, _unpack(packed, k, v), strict=True):
+                total[:, :, ring.itinerary.lent] += others
         for message in sent:
             message.wait()
+        assert of_q is not None
         return of_q.to(q.dtype), of_own[0].to(k.dtype), of_own[1].to(v.dtype), None
