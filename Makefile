@@ -1,6 +1,6 @@
 # Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help test lint types demo bench fuse-bench sharded-bench gpu-bench precision-bench plan-bench memory-bench long-bench pipe-bench assign-bench megatron-bench clean
+.PHONY: help test lint types demo bench fuse-bench sharded-bench gpu-bench precision-bench plan-bench memory-bench long-bench long-exact-bench pipe-bench assign-bench megatron-bench clean
 
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
@@ -47,7 +47,7 @@ plan-bench: $(INSTALLED) ## time the planner on large models
 memory-bench: $(INSTALLED) ## predicted and allocated peaks of memory, 53 plans (five minutes)
 	$(PYTHON) -m tests.benchmarks.memory
 
-long-bench: $(INSTALLED) ## check attention on split sequences: kinds, masks, heads (ten minutes)
+long-exact-bench: $(INSTALLED) ## check attention on split sequences: kinds, masks, heads (ten minutes)
 	$(PYTHON) -m tests.benchmarks.long_exactness
 
 pipe-bench: $(INSTALLED) ## time the pipeline executor against torch's own runtime
@@ -58,6 +58,10 @@ assign-bench: $(INSTALLED) ## time the search for stages
 
 megatron-bench: $(INSTALLED) ## predict the steps of Megatron-LM's table, pinned and free
 	$(PYTHON) -m tests.benchmarks.megatron
+
+long-bench: $(INSTALLED) ## memory, work, overlap and bytes of long sequences, and rings against torch's (fifteen minutes)
+	$(PYTHON) -m tests.benchmarks.long_sequences
+	$(PYTHON) -m tests.benchmarks.ring
 
 clean: ## remove build products and caches, keep .venv
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
