@@ -75,6 +75,8 @@ class SolvedChain:
         self._made: dict[Value, Layout] = {}
         self._needs: dict[str, tuple[Layout, ...]] = {}
         self._journeys: dict[str, tuple[Journey, ...]] = {}
+        self._saved_as_made: dict[Value, bool] = {}
+        self._copied: dict[tuple[Value, Layout, Layout], bool] = {}
 
     @property
     def runs_ahead(self) -> bool:
@@ -182,6 +184,11 @@ class SolvedChain:
 
     def is_saved_as_made(self, value: Value) -> bool:
         """Whether autograd saves a value in the layout in which it is made: for its maker, or for a reader that doesn't read a copy."""
+        if value not in self._saved_as_made:
+            self._saved_as_made[value] = self._find_saved_as_made(value)
+        return self._saved_as_made[value]
+
+    def _find_saved_as_made(self, value: Value) -> bool:
         op = self.graph.by_name[value.op]
         if not self.is_saved(value):
             return False
@@ -206,8 +213,11 @@ class SolvedChain:
 
     def is_copied(self, journey: Journey) -> bool:
         """Whether a journey makes a copy in memory."""
-        steps = self.tables.steps(self.graph.tensor(journey.value), journey.start, journey.need)
-        return any(step.forward is not Collective.NONE for step, _ in steps)
+        key = journey.value, journey.start, journey.need
+        if key not in self._copied:
+            steps = self.tables.steps(self.graph.tensor(journey.value), journey.start, journey.need)
+            self._copied[key] = any(step.forward is not Collective.NONE for step, _ in steps)
+        return self._copied[key]
 
     def root(self, value: Value) -> Value:
         """The value whose memory a value shares, as a view or a view of views; itself when it has memory of its own."""

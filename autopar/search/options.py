@@ -111,7 +111,11 @@ def call_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constrai
     if space.linear:
         parts.append(PASS_PARTIAL)
     balanced = zigzag_axes(model, constraints)
-    per_axis = [[*parts, *zigzags] if axis in balanced else parts for axis in range(first_axis, len(mesh.sizes))]
+    # What `_of_kind` leaves out anyway is left out before combinations are made: there are many.
+    per_axis = [
+        [part for part in ([*parts, *zigzags] if axis in balanced else parts) if _may_do(constraints.kinds[axis], part, space, loops)]
+        for axis in range(first_axis, len(mesh.sizes))
+    ]
     options: list[Placement] = [(*time, *option) for option in itertools.product(*per_axis)]
     legal = [option for option in options if is_legal(space, option, mesh)]
     for axis in range(len(constraints.kinds)):
@@ -128,6 +132,17 @@ def call_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constrai
 
 
 _ROLES = {AxisKind.DP: Role.BATCH, AxisKind.CP: Role.SEQUENCE, AxisKind.TP: Role.FEATURE}
+
+
+def _may_do(kind: AxisKind, part: AxisPlacement, space: Space, loops: Mapping[str, Mapping[int, Role]]) -> bool:
+    """Whether `_of_kind` may leave a placement that does this along an axis of a kind."""
+    if not isinstance(part, Split) or kind is AxisKind.FREE:
+        return True
+    role = role_of(loops, part)
+    if kind is AxisKind.TP:
+        return role is not Role.BATCH and not (space.is_contraction and role is Role.SEQUENCE)
+    is_head = kind is AxisKind.CP and space.family is Family.ATTENTION and part.loop in space.facts.loops_of(Meaning.HEADS)
+    return role is _ROLES[kind] or is_head
 
 
 def _of_kind(
