@@ -38,12 +38,15 @@ class Trial:
         mesh: the devices of one pipeline rank; of all devices without a pipeline.
         constraints: what decisions on it must obey.
         baseline: whether this is one of the baselines.
+        by_name: whether its axes are free though axes or a ZeRO level may be pinned: a solution counts if it does by name what is pinned
+            (`candidates.does_as_pinned`).
     """
 
     name: str
     mesh: Mesh
     constraints: Constraints
     baseline: bool = False
+    by_name: bool = False
 
 
 def find_trials(
@@ -127,6 +130,37 @@ def find_pipeline_trials(
                 with suppress(InputError):  # too few ranks for a group
                     trials.append(_form_groups(trial))
     return trials
+
+
+def find_named_trials(cluster: Cluster, pins: Pins) -> list[Trial]:
+    """Where axes or a ZeRO level are pinned: the meshes of free axes of the search without pins, whose solution may be what is pinned.
+
+    So a plan's own choices, stated as pins, lead to that plan again.
+    """
+    if not can_free(pins) or not (pins.axis_sizes or pins.zero_level is not None):
+        return []
+    return [_by_name(mesh, pins) for mesh in _free_meshes(cluster.world_size)]
+
+
+def free_axes(trial: Trial) -> Trial | None:
+    """The trial with free axes of the same sizes; None for more than two axes, and where the sequence is split, which free axes do worse."""
+    sizes = tuple(size for size in trial.mesh.sizes if size > 1)
+    kinds, pins = trial.constraints.kinds, trial.constraints.pins
+    if not can_free(pins) or not 1 <= len(sizes) <= 2 or AxisKind.CP in kinds or all(kind is AxisKind.FREE for kind in kinds):
+        return None
+    return _by_name(Mesh(("x", "y")[: len(sizes)], sizes), pins)
+
+
+def can_free(pins: Pins) -> bool:
+    """Whether axes may be free under these pins: neither a module's loops nor groups of ranks ask for axes by their names."""
+    return not pins.placements and pins.zero_group is None
+
+
+def _by_name(mesh: Mesh, pins: Pins) -> Trial:
+    """A mesh of free axes on which nothing is pinned of axes but those of one rank, nor of what is stored."""
+    unused = {kind: 1 if size == 1 else None for kind, size in pins.axis_sizes.items()}
+    kept = replace(pins, **{"dp": None, "cp": None, "tp": None, **unused}, zero=None, fsdp=None)
+    return Trial("search", mesh, Constraints(tuple(AxisKind.FREE for _ in mesh.names), kept), by_name=True)
 
 
 def _form_groups(trial: Trial) -> Trial:

@@ -20,7 +20,7 @@ from autopar.search.assemble import assemble
 from autopar.search.attention import note_attention
 from autopar.search.attribution import Chosen
 from autopar.search.loss_chunks import plan_with_chunks
-from autopar.search.meshes import find_pipeline_trials, find_trials
+from autopar.search.meshes import find_named_trials, find_pipeline_trials, find_trials
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
 from autopar.search.trials import Progress, SolvedTrial, TrialResults, name_request, solve_trials
 from autopar.structure import AnalyzedGraph, Chain, batch_size, find_chain, find_constants, find_roles, fold, regroup, relabel
@@ -167,7 +167,7 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
     return assemble(
         chosen,
         # Axes that the user named keep their names.
-        rename=trial.name == "search" and request.is_open and not pins.asks_for_pipeline,
+        rename=trial.by_name or (trial.name == "search" and request.is_open and not pins.asks_for_pipeline),
         cluster=cluster,
         model_name=asked.model_name,
         precision=asked.precision,
@@ -255,6 +255,8 @@ def _search_placements(request: _Request, tell: Progress) -> TrialResults:
     trials = find_trials(request.model, cluster, pins, request.mesh, request.stored, pipeline_ranks)
     if pins.asks_for_pipeline:
         return TrialResults()
+    if request.is_open:
+        trials += find_named_trials(cluster, pins)
     return solve_trials(request.model, request.chain, trials, cluster, pins, tell, is_open=request.is_open)
 
 
@@ -276,7 +278,7 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
     )
     if is_tight:
         configurations += [Configuration(1, trial, 1) for trial in results.by_bound[:RECOMPUTED]]
-    searched = search_pipelines(problem, configurations, math.inf if best is None else best.step_seconds, tell)
+    searched = search_pipelines(problem, configurations, math.inf if best is None else best.step_seconds, tell, is_open=request.is_open)
     is_refused = searched.best is None and all(candidate.memory_bytes is None for candidate in searched.candidates)
     if is_refused and pins.asks_for_pipeline and searched.refusals:
         raise type(searched.refusals[0])(f"the pins {pins} can't be had: {searched.refusals[0]}")

@@ -270,7 +270,7 @@ def draw(model: str, cluster: str, share: float | None, seed: int, count: int) -
         choices, mesh = state_choices(free), free_mesh(free)
         requests.append(("all", choices, None))
         if mesh is not None:
-            requests.append(("all", {name: value for name, value in choices.items() if name not in ("dp", "cp", "tp")}, mesh))
+            requests.append(("all", {name: value for name, value in choices.items() if name not in ("dp", "cp", "tp", "zero")}, mesh))
         for _ in range(2):
             names = rng.sample(list(choices), rng.randint(1, max(1, len(choices) - 1))) if choices else []
             requests.append(("part", {name: choices[name] for name in names}, None))

@@ -25,6 +25,8 @@ from autopar.errors import AutoparError, InfeasibleError, InputError, SolverErro
 from autopar.ir import Layout, Mesh
 from autopar.plans import BlockChoice, Candidate, Pipeline
 from autopar.schedules import Schedule, splits_backward
+from autopar.search.candidates import does_as_pinned
+from autopar.search.meshes import free_axes
 from autopar.search.pipeline.assignment import Assignment, assign_by_block
 from autopar.search.pipeline.assignment_problem import (
     PHASES,
@@ -62,6 +64,9 @@ SIMULATED_ROUNDS = 4
 # So many of the best greedy assignments are searched by cutting planes, if within this factor of the best: a search gains some percent.
 SEARCHED = 3
 SEARCHED_WITHIN = 1.05
+# So many of the best configurations are looked at with free axes too, if within this factor of the best: free axes gain some percent.
+FREED = 2
+FREED_WITHIN = 1.05
 # Seconds for these searches together, and the relative gap at which each ends.
 SEARCH_SECONDS = 3.0
 ASSIGN_GAP = 5e-3
@@ -117,9 +122,17 @@ class SearchedPipelines:
 
 
 def search_pipelines(
-    problem: PipelineProblem, configurations: Sequence[Configuration], cutoff_s: float, tell: Callable[[str], None]
+    problem: PipelineProblem, configurations: Sequence[Configuration], cutoff_s: float, tell: Callable[[str], None], *, is_open: bool
 ) -> SearchedPipelines:
-    """The fastest pipeline found that takes less than `cutoff_s` seconds; `tell` is told what is being tried."""
+    """The fastest pipeline found that takes less than `cutoff_s` seconds.
+
+    Args:
+        problem: the model, the cluster and the pins.
+        configurations: what to look at.
+        cutoff_s: seconds to beat.
+        tell: told what is being tried.
+        is_open: whether axes may be free: the best configurations are then looked at with free axes of the same sizes too.
+    """
     state = SearchState(problem, tell, cutoff_s)
     rank_configurations(state, configurations)
     greedy = sorted(state.greedy, key=lambda assignment: assignment.estimate_s)
@@ -134,6 +147,8 @@ def search_pipelines(
         if configuration not in fitting:  # else it fits under some schedule
             note(state, configuration, None, needed, "out of memory")
     best = search_best(state, greedy, cutoff_s)
+    if is_open and greedy:
+        best = search_freed(state, greedy, cutoff_s, best)
     return SearchedPipelines(best, tuple(state.candidates), tuple(state.refusals))
 
 
@@ -382,7 +397,31 @@ def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, ti
     note(state, configuration, assignment.simulated, max(cost.peak) + given_nbytes, f"{choice}: {outcome}", costs=costs)
     if assignment.simulated >= limit_s:
         return None
-    return _describe(state, greedy, solutions, blocks, assignment, cost, candidate=len(state.candidates) - 1)
+    found = _describe(state, greedy, solutions, blocks, assignment, cost, candidate=len(state.candidates) - 1)
+    if configuration.trial.by_name and not does_as_pinned(found.model, found.mesh, found.sharding, state.problem.pins):
+        return None
+    return found
+
+
+def search_freed(state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s: float, best: Pipelined | None) -> Pipelined | None:
+    """The best configurations with free axes of the same sizes; `best` where none of them is faster.
+
+    Args:
+        state: the search; outcomes are added to its candidates.
+        greedy: greedy assignments, the fastest first: the configurations of the first ones are tried.
+        cutoff_s: seconds to beat.
+        best: what was found so far.
+    """
+    limit_s = cutoff_s if best is None else min(cutoff_s, best.seconds)
+    freed: dict[object, Configuration] = {}
+    for configuration in dict.fromkeys(one.configuration for one in greedy if one.estimate_s < FREED_WITHIN * limit_s):
+        trial = free_axes(configuration.trial)
+        if trial is not None and len(freed) < FREED:
+            key = configuration.ranks, trial.mesh, configuration.microbatches
+            freed.setdefault(key, Configuration(configuration.ranks, trial, configuration.microbatches))
+    state.best_s, state.greedy = limit_s, []
+    rank_configurations(state, list(freed.values()))
+    return search_best(state, sorted(state.greedy, key=lambda one: one.estimate_s), limit_s) or best
 
 
 def _choose_solutions(
