@@ -1,6 +1,6 @@
 # Every target sets up what it needs: `make demo` and `make test` work in a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help test lint types demo bench fuse-bench sharded-bench gpu-bench precision-bench plan-bench memory-bench long-bench long-exact-bench pipe-bench assign-bench megatron-bench clean
+.PHONY: help test lint types demo bench fuse-bench sharded-bench gpu-bench precision-bench plan-bench memory-bench long-bench long-exact-bench pipe-bench assign-bench megatron-bench pins-bench clean
 
 PYTHON3 ?= python3
 PYTHON := .venv/bin/python
@@ -62,6 +62,9 @@ megatron-bench: $(INSTALLED) ## predict the steps of Megatron-LM's table, pinned
 long-bench: $(INSTALLED) ## memory, work, overlap and bytes of long sequences, and rings against torch's (fifteen minutes)
 	$(PYTHON) -m tests.benchmarks.long_sequences
 	$(PYTHON) -m tests.benchmarks.ring
+
+pins-bench: $(INSTALLED) ## draw pins at random: the free plan must not lose to them (hours; --share draws a part)
+	$(PYTHON) -m tests.benchmarks.pins
 
 clean: ## remove build products and caches, keep .venv
 	rm -rf build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache

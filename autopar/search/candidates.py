@@ -63,7 +63,7 @@ def does_as_pinned(model: AnalyzedGraph, mesh: Mesh, sharding: Sharding, pins: P
     for name, pinned in pins.axis_sizes.items():
         sizes = [size for kind, size in zip(kinds, mesh.sizes, strict=True) if size > 1 and kind is AxisKind(name)]
         products = {math.prod(some) for count in range(1, len(sizes) + 1) for some in itertools.combinations(sizes, count)}
-        if (products if pinned == 1 else pinned not in products):
+        if products if pinned == 1 else pinned not in products:
             return False
     level, axes = pins.zero_level, [axis for axis, kind in enumerate(kinds) if kind is AxisKind.DP]
     parameters = [sharding.layouts[op.name] for op in model.folded.ops if op.kind is OpKind.PARAMETER]

@@ -133,17 +133,17 @@ def find_pipeline_trials(
 
 
 def find_named_trials(cluster: Cluster, pins: Pins) -> list[Trial]:
-    """Where axes or a ZeRO level are pinned: the meshes of free axes of the search without pins, whose solution may be what is pinned.
+    """The meshes of free axes that the search looks at without pins: their solutions may be what is pinned.
 
     So a plan's own choices, stated as pins, lead to that plan again.
     """
-    if not can_free(pins) or not (pins.axis_sizes or pins.zero_level is not None):
+    if not can_free(pins):
         return []
     return [_by_name(mesh, pins) for mesh in _free_meshes(cluster.world_size)]
 
 
 def free_axes(trial: Trial) -> Trial | None:
-    """The trial with free axes of the same sizes; None for more than two axes, and where the sequence is split, which free axes do worse."""
+    """The trial with free axes of the same sizes; None for more than two axes, and for one of kind CP: free axes don't split zigzag."""
     sizes = tuple(size for size in trial.mesh.sizes if size > 1)
     kinds, pins = trial.constraints.kinds, trial.constraints.pins
     if not can_free(pins) or not 1 <= len(sizes) <= 2 or AxisKind.CP in kinds or all(kind is AxisKind.FREE for kind in kinds):

@@ -255,7 +255,7 @@ def _search_placements(request: _Request, tell: Progress) -> TrialResults:
     trials = find_trials(request.model, cluster, pins, request.mesh, request.stored, pipeline_ranks)
     if pins.asks_for_pipeline:
         return TrialResults()
-    if request.is_open:
+    if request.is_open and (pins.axis_sizes or pins.zero_level is not None):
         trials += find_named_trials(cluster, pins)
     return solve_trials(request.model, request.chain, trials, cluster, pins, tell, is_open=request.is_open)
 
@@ -278,7 +278,12 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
     )
     if is_tight:
         configurations += [Configuration(1, trial, 1) for trial in results.by_bound[:RECOMPUTED]]
-    searched = search_pipelines(problem, configurations, math.inf if best is None else best.step_seconds, tell, is_open=request.is_open)
+    named: list[Configuration] | None = None
+    if request.is_open:
+        # Without pins these are among the meshes of `results`.
+        meshes = find_named_trials(request.cluster, pins) if pins.asks_for_pipeline and pins.pp in (None, 1) else []
+        named = [Configuration(1, trial, pins.microbatches or 1) for trial in meshes]
+    searched = search_pipelines(problem, configurations, math.inf if best is None else best.step_seconds, tell, named)
     is_refused = searched.best is None and all(candidate.memory_bytes is None for candidate in searched.candidates)
     if is_refused and pins.asks_for_pipeline and searched.refusals:
         raise type(searched.refusals[0])(f"the pins {pins} can't be had: {searched.refusals[0]}")

@@ -91,7 +91,8 @@ class TrialResults:
     Attributes:
         solved: the trials with a solution within the memory.
         candidates: the outcome of every trial, for the plan.
-        by_bound: trials that aren't baselines and that obey the pins whatever their solution is, in the order of their bounds without a memory limit.
+        by_bound: trials that aren't baselines and obey the pins whatever their solution is, in the order of their bounds without a limit of
+            memory.
     """
 
     solved: Sequence[SolvedTrial] = ()

@@ -160,7 +160,7 @@ def state_choices(plan: Plan) -> dict[str, Any]:
         pins |= {"schedule": pipeline.schedule, "chunks": pipeline.chunks} if pipeline.ranks > 1 else {}
         pins |= {"recompute": recompute.pop()} if len(recompute) == 1 else {}
     pins |= {"prefetch": plan.prefetch, "loss_chunks": plan.loss_chunks, "half_batches": plan.half_batches}
-    if (level := _zero_level(plan)) is not None:
+    if "dp" in pins and (level := _zero_level(plan)) is not None:
         pins["zero"] = level
     attention = [placement for name, placement in plan.placements.items() if "attention" in name]
     states = [part for placement in attention for part in placement if part is not None]
@@ -171,8 +171,10 @@ def state_choices(plan: Plan) -> dict[str, Any]:
 
 
 def _axes(plan: Plan) -> dict[str, int]:
-    """The product of the sizes of a plan's axes by their kind, of those with more than one rank."""
+    """The product of the sizes of a plan's axes by their kind, of those with more than one rank; none if these split nothing."""
     sizes: dict[str, int] = {}
+    if plan.proof.candidates[plan.proof.chosen].kind == "nothing split":
+        return {}  # such an axis is called dp too
     for name, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True):
         kind = name.rstrip("0123456789")
         if kind in ("dp", "cp", "tp") and size > 1:
@@ -309,6 +311,7 @@ def main() -> None:
     """Draw, print what fails, and count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="", help="part of the names of the models, all unless given")
+    parser.add_argument("--cluster", default="", help="only this cluster")
     parser.add_argument("--share", type=float, default=1.0, help="part of the settings that are drawn")
     parser.add_argument("--draws", type=int, default=6, help="random pins in a setting")
     parser.add_argument("--seed", type=int, default=0)
@@ -320,6 +323,8 @@ def main() -> None:
     known = {(one.model, one.cluster, one.share) for one in drawn}
     chosen = [setting for setting in settings(list(MODELS)) if rng.random() < arguments.share]
     for setting in chosen:
+        if arguments.cluster not in ("", setting[1]):
+            continue
         if arguments.models not in setting[0] or setting in known or time.perf_counter() - start > arguments.seconds:
             continue
         found = list(draw(*setting, arguments.seed, arguments.draws))

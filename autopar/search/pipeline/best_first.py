@@ -67,8 +67,9 @@ SEARCHED_WITHIN = 1.05
 # So many of the best configurations are looked at with free axes too, if within this factor of the best: free axes gain some percent.
 FREED = 2
 FREED_WITHIN = 1.05
-# Seconds for these searches together, and the relative gap at which each ends.
+# Seconds for these searches together, with pinned and with free axes, and the relative gap at which each ends.
 SEARCH_SECONDS = 3.0
+FREED_SECONDS = 1.0
 ASSIGN_GAP = 5e-3
 
 
@@ -122,7 +123,11 @@ class SearchedPipelines:
 
 
 def search_pipelines(
-    problem: PipelineProblem, configurations: Sequence[Configuration], cutoff_s: float, tell: Callable[[str], None], *, is_open: bool
+    problem: PipelineProblem,
+    configurations: Sequence[Configuration],
+    cutoff_s: float,
+    tell: Callable[[str], None],
+    named: Sequence[Configuration] | None,
 ) -> SearchedPipelines:
     """The fastest pipeline found that takes less than `cutoff_s` seconds.
 
@@ -131,7 +136,8 @@ def search_pipelines(
         configurations: what to look at.
         cutoff_s: seconds to beat.
         tell: told what is being tried.
-        is_open: whether axes may be free: the best configurations are then looked at with free axes of the same sizes too.
+        named: further configurations of free axes, which count if they do by name what is pinned; the best of `configurations` are then
+            looked at with free axes too. None where axes may not be free.
     """
     state = SearchState(problem, tell, cutoff_s)
     rank_configurations(state, configurations)
@@ -146,9 +152,9 @@ def search_pipelines(
     for configuration, needed in state.leanest_bytes.items():
         if configuration not in fitting:  # else it fits under some schedule
             note(state, configuration, None, needed, "out of memory")
-    best = search_best(state, greedy, cutoff_s)
-    if is_open and greedy:
-        best = search_freed(state, greedy, cutoff_s, best)
+    best = search_best(state, greedy, cutoff_s, SEARCH_SECONDS)
+    if named is not None and greedy:
+        best = search_freed(state, greedy, cutoff_s, best, named)
     return SearchedPipelines(best, tuple(state.candidates), tuple(state.refusals))
 
 
@@ -331,18 +337,18 @@ def simulate_schedules_s(problem: AssignmentProblem, schedules: Sequence[Schedul
 # --- assignments by cutting planes ---
 
 
-def search_best(state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s: float) -> Pipelined | None:
+def search_best(state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s: float, time_left_s: float) -> Pipelined | None:
     """Search assignments by cutting planes, for the best greedy ones and for all that are faster than the best found so far.
 
     Args:
         state: the search; outcomes are added to its candidates.
         greedy: greedy assignments, the fastest first.
         cutoff_s: seconds to beat.
+        time_left_s: seconds for all searches together.
 
     Each search but the last may use half of the time left.
     """
     best: Pipelined | None = None
-    time_left_s = SEARCH_SECONDS
     for number, assignment in enumerate(greedy):
         limit_s = cutoff_s if best is None else min(cutoff_s, best.seconds)
         if assignment.estimate_s >= (SEARCHED_WITHIN if number < SEARCHED else 1) * limit_s:
@@ -403,14 +409,17 @@ def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, ti
     return found
 
 
-def search_freed(state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s: float, best: Pipelined | None) -> Pipelined | None:
-    """The best configurations with free axes of the same sizes; `best` where none of them is faster.
+def search_freed(
+    state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s: float, best: Pipelined | None, named: Sequence[Configuration]
+) -> Pipelined | None:
+    """The best configurations with free axes of the same sizes, and `named`; `best` where none of them is faster.
 
     Args:
         state: the search; outcomes are added to its candidates.
         greedy: greedy assignments, the fastest first: the configurations of the first ones are tried.
         cutoff_s: seconds to beat.
         best: what was found so far.
+        named: configurations of free axes.
     """
     limit_s = cutoff_s if best is None else min(cutoff_s, best.seconds)
     freed: dict[object, Configuration] = {}
@@ -420,8 +429,9 @@ def search_freed(state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s:
             key = configuration.ranks, trial.mesh, configuration.microbatches
             freed.setdefault(key, Configuration(configuration.ranks, trial, configuration.microbatches))
     state.best_s, state.greedy = limit_s, []
-    rank_configurations(state, list(freed.values()))
-    return search_best(state, sorted(state.greedy, key=lambda one: one.estimate_s), limit_s) or best
+    known = {(configuration.ranks, configuration.trial.mesh, configuration.microbatches) for configuration in named}
+    rank_configurations(state, [*named, *(one for key, one in freed.items() if key not in known)])
+    return search_best(state, sorted(state.greedy, key=lambda one: one.estimate_s), limit_s, FREED_SECONDS) or best
 
 
 def _choose_solutions(
