@@ -428,7 +428,7 @@ def search_freed(
         if trial is not None and len(freed) < FREED:
             key = configuration.ranks, trial.mesh, configuration.microbatches
             freed.setdefault(key, Configuration(configuration.ranks, trial, configuration.microbatches))
-    state.best_s, state.greedy = limit_s, []
+    state.best_s, state.greedy, state.explored = limit_s, [], min(state.explored, EXPLORED - FREED)
     known = {(configuration.ranks, configuration.trial.mesh, configuration.microbatches) for configuration in named}
     rank_configurations(state, [*named, *(one for key, one in freed.items() if key not in known)])
     return search_best(state, sorted(state.greedy, key=lambda one: one.estimate_s), limit_s, FREED_SECONDS) or best
