@@ -15,13 +15,12 @@ from tests.planning import make_plan
         ("residual", "4xcpu", None),
         ("gpt2 deep", "2xcpu", None),
         ("gpt2 deep", "4xcpu", None),
-        ("llama", "8xH100", 0.7),
         ("dlrm", "2x4xH100", None),
     ],
 )
 def test_no_drawn_pins_are_faster_and_stated_choices_return_the_plan(model: str, cluster: str, share: float | None) -> None:
-    draws = list(draw(model, cluster, share, seed=0, count=5))
-    assert len(draws) > 5
+    draws = list(draw(model, cluster, share, seed=0, count=4))
+    assert len(draws) > 4
     for one in draws:
         assert one.outcome in ("kept", "refused"), one
 

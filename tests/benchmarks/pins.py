@@ -29,8 +29,9 @@ from autopar.capture import Captured, capture
 from autopar.cli.models import load_model
 from autopar.cost_models import Cluster
 from autopar.errors import AutoparError, InfeasibleError
-from autopar.ir import StateKind
+from autopar.ir import Split, StateKind
 from autopar.plans import Plan
+from autopar.rules import find_spaces
 from autopar.schedules import SCHEDULES
 from tests.planning import make_plan
 from tests.zoo import DEEP, ZOO
@@ -144,16 +145,16 @@ class Draw:
         return 1 - self.pinned_ns / self.free_ns if self.free_ns and self.pinned_ns else 0.0
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: Plan, model: str) -> str:
     """The choices of a plan that can be pinned, in words."""
-    words = ", ".join(f"{name}={value}" for name, value in state_choices(plan).items())
+    words = ", ".join(f"{name}={value}" for name, value in state_choices(plan, model).items())
     return f"{plan.proof.candidates[plan.proof.chosen].name} on {plan.mesh}: {words}"
 
 
-def state_choices(plan: Plan) -> dict[str, Any]:
-    """The choices of a plan as pins: axes of more than one rank, all that a pipeline has, what is alike in all of the model."""
+def state_choices(plan: Plan, model: str) -> dict[str, Any]:
+    """The choices of a plan for a model of `MODELS` as pins: axes that split work, all that a pipeline has, what is alike everywhere."""
     pipeline = plan.pipeline
-    pins: dict[str, Any] = dict(_axes(plan))
+    pins: dict[str, Any] = dict(_axes(plan, model))
     recompute = {block.recompute for block in pipeline.blocks}
     if not (pipeline.is_trivial and recompute == {"none"}):
         pins |= {"pp": pipeline.ranks, "microbatches": pipeline.microbatches}
@@ -170,16 +171,23 @@ def state_choices(plan: Plan) -> dict[str, Any]:
     return {name: value for name, value in pins.items() if value is not False or name == "zigzag"}
 
 
-def _axes(plan: Plan) -> dict[str, int]:
-    """The product of the sizes of a plan's axes by their kind, of those with more than one rank; none if these split nothing."""
+def _axes(plan: Plan, model: str) -> dict[str, int]:
+    """The product of the sizes of a plan's axes by their kind, of those with more than one rank that split some contraction."""
     sizes: dict[str, int] = {}
-    if plan.proof.candidates[plan.proof.chosen].kind == "nothing split":
-        return {}  # such an axis is called dp too
-    for name, size in zip(plan.mesh.names, plan.mesh.sizes, strict=True):
+    contractions = [placement for name, placement in plan.placements.items() if name in _contractions(model)]
+    for axis, (name, size) in enumerate(zip(plan.mesh.names, plan.mesh.sizes, strict=True)):
         kind = name.rstrip("0123456789")
+        if not any(isinstance(placement[axis], Split) for placement in contractions):
+            continue  # what splits nothing is called dp too
         if kind in ("dp", "cp", "tp") and size > 1:
             sizes[kind] = sizes.get(kind, 1) * size
     return sizes
+
+
+@functools.cache
+def _contractions(model: str) -> frozenset[str]:
+    spaces, _ = find_spaces(captured(model).graph)
+    return frozenset(name for name, space in spaces.items() if space.is_contraction)
 
 
 def _zero_level(plan: Plan) -> int | None:
@@ -269,7 +277,7 @@ def draw(model: str, cluster: str, share: float | None, seed: int, count: int) -
     for _ in range(count):
         requests.append(("random", draw_pins(rng, devices.world_size, batch), None))
     if free is not None:
-        choices, mesh = state_choices(free), free_mesh(free)
+        choices, mesh = state_choices(free, model), free_mesh(free)
         requests.append(("all", choices, None))
         if mesh is not None:
             requests.append(("all", {name: value for name, value in choices.items() if name not in ("dp", "cp", "tp", "zero")}, mesh))
@@ -283,7 +291,7 @@ def draw(model: str, cluster: str, share: float | None, seed: int, count: int) -
 def _compare(asked: Draw, free: Plan | None, devices: Cluster) -> Draw:
     """A draw with what came of it."""
     if free is not None:
-        asked = replace(asked, free_ns=free.proof.objective_ns, bound_ns=free.proof.bound_ns, free=describe(free))
+        asked = replace(asked, free_ns=free.proof.objective_ns, bound_ns=free.proof.bound_ns, free=describe(free, asked.model))
     try:
         plan = make_plan(captured(asked.model).graph, devices, pins=asked.pins, mesh=asked.mesh)
     except AutoparError as error:
@@ -295,7 +303,7 @@ def _compare(asked: Draw, free: Plan | None, devices: Cluster) -> Draw:
         outcome = "faster"
     elif asked.kind != "random" and pinned_ns > asked.free_ns * (1 + ROUNDING) + 1:
         outcome = "slower"
-    return replace(asked, pinned_ns=pinned_ns, outcome=outcome, pinned=describe(plan))
+    return replace(asked, pinned_ns=pinned_ns, outcome=outcome, pinned=describe(plan, asked.model))
 
 
 def settings(names: list[str]) -> Iterator[tuple[str, str, float | None]]:
