@@ -158,8 +158,8 @@ def can_free(pins: Pins) -> bool:
 
 def _by_name(mesh: Mesh, pins: Pins) -> Trial:
     """A mesh of free axes on which nothing is pinned of axes but those of one rank, nor of what is stored."""
-    unused = {kind: 1 if size == 1 else None for kind, size in pins.axis_sizes.items()}
-    kept = replace(pins, **{"dp": None, "cp": None, "tp": None, **unused}, zero=None, fsdp=None)
+    dp, cp, tp = (1 if size == 1 else None for size in (pins.dp, pins.cp, pins.tp))
+    kept = replace(pins, dp=dp, cp=cp, tp=tp, zero=None, fsdp=None)
     return Trial("search", mesh, Constraints(tuple(AxisKind.FREE for _ in mesh.names), kept), by_name=True)
 
 
