@@ -280,9 +280,12 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
         configurations += [Configuration(1, trial, 1) for trial in results.by_bound[:RECOMPUTED]]
     named: list[Configuration] | None = None
     if request.is_open:
-        # Without pins these are among the meshes of `results`.
-        meshes = find_named_trials(request.cluster, pins) if pins.asks_for_pipeline and pins.pp in (None, 1) else []
-        named = [Configuration(1, trial, pins.microbatches or 1) for trial in meshes]
+        # Without pins those of one pipeline rank are among the meshes of `results`. Of several, only a request that says as much as a plan
+        # does is worth the time.
+        ranks = pins.pp or 1
+        is_told = pins.asks_for_pipeline and (ranks == 1 or pins.microbatches is not None)
+        meshes = find_named_trials(request.cluster.part(ranks), pins) if is_told else []
+        named = [Configuration(ranks, trial, pins.microbatches or 1) for trial in meshes]
     searched = search_pipelines(problem, configurations, math.inf if best is None else best.step_seconds, tell, named)
     is_refused = searched.best is None and all(candidate.memory_bytes is None for candidate in searched.candidates)
     if is_refused and pins.asks_for_pipeline and searched.refusals:
