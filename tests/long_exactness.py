@@ -10,7 +10,7 @@ import copy
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -58,9 +58,9 @@ class Way(NamedTuple):
         return math.prod(self.pins.get(axis, 1) for axis in ("pp", "dp", "cp", "tp")) * self.inner
 
     @property
-    def collective(self) -> str:
-        """What the plan must exchange over ``cp`` for the attention."""
-        return {ROWS: "all_gather", HEADS: "all_to_all"}.get(self.expected["cp"], "ring")
+    def collectives(self) -> Set[str]:
+        """What the plan must exchange over ``cp`` for the attention, one of these: a ring under a causal window is a halo."""
+        return {ROWS: {"all_gather"}, HEADS: {"all_to_all"}}.get(self.expected["cp"], {"ring", "halo"})
 
     @property
     def name(self) -> str:
@@ -190,7 +190,7 @@ def amiss(case: Case, made: Plan) -> list[str]:
         if not refusal or not any(op.source in note and refusal in note for note in made.notes):
             wrong.append(f"{op.name} splits {splits}")
     sent = {row.collective for row in made.traffic}
-    return wrong + ([] if case.way.collective in sent else [f"{case.way.collective} isn't among {sorted(sent)}"])
+    return wrong + ([] if case.way.collectives & sent else [f"none of {sorted(case.way.collectives)} is among {sorted(sent)}"])
 
 
 def check(case: Case) -> Found:

@@ -57,7 +57,8 @@ def does_as_pinned(model: AnalyzedGraph, mesh: Mesh, sharding: Sharding, pins: P
     """Whether a solution on free axes does by name what is pinned.
 
     Of each pinned kind there are axes that make the pinned number of ranks together, none if that is 1; and every parameter is stored over
-    the axes called dp at the ZeRO level that is pinned. An axis that splits nothing counts as none.
+    the axes called dp and cp at the ZeRO level that is pinned, at levels 1 and 2 over the latter only where there is no dp. An axis that
+    splits nothing counts as none.
     """
     kinds = find_kinds(model, mesh, sharding.placements)
     for name, pinned in pins.axis_sizes.items():
@@ -66,6 +67,8 @@ def does_as_pinned(model: AnalyzedGraph, mesh: Mesh, sharding: Sharding, pins: P
         if products if pinned == 1 else pinned not in products:
             return False
     level, axes = pins.zero_level, [axis for axis, kind in enumerate(kinds) if kind is AxisKind.DP]
+    if level in (0, 3) or not axes:
+        axes += [axis for axis, kind in enumerate(kinds) if kind is AxisKind.CP]
     parameters = [sharding.layouts[op.name] for op in model.folded.ops if op.kind is OpKind.PARAMETER]
     states = [layout[axis] for layout in parameters for axis in axes]
     levels = {(state.level or 3) if state.kind is StateKind.SHARD else 0 for state in states}
