@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import autopar
 from autopar.checks import threads
@@ -22,7 +24,8 @@ from autopar.ir.windows import HaloSize
 from autopar.ops import comm
 from autopar.ops.attention import attention
 from autopar.ops.attention_blocks import Scores
-from autopar.ops.ring import Positions, plan_ring, ring_attention, spans_of
+from autopar.ops.positions import Positions, spans_of
+from autopar.ops.ring import attention_of_rows, plan_ring, ring_attention
 from autopar.plans.pins import Pins
 from autopar.plans.plan import Plan
 from autopar.search import meshes
@@ -107,6 +110,37 @@ def test_the_kernel_is_attention(mask: Mask, ranks: int, zigzag: bool) -> None:
         for rank, parts in enumerate(_run(case, mask, softcap, ranks, zigzag=zigzag)):
             for part, whole in zip(parts, case.expected, strict=True):
                 torch.testing.assert_close(part, whole[:, :, _rows(rank, ranks, zigzag=zigzag)], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_rows_attend_to_all_keys_that_are_here(mask: Mask) -> None:
+    positions = Positions.of(causal=mask.causal, window=mask.window)
+    for kv_heads, softcap, ranks in itertools.product((4, 2, 1), (None, 2.0), (2, 4)):
+        case = _make_case(mask, kv_heads, softcap, torch.float64)
+        results = []
+        for first in range(0, LENGTH, LENGTH // ranks):
+            rows = slice(first, first + LENGTH // ranks)
+            bias = None if case.bias is None else case.bias[:, :, rows]
+            q, k, v = case.operands
+            results.append(attention_of_rows(q[:, :, rows], k, v, case.padding, bias, positions, Scores(0.3, softcap), first))
+        result = torch.cat(results, 2)
+        found = (result, *torch.autograd.grad(result, case.operands, case.gradient))
+        torch.testing.assert_close(found, case.expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_no_mask_of_all_rows_and_keys_is_made_of_a_causal_one() -> None:
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            self.elements = max(self.elements, *(x.numel() for x in tree_leaves(result) if isinstance(x, Tensor)), 0)
+            return result
+
+    q, k, v = (torch.zeros(1, 2, tokens, 8, requires_grad=True) for tokens in (1024, 4096, 4096))
+    with Largest() as largest:
+        attention_of_rows(q, k, v, None, None, Positions.of(causal=True, window=None), Scores(0.3), 2048).sum().backward()
+    assert largest.elements == k.numel()
 
 
 def test_half_precision_is_merged_in_float32() -> None:

@@ -46,7 +46,8 @@ from autopar.ops.losses import multilabel_margin_loss as multilabel_margin_loss
 from autopar.ops.losses import nll_loss as nll_loss
 from autopar.ops.losses import smooth_l1_loss as smooth_l1_loss
 from autopar.ops.losses import soft_margin_loss as soft_margin_loss
-from autopar.ops.ring import Positions, Span, ring_attention
+from autopar.ops.positions import Positions, Span
+from autopar.ops.ring import attention_of_rows, ring_attention
 
 aten = torch.ops.aten
 
@@ -221,6 +222,9 @@ def scaled_dot_product_attention(
         return ring_attention(q, k, v, None, attn_mask, positions, Scores(factor), comm.axis(name), zigzag=zigzag)
     if is_causal and splits.get("s"):
         first_row = comm.index(splits["s"]) * q.shape[-2]
+        if _can_skip(q, k, v, attn_mask, first_row, dropout_p):
+            factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+            return attention_of_rows(q, k, v, None, attn_mask, Positions.of(causal=True, window=None), Scores(factor), first_row)
         # No row of this part attends to later keys.
         keys = min(first_row + q.shape[-2], k.shape[-2])
         k, v = k[..., :keys, :], v[..., :keys, :]
@@ -247,7 +251,7 @@ def attention(
 ) -> Tensor:
     """`autopar.ops.attention.attention` of this rank's part of the query rows to all keys.
 
-    Masks that depend on positions, `causal` and `window`, become a mask of this part's rows.
+    Masks that depend on positions, `causal` and `window`, are those of this part's rows.
 
     Args:
         q: (batch, heads, rows, head size), a part of the rows when ``s`` or ``ring`` is split.
@@ -269,7 +273,10 @@ def attention(
         return ring_attention(q, k, v, key_padding, bias, positions, Scores(scale, softcap), comm.axis(name), zigzag=zigzag)
     if splits.get("s") and (causal or window is not None):
         rows, keys = q.shape[2], k.shape[2]
-        allowed = positions.allow([Span(comm.index(splits["s"]) * rows, rows)], [Span(0, keys)], q.device)
+        first_row = comm.index(splits["s"]) * rows
+        if _can_skip(q, k, v, bias, first_row, dropout_p):
+            return attention_of_rows(q, k, v, key_padding, bias, positions, Scores(scale, softcap), first_row)
+        allowed = positions.allow([Span(first_row, rows)], [Span(0, keys)], q.device)
         if bias is not None:
             allowed = bias & allowed if bias.dtype == torch.bool else bias.masked_fill(~allowed, -math.inf)
         bias = allowed
@@ -277,6 +284,17 @@ def attention(
     with rng.stream(all_axes(splits), q.device) if dropout_p > 0.0 else nullcontext():
         result: Tensor = torch.ops.autopar.attention(q, k, v, key_padding, bias, causal, window, scale, softcap, dropout_p)
     return result
+
+
+def _can_skip(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first_row: int, dropout_p: float) -> bool:
+    """Whether rows from `first_row` on can leave out what their mask excludes.
+
+    They must be rows of the tokens that the keys are of, whose weights aren't dropped at random; `bias` gets no gradient so.
+    """
+    if q.dim() != 4 or first_row + q.shape[2] > k.shape[2] or dropout_p > 0.0:
+        return False
+    is_alike = q.shape[0] == k.shape[0] and k.shape[:2] == v.shape[:2]
+    return is_alike and (bias is None or not bias.requires_grad)
 
 
 # --- statistics of the whole batch ------------------------------------------------------------------------------------------

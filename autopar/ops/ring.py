@@ -20,7 +20,7 @@ each has one piece of the sequence, and equal work if each has two, the i-th fro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -29,155 +29,7 @@ from torch import Tensor
 from autopar.ops import comm
 from autopar.ops.attention_blocks import BlockMask, Scores, attend, attend_backward, attend_by_products, merge
 from autopar.ops.collectives import gather_read_along
-
-
-class Span(NamedTuple):
-    """Consecutive tokens of the sequence: the position of the first, and how many."""
-
-    start: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Positions:
-    """Which keys a row attends to by their positions: a row minus a key is from `least` to `most`.
-
-    >>> causal_window = Positions.of(causal=True, window=4)
-    >>> causal_window.least, causal_window.most
-    (0, 3)
-    """
-
-    least: float
-    most: float
-
-    @staticmethod
-    def of(*, causal: bool, window: int | None) -> Positions:
-        """Of a mask as `autopar.ops.attention.attention` states it."""
-        if causal:
-            return Positions(0, float("inf") if window is None else window - 1)
-        return Positions(float("-inf"), float("inf")) if window is None else Positions(-window, window)
-
-    def excludes(self, rows: Span, keys: Span) -> bool:
-        """Whether no row attends to any key."""
-        return rows.start + rows.length - 1 - keys.start < self.least or rows.start - keys.start - keys.length + 1 > self.most
-
-    def includes(self, rows: Span, keys: Span) -> bool:
-        """Whether every row attends to every key."""
-        return rows.start - keys.start - keys.length + 1 >= self.least and rows.start + rows.length - 1 - keys.start <= self.most
-
-    def meet(self, rows: Span, keys: Span) -> tuple[Span, Span]:
-        """The rows that attend to some of the keys, and the keys that some of the rows attend to, where there are any.
-
-        >>> Positions.of(causal=True, window=4).meet(Span(16, 16), Span(0, 16))
-        (Span(start=16, length=3), Span(start=13, length=3))
-        """
-        first_row, last_row = rows.start, rows.start + rows.length - 1
-        first_key, last_key = keys.start, keys.start + keys.length - 1
-        return (
-            _between(max(first_row, first_key + self.least), min(last_row, last_key + self.most)),
-            _between(max(first_key, first_row - self.most), min(last_key, last_row - self.least)),
-        )
-
-    def is_causal(self, rows: Sequence[Span], keys: Sequence[Span]) -> bool:
-        """Whether row i of these spans, one after the other in the order of the sequence, attends to keys 0..i."""
-        return tuple(rows) == tuple(keys) and self.least == 0 and self.most >= rows[-1].start + rows[-1].length - 1 - rows[0].start
-
-    def allow(self, rows: Sequence[Span], keys: Sequence[Span], device: torch.device) -> Tensor:
-        """The mask of elements, (rows, keys), True where a row attends to a key."""
-        distance = _positions(rows, device)[:, None] - _positions(keys, device)
-        return (distance >= self.least) & (distance <= self.most)
-
-
-def _between(first: float, last: float) -> Span:
-    return Span(int(first), int(last - first) + 1)
-
-
-def _positions(spans: Sequence[Span], device: torch.device) -> Tensor:
-    return torch.cat([torch.arange(span.start, span.start + span.length, device=device) for span in spans])
-
-
-def spans_of(rank: int, ranks: int, length: int, *, zigzag: bool) -> tuple[Span, ...]:
-    """The pieces of the sequence that a rank has.
-
-    >>> spans_of(1, 2, 4, zigzag=False), spans_of(1, 2, 4, zigzag=True)
-    ((Span(start=4, length=4),), (Span(start=2, length=2), Span(start=4, length=2)))
-    """
-    if not zigzag:
-        return (Span(rank * length, length),)
-    half = length // 2
-    return Span(rank * half, half), Span((2 * ranks - 1 - rank) * half, half)
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Consecutive rows and keys of two ranks' parts that are computed at once.
-
-    Attributes:
-        rows, keys: the pieces of the sequence, one or two.
-        first_row, first_key: where they begin in the parts.
-        is_causal, is_partial: whether row i attends to keys 0..i; whether rows attend to some keys only, otherwise.
-    """
-
-    rows: tuple[Span, ...]
-    keys: tuple[Span, ...]
-    first_row: int
-    first_key: int
-    is_causal: bool = False
-    is_partial: bool = False
-
-    @property
-    def row_slice(self) -> slice:
-        """The rows in the part that has them."""
-        return slice(self.first_row, self.first_row + sum(span.length for span in self.rows))
-
-    @property
-    def key_slice(self) -> slice:
-        """The keys in the part that has them."""
-        return slice(self.first_key, self.first_key + sum(span.length for span in self.keys))
-
-
-def find_blocks(rows: Sequence[Span], keys: Sequence[Span], positions: Positions) -> tuple[Block, ...]:
-    """What is to be computed of one rank's rows and another's keys: as few blocks as the mask allows."""
-    if positions.is_causal(rows, keys):
-        # Two pieces of a rank, too: of its own keys the first one's rows attend to none of the second.
-        return (Block(tuple(rows), tuple(keys), 0, 0, is_causal=True),)
-    blocks: list[Block] = []
-    first_key = 0
-    for key in keys:
-        first_row, column = 0, list[Block]()
-        for row in rows:
-            if not positions.excludes(row, key):
-                attending, attended = positions.meet(row, key)
-                is_causal = positions.is_causal((attending,), (attended,))
-                is_partial = not is_causal and not positions.includes(attending, attended)
-                first = first_row + attending.start - row.start, first_key + attended.start - key.start
-                block = Block((attending,), (attended,), *first, is_causal, is_partial)
-                if (
-                    column
-                    and column[-1].row_slice.stop == block.first_row
-                    and column[-1].keys == block.keys
-                    and not (_is_masked(column[-1]) or _is_masked(block))
-                ):
-                    column[-1] = replace(column[-1], rows=(*column[-1].rows, attending))
-                else:
-                    column.append(block)
-            first_row += row.length
-        for block in column:
-            before = next((known for known in blocks if _continues(known, block)), None)
-            if before is None:
-                blocks.append(block)
-            else:
-                blocks[blocks.index(before)] = replace(before, keys=(*before.keys, *block.keys))
-        first_key += key.length
-    return tuple(blocks)
-
-
-def _is_masked(block: Block) -> bool:
-    return block.is_causal or block.is_partial
-
-
-def _continues(known: Block, block: Block) -> bool:
-    return known.rows == block.rows and known.key_slice.stop == block.first_key and not (_is_masked(known) or _is_masked(block))
+from autopar.ops.positions import Block, Positions, Span, find_blocks, spans_of
 
 
 class Stop(NamedTuple):
@@ -291,7 +143,37 @@ def ring_attention(
         zigzag: whether each rank has two pieces of it, the i-th from the front and the i-th from the end.
     """
     itinerary = plan_ring(axis.index, axis.size, q.shape[2], positions, zigzag=zigzag)
-    ring = _Ring(itinerary, positions, scores, axis, zigzag, key_padding, bias)
+    rows = spans_of(axis.index, axis.size, q.shape[2], zigzag=zigzag)
+    ring = _Ring(itinerary, positions, scores, rows, axis, zigzag, key_padding, bias)
+    result: Tensor = _RingAttention.apply(q, k, v, ring)  # type: ignore[no-untyped-call]
+    return result
+
+
+def attention_of_rows(
+    q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None, bias: Tensor | None, positions: Positions, scores: Scores, first: int
+) -> Tensor:
+    """Attention of consecutive rows to the keys of the whole sequence, which are all here; a row that attends to no key gets zeros.
+
+    It is a ring of one rank: what no row attends to isn't computed, and no mask of all rows and keys is made. Arguments are those of
+    `ring_attention`, but for
+
+    Args:
+        q: (batch, heads, rows, head size).
+        k: (batch, key/value heads, keys of the whole sequence, head size).
+        v: (batch, key/value heads, keys of the whole sequence, width).
+        key_padding: as there.
+        bias: as there.
+        positions: as there.
+        scores: as there.
+        first: the position of the first row.
+    """
+    rows, last, length = Span(first, q.shape[2]), first + q.shape[2], k.shape[2]
+    keys = [span for span in (Span(0, first), rows, Span(last, length - last)) if span.length]
+    whole, nothing = slice(0, length), slice(0, 0)
+    stop = Stop(0, find_blocks((rows,), keys, positions), whole, nothing, whole, None, None)
+    ring = _Ring(
+        Itinerary((stop,), None, nothing, is_rotation=False), positions, scores, (rows,), comm.alone("s"), False, key_padding, bias
+    )
     result: Tensor = _RingAttention.apply(q, k, v, ring)  # type: ignore[no-untyped-call]
     return result
 
@@ -302,11 +184,22 @@ _Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class _Ring:
-    """What the forward and the backward of one call share, beside the tensors that have gradients."""
+    """What the forward and the backward of one call share, beside the tensors that have gradients.
+
+    Attributes:
+        itinerary: the stops of this rank.
+        positions: which keys a row attends to by their positions.
+        scores: how scores are made.
+        rows: the pieces of the sequence that this rank's rows are.
+        axis: the ranks between which keys and values are split.
+        zigzag: whether each has two pieces.
+        key_padding, bias: as `ring_attention` has them.
+    """
 
     itinerary: Itinerary
     positions: Positions
     scores: Scores
+    rows: tuple[Span, ...]
     axis: comm.Axis
     zigzag: bool
     key_padding: Tensor | None
@@ -334,10 +227,9 @@ class _Ring:
 
     def attend_to_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The result of this rank's rows, in operators that can be differentiated any number of times."""
-        keys, values = (gather_read_along(x, self.axis, 2, zigzag=self.zigzag) for x in (k, v))
-        rows = spans_of(self.axis.index, self.axis.size, q.shape[2], zigzag=self.zigzag)
-        block = Block(rows, (Span(0, keys.shape[2]),), 0, 0, is_partial=True)
-        return attend_by_products(q, keys, values, self.mask_of(block, q.device), self.scores)
+        k, v = (gather_read_along(x, self.axis, 2, zigzag=self.zigzag) for x in (k, v))
+        block = Block(self.rows, (Span(0, k.shape[2]),), 0, 0, is_partial=True)
+        return attend_by_products(q, k, v, self.mask_of(block, q.device), self.scores)
 
     def travel(self, k: Tensor, v: Tensor, added_dtype: torch.dtype | None = None) -> Iterator[tuple[Stop, _Pair, comm.Message | None]]:
         """Every stop of this rank with the keys and values there, which are received while the stop before is computed with.

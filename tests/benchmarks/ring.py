@@ -30,7 +30,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from autopar.ops import GroupAxis, comm, ring
 from autopar.ops.attention_blocks import Scores
-from autopar.ops.ring import Positions, plan_ring, ring_attention, spans_of
+from autopar.ops.positions import Positions, spans_of
+from autopar.ops.ring import plan_ring, ring_attention
 from autopar.replaced import replaced
 from tests.benchmarks.machine import OtherWork
 from tests.processes import spawn
