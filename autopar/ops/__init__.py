@@ -5,7 +5,8 @@ is the same for all ranks, names the axes of the mesh by text, and asks them at 
 
 Modules, in reading order: ``autocast``, ``rendezvous``, ``moved``, ``comm``, ``parts``, ``steps``, ``gathers``, ``wholes``,
 ``collectives``, ``exchanges``, ``rng``, ``bounds``, ``losses``, ``double_backward``, ``chunked_loss``, ``draws``, ``attention_blocks``,
-``ring``, ``halo``, ``kernels``, ``weight_gradients``, ``padded``, ``deferrable``, ``recompute``, ``fused``, ``attention``, ``functions``.
+``positions``, ``ring``, ``halo``, ``kernels``, ``weight_gradients``, ``padded``, ``deferrable``, ``recompute``, ``fused``, ``attention``,
+``functions``.
 """
 
 from autopar.ops.autocast import OFF as AUTOCAST_OFF

@@ -205,11 +205,13 @@ def _word_free_axes(plan: Plan) -> list[str]:
     """Of a plan whose axes were free to split anything, how to ask for them: by their names they would be pinned to a kind."""
     chosen, request = plan.proof.candidates[plan.proof.chosen], plan.request
     sizes = [size for size in plan.mesh.sizes if size > 1]
-    is_free = chosen.name == "search" and plan.pipeline.ranks == 1 and request.mesh is None and not request.pins.axis_sizes
-    if not is_free or request == Request() or not 1 <= len(sizes) <= len(_FREE):
+    ranks = plan.pipeline.ranks
+    is_free = (chosen.name == "search" and ranks == 1) or chosen.mesh.endswith("free axes")
+    if not is_free or request.mesh is not None or request.pins.axis_sizes or request == Request() or not 1 <= len(sizes) <= len(_FREE):
         return []
     mesh = ",".join(f"{name}={size}" for name, size in zip(_FREE, sizes, strict=False))
-    return [f"free axes, named by what they do: --mesh {mesh} asks for them"]
+    asked = f"--mesh {mesh}" + (f" --pin pp={ranks}" if ranks > 1 else "")
+    return [f"free axes, named by what they do: {asked} asks for them"]
 
 
 def describe_pipeline(plan: Plan) -> str:

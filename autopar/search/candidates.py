@@ -6,14 +6,12 @@ parts of steps, for the candidates that the plan lists, and for the plan itself.
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from autopar.costs import BlockCost, Sharding
-from autopar.ir import MICROBATCH, Mesh, OpKind, Placement, Split, StateKind
-from autopar.plans import Pins, Seconds, add_parts
+from autopar.costs import BlockCost
+from autopar.ir import MICROBATCH, Mesh, OpKind, Placement, Split
+from autopar.plans import Seconds, add_parts
 from autopar.search.meshes import Trial
 from autopar.search.options import AxisKind, kind_of
 from autopar.structure import AnalyzedGraph, Role, role_of
@@ -51,28 +49,6 @@ def name_axes(model: AnalyzedGraph, mesh: Mesh, placements: Mapping[str, Placeme
         for i, (name, mesh_name) in enumerate(zip(names, mesh.names, strict=True))
     ]
     return Mesh(tuple(unique), mesh.sizes)
-
-
-def does_as_pinned(model: AnalyzedGraph, mesh: Mesh, sharding: Sharding, pins: Pins) -> bool:
-    """Whether a solution on free axes does by name what is pinned.
-
-    Of each pinned kind there are axes that make the pinned number of ranks together, none if that is 1; and every parameter is stored over
-    the axes called dp and cp at the ZeRO level that is pinned, at levels 1 and 2 over the latter only where there is no dp. An axis that
-    splits nothing counts as none.
-    """
-    kinds = find_kinds(model, mesh, sharding.placements)
-    for name, pinned in pins.axis_sizes.items():
-        sizes = [size for kind, size in zip(kinds, mesh.sizes, strict=True) if size > 1 and kind is AxisKind(name)]
-        products = {math.prod(some) for count in range(1, len(sizes) + 1) for some in itertools.combinations(sizes, count)}
-        if products if pinned == 1 else pinned not in products:
-            return False
-    level, axes = pins.zero_level, [axis for axis, kind in enumerate(kinds) if kind is AxisKind.DP]
-    if level in (0, 3) or not axes:
-        axes += [axis for axis, kind in enumerate(kinds) if kind is AxisKind.CP]
-    parameters = [sharding.layouts[op.name] for op in model.folded.ops if op.kind is OpKind.PARAMETER]
-    states = [layout[axis] for layout in parameters for axis in axes]
-    levels = {(state.level or 3) if state.kind is StateKind.SHARD else 0 for state in states}
-    return level is None or (bool(axes) and levels <= {level})
 
 
 def word_kind(kinds: Collection[AxisKind | None]) -> str:

@@ -38,15 +38,14 @@ class Trial:
         mesh: the devices of one pipeline rank; of all devices without a pipeline.
         constraints: what decisions on it must obey.
         baseline: whether this is one of the baselines.
-        by_name: whether its axes are free though axes or a ZeRO level may be pinned: a solution counts if it does by name what is pinned
-            (`candidates.does_as_pinned`).
+        freed: whether its axes are free in the place of axes of kinds, and so get their names from what they do.
     """
 
     name: str
     mesh: Mesh
     constraints: Constraints
     baseline: bool = False
-    by_name: bool = False
+    freed: bool = False
 
 
 def find_trials(
@@ -132,14 +131,9 @@ def find_pipeline_trials(
     return trials
 
 
-def find_named_trials(cluster: Cluster, pins: Pins) -> list[Trial]:
-    """The meshes of free axes that the search looks at without pins: their solutions may be what is pinned.
-
-    So a plan's own choices, stated as pins, lead to that plan again.
-    """
-    if not can_free(pins):
-        return []
-    return [_by_name(mesh, pins) for mesh in _free_meshes(cluster.world_size)]
+def find_free_trials(cluster: Cluster, pins: Pins) -> list[Trial]:
+    """The meshes of free axes that the search looks at without pins; none where these name axes."""
+    return [_free(mesh, pins) for mesh in _free_meshes(cluster.world_size)] if can_free(pins) else []
 
 
 def free_axes(trial: Trial) -> Trial | None:
@@ -148,19 +142,17 @@ def free_axes(trial: Trial) -> Trial | None:
     kinds, pins = trial.constraints.kinds, trial.constraints.pins
     if not can_free(pins) or not 1 <= len(sizes) <= 2 or AxisKind.CP in kinds or all(kind is AxisKind.FREE for kind in kinds):
         return None
-    return _by_name(Mesh(("x", "y")[: len(sizes)], sizes), pins)
+    return _free(Mesh(("x", "y")[: len(sizes)], sizes), pins)
 
 
 def can_free(pins: Pins) -> bool:
-    """Whether axes may be free under these pins: neither a module's loops nor groups of ranks ask for axes by their names."""
-    return not pins.placements and pins.zero_group is None
+    """Whether axes may be free under these pins: nothing asks for axes by their names, but for those of one rank."""
+    names_axes = any(size not in (None, 1) for size in (pins.dp, pins.cp, pins.tp)) or pins.zero_level is not None
+    return not names_axes and not pins.placements and pins.zero_group is None
 
 
-def _by_name(mesh: Mesh, pins: Pins) -> Trial:
-    """A mesh of free axes on which nothing is pinned of axes but those of one rank, nor of what is stored."""
-    dp, cp, tp = (1 if size == 1 else None for size in (pins.dp, pins.cp, pins.tp))
-    kept = replace(pins, dp=dp, cp=cp, tp=tp, zero=None, fsdp=None)
-    return Trial("search", mesh, Constraints(tuple(AxisKind.FREE for _ in mesh.names), kept), by_name=True)
+def _free(mesh: Mesh, pins: Pins) -> Trial:
+    return Trial("search", mesh, Constraints(tuple(AxisKind.FREE for _ in mesh.names), pins), freed=True)
 
 
 def _form_groups(trial: Trial) -> Trial:

@@ -6,21 +6,22 @@ Comes in: a `Graph`, a cluster, pins. Goes out: a `Plan` with its proof. Opens n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autopar.cost_models import Cluster
 from autopar.errors import InfeasibleError, InputError, UnknownOpError
 from autopar.garbage import no_garbage_collection
-from autopar.ir import AS_MODEL, Graph, Layout, Mesh, Op, OpKind, Precision, Space
+from autopar.ir import AS_MODEL, Graph, Layout, Mesh, Op, OpKind, Precision, Space, format_mesh
 from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
 from autopar.rules import find_spaces, readable_name
 from autopar.schedules import make_schedule
 from autopar.search.assemble import assemble
 from autopar.search.attention import note_attention
 from autopar.search.attribution import Chosen
+from autopar.search.candidates import name_axes
 from autopar.search.loss_chunks import plan_with_chunks
-from autopar.search.meshes import find_named_trials, find_pipeline_trials, find_trials
+from autopar.search.meshes import can_free, find_free_trials, find_pipeline_trials, find_trials
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
 from autopar.search.trials import Progress, SolvedTrial, TrialResults, name_request, solve_trials
 from autopar.structure import AnalyzedGraph, Chain, batch_size, find_chain, find_constants, find_roles, fold, regroup, relabel
@@ -164,10 +165,12 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         return _plan_graph(graph, replace(asked, pins=replace(asked.pins, prefetch=0), notes=(*asked.notes, _WAITS)), tell)
     else:
         raise _infeasible(request, candidates)
+    if trial.freed:
+        candidates = _name_freed(candidates, candidate, trial.mesh, name_axes(chosen.model, chosen.mesh, chosen.sharding.placements))
     return assemble(
         chosen,
         # Axes that the user named keep their names.
-        rename=trial.by_name or (trial.name == "search" and request.is_open and not pins.asks_for_pipeline),
+        rename=trial.freed or (trial.name == "search" and request.is_open and not pins.asks_for_pipeline),
         cluster=cluster,
         model_name=asked.model_name,
         precision=asked.precision,
@@ -179,6 +182,12 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         unruled=unruled,
         notes=(*asked.notes, *_note_loss(graph, chosen.pipeline)),
     )
+
+
+def _name_freed(candidates: Sequence[Candidate], chosen: int, tried: Mesh, named: Mesh) -> tuple[Candidate, ...]:
+    """The candidates, of which the chosen one says what its free axes do, and that they were free."""
+    mesh = candidates[chosen].mesh.replace(format_mesh(tried), format_mesh(named))
+    return (*candidates[:chosen], replace(candidates[chosen], mesh=f"{mesh}, free axes"), *candidates[chosen + 1 :])
 
 
 def pin_pipeline(pins: Pins, first_plan: Plan, chain: Chain, batch: int) -> Pins:
@@ -255,8 +264,6 @@ def _search_placements(request: _Request, tell: Progress) -> TrialResults:
     trials = find_trials(request.model, cluster, pins, request.mesh, request.stored, pipeline_ranks)
     if pins.asks_for_pipeline:
         return TrialResults()
-    if request.is_open and (pins.axis_sizes or pins.zero_level is not None):
-        trials += find_named_trials(cluster, pins)
     return solve_trials(request.model, request.chain, trials, cluster, pins, tell, is_open=request.is_open)
 
 
@@ -278,15 +285,15 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
     )
     if is_tight:
         configurations += [Configuration(1, trial, 1) for trial in results.by_bound[:RECOMPUTED]]
-    named: list[Configuration] | None = None
-    if request.is_open:
+    free: list[Configuration] | None = None
+    if request.is_open and can_free(pins):
         # Without pins those of one pipeline rank are among the meshes of `results`. Of several, only a request that says as much as a plan
         # does is worth the time.
         ranks = pins.pp or 1
         is_told = pins.asks_for_pipeline and (ranks == 1 or pins.microbatches is not None)
-        meshes = find_named_trials(request.cluster.part(ranks), pins) if is_told else []
-        named = [Configuration(ranks, trial, pins.microbatches or 1) for trial in meshes]
-    searched = search_pipelines(problem, configurations, math.inf if best is None else best.step_seconds, tell, named)
+        meshes = find_free_trials(request.cluster.part(ranks), pins) if is_told else []
+        free = [Configuration(ranks, trial, pins.microbatches or 1) for trial in meshes]
+    searched = search_pipelines(problem, configurations, math.inf if best is None else best.step_seconds, tell, free)
     is_refused = searched.best is None and all(candidate.memory_bytes is None for candidate in searched.candidates)
     if is_refused and pins.asks_for_pipeline and searched.refusals:
         raise type(searched.refusals[0])(f"the pins {pins} can't be had: {searched.refusals[0]}")

@@ -18,7 +18,7 @@ from autopar.errors import InfeasibleError, InputError
 from autopar.ir import Mesh, OpKind, format_mesh, is_legal
 from autopar.plans import Candidate, Pins, Purpose
 from autopar.schedules import make_schedule
-from autopar.search.candidates import does_as_pinned, find_kinds, find_parts, name_axes, word_kind, word_kind_of_trial
+from autopar.search.candidates import find_kinds, find_parts, name_axes, word_kind, word_kind_of_trial
 from autopar.search.meshes import Trial
 from autopar.search.pipeline import (
     PHASES,
@@ -91,8 +91,7 @@ class TrialResults:
     Attributes:
         solved: the trials with a solution within the memory.
         candidates: the outcome of every trial, for the plan.
-        by_bound: trials that aren't baselines and obey the pins whatever their solution is, in the order of their bounds without a limit of
-            memory.
+        by_bound: trials that aren't baselines, in the order of their bounds without a memory limit.
     """
 
     solved: Sequence[SolvedTrial] = ()
@@ -176,16 +175,13 @@ def solve_trials(
         if solved_trial is None:
             candidates.append(_unsolved(trial, search.bound_in_memory_ns / 1e9, PRUNED))
             continue
-        if trial.by_name and not does_as_pinned(model, search.problem.mesh, solved_trial.sharding, pins):
-            candidates.append(_unsolved(trial, solved_trial.step_seconds, "splits otherwise than pinned"))
-            continue
         fits = solved_trial.needed_nbytes <= cluster.machine.device.usable_bytes
         if fits:
             solved.append(replace(solved_trial, candidate=len(candidates)))
         candidates.append(_candidate(model, solved_trial, fits=fits, rename=is_open and not trial.baseline))
     if len(refusals) == len(searches):
         raise refusals[0]
-    return TrialResults(solved, tuple(candidates), [trial for trial, _ in searches if not trial.baseline and not trial.by_name])
+    return TrialResults(solved, tuple(candidates), [trial for trial, _ in searches if not trial.baseline])
 
 
 def _unsolved(trial: Trial, bound_seconds: float | None, outcome: str) -> Candidate:

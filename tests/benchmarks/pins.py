@@ -206,10 +206,8 @@ def free_mesh(plan: Plan) -> dict[str, int] | None:
     """The mesh that asks for the same free axes, as the summary writes it; None where the axes are pinned to kinds by their names."""
     chosen = plan.proof.candidates[plan.proof.chosen]
     sizes = [size for size in plan.mesh.sizes if size > 1]
-    is_kind = any(name in ("dp", "cp", "tp") for name in chosen.mesh.split()) or "cp" in chosen.mesh
-    if chosen.name != "search" or plan.pipeline.ranks > 1 or is_kind or not sizes:
-        return None
-    return dict(zip("xyz", sizes, strict=False))
+    is_free = (chosen.name == "search" and plan.pipeline.ranks == 1) or chosen.mesh.endswith("free axes")
+    return dict(zip("xyz", sizes, strict=False)) if is_free and sizes else None
 
 
 def draw_pins(rng: random.Random, devices: int, batch: int) -> dict[str, Any]:
@@ -278,12 +276,14 @@ def draw(model: str, cluster: str, share: float | None, seed: int, count: int) -
         requests.append(("random", draw_pins(rng, devices.world_size, batch), None))
     if free is not None:
         choices, mesh = state_choices(free, model), free_mesh(free)
-        requests.append(("all", choices, None))
-        if mesh is not None:
-            requests.append(("all", {name: value for name, value in choices.items() if name not in ("dp", "cp", "tp", "zero")}, mesh))
+        if mesh is not None:  # the names say what the axes do, but ask for axes that do nothing else
+            choices = {name: value for name, value in choices.items() if name not in ("dp", "cp", "tp", "zero")}
+        requests.append(("all", choices, mesh))
         for _ in range(2):
             names = rng.sample(list(choices), rng.randint(1, max(1, len(choices) - 1))) if choices else []
-            requests.append(("part", {name: choices[name] for name in names}, None))
+            given_mesh = mesh if rng.random() < 0.5 else None
+            names += ["pp"] if given_mesh is not None and "pp" in choices else []  # whose ranks the mesh is of
+            requests.append(("part", {name: choices[name] for name in names}, given_mesh))
     for kind, pins, given_mesh in requests:
         yield _compare(Draw(model, cluster, share, kind, pins, given_mesh, 0, 0, 0, "", "", ""), free, devices)
 

@@ -25,7 +25,6 @@ from autopar.errors import AutoparError, InfeasibleError, InputError, SolverErro
 from autopar.ir import Layout, Mesh
 from autopar.plans import BlockChoice, Candidate, Pipeline
 from autopar.schedules import Schedule, splits_backward
-from autopar.search.candidates import does_as_pinned
 from autopar.search.meshes import free_axes
 from autopar.search.pipeline.assignment import Assignment, assign_by_block
 from autopar.search.pipeline.assignment_problem import (
@@ -128,7 +127,7 @@ def search_pipelines(
     configurations: Sequence[Configuration],
     cutoff_s: float,
     tell: Callable[[str], None],
-    named: Sequence[Configuration] | None,
+    free: Sequence[Configuration] | None,
 ) -> SearchedPipelines:
     """The fastest pipeline found that takes less than `cutoff_s` seconds.
 
@@ -137,8 +136,8 @@ def search_pipelines(
         configurations: what to look at.
         cutoff_s: seconds to beat.
         tell: told what is being tried.
-        named: further configurations of free axes, which count if they do by name what is pinned; the best of `configurations` are then
-            looked at with free axes too. None where axes may not be free.
+        free: further configurations of free axes; the best of `configurations` are then looked at with free axes too. None where axes
+            may not be free.
     """
     state = SearchState(problem, tell, cutoff_s)
     rank_configurations(state, configurations)
@@ -154,8 +153,8 @@ def search_pipelines(
         if configuration not in fitting:  # else it fits under some schedule
             note(state, configuration, None, needed, "out of memory")
     best = search_best(state, greedy, cutoff_s, SEARCH_SECONDS)
-    if named is not None and greedy:
-        best = search_freed(state, greedy, cutoff_s, best, named)
+    if free is not None and greedy:
+        best = search_freed(state, greedy, cutoff_s, best, free)
     return SearchedPipelines(best, tuple(state.candidates), tuple(state.refusals))
 
 
@@ -404,23 +403,20 @@ def search_stages(state: SearchState, greedy: GreedyPipeline, limit_s: float, ti
     note(state, configuration, assignment.simulated, max(cost.peak) + given_nbytes, f"{choice}: {outcome}", costs=costs)
     if assignment.simulated >= limit_s:
         return None
-    found = _describe(state, greedy, solutions, blocks, assignment, cost, candidate=len(state.candidates) - 1)
-    if configuration.trial.by_name and not does_as_pinned(found.model, found.mesh, found.sharding, state.problem.pins):
-        return None
-    return found
+    return _describe(state, greedy, solutions, blocks, assignment, cost, candidate=len(state.candidates) - 1)
 
 
 def search_freed(
-    state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s: float, best: Pipelined | None, named: Sequence[Configuration]
+    state: SearchState, greedy: Sequence[GreedyPipeline], cutoff_s: float, best: Pipelined | None, free: Sequence[Configuration]
 ) -> Pipelined | None:
-    """The best configurations with free axes of the same sizes, and `named`; `best` where none of them is faster.
+    """The best configurations with free axes of the same sizes, and `free`; `best` where none of them is faster.
 
     Args:
         state: the search; outcomes are added to its candidates.
         greedy: greedy assignments, the fastest first: the configurations of the first ones are tried.
         cutoff_s: seconds to beat.
         best: what was found so far.
-        named: configurations of free axes.
+        free: configurations of free axes.
     """
     limit_s = cutoff_s if best is None else min(cutoff_s, best.seconds)
     freed: dict[object, Configuration] = {}
@@ -430,8 +426,8 @@ def search_freed(
             key = configuration.ranks, trial.mesh, configuration.microbatches
             freed.setdefault(key, Configuration(configuration.ranks, trial, configuration.microbatches))
     state.best_s, state.greedy, state.explored = limit_s, [], min(state.explored, EXPLORED - FREED)
-    known = {(configuration.ranks, configuration.trial.mesh, configuration.microbatches) for configuration in named}
-    rank_configurations(state, [*named, *(one for key, one in freed.items() if key not in known)])
+    known = {(configuration.ranks, configuration.trial.mesh, configuration.microbatches) for configuration in free}
+    rank_configurations(state, [*free, *(one for key, one in freed.items() if key not in known)])
     return search_best(state, sorted(state.greedy, key=lambda one: one.estimate_s), limit_s, FREED_SECONDS) or best
 
 
