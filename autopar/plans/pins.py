@@ -111,8 +111,8 @@ TABLE = (
         "zero",
         "0|1|2|3",
         _read_level,
-        "ZeRO level, what is stored split over dp and cp: 0 nothing, 1 the optimizer's states, 2 gradients too, 3 parameters too; true and false "
-        "of fsdp are 3 and 0",
+        "ZeRO level, what is stored split over dp and cp: 0 nothing, 1 the optimizer's states, 2 gradients too, 3 parameters too; true and "
+        "false of fsdp are 3 and 0",
     ),
     Pin(
         "zero_group",
