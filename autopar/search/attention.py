@@ -15,7 +15,7 @@ from autopar.structure import AnalyzedGraph
 
 
 def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None = None) -> tuple[str, ...]:
-    """A note per kind of attention call that can't run as pinned: its keys and values can't travel, or its rows can't be cut evenly.
+    """A note per line with attention that can't run as pinned: its keys and values can't travel, or its rows can't be cut evenly.
 
     Args:
         model: whose attention is meant.
@@ -44,7 +44,8 @@ def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None = None) -
             f"pin {pinned}: no attention of this model can {what}"
             f" ({told or 'there is none that is one operator: transformers have one with attn_implementation sdpa'}); {remedy}"
         )
-    return tuple(f"{_name(op)} runs otherwise than pinned ({pinned}), since {reason}" for op, reason in reasons if reason)
+    notes = (f"{_name(op)} runs otherwise than pinned ({pinned}), since {reason}" for op, reason in reasons if reason)
+    return tuple(dict.fromkeys(notes))  # calls of one line have one note
 
 
 def _context_axes(pins: Pins, mesh: Mesh | None) -> Mapping[str, int]:

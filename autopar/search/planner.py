@@ -138,7 +138,7 @@ class _Asked:
 
 def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
     """The cheapest plan for a graph whose losses are computed in as many chunks as it says."""
-    cluster, pins, mesh, first_plan = asked.cluster, asked.pins, asked.mesh, asked.first_plan
+    cluster, pins, mesh, first_plan, notes = asked.cluster, asked.pins, asked.mesh, asked.first_plan, asked.notes
     tell("rules and costs")
     spaces, unruled = _read_rules(graph, strict=asked.strict)
     model, chain = _fold(graph, spaces, asked.stored, _widest_axis(cluster, pins, mesh))
@@ -147,9 +147,9 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         pins = pin_pipeline(pins, first_plan, chain, batch)
         if pins.microbatches != parts:
             fewer = f"a batch of {batch} can't be split into {parts} micro-batches, as the first plan's: it runs in {pins.microbatches}"
-            asked = replace(asked, notes=(*asked.notes, fewer))
+            notes = (*notes, fewer)
     if first_plan is None:
-        asked = replace(asked, notes=(*asked.notes, *note_attention(model, pins, mesh)))
+        notes = (*notes, *note_attention(model, pins, mesh))
     request = _Request(model, chain, cluster, pins, mesh, asked.stored)
     results = _search_placements(request, tell)
     pipelined, candidates = _search_pipelines(request, results, tell)
@@ -180,7 +180,7 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         candidates=candidates,
         candidate=candidate,
         unruled=unruled,
-        notes=(*asked.notes, *_note_loss(graph, chosen.pipeline)),
+        notes=(*notes, *_note_loss(graph, chosen.pipeline)),
     )
 
 
