@@ -87,5 +87,8 @@ def _adds_zeros(pad: fx.Node) -> bool:
     """Whether a padding adds zeros at the ends of the last dim, and nothing else."""
     given: tuple[Any, ...] = pad.args
     _, amounts, *rest = given
-    mode, value = (*rest, "constant", None)[:2] if pad.target is aten.pad.default else ("constant", rest[0] if rest else 0)
+    mode = "constant"
+    if pad.target is aten.pad.default and rest:
+        mode, *rest = rest
+    value = rest[0] if rest else None
     return len(amounts) == 2 and min(amounts) >= 0 and mode == "constant" and not value
