@@ -54,7 +54,8 @@ class Exchange:
         forward, backward: how often it runs in each direction.
         itemsize: bytes of an element.
         is_hidden: whether it runs beside the op's own computing, part by part.
-        halo: what of a rank's part others need, if they don't need all of it. Where parts are split zigzag, a ring sends whole parts.
+        halo: what of a rank's part others need, if they don't need all of it. A ring of parts that are split zigzag counts as one of whole
+            parts, of which it sends less.
 
     A batch norm sums two float32 statistics per channel over the ranks that split its batch, in the forward and in the backward:
 

@@ -95,7 +95,7 @@ class Axis(ABC):
         return received
 
     def begin_rotate(self, x: Tensor) -> Message:
-        """Begin to send `x` to the next rank, the first after the last; the message's tensor is what the rank before sends alike."""
+        """Begin to send `x` to the next rank, the first after the last; the message's tensor is what the rank before sends so."""
         sent = self.send(x, (self.index + 1) % self.size)
         received = self.receive((self.index - 1) % self.size, x.shape, x.dtype, x.device)
         return _Begun(received.wait, sent)
@@ -159,7 +159,7 @@ class GroupAxis(Axis):
         return _GroupMessage(received, dist.irecv(received, group=self.directions[source > self.index], group_src=source), dtype)
 
     def begin_rotate(self, x: Tensor) -> Message:
-        """Begin to send `x` to the next rank, the first after the last; the message's tensor is what the rank before sends alike."""
+        """Begin to send `x` to the next rank, the first after the last; the message's tensor is what the rank before sends so."""
         # While a program's own thread sends a message over gloo, gloo's thread polls; an all-to-all is sent by threads of its own.
         return self._swap(x) if x.device.type == "cpu" else super().begin_rotate(x)
 

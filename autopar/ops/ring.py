@@ -10,9 +10,9 @@ computes with::
     rank 2    2   1   0   3
     rank 3    3   2   1   0
 
-What a rank's rows don't attend to, because of a causal mask or a window, isn't sent to it; with a window, of a part the keys from the first
-that it or a rank after it needs to the last. A causal mask leaves the ranks unequal work if
-each has one piece of the sequence, and equal work if each has two, the i-th from the front and the i-th from the end (zigzag)::
+A part that no row of a rank attends to, because of a causal mask or a window, isn't sent to it. Under a window a rank is sent only some
+keys of a part: from the first to the last that it, or a rank to which it sends them on, needs. A causal mask leaves the ranks unequal work
+if each has one piece of the sequence, and equal work if each has two, the i-th from the front and the i-th from the end (zigzag)::
 
     contiguous, 2 ranks   0 0 0 0 1 1 1 1          zigzag   0 0 1 1 1 1 0 0
 """

@@ -273,12 +273,12 @@ def parameter_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Con
         states += [shard(dim, outer) for outer in bounds]
     layouts = _fitting(tensor, states, mesh)
     pinned = constraints.pins.zero_level
-    pins_group = constraints.pins.zero_group is not None
+    is_grouped = constraints.pins.zero_group is not None  # groups are of dp ranks alone
     # With micro-batches, level 1 holds whole gradients and sums them once, level 2 sums those of each; else 2 is 1 with less memory.
     held = (1, 2) if math.prod(mesh.sizes[: first_rank_axis(mesh)]) > 1 else (2,)
     for axis, kind in enumerate(constraints.kinds):
         whole = [layout for layout in layouts if layout[axis] == REPLICATE]
-        if axis in constraints.copies or (kind is AxisKind.CP and pins_group):
+        if axis in constraints.copies or (kind is AxisKind.CP and is_grouped):
             layouts = whole
         elif kind in (AxisKind.DP, AxisKind.CP, AxisKind.FREE) and mesh.sizes[axis] > 1:
             if pinned != 0:

@@ -1,7 +1,7 @@
 """Times the attention of rings alone: work of each rank, overlap of computing and exchange, and against torch's own ring.
 
 Every measured step is a forward and a backward of one causal attention (bidirectional in one race) in gloo processes of a thread each; what
-is compared takes turns, step by step. Run by ``tests.benchmarks.long_sequences``.
+is compared takes turns, step by step. `python -m tests.benchmarks.ring PART` prints tables, in Markdown.
 
 Torch's context parallelism knows kernels of GPUs only: on a CPU its dispatcher refuses the attention. So its ring is driven as that
 dispatcher would, forward and backward by the functions that it has for all kernels, with torch's kernel for CPUs.
