@@ -106,7 +106,7 @@ TABLE = (
     Pin("tp", "N", _read_axis_size, "ranks that split features; 1 is none"),
     Pin("cp", "N", _read_axis_size, "ranks that split the sequence; 1 is none"),
     Pin("pp", "N", _read_count, "number of pipeline ranks; 1 is no pipeline", of_pipeline=True),
-    Pin("fsdp", "true|false", _read_switch, "whether parameters are stored split over dp; true needs such an axis on every pipeline rank"),
+    Pin("fsdp", "true|false", _read_switch, "whether parameters are stored split over dp and cp; true needs one on every pipeline rank"),
     Pin(
         "zero",
         "0|1|2|3",
