@@ -89,7 +89,7 @@ def _rows(rank: int, ranks: int, *, zigzag: bool) -> Tensor:
     return torch.cat([torch.arange(s.start, s.start + s.length) for s in spans_of(rank, ranks, LENGTH // ranks, zigzag=zigzag)])
 
 
-def _run(case: Case, mask: Mask, softcap: float | None, ranks: int, *, zigzag: bool) -> list[tuple[Tensor, ...]]:
+def _run(case: Case, mask: Mask, softcap: float | None, ranks: int, *, zigzag: bool, rotates: bool = False) -> list[tuple[Tensor, ...]]:
     """Per rank its part of the result and of the gradients."""
 
     def work(rank: int) -> tuple[Tensor, ...]:
@@ -97,7 +97,8 @@ def _run(case: Case, mask: Mask, softcap: float | None, ranks: int, *, zigzag: b
         parts = [x.detach()[:, :, rows].requires_grad_() for x in case.operands]
         bias = None if case.bias is None else case.bias[:, :, rows]
         positions = Positions.of(causal=mask.causal, window=mask.window)
-        result = ring_attention(*parts, case.padding, bias, positions, Scores(0.3, softcap), comm.axis("cp"), zigzag=zigzag)
+        scores = Scores(0.3, softcap)
+        result = ring_attention(*parts, case.padding, bias, positions, scores, comm.axis("cp"), zigzag=zigzag, rotates=rotates)
         return result.detach(), *torch.autograd.grad(result, parts, case.gradient[:, :, rows])
 
     return threads.run(Mesh(("cp",), (ranks,)), work)
@@ -111,6 +112,15 @@ def test_the_kernel_is_attention(mask: Mask, ranks: int, zigzag: bool) -> None:
         for rank, parts in enumerate(_run(case, mask, softcap, ranks, zigzag=zigzag)):
             for part, whole in zip(parts, case.expected, strict=True):
                 torch.testing.assert_close(part, whole[:, :, _rows(rank, ranks, zigzag=zigzag)], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_parts_may_visit_ranks_that_need_nothing_of_them(mask: Mask, zigzag: bool) -> None:
+    case = _make_case(mask, 2, None, torch.float64)
+    for rank, parts in enumerate(_run(case, mask, None, 4, zigzag=zigzag, rotates=True)):
+        for part, whole in zip(parts, case.expected, strict=True):
+            torch.testing.assert_close(part, whole[:, :, _rows(rank, 4, zigzag=zigzag)], rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)

@@ -160,8 +160,19 @@ class GroupAxis(Axis):
 
     def begin_rotate(self, x: Tensor) -> Message:
         """Begin to send `x` to the next rank, the first after the last; the message's tensor is what the rank before sends so."""
-        # While a program's own thread sends a message over gloo, gloo's thread polls; an all-to-all is sent by threads of its own.
-        return self._swap(x) if x.device.type == "cpu" else super().begin_rotate(x)
+        # While a program's own thread sends a message over gloo, gloo's thread polls; an all-to-all is sent by threads of its own. Over
+        # NCCL messages would wait in a circle, as all ranks send before they receive.
+        return self._swap(x)
+
+    def exchange_pieces(self, sent: Mapping[int, Tensor], awaited: Mapping[int, Sequence[int]], like: Tensor) -> dict[int, Tensor]:
+        """As `Axis.exchange_pieces`, in one all-to-all: all ranks of the axis must call it."""
+        given = [sent[rank].numel() if rank in sent else 0 for rank in range(self.size)]
+        taken = [math.prod(awaited[rank]) if rank in awaited else 0 for rank in range(self.size)]
+        flat = as_moved(torch.cat([like.new_empty(0), *(sent[rank].detach().reshape(-1) for rank in sorted(sent))]))
+        received = as_moved(like.new_empty(sum(taken)))
+        work = torch_compat.all_to_all_single(received, flat, taken, given, group=self.group, async_op=True)
+        pieces = torch.split(_GroupMessage(received, work, like.dtype, flat).wait(), taken)
+        return {rank: pieces[rank].view(tuple(shape)) for rank, shape in awaited.items()}
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
         """Combine all ranks' `x` elementwise; `x` itself is left as it is."""

@@ -219,7 +219,7 @@ def scaled_dot_product_attention(
     if splits.get("ring"):
         factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
         positions, (name,) = Positions.of(causal=is_causal, window=None), splits["ring"]
-        return ring_attention(q, k, v, None, attn_mask, positions, Scores(factor), comm.axis(name), zigzag=zigzag)
+        return ring_attention(q, k, v, None, attn_mask, positions, Scores(factor), comm.axis(name), zigzag=zigzag, rotates=q.is_cuda)
     if is_causal and splits.get("s"):
         first_row = comm.index(splits["s"]) * q.shape[-2]
         if _can_skip(q, k, v, attn_mask, first_row, dropout_p):
@@ -270,7 +270,9 @@ def attention(
     positions = Positions.of(causal=causal, window=window)
     if splits.get("ring"):
         (name,) = splits["ring"]
-        return ring_attention(q, k, v, key_padding, bias, positions, Scores(scale, softcap), comm.axis(name), zigzag=zigzag)
+        return ring_attention(
+            q, k, v, key_padding, bias, positions, Scores(scale, softcap), comm.axis(name), zigzag=zigzag, rotates=q.is_cuda
+        )
     if splits.get("s") and (causal or window is not None):
         rows, keys = q.shape[2], k.shape[2]
         first_row = comm.index(splits["s"]) * rows

@@ -73,18 +73,18 @@ class Itinerary:
     is_rotation: bool
 
 
-def plan_ring(rank: int, ranks: int, length: int, positions: Positions, *, zigzag: bool) -> Itinerary:
-    """The itinerary of a rank, whose part of the sequence has `length` tokens."""
+def plan_ring(rank: int, ranks: int, length: int, positions: Positions, *, zigzag: bool, rotates: bool = False) -> Itinerary:
+    """The itinerary of a rank, whose part of the sequence has `length` tokens; with `rotates` every part visits every rank."""
     spans = [spans_of(number, ranks, length, zigzag=zigzag) for number in range(ranks)]
 
     def visited(owner: int) -> list[tuple[int, tuple[Block, ...]]]:
         """The ranks that need a part, its owner first, each with its blocks."""
         found = [(number % ranks, find_blocks(spans[number % ranks], spans[owner], positions)) for number in range(owner, owner + ranks)]
-        return [(number, blocks) for number, blocks in found if number == owner or blocks]
+        return [(number, blocks) for number, blocks in found if number == owner or blocks or rotates]
 
     def needed(route: Sequence[tuple[int, tuple[Block, ...]]]) -> slice:
         """The keys of a part from the first that one of these ranks needs to the last."""
-        if positions.most == float("inf"):  # the rank that sends most sends as much if others leave some out
+        if rotates or positions.most == float("inf"):  # the rank that sends most sends as much if others leave some out
             return slice(0, length)
         slices = [block.key_slice for _, blocks in route for block in blocks]
         return slice(min((keys.start for keys in slices), default=0), max((keys.stop for keys in slices), default=0))
@@ -107,7 +107,8 @@ def plan_ring(rank: int, ranks: int, length: int, positions: Positions, *, zigza
                 )
             )
     own = visited(rank)
-    is_rotation = ranks > 1 and positions.most == float("inf") and all(len(visited(owner)) == ranks for owner in range(ranks))
+    is_whole = rotates or positions.most == float("inf")
+    is_rotation = ranks > 1 and is_whole and all(len(visited(owner)) == ranks for owner in range(ranks))
     return Itinerary(tuple(stops), own[-1][0] if len(own) > 1 else None, needed(own[1:]), is_rotation)
 
 
@@ -127,6 +128,7 @@ def ring_attention(
     axis: comm.Axis,
     *,
     zigzag: bool = False,
+    rotates: bool = False,
 ) -> Tensor:
     """Attention of this rank's rows to all keys, of which every rank has a part; a row that attends to no key gets zeros.
 
@@ -141,8 +143,10 @@ def ring_attention(
         scores: how scores are made.
         axis: the ranks between which the sequence is split.
         zigzag: whether each rank has two pieces of it, the i-th from the front and the i-th from the end.
+        rotates: whether whole parts visit ranks that need nothing of them, too. It must be so over NCCL: where only some ranks send, each
+            sends before it receives, and a send that waits for its receive would wait for ever.
     """
-    itinerary = plan_ring(axis.index, axis.size, q.shape[2], positions, zigzag=zigzag)
+    itinerary = plan_ring(axis.index, axis.size, q.shape[2], positions, zigzag=zigzag, rotates=rotates)
     rows = spans_of(axis.index, axis.size, q.shape[2], zigzag=zigzag)
     ring = _Ring(itinerary, positions, scores, rows, axis, zigzag, key_padding, bias)
     result: Tensor = _RingAttention.apply(q, k, v, ring)  # type: ignore[no-untyped-call]
@@ -346,6 +350,7 @@ class _RingAttention(torch.autograd.Function):
             of_keys: Tensor | None = None
             tokens = stop.summed.stop - stop.summed.start
             of_values: Tensor | None = None
+            parts: tuple[Tensor, ...] = ()
             for block in stop.blocks:
                 mask = ring.mask_of(block, q.device)
                 rows, columns, summed = block.row_slice, _inside(block.key_slice, stop.here), _inside(block.key_slice, stop.summed)
@@ -362,13 +367,14 @@ class _RingAttention(torch.autograd.Function):
                 of_q = _add(of_q, parts[0], rows, q.shape[2], wide)
                 of_keys = _add(of_keys, parts[1], summed, tokens, wide)
                 of_values = _add(of_values, parts[2], summed, tokens, wide)
-            assert of_keys is not None, "a rank stops where it computes something"
-            assert of_values is not None
+            if of_keys is None or of_values is None:  # of a rotation, where it computes nothing
+                of_keys, of_values = (x.new_zeros(x.shape, dtype=wide) for x in (keys, values))
             if stop.source is None:
                 of_own = of_keys, of_values
                 continue
             packed = _pack((of_keys, of_values))
-            del parts, of_keys, of_values  # while the message is on its way nobody needs them
+            parts = ()
+            del of_keys, of_values  # while the message is on its way nobody needs them
             before = added if rotated is None else rotated
             if before is not None:
                 packed += before.wait()
