@@ -111,7 +111,7 @@ def call_options(model: AnalyzedGraph, op: Op, mesh: Mesh, constraints: Constrai
     if space.linear:
         parts.append(PASS_PARTIAL)
     balanced = zigzag_axes(model, constraints)
-    # What `_of_kind` leaves out anyway is left out before combinations are made: there are many.
+    # What an axis may not do is left out before combinations are made: there are many.
     per_axis = [
         [part for part in ([*parts, *zigzags] if axis in balanced else parts) if _may_do(constraints.kinds[axis], part, space, loops)]
         for axis in range(first_axis, len(mesh.sizes))
@@ -135,7 +135,11 @@ _ROLES = {AxisKind.DP: Role.BATCH, AxisKind.CP: Role.SEQUENCE, AxisKind.TP: Role
 
 
 def _may_do(kind: AxisKind, part: AxisPlacement, space: Space, loops: Mapping[str, Mapping[int, Role]]) -> bool:
-    """Whether `_of_kind` may leave a placement that does this along an axis of a kind."""
+    """Whether an axis of a kind may do this to a call: dp split the batch, cp the sequence, tp anything but the batch.
+
+    Over cp an attention may split heads instead: an all-to-all before and after (Jacobs et al. 2023). Over tp, pointwise ops and norms may
+    be split by the sequence (sequence parallelism, Korthikanti et al. 2022), contractions may not.
+    """
     if not isinstance(part, Split) or kind is AxisKind.FREE:
         return True
     role = role_of(loops, part)
@@ -148,36 +152,26 @@ def _may_do(kind: AxisKind, part: AxisPlacement, space: Space, loops: Mapping[st
 def _of_kind(
     options: list[Placement], space: Space, loops: Mapping[str, Mapping[int, Role]], axis: int, constraints: Constraints
 ) -> list[Placement]:
-    """The placements in which an axis does what its kind may.
+    """Of placements in which an axis does what it may (`_may_do`), those in which it does what it must, where there are such.
 
-    A dp or cp axis splits a call by the batch or by the sequence where that can be, and else not at all. A tp axis splits nothing by the
-    batch, and a contraction by features where that can be. A free axis doesn't split what kinds that are pinned to one rank would, unless
-    there is no other placement.
+    A dp or cp axis must split a call, a tp axis a contraction by features. A free axis must not split what kinds that are pinned to one
+    rank would.
     """
-    kind = constraints.kinds[axis]
-    if kind is AxisKind.MICROBATCH:
-        return options
 
     def role(option: Placement) -> Role | None:
         part = option[axis]
         return role_of(loops, part) if isinstance(part, Split) else None
 
+    kind = constraints.kinds[axis]
+    chosen = options
     if kind is AxisKind.FREE:
         roles = {_ROLES[unused_kinds] for unused_kinds in constraints.unused_kinds}
-        return [option for option in options if role(option) not in roles] or options
-    if kind is AxisKind.TP:
-        allowed = [option for option in options if role(option) is not Role.BATCH]
-        if space.is_contraction:
-            # Pointwise ops and norms may be split by the sequence (sequence parallelism, Korthikanti et al. 2022), contractions may not.
-            allowed = [option for option in allowed if role(option) is not Role.SEQUENCE]
-            return [option for option in allowed if role(option) is Role.FEATURE] or allowed
-        return allowed
-    used = [option for option in options if role(option) is _ROLES[kind]]
-    if kind is AxisKind.CP and space.family is Family.ATTENTION:
-        # Heads instead of the sequence: an all-to-all before and after (Jacobs et al. 2023).
-        heads = space.facts.loops_of(Meaning.HEADS)
-        used += [option for option in options if isinstance(part := option[axis], Split) and part.loop in heads]
-    return used or [option for option in options if role(option) is None]
+        chosen = [option for option in options if role(option) not in roles]
+    elif kind is AxisKind.TP and space.is_contraction:
+        chosen = [option for option in options if role(option) is Role.FEATURE]
+    elif kind in (AxisKind.DP, AxisKind.CP):
+        chosen = [option for option in options if isinstance(option[axis], Split)]
+    return chosen or options
 
 
 def _of_attention(

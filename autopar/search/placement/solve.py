@@ -300,7 +300,7 @@ def _solve_core(core: Core, budget: int | None, time_limit: float, ceiling: floa
     for (a, b), costs in core.arcs.items():
         used.append(_add_arc(model, costs, option_ids[a], option_ids[b], budget is not None))
     # What every choice costs is no part of the objective: beside a constant of 2e12 bytes the solver may not tell options apart in time.
-    fixed = sum(_objective(costs, budget is not None)[1] for costs in (*core.nodes.values(), *core.arcs.values()))
+    fixed = sum(float(_objective(costs, budget is not None).min()) for costs in (*core.nodes.values(), *core.arcs.values()))
     if budget is not None:
         columns = np.concatenate([ids for ids, _ in used])
         model.add_row(columns, np.concatenate([nbytes for _, nbytes in used]), -np.inf, float(budget))
@@ -311,16 +311,15 @@ def _solve_core(core: Core, budget: int | None, time_limit: float, ceiling: floa
     return _Optimum(core.complete(choice), bound + fixed, method, model.size, model.row_count)
 
 
-def _objective(costs: Costs, by_time: bool) -> tuple[Table, float]:
-    """What each option of a node or arc adds to the objective beyond the least that any adds, and that least: nanoseconds or weight."""
-    objective = costs.cost if by_time else costs.weight
-    least = objective.min()
-    return objective - least, float(least)
+def _objective(costs: Costs, by_time: bool) -> Table:
+    """What each option of a node or arc costs: nanoseconds if `by_time`, else weight. What all of them cost is no part of the model."""
+    return costs.cost if by_time else costs.weight
 
 
 def _add_node(model: LinearModel, costs: Costs, by_time: bool) -> Table:
     """Variables x of a node with constraint (1); returns their ids. The objective has nanoseconds if `by_time`, else weights."""
-    ids = model.add_variables(np.minimum(_objective(costs, by_time)[0], FORBIDDEN), is_integer=True)
+    objective = _objective(costs, by_time)
+    ids = model.add_variables(np.minimum(objective - objective.min(), FORBIDDEN), is_integer=True)
     model.add_row(ids, np.ones(len(ids)), 1.0, 1.0)
     return ids
 
@@ -333,9 +332,9 @@ def _add_arc(model: LinearModel, costs: Costs, from_ids: Table, to_ids: Table, b
     class_pairs = np.ix_(row_of_class, column_of_class)
     weight = costs.weight[class_pairs]
     is_allowed = weight < FORBIDDEN
-    objective = _objective(costs, by_time)[0][class_pairs][is_allowed]
+    objective = _objective(costs, by_time)
     flows = np.full(weight.shape, -1, dtype=np.int64)
-    flows[is_allowed] = model.add_variables(objective)
+    flows[is_allowed] = model.add_variables(objective[class_pairs][is_allowed] - objective.min())
     for a in range(len(row_of_class)):
         _add_balance(model, flows[a][is_allowed[a]], from_ids[row_class == a])
     for b in range(len(column_of_class)):
