@@ -16,7 +16,8 @@ from autopar.ir.layout import Mesh
 from autopar.ops import comm
 from autopar.ops.attention_blocks import Scores
 from autopar.ops.halo import Halo, fetch, give_back
-from autopar.ops.ring import Positions, ring_attention
+from autopar.ops.positions import Positions
+from autopar.ops.ring import ring_attention
 
 Begun = tuple[bool, int]
 """Whether a rank sends or receives, and the other rank."""

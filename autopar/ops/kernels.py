@@ -216,15 +216,13 @@ def scaled_dot_product_attention(
         splits: the axes that split rows ``s``, or rows and keys ``ring``, and, where weights are dropped at random, batch and heads.
         zigzag: whether a part that ``ring`` makes has two pieces of the sequence.
     """
-    if splits.get("ring"):
-        factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-        positions, (name,) = Positions.of(causal=is_causal, window=None), splits["ring"]
-        return ring_attention(q, k, v, None, attn_mask, positions, Scores(factor), comm.axis(name), zigzag=zigzag, rotates=q.is_cuda)
+    positions = Positions.of(causal=is_causal, window=None)
+    scores = Scores(1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    made = _attend_by_blocks(q, k, v, None, attn_mask, positions, scores, dropout_p, splits, zigzag=zigzag)
+    if made is not None:
+        return made
     if is_causal and splits.get("s"):
         first_row = comm.index(splits["s"]) * q.shape[-2]
-        if _can_skip(q, k, v, attn_mask, first_row, dropout_p):
-            factor = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-            return attention_of_rows(q, k, v, None, attn_mask, Positions.of(causal=True, window=None), Scores(factor), first_row)
         # No row of this part attends to later keys.
         keys = min(first_row + q.shape[-2], k.shape[-2])
         k, v = k[..., :keys, :], v[..., :keys, :]
@@ -268,17 +266,12 @@ def attention(
         zigzag: whether a part that ``ring`` makes has two pieces of the sequence.
     """
     positions = Positions.of(causal=causal, window=window)
-    if splits.get("ring"):
-        (name,) = splits["ring"]
-        return ring_attention(
-            q, k, v, key_padding, bias, positions, Scores(scale, softcap), comm.axis(name), zigzag=zigzag, rotates=q.is_cuda
-        )
+    made = _attend_by_blocks(q, k, v, key_padding, bias, positions, Scores(scale, softcap), dropout_p, splits, zigzag=zigzag)
+    if made is not None:
+        return made
     if splits.get("s") and (causal or window is not None):
         rows, keys = q.shape[2], k.shape[2]
-        first_row = comm.index(splits["s"]) * rows
-        if _can_skip(q, k, v, bias, first_row, dropout_p):
-            return attention_of_rows(q, k, v, key_padding, bias, positions, Scores(scale, softcap), first_row)
-        allowed = positions.allow([Span(first_row, rows)], [Span(0, keys)], q.device)
+        allowed = positions.allow([Span(comm.index(splits["s"]) * rows, rows)], [Span(0, keys)], q.device)
         if bias is not None:
             allowed = bias & allowed if bias.dtype == torch.bool else bias.masked_fill(~allowed, -math.inf)
         bias = allowed
@@ -286,6 +279,31 @@ def attention(
     with rng.stream(all_axes(splits), q.device) if dropout_p > 0.0 else nullcontext():
         result: Tensor = torch.ops.autopar.attention(q, k, v, key_padding, bias, causal, window, scale, softcap, dropout_p)
     return result
+
+
+def _attend_by_blocks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_padding: Tensor | None,
+    bias: Tensor | None,
+    positions: Positions,
+    scores: Scores,
+    dropout_p: float,
+    splits: Splits,
+    *,
+    zigzag: bool,
+) -> Tensor | None:
+    """Attention of a part that leaves out what its mask excludes: over a ring, or to all keys. None where it can't, or excludes nothing."""
+    if splits.get("ring"):
+        (name,) = splits["ring"]
+        return ring_attention(q, k, v, key_padding, bias, positions, scores, comm.axis(name), zigzag=zigzag, rotates=q.is_cuda)
+    if not splits.get("s") or positions == Positions.of(causal=False, window=None):
+        return None
+    first_row = comm.index(splits["s"]) * q.shape[-2]
+    if not _can_skip(q, k, v, bias, first_row, dropout_p):
+        return None
+    return attention_of_rows(q, k, v, key_padding, bias, positions, scores, first_row)
 
 
 def _can_skip(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, first_row: int, dropout_p: float) -> bool:
