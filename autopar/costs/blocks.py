@@ -150,7 +150,7 @@ def block_kind(solved: SolvedChain, number: int) -> tuple[object, ...]:
         for name in reads.parameters[number]
     )
     # Between the first and the last block that read a parameter, a summand of its gradient waits.
-    tied = tuple(name for name, last in reads.last_block.items() if reads.first_block[name] < number <= last)
+    tied = tuple(name for name in reads.tied if reads.first_block[name] < number <= reads.last_block[name])
     hides = _hides_gathers(solved, number) and any(state.level for name in reads.parameters[number] for state in solved.stored(name))
     through = tuple(
         (graph.tensor(value), solved.made(value), solved.is_saved_as_made(value), reads.first_reader[value] <= number)

@@ -205,10 +205,9 @@ def _tied_nbytes(solved: SolvedChain, number: int) -> tuple[int, int]:
     if not solved.is_one_stage:
         return 0, 0
     waiting = added = 0
-    for name, last in solved.reads.last_block.items():
-        first = solved.reads.first_block[name]
-        tensor = solved.graph.tensor(Value(name))
-        if first <= number <= last and first < last and tensor.requires_grad:
+    for name in solved.reads.tied:
+        first, last = solved.reads.first_block[name], solved.reads.last_block[name]
+        if first <= number <= last and solved.graph.tensor(Value(name)).requires_grad:
             nbytes = _given_gradient_nbytes(solved, Value(name))
             waiting += nbytes
             added += nbytes if number == first else 0

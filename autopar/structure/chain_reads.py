@@ -33,9 +33,9 @@ class ChainReads:
         deferrable: calls whose weight gradients can wait for a pass of its own (`is_deferrable`).
         parameters: per block the parameters that it reads; the last block also has those that no block reads.
         first_block: parameter -> the first block that has it in `parameters`: its optimizer state counts there. The program follows the
-            same
-            rule: `Slot.owner` is the first pipeline rank that uses it.
+            same rule: `Slot.owner` is the first pipeline rank that uses it.
         last_block: parameter -> the last block that has it in `parameters`: its backward makes the first summand of its gradient.
+        tied: parameters of several blocks, such as the table of an embedding that is the head too.
         shared: per block its operands, as (call, number of the operand), whose values other blocks read too and which aren't parameters.
     """
 
@@ -49,6 +49,7 @@ class ChainReads:
     parameters: tuple[tuple[str, ...], ...]
     first_block: Mapping[str, int]
     last_block: Mapping[str, int]
+    tied: tuple[str, ...]
     shared: tuple[tuple[tuple[str, int], ...], ...]
 
 
@@ -64,6 +65,8 @@ def read_chain(graph: Graph, spaces: Mapping[str, Space], chain: Chain) -> Chain
         if value.op in block_of:
             outputs[block_of[value.op]].append((position, value))
     parameters = _find_parameters(graph, chain, block_of)
+    first_block = {name: number for number in reversed(range(len(parameters))) for name in parameters[number]}
+    last_block = {name: number for number, names in enumerate(parameters) for name in names}
     return ChainReads(
         block_of=block_of,
         first_reader=first_reader,
@@ -73,8 +76,9 @@ def read_chain(graph: Graph, spaces: Mapping[str, Space], chain: Chain) -> Chain
         cheap=_find_cheap_calls(graph, chain, block_of),
         deferrable=frozenset(name for name in block_of if is_deferrable(graph, spaces, graph.by_name[name])),
         parameters=parameters,
-        first_block={name: number for number in reversed(range(len(parameters))) for name in parameters[number]},
-        last_block={name: number for number, names in enumerate(parameters) for name in names},
+        first_block=first_block,
+        last_block=last_block,
+        tied=tuple(name for name, last in last_block.items() if first_block[name] < last),
         shared=_find_shared_operands(graph, chain, block_of),
     )
 

@@ -44,9 +44,10 @@ class BlockOptionMaker:
         self.solved = solved
         self.link = link
         self.solution = solution
-        self._kinds: list[tuple[object, CutCost]] = []  # per block what its costs depend on, and its cut; found when first needed
-        # What is equal for like blocks -> their name and cost by kind of recomputation, as if every collective waited on the spot.
-        self._costs: dict[tuple[object, str], tuple[str, BlockCost]] = {}
+        # Per block the number of its kind, equal for blocks of equal costs, and its cut; found when first needed.
+        self._kinds: list[tuple[int, CutCost]] = []
+        # Kind and kind of recomputation -> name and cost, as if every collective waited on the spot.
+        self._costs: dict[tuple[int, str], tuple[str, BlockCost]] = {}
         self._surroundings: list[Surroundings | None] = []
         self._options: dict[tuple[object, str], BlockOption] = {}
 
@@ -85,15 +86,16 @@ class BlockOptionMaker:
             for block, key, (_, cut) in zip(blocks, kinds, self._kinds, strict=True)
         )
 
-    def _find_kinds(self) -> list[tuple[object, CutCost]]:
-        """Per block something that is equal for blocks of equal costs, and the cut after it."""
+    def _find_kinds(self) -> list[tuple[int, CutCost]]:
+        """Per block a number that is equal for blocks of equal costs, and the cut after it."""
         cuts: dict[object, CutCost] = {}
-        kinds: list[tuple[object, CutCost]] = []
+        numbers: dict[object, int] = {}
+        kinds: list[tuple[int, CutCost]] = []
         for number in range(len(self.solved.chain.blocks)):
             key = cut_kind(self.solved, number)
             if key not in cuts:
                 cuts[key] = cost_cut(self.solved, number, self.link)
-            kinds.append((block_kind(self.solved, number), cuts[key]))
+            kinds.append((numbers.setdefault(block_kind(self.solved, number), len(numbers)), cuts[key]))
         return kinds
 
     def _find_surroundings(self) -> list[Surroundings | None]:
