@@ -152,6 +152,14 @@ def test_a_field_that_stands_twice_is_refused() -> None:
         (set_field("proof", "chosen", to=3), "plan.proof.chosen is 3, a candidate whose step takes None s"),
         (set_field("proof", "candidates", 0, "kind", to="magic"), "plan.proof.candidates[0].kind is 'magic'; known are data parallel"),
         (set_field("proof", "candidates", 0, "basis", to="hope"), "plan.proof.candidates[0].basis is 'hope'; known are predicted, bound"),
+        (
+            set_field("proof", "candidates", 0, "free_mesh", to={"names": ["x"], "sizes": [4]}),
+            "plan.proof.candidates[0].free_mesh is x=4, which asks for no plan on dp=2 x tp=4",
+        ),
+        (
+            set_field("proof", "candidates", 0, "free_mesh", to={"names": ["x y", "z"], "sizes": [2, 4]}),
+            "plan.proof.candidates[0].free_mesh is x y=2 x z=4, which asks for no plan",
+        ),
         (set_field("proof", "candidates", 1, "parts", "bubble", to=0.1), "plan.proof.candidates[1].parts add up to 0.1123"),
         (set_field("memory", "copies", to=2_000_000_000), "plan.memory.copies is 2000000000, more than plan.memory.parameters, 1000000000"),
         (set_field("work", "samples", to=0), "plan.work.samples is 0, an integer from 1 is needed"),

@@ -349,6 +349,9 @@ def _check_proof(plan: Plan) -> None:
         parts, step = candidate.parts, candidate.step_seconds
         if parts is not None and (step is None or abs(parts.step - step) > _STEP_NS / 1e9 + _STEP_SHARE * step):
             raise PlanError(f"plan.proof.candidates[{index}].parts add up to {parts.step} s, but its step_seconds are {step}")
+    free = proof.candidates[proof.chosen].free_mesh
+    if free is not None and (free.sizes != plan.mesh.sizes or not all(name.isidentifier() for name in free.names)):
+        raise PlanError(f"plan.proof.candidates[{proof.chosen}].free_mesh is {free}, which asks for no plan on {plan.mesh}")
 
 
 def _check_request(plan: Plan) -> None:

@@ -31,7 +31,7 @@ from autopar.plans.timing import Timing
 from autopar.plans.work import OpCost, Seconds, Work, sum_parts
 
 FORMAT = "autopar-plan"
-VERSION = 6
+VERSION = 7
 
 # What older versions lack, and why they can't be read.
 _LACKS = {
@@ -40,6 +40,7 @@ _LACKS = {
     3: " (a plan of version 3 has no field repeated, and one for the seconds of its search)",
     4: " (a plan of version 4 has no fields precision, loss_chunks and prefetch)",
     5: " (a plan of version 5 has no fields work, ops, reads, request and pipeline.timing)",
+    6: " (the candidates of a plan of version 6 have no field free_mesh)",
 }
 
 # Characters of a message at most: a file may name anything.
@@ -204,6 +205,8 @@ class Candidate:
         kind: what it splits.
         parts: what its step is made of, where the search has found a whole plan of it; else None.
         basis: what `step_seconds` are: predicted for a plan that was found, a lower bound of the search's costs, or an estimate.
+        free_mesh: the mesh of a pipeline rank as a user would ask for it, where some of its axes were free: in `mesh` these may be called
+            by what they do, which asks for less. None where none was free.
     """
 
     name: str
@@ -214,6 +217,7 @@ class Candidate:
     kind: Annotated[str, Among(KINDS)] = "not solved"
     parts: Seconds | None = None
     basis: Annotated[str, Among(BASES)] = "predicted"
+    free_mesh: Mesh | None = None
 
     @property
     def is_spread(self) -> bool:

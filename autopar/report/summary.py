@@ -14,9 +14,6 @@ from autopar.units import format_bytes, format_seconds, format_share
 MEMORY_KINDS = tuple(field.name for field in fields(Memory) if field.name not in ("budget", "apart", "copies"))
 """The kinds of `Memory`, in the order shown."""
 
-# Names of free axes, which ask for no kind.
-_FREE = ("x", "y", "z")
-
 _KINDS = {"dp": "the batch", "cp": "the sequence", "tp": "features"}
 """What an axis of such a name splits if the name was given, which pins it to a kind."""
 
@@ -204,12 +201,10 @@ def describe_precision(plan: Plan) -> str:
 def _word_free_axes(plan: Plan) -> list[str]:
     """Of a plan whose axes were free to split anything, how to ask for them: by their names they would be pinned to a kind."""
     chosen, request = plan.proof.candidates[plan.proof.chosen], plan.request
-    sizes = [size for size in plan.mesh.sizes if size > 1]
-    ranks = plan.pipeline.ranks
-    is_free = (chosen.name == "search" and ranks == 1) or chosen.mesh.endswith("free axes")
-    if not is_free or request.mesh is not None or request.pins.axis_sizes or request == Request() or not 1 <= len(sizes) <= len(_FREE):
+    if not chosen.free_mesh or plan.world_size == 1 or request.mesh is not None or request.pins.axis_sizes or request == Request():
         return []
-    mesh = ",".join(f"{name}={size}" for name, size in zip(_FREE, sizes, strict=False))
+    ranks = plan.pipeline.ranks
+    mesh = ",".join(f"{name}={size}" for name, size in zip(chosen.free_mesh.names, chosen.free_mesh.sizes, strict=True))
     asked = f"--mesh {mesh}" + (f" --pin pp={ranks}" if ranks > 1 else "")
     return [f"free axes, named by what they do: {asked} asks for them"]
 

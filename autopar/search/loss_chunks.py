@@ -77,7 +77,8 @@ def _as_candidate(plan: Plan) -> Candidate:
     name = "logits whole" if plan.loss_chunks == 1 else f"logits in {plan.loss_chunks} chunks"
     mesh, chosen = format_mesh(with_pipeline(plan.mesh, plan.pipeline.ranks)), plan.proof.candidates[plan.proof.chosen]
     needed = plan.memory.total - plan.memory.reserved
-    return Candidate(name, mesh, plan.seconds.step, needed, "slower than what was chosen", chosen.kind, plan.seconds)
+    outcome = "slower than what was chosen"
+    return Candidate(name, mesh, plan.seconds.step, needed, outcome, chosen.kind, plan.seconds, free_mesh=chosen.free_mesh)
 
 
 def _attempt(graph: Graph, losses: Sequence[ChunkedLoss], chunks: int, attempt: Attempt) -> Plan:

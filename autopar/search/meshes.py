@@ -28,6 +28,9 @@ from autopar.plans import Pins, check_devices
 from autopar.search.options import AxisKind, Constraints, is_inside, kind_of
 from autopar.structure import AnalyzedGraph, Role, batch_size, grouped_heads, role_of
 
+_FREE_NAMES = ("x", "y")
+"""Names of free axes, which ask for no kind."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trial:
@@ -38,7 +41,7 @@ class Trial:
         mesh: the devices of one pipeline rank; of all devices without a pipeline.
         constraints: what decisions on it must obey.
         baseline: whether this is one of the baselines.
-        freed: whether its axes are free in the place of axes of kinds, and so get their names from what they do.
+        freed: whether axes are free in the place of axes of kinds, and so all get their names from what they do.
     """
 
     name: str
@@ -46,6 +49,11 @@ class Trial:
     constraints: Constraints
     baseline: bool = False
     freed: bool = False
+
+    @property
+    def free_mesh(self) -> Mesh | None:
+        """The mesh as a user would ask for its free axes, which the names that axes get later wouldn't; None where none is free."""
+        return self.mesh if any(kind_of(name) is AxisKind.FREE for name in self.mesh.names) else None
 
 
 def find_trials(
@@ -70,8 +78,8 @@ def find_trials(
         meshes = [mesh]
     elif pins.axis_sizes:
         meshes = [_pinned_mesh(pins.axis_sizes, world)]
-        if len(_context_sizes(model, cluster, cluster)) > 1:
-            # Where a long sequence takes all memory, a search that knows what the ranks left over split comes closer.
+        if any(kind_of(name) is AxisKind.FREE and size > 1 for name, size in zip(meshes[0].names, meshes[0].sizes, strict=True)):
+            # Where memory is short, a search that knows what the ranks left over split comes closer.
             kinds = (kind_mesh for kind_mesh in _kind_meshes(model, cluster, cluster, pins) if _has_axes(kind_mesh, pins.axis_sizes))
             meshes += [kind_mesh for kind_mesh in kinds if kind_mesh not in meshes]
     else:
@@ -136,13 +144,20 @@ def find_free_trials(cluster: Cluster, pins: Pins) -> list[Trial]:
     return [_free(mesh, pins) for mesh in _free_meshes(cluster.world_size)] if can_free(pins) else []
 
 
-def free_axes(trial: Trial) -> Trial | None:
-    """The trial with free axes of the same sizes; None for more than two axes, and for one of kind CP: free axes don't split zigzag."""
-    sizes = tuple(size for size in trial.mesh.sizes if size > 1)
+def free_axes(trial: Trial) -> list[Trial]:
+    """The trial with free axes of the same sizes: with all axes free, and of two also with each of them alone.
+
+    None for more than two axes, and for one of kind CP: free axes don't split zigzag.
+    """
+    axes = [(name, size) for name, size in zip(trial.mesh.names, trial.mesh.sizes, strict=True) if size > 1]
     kinds, pins = trial.constraints.kinds, trial.constraints.pins
-    if not can_free(pins) or not 1 <= len(sizes) <= 2 or AxisKind.CP in kinds or all(kind is AxisKind.FREE for kind in kinds):
-        return None
-    return _free(Mesh(("x", "y")[: len(sizes)], sizes), pins)
+    if not can_free(pins) or not 1 <= len(axes) <= 2 or AxisKind.CP in kinds or AxisKind.FREE in kinds:
+        return []
+    sizes = tuple(size for _, size in axes)
+    names = [_FREE_NAMES[: len(axes)]]
+    if len(axes) == 2:
+        names += [(_FREE_NAMES[0], axes[1][0]), (axes[0][0], _FREE_NAMES[0])]
+    return [_free(Mesh(mesh_names, sizes), pins) for mesh_names in names]
 
 
 def can_free(pins: Pins) -> bool:
@@ -152,7 +167,8 @@ def can_free(pins: Pins) -> bool:
 
 
 def _free(mesh: Mesh, pins: Pins) -> Trial:
-    return Trial("search", mesh, Constraints(tuple(AxisKind.FREE for _ in mesh.names), pins), freed=True)
+    """The trial of a mesh whose axes are free but for those called by a kind."""
+    return Trial("search", mesh, Constraints(tuple(kind_of(name) for name in mesh.names), pins), freed=True)
 
 
 def _form_groups(trial: Trial) -> Trial:
@@ -335,10 +351,10 @@ def _pinned_mesh(sizes: Mapping[str, int], world: int) -> Mesh:
 
 def _free_meshes(world: int) -> list[Mesh]:
     """All meshes of one and two free axes over so many ranks; meshes of more axes must be pinned."""
-    meshes = [Mesh(("x",), (world,))]
+    meshes = [Mesh(_FREE_NAMES[:1], (world,))]
     for inner in range(2, world // 2 + 1):
         if world % inner == 0:
-            meshes.append(Mesh(("x", "y"), (world // inner, inner)))
+            meshes.append(Mesh(_FREE_NAMES, (world // inner, inner)))
     return meshes
 
 

@@ -24,7 +24,18 @@ from autopar.search.loss_chunks import plan_with_chunks
 from autopar.search.meshes import can_free, find_free_trials, find_pipeline_trials, find_trials
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
 from autopar.search.trials import Progress, SolvedTrial, TrialResults, name_request, solve_trials
-from autopar.structure import AnalyzedGraph, Chain, batch_size, find_chain, find_constants, find_roles, fold, regroup, relabel
+from autopar.structure import (
+    AnalyzedGraph,
+    Chain,
+    batch_size,
+    find_chain,
+    find_constants,
+    find_roles,
+    first_rank_axis,
+    fold,
+    regroup,
+    relabel,
+)
 from autopar.texts import printable
 from autopar.units import format_bytes
 
@@ -165,12 +176,13 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         return _plan_graph(graph, replace(asked, pins=replace(asked.pins, prefetch=0), notes=(*asked.notes, _WAITS)), tell)
     else:
         raise _infeasible(request, candidates)
-    if trial.freed:
-        candidates = _name_freed(candidates, candidate, trial.mesh, name_axes(chosen.model, chosen.mesh, chosen.sharding.placements))
+    # Axes that the user named keep their names.
+    rename = trial.freed or (trial.name == "search" and request.is_open and not pins.asks_for_pipeline)
+    if rename and pipelined is not None and trial.free_mesh:
+        candidates = _name_freed(candidates, candidate, chosen)
     return assemble(
         chosen,
-        # Axes that the user named keep their names.
-        rename=trial.freed or (trial.name == "search" and request.is_open and not pins.asks_for_pipeline),
+        rename=rename,
         cluster=cluster,
         model_name=asked.model_name,
         precision=asked.precision,
@@ -184,10 +196,14 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
     )
 
 
-def _name_freed(candidates: Sequence[Candidate], chosen: int, tried: Mesh, named: Mesh) -> tuple[Candidate, ...]:
-    """The candidates, of which the chosen one says what its free axes do, and that they were free."""
-    mesh = candidates[chosen].mesh.replace(format_mesh(tried), format_mesh(named))
-    return (*candidates[:chosen], replace(candidates[chosen], mesh=f"{mesh}, free axes"), *candidates[chosen + 1 :])
+def _name_freed(candidates: Sequence[Candidate], number: int, chosen: Chosen) -> tuple[Candidate, ...]:
+    """The candidates, of which the chosen pipeline says what its free axes do, and that they were free."""
+    first_axis = first_rank_axis(chosen.mesh)
+    named = name_axes(chosen.model, chosen.mesh, chosen.sharding.placements)
+    tried, found = (format_mesh(Mesh(mesh.names[first_axis:], mesh.sizes[first_axis:])) for mesh in (chosen.mesh, named))
+    candidate = candidates[number]
+    candidate = replace(candidate, mesh=f"{candidate.mesh.replace(tried, found)}, free axes")
+    return (*candidates[:number], candidate, *candidates[number + 1 :])
 
 
 def pin_pipeline(pins: Pins, first_plan: Plan, chain: Chain, batch: int) -> Pins:
@@ -284,7 +300,8 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
         alone=pins.asks_for_pipeline or is_tight,
     )
     if is_tight:
-        configurations += [Configuration(1, trial, 1) for trial in results.by_bound[:RECOMPUTED]]
+        known = {configuration.trial.mesh for configuration in configurations if configuration.ranks == 1}
+        configurations += [Configuration(1, trial, 1) for trial in results.by_bound[:RECOMPUTED] if trial.mesh not in known]
     free: list[Configuration] | None = None
     if request.is_open and can_free(pins):
         # Without pins those of one pipeline rank are among the meshes of `results`. Of several, only a request that says as much as a plan

@@ -187,7 +187,8 @@ def solve_trials(
 def _unsolved(trial: Trial, bound_seconds: float | None, outcome: str) -> Candidate:
     """The candidate of a trial without a solution."""
     basis = "predicted" if bound_seconds is None else "bound"
-    return Candidate(trial.name, format_mesh(trial.mesh), bound_seconds, None, outcome, word_kind_of_trial(trial), None, basis)
+    kind = word_kind_of_trial(trial)
+    return Candidate(trial.name, format_mesh(trial.mesh), bound_seconds, None, outcome, kind, None, basis, trial.free_mesh)
 
 
 def _candidate(model: AnalyzedGraph, solved: SolvedTrial, *, fits: bool, rename: bool) -> Candidate:
@@ -201,6 +202,7 @@ def _candidate(model: AnalyzedGraph, solved: SolvedTrial, *, fits: bool, rename:
         outcome=solved.solution.status if fits else "out of memory",
         kind=word_kind(find_kinds(model, mesh, placements)),
         parts=find_parts([block.options[0].cost for block in solved.blocks], 1, 1, solved.step_seconds) if fits else None,
+        free_mesh=solved.trial.free_mesh,
     )
 
 

@@ -204,10 +204,8 @@ def _zero_level(plan: Plan) -> int | None:
 
 def free_mesh(plan: Plan) -> dict[str, int] | None:
     """The mesh that asks for the same free axes, as the summary writes it; None where the axes are pinned to kinds by their names."""
-    chosen = plan.proof.candidates[plan.proof.chosen]
-    sizes = [size for size in plan.mesh.sizes if size > 1]
-    is_free = (chosen.name == "search" and plan.pipeline.ranks == 1) or chosen.mesh.endswith("free axes")
-    return dict(zip("xyz", sizes, strict=False)) if is_free and sizes else None
+    asked = plan.proof.candidates[plan.proof.chosen].free_mesh
+    return dict(zip(asked.names, asked.sizes, strict=True)) if asked else None
 
 
 def draw_pins(rng: random.Random, devices: int, batch: int) -> dict[str, Any]:

@@ -63,13 +63,13 @@ SIMULATED_ROUNDS = 4
 # So many of the best greedy assignments are searched by cutting planes, if within this factor of the best: a search gains some percent.
 SEARCHED = 3
 SEARCHED_WITHIN = 1.05
-# So many of the best configurations are looked at with free axes too, if within this factor of the best, as free axes gain some percent. A
-# second one would take a fourth of the planning time of small models.
-FREED = 1
+# Of so many of the best configurations it is seen whether free axes' fastest placements promise a step below the best. The best one is
+# looked at with free axes anyhow, if within this factor: under want of memory they gain more.
+FREED = 6
 FREED_WITHIN = 1.05
 # Seconds for these searches together, with pinned and with free axes, and the relative gap at which each ends.
 SEARCH_SECONDS = 3.0
-FREED_SECONDS = 1.0
+FREED_SECONDS = 0.5
 ASSIGN_GAP = 5e-3
 
 
@@ -190,6 +190,8 @@ def refine(state: SearchState, queued: QueuedConfiguration) -> QueuedConfigurati
     """The configuration with an estimate from the next level; None when no greedy assignment fits under the first schedules."""
     configuration = queued.configuration
     if queued.level is Level.PRODUCTS:
+        if (known_s := estimate_from_fewer(state, configuration)) > queued.estimate_s:
+            return replace(queued, estimate_s=known_s)
         state.tell(f"costs: {configuration}")
         estimate_s = max(queued.estimate_s, estimate_from_placements(state, configuration))
         return replace(queued, estimate_s=estimate_s, level=Level.PLACEMENTS)
@@ -229,7 +231,21 @@ def estimate_from_placements(state: SearchState, configuration: Configuration) -
     work = state.solutions.estimate_work(configuration)
     if work is None:
         return math.inf
+    state.works.setdefault((configuration.ranks, configuration.trial.mesh), {})[configuration.microbatches] = work
     return estimate_fastest_s(configuration, schedules_of(state, configuration), work.microbatch_s) + work.step_s
+
+
+def estimate_from_fewer(state: SearchState, configuration: Configuration) -> float:
+    """Estimate (4) in seconds as if parts of a micro-batch took just as long together as whole: none takes less. 0 where none is known.
+
+    So of many micro-batches the placements needn't be looked at, if fewer are too slow already.
+    """
+    estimate_s = 0.0
+    for count, work in state.works.get((configuration.ranks, configuration.trial.mesh), {}).items():
+        if configuration.microbatches % count == 0:
+            part_s = work.microbatch_s * count / configuration.microbatches
+            estimate_s = max(estimate_s, estimate_fastest_s(configuration, schedules_of(state, configuration), part_s) + work.step_s)
+    return estimate_s
 
 
 def schedules_of(state: SearchState, configuration: Configuration) -> list[ScheduleChoice]:
@@ -413,22 +429,49 @@ def search_freed(
 
     Args:
         state: the search; outcomes are added to its candidates.
-        greedy: greedy assignments, the fastest first: the configurations of the first ones are tried.
+        greedy: greedy assignments, the fastest first.
         cutoff_s: seconds to beat.
         best: what was found so far.
         free: configurations of free axes.
     """
     limit_s = cutoff_s if best is None else min(cutoff_s, best.seconds)
-    freed: dict[object, Configuration] = {}
-    for configuration in dict.fromkeys(one.configuration for one in greedy if one.estimate_s < FREED_WITHIN * limit_s):
-        trial = free_axes(configuration.trial)
-        if trial is not None and len(freed) < FREED:
-            key = configuration.ranks, trial.mesh, configuration.microbatches
-            freed.setdefault(key, Configuration(configuration.ranks, trial, configuration.microbatches))
-    state.best_s, state.greedy, state.explored = limit_s, [], min(state.explored, EXPLORED - FREED)
     known = {(configuration.ranks, configuration.trial.mesh, configuration.microbatches) for configuration in free}
-    rank_configurations(state, [*free, *(one for key, one in freed.items() if key not in known)])
-    return search_best(state, sorted(state.greedy, key=lambda one: one.estimate_s), limit_s, FREED_SECONDS) or best
+    wholly, partly = _free_configurations(state, greedy, limit_s)
+    wholly = [one for one in wholly if (one.ranks, one.trial.mesh, one.microbatches) not in known]
+    for configurations in ([*free, *wholly], partly):
+        state.best_s, state.greedy, state.explored = limit_s, [], min(state.explored, EXPLORED - max(1, len(configurations)))
+        rank_configurations(state, configurations)
+        best = search_best(state, sorted(state.greedy, key=lambda one: one.estimate_s), limit_s, FREED_SECONDS) or best
+        limit_s = limit_s if best is None else min(limit_s, best.seconds)
+    return best
+
+
+def _free_configurations(
+    state: SearchState, greedy: Sequence[GreedyPipeline], limit_s: float
+) -> tuple[list[Configuration], list[Configuration]]:
+    """The configurations to look at with free axes, and with one of two axes free.
+
+    Of the fastest greedy assignments on different meshes the best is taken always, the other ones, `FREED` together, if they would be
+    faster than `limit_s` with the work of free axes' fastest placements. The best has single free axes too, if it has one pipeline rank:
+    there only want of memory has it looked at, under which fewer options may come closer.
+    """
+    fastest: dict[tuple[int, tuple[int, ...], int], GreedyPipeline] = {}
+    for one in greedy:
+        if free_axes(one.configuration.trial):
+            key = one.configuration.ranks, one.configuration.trial.mesh.sizes, one.configuration.microbatches
+            fastest.setdefault(key, one)
+    wholly: list[Configuration] = []
+    partly: list[Configuration] = []
+    for number, one in enumerate(list(fastest.values())[:FREED]):
+        is_best = number == 0 and one.estimate_s < FREED_WITHIN * limit_s
+        trial, *others = free_axes(one.configuration.trial)
+        freed = replace(one.configuration, trial=trial)
+        gain = estimate_from_placements(state, freed) / estimate_from_placements(state, one.configuration)
+        if is_best or one.estimate_s * gain < limit_s:
+            wholly.append(freed)
+        if is_best and one.configuration.ranks == 1:
+            partly = [replace(one.configuration, trial=other) for other in others]
+    return wholly, partly
 
 
 def _choose_solutions(

@@ -12,10 +12,11 @@ from enum import IntEnum
 
 from autopar.costs import BlockCost
 from autopar.errors import AutoparError
+from autopar.ir import Mesh
 from autopar.plans import Candidate
 from autopar.search.candidates import find_parts
 from autopar.search.pipeline.configurations import Configuration, PipelineProblem, ScheduleChoice
-from autopar.search.pipeline.solutions import SolutionCache
+from autopar.search.pipeline.solutions import SolutionCache, WorkEstimate
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +73,7 @@ class SearchState:
         candidates: outcomes of configurations, for the plan.
         refusals: errors that say why some schedules, stages and numbers of micro-batches can't be had.
         schedules: schedules to try, of the configurations looked at so far.
+        works: for pipeline ranks and a mesh of each: their work under the fastest placements, by number of micro-batches.
         solutions: placements of a micro-batch, shared by configurations.
     """
 
@@ -84,6 +86,7 @@ class SearchState:
     candidates: list[Candidate] = field(default_factory=list)
     refusals: list[AutoparError] = field(default_factory=list)
     schedules: dict[Configuration, list[ScheduleChoice]] = field(default_factory=dict)
+    works: dict[tuple[int, Mesh], dict[int, WorkEstimate]] = field(default_factory=dict)
     solutions: SolutionCache = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,4 +106,6 @@ def note(
     """Add the outcome of a configuration to the plan's candidates; `costs` are those of the blocks of what was found."""
     parts = find_parts(costs, configuration.microbatches, configuration.ranks, seconds) if costs and seconds is not None else None
     kind, splits = configuration.kind, configuration.splits
-    state.candidates.append(Candidate(kind, str(configuration), seconds, nbytes, outcome, splits, parts, basis))
+    state.candidates.append(
+        Candidate(kind, str(configuration), seconds, nbytes, outcome, splits, parts, basis, configuration.trial.free_mesh)
+    )

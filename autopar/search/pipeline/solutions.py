@@ -31,6 +31,8 @@ from autopar.structure import AnalyzedGraph, MicroSplitter, batch_size, read_cha
 # seconds per device's memory (at price 1 all of a device's memory costs as much as the step).
 SOLUTIONS = 6
 LEAN_PRICE = 128.0
+# Where axes are free, so much of that price is a base's too: of many options the leanest take far more time.
+MIDDLE = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +165,8 @@ class SolutionCache:
         # A fraction, since the batch may not be divisible.
         rows = Fraction(batch_size(self.graph, self.model.roles), configuration.microbatches * dp_size)
         other_sizes = tuple(size for name, size in zip(mesh.names, mesh.sizes, strict=True) if name != AxisKind.DP.value)
-        # A single micro-batch splits no op, several do.
-        return mesh.names, other_sizes, rows, configuration.trial.name, configuration.microbatches == 1
+        # A single micro-batch splits no op, and an axis of one rank none; several do.
+        return mesh.names, other_sizes, rows, configuration.trial.name, configuration.microbatches == 1, dp_size == 1
 
     # --- solutions ---
 
@@ -193,11 +195,12 @@ class SolutionCache:
         return _PlacementSearch(configuration, model, problem, search, once_s, outputs_s)
 
     def _find_sets(self, placement: _PlacementSearch) -> list[SolutionSet]:
-        """Sets of solutions that blocks may mix: one whose base is the fastest solution, and one whose base is lean, if that differs."""
+        """Sets of solutions that blocks may mix: one whose base is the fastest solution, and those of leaner bases, if these differ."""
         sets: list[SolutionSet] = []
         model, problem, search = placement.model, placement.problem, placement.search
         highest = LEAN_PRICE * search.bound_ns / (placement.configuration.ranks * self.cluster.machine.device.usable_bytes)
-        for price in (0.0, highest):
+        prices = (0.0, MIDDLE * highest, highest) if placement.configuration.trial.freed else (0.0, highest)
+        for price in prices:
             base = search.solution_at(price)
             inner = restrict(problem, find_compatible_options(model, self.reads, problem, base.choice))
             shardings = tuple(sharding_of(inner, solution.choice) for solution in PlacementSolver(inner).frontier(highest, SOLUTIONS))
