@@ -37,7 +37,7 @@ def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None = None) -
     if (is_ring or (pins.attention and calls)) and all(reason for _, reason in reasons):
         what = "pass its keys and values around" if is_ring else "be split so"
         told = "; ".join(f"{_name(op)}: {reason}" for op, reason in reasons)
-        remedy = "leave the pin out, or use attention=ulysses or attention=gather"
+        remedy = "leave the pin out, or use attention=ulysses or attention=gather" if calls else "leave the pin out, or build the model so"
         if any(uneven):
             remedy = f"pad the sequence to a multiple of {max(_pieces(pins, size) for size in axes.values())}, or pin fewer ranks"
         raise InputError(

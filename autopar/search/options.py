@@ -207,13 +207,14 @@ def _of_attention(
     allowed = [option for option in options if is_allowed(option)]
     for axis, kind in enumerate(constraints.kinds):
         if how == "ulysses" and kind is AxisKind.CP and not any(isinstance(option[axis], Split) for option in allowed):
-            sizes = " and ".join(f"{space.loops[loop].size} ({loop})" for loop in sorted(heads))
+            sizes = " and ".join(f"{loop}={space.loops[loop].size}" for loop in sorted(heads))
+            has = f"heads {sizes}" if sizes else "no loop of heads"
             where, wanted = f"{op.target} at {op.source or op.layer}", f"{mesh.names[axis]}={mesh.sizes[axis]}"
             axes = zip(mesh.names, mesh.sizes, constraints.kinds, strict=True)
             others = [f"{name}={ranks}" for name, ranks, other in axes if other is AxisKind.TP]
             beside = f" beside {' and '.join(others)}" if others else ""
             raise InputError(
-                f"pin attention=ulysses splits heads over {wanted}{beside}, but {where} has {sizes or 'no loop of heads'};"
+                f"pin attention=ulysses splits heads over {wanted}{beside}, but {where} has {has};"
                 " pin a size that divides the heads of keys and values, or attention=ring"
             )
     return allowed or options
