@@ -360,10 +360,10 @@ def test_communication_inside_ops_is_said_in_words() -> None:
     kernel = tuple(replace(row, purpose=Purpose.KERNEL) if row.purpose == Purpose.ACTIVATIONS else row for row in plan.costs)
     inside = replace(plan, costs=kernel)
     text = " ".join(_render(inside, everything=True).split())
-    assert "inside attention, losses and norms" in text
+    assert "inside attention, convolutions, losses and norms" in text
     assert "kernel" not in text
     difference = _render_diff(plan, inside)
-    assert "tp all_reduce, inside attention, losses and norms" in difference
+    assert "tp all_reduce, inside attention, convolutions, losses and norms" in difference
     assert "kernel" not in difference
     assert {traffic["purpose"] for traffic in to_data(inside)["traffic"]} == {"gradients", "kernel"}
 

@@ -29,6 +29,8 @@ from autopar.ops.positions import Positions, spans_of
 from autopar.ops.ring import attention_of_rows, plan_ring, ring_attention
 from autopar.plans.pins import Pins
 from autopar.plans.plan import Plan
+from autopar.report.difference import find_changes
+from autopar.report.summary import describe_choice, summarize
 from autopar.search import meshes
 from autopar.search.meshes import find_pipeline_trials, find_trials
 from tests.emitted import subject
@@ -314,10 +316,25 @@ def test_what_can_not_travel_is_gathered_and_noted() -> None:
 def test_a_pin_is_kept_or_refused() -> None:
     with pytest.raises(InputError, match="no attention of this model"):
         subject("resnet").pinned({"cp": 2, "attention": "ring"}, "2xcpu")
-    with pytest.raises(InputError, match=r"splits heads over cp=4, but .* has 2 \(g\)"):
+    with pytest.raises(InputError, match=r"splits heads over cp=4, but .* has heads g=2"):
         subject("llama").pinned({"cp": 4, "attention": "ulysses"}, "4xcpu")
     with pytest.raises(InputError, match="unknown; there are ring, ulysses, gather"):
         subject("llama").pinned({"attention": "flash"}, "2xcpu")
+
+
+def test_reports_say_how_attention_runs() -> None:
+    pinned = subject("llama").pinned
+    ring = pinned({"cp": 2, "attention": "ring", "zigzag": True}, "2xcpu")
+    plain = pinned({"cp": 2, "attention": "ring", "zigzag": False}, "2xcpu")
+    heads = pinned({"cp": 2, "attention": "ulysses"}, "2xcpu")
+    for plan, said in ((ring, "ring attention over cp, zigzag"), (plain, "ring attention over cp")):
+        (axes,) = [line for line in summarize(plan).splitlines() if line.startswith("axes")]
+        assert axes.endswith(f"; {said}")
+        assert f", {said}, step" in describe_choice(plan)
+    assert "ring" not in describe_choice(heads)
+    assert "ring attention" not in summarize(heads)
+    changes = {change.name: (change.before, change.after) for change in find_changes(ring, heads) if change.about == "decisions"}
+    assert changes["ring attention"] == ("over cp, zigzag", "none")
 
 
 def test_a_plan_says_what_travels() -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 from autopar.ir import format_layout, format_placement
 from autopar.plans import Plan, Seconds, to_json
 from autopar.report.reasons import group_candidates
-from autopar.report.summary import MEMORY_KINDS, describe_mesh, describe_recompute, find_rates, format_rate, word_purpose
+from autopar.report.summary import MEMORY_KINDS, describe_mesh, describe_recompute, describe_ring, find_rates, format_rate, word_purpose
 from autopar.report.text_tables import NOTHING, Justify, make_table
 from autopar.units import format_bytes, format_seconds
 
@@ -86,6 +86,7 @@ def _tell_decisions(plan: Plan) -> dict[str, float | str]:
         "cluster": plan.cluster,
         "mesh": describe_mesh(plan),
         **{f"{axis} splits": role for axis, role in plan.splits.items()},
+        "ring attention": describe_ring(plan).removeprefix("ring attention ") or "none",
         "schedule": pipeline.schedule if pipeline.stages > 1 else "none",
         "stages": str(pipeline.stages),
         "micro-batches": str(pipeline.microbatches),

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from autopar.ir import AS_MODEL, State, format_mesh, with_pipeline
+from autopar.ir import AS_MODEL, Split, State, format_mesh, with_pipeline
 from autopar.plans import RECOMPUTE, Memory, Plan, Purpose, Request, Seconds, Unruled
 from autopar.report.reasons import word_reasons
 from autopar.units import format_bytes, format_seconds, format_share
@@ -71,7 +71,8 @@ def describe_header(plan: Plan) -> str:
 
 def describe_decisions(plan: Plan) -> list[tuple[str, str]]:
     """What was decided, as (label, text), and why."""
-    splits = [*(f"{axis} splits {role}" for axis, role in plan.splits.items()), *_word_free_axes(plan)]
+    splits = [f"{axis} splits {role}" for axis, role in plan.splits.items()]
+    splits += [*([text] if (text := describe_ring(plan)) else []), *_word_free_axes(plan)]
     lines = [("axes", "; ".join(splits) or "none: one rank")]
     if text := describe_pipeline(plan):
         lines.append(("stages" if plan.pipeline.stages > 1 else "batch", text))
@@ -178,6 +179,8 @@ def describe_unruled(plan: Plan) -> str:
 def describe_choice(plan: Plan, started: str = "") -> str:
     """A plan in one line: what was chosen, and what a step takes. Words on how the ranks were `started` follow the mesh."""
     parts = [f"mesh {describe_mesh(plan)}{started}{describe_precision(plan)}"]
+    if text := describe_ring(plan):
+        parts.append(text)
     if not plan.pipeline.is_trivial:
         number = plan.pipeline.microbatches
         schedule = f"{plan.pipeline.schedule}, " if plan.pipeline.ranks > 1 else ""
@@ -220,6 +223,14 @@ def describe_pipeline(plan: Plan) -> str:
     each = f", {pipeline.chunks} on each" if pipeline.chunks > 1 else ""
     microbatches = f"{pipeline.microbatches} micro-batches" if pipeline.microbatches > 1 else "1 micro-batch"
     return f"{pipeline.stages}{where}{each}; schedule {pipeline.schedule}, {microbatches}"
+
+
+def describe_ring(plan: Plan) -> str:
+    """Over which axes attention passes keys and values around, and whether parts are zigzag; empty where none does."""
+    axes = [axis for axis in plan.mesh.names if any(row.collective == "ring" and row.axis == axis for row in plan.costs)]
+    splits = [part for placement in plan.placements.values() for part in placement if isinstance(part, Split)]
+    zigzag = ", zigzag" if any(part.zigzag for part in splits) else ""
+    return f"ring attention over {' and '.join(axes)}{zigzag}" if axes else ""
 
 
 def describe_repeated(plan: Plan) -> str:
@@ -302,7 +313,7 @@ def describe_recompute(plan: Plan) -> str:
 
 def word_purpose(purpose: str) -> str:
     """What communication is for, as reports call it; data for programs have the plan's own word."""
-    return "inside attention, losses and norms" if purpose == Purpose.KERNEL else purpose
+    return "inside attention, convolutions, losses and norms" if purpose == Purpose.KERNEL else purpose
 
 
 def format_gap(gap: float) -> str:
