@@ -269,6 +269,8 @@ class Masked(nn.Module):
             mask = torch.ones(s, s, dtype=torch.bool)
         elif self.kind == "banded":
             mask = torch.tril(torch.ones(s, s), diagonal=1).bool()
+        elif self.kind == "one row":
+            mask = (torch.arange(s) == 0)[None]
         else:
             mask = (x[:, None, :, :1] > x[:, None, None, :, 0]) | torch.eye(s, dtype=torch.bool)
         q = self.proj(x).unflatten(2, (2, 4)).transpose(1, 2)
@@ -283,6 +285,7 @@ class Masked(nn.Module):
         ("triu", True, False),
         ("all", False, False),
         ("banded", False, True),
+        ("one row", False, True),
         ("data", False, True),
     ],
 )
@@ -294,6 +297,23 @@ def test_masks_are_proven_or_kept(kind: str, causal: bool, kept: bool) -> None:
     assert (len(op.operands) == 4) is kept
     assert (len(op.args) > 5 and op.args[5]) is causal
     assert bool(captured.notes) is not kept
+    torch.testing.assert_close(run(captured, model, {"x": x})[0], model(x))
+
+
+@pytest.mark.parametrize("blocks", [(), (2, 3)])
+def test_attention_of_fewer_or_more_dims_than_kernels_take(blocks: tuple[int, ...]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.proj(x).unflatten(1, blocks)[:, :, None] if blocks else self.proj(x)
+            return nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).sum()
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(2, 6, 8)
+    captured = capture(model, {"x": x})
     torch.testing.assert_close(run(captured, model, {"x": x})[0], model(x))
 
 

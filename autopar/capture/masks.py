@@ -42,7 +42,7 @@ def prove_masks(graph: fx.Graph, known: Mapping[str, Tensor], notes: list[str]) 
         if not isinstance(mask, fx.Node) or causal:
             continue
         if mask not in proofs:
-            proofs[mask] = _prove(mask, known, values)
+            proofs[mask] = _prove(mask, known, values, (value_of(query).shape[-2], value_of(key).shape[-2]))
             if proofs[mask]:
                 where = source_of(node) or node.name
                 notes.append(f"the attention mask is {proofs[mask]} and isn't kept as a tensor ({where})")
@@ -53,8 +53,8 @@ def prove_masks(graph: fx.Graph, known: Mapping[str, Tensor], notes: list[str]) 
     return new
 
 
-def _prove(mask: fx.Node, known: Mapping[str, Tensor], values: dict[fx.Node, Any]) -> str:
-    """``causal``, ``all true``, or the empty text when neither is proven."""
+def _prove(mask: fx.Node, known: Mapping[str, Tensor], values: dict[fx.Node, Any], scores: tuple[int, int]) -> str:
+    """``causal``, ``all true``, or the empty text when neither is proven; `scores` are the numbers of rows and keys that it masks."""
     if value_of(mask).ndim < 2 or not _evaluate(mask, known, values):
         return ""
     tensor = values[mask]
@@ -65,7 +65,9 @@ def _prove(mask: fx.Node, known: Mapping[str, Tensor], values: dict[fx.Node, Any
         tensor = ~hidden
     if bool(tensor.all()):
         return "all true"
-    causal = torch.ones(tensor.shape[-2:], dtype=torch.bool).tril()
+    if tensor.shape[-2:] != scores:
+        return ""  # one row that stands for all of them isn't causal, though it may look like the first of a causal mask
+    causal = torch.ones(scores, dtype=torch.bool).tril()
     return "causal" if bool((tensor == causal).all()) else ""
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autopar import ir
 from autopar.capture.errors import explain
-from autopar.capture.fx_nodes import on_device, source_of
+from autopar.capture.fx_nodes import on_device, source_of, value_of
 from autopar.capture.working import Run, call_key, find_working
 
 aten = torch.ops.aten
@@ -181,7 +181,10 @@ def _run_as_it_is(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _may_be_fused(node: fx.Node) -> bool:
-    return node.target is aten.scaled_dot_product_attention.default and (len(node.args) < 4 or node.args[3] is None)
+    """Whether a fused kernel may run a call of attention: one without a mask, of (batch, heads, rows, head size), as all kernels take."""
+    if node.target is not aten.scaled_dot_product_attention.default or value_of(node.args[0]).ndim != 4:
+        return False
+    return len(node.args) < 4 or node.args[3] is None
 
 
 class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]
