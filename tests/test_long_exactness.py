@@ -162,6 +162,18 @@ def test_heads_of_a_fused_projection_split_where_one_head_has_the_keys() -> None
     odd.verify(plan)
 
 
+def test_heads_of_transposed_weights_split() -> None:
+    """Falcon's products read ``weight.T``, whose dims are features like those of the weight; keys and values are repeated for all heads."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2}
+    config = transformers.FalconConfig(vocab_size=64, new_decoder_architecture=True, **sizes)
+    odd = Odd((transformers.FalconModel(config).double().eval(), {"input_ids": tokens()}))
+    for pins in ({"cp": 4, "attention": "ulysses"}, {"tp": 2}):
+        plan = odd.plan(**pins)
+        assert odd.splits(plan) == {"h"}
+        odd.verify(plan)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_of_nothing_but_padding(side: str) -> None:
     module, batch = build("mistral", "padded", "GQA")

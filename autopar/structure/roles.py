@@ -125,13 +125,19 @@ def grouped_heads(space: Space) -> tuple[int, str | None]:
 def _find_weights(graph: Graph, spaces: Mapping[str, Space]) -> set[str]:
     """Names of parameters whose dims are features: vectors, and what products, convolutions and lookups read.
 
-    Others may be added to activations, such as a table of positions: their dims get the roles of what they meet. Names of activations that
-    products read are in the set too, where nobody asks for them.
+    A product may read its second operand through views of a parameter, as in ``x @ weight.T``. Others may be added to activations, such
+    as a table of positions: their dims get the roles of what they meet. Names of activations that products read are in the set too, where
+    nobody asks for them.
     """
     weights = {op.name for op in graph.of_kind(OpKind.PARAMETER) if len(op.results[0].shape) == 1}
-    for op in graph.of_kind(OpKind.CALL):
+    second = set[str]()
+    for op in reversed(graph.of_kind(OpKind.CALL)):  # readers before what they read
         if op.name in spaces and spaces[op.name].is_contraction:
             weights.update(value.op for value in op.operands)
+            second.update(value.op for value in op.operands[1:])
+        elif op.name in second and len(op.operands) == 1:
+            weights.add(op.operands[0].op)
+            second.add(op.operands[0].op)
     return weights
 
 
