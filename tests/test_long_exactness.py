@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 import autopar
 from autopar.capture.export import capture
@@ -108,6 +108,60 @@ def test_rows_that_no_axis_can_cut_are_refused_or_noted() -> None:
     assert even.splits(plan) == {"ring"}
     assert not [note for note in plan.notes if "runs otherwise" in note]
     even.verify(plan)
+
+
+class Extra(nn.Module):
+    """Causal attention on tokens, and a further input whose dim 0 is the sequence; or on features that have the sequence first."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.tokens, self.positions = nn.Embedding(64, 32), nn.Embedding(64, 32)
+        self.qkv, self.head = nn.Linear(32, 96), nn.Linear(32, 64)
+
+    def forward(self, tokens: Tensor, extra: Tensor) -> Tensor:
+        x = tokens.transpose(0, 1) if self.kind == "first" else self.tokens(tokens)
+        if self.kind in ("positions", "table"):
+            x = x + (self.positions(extra) if self.kind == "positions" else extra)
+        q, k, v = self.qkv(x).unflatten(2, (12, 8)).transpose(1, 2).chunk(3, 1)
+        mask = extra if self.kind == "mask" else None
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        logits: Tensor = self.head(mixed.transpose(1, 2).flatten(2))
+        return (logits.square().sum(2) * extra[:SEQ, 0] if self.kind == "first" else logits.square()).mean()
+
+
+def _extra(kind: str) -> Model:
+    torch.manual_seed(0)
+    extra = {
+        "positions": torch.arange(SEQ).flip(0),
+        "table": torch.randn(SEQ, 32, dtype=torch.float64),
+        "mask": torch.rand(SEQ, SEQ) < 0.5,
+        "first": torch.randn(SEQ, 1, dtype=torch.float64),
+    }[kind]
+    first = torch.randn(SEQ, 2, 32, dtype=torch.float64) if kind == "first" else tokens()
+    return Extra(kind).double(), {"tokens": first, "extra": extra}
+
+
+@pytest.mark.parametrize("kind", ["positions", "table", "mask"])
+def test_an_input_of_one_row_per_position_is_no_batch(kind: str) -> None:
+    """The sequence would count as the batch, and cp would split nothing."""
+    module, batch = _extra(kind)
+    odd = Odd((module, {**batch, "tokens": tokens()}))
+    for pins, expected in (({"cp": 2, "attention": "ring"}, "ring"), ({"cp": 2, "attention": "gather"}, "s"), ({"dp": 2}, "b")):
+        plan = odd.plan(**pins)
+        assert {splits.rstrip("~") for splits in odd.splits(plan)} == {expected}
+        odd.verify(plan)
+
+
+def test_a_sequence_that_comes_first_is_noted() -> None:
+    odd = Odd(_extra("first"))
+    (note,) = odd.plan(cp=2).notes
+    assert note.endswith("runs otherwise than pinned (cp=2), since its rows are taken for the batch, as they come from dim 0 of an input")
+    with pytest.raises(InputError, match=r"taken for the batch.*; pass inputs whose dim 0 is the batch"):
+        odd.plan(cp=2, attention="ring")
+    plan = odd.plan(cp=2, attention="ulysses")
+    assert odd.splits(plan) == {"h"}
+    odd.verify(plan)
 
 
 def _embedded(model: Model) -> Model:

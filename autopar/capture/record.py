@@ -182,9 +182,10 @@ def _run_as_it_is(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 def _may_be_fused(node: fx.Node) -> bool:
     """Whether a fused kernel may run a call of attention: one without a mask, of (batch, heads, rows, head size), as all kernels take."""
-    if node.target is not aten.scaled_dot_product_attention.default or value_of(node.args[0]).ndim != 4:
+    if node.target is not aten.scaled_dot_product_attention.default:
         return False
-    return len(node.args) < 4 or node.args[3] is None
+    query, _, _, *rest = node.args
+    return isinstance(query, fx.Node) and value_of(query).ndim == 4 and (not rest or rest[0] is None)
 
 
 class _Kernels(TorchDispatchMode):  # type: ignore[no-untyped-call]

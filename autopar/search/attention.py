@@ -11,7 +11,7 @@ from autopar.errors import InputError
 from autopar.ir import Family, Mesh, Op, OpKind
 from autopar.plans import Pins
 from autopar.search.options import AxisKind, kind_of
-from autopar.structure import AnalyzedGraph
+from autopar.structure import AnalyzedGraph, Role
 
 
 def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None = None) -> tuple[str, ...]:
@@ -32,7 +32,8 @@ def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None = None) -
     calls = [op for op in graph.of_kind(OpKind.CALL) if representative[op.name] == op.name and _is_attention(model, op)]
     refused = [model.spaces[op.name].facts.ring_refusal if is_ring else "" for op in calls]
     uneven = [_refuse_rows(model, op, pins, axes) for op in calls]
-    reasons = [(op, other or rows) for op, other, rows in zip(calls, refused, uneven, strict=True)]
+    batches = [_refuse_batch(model, op) if axes and pins.attention != "ulysses" else "" for op in calls]
+    reasons = [(op, other or rows or batch) for op, other, rows, batch in zip(calls, refused, uneven, batches, strict=True)]
     pinned = _describe(pins, axes)
     if (is_ring or (pins.attention and calls)) and all(reason for _, reason in reasons):
         what = "pass its keys and values around" if is_ring else "be split so"
@@ -40,6 +41,8 @@ def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None = None) -
         remedy = "leave the pin out, or use attention=ulysses or attention=gather" if calls else "leave the pin out, or build the model so"
         if any(uneven):
             remedy = f"pad the sequence to a multiple of {max(_pieces(pins, size) for size in axes.values())}, or pin fewer ranks"
+        elif any(batches):
+            remedy = "pass inputs whose dim 0 is the batch"
         raise InputError(
             f"pin {pinned}: no attention of this model can {what}"
             f" ({told or 'there is none that is one operator: transformers have one with attn_implementation sdpa'}); {remedy}"
@@ -69,6 +72,14 @@ def _refuse_rows(model: AnalyzedGraph, op: Op, pins: Pins, axes: Mapping[str, in
         return ""
     pieces = " or ".join(str(count) for count in counts)
     return f"its {rows} rows can't be cut into {pieces} equal pieces{', two for each rank' if pins.zigzag else ''}"
+
+
+def _refuse_batch(model: AnalyzedGraph, op: Op) -> str:
+    """Why axes of the sequence leave the rows of an attention whole; empty where they don't."""
+    loops = model.spaces[op.name].operands[0][-2]
+    roles = {role for name in loops for role in model.roles.of_loops[op.name][name].values()}
+    is_batch = Role.BATCH in roles and Role.SEQUENCE not in roles
+    return "its rows are taken for the batch, as they come from dim 0 of an input" if is_batch else ""
 
 
 def _describe(pins: Pins, axes: Mapping[str, int]) -> str:

@@ -19,7 +19,8 @@ more ranks than g divides into, r is worth splitting too: each rank then has all
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -29,10 +30,11 @@ from autopar.ir import Dims, Family, Graph, LoopKind, Meaning, Op, OpKind, Space
 class Role(IntEnum):
     """What a split at a boundary divides; the larger role wins where two meet.
 
-    BATCH is dim 0 of every input. SEQUENCE is dim 1 of integer and bool inputs of two or three dims (a mask with more has heads there), and
-    what attends to itself, of which no input may tell: sounds, patches of images, embeddings. FEATURE is every dim of the parameters that
-    are vectors or that a product, convolution or lookup reads. INNER is what comes from none of these: the size of a head inside of a fused
-    dim, the height of an image. Splitting that helps nobody, so the search leaves it whole unless an op has nothing else.
+    BATCH is dim 0 of every input, unless it is the sequence of the others (`_find_sequences`). SEQUENCE is dim 1 of integer and bool inputs
+    of two or three dims (a mask with more has heads there), and what attends to itself, of which no input may tell: sounds, patches of
+    images, embeddings. FEATURE is every dim of the parameters that are vectors or that a product, convolution or lookup reads. INNER is
+    what comes from none of these: the size of a head inside of a fused dim, the height of an image. Splitting that helps nobody, so the
+    search leaves it whole unless an op has nothing else.
     """
 
     INNER = 0
@@ -72,20 +74,59 @@ def find_roles(graph: Graph, spaces: Mapping[str, Space], ranks: int = 1) -> Gra
 
     Ends, as every pass but the last adds one of at most `MAX_BOUNDARIES` boundaries to a dim or loop or raises a role.
     """
-    of_dims: dict[Value, tuple[Boundaries, ...]] = {}
     weights = _find_weights(graph, spaces)
+    of_dims, of_loops = _spread(graph, spaces, weights, _find_sequences(graph, spaces, weights), ranks)
+    for op in graph.ops:
+        for name, loop in spaces[op.name].loops.items() if op.name in spaces else ():
+            if loop.joins:  # blocks that other loops make inside of it are of no use to a kernel that needs positions
+                of_loops[op.name][name] = {1: max(of_loops[op.name][member].get(1, Role.INNER) for member in loop.joins)}
+    return GraphRoles(of_dims, of_loops)
+
+
+_Dims = dict[Value, tuple[Boundaries, ...]]
+_Loops = dict[str, dict[str, Boundaries]]
+
+
+def _find_sequences(graph: Graph, spaces: Mapping[str, Space], weights: Set[str]) -> frozenset[str]:
+    """Inputs whose dim 0 is no batch, but the sequence of the others: positions, tables of them, masks of rows and keys.
+
+    Their dim 0 has another size than most inputs', and meets dim 1 of tokens. Dim 0 of others is a batch of its own, as of patches.
+    """
+    inputs = [op for op in graph.of_kind(OpKind.INPUT) if op.results[0].shape]
+    sizes = Counter(op.results[0].shape[0] for op in inputs)
+    others = frozenset(op.name for op in inputs if op.results[0].shape[0] != sizes.most_common(1)[0][0])
+    if not others:
+        return others
+    of_dims, _ = _spread(graph, spaces, weights, others)
+    return frozenset(name for name in others if of_dims[Value(name)][0].get(1) is Role.SEQUENCE)
+
+
+def _spread(
+    graph: Graph, spaces: Mapping[str, Space], weights: Set[str], sequences: Set[str], ranks: int | None = None
+) -> tuple[_Dims, _Loops]:
+    """Carry what the ops' own dims and loops are to all others.
+
+    Args:
+        graph: the captured program.
+        spaces: the space of every call that has a rule, by name.
+        weights: names of parameters whose dims are features.
+        sequences: names of inputs whose dim 0 isn't the batch.
+        ranks: as `find_roles` has it; None leaves out what attention says of its own loops.
+    """
+    of_dims: _Dims = {}
     for op in graph.ops:
         for index, tensor in enumerate(op.results):
-            roles = _own_roles(op, len(tensor.shape), tensor.dtype, op.name in weights)
+            roles = _own_roles(op, len(tensor.shape), tensor.dtype, op.name in weights, has_batch=op.name not in sequences)
             of_dims[Value(op.name, index)] = tuple({1: role} for role in roles)
     calls = [(op, spaces[op.name]) for op in graph.ops if op.name in spaces]
-    of_loops: dict[str, dict[str, Boundaries]] = {op.name: {name: {} for name in space.loops} for op, space in calls}
-    for op, space in calls:
-        groups, queries = grouped_heads(space)
-        if queries is not None and groups % ranks:
-            of_loops[op.name][queries][1] = Role.FEATURE
-        for name in _own_tokens(space):
-            of_loops[op.name][name][1] = Role.SEQUENCE
+    of_loops: _Loops = {op.name: {name: {} for name in space.loops} for op, space in calls}
+    if ranks is not None:
+        for op, space in calls:
+            groups, queries = grouped_heads(space)
+            if queries is not None and groups % ranks:
+                of_loops[op.name][queries][1] = Role.FEATURE
+            for name in _own_tokens(space):
+                of_loops[op.name][name][1] = Role.SEQUENCE
     changed = True
     order = calls
     while changed:
@@ -93,11 +134,7 @@ def find_roles(graph: Graph, spaces: Mapping[str, Space], ranks: int = 1) -> Gra
         for op, space in order:
             changed |= _unify(op, space, of_dims, of_loops[op.name])
         order = order[::-1]
-    for op, space in calls:
-        for name, loop in space.loops.items():
-            if loop.joins:  # blocks that other loops make inside of it are of no use to a kernel that needs positions
-                of_loops[op.name][name] = {1: max(of_loops[op.name][member].get(1, Role.INNER) for member in loop.joins)}
-    return GraphRoles(of_dims, of_loops)
+    return of_dims, of_loops
 
 
 def _own_tokens(space: Space) -> tuple[str, ...]:
@@ -141,11 +178,11 @@ def _find_weights(graph: Graph, spaces: Mapping[str, Space]) -> set[str]:
     return weights
 
 
-def _own_roles(op: Op, rank: int, dtype: str, is_weight: bool) -> list[Role]:
-    """Per dim of a result with `rank` dims the role that it has of itself."""
+def _own_roles(op: Op, rank: int, dtype: str, is_weight: bool, *, has_batch: bool) -> list[Role]:
+    """Per dim of a result with `rank` dims the role that it has of itself; dim 0 of an input with `has_batch` is the batch."""
     roles = [Role.FEATURE if op.kind is OpKind.PARAMETER and is_weight else Role.INNER] * rank
     if op.kind is OpKind.INPUT and rank:
-        roles[0] = Role.BATCH
+        roles[0] = Role.BATCH if has_batch else Role.INNER
         if rank in (2, 3) and dtype in ("int64", "int32", "bool"):  # token ids, labels, padding masks
             roles[1] = Role.SEQUENCE
     return roles
