@@ -238,6 +238,16 @@ def test_rows_of_nothing_but_padding(side: str) -> None:
         odd.verify(odd.plan(**pins))
 
 
+def test_zigzag_alone_pins_a_ring() -> None:
+    """Gathered keys and values may be cheaper, but aren't what is pinned."""
+    odd = Odd(build("llama", "causal", "GQA"))
+    for axes in ({"cp": 2}, {"cp": 2, "dp": 2, "recompute": "full"}):
+        assert {splits.rpartition("/")[2] for splits in odd.splits(odd.plan(**axes, zigzag=True))} == {"ring~"}
+    for attention in ("gather", "ulysses"):
+        with pytest.raises(InputError, match=f"zigzag=True and attention={attention} contradict each other"):
+            odd.plan(cp=2, zigzag=True, attention=attention)
+
+
 def test_dropped_weights_are_not_passed_around() -> None:
     torch.manual_seed(0)
     module, batch = build("llama", "causal", "GQA")

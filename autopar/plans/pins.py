@@ -358,6 +358,8 @@ def _check_together(pins: Pins) -> None:
     """Raise InputError for pins that contradict each other, whatever the model and the cluster are."""
     if pins.fsdp is not None and pins.zero not in (None, 3 if pins.fsdp else 0):
         raise InputError(f"the pins fsdp={pins.fsdp} and zero={pins.zero} contradict each other: fsdp is short for zero=3; leave out one")
+    if pins.zigzag and pins.attention in ("ulysses", "gather"):
+        raise InputError(f"the pins zigzag=True and attention={pins.attention} contradict each other: only a ring is zigzag; leave out one")
     if pins.zero_level and pins.dp == 1 and pins.cp in (None, 1):
         raise InputError(f"{pins.word_zero()} over a dp or cp axis, but dp is pinned to 1; pin more, or leave it out")
     if pins.zero_group and not pins.zero_level:

@@ -188,7 +188,7 @@ def _of_attention(
     can't be split as pinned.
     """
     heads = space.facts.loops_of(Meaning.HEADS)
-    how = constraints.pins.attention
+    how = "ring" if constraints.pins.zigzag else constraints.pins.attention
 
     def is_allowed(option: Placement) -> bool:
         for part, kind in zip(option, constraints.kinds, strict=True):
