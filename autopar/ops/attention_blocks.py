@@ -36,11 +36,14 @@ class BlockMask:
         is_causal: row i attends to keys 0..i of the block; nothing else is masked then.
         allowed: bool, broadcasts to (batch, heads, rows, keys), True attends; None for all.
         bias: added to the scores, broadcasts likewise; None for nothing.
+        shift: taken off the scores then, (..., rows, 1); None for nothing. Weights don't depend on it, but a log-sum-exp of huge numbers
+            loses how many keys have them (`find_shift`).
     """
 
     is_causal: bool = False
     allowed: Tensor | None = None
     bias: Tensor | None = None
+    shift: Tensor | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -118,6 +121,31 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scores:
     return result.to(q.dtype)
 
 
+_HUGE = 1e3
+"""Added scores from which on a shift is needed: a float32 of 1,000 has steps of 6e-5."""
+
+
+def find_shift(bias: Tensor, allowed: Tensor | None) -> Tensor | None:
+    """What scores are shifted by where all keys of a row get huge negative ones, as of a row of padding; None where no row does.
+
+    Such a row attends to all of its keys alike, which blocks can be merged to only if their log-sum-exps still tell the numbers of keys.
+
+    Args:
+        bias: added to the scores of all keys, (..., rows, keys).
+        allowed: bool, broadcasts to it, True attends; None for all.
+
+    Returns the largest number that is added in each such row, and 0 in others. On an accelerator, whose values aren't looked at, it is
+    returned always.
+    """
+    if bias.device.type == "cpu" and not bool((bias < -_HUGE).any()):
+        return None
+    largest = (bias if allowed is None else torch.where(allowed, bias, -torch.inf)).amax(-1, keepdim=True)
+    is_huge = (largest < -_HUGE) & (largest > -torch.inf)
+    if bias.device.type == "cpu" and not bool(is_huge.any()):
+        return None
+    return torch.where(is_huge, largest, 0.0)
+
+
 def merge(result: Tensor, lse: Tensor, block_result: Tensor, block_lse: Tensor) -> None:
     """Bring the result and the log-sum-exp of a further block into those so far, in place."""
     total = torch.logaddexp(lse, block_lse)
@@ -153,7 +181,12 @@ def _ungroup(x: Tensor, ratio: int) -> Tensor:
 def _is_fused(q: Tensor, v: Tensor, mask: BlockMask, scores: Scores) -> bool:
     """Whether a fused kernel computes the block."""
     is_masked = mask.allowed is not None or mask.bias is not None
-    return scores.softcap is None and q.shape[-1] == v.shape[-1] and torch_attention.has_flash_attention(q, is_masked=is_masked)
+    return (
+        scores.softcap is None
+        and mask.shift is None
+        and q.shape[-1] == v.shape[-1]
+        and torch_attention.has_flash_attention(q, is_masked=is_masked)
+    )
 
 
 def _added(q: Tensor, mask: BlockMask) -> Tensor | None:
@@ -174,6 +207,8 @@ def _score(q: Tensor, k: Tensor, mask: BlockMask, scores: Scores) -> Tensor:
         return products.masked_fill(later, -torch.inf)
     if mask.bias is not None:
         products = products + mask.bias
+    if mask.shift is not None:
+        products = products - mask.shift
     return products if mask.allowed is None else products.masked_fill(~mask.allowed, -torch.inf)
 
 

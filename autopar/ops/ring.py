@@ -20,14 +20,14 @@ if each has one piece of the sequence, and equal work if each has two, the i-th 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from autopar.ops import comm
-from autopar.ops.attention_blocks import BlockMask, Scores, attend, attend_backward, attend_by_products, merge
+from autopar.ops.attention_blocks import BlockMask, Scores, attend, attend_backward, attend_by_products, find_shift, merge
 from autopar.ops.collectives import gather_read_along
 from autopar.ops.positions import Block, Positions, Span, find_blocks, spans_of
 
@@ -148,7 +148,7 @@ def ring_attention(
     """
     itinerary = plan_ring(axis.index, axis.size, q.shape[2], positions, zigzag=zigzag, rotates=rotates)
     rows = spans_of(axis.index, axis.size, q.shape[2], zigzag=zigzag)
-    ring = _Ring(itinerary, positions, scores, rows, axis, zigzag, key_padding, bias)
+    ring = _Ring(itinerary, positions, scores, rows, axis, zigzag, key_padding, bias).with_shift(axis.size * q.shape[2], q.device)
     result: Tensor = _RingAttention.apply(q, k, v, ring)  # type: ignore[no-untyped-call]
     return result
 
@@ -178,6 +178,7 @@ def attention_of_rows(
     ring = _Ring(
         Itinerary((stop,), None, nothing, is_rotation=False), positions, scores, (rows,), comm.alone("s"), False, key_padding, bias
     )
+    ring = ring.with_shift(length, q.device)
     result: Tensor = _RingAttention.apply(q, k, v, ring)  # type: ignore[no-untyped-call]
     return result
 
@@ -198,6 +199,7 @@ class _Ring:
         axis: the ranks between which keys and values are split.
         zigzag: whether each has two pieces.
         key_padding, bias: as `ring_attention` has them.
+        shift: of the scores of these rows, as `BlockMask` has it.
     """
 
     itinerary: Itinerary
@@ -208,6 +210,16 @@ class _Ring:
     zigzag: bool
     key_padding: Tensor | None
     bias: Tensor | None
+    shift: Tensor | None = None
+
+    def with_shift(self, keys: int, device: torch.device) -> _Ring:
+        """The same, with the shift that these rows need of so many keys of the whole sequence."""
+        if self.bias is None or self.bias.dtype is torch.bool:
+            return self
+        allowed = self.positions.allow(self.rows, [Span(0, keys)], device)
+        if self.key_padding is not None:
+            allowed = allowed & self.key_padding[:, None, None, :]
+        return replace(self, shift=find_shift(self.bias, allowed))
 
     def mask_of(self, block: Block, device: torch.device) -> BlockMask:
         """The mask of a block."""
@@ -215,6 +227,9 @@ class _Ring:
             return BlockMask(is_causal=True)
         allowed: Tensor | None = None
         added: Tensor | None = None
+        shift = self.shift
+        if shift is not None and shift.shape[-2] > 1:
+            shift = shift[..., block.row_slice, :]
         if block.is_causal or block.is_partial:
             allowed = self.positions.allow(block.rows, block.keys, device)
         if self.key_padding is not None:
@@ -227,7 +242,7 @@ class _Ring:
                 allowed = bias if allowed is None else allowed & bias
             else:
                 added = bias
-        return BlockMask(allowed=allowed, bias=added)
+        return BlockMask(allowed=allowed, bias=added, shift=shift)
 
     def attend_to_all(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The result of this rank's rows, in operators that can be differentiated any number of times."""
