@@ -22,7 +22,7 @@ from torch import nn
 from autopar.capture import Captured, ExampleInputs, capture, refuse_tensors, split_call
 from autopar.checks import Verification, verify_plan
 from autopar.cost_models import Cluster, peak_flops
-from autopar.errors import CaptureError, InputError, PlanError
+from autopar.errors import CaptureError, InfeasibleError, InputError, PlanError
 from autopar.ir import Mesh, Precision, StateKind, with_pipeline
 from autopar.ops import Fused, Recomputed
 from autopar.plans import NO_PINS, Pins, Plan, Request, check_devices, describe_ops, reconcile, record_request
@@ -392,25 +392,39 @@ class _Planner:
         """A plan for this graph; later plans have the first one's mesh, and read parameters as they are stored."""
         assert self.module is not None
         first = self.first_plan
-        pins, mesh, stored = (self.pins, self.mesh, {}) if first is None else (NO_PINS, first.mesh, self.module.layouts)
+        pins, mesh, stored = (self.pins, self.mesh, {}) if first is None else (self._kept_pins(first), first.mesh, self.module.layouts)
         if elsewhere := self.module.stored_elsewhere:
             stored = {name: parameter.layout for name, parameter in elsewhere.items()}
             pins, mesh = self._obey(elsewhere)
-        made = make_plan(
+
+        search = partial(
+            make_plan,
             captured.graph,
             cluster,
             model_name=type(model).__name__,
             precision=self.precision,
-            pins=pins,
             mesh=mesh,
             stored=stored,
             first_plan=first,
             strict=self.strict,
-            notes=captured.notes,
             progress=self.progress,
         )
+        try:
+            made = search(pins=pins, notes=captured.notes)
+        except (InputError, InfeasibleError) as error:
+            if first is None or not pins:
+                raise
+            note = f"a later kind of call is planned without the pins {pins}: {error}"
+            self._announce(note)
+            made = search(notes=(*captured.notes, note))
         request = replace(self.record_request(self.cluster or cluster), machine=cluster.machine.digest)
         return replace(made, request=request.in_print())
+
+    def _kept_pins(self, first: Plan) -> Pins:
+        """The pins that later plans obey where they can: how a sequence is split. What else was pinned is in what is stored."""
+        is_pinned = self.pins.cp is not None or (self.mesh is not None and "cp" in self.mesh.names)
+        cp = _sizes_of(first.mesh).get("cp") if is_pinned else None
+        return replace(NO_PINS, cp=cp, attention=self.pins.attention, zigzag=self.pins.zigzag)
 
     def check_world(self, device: torch.device | None) -> None:
         """Raise PlanError or InputError, before anything is captured, when a plan, a cluster or pins don't fit the number of ranks."""

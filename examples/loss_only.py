@@ -28,9 +28,9 @@ class LossOnly(nn.Module):
         return loss
 
 
-def build(batch: int = 8, seq: int = 2048, dtype: str = "bfloat16", layers: int = 4) -> tuple[nn.Module, dict[str, Tensor]]:
-    """Return the first layers of the configuration's model and one batch, on the meta device: to plan with, not to run."""
-    config = AutoConfig.from_pretrained(CONFIG, num_hidden_layers=layers, use_cache=False)
+def build(batch: int = 8, seq: int = 2048, dtype: str = "bfloat16", layers: int | None = None) -> tuple[nn.Module, dict[str, Tensor]]:
+    """Return the configuration's model, or so many layers of it, and one batch, on the meta device: to plan with, not to run."""
+    config = AutoConfig.from_pretrained(CONFIG, use_cache=False, **({} if layers is None else {"num_hidden_layers": layers}))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         ids = torch.zeros(batch, seq, dtype=torch.int64)

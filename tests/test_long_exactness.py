@@ -19,13 +19,14 @@ from autopar.checks.verification import prepare_reference, verify_against
 from autopar.cost_models import Cluster
 from autopar.errors import InputError
 from autopar.plans.plan import Plan
+from autopar.search.planner import make_plan as search_plan
 from tests.long_exactness import CASES, KINDS, TOLERANCE, WAYS, Case, amiss, check, plan_case
 from tests.long_exactness import subject as captured
 from tests.long_models import HEADS as NUMBERS
 from tests.long_models import MASKS, MODELS, SEQ, build, labels, packing, padding, tokens
 from tests.planning import make_plan
 from tests.processes import spawn
-from tests.zoo import Model
+from tests.zoo import ZOO, Model
 
 SUBJECTS: Sequence[tuple[str, str, str]] = (
     ("llama", "causal", "GQA"),
@@ -66,6 +67,11 @@ def test_the_product_is_whole() -> None:
     assert {case.way.ranks for case in CASES} == {2, 4}
 
 
+def splits_of(plan: Plan) -> set[str]:
+    """What each attention splits, over all axes."""
+    return {"/".join(map(str, placement)) for name, placement in plan.placements.items() if "attention" in name}
+
+
 class Odd:
     """A model and a batch that aren't in the product: captured, run on one device, planned and verified."""
 
@@ -79,8 +85,7 @@ class Odd:
         return make_plan(self.captured.graph, Cluster.parse(f"{ranks}xcpu"), pins=pins)
 
     def splits(self, plan: Plan) -> set[str]:
-        """What each attention splits, over all axes."""
-        return {"/".join(map(str, placement)) for name, placement in plan.placements.items() if "attention" in name}
+        return splits_of(plan)
 
     def verify(self, plan: Plan) -> None:
         assert self.reference.capture_error < TOLERANCE
@@ -248,6 +253,19 @@ def test_zigzag_alone_pins_a_ring() -> None:
             odd.plan(cp=2, zigzag=True, attention=attention)
 
 
+def test_pins_of_attention_without_an_axis_of_the_sequence_are_refused_or_noted() -> None:
+    odd = Odd(build("llama", "causal", "GQA"))
+    for pins in ({"tp": 2, "attention": "ring"}, {"dp": 2, "zigzag": True}, {"cp": 1, "tp": 2, "attention": "gather"}):
+        with pytest.raises(InputError, match=r"no axis splits the sequence \(.*\); pin cp=N beside it, or leave it out"):
+            odd.plan(**pins)
+    graph = odd.captured.graph
+    (note,) = [note for note in make_plan(graph, Cluster.parse("2xcpu"), pins={"attention": "ulysses"}).notes if note.startswith("pin")]
+    assert note == "pin attention=ulysses has no effect, as no axis splits the sequence; cp=N splits it over N ranks"
+    scans = capture(*ZOO["lstm"]())
+    with pytest.raises(InputError, match=r"no attention of this model can be split so \(there is none that is one operator"):
+        make_plan(scans.graph, Cluster.parse("2xcpu"), pins={"cp": 2, "attention": "ulysses"})
+
+
 def test_dropped_weights_are_not_passed_around() -> None:
     torch.manual_seed(0)
     module, batch = build("llama", "causal", "GQA")
@@ -274,15 +292,31 @@ def test_a_plan_that_is_made_again_has_its_notes_once() -> None:
     assert len([note for note in again.notes if "runs otherwise" in note]) == 1
 
 
-def _call_otherwise(_: int) -> None:
-    """Embeddings that want a gradient, then calls of another length, fewer rows and another mask, of one compiled model."""
+def _call_otherwise(rank: int) -> None:
+    """Embeddings that want a gradient, then calls of another length, fewer rows and another mask, of one compiled model.
+
+    Later calls are split as pinned where their length can be: 12 tokens can, 13 can't.
+    """
     reference, batch = _embedded(build("llama", "padded", "GQA"))
     model = autopar.compile(copy.deepcopy(reference), cluster="2xcpu", pins={"cp": 2, "attention": "ring", "zigzag": True})
-    passed = {"input_ids": tokens(rows=1)[:, :13], "labels": labels(rows=1)[:, :13].contiguous()}
-    for call in (batch, {**passed, "attention_mask": padding(rows=1, side="left")[:, :13]}):
-        results = [_step(module, call) for module in (model, reference)]
-        for actual, expected in zip(*results, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    passed = {"input_ids": tokens(rows=1), "labels": labels(rows=1), "attention_mask": padding(rows=1, side="left")}
+    calls = [batch, *({name: x[:, :length].contiguous() for name, x in passed.items()} for length in (13, 12))]
+    plans: list[Plan] = []
+
+    def plan(*arguments: Any, **options: Any) -> Plan:
+        plans.append(search_plan(*arguments, **options))
+        return plans[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autopar.api.make_plan", plan)
+        for call in calls:
+            results = [_step(module, call) for module in (model, reference)]
+            for actual, expected in zip(*results, strict=True):
+                torch.testing.assert_close(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    if rank == 0:
+        assert [splits_of(plan) == {"ring~"} for plan in plans] == [True, False, True]
+        told = ["planned without the pins cp=2, attention=ring, zigzag=true" in " ".join(plan.notes) for plan in plans]
+        assert told == [False, True, False]
 
 
 def _step(module: torch.nn.Module, call: Mapping[str, Tensor]) -> list[Tensor]:

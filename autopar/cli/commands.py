@@ -192,7 +192,8 @@ def plan(
             progress=progress,
         )
     result = keep_request(result, model, batch=batch, seq=seq, dtype=dtype, cluster=cluster, memory=memory)
-    click.echo(to_json(result) if as_json else summarize(result))
+    notes = "" if as_json else "".join(f"\nnote    {note}" for note in result.notes)
+    click.echo(to_json(result) if as_json else summarize(result) + notes)
     # Not in the plan or on stdout, which are the same for every run.
     click.echo(f"planned in {format_seconds(time.perf_counter() - start)}", err=True)
     if output is not None:

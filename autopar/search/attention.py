@@ -5,29 +5,34 @@ Comes in: a model, pins, a mesh where one is given. Goes out: notes on the calls
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from autopar.errors import InputError
-from autopar.ir import Family, Mesh, Op, OpKind
+from autopar.ir import Family, Mesh, Op, OpKind, Placement, Split
 from autopar.plans import Pins
 from autopar.search.options import AxisKind, kind_of
-from autopar.structure import AnalyzedGraph, Role
+from autopar.structure import AnalyzedGraph, Role, role_of
 
 
-def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None = None) -> tuple[str, ...]:
+def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None, ranks: int, *, is_later: bool = False) -> tuple[str, ...]:
     """A note per line with attention that can't run as pinned: its keys and values can't travel, or its rows can't be cut evenly.
 
     Args:
         model: whose attention is meant.
         pins: `attention`, `zigzag` and `cp` are looked at.
         mesh: of a pipeline rank, if one is given; an axis of kind cp is as good as the pin.
+        ranks: devices of a pipeline rank.
+        is_later: whether this is a later program over stored parameters, which can be planned without these pins.
 
-    Raises InputError where `attention` or `zigzag` is pinned and no call can run so. With ``cp`` alone there are only notes.
+    Raises InputError where `attention` or `zigzag` is pinned and no call can run so, or no axis may split the sequence. With ``cp`` alone
+    there are only notes in a first program.
     """
-    axes = _context_axes(pins, mesh)
+    axes = _context_axes(pins, mesh) if pins.cp is not None or not is_later else {}
     is_ring = pins.attention == "ring" or bool(pins.zigzag)
-    if not axes and not is_ring:
+    if not axes and not is_ring and pins.attention is None:
         return ()
+    _check_attention(pins, mesh, ranks, axes)
     graph, representative = model.folded.graph, model.folded.representative
     calls = [op for op in graph.of_kind(OpKind.CALL) if representative[op.name] == op.name and _is_attention(model, op)]
     refused = [model.spaces[op.name].facts.ring_refusal if is_ring else "" for op in calls]
@@ -35,7 +40,7 @@ def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None = None) -
     batches = [_refuse_batch(model, op) if axes and pins.attention != "ulysses" else "" for op in calls]
     reasons = [(op, other or rows or batch) for op, other, rows, batch in zip(calls, refused, uneven, batches, strict=True)]
     pinned = _describe(pins, axes)
-    if (is_ring or (pins.attention and calls)) and all(reason for _, reason in reasons):
+    if (is_ring or pins.attention or (is_later and calls)) and all(reason for _, reason in reasons):
         what = "pass its keys and values around" if is_ring else "be split so"
         told = "; ".join(f"{_name(op)}: {reason}" for op, reason in reasons)
         remedy = "leave the pin out, or use attention=ulysses or attention=gather" if calls else "leave the pin out, or build the model so"
@@ -49,6 +54,32 @@ def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None = None) -
         )
     notes = (f"{_name(op)} runs otherwise than pinned ({pinned}), since {reason}" for op, reason in reasons if reason)
     return tuple(dict.fromkeys(notes))  # calls of one line have one note
+
+
+def _check_attention(pins: Pins, mesh: Mesh | None, ranks: int, axes: Mapping[str, int]) -> None:
+    """Raise InputError for attention or a zigzag that is pinned where no axis may split the sequence."""
+    if pins.attention is None and not pins.zigzag:
+        return
+    is_taken = mesh is None and math.prod(pins.axis_sizes.values()) >= ranks
+    if mesh is not None:
+        is_taken = not any(kind_of(name) in (AxisKind.CP, AxisKind.FREE) for name in mesh.names)
+    if not axes and (is_taken or pins.cp == 1):
+        raise InputError(f"pin {_describe(pins, axes)}: no axis splits the sequence ({mesh or pins}); pin cp=N beside it, or leave it out")
+
+
+def note_unused(model: AnalyzedGraph, pins: Pins, placements: Mapping[str, Placement]) -> tuple[str, ...]:
+    """A note where `attention` or `zigzag` is pinned, and the placements that were chosen split no sequence, or not so."""
+    parts = [
+        part
+        for name, placement in placements.items()
+        for part in placement
+        if name in model.roles.of_loops and isinstance(part, Split) and role_of(model.roles.of_loops[name], part) is Role.SEQUENCE
+    ]
+    if pins.attention and not parts:
+        return (f"pin attention={pins.attention} has no effect, as no axis splits the sequence; cp=N splits it over N ranks",)
+    if pins.zigzag and not any(part.zigzag for part in parts):
+        return ("pin zigzag=true has no effect, as no axis of kind cp splits the sequence; cp=N splits it over N ranks",)
+    return ()
 
 
 def _context_axes(pins: Pins, mesh: Mesh | None) -> Mapping[str, int]:
