@@ -21,15 +21,6 @@ from autopar.rules.table import find_spaces
 from autopar.schedules.families import make_schedule, splits_backward
 from autopar.search.meshes import find_pipeline_trials
 from autopar.search.pipeline.assignment_problem import evaluate, make_problem
-from autopar.search.pipeline.best_first import (
-    SIMULATED_ROUNDS,
-    SearchState,
-    estimate_from_placements,
-    estimate_from_products,
-    schedules_of,
-    try_first_schedules,
-    try_schedule,
-)
 from autopar.search.pipeline.block_options import BlockOption, BlockOptions
 from autopar.search.pipeline.configurations import (
     Configuration,
@@ -40,7 +31,16 @@ from autopar.search.pipeline.configurations import (
     find_configurations,
     make_pipeline_problem,
 )
+from autopar.search.pipeline.estimates import (
+    SIMULATED_ROUNDS,
+    estimate_from_placements,
+    estimate_from_products,
+    schedules_of,
+    try_first_schedules,
+    try_schedule,
+)
 from autopar.search.pipeline.greedy import assign_greedily
+from autopar.search.pipeline.search_state import SearchState
 from autopar.structure.blocks import find_chain
 from autopar.structure.layers import fold
 from autopar.structure.model import AnalyzedGraph, find_constants, with_microbatch_axis

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autopar.cost_models import Cluster
-from tests.benchmarks.pins import ROUNDING, captured, draw
+from tests.benchmarks.pins import ROUNDING, captured, draw, plan_free
 from tests.planning import make_plan
 
 
@@ -43,3 +43,27 @@ def test_free_axes_come_back_as_a_mesh(devices: str, pins: dict[str, int]) -> No
     assert again.layouts == free.layouts
     assert again.proof.objective_ns == free.proof.objective_ns
     assert make_plan(graph, cluster, pins={**pins, "dp": 2}).proof.objective_ns > free.proof.objective_ns
+
+
+@pytest.mark.parametrize(
+    ("model", "devices", "share", "pins"),
+    [("residual", "2xcpu", 0.5, {"tp": 1}), ("dlrm", "4xcpu", 0.5, {"pp": 2}), ("gpt2 deep", "8xA100", 0.7, {"prefetch": 0})],
+    ids=str,
+)
+def test_free_axes_and_late_gathers_are_looked_at_under_want_of_memory(
+    model: str, devices: str, share: float, pins: dict[str, int]
+) -> None:
+    cluster, free = plan_free(model, devices, share)
+    pinned = make_plan(captured(model).graph, cluster, pins=pins)
+    assert free is not None
+    assert free.proof.objective_ns <= pinned.proof.objective_ns
+
+
+def test_a_schedule_of_one_stage_can_be_pinned_under_want_of_memory() -> None:
+    """Its moments are those of the program, which runs without a schedule."""
+    cluster, free = plan_free("llama", "4xcpu", 0.7)
+    pins = {"schedule": "zb-h1", "pp": 1, "microbatches": 1}
+    plan = make_plan(captured("llama").graph, cluster, pins=pins)
+    assert free is not None
+    assert plan.memory.total <= plan.memory.budget == free.memory.budget
+    assert plan.pipeline.ranks == 1

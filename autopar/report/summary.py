@@ -206,10 +206,10 @@ def _word_free_axes(plan: Plan) -> list[str]:
     chosen, request = plan.proof.candidates[plan.proof.chosen], plan.request
     if not chosen.free_mesh or plan.world_size == 1 or request.mesh is not None or request.pins.axis_sizes or request == Request():
         return []
-    ranks = plan.pipeline.ranks
+    # A mesh that is given is solved without a pipeline, and without mixing placements, unless one is asked for.
+    pipeline = f" --pin pp={plan.pipeline.ranks}" if chosen.is_spread else ""
     mesh = ",".join(f"{name}={size}" for name, size in zip(chosen.free_mesh.names, chosen.free_mesh.sizes, strict=True))
-    asked = f"--mesh {mesh}" + (f" --pin pp={ranks}" if ranks > 1 else "")
-    return [f"free axes, named by what they do: {asked} asks for them"]
+    return [f"free axes, named by what they do: --mesh {mesh}{pipeline} asks for them"]
 
 
 def describe_pipeline(plan: Plan) -> str:

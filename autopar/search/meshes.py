@@ -125,7 +125,14 @@ def find_pipeline_trials(
             if mesh is not None or stored:
                 raise
             return []  # the pinned axes don't divide the devices of a pipeline rank
-    part = cluster.part(pipeline_ranks)
+    return find_kind_trials(model, cluster, cluster.part(pipeline_ranks), pins, "pipeline")
+
+
+def find_kind_trials(model: AnalyzedGraph, cluster: Cluster, part: Cluster, pins: Pins, name: str) -> list[Trial]:
+    """The meshes dp x tp of the devices `part`, with tp of every size inside a machine; for long sequences, and for few, dp x cp x tp.
+
+    `name` is that of the trials. Raises InputError on pinned placements that can't be had.
+    """
     trials = []
     for trial_mesh in _kind_meshes(model, cluster, part, pins):
         _check_placements(model, pins, trial_mesh)
@@ -133,7 +140,7 @@ def find_pipeline_trials(
         for pipeline_mesh in (trial_mesh, factored):
             if pipeline_mesh is not None:
                 kinds = tuple(kind_of(name) for name in pipeline_mesh.names)
-                trial = Trial("pipeline", pipeline_mesh, Constraints(kinds, pins, stored=stored))
+                trial = Trial(name, pipeline_mesh, Constraints(kinds, pins))
                 with suppress(InputError):  # too few ranks for a group
                     trials.append(_form_groups(trial))
     return trials
@@ -223,11 +230,15 @@ def _factor_heads(model: AnalyzedGraph, mesh: Mesh) -> Mesh | None:
 
 
 def _constrain(model: AnalyzedGraph, mesh: Mesh, pins: Pins, stored: Mapping[str, Layout]) -> Constraints:
-    """The constraints of a mesh: axes called dp, tp or cp have that kind, others are free. Raises InputError on pins that can't be had."""
-    # For a later program over stored parameters, which nothing is pinned for, the names are no constraints: a last, smaller batch must
-    # run too.
-    is_free = bool(stored) and not pins.axis_sizes
-    constraints = Constraints(tuple(AxisKind.FREE if is_free else kind_of(name) for name in mesh.names), pins, stored=stored)
+    """The constraints of a mesh: axes called dp, tp or cp have that kind, others are free. Raises InputError on pins that can't be had.
+
+    Over stored parameters only pinned axes have their kind, as the names of others say what an earlier program did: a last, smaller batch
+    must run too.
+    """
+    kinds = tuple(kind_of(name) for name in mesh.names)
+    if stored:
+        kinds = tuple(kind if kind.value in pins.axis_sizes else AxisKind.FREE for kind in kinds)
+    constraints = Constraints(kinds, pins, stored=stored)
     if pins.zero_level is not None and AxisKind.DP not in constraints.kinds:
         constraints = replace(constraints, kinds=_with_batch_axis(constraints, mesh))
     if pins.zero_group is not None:

@@ -17,11 +17,11 @@ from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan,
 from autopar.rules import find_spaces, readable_name
 from autopar.schedules import make_schedule
 from autopar.search.assemble import assemble
-from autopar.search.attention import note_attention
+from autopar.search.attention import note_attention, note_unused
 from autopar.search.attribution import Chosen
 from autopar.search.candidates import name_axes
 from autopar.search.loss_chunks import plan_with_chunks
-from autopar.search.meshes import can_free, find_free_trials, find_pipeline_trials, find_trials
+from autopar.search.meshes import can_free, find_free_trials, find_kind_trials, find_pipeline_trials, find_trials
 from autopar.search.pipeline import Configuration, Pipelined, find_configurations, make_pipeline_problem, search_pipelines
 from autopar.search.trials import Progress, SolvedTrial, TrialResults, name_request, solve_trials
 from autopar.structure import (
@@ -41,7 +41,7 @@ from autopar.units import format_bytes
 
 # Where memory is short, so many meshes without a pipeline, those of the least bounds, are also tried with recomputation and mixtures of
 # solutions.
-RECOMPUTED = 2
+RECOMPUTED = 4
 
 LOSS_OUTSIDE = (
     "the model returns no loss, so every forward of schedule {} runs before the first backward, and as many micro-batches are held as under"
@@ -74,6 +74,12 @@ class _Request:
         """Whether the search may choose a pipeline though none is pinned."""
         return self.mesh is None and not self.stored
 
+
+# Shares of a device's memory, beside what it reserves: from which on it is nearly all taken, and the parameters of a mean block weigh. Of
+# more blocks one is too small a part of the model to be worth a second search.
+_FULL = 0.9
+_GATHERED = 0.05
+_FEW_BLOCKS = 16
 
 _WAITS = "gathers of parameters are not begun ahead (prefetch=0), as that needs more memory than there is"
 
@@ -119,7 +125,10 @@ def make_plan(
     def attempt(graph: Graph) -> Plan:
         asked = _Asked(cluster, model_name, precision, pins, mesh, stored or {}, first_plan, strict, notes)
         try:
-            return _plan_graph(graph, asked, tell)
+            plan = _plan_graph(graph, asked, tell)
+            if pins.prefetch is None and first_plan is None and _gathers_weigh(plan, graph):
+                return min(plan, _plan_graph(graph, asked.waiting(), tell), key=lambda plan: plan.proof.objective_ns)
+            return plan
         except InputError as error:
             if first_plan is None or not pins.half_batches:
                 raise
@@ -146,6 +155,18 @@ class _Asked:
     strict: bool
     notes: tuple[str, ...]
 
+    def waiting(self) -> _Asked:
+        """The same, but no gather is begun ahead."""
+        return replace(self, pins=replace(self.pins, prefetch=0), notes=(*self.notes, _WAITS))
+
+
+def _gathers_weigh(plan: Plan, graph: Graph) -> bool:
+    """Whether a plan takes nearly all memory, and the parameters of a block are so much of it that plans may need none gathered ahead."""
+    usable, blocks = plan.memory.budget - plan.memory.reserved, len(plan.pipeline.blocks)
+    block_nbytes = sum(op.results[0].nbytes for op in graph.of_kind(OpKind.PARAMETER)) / blocks
+    is_full = plan.memory.total - plan.memory.reserved > _FULL * usable
+    return is_full and blocks <= _FEW_BLOCKS and block_nbytes > _GATHERED * usable
+
 
 def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
     """The cheapest plan for a graph whose losses are computed in as many chunks as it says."""
@@ -159,8 +180,7 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         if pins.microbatches != parts:
             fewer = f"a batch of {batch} can't be split into {parts} micro-batches, as the first plan's: it runs in {pins.microbatches}"
             notes = (*notes, fewer)
-    if first_plan is None:
-        notes = (*notes, *note_attention(model, pins, mesh))
+    notes = (*notes, *note_attention(model, pins, mesh, cluster.world_size // (pins.pp or 1), is_later=first_plan is not None))
     request = _Request(model, chain, cluster, pins, mesh, asked.stored)
     results = _search_placements(request, tell)
     pipelined, candidates = _search_pipelines(request, results, tell)
@@ -173,7 +193,7 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         candidate = results.best.candidate
     elif pins.prefetch is None and any(candidate.memory_bytes is not None for candidate in candidates):
         # What is in flight takes memory.
-        return _plan_graph(graph, replace(asked, pins=replace(asked.pins, prefetch=0), notes=(*asked.notes, _WAITS)), tell)
+        return _plan_graph(graph, asked.waiting(), tell)
     else:
         raise _infeasible(request, candidates)
     # Axes that the user named keep their names.
@@ -192,7 +212,7 @@ def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
         candidates=candidates,
         candidate=candidate,
         unruled=unruled,
-        notes=(*notes, *_note_loss(graph, chosen.pipeline)),
+        notes=(*notes, *note_unused(chosen.model, pins, chosen.sharding.placements), *_note_loss(graph, chosen.pipeline)),
     )
 
 
@@ -280,7 +300,12 @@ def _search_placements(request: _Request, tell: Progress) -> TrialResults:
     trials = find_trials(request.model, cluster, pins, request.mesh, request.stored, pipeline_ranks)
     if pins.asks_for_pipeline:
         return TrialResults()
-    return solve_trials(request.model, request.chain, trials, cluster, pins, tell, is_open=request.is_open)
+    results = solve_trials(request.model, request.chain, trials, cluster, pins, tell, is_open=request.is_open)
+    if request.is_open and not pins.axis_sizes and results.is_tight and results.by_bound:
+        # Where memory is short, a search that knows what each axis splits comes closer than one of free axes.
+        kinds = find_kind_trials(request.model, cluster, cluster, pins, "search")
+        results = solve_trials(request.model, request.chain, kinds, cluster, pins, tell, is_open=True, so_far=results)
+    return results
 
 
 def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) -> tuple[Pipelined | None, tuple[Candidate, ...]]:
@@ -293,13 +318,12 @@ def _search_pipelines(request: _Request, results: TrialResults, tell: Progress) 
         return None, ()
     problem = make_pipeline_problem(model, request.chain, request.cluster, pins, returns_loss=model.folded.graph.loss is not None)
     # On one pipeline rank, micro-batches and recomputation only save memory.
-    is_tight = best is None or best.solution.status != "optimal"
     configurations = find_configurations(
         problem,
         lambda ranks: find_pipeline_trials(model, request.cluster, ranks, pins, request.mesh, request.stored),
-        alone=pins.asks_for_pipeline or is_tight,
+        alone=pins.asks_for_pipeline or results.is_tight,
     )
-    if is_tight:
+    if results.is_tight:
         known = {configuration.trial.mesh for configuration in configurations if configuration.ranks == 1}
         configurations += [Configuration(1, trial, 1) for trial in results.by_bound[:RECOMPUTED] if trial.mesh not in known]
     free: list[Configuration] | None = None

@@ -99,6 +99,11 @@ class TrialResults:
     by_bound: Sequence[Trial] = ()
 
     @property
+    def is_tight(self) -> bool:
+        """Whether the memory limits the best, or nothing fits."""
+        return self.best is None or self.best.solution.status != "optimal"
+
+    @property
     def best(self) -> SolvedTrial | None:
         """The fastest by its tables of costs; of equally fast ones a trial of the search rather than a baseline, then the fewest axes."""
 
@@ -109,7 +114,15 @@ class TrialResults:
 
 
 def solve_trials(
-    model: AnalyzedGraph, chain: Chain, trials: Sequence[Trial], cluster: Cluster, pins: Pins, tell: Progress, *, is_open: bool
+    model: AnalyzedGraph,
+    chain: Chain,
+    trials: Sequence[Trial],
+    cluster: Cluster,
+    pins: Pins,
+    tell: Progress,
+    *,
+    is_open: bool,
+    so_far: TrialResults | None = None,
 ) -> TrialResults:
     """Solve all trials in which every op has a placement.
 
@@ -124,6 +137,7 @@ def solve_trials(
         tell: told what is being tried.
         is_open: whether the search may choose a pipeline or a mixture of solutions instead, which save memory in finer steps; then less
             effort is spent on fitting trials into the memory.
+        so_far: the outcome of other trials, which these are added to.
 
     Raises InfeasibleError when some op has no placement in any of the trials.
     """
@@ -159,8 +173,8 @@ def solve_trials(
 
     # In the order of their bounds: the costs of the first prune the others.
     searches.sort(key=lambda pair: pair[1].bound_ns)
-    solved: list[SolvedTrial] = []
-    candidates: list[Candidate] = []
+    so_far = so_far or TrialResults()
+    solved, candidates = [*so_far.solved], [*so_far.candidates]
     refusals: list[InputError] = []
     for trial, search in searches:
         tell(f"memory: {trial.name} on {trial.mesh}")
@@ -181,7 +195,7 @@ def solve_trials(
         candidates.append(_candidate(model, solved_trial, fits=fits, rename=is_open and not trial.baseline))
     if len(refusals) == len(searches):
         raise refusals[0]
-    return TrialResults(solved, tuple(candidates), [trial for trial, _ in searches if not trial.baseline])
+    return TrialResults(solved, tuple(candidates), so_far.by_bound or [trial for trial, _ in searches if not trial.baseline])
 
 
 def _unsolved(trial: Trial, bound_seconds: float | None, outcome: str) -> Candidate:

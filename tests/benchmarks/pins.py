@@ -156,7 +156,7 @@ def state_choices(plan: Plan, model: str) -> dict[str, Any]:
     pipeline = plan.pipeline
     pins: dict[str, Any] = dict(_axes(plan, model))
     recompute = {block.recompute for block in pipeline.blocks}
-    if not (pipeline.is_trivial and recompute == {"none"}):
+    if plan.proof.candidates[plan.proof.chosen].is_spread:
         pins |= {"pp": pipeline.ranks, "microbatches": pipeline.microbatches}
         pins |= {"schedule": pipeline.schedule, "chunks": pipeline.chunks} if pipeline.ranks > 1 else {}
         pins |= {"recompute": recompute.pop()} if len(recompute) == 1 else {}

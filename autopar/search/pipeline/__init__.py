@@ -4,7 +4,7 @@ Comes in: a `PipelineProblem` and configurations. Goes out: the fastest pipeline
 
 Modules, in reading order: ``block_options``, ``peaks``, ``assignment_problem``, ``greedy``, ``assignment_model``, ``assignment``,
 ``option_maker``, ``mixing``, ``configurations`` (which states what is proven), ``solutions``, ``search_state``,
-``best_first``.
+``estimates``, ``best_first``.
 """
 
 from autopar.search.pipeline.assignment_problem import PHASES, AssignmentCost, RankMemory, compute_cost, longest_path, make_problem

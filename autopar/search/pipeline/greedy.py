@@ -309,7 +309,9 @@ class _GreedySearch:
     def _fit(self, rank: int, ends: Ends, parts: Sequence[_RunOnStage]) -> bool:
         """Exchange options, in `parts`, until the pipeline rank's bytes are within its budget; returns False if they can't be."""
         holdings = self.problem.holdings[rank]
-        moments = holdings if len(holdings) else np.zeros((1, len(self.problem.stages_of[rank]), 3), dtype=np.int64)
+        # A program without a schedule has moments of its own (`AssignmentProblem.held`), and receives nothing.
+        has_moments = len(holdings) and not self.problem.is_whole
+        moments = holdings if has_moments else np.zeros((1, len(self.problem.stages_of[rank]), 3), dtype=np.int64)
         # Per part the bytes of each option at each moment of the schedule, shape (moments, options).
         nbytes = [self.problem.held(part.index, moments[:, part.position]) for part in parts]
         seconds = [part.run.seconds.sum(axis=1) for part in parts]

@@ -199,8 +199,8 @@ class SolutionCache:
         sets: list[SolutionSet] = []
         model, problem, search = placement.model, placement.problem, placement.search
         highest = LEAN_PRICE * search.bound_ns / (placement.configuration.ranks * self.cluster.machine.device.usable_bytes)
-        prices = (0.0, MIDDLE * highest, highest) if placement.configuration.trial.freed else (0.0, highest)
-        for price in prices:
+        is_free = AxisKind.FREE in placement.configuration.trial.constraints.kinds
+        for price in (0.0, MIDDLE * highest, highest) if is_free else (0.0, highest):
             base = search.solution_at(price)
             inner = restrict(problem, find_compatible_options(model, self.reads, problem, base.choice))
             shardings = tuple(sharding_of(inner, solution.choice) for solution in PlacementSolver(inner).frontier(highest, SOLUTIONS))
