@@ -191,6 +191,9 @@ def _of_attention(
     how = "ring" if constraints.pins.zigzag else constraints.pins.attention
 
     def is_allowed(option: Placement) -> bool:
+        # Beside a zigzag ring another axis may split heads, unless a ring is pinned for all axes.
+        is_zigzag = any(isinstance(part, Split) and part.zigzag for part in option)
+        takes_heads = how in ("ulysses", None) or (constraints.pins.attention is None and is_zigzag)
         for part, kind in zip(option, constraints.kinds, strict=True):
             if not isinstance(part, Split):
                 continue
@@ -200,7 +203,7 @@ def _of_attention(
                 return False
             if is_joined and constraints.pins.zigzag and not part.zigzag:
                 return False
-            if kind is AxisKind.CP and part.loop in heads and how not in ("ulysses", None):
+            if kind is AxisKind.CP and part.loop in heads and not takes_heads:
                 return False
         return True
 
