@@ -81,7 +81,7 @@ _FULL = 0.9
 _GATHERED = 0.05
 _FEW_BLOCKS = 16
 
-_WAITS = "gathers of parameters are not begun ahead (prefetch=0), as that needs more memory than there is"
+_WAITS = "gathers of parameters are not begun ahead (prefetch=0), as memory is short"
 
 
 @no_garbage_collection()

@@ -113,6 +113,9 @@ class TrialResults:
         return min(self.solved, key=rank, default=None)
 
 
+NOTHING_TRIED = TrialResults()
+
+
 def solve_trials(
     model: AnalyzedGraph,
     chain: Chain,
@@ -122,7 +125,7 @@ def solve_trials(
     tell: Progress,
     *,
     is_open: bool,
-    so_far: TrialResults | None = None,
+    so_far: TrialResults = NOTHING_TRIED,
 ) -> TrialResults:
     """Solve all trials in which every op has a placement.
 
@@ -153,6 +156,8 @@ def solve_trials(
         search = PlacementSolver(problem)
         if search.bound_ns < FORBIDDEN:
             searches.append((trial, search))
+    if not searches and so_far.candidates:
+        return so_far
     if not searches:
         raise InfeasibleError(
             f"{name_request(pins)} leave some op no placement that its neighbours' can be connected with, on any of "
@@ -173,7 +178,6 @@ def solve_trials(
 
     # In the order of their bounds: the costs of the first prune the others.
     searches.sort(key=lambda pair: pair[1].bound_ns)
-    so_far = so_far or TrialResults()
     solved, candidates = [*so_far.solved], [*so_far.candidates]
     refusals: list[InputError] = []
     for trial, search in searches:
@@ -193,7 +197,7 @@ def solve_trials(
         if fits:
             solved.append(replace(solved_trial, candidate=len(candidates)))
         candidates.append(_candidate(model, solved_trial, fits=fits, rename=is_open and not trial.baseline))
-    if len(refusals) == len(searches):
+    if len(refusals) == len(searches) and not so_far.candidates:
         raise refusals[0]
     return TrialResults(solved, tuple(candidates), so_far.by_bound or [trial for trial, _ in searches if not trial.baseline])
 
