@@ -158,6 +158,29 @@ def test_an_input_of_one_row_per_position_is_no_batch(kind: str) -> None:
         odd.verify(plan)
 
 
+class Tables(nn.Module):
+    """Causal attention on tokens that tables of one row per position turn, of which there are more than inputs of samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.qkv = nn.Embedding(64, 32), nn.Linear(32, 96)
+
+    def forward(self, cos: Tensor, sin: Tensor, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        q, k, v = self.qkv(x * cos + x.roll(1, 2) * sin).unflatten(2, (12, 8)).transpose(1, 2).chunk(3, 1)
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).square().mean()
+
+
+def test_tables_may_come_before_tokens_and_outnumber_them() -> None:
+    torch.manual_seed(0)
+    cos, sin = torch.randn(2, SEQ, 32, dtype=torch.float64)
+    odd = Odd((Tables().double(), {"cos": cos, "sin": sin, "tokens": tokens()}))
+    for pins, expected in (({"cp": 2, "attention": "ring"}, "ring"), ({"dp": 2}, "b")):
+        plan = odd.plan(**pins)
+        assert {splits.rstrip("~") for splits in odd.splits(plan)} == {expected}
+        odd.verify(plan)
+
+
 def test_a_sequence_that_comes_first_is_noted() -> None:
     odd = Odd(_extra("first"))
     (note,) = odd.plan(cp=2).notes

@@ -90,15 +90,18 @@ _Loops = dict[str, dict[str, Boundaries]]
 def _find_sequences(graph: Graph, spaces: Mapping[str, Space], weights: Set[str]) -> frozenset[str]:
     """Inputs whose dim 0 is no batch, but the sequence of the others: positions, tables of them, masks of rows and keys.
 
-    Their dim 0 has another size than most inputs', and meets dim 1 of tokens. Dim 0 of others is a batch of its own, as of patches.
+    The batch has the size that dim 0 of most inputs has; if dim 0 of no other input meets dim 1 of tokens then, the size of the next
+    most, as tables may outnumber tokens. Dim 0 of inputs that don't meet it is a batch of its own, as of patches. Nothing tells a sequence
+    from a batch of the same size: all of these inputs have a batch.
     """
     inputs = [op for op in graph.of_kind(OpKind.INPUT) if op.results[0].shape]
     sizes = Counter(op.results[0].shape[0] for op in inputs)
-    others = frozenset(op.name for op in inputs if op.results[0].shape[0] != sizes.most_common(1)[0][0])
-    if not others:
-        return others
-    of_dims, _ = _spread(graph, spaces, weights, others)
-    return frozenset(name for name in others if of_dims[Value(name)][0].get(1) is Role.SEQUENCE)
+    for size, _ in sizes.most_common() if len(sizes) > 1 else ():
+        others = frozenset(op.name for op in inputs if op.results[0].shape[0] != size)
+        of_dims, _ = _spread(graph, spaces, weights, others)
+        if found := frozenset(name for name in others if of_dims[Value(name)][0].get(1) is Role.SEQUENCE):
+            return found
+    return frozenset()
 
 
 def _spread(
