@@ -300,6 +300,20 @@ def test_masks_are_proven_or_kept(kind: str, causal: bool, kept: bool) -> None:
     torch.testing.assert_close(run(captured, model, {"x": x})[0], model(x))
 
 
+def test_a_mask_of_one_row_is_causal_for_one_row_alone() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mask = (torch.arange(x.shape[2]) == 0)[None]
+            first = nn.functional.scaled_dot_product_attention(x[:, :, :1], x, x, attn_mask=mask)
+            return first + nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(2, 2, 6, 4)
+    captured = capture(model, {"x": x})
+    assert [len(op.operands) for op in calls(captured, "aten.scaled_dot_product_attention.default")] == [3, 4]
+    torch.testing.assert_close(run(captured, model, {"x": x})[0], model(x))
+
+
 @pytest.mark.parametrize("blocks", [(), (2, 3)])
 def test_attention_of_fewer_or_more_dims_than_kernels_take(blocks: tuple[int, ...]) -> None:
     class Net(nn.Module):

@@ -32,7 +32,7 @@ def prove_masks(graph: fx.Graph, known: Mapping[str, Tensor], notes: list[str]) 
     """
     new = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    proofs: dict[fx.Node, str] = {}
+    proofs: dict[tuple[fx.Node, tuple[int, int]], str] = {}  # by mask, and the numbers of rows and keys that it masks
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         env[node] = new.node_copy(node, env.__getitem__)
@@ -41,13 +41,14 @@ def prove_masks(graph: fx.Graph, known: Mapping[str, Tensor], notes: list[str]) 
         query, key, value, mask, dropout, causal = (*node.args, *(None, 0.0, False)[len(node.args) - 3 :])[:6]
         if not isinstance(mask, fx.Node) or causal:
             continue
-        if mask not in proofs:
-            proofs[mask] = _prove(mask, known, values, (value_of(query).shape[-2], value_of(key).shape[-2]))
-            if proofs[mask]:
+        scores = value_of(query).shape[-2], value_of(key).shape[-2]
+        if (mask, scores) not in proofs:
+            proofs[mask, scores] = _prove(mask, known, values, scores)
+            if proofs[mask, scores]:
                 where = source_of(node) or node.name
-                notes.append(f"the attention mask is {proofs[mask]} and isn't kept as a tensor ({where})")
-        if proofs[mask]:
-            args = (query, key, value, None, dropout, proofs[mask] == "causal")
+                notes.append(f"the attention mask is {proofs[mask, scores]} and isn't kept as a tensor ({where})")
+        if proofs[mask, scores]:
+            args = (query, key, value, None, dropout, proofs[mask, scores] == "causal")
             env[node].args = fx.node.map_arg(args, env.__getitem__)
     new.eliminate_dead_code()
     return new
