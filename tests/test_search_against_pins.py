@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from autopar.capture.export import capture
 from autopar.cost_models import Cluster
 from tests.benchmarks.pins import ROUNDING, captured, draw, plan_free
 from tests.planning import make_plan
@@ -57,6 +60,26 @@ def test_free_axes_and_late_gathers_are_looked_at_under_want_of_memory(
     pinned = make_plan(captured(model).graph, cluster, pins=pins)
     assert free is not None
     assert free.proof.objective_ns <= pinned.proof.objective_ns
+
+
+class Products(nn.Sequential):
+    """Six products, each of which is a block whose parameters are a sixth of all."""
+
+    def __init__(self) -> None:
+        super().__init__(*(nn.Sequential(nn.Linear(256, 256), nn.ReLU()) for _ in range(6)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).square().mean()
+
+
+def test_plans_without_gathers_ahead_are_searched_once() -> None:
+    """Where nothing else fits, they aren't searched again because parameters weigh."""
+    graph, cluster, pins = capture(Products(), {"x": torch.randn(8, 256)}).graph, Cluster.parse("2xcpu"), {"dp": 2, "zero": 3}
+    memory = make_plan(graph, cluster, pins=pins).memory
+    told: list[str] = []
+    short = cluster.with_memory(memory.reserved + (memory.total - memory.reserved) * 95 // 100)
+    assert make_plan(graph, short, pins=pins, progress=told.append).prefetch == 0
+    assert told.count("rules and costs") == 2
 
 
 def test_a_schedule_of_one_stage_can_be_pinned_under_want_of_memory() -> None:

@@ -43,6 +43,12 @@ from autopar.units import format_bytes
 # solutions.
 RECOMPUTED = 4
 
+# Where a plan takes more than the share FULL of the memory that isn't reserved, and the parameters of a mean block more than the share
+# GATHERED, plans that begin no gather ahead are looked at too. Of more than FEW_BLOCKS one is too small a part of the model to be worth it.
+FULL = 0.9
+GATHERED = 0.05
+FEW_BLOCKS = 16
+
 LOSS_OUTSIDE = (
     "the model returns no loss, so every forward of schedule {} runs before the first backward, and as many micro-batches are held as under"
     " gpipe; return the loss to change this"
@@ -74,12 +80,6 @@ class _Request:
         """Whether the search may choose a pipeline though none is pinned."""
         return self.mesh is None and not self.stored
 
-
-# Shares of a device's memory, beside what it reserves: from which on it is nearly all taken, and the parameters of a mean block weigh. Of
-# more blocks one is too small a part of the model to be worth a second search.
-_FULL = 0.9
-_GATHERED = 0.05
-_FEW_BLOCKS = 16
 
 _WAITS = "gathers of parameters are not begun ahead (prefetch=0), as memory is short"
 
@@ -161,11 +161,11 @@ class _Asked:
 
 
 def _gathers_weigh(plan: Plan, graph: Graph) -> bool:
-    """Whether a plan takes nearly all memory, and the parameters of a block are so much of it that plans may need none gathered ahead."""
+    """Whether a plan gathers ahead and takes nearly all memory, and the parameters of a block are much of it."""
     usable, blocks = plan.memory.budget - plan.memory.reserved, len(plan.pipeline.blocks)
     block_nbytes = sum(op.results[0].nbytes for op in graph.of_kind(OpKind.PARAMETER)) / blocks
-    is_full = plan.memory.total - plan.memory.reserved > _FULL * usable
-    return is_full and blocks <= _FEW_BLOCKS and block_nbytes > _GATHERED * usable
+    is_full = plan.memory.total - plan.memory.reserved > FULL * usable
+    return plan.prefetch > 0 and is_full and blocks <= FEW_BLOCKS and block_nbytes > GATHERED * usable
 
 
 def _plan_graph(graph: Graph, asked: _Asked, tell: Progress) -> Plan:
