@@ -16,7 +16,7 @@ from autopar.structure import AnalyzedGraph, Role, role_of
 
 
 def note_attention(model: AnalyzedGraph, pins: Pins, mesh: Mesh | None, ranks: int, *, is_later: bool = False) -> tuple[str, ...]:
-    """A note per line with attention that can't run as pinned: its keys and values can't travel, or its rows can't be cut evenly.
+    """A note per line with attention that can't run as pinned: its keys and values can't travel, or no axis can cut its rows.
 
     Args:
         model: whose attention is meant.

@@ -154,7 +154,8 @@ def find_free_trials(cluster: Cluster, pins: Pins) -> list[Trial]:
 def free_axes(trial: Trial) -> list[Trial]:
     """The trial with free axes of the same sizes: with all axes free, and of two also with each of them alone.
 
-    None for more than two axes, and for one of kind CP: free axes don't split zigzag.
+    Empty for more than two axes, for one of kind CP (free axes don't split zigzag), for one that is free already, and where `can_free` says
+    no.
     """
     axes = [(name, size) for name, size in zip(trial.mesh.names, trial.mesh.sizes, strict=True) if size > 1]
     kinds, pins = trial.constraints.kinds, trial.constraints.pins

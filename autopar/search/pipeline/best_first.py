@@ -65,7 +65,7 @@ SEARCHED_ALONE, SEARCHED_ALONE_WITHIN = 6, 1.25
 # looked at with free axes anyhow, if within this factor: under want of memory they gain more.
 FREED = 6
 FREED_WITHIN = 1.05
-# Seconds for these searches together, with pinned and with free axes, and the relative gap at which each ends.
+# Seconds for these searches together: with axes of kinds, with all axes free, with one free; and the relative gap at which each ends.
 SEARCH_SECONDS = 3.0
 FREED_SECONDS = 0.5
 ASSIGN_GAP = 5e-3
