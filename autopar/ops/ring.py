@@ -158,8 +158,8 @@ def attention_of_rows(
 ) -> Tensor:
     """Attention of consecutive rows to the keys of the whole sequence, which are all here; a row that attends to no key gets zeros.
 
-    It is a ring of one rank: what no row attends to isn't computed, and no mask of all rows and keys is made. Arguments are those of
-    `ring_attention`, but for
+    It is a ring of one rank: what no row attends to isn't computed, and no mask of these rows and all keys is made, unless scores are added
+    (`find_shift` needs it). Arguments are those of `ring_attention`, but for
 
     Args:
         q: (batch, heads, rows, head size).
