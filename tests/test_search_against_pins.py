@@ -62,6 +62,38 @@ def test_free_axes_and_late_gathers_are_looked_at_under_want_of_memory(
     assert free.proof.objective_ns <= pinned.proof.objective_ns
 
 
+class Attending(nn.Module):
+    """Two layers of attention, of eight heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(64, 64)
+        self.layers = nn.ModuleList(nn.ModuleList([nn.Linear(64, 192), nn.Linear(64, 64)]) for _ in range(2))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        for layer in self.layers:
+            before, behind = layer.children()
+            q, k, v = before(x).unflatten(2, (24, 8)).transpose(1, 2).chunk(3, 1)
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + behind(mixed.transpose(1, 2).flatten(2))
+        return x.square().mean()
+
+
+def test_no_mesh_is_solved_twice_under_want_of_memory() -> None:
+    """A long sequence has meshes with cp among the first ones, and among those of kinds that are added then."""
+    with torch.device("meta"):
+        graph = capture(Attending(), {"tokens": torch.zeros(1, 16384, dtype=torch.int64)}).graph
+    cluster = Cluster.parse("4xcpu")
+    memory = make_plan(graph, cluster).memory
+    short = cluster.with_memory(memory.reserved + (memory.total - memory.reserved) * 9 // 10)
+    candidates = make_plan(graph, short).proof.candidates
+    meshes = [(candidate.mesh, candidate.free_mesh) for candidate in candidates if candidate.name == "search"]
+    assert ("dp=2 x tp=2", None) in meshes, "meshes of kinds weren't added"
+    assert ("cp=4", None) in meshes
+    assert len(meshes) == len(set(meshes))
+
+
 class Products(nn.Sequential):
     """Six products, each of which is a block whose parameters are a sixth of all."""
 

@@ -303,7 +303,8 @@ def _search_placements(request: _Request, tell: Progress) -> TrialResults:
     results = solve_trials(request.model, request.chain, trials, cluster, pins, tell, is_open=request.is_open)
     if request.is_open and not pins.axis_sizes and results.is_tight and results.by_bound:
         # Where memory is short, a search that knows what each axis splits comes closer than one of free axes.
-        kinds = find_kind_trials(request.model, cluster, cluster, pins, "search")
+        tried = {trial.mesh for trial in trials if not trial.baseline}
+        kinds = [trial for trial in find_kind_trials(request.model, cluster, cluster, pins, "search") if trial.mesh not in tried]
         results = solve_trials(request.model, request.chain, kinds, cluster, pins, tell, is_open=True, so_far=results)
     return results
 
