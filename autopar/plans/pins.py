@@ -134,12 +134,7 @@ TABLE = (
     ),
     Pin("vocabulary", "true|false", _read_switch, "whether lookups and losses are split by the vocabulary"),
     Pin("loss_chunks", "N", _read_count, "parts in which a linear head and its cross entropy compute the logits; 1 is all at once"),
-    Pin(
-        "prefetch",
-        "N",
-        _read_ahead,
-        "how many blocks ahead parameters that are stored split are gathered; 0 is none; unless pinned 1, or 0 where memory is short",
-    ),
+    Pin("prefetch", "N", _read_ahead, "how many blocks ahead split parameters are gathered; unless pinned 1, 0 where memory is short"),
     Pin(
         "half_batches",
         "true|false",
