@@ -423,7 +423,7 @@ class _Planner:
     def _kept_pins(self, first: Plan) -> Pins:
         """The pins that later plans obey where they can: how a sequence is split. What else was pinned is in what is stored."""
         is_pinned = self.pins.cp is not None or (self.mesh is not None and "cp" in self.mesh.names)
-        cp = _sizes_of(first.mesh).get("cp") if is_pinned else None
+        cp = _sizes_of(first.mesh).get("cp", 1) if is_pinned else None
         return replace(NO_PINS, cp=cp, attention=self.pins.attention, zigzag=self.pins.zigzag)
 
     def check_world(self, device: torch.device | None) -> None:

@@ -88,7 +88,7 @@ def _make_case(mask: Mask, kv_heads: int, softcap: float | None, dtype: torch.dt
     added = torch.randn(1, 4, LENGTH, LENGTH, dtype=dtype)
     sparse = added.masked_fill(torch.rand(LENGTH, LENGTH) < 0.8, -torch.inf).index_fill(2, torch.tensor([1, 9]), -torch.inf)
     huge = torch.zeros(2, 1, LENGTH, LENGTH, dtype=dtype)
-    huge[0, :, :5], huge[0, :, 5:, :5], huge[1, :, :9] = torch.finfo(dtype).min, torch.finfo(dtype).min, -1e9
+    huge[0, :, :5], huge[0, :, 5:, :5], huge[1, :, :9], huge[1, :, 12:] = torch.finfo(dtype).min, torch.finfo(dtype).min, -1e9, 1e9
     bias = {"": None, "bool": packed, "added": added, "rows without keys": sparse, "huge": huge}[mask.bias]
     # torch's fused kernel of a CPU has wrong gradients of rows that get only huge numbers.
     with sdpa_kernel(SDPBackend.MATH) if mask.bias == "huge" else nullcontext():

@@ -125,25 +125,32 @@ _HUGE = 1e3
 """Added scores from which on a shift is needed: a float32 of 1,000 has steps of 6e-5."""
 
 
-def find_shift(bias: Tensor, allowed: Tensor | None) -> Tensor | None:
-    """What scores are shifted by where all keys of a row get huge negative ones, as of a row of padding; None where no row does.
+def may_need_shift(bias: Tensor) -> bool:
+    """Whether scores that this is added to may need a shift: some of it is huge. An accelerator's values aren't looked at: they may."""
+    return bias.device.type != "cpu" or bool(_is_huge(bias).any())
 
-    Such a row attends to all of its keys alike, which blocks can be merged to only if their log-sum-exps still tell the numbers of keys.
+
+def find_shift(bias: Tensor, allowed: Tensor) -> Tensor | None:
+    """What scores are shifted by where the largest of a row is huge, as of a row of padding; None where no row needs it.
+
+    A row that gets the same huge number for all of its keys attends to them alike, which blocks can be merged to only if their log-sum-exps
+    still tell the numbers of keys.
 
     Args:
         bias: added to the scores of all keys, (..., rows, keys).
-        allowed: bool, broadcasts to it, True attends; None for all.
+        allowed: bool, broadcasts to it, True attends.
 
-    Returns the largest number that is added in each such row, and 0 in others. On an accelerator, whose values aren't looked at, it is
-    returned always.
+    Returns the largest number that is added in each such row, and 0 in others, (..., rows, 1).
     """
-    if bias.device.type == "cpu" and not bool((bias < -_HUGE).any()):
-        return None
-    largest = (bias if allowed is None else torch.where(allowed, bias, -torch.inf)).amax(-1, keepdim=True)
-    is_huge = (largest < -_HUGE) & (largest > -torch.inf)
+    largest = torch.where(allowed, bias, -torch.inf).amax(-1, keepdim=True)
+    is_huge = _is_huge(largest)
     if bias.device.type == "cpu" and not bool(is_huge.any()):
         return None
     return torch.where(is_huge, largest, 0.0)
+
+
+def _is_huge(x: Tensor) -> Tensor:
+    return x.isfinite() & (x.abs() > _HUGE)
 
 
 def merge(result: Tensor, lse: Tensor, block_result: Tensor, block_lse: Tensor) -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from autopar.ops import comm
-from autopar.ops.attention_blocks import BlockMask, Scores, attend, attend_backward, attend_by_products, find_shift, merge
+from autopar.ops.attention_blocks import BlockMask, Scores, attend, attend_backward, attend_by_products, find_shift, may_need_shift, merge
 from autopar.ops.collectives import gather_read_along
 from autopar.ops.positions import Block, Positions, Span, find_blocks, spans_of
 
@@ -214,7 +214,7 @@ class _Ring:
 
     def with_shift(self, keys: int, device: torch.device) -> _Ring:
         """The same, with the shift that these rows need of so many keys of the whole sequence."""
-        if self.bias is None or self.bias.dtype is torch.bool:
+        if self.bias is None or self.bias.dtype is torch.bool or not may_need_shift(self.bias):
             return self
         allowed = self.positions.allow(self.rows, [Span(0, keys)], device)
         if self.key_padding is not None:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from autopar.cost_models import Cluster
-from autopar.errors import InfeasibleError, InputError, UnknownOpError
+from autopar.errors import InfeasibleError, InputError, SolverError, UnknownOpError
 from autopar.garbage import no_garbage_collection
 from autopar.ir import AS_MODEL, Graph, Layout, Mesh, Op, OpKind, Precision, Space, format_mesh
 from autopar.plans import NO_PINS, BlockChoice, Candidate, Pins, Pipeline, Plan, fingerprint
@@ -46,7 +47,7 @@ RECOMPUTED = 4
 # Where a plan takes more than the share FULL of the memory that isn't reserved, and the parameters of a mean block more than the share
 # GATHERED, plans that begin no gather ahead are looked at too. Of more than FEW_BLOCKS one is too small a part of the model to be worth it.
 FULL = 0.9
-GATHERED = 0.05
+GATHERED = 0.02
 FEW_BLOCKS = 16
 
 LOSS_OUTSIDE = (
@@ -127,7 +128,8 @@ def make_plan(
         try:
             plan = _plan_graph(graph, asked, tell)
             if pins.prefetch is None and first_plan is None and _gathers_weigh(plan, graph):
-                return min(plan, _plan_graph(graph, asked.waiting(), tell), key=lambda plan: plan.proof.objective_ns)
+                with suppress(InfeasibleError, SolverError):  # a search that was cut short
+                    return min(plan, _plan_graph(graph, asked.waiting(), tell), key=lambda plan: plan.proof.objective_ns)
             return plan
         except InputError as error:
             if first_plan is None or not pins.half_batches:

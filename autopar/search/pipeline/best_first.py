@@ -309,7 +309,7 @@ def search_freed(
     wholly, partly = _free_configurations(state, greedy, limit_s)
     wholly = [one for one in wholly if (one.ranks, one.trial.mesh, one.microbatches) not in known]
     for configurations in ([*free, *wholly], partly):
-        state.best_s, state.greedy, state.explored = limit_s, [], min(state.explored, EXPLORED - max(1, len(configurations)))
+        state.best_s, state.greedy, state.explored = limit_s, [], min(state.explored, max(0, EXPLORED - max(1, len(configurations))))
         rank_configurations(state, configurations)
         best = search_best(state, sorted(state.greedy, key=lambda one: one.estimate_s), limit_s, FREED_SECONDS) or best
         limit_s = limit_s if best is None else min(limit_s, best.seconds)
