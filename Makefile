@@ -14,7 +14,7 @@ help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: $(INSTALLED) ## run all tests (two workers, an hour at most)
-	timeout 3600 $(PYTHON) -m pytest -q -n 2 --dist loadfile
+	timeout 3600 $(PYTHON) -m pytest -q -n 2 --dist loadgroup
 
 lint: $(INSTALLED) ## check the format and the code with ruff
 	$(PYTHON) -m ruff format --check .

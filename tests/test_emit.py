@@ -96,7 +96,7 @@ def make(folder: Path, pins: Mapping[str, object], *, dtype: torch.dtype = torch
 
 
 _WITHOUT = """
-import importlib.util, runpy, sys
+import importlib.util, os, runpy, sys
 
 class Blocked:
     def find_spec(self, name, path=None, target=None):
@@ -113,6 +113,10 @@ for name in ("autopar", "transformers"):
 sys.argv = sys.argv[1:]
 sys.path[0] = sys.argv[0].rpartition("/")[0]
 runpy.run_path(sys.argv[0], run_name="__main__")
+# As in tests.processes: threads of gloo may abort a process while Python ends.
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(0)
 """
 
 
