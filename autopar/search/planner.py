@@ -46,7 +46,7 @@ RECOMPUTED = 4
 
 # Where a plan takes more than the share FULL of the memory that isn't reserved, and the parameters of a mean block more than the share
 # GATHERED, plans that begin no gather ahead are looked at too. Of more than FEW_BLOCKS one is too small a part of the model to be worth it.
-FULL = 0.9
+FULL = 0.8
 GATHERED = 0.02
 FEW_BLOCKS = 16
 
