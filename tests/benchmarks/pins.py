@@ -28,7 +28,7 @@ from torch import nn
 from autopar.capture import Captured, capture
 from autopar.cli.models import load_model
 from autopar.cost_models import Cluster
-from autopar.errors import AutoparError, InfeasibleError
+from autopar.errors import AutoparError, HardwareError, InfeasibleError
 from autopar.ir import Split, StateKind
 from autopar.plans import Plan
 from autopar.rules import find_spaces
@@ -267,7 +267,10 @@ def plan_free(model: str, cluster: str, share: float | None) -> tuple[Cluster, P
 def draw(model: str, cluster: str, share: float | None, seed: int, count: int) -> Iterator[Draw]:
     """`count` random pins in a setting; the free plan's choices, all of them and two parts."""
     rng = random.Random(f"{model}/{cluster}/{share}/{seed}")
-    devices, free = plan_free(model, cluster, share)
+    try:
+        devices, free = plan_free(model, cluster, share)
+    except HardwareError:  # devices that don't know the model's dtype
+        return
     batch = _batch(captured(model))
     requests: list[tuple[str, dict[str, Any], dict[str, int] | None]] = []
     for _ in range(count):
