@@ -148,14 +148,7 @@ def solve_trials(
     if is_open and least > cluster.machine.device.usable_bytes:
         outcome = f"out of memory: without recomputation {format_bytes(least)} and more on each device, however it is split"
         return TrialResults(candidates=(Candidate("search", f"any of {len(trials)} meshes", None, None, outcome),))
-    searches: list[tuple[Trial, PlacementSolver]] = []
-    for trial in trials:
-        tell(f"costs: {trial.name} on {trial.mesh}")
-        problem = build_problem(model, trial.mesh, cluster, trial.constraints)
-        tell(f"search: {trial.name} on {trial.mesh}")
-        search = PlacementSolver(problem)
-        if search.bound_ns < FORBIDDEN:
-            searches.append((trial, search))
+    searches = _find_solvers(model, trials, cluster, tell)
     if not searches and so_far.candidates:
         return so_far
     if not searches:
@@ -164,7 +157,6 @@ def solve_trials(
             f"{len(trials)} meshes tried; pin fewer modules, or pin ops that read the same tensor alike"
         )
     reads = read_chain(model.folded.graph, model.spaces, chain)
-
     halves = Halves(model, cluster, pins)
 
     def measure(trial: Trial, problem: Problem, solution: Solution) -> SolvedTrial:
@@ -176,8 +168,6 @@ def solve_trials(
 
         return halves.choose(run, sharding, problem.mesh)
 
-    # In the order of their bounds: the costs of the first prune the others.
-    searches.sort(key=lambda pair: pair[1].bound_ns)
     solved, candidates = [*so_far.solved], [*so_far.candidates]
     refusals: list[InputError] = []
     for trial, search in searches:
@@ -200,6 +190,19 @@ def solve_trials(
     if len(refusals) == len(searches) and not so_far.candidates:
         raise refusals[0]
     return TrialResults(solved, tuple(candidates), so_far.by_bound or [trial for trial, _ in searches if not trial.baseline])
+
+
+def _find_solvers(model: AnalyzedGraph, trials: Sequence[Trial], cluster: Cluster, tell: Progress) -> list[tuple[Trial, PlacementSolver]]:
+    """The trials in which every op has a placement, in the order of their bounds: the costs of the first prune the others."""
+    searches: list[tuple[Trial, PlacementSolver]] = []
+    for trial in trials:
+        tell(f"costs: {trial.name} on {trial.mesh}")
+        problem = build_problem(model, trial.mesh, cluster, trial.constraints)
+        tell(f"search: {trial.name} on {trial.mesh}")
+        search = PlacementSolver(problem)
+        if search.bound_ns < FORBIDDEN:
+            searches.append((trial, search))
+    return sorted(searches, key=lambda pair: pair[1].bound_ns)
 
 
 def _unsolved(trial: Trial, bound_seconds: float | None, outcome: str) -> Candidate:
