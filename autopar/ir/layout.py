@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -96,6 +97,15 @@ def with_pipeline(mesh: Mesh, ranks: int) -> Mesh:
     'pp=3 x dp=2 x tp=4'
     """
     return Mesh((PIPELINE, *mesh.names), (ranks, *mesh.sizes)) if ranks > 1 else mesh
+
+
+def format_sizes(sizes: Mapping[str, object]) -> str:
+    """Sizes of axes by name as options and pins take them.
+
+    >>> format_sizes({"dp": 2, "tp": 4})
+    'dp=2,tp=4'
+    """
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
 
 
 def format_mesh(mesh: Mesh) -> str:

@@ -9,7 +9,7 @@ import shlex
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from autopar.ir import AS_MODEL, Precision, format_mesh, with_pipeline
+from autopar.ir import AS_MODEL, Precision, format_mesh, format_sizes, with_pipeline
 from autopar.plans import Plan, Request
 from autopar.report.charts import Axis, Point, draw_line_chart
 from autopar.report.comparison import (
@@ -171,7 +171,7 @@ def word_command(request: Request, precision: Precision) -> str:
         words += ["--memory", _write_exactly(request.memory)]
     words += [word for name, text in request.pins.texts.items() for word in ("--pin", f"{name}={text}")]
     if request.mesh_sizes:
-        words += ["--mesh", ",".join(f"{name}={size}" for name, size in request.mesh_sizes.items())]
+        words += ["--mesh", format_sizes(request.mesh_sizes)]
     return shlex.join([*words, *(["--strict"] if request.strict else [])])
 
 

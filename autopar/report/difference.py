@@ -86,7 +86,7 @@ def _tell_decisions(plan: Plan) -> dict[str, float | str]:
         "cluster": plan.cluster,
         "mesh": describe_mesh(plan),
         **{f"{axis} splits": role for axis, role in plan.splits.items()},
-        "ring attention": describe_ring(plan).removeprefix("ring attention ") or "none",
+        "ring attention": describe_ring(plan) or "none",
         "schedule": pipeline.schedule if pipeline.stages > 1 else "none",
         "stages": str(pipeline.stages),
         "micro-batches": str(pipeline.microbatches),

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autopar.ir import format_sizes
 from autopar.plans import KINDS, Candidate, Plan, Seconds
 from autopar.units import format_bytes, format_seconds
 
@@ -190,8 +191,7 @@ def _word_request(candidate: Candidate) -> str:
     kinds = {name: size for name, size in sizes.items() if name in ("pp", "dp", "cp", "tp")}
     # What is left over of the ranks is a free axis, which needs no pin.
     if sizes.keys() - kinds.keys() - {"free"}:
-        free = ",".join(f"{name}={size}" for name, size in sizes.items())
-        return "" if kinds or parts else f"`autopar plan` with --mesh {free}"
+        return "" if kinds or parts else f"`autopar plan` with --mesh {format_sizes(sizes)}"
     pins = [f"{name}={size}" for name, size in kinds.items()] + ([f"microbatches={parts[1]}"] if parts else [])
     return f'--why-not "{",".join(pins)}"' if pins else ""
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-from autopar.ir import AS_MODEL, Split, State, format_mesh, with_pipeline
+from autopar.ir import AS_MODEL, Split, State, format_mesh, format_sizes, with_pipeline
 from autopar.plans import RECOMPUTE, Memory, Plan, Purpose, Request, Seconds, Unruled
 from autopar.report.reasons import word_reasons
 from autopar.units import format_bytes, format_seconds, format_share
@@ -72,7 +72,7 @@ def describe_header(plan: Plan) -> str:
 def describe_decisions(plan: Plan) -> list[tuple[str, str]]:
     """What was decided, as (label, text), and why."""
     splits = [f"{axis} splits {role}" for axis, role in plan.splits.items()]
-    splits += [*([text] if (text := describe_ring(plan)) else []), *_word_free_axes(plan)]
+    splits += [*([f"ring attention {text}"] if (text := describe_ring(plan)) else []), *_word_free_axes(plan)]
     lines = [("axes", "; ".join(splits) or "none: one rank")]
     if text := describe_pipeline(plan):
         lines.append(("stages" if plan.pipeline.stages > 1 else "batch", text))
@@ -180,7 +180,7 @@ def describe_choice(plan: Plan, started: str = "") -> str:
     """A plan in one line: what was chosen, and what a step takes. Words on how the ranks were `started` follow the mesh."""
     parts = [f"mesh {describe_mesh(plan)}{started}{describe_precision(plan)}"]
     if text := describe_ring(plan):
-        parts.append(text)
+        parts.append(f"ring attention {text}")
     if not plan.pipeline.is_trivial:
         number = plan.pipeline.microbatches
         schedule = f"{plan.pipeline.schedule}, " if plan.pipeline.ranks > 1 else ""
@@ -208,8 +208,8 @@ def _word_free_axes(plan: Plan) -> list[str]:
         return []
     # A mesh that is given is solved without a pipeline, and without mixing placements, unless one is asked for.
     pipeline = f" --pin pp={plan.pipeline.ranks}" if chosen.is_spread else ""
-    mesh = ",".join(f"{name}={size}" for name, size in zip(chosen.free_mesh.names, chosen.free_mesh.sizes, strict=True))
-    return [f"free axes, named by what they do: --mesh {mesh}{pipeline} asks for them"]
+    sizes = dict(zip(chosen.free_mesh.names, chosen.free_mesh.sizes, strict=True))
+    return [f"free axes, named by what they do: --mesh {format_sizes(sizes)}{pipeline} asks for them"]
 
 
 def describe_pipeline(plan: Plan) -> str:
@@ -230,7 +230,7 @@ def describe_ring(plan: Plan) -> str:
     axes = [axis for axis in plan.mesh.names if any(row.collective == "ring" and row.axis == axis for row in plan.costs)]
     splits = [part for placement in plan.placements.values() for part in placement if isinstance(part, Split)]
     zigzag = ", zigzag" if any(part.zigzag for part in splits) else ""
-    return f"ring attention over {' and '.join(axes)}{zigzag}" if axes else ""
+    return f"over {' and '.join(axes)}{zigzag}" if axes else ""
 
 
 def describe_repeated(plan: Plan) -> str:

@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.console import Group as Stack
 from rich.text import Text
 
-from autopar.ir import PIPELINE, parse_layout
+from autopar.ir import PIPELINE, format_sizes, parse_layout
 from autopar.plans import BlockChoice, Candidate, Group, Memory, Plan, Unruled
 from autopar.report.op_tables import list_op_tables, tabulate_sums
 from autopar.report.reasons import format_step, group_candidates, is_baseline
@@ -365,7 +365,7 @@ def _word_other_pins(plan: Plan) -> list[str]:
         meshes = [{"dp": ranks // 2, "tp": 2}] if ranks % 2 == 0 and ranks > 2 else []
         meshes += [{"dp": ranks}, {"tp": ranks}]
         mesh = next(mesh for mesh in meshes if mesh != dict(zip(plan.mesh.names, plan.mesh.sizes, strict=True)))
-        what, options, is_pinned = "mesh", "--mesh " + ",".join(f"{name}={size}" for name, size in mesh.items()), "a pinned mesh"
+        what, options, is_pinned = "mesh", f"--mesh {format_sizes(mesh)}", "a pinned mesh"
     else:
         return []
     return [f"To check another {what}, pin it (`autopar plan ... {options}`): {is_pinned} is solved with the same costs."]
